@@ -1,0 +1,216 @@
+"""算子的 eager 参考实现 → ONNX 函数体。
+
+函数体由参考实现追踪得到，不另写一份；追踪表达不了的控制流（专家循环、两种 MLA 形式的选择）只在外面包一层
+``Loop`` / ``If``。有了函数体，同一个文件不装任何插件就能在 ONNX Runtime、onnx 参考求值器、TensorRT 上运行。
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor
+
+from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, trace
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.ops import mla_attention as mla
+from deepseek_export.ops import moe_experts as experts
+from deepseek_export.ops.moe_gate import moe_gate
+from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE, OPSET_VERSION, OpSpec
+
+
+def mla_attention_body(
+    config: ModelConfig, form: mla.MlaForm, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> onnx.FunctionProto:
+    """``MlaAttention`` 的函数体。
+
+    Args:
+        config: 只用到注意力的静态维度。
+        form: ``auto`` 时在图里按形状二选一（``If``），见 :func:`~deepseek_export.ops.mla_attention.cost_coefficients`。
+        dtype, cache_dtype: 类型变量 T 与 C。
+    """
+    H, dn, dv, r = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
+    dr = config.qk_rope_head_dim
+    cache = Spec(("B", 1, "T", r + dr), cache_dtype)
+    lens = Spec(("B",), torch.int64)
+    new = {
+        "c_kv": Spec(("B", "S", r), dtype),
+        "k_pe": Spec(("B", "S", dr), dtype),
+        "kv_cache": cache,
+        "past_lens": lens,
+    }
+    query = {
+        "q_nope": Spec(("B", "S", H, dn), dtype),
+        "q_pe": Spec(("B", "S", H, dr), dtype),
+        "kv_cache_out": cache,
+        "past_lens": lens,
+        "w_kv_b": Spec((H * (dn + dv), r), dtype),
+        "scale": Spec((), torch.float32),
+    }
+    nodes = [helper.make_node("Constant", [], ["scale"])]
+    nodes[0].attribute.append(_reference("value_float", "scale", onnx.AttributeProto.FLOAT))
+    nodes += _nodes(trace(mla.update_cache, new, ["kv_cache_out"]), "cache")
+    absorb = functools.partial(_nodes, trace(mla.attend_absorb, query, ["o"]), "absorb")
+    naive = functools.partial(_nodes, trace(mla.attend_naive, query, ["o"]), "naive")
+    if form == "auto":
+        a, b = mla.cost_coefficients(dn, dv, r)
+        nodes += _prefers_naive(a, b)
+        info = helper.make_tensor_value_info("o", _onnx_type(dtype), ["B", "S", H, dv])
+        branches = {
+            name: helper.make_graph(_output(body(), "o", f"{name}/o"), name, [], [_with_name(info, f"{name}/o")])
+            for name, body in (("naive", naive), ("absorb", absorb))
+        }
+        nodes.append(
+            helper.make_node(
+                "If", ["prefers_naive"], ["o"], then_branch=branches["naive"], else_branch=branches["absorb"]
+            )
+        )
+    else:
+        nodes += naive() if form == "naive" else absorb()
+    return _function(MLA_ATTENTION, nodes)
+
+
+def moe_gate_body(config: ModelConfig) -> onnx.FunctionProto:
+    """``MoeGate`` 的函数体；路由属性已固化在结构里，节点属性必须与 :func:`gate_attributes` 一致。"""
+    attributes = gate_attributes(config)
+
+    def body(logits: Tensor, bias: Tensor):
+        return moe_gate(logits, bias, **attributes)
+
+    E = config.n_routed_experts
+    inputs = {"logits": Spec(("N", E), torch.float32), "bias": Spec((E,), torch.float32)}
+    return _function(MOE_GATE, _nodes(trace(body, inputs, ["topk_ids", "topk_weights"]), "gate"))
+
+
+def gate_attributes(config: ModelConfig) -> dict:
+    """``MoeGate`` 节点的属性。"""
+    return {
+        "scoring_func": config.scoring_func,
+        "n_group": config.n_group,
+        "topk_group": config.topk_group,
+        "group_score": config.group_score,
+        "top_k": config.num_experts_per_tok,
+        "norm_topk_prob": int(config.norm_topk_prob),
+        "routed_scaling_factor": config.routed_scaling_factor,
+    }
+
+
+def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionProto:
+    """``MoeExperts`` 的函数体：对有 token 的专家做 ``Loop``，循环体是追踪出来的 ``expert_step``。"""
+    E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    k = config.num_experts_per_tok
+    x, ids = Spec(("N", D), dtype), Spec(("N", k), torch.int32)
+    start = trace(lambda x, ids: experts.active_experts(x, ids, E), {"x": x, "topk_ids": ids}, ["y_start", "active"])
+    step = trace(
+        experts.expert_step,
+        {
+            "y_in": Spec(("N", D), torch.float32),
+            "expert": Spec((1,), torch.int64),
+            "x": x,
+            "topk_ids": ids,
+            "topk_weights": Spec(("N", k), torch.float32),
+            "w_gate": Spec((E, inner, D), dtype),
+            "w_up": Spec((E, inner, D), dtype),
+            "w_down": Spec((E, D, inner), dtype),
+        },
+        ["y_out"],
+    )
+    loop = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["i", "one"], ["i_1d"]),
+            helper.make_node("Gather", ["active", "i_1d"], ["expert"], axis=0),
+            *_nodes(step, "expert"),
+            helper.make_node("Identity", ["go_on"], ["go_on_out"]),
+        ],
+        "expert",
+        [
+            helper.make_tensor_value_info("i", onnx.TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_on", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("y_in", onnx.TensorProto.FLOAT, ["N", D]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on_out", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("y_out", onnx.TensorProto.FLOAT, ["N", D]),
+        ],
+    )
+    nodes = [
+        *_nodes(start, "start"),
+        helper.make_node("Size", ["active"], ["num_active"]),
+        _constant("one", np.array([1], np.int64)),
+        _constant("true", np.array(True)),
+        helper.make_node("Loop", ["num_active", "true", "y_start"], ["y_float"], body=loop),
+        helper.make_node("Cast", ["y_float"], ["y"], to=_onnx_type(dtype)),
+    ]
+    return _function(MOE_EXPERTS, nodes)
+
+
+def _prefers_naive(a: int, b: int) -> list[onnx.NodeProto]:
+    """``T*a < S*(a + T*b)`` 写成 ONNX；S、T 取自形状，得到标量 bool ``prefers_naive``。"""
+    return [
+        _constant("cost_a", np.array([a], np.int64)),
+        _constant("cost_b", np.array([b], np.int64)),
+        _constant("axis_0", np.array([0], np.int64)),
+        helper.make_node("Shape", ["q_nope"], ["dim_S"], start=1, end=2),
+        helper.make_node("Shape", ["kv_cache"], ["dim_T"], start=2, end=3),
+        helper.make_node("Mul", ["dim_T", "cost_a"], ["expand_cost"]),
+        helper.make_node("Mul", ["dim_T", "cost_b"], ["pair_saving"]),
+        helper.make_node("Add", ["pair_saving", "cost_a"], ["query_saving"]),
+        helper.make_node("Mul", ["dim_S", "query_saving"], ["saving"]),
+        helper.make_node("Less", ["expand_cost", "saving"], ["prefers_naive_1d"]),
+        helper.make_node("Squeeze", ["prefers_naive_1d", "axis_0"], ["prefers_naive"]),
+    ]
+
+
+def _nodes(graph: TracedGraph, prefix: str) -> list[onnx.NodeProto]:
+    """追踪结果 → 可以拼进函数体的节点：中间值加前缀，常量变 ``Constant`` 节点（函数没有 initializer）。"""
+    ports = {*graph.inputs, *graph.outputs}
+    graph = graph.renamed(lambda name: name if name in ports else f"{prefix}/{name}")
+    nodes = [_constant(name, numpy_helper.to_array(tensor)) for name, tensor in graph.constants.items()]
+    for index, node in enumerate(graph.nodes):
+        # 函数会被内联，名字要自己保证唯一，TensorRT 的层名才能追回来。
+        node.name = f"{prefix}/{node.op_type}_{index}"
+        nodes.append(node)
+    return nodes
+
+
+def _output(nodes: list[onnx.NodeProto], old: str, new: str) -> list[onnx.NodeProto]:
+    for node in nodes:
+        node.output[:] = [new if name == old else name for name in node.output]
+    return nodes
+
+
+def _constant(name: str, array: np.ndarray) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
+
+
+def _with_name(info: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(info)
+    copy.name = name
+    return copy
+
+
+def _reference(name: str, target: str, kind) -> onnx.AttributeProto:
+    return onnx.AttributeProto(name=name, ref_attr_name=target, type=kind)
+
+
+def _onnx_type(dtype: torch.dtype) -> int:
+    types = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+    return onnx.TensorProto.DataType.Value(types[dtype])
+
+
+def _function(spec: OpSpec, nodes: list[onnx.NodeProto]) -> onnx.FunctionProto:
+    """按契约表组成 FunctionProto；声明全部属性，onnx 参考求值器要求节点带的属性都声明过。"""
+    attributes = [a.name for a in spec.attributes] + ["plugin_namespace", "plugin_version"]
+    return helper.make_function(
+        DOMAIN,
+        spec.name,
+        [port.name for port in spec.inputs],
+        [port.name for port in spec.outputs],
+        nodes,
+        [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)],
+        attributes,
+    )

@@ -1,0 +1,241 @@
+"""把各种块各捕获一次，再逐层实例化，拼成整个模型。
+
+同一种块（dense 层、MoE 层）只追踪一次，所以捕获时间与层数无关；每层只复制节点、改名，并把权重输入接到该层的权重名上。
+到 bundle 为止权重都只是图的输入，pass 不会碰到权重内容。
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import onnx
+import torch
+from onnx import helper
+from torch import nn
+
+from deepseek_export.capture import names
+from deepseek_export.capture.bodies import mla_attention_body, moe_experts_body, moe_gate_body
+from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, trace
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.recipe import Recipe, weight_recipes
+from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE, OPS, OPSET_VERSION
+from deepseek_export.profile import OptimizationProfile
+from deepseek_export.reference.model import DecoderLayer, Embed, Forms, Head, cache_tensors
+from deepseek_export.reference.moe import Gate
+from deepseek_export.reference.weights import TORCH_DTYPES, initializer_name
+
+ModelDtype = Literal["float32", "float16"]
+
+_ONNX_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class OpSite:
+    """一个 ``dsx::`` 节点的位置。下沉 pass 会换掉节点，但保留这些值名，对齐校验靠它们截取子图。"""
+
+    layer: int
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass
+class CapturedModel:
+    """捕获的结果。
+
+    Attributes:
+        proto: 整个模型；权重是图的输入（排在 I/O 契约的输入之后），没有函数体。
+        functions: ``op_type`` → 函数体。
+        weights: 权重输入名 → 配方。
+        sites: 每个 ``dsx::`` 节点的位置。
+    """
+
+    proto: onnx.ModelProto
+    functions: dict[str, onnx.FunctionProto]
+    weights: dict[str, Recipe]
+    sites: list[OpSite] = field(default_factory=list)
+
+
+def capture_model(
+    config: ModelConfig,
+    profile: OptimizationProfile,
+    dtype: ModelDtype = "float32",
+    on_step: Callable[[str], None] = lambda step: None,
+) -> CapturedModel:
+    """捕获整个模型；不读任何权重。
+
+    Args:
+        config: 模型配置。
+        profile: 打开的优化成为 ``dsx::`` 节点，关闭的是普通算子。
+        dtype: 计算 dtype；缓存 dtype 由 ``profile.mla.cache_dtype`` 决定。
+        on_step: 每开始一步调用一次，参数是这一步的名字。
+    """
+    return _Stitcher(config, profile, dtype, on_step).run()
+
+
+class _Stitcher:
+    def __init__(self, config, profile, dtype, on_step) -> None:
+        self.config: ModelConfig = config
+        self.profile: OptimizationProfile = profile
+        self.on_step: Callable[[str], None] = on_step
+        self.dtype = TORCH_DTYPES[dtype]
+        cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
+        self.cache_dtype = TORCH_DTYPES[cache_dtype]
+        self.forms = Forms.for_capture(profile)
+        self.caches = cache_tensors(config, self.forms)
+        self.recipes = weight_recipes(config, dtype)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.value_info: dict[str, onnx.ValueInfoProto] = {}
+        self.sites: list[OpSite] = []
+
+    def run(self) -> CapturedModel:
+        c = self.config
+        blocks = {"embed": self._trace_embed(), "head": self._trace_head()}
+        for is_moe in sorted({c.is_moe_layer(i) for i in range(c.num_hidden_layers)}):
+            blocks["moe layer" if is_moe else "dense layer"] = self._trace_layer(is_moe)
+        functions = self._bodies()
+        self.on_step("stitch")
+        self._place(blocks["embed"], "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN})
+        for i in range(c.num_hidden_layers):
+            ports = {
+                "x_in": names.layer_output(i - 1),
+                "cos": names.EMBED_COS,
+                "sin": names.EMBED_SIN,
+                "attn_residual": names.attn_residual(i),
+                "x": names.layer_output(i),
+            }
+            for cache, _ in self.caches:
+                ports[cache] = names.cache_input(cache, i)
+                ports[f"{cache}_out"] = names.cache_output(cache, i)
+            kind = "moe layer" if c.is_moe_layer(i) else "dense layer"
+            self._place(blocks[kind], f"layers.{i}", ports, layer=i)
+        self._place(blocks["head"], "head", {"x_in": names.layer_output(c.num_hidden_layers - 1)})
+        return CapturedModel(self._model(), functions, self.recipes, self.sites)
+
+    # ---- 追踪 ----
+
+    def _meta(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """在 meta 设备上建模块；router 保持 float32，其余转成模型 dtype。"""
+        with torch.device("meta"):
+            module = build().to(self.dtype)
+            for child in module.modules():
+                if isinstance(child, Gate):
+                    child.to(torch.float32)
+        return module
+
+    def _trace_embed(self) -> TracedGraph:
+        self.on_step("embed")
+        inputs = {"input_ids": Spec(("B", "S"), torch.int64), "past_lens": Spec(("B",), torch.int64)}
+        return trace(self._meta(lambda: Embed(self.config)), inputs, ["x", "cos", "sin"])
+
+    def _trace_layer(self, is_moe: bool) -> TracedGraph:
+        self.on_step("moe layer" if is_moe else "dense layer")
+        c = self.config
+        inputs = {
+            "x_in": Spec(("B", "S", c.hidden_size), self.dtype),
+            "cos": Spec(("B", "S", c.qk_rope_head_dim // 2), self.dtype),
+            "sin": Spec(("B", "S", c.qk_rope_head_dim // 2), self.dtype),
+            "past_lens": Spec(("B",), torch.int64),
+        }
+        for cache, (heads, width) in self.caches:
+            inputs[cache] = Spec(("B", heads, "T", width), self.cache_dtype)
+        outputs = ["attn_residual", "x", *(f"{cache}_out" for cache, _ in self.caches)]
+        return trace(self._meta(lambda: DecoderLayer(c, is_moe, self.forms)), inputs, outputs)
+
+    def _trace_head(self) -> TracedGraph:
+        self.on_step("head")
+        inputs = {
+            "x_in": Spec(("B", "S", self.config.hidden_size), self.dtype),
+            "logits_positions": Spec(("B", "L"), torch.int64),
+        }
+        return trace(self._meta(lambda: Head(self.config)), inputs, ["logits", "hidden"])
+
+    def _bodies(self) -> dict[str, onnx.FunctionProto]:
+        functions = {}
+        if self.profile.mla.enabled:
+            self.on_step(f"{MLA_ATTENTION.name} body")
+            form = self.profile.mla.form
+            functions[MLA_ATTENTION.name] = mla_attention_body(self.config, form, self.dtype, self.cache_dtype)
+        if self.profile.moe.enabled and self.config.num_moe_layers:
+            self.on_step(f"{MOE_GATE.name} body")
+            functions[MOE_GATE.name] = moe_gate_body(self.config)
+            self.on_step(f"{MOE_EXPERTS.name} body")
+            functions[MOE_EXPERTS.name] = moe_experts_body(self.config, self.dtype)
+        return functions
+
+    # ---- 拼接 ----
+
+    def _place(self, block: TracedGraph, prefix: str, ports: dict[str, str], layer: int | None = None) -> None:
+        """实例化一个块：端口接到 ``ports``，权重接到检查点名，其余值加前缀。"""
+        shared = {names.INPUT_IDS, names.PAST_LENS, names.LOGITS_POSITIONS, names.LOGITS, names.HIDDEN}
+        weights = {
+            name: initializer_name(f"{prefix}.{name}", self.config)
+            for name in block.inputs
+            if name not in ports and name not in shared
+        }
+        constants = {name: _constant_name(tensor) for name, tensor in block.constants.items()}
+        table = {**ports, **weights, **constants}
+
+        def rename(name: str) -> str:
+            return table.get(name) or (name if name in shared else f"{prefix}/{name}")
+
+        placed = block.renamed(rename)
+        self.constants.update(placed.constants)
+        for name, info in placed.value_info.items():
+            self.value_info.setdefault(name, info)
+        for index, (node, scope) in enumerate(zip(placed.nodes, placed.scopes, strict=True)):
+            node.name = f"{'.'.join(filter(None, (prefix, scope)))}/{node.op_type}_{index}"
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
+            if node.domain == DOMAIN and layer is not None:
+                self.sites.append(OpSite(layer, node.op_type, tuple(node.input), tuple(node.output)))
+        self.nodes.extend(placed.nodes)
+
+    def _model(self) -> onnx.ModelProto:
+        c = self.config
+        cache_type = _ONNX_TYPES[self.cache_dtype]
+        inputs = [
+            helper.make_tensor_value_info(names.INPUT_IDS, onnx.TensorProto.INT64, ["B", "S"]),
+            helper.make_tensor_value_info(names.PAST_LENS, onnx.TensorProto.INT64, ["B"]),
+            helper.make_tensor_value_info(names.LOGITS_POSITIONS, onnx.TensorProto.INT64, ["B", "L"]),
+        ]
+        outputs = [
+            helper.make_tensor_value_info(names.LOGITS, _ONNX_TYPES[self.dtype], ["B", "L", c.vocab_size]),
+            helper.make_tensor_value_info(names.HIDDEN, _ONNX_TYPES[self.dtype], ["B", "S", c.hidden_size]),
+        ]
+        for i in range(c.num_hidden_layers):
+            for cache, (heads, width) in self.caches:
+                for values, name in (
+                    (inputs, names.cache_input(cache, i)),
+                    (outputs, names.cache_output(cache, i)),
+                ):
+                    values.append(helper.make_tensor_value_info(name, cache_type, ["B", heads, "T", width]))
+        for name, recipe in self.recipes.items():
+            inputs.append(
+                helper.make_tensor_value_info(name, _ONNX_TYPES[TORCH_DTYPES[recipe.dtype]], list(recipe.shape))
+            )
+        declared = {value.name for value in (*inputs, *outputs)}
+        inner = [info for name, info in self.value_info.items() if name not in declared | self.constants.keys()]
+        graph = helper.make_graph(
+            self.nodes, "model", inputs, outputs, initializer=list(self.constants.values()), value_info=inner
+        )
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == DOMAIN for node in self.nodes):
+            opsets.append(helper.make_opsetid(DOMAIN, OPSET_VERSION))
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="dsx", ir_version=11)
+        assert all(node.op_type in OPS for node in self.nodes if node.domain == DOMAIN)
+        return model
+
+
+def _constant_name(tensor: onnx.TensorProto) -> str:
+    """按内容命名：各层的相同常量合并成一个。"""
+    content = tensor.raw_data + bytes(str((tensor.data_type, list(tensor.dims))), "ascii")
+    return f"constants/{hashlib.sha256(content).hexdigest()[:12]}"

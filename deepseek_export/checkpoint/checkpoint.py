@@ -1,0 +1,208 @@
+"""打开一个检查点：每个张量要么被用到恰好一次，要么在忽略表里；形状与 dtype 只凭文件头就能查清。"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deepseek_export.checkpoint.config import ModelConfig, load_model_config
+from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.errors import DsxError
+
+Shapes = dict[str, tuple[int, ...]]
+
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOATS = ("F32", "F16", "BF16")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# MTP 层里这两个张量只是主干的副本，检查点可以不带。
+_MTP_COPIES = frozenset({"embed_tokens.weight", "shared_head.head.weight"})
+_CHUNK = 64 << 20
+
+
+def expected_tensors(config: ModelConfig) -> Shapes:
+    """主干应有的全部张量，名字与 HF 检查点一致（专家逐个列出），不含 MTP 层。
+
+    Returns:
+        名字到形状；Linear 权重是 ``[out, in]``。``tie_word_embeddings`` 时不含 ``lm_head.weight``。
+    """
+    hidden, vocab = config.hidden_size, config.vocab_size
+    shapes: Shapes = {_EMBED: (vocab, hidden)}
+    for layer in range(config.num_hidden_layers):
+        shapes |= _decoder_layer(config, layer)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[_HEAD] = (vocab, hidden)
+    return shapes
+
+
+def expected_mtp_tensors(config: ModelConfig, index: int) -> Shapes:
+    """第 ``index`` 个 MTP 层应有的张量，编号接在主干之后：``model.layers.{num_hidden_layers + index}.*``。"""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    layer = config.num_hidden_layers + index
+    extra: Shapes = {
+        "enorm.weight": (hidden,),
+        "hnorm.weight": (hidden,),
+        "eh_proj.weight": (hidden, 2 * hidden),
+        "embed_tokens.weight": (vocab, hidden),
+        "shared_head.norm.weight": (hidden,),
+        "shared_head.head.weight": (vocab, hidden),
+    }
+    prefix = f"model.layers.{layer}."
+    return {prefix + name: shape for name, shape in extra.items()} | _decoder_layer(config, layer)
+
+
+def _decoder_layer(config: ModelConfig, layer: int) -> Shapes:
+    hidden, prefix = config.hidden_size, f"model.layers.{layer}."
+    shapes: Shapes = {
+        prefix + "input_layernorm.weight": (hidden,),
+        prefix + "post_attention_layernorm.weight": (hidden,),
+    }
+    shapes |= _attention(config, prefix + "self_attn.")
+    if not config.is_moe_layer(layer):
+        return shapes | _mlp(prefix + "mlp.", hidden, config.intermediate_size)
+    shapes[prefix + "mlp.gate.weight"] = (config.n_routed_experts, hidden)
+    if config.topk_method == "noaux_tc":
+        shapes[prefix + "mlp.gate.e_score_correction_bias"] = (config.n_routed_experts,)
+    for expert in range(config.n_routed_experts):
+        shapes |= _mlp(f"{prefix}mlp.experts.{expert}.", hidden, config.moe_intermediate_size)
+    if config.n_shared_experts:
+        width = config.moe_intermediate_size * config.n_shared_experts
+        shapes |= _mlp(prefix + "mlp.shared_experts.", hidden, width)
+    return shapes
+
+
+def _attention(config: ModelConfig, prefix: str) -> Shapes:
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    latent = config.latent_cache_values
+    shapes: Shapes = {}
+    if config.q_lora_rank is None:
+        shapes["q_proj.weight"] = (heads * config.qk_head_dim, hidden)
+    else:
+        shapes["q_a_proj.weight"] = (config.q_lora_rank, hidden)
+        shapes["q_a_layernorm.weight"] = (config.q_lora_rank,)
+        shapes["q_b_proj.weight"] = (heads * config.qk_head_dim, config.q_lora_rank)
+    shapes["kv_a_proj_with_mqa.weight"] = (latent, hidden)
+    shapes["kv_a_layernorm.weight"] = (rank,)
+    shapes["kv_b_proj.weight"] = (heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
+    shapes["o_proj.weight"] = (hidden, heads * config.v_head_dim)
+    if config.attention_bias:
+        if config.q_lora_rank is not None:
+            shapes["q_a_proj.bias"] = (config.q_lora_rank,)
+        shapes["kv_a_proj_with_mqa.bias"] = (latent,)
+        shapes["o_proj.bias"] = (hidden,)
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def _mlp(prefix: str, hidden: int, width: int) -> Shapes:
+    return {
+        prefix + "gate_proj.weight": (width, hidden),
+        prefix + "up_proj.weight": (width, hidden),
+        prefix + "down_proj.weight": (hidden, width),
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """一个核对过的检查点；打开时不读权重。
+
+    Attributes:
+        path: 目录。
+        config: ``config.json`` 的类型化视图。
+        store: 张量的只读视图。
+        mtp_tensors: MTP 层的张量名，按字典序；没有就是空。
+        ignored: 已知无用、故意不读的张量名。
+    """
+
+    path: Path
+    config: ModelConfig
+    store: TensorStore
+    mtp_tensors: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """打开并核对一个 HF 检查点目录。
+
+        Raises:
+            DsxError: ``DSX-E101`` 目录不存在或没有权重；``DSX-E111`` 缺张量；``DSX-E112`` 多张量；
+                ``DSX-E113`` 形状不符；``DSX-E114`` dtype 不支持；``DSX-E117`` 声明共享词嵌入，
+                ``lm_head`` 却与它不同；配置与文件的错误见 ``load_model_config``、``TensorStore.open``。
+        """
+        path = Path(path)
+        if not path.is_dir():
+            got = "不是目录" if path.exists() else "不存在"
+            raise DsxError("DSX-E101", f"检查点目录 {path} {got}", "给出含 config.json 与 safetensors 的目录")
+        config = load_model_config(path / "config.json")
+        store = TensorStore.open(path)
+        expected = expected_tensors(config)
+        ignored = [name for name in store.names if name.endswith("rotary_emb.inv_freq")]
+        if config.tie_word_embeddings and _HEAD in store:
+            ignored.append(_HEAD)
+        extras = set(store.names) - set(expected) - set(ignored)
+        groups: dict[int, set[str]] = {}
+        for name in extras:
+            match = _LAYER.match(name)
+            index = int(match[1]) - config.num_hidden_layers if match else -1
+            groups.setdefault(index if 0 <= index < max(config.num_mtp_layers, 1) else -1, set()).add(name)
+        unknown, mtp, missing = groups.pop(-1, set()), Shapes(), expected.keys() - set(store.names)
+        for index, present in groups.items():
+            wanted = expected_mtp_tensors(config, index)
+            prefix = f"model.layers.{config.num_hidden_layers + index}."
+            unknown |= present - wanted.keys()
+            if not present & wanted.keys():
+                continue
+            missing |= wanted.keys() - present - {prefix + name for name in _MTP_COPIES}
+            mtp |= {name: shape for name, shape in wanted.items() if name in present}
+        _check_dtypes(store, ignored)
+        if missing:
+            todo = "重新下载检查点，或确认 config.json 与权重是同一个模型"
+            raise DsxError("DSX-E111", f"{path} 缺少 {len(missing)} 个张量：{_listed(missing)}", todo)
+        if unknown:
+            todo = "dsx 不知道怎么用它们，所以不敢丢弃；确认 config.json 与权重是同一个模型"
+            raise DsxError("DSX-E112", f"{path} 多出 {len(unknown)} 个张量：{_listed(unknown)}", todo)
+        _check_shapes(store, expected | mtp)
+        if _HEAD in ignored:
+            _check_tied(store)
+        return cls(path, config, store, tuple(sorted(mtp)), tuple(sorted(ignored)))
+
+
+def _listed(names: Iterable[str]) -> str:
+    """最多列五个名字。"""
+    ordered = sorted(names)
+    return "、".join(ordered[:5]) + (" 等" if len(ordered) > 5 else "")
+
+
+def _check_dtypes(store: TensorStore, ignored: Iterable[str]) -> None:
+    for name in sorted(set(store.names) - set(ignored)):
+        if store[name].dtype not in _FLOATS:
+            todo = f"支持的 dtype：{'、'.join(_FLOATS)}；FP8 检查点请先反量化成 BF16"
+            raise DsxError("DSX-E114", f"张量 {name} 的 dtype 是 {store[name].dtype}", todo)
+
+
+def _check_shapes(store: TensorStore, expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if store[name].shape != shape:
+            what = f"张量 {name} 的形状是 {list(store[name].shape)}，按 config.json 应为 {list(shape)}"
+            raise DsxError("DSX-E113", what, "确认 config.json 与权重是同一个模型")
+
+
+def _check_tied(store: TensorStore) -> None:
+    """共享词嵌入时，多带的 ``lm_head.weight`` 必须与词嵌入逐字节相同；分块比较，不占整块内存。"""
+    head, embed = store[_HEAD], store[_EMBED]
+    same = (head.dtype, head.shape) == (embed.dtype, embed.shape)
+    if same:
+        left, right = (store.read(name).reshape(-1).view(np.uint8) for name in (_HEAD, _EMBED))
+        same = all(
+            np.array_equal(left[start : start + _CHUNK], right[start : start + _CHUNK])
+            for start in range(0, left.size, _CHUNK)
+        )
+    if not same:
+        raise DsxError(
+            "DSX-E117",
+            f"config.json 说 tie_word_embeddings=true，但 {_HEAD} 与 {_EMBED} 不同",
+            "若输出层确实独立，把 tie_word_embeddings 改成 false；否则删掉多余的 lm_head.weight",
+        )

@@ -1,0 +1,241 @@
+"""config.json → :class:`ModelConfig`。
+
+拿不准就拒绝：``model_type`` 走白名单，每个字段要么被读取，要么在可忽略表里，要么必须等于固定值；
+其余字段一律报错并点名。语义以 transformers 5.24 的 deepseek_v2 / deepseek_v3 为准；
+它与 DeepSeek 原版代码有分歧的取值直接拒绝。
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from deepseek_export.checkpoint.families import (
+    CONSUMED_KEYS,
+    DERIVED_KEYS,
+    FAMILIES,
+    FIXED_KEYS,
+    IGNORED_KEYS,
+    Family,
+    RopeLayout,
+)
+from deepseek_export.checkpoint.fields import MAX_DIM, Fields, unique_object
+from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse_rope, yarn_mscale
+from deepseek_export.errors import DsxError
+
+_MAX_LAYERS, _MAX_EXPERTS = 1024, 4096
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``config.json`` 的类型化视图；字段名沿用 DeepSeek 的叫法，字段间的一致性在解析时已经查过。"""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rms_norm_eps: float
+    attention_bias: bool
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    rope: RopeConfig
+    rope_layout: RopeLayout
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    first_k_dense_replace: int
+    scoring_func: Literal["softmax", "sigmoid"]
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"]
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    num_mtp_layers: int
+    dtype: Literal["float32", "float16", "bfloat16"]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """每个头 q/k 的宽度：``qk_nope_head_dim + qk_rope_head_dim``。"""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """第 ``layer`` 层（从 0 数，MTP 层接着往后数）是不是 MoE 层。"""
+        return layer >= self.first_k_dense_replace
+
+    @property
+    def num_moe_layers(self) -> int:
+        """主干里 MoE 层的数目，不含 MTP 层。"""
+        return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
+
+    @property
+    def softmax_scale(self) -> float:
+        """注意力分数的缩放：``qk_head_dim**-0.5``，yarn 再乘 ``(0.1·mscale_all_dim·ln factor + 1)²``。"""
+        scale = self.qk_head_dim**-0.5
+        if self.rope.rope_type == "yarn" and self.rope.mscale_all_dim:
+            scale *= yarn_mscale(self.rope.factor, self.rope.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def group_score(self) -> Literal["none", "max", "top2_sum"]:
+        """专家组的打分方式，由 ``topk_method`` 决定。"""
+        table = {"greedy": "none", "group_limited_greedy": "max", "noaux_tc": "top2_sum"}
+        return cast(Literal["none", "max", "top2_sum"], table[self.topk_method])
+
+    @property
+    def latent_cache_values(self) -> int:
+        """潜缓存每 token 每层的元素数。"""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def expanded_cache_values(self) -> int:
+        """展开成逐头 K/V 后每 token 每层的元素数。"""
+        return self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
+
+
+def load_model_config(path: Path) -> ModelConfig:
+    """读一个 ``config.json``。
+
+    Args:
+        path: ``config.json`` 的路径，或它所在的目录。
+
+    Raises:
+        DsxError: ``DSX-E102`` 文件不存在、不是合法 JSON、顶层不是对象或键重复；
+            其余见 :func:`parse_model_config`。
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_object)
+    except OSError as error:
+        raise DsxError(
+            "DSX-E102", f"打不开 {file}：{error.strerror}", "确认检查点目录里有 config.json"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DsxError(
+            "DSX-E102", f"{file} 不是合法的 JSON：{error}", "重新下载或改正 config.json"
+        ) from error
+    if not isinstance(data, dict):
+        raise DsxError("DSX-E102", f"{file} 的顶层是 {type(data).__name__}，应为对象", "重新下载 config.json")
+    return parse_model_config(data, str(file))
+
+
+def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
+    """把 HF 风格的配置字典变成 :class:`ModelConfig`；不读文件。
+
+    Args:
+        data: ``config.json`` 的内容，旧式 ``rope_scaling`` 与 transformers 5 的 ``rope_parameters`` 都认。
+        where: 来源，写进报错。
+
+    Raises:
+        DsxError: ``DSX-E103`` model_type；``E104`` 未知字段；``E105`` 取值；``E106`` 缺字段；``E107`` rope；
+            ``E108`` 量化；``E109`` 路由。
+    """
+    name = data.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        got = "没有 model_type" if name is None else f"model_type 是 {name!r}"
+        raise DsxError("DSX-E103", f"{where} {got}", f"支持的 model_type：{'、'.join(FAMILIES)}")
+    family = FAMILIES[name]
+    f = Fields({family.aliases.get(key, key): value for key, value in data.items()}, where)
+    for alias, key in family.aliases.items():
+        if alias in data and key in data:
+            Fields(data, where).must_equal(alias, data[key])
+    f.refuse_unknown(CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | family.extra_keys)
+    if (quant := f.data.get("quantization_config")) is not None:
+        method = quant.get("quant_method") if isinstance(quant, dict) else quant
+        todo = "换用 BF16 / FP16 / FP32 的检查点，或先反量化再导出"
+        raise DsxError("DSX-E108", f"{where} 的 quantization_config.quant_method 是 {method!r}", todo)
+    for key, only in FIXED_KEYS.items():
+        f.must_equal(key, only)
+    heads = f.integer("num_attention_heads")
+    nope, rope_dim = f.integer("qk_nope_head_dim"), f.integer("qk_rope_head_dim")
+    f.must_equal("num_key_value_heads", heads)
+    f.must_equal("qk_head_dim", nope + rope_dim)
+    f.must_equal("head_dim", rope_dim, nope + rope_dim)
+    if rope_dim % 2:
+        raise f.bad("qk_rope_head_dim", "偶数")
+    interleave = "rope_interleave" not in family.extra_keys or f.boolean("rope_interleave", default=True)
+    length = f.integer("max_position_embeddings", high=MAX_LENGTH)
+    dtype_key = "dtype" if f.data.get("dtype") is not None else "torch_dtype"
+    if len({f.data[key] for key in ("dtype", "torch_dtype") if isinstance(f.data.get(key), str)}) > 1:
+        raise f.bad("dtype", f"与 torch_dtype（{f.data['torch_dtype']!r}）一致")
+    eos = f.data.get("eos_token_id")
+    eos_list = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int and 0 <= token < MAX_DIM for token in eos_list):
+        raise f.bad("eos_token_id", "非负整数、非负整数列表或 null")
+    has_mtp = f.data.get("num_nextn_predict_layers") is not None
+    return ModelConfig(
+        family=name,
+        vocab_size=f.integer("vocab_size"),
+        hidden_size=f.integer("hidden_size"),
+        intermediate_size=f.integer("intermediate_size"),
+        moe_intermediate_size=f.integer("moe_intermediate_size"),
+        num_hidden_layers=f.integer("num_hidden_layers", high=_MAX_LAYERS),
+        num_attention_heads=heads,
+        q_lora_rank=f.optional_integer("q_lora_rank", low=1, required=True),
+        kv_lora_rank=f.integer("kv_lora_rank"),
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rope_dim,
+        v_head_dim=f.integer("v_head_dim"),
+        rms_norm_eps=f.positive("rms_norm_eps"),
+        attention_bias=f.boolean("attention_bias"),
+        tie_word_embeddings=f.boolean("tie_word_embeddings"),
+        max_position_embeddings=length,
+        rope=parse_rope(f, length),
+        rope_layout=family.rope_layout if interleave else "half",
+        n_shared_experts=f.optional_integer("n_shared_experts", required=True, high=_MAX_EXPERTS) or 0,
+        first_k_dense_replace=f.integer("first_k_dense_replace", low=0),
+        num_mtp_layers=f.integer("num_nextn_predict_layers", low=0, high=_MAX_LAYERS) if has_mtp else 0,
+        dtype=cast(Any, f.choice(dtype_key, ("float32", "float16", "bfloat16"))),
+        bos_token_id=f.optional_integer("bos_token_id"),
+        eos_token_ids=tuple(eos_list),
+        pad_token_id=f.optional_integer("pad_token_id", low=-1),
+        **_parse_routing(f, family),
+    )
+
+
+def _parse_routing(f: Fields, family: Family) -> dict[str, Any]:
+    """读路由字段并查一致性；一切问题都是 ``DSX-E109``（专家数本身除外）。"""
+    code = "DSX-E109"
+    experts = f.integer("n_routed_experts", high=_MAX_EXPERTS)
+    top_k = f.integer("num_experts_per_tok", code=code)
+    method = f.choice("topk_method", family.topk_methods, family.topk_methods[0], code)
+    scoring = f.choice("scoring_func", (family.scoring_func,), family.scoring_func, code)
+    norm = f.boolean("norm_topk_prob", default=None if family.honours_norm_topk_prob else False, code=code)
+    if norm and not family.honours_norm_topk_prob:
+        only = " false，因为 transformers 忽略它，DeepSeek 原版代码却会归一化，两边结果不同"
+        raise f.bad("norm_topk_prob", only, code)
+    groups = chosen = 1
+    if method != "greedy":
+        groups, chosen = f.integer("n_group", code=code), f.integer("topk_group", code=code)
+        if experts % groups:
+            raise f.bad("n_group", f"能整除 n_routed_experts（{experts}）的数", code)
+        if chosen > groups:
+            raise f.bad("topk_group", f"不超过 n_group（{groups}）", code)
+        if method == "noaux_tc" and experts // groups < 2:
+            raise f.bad(
+                "n_group", f"每组至少两个专家（n_routed_experts 是 {experts}）：组分是前两名之和", code
+            )
+    if top_k > chosen * (experts // groups):
+        raise f.bad("num_experts_per_tok", f"不超过可选专家数 {chosen * (experts // groups)}", code)
+    return {
+        "n_routed_experts": experts,
+        "num_experts_per_tok": top_k,
+        "scoring_func": scoring,
+        "topk_method": method,
+        "n_group": groups,
+        "topk_group": chosen,
+        "norm_topk_prob": norm,
+        "routed_scaling_factor": f.positive("routed_scaling_factor", code=code),
+    }

@@ -1,0 +1,87 @@
+"""模型家族白名单，以及 config.json 字段的分类表：只有数据，没有逻辑。"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+RopeLayout = Literal["interleaved", "deinterleaved", "half"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """一个 ``model_type`` 与其他家族的全部差别；架构相同的新家族只需再加一行数据。"""
+
+    rope_layout: RopeLayout  # rope_interleave 缺省时的布局
+    scoring_func: str
+    topk_methods: tuple[str, ...]  # 第一个是缺省值
+    honours_norm_topk_prob: bool
+    extra_keys: frozenset[str]  # 只有这个家族才认的字段
+    aliases: Mapping[str, str]  # config.json 里的别名 -> 正名
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "deepseek_v2": Family(
+            rope_layout="interleaved",
+            scoring_func="softmax",
+            topk_methods=("greedy", "group_limited_greedy"),
+            honours_norm_topk_prob=False,
+            extra_keys=frozenset(),
+            aliases={"num_experts": "n_routed_experts"},
+        ),
+        "deepseek_v3": Family(
+            rope_layout="deinterleaved",
+            scoring_func="sigmoid",
+            topk_methods=("noaux_tc",),
+            honours_norm_topk_prob=True,
+            extra_keys=frozenset({"rope_interleave", "num_nextn_predict_layers"}),
+            aliases={
+                "num_local_experts": "n_routed_experts",
+                "num_mtp_layers": "num_nextn_predict_layers",
+            },
+        ),
+    }
+)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+CONSUMED_KEYS = _words(
+    "model_type vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
+    "num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rms_norm_eps "
+    "attention_bias tie_word_embeddings max_position_embeddings rope_theta rope_scaling rope_parameters "
+    "n_routed_experts n_shared_experts num_experts_per_tok first_k_dense_replace scoring_func topk_method "
+    "n_group topk_group norm_topk_prob routed_scaling_factor dtype torch_dtype bos_token_id eos_token_id "
+    "pad_token_id quantization_config"
+)
+# 不影响推理结果：训练超参、HF 的记账字段、输出选项。
+IGNORED_KEYS = _words(
+    "architectures auto_map transformers_version initializer_range use_cache attention_dropout seq_aux "
+    "aux_loss_alpha ep_size output_router_logits _name_or_path name_or_path _attn_implementation "
+    "_attn_implementation_autoset attn_implementation return_dict output_attentions output_hidden_states "
+    "chunk_size_feed_forward id2label label2id problem_type task_specific_params finetuning_task "
+    "tokenizer_class prefix torchscript use_bfloat16 _commit_hash"
+)
+# 只支持一个取值；None 与缺省等同。
+FIXED_KEYS: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden_act": "silu",
+        "moe_layer_freq": 1,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "is_encoder_decoder": False,
+        "add_cross_attention": False,
+        "pruned_heads": {},
+    }
+)
+DERIVED_KEYS = frozenset({"num_key_value_heads", "head_dim", "qk_head_dim"})  # 必须与其他字段一致
+ROPE_KEYS = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor"})
+YARN_KEYS = _words(
+    "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor "
+    "truncate"
+)

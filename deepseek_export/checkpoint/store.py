@@ -1,0 +1,253 @@
+"""safetensors 的只读视图：自己解析文件头并严格核对，权重按需映射，不拷贝、不碰 pickle。"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_export.checkpoint.fields import unique_object
+from deepseek_export.errors import DsxError
+
+MAX_HEADER = 100 << 20
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        "BOOL": np.dtype(np.bool_),
+        "U8": np.dtype(np.uint8),
+        "I8": np.dtype(np.int8),
+        "U16": np.dtype(np.uint16),
+        "I16": np.dtype(np.int16),
+        "U32": np.dtype(np.uint32),
+        "I32": np.dtype(np.int32),
+        "U64": np.dtype(np.uint64),
+        "I64": np.dtype(np.int64),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F32": np.dtype(np.float32),
+        "F64": np.dtype(np.float64),
+    }
+)
+_REDOWNLOAD = "重新下载这个文件，并核对大小与 SHA-256"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """一个张量在磁盘上的样子。
+
+    Attributes:
+        name: 检查点里的名字。
+        dtype: safetensors 的标签，例如 ``"BF16"``。
+        shape: 形状；标量是 ``()``。
+        file: 所在文件。
+        offset: 数据在文件里的绝对起点（字节）。
+        nbytes: 数据长度（字节）。
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    size: int
+    header_sha256: str
+    specs: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class TensorStore:
+    """一个检查点目录里的全部张量；只有 :meth:`read` 才会碰数据，且每个文件只映射一次。"""
+
+    directory: Path
+    _shards: tuple[_Shard, ...]
+    _specs: Mapping[str, TensorSpec]
+    _maps: dict[Path, np.memmap] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: Path) -> TensorStore:
+        """读全部文件头并核对；有索引就以索引为准，否则读 ``model.safetensors``。
+
+        Raises:
+            DsxError: ``DSX-E101`` 没有 safetensors 权重；``DSX-E110`` 文件头或长度不对、张量重复；
+                ``DSX-E118`` 索引与分片不一致。
+        """
+        index = directory / INDEX_NAME
+        if index.is_file():
+            weight_map = _read_index(index)
+            names = sorted(set(weight_map.values()))
+        elif (directory / SINGLE_NAME).is_file():
+            weight_map, names = None, [SINGLE_NAME]
+        else:
+            pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")])
+            found = f"，只有 {pickled[0].name} 这类 pickle 文件，dsx 不读 pickle" if pickled else ""
+            raise DsxError(
+                "DSX-E101",
+                f"{directory} 里既没有 {SINGLE_NAME} 也没有 {INDEX_NAME}{found}",
+                "换用 safetensors 格式的检查点，或先用 transformers 的 save_pretrained 转存",
+            )
+        for name in names:
+            if not (directory / name).is_file():
+                todo = "补齐分片，或重新下载整个检查点"
+                raise DsxError("DSX-E118", f"{index} 提到的分片 {name} 不存在", todo)
+        shards = tuple(_read_shard(directory / name) for name in names)
+        specs: dict[str, TensorSpec] = {}
+        for shard in shards:
+            for name, spec in shard.specs.items():
+                if name in specs:
+                    what = f"张量 {name} 同时出现在 {specs[name].file.name} 和 {shard.path.name}"
+                    raise DsxError("DSX-E110", what, "重新下载检查点，不要混放两个版本的分片")
+                specs[name] = spec
+        if weight_map is not None:
+            _check_index(index, weight_map, specs)
+        return cls(directory, shards, MappingProxyType(specs))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """全部张量名，按字典序。"""
+        return tuple(sorted(self._specs))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._specs[name]
+
+    def spec(self, name: str) -> TensorSpec:
+        """张量的元数据；没有这个名字时抛 ``KeyError``（属于 dsx 的缺陷）。"""
+        return self._specs[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """取一个张量的只读视图，不拷贝。
+
+        Returns:
+            形状为 ``spec(name).shape`` 的数组；BF16 与 FP8 用 ml_dtypes 的类型。
+
+        Raises:
+            DsxError: ``DSX-E110`` 打开之后文件又变短了。
+        """
+        spec = self._specs[name]
+        dtype = NUMPY_DTYPES[spec.dtype]
+        if spec.nbytes == 0:
+            empty: np.ndarray = np.empty(spec.shape, dtype)
+            empty.setflags(write=False)
+            return empty
+        if spec.file not in self._maps:
+            self._maps[spec.file] = np.memmap(spec.file, dtype=np.uint8, mode="r")
+        raw = self._maps[spec.file][spec.offset : spec.offset + spec.nbytes].view(np.ndarray)
+        if raw.size != spec.nbytes:
+            raise DsxError("DSX-E110", f"{spec.file} 在读取 {name} 时变短了", "不要在导出期间改动检查点")
+        return raw.view(dtype).reshape(spec.shape)
+
+    def fingerprint(self) -> dict[str, list[dict[str, Any]]]:
+        """检查点的身份：每个文件的名字、大小、文件头的 SHA-256；可写成 JSON，不含时间戳。"""
+        files = [
+            {"name": s.path.name, "size": s.size, "header_sha256": s.header_sha256} for s in self._shards
+        ]
+        return {"files": files}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """读索引的 ``weight_map``；分片名必须是同目录下的普通文件名。"""
+    todo = "重新下载索引文件"
+    try:
+        data = json.loads(index.read_bytes(), object_pairs_hook=unique_object)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DsxError("DSX-E118", f"{index} 读不了：{error}", todo) from error
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DsxError("DSX-E118", f"{index} 里没有 weight_map", todo)
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0:")
+        if not plain:
+            what = f"{index} 把 {name} 指到 {file!r}，分片必须是同目录下的 .safetensors 文件"
+            raise DsxError("DSX-E118", what, todo)
+    return weight_map
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
+    """索引与各分片的文件头必须逐个名字对得上。"""
+    for name in sorted(weight_map.keys() | specs.keys()):
+        claimed = weight_map.get(name)
+        actual = specs[name].file.name if name in specs else None
+        if claimed != actual:
+            what = f"张量 {name}：索引说在 {claimed or '（没有）'}，实际在 {actual or '（没有）'}"
+            raise DsxError("DSX-E118", f"{index} 与分片不一致。{what}", "重新下载索引和分片，保证同一版本")
+
+
+def _read_shard(path: Path) -> _Shard:
+    """读一个文件的头部；数据区必须被各张量首尾相接、恰好铺满。"""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise _broken(path, f"文件头长度是 {length}，文件共 {size} 字节")
+            header = stream.read(length)
+    except OSError as error:
+        raise _broken(path, f"打不开：{error.strerror}") from error
+    try:
+        entries = json.loads(header, object_pairs_hook=unique_object)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"文件头不是合法的 JSON：{error}") from error
+    if len(header) != length or not isinstance(entries, dict):
+        raise _broken(path, "文件头不是 JSON 对象")
+    if not isinstance(entries.pop("__metadata__", {}), dict):
+        raise _broken(path, "__metadata__ 不是对象")
+    specs = {name: _parse_entry(path, name, entry, 8 + length) for name, entry in entries.items()}
+    end = 8 + length
+    for spec in sorted(specs.values(), key=lambda s: (s.offset, s.nbytes)):
+        if spec.offset != end:
+            raise _broken(path, f"张量 {spec.name} 从第 {spec.offset} 字节开始，应从第 {end} 字节开始")
+        end += spec.nbytes
+    if end != size:
+        raise _broken(path, f"文件头描述了 {end} 字节，文件实际有 {size} 字节")
+    return _Shard(path, size, hashlib.sha256(prefix + header).hexdigest(), MappingProxyType(specs))
+
+
+def _parse_entry(path: Path, name: str, entry: Any, base: int) -> TensorSpec:
+    """核对文件头里的一个张量；``base`` 是数据区的起点。"""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _broken(path, f"张量 {name} 的描述不完整或有多余字段")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
+        raise _broken(path, f"张量 {name} 的 dtype 是 {dtype!r}，不是 dsx 认识的 safetensors 类型")
+    if not _is_sizes(shape) or len(shape) > 32 or math.prod(dim or 1 for dim in shape) > 1 << 60:
+        raise _broken(path, f"张量 {name} 的形状是 {shape!r}")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise _broken(path, f"张量 {name} 的 data_offsets 是 {offsets!r}")
+    nbytes, needed = offsets[1] - offsets[0], math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    if nbytes != needed:
+        raise _broken(path, f"张量 {name} 占 {nbytes} 字节，按 {dtype} {shape} 应为 {needed} 字节")
+    return TensorSpec(name, dtype, tuple(shape), path, base + offsets[0], nbytes)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _broken(path: Path, what: str) -> DsxError:
+    return DsxError("DSX-E110", f"{path}：{what}", _REDOWNLOAD)

@@ -1,0 +1,74 @@
+"""错误码：dsx 对用户错误的唯一出口。
+
+用户错误一律抛 :class:`DsxError`；命令行把它印成三行（码、出了什么事、怎么办），退出码 1，不带 traceback。
+dsx 自身的缺陷不用这个类，traceback 原样保留。码一经发布就不改号、不复用，便于搜索。
+
+编号按层分段：0xx 配置方案，1xx 检查点，2xx 捕获，3xx pass，4xx bundle，5xx 运行时，6xx 对齐校验，7xx 命令行与环境。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+ERRORS: Mapping[str, str] = MappingProxyType(
+    {
+        # 0xx：OptimizationProfile
+        "DSX-E001": "未知的优化方案",
+        "DSX-E002": "方案里有未知的键",
+        "DSX-E003": "方案的键取了不允许的值",
+        "DSX-E004": "方案的组合不成立",
+        "DSX-E005": "方案文件读不了",
+        "DSX-E006": "这一版 dsx 还不支持该功能",
+        # 1xx：检查点
+        "DSX-E101": "检查点目录不完整",
+        "DSX-E102": "config.json 读不了",
+        "DSX-E103": "不支持的 model_type",
+        "DSX-E104": "config.json 里有 dsx 不认识的字段",
+        "DSX-E105": "config.json 的字段取值不支持",
+        "DSX-E106": "config.json 缺少必需的字段",
+        "DSX-E107": "不支持的 rope 类型",
+        "DSX-E108": "不支持的量化方式",
+        "DSX-E109": "路由字段不支持",
+        "DSX-E110": "safetensors 文件已损坏或被截断",
+        "DSX-E111": "检查点缺少张量",
+        "DSX-E112": "检查点多出张量",
+        "DSX-E113": "张量形状不符",
+        "DSX-E114": "张量 dtype 不支持",
+        "DSX-E115": "权重里有 NaN 或 Inf",
+        "DSX-E116": "权重超出目标 dtype 的范围",
+        "DSX-E117": "tie_word_embeddings 与检查点内容矛盾",
+        "DSX-E118": "索引文件与分片不一致",
+        # 5xx：运行时
+        "DSX-E501": "分词器文件读不了",
+        "DSX-E502": "没有聊天模板",
+        "DSX-E503": "聊天模板渲染失败",
+        "DSX-E504": "采样参数取值不允许",
+        "DSX-E505": "logits 里没有可用的最大值",
+        "DSX-E506": "缓存超出模型的最大长度",
+        "DSX-E507": "模型加载失败",
+        "DSX-E508": "模型的输入输出不符合约定",
+        "DSX-E509": "token id 超出词表",
+        "DSX-E510": "提示词为空",
+        "DSX-E511": "提示词过长",
+        "DSX-E512": "生成参数取值不允许",
+        "DSX-E513": "ONNX Runtime 执行失败",
+    }
+)
+
+
+class DsxError(Exception):
+    """用户能自己解决的错误。
+
+    Args:
+        code: :data:`ERRORS` 里的码，例如 ``"DSX-E103"``。
+        what: 出了什么事，必须带上出错的值和位置（中文）。
+        todo: 下一步怎么办（中文）。
+
+    Raises:
+        KeyError: ``code`` 不在 :data:`ERRORS` 里，属于 dsx 的缺陷。
+    """
+
+    def __init__(self, code: str, what: str, todo: str) -> None:
+        self.code, self.title, self.what, self.todo = code, ERRORS[code], what, todo
+        super().__init__(f"{code} {self.title}\n  {what}\n  建议：{todo}")

@@ -1,0 +1,124 @@
+"""把契约表登记到 torch 与 onnx：``torch.ops.dsx.*``、``onnx.defs`` 的 schema、torch → ONNX 的翻译表。
+
+导入本模块即完成登记（只登记一次）；需要 torch，所以只由 reference 及以上各层导入。
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnx import defs
+from onnxscript import values
+
+from deepseek_export.ops import mla_attention as mla
+from deepseek_export.ops import moe_experts, moe_gate
+from deepseek_export.ops.table import (
+    DOMAIN,
+    MLA_ATTENTION,
+    MOE_EXPERTS,
+    MOE_GATE,
+    OPS,
+    OPSET_VERSION,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    TYPE_CONSTRAINTS,
+    OpSpec,
+)
+
+_EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    MLA_ATTENTION.name: (mla.mla_attention, mla.fake),
+    MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),
+    MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),
+}
+_ATTRIBUTE_TYPES = {
+    "int": defs.OpSchema.AttrType.INT,
+    "float": defs.OpSchema.AttrType.FLOAT,
+    "str": defs.OpSchema.AttrType.STRING,
+}
+_PYTHON_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+_LIBRARY = torch.library.Library(DOMAIN, "DEF")
+
+
+def onnx_schema(spec: OpSpec) -> defs.OpSchema:
+    """契约表的一行 → ``onnx.defs.OpSchema``。
+
+    ``plugin_namespace``/``plugin_version`` 声明为可选属性：TensorRT 靠它们找插件，而 ``onnx.checker`` 会拒绝未声明的属性。
+    """
+    parameter, attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
+    used = {port.type for port in (*spec.inputs, *spec.outputs)}
+    attributes = [attribute(a.name, _ATTRIBUTE_TYPES[a.kind], required=True) for a in spec.attributes]
+    attributes += [
+        attribute(name, defs.OpSchema.AttrType.STRING, required=False)
+        for name in ("plugin_namespace", "plugin_version")
+    ]
+    return defs.OpSchema(
+        spec.name,
+        DOMAIN,
+        OPSET_VERSION,
+        doc=spec.doc,
+        inputs=[parameter(port.name, port.type) for port in spec.inputs],
+        outputs=[parameter(port.name, port.type) for port in spec.outputs],
+        type_constraints=[(name, list(types), "") for name, types in TYPE_CONSTRAINTS.items() if name in used],
+        attributes=attributes,
+    )
+
+
+def _make_translation(spec: OpSpec) -> Callable[..., Any]:
+    """torch 算子 → 一个 ``dsx::`` 节点。
+
+    exporter 靠形参名与注解区分输入和属性，所以把契约表里的签名挂在函数上。
+    """
+    # schema 告诉 exporter 有几个输出；没有它，多输出算子的 getitem 会越界。
+    node = values.Op(values.Opset(DOMAIN, OPSET_VERSION), spec.name, onnx_schema(spec))
+    names = [port.name for port in spec.inputs]
+    annotations = {a.name: _PYTHON_TYPES[a.kind] for a in spec.attributes}
+
+    def translate(*args, **kwargs):
+        inputs, attributes = args[: len(names)], dict(zip(annotations, args[len(names) :], strict=False))
+        plugin = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
+        return node(*inputs, **attributes, **kwargs, **plugin)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in names]
+    parameters += [inspect.Parameter(name, kind, annotation=t) for name, t in annotations.items()]
+    translate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    translate.__annotations__ = annotations
+    return translate
+
+
+_ONNX = values.Opset("", 24)
+_TENSOR_SCATTER = values.Op(_ONNX, "TensorScatter", defs.get_schema("TensorScatter", 24))
+_TOP_K = values.Op(_ONNX, "TopK", defs.get_schema("TopK", 24))
+_CONSTANT = values.Op(_ONNX, "Constant", defs.get_schema("Constant", 24))
+
+
+def _translate_tensor_scatter(past_cache, update, write_indices):
+    return _TENSOR_SCATTER(past_cache, update, write_indices)
+
+
+def _translate_top_k(x, k: int):
+    return _TOP_K(x, _CONSTANT(value_ints=[k]), axis=-1, largest=1, sorted=1)
+
+
+def _register(spec: OpSpec) -> None:
+    eager, fake = _EAGER[spec.name]
+    _LIBRARY.define(spec.torch_schema)
+    _LIBRARY.impl(spec.torch_name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{DOMAIN}::{spec.torch_name}", fake, lib=_LIBRARY)
+    defs.register_schema(onnx_schema(spec))
+
+
+for _spec in OPS.values():
+    _register(_spec)
+
+#: ``torch.onnx.export(custom_translation_table=...)`` 的内容。
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    getattr(torch.ops.dsx, spec.torch_name).default: _make_translation(spec) for spec in OPS.values()
+}
+TRANSLATIONS[torch.ops.dsx_std.tensor_scatter.default] = _translate_tensor_scatter
+TRANSLATIONS[torch.ops.dsx_std.top_k.default] = _translate_top_k
+
+__all__ = ["TRANSLATIONS", "onnx_schema"]

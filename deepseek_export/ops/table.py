@@ -1,0 +1,143 @@
+"""算子契约的唯一一张表。
+
+torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creator、ONNX Runtime kernel 都由这张表导出，
+别处不再拼写算子名、输入次序或属性名。这里不导入 torch。
+
+维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
+``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
+``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+DOMAIN = "dsx"
+OPSET_VERSION = 1
+PLUGIN_NAMESPACE = "dsx"
+PLUGIN_VERSION = "1"
+
+TypeVar = Literal["T", "C", "I64", "I32", "F32"]
+
+#: 类型变量 → 允许的 ONNX 类型。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）。
+TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
+    {
+        "T": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
+        "C": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
+        "I64": ("tensor(int64)",),
+        "I32": ("tensor(int32)",),
+        "F32": ("tensor(float)",),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """算子的一个输入或输出：名字、类型变量、具名维度。"""
+
+    name: str
+    type: TypeVar
+    dims: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """算子的一个属性；TensorRT 插件字段只认 int32 / float32 / str，所以只有这三种。"""
+
+    name: str
+    kind: Literal["int", "float", "str"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """一个算子的契约。
+
+    Attributes:
+        name: ONNX ``op_type``，也是 TensorRT 插件名。
+        torch_name: ``torch.ops.dsx`` 下的名字。
+        inputs: 次序与个数固定；插件不接受可选输入，权重一律走输入而不是属性。
+        outputs: 次序与个数固定。
+        attributes: 次序固定。
+        doc: 一句话语义，写进 ``OpSchema``。
+    """
+
+    name: str
+    torch_name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    attributes: tuple[Attribute, ...]
+    doc: str
+
+    @property
+    def torch_schema(self) -> str:
+        """``torch.library.define`` 用的签名，例如 ``mla_attention(Tensor q_nope, ..., float scale) -> (Tensor, Tensor)``。"""
+        arguments = [f"Tensor {port.name}" for port in self.inputs]
+        arguments += [f"{attribute.kind} {attribute.name}" for attribute in self.attributes]
+        results = ", ".join("Tensor" for _ in self.outputs)
+        return f"{self.torch_name}({', '.join(arguments)}) -> {f'({results})' if len(self.outputs) > 1 else results}"
+
+
+MLA_ATTENTION = OpSpec(
+    name="MlaAttention",
+    torch_name="mla_attention",
+    inputs=(
+        Port("q_nope", "T", ("B", "S", "H", "dn")),
+        Port("q_pe", "T", ("B", "S", "H", "dr")),
+        Port("c_kv", "T", ("B", "S", "r")),
+        Port("k_pe", "T", ("B", "S", "dr")),
+        Port("kv_cache", "C", ("B", "1", "T", "r+dr")),
+        Port("past_lens", "I64", ("B",)),
+        Port("w_kv_b", "T", ("H*(dn+dv)", "r")),
+    ),
+    outputs=(
+        Port("o", "T", ("B", "S", "H", "dv")),
+        Port("kv_cache_out", "C", ("B", "1", "T", "r+dr")),
+    ),
+    attributes=(Attribute("scale", "float"),),
+    doc=(
+        "Multi-head latent attention over a latent KV cache. q_pe/k_pe are rotated, c_kv is normalised. The new rows are "
+        "written at past_lens[b]..past_lens[b]+S-1; key j is visible to query i when j <= past_lens[b]+i. "
+        "Softmax accumulates in float32."
+    ),
+)
+
+MOE_GATE = OpSpec(
+    name="MoeGate",
+    torch_name="moe_gate",
+    inputs=(Port("logits", "F32", ("N", "E")), Port("bias", "F32", ("E",))),
+    outputs=(Port("topk_ids", "I32", ("N", "k")), Port("topk_weights", "F32", ("N", "k"))),
+    attributes=(
+        Attribute("scoring_func", "str"),
+        Attribute("n_group", "int"),
+        Attribute("topk_group", "int"),
+        Attribute("group_score", "str"),
+        Attribute("top_k", "int"),
+        Attribute("norm_topk_prob", "int"),
+        Attribute("routed_scaling_factor", "float"),
+    ),
+    doc=(
+        "DeepSeek router: score, optional group limiting, top-k, optional normalisation, scaling; all in float32. "
+        "Ties go to the smaller index."
+    ),
+)
+
+MOE_EXPERTS = OpSpec(
+    name="MoeExperts",
+    torch_name="moe_experts",
+    inputs=(
+        Port("x", "T", ("N", "D")),
+        Port("topk_ids", "I32", ("N", "k")),
+        Port("topk_weights", "F32", ("N", "k")),
+        Port("w_gate", "T", ("E", "I", "D")),
+        Port("w_up", "T", ("E", "I", "D")),
+        Port("w_down", "T", ("E", "D", "I")),
+    ),
+    outputs=(Port("y", "T", ("N", "D")),),
+    attributes=(),
+    doc="Routed SwiGLU experts; only experts that own a token run. Accumulates over experts in float32.",
+)
+
+OPS: Mapping[str, OpSpec] = MappingProxyType({spec.name: spec for spec in (MLA_ATTENTION, MOE_GATE, MOE_EXPERTS)})

@@ -1,0 +1,109 @@
+"""多头潜在注意力（MLA）模块；参数名与 DeepSeek 检查点一致。
+
+出处：DeepSeek-V2（arXiv 2405.04434）§2.1；DeepSeek-V3 ``inference/model.py``。
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.ops import registry as _registry  # noqa: F401  登记 torch.ops.dsx
+from deepseek_export.ops.mla_attention import attend_expanded, mla_attention
+from deepseek_export.ops.standard import tensor_scatter
+from deepseek_export.reference.rope import apply_rope
+
+#: ``expanded`` 是 MLA 关闭（每头 K/V 缓存）；``op`` 调用 ``torch.ops.dsx.mla_attention``，供捕获；其余是参考实现的两种形式。
+AttentionForm = Literal["expanded", "op", "absorb", "naive", "auto"]
+
+#: q_a_layernorm / kv_a_layernorm 用 RMSNorm 的默认 eps，**不是** ``config.rms_norm_eps``（transformers 与 DeepSeek 都如此）。
+LATENT_NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm：float32 里归一化，转回原 dtype 再乘权重。导出为 ONNX ``RMSNormalization-23``。"""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] → 同形同 dtype。"""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class MultiheadLatentAttention(nn.Module):
+    """MLA 的一层。
+
+    Args:
+        config: 模型配置。
+        form: 见 :data:`AttentionForm`。
+    """
+
+    def __init__(self, config: ModelConfig, form: AttentionForm) -> None:
+        super().__init__()
+        self.config, self.form = config, form
+        D, H, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(D, H * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(H * config.v_head_dim, D, bias=bias)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, caches: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """
+        Args:
+            x: [B, S, D]。
+            cos, sin: [B, S, dr/2]。
+            past_lens: [B] int64，本次之前每个序列已缓存的长度。
+            caches: MLA 打开时是 ``(kv_cache [B,1,T,r+dr],)``；关闭时是 ``(k_cache [B,H,T,dn+dr], v_cache [B,H,T,dv])``。
+
+        Returns:
+            输出 [B, S, D] 与更新后的缓存（次序同输入）。
+        """
+        c = self.config
+        B, S, _ = x.shape
+        H, dn, dr = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
+        if c.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_pe = q.view(B, S, H, dn + dr).split([dn, dr], dim=-1)
+        c_kv, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, dr], dim=-1)
+        c_kv = self.kv_a_layernorm(c_kv)
+        q_pe = apply_rope(q_pe, cos, sin, c.rope_layout)
+        k_pe = apply_rope(k_pe.unsqueeze(2), cos, sin, c.rope_layout).squeeze(2)
+
+        if self.form == "expanded":
+            o, caches = self._expanded(q_nope, q_pe, c_kv, k_pe, past_lens, caches)
+        else:
+            arguments = (q_nope, q_pe, c_kv, k_pe, caches[0], past_lens, self.kv_b_proj.weight, c.softmax_scale)
+            if self.form == "op":
+                o, cache = torch.ops.dsx.mla_attention(*arguments)
+            else:
+                o, cache = mla_attention(*arguments, form=self.form)
+            caches = (cache,)
+        return self.o_proj(o.reshape(B, S, H * c.v_head_dim)), caches
+
+    def _expanded(self, q_nope, q_pe, c_kv, k_pe, past_lens, caches):
+        """MLA 关闭：新 token 先展开成每头 K/V 再进缓存，与经典 Transformer 相同。"""
+        c = self.config
+        B, S, H, dn = q_nope.shape
+        kv = self.kv_b_proj(c_kv).view(B, S, H, -1).transpose(1, 2)
+        k = torch.cat([kv[..., :dn], k_pe.unsqueeze(1).expand(-1, H, -1, -1)], dim=-1)
+        k_cache = tensor_scatter(caches[0], k.to(caches[0].dtype), past_lens)
+        v_cache = tensor_scatter(caches[1], kv[..., dn:].to(caches[1].dtype), past_lens)
+        q = torch.cat([q_nope, q_pe], dim=-1)
+        return attend_expanded(q, k_cache, v_cache, past_lens, c.softmax_scale), (k_cache, v_cache)

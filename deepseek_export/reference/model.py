@@ -1,0 +1,144 @@
+"""参考模型：嵌入、解码层、输出头，各是一个可以单独捕获的块。
+
+块之间只传张量，块边界就是 ``dsx verify --level block`` 的比较点：
+
+- :class:`Embed`：``input_ids, past_lens`` → ``x, cos, sin``；
+- :class:`DecoderLayer`：``x, cos, sin, past_lens, 缓存...`` → ``注意力后的残差, 层输出, 新缓存...``；
+- :class:`Head`：``x, logits_positions`` → ``logits, hidden``。
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.profile import OptimizationProfile
+from deepseek_export.reference.mla import AttentionForm, MultiheadLatentAttention, RMSNorm
+from deepseek_export.reference.moe import MLP, MoE, MoeForm
+from deepseek_export.reference.rope import rope_frequencies
+
+
+@dataclass(frozen=True)
+class Forms:
+    """一个模型实例里 MLA 与 MoE 各用哪种写法。"""
+
+    attention: AttentionForm
+    moe: MoeForm
+
+    @classmethod
+    def for_capture(cls, profile: OptimizationProfile) -> Forms:
+        """捕获用：打开的优化写成 ``dsx::`` 算子，关闭的写成普通算子。"""
+        return cls("op" if profile.mla.enabled else "expanded", "op" if profile.moe.enabled else "dense")
+
+    @classmethod
+    def for_reference(cls, profile: OptimizationProfile) -> Forms:
+        """对齐校验用：同一个 profile 的 eager 参考实现。"""
+        attention: AttentionForm = profile.mla.form if profile.mla.enabled else "expanded"
+        return cls(attention, "sparse" if profile.moe.enabled else "dense")
+
+
+class Embed(nn.Module):
+    """词嵌入与本次各位置的 cos/sin（所有层共用）。"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # 显式放在 CPU：捕获时模型其余部分在 meta 设备上，而频率是常量，要进图。
+        with torch.device("cpu"):
+            self.inv_freq, self.scaling = rope_frequencies(config.rope, config.qk_rope_head_dim)
+
+    def forward(self, input_ids: Tensor, past_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """input_ids [B, S] int64、past_lens [B] int64 → x [B, S, D]、cos/sin [B, S, dr/2]。"""
+        x = self.embed_tokens(input_ids)
+        positions = past_lens[:, None] + torch.arange(input_ids.shape[1])
+        angles = positions[:, :, None].float() * self.inv_freq
+        return x, (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """一层：注意力与前馈，各带前置 RMSNorm 和残差。"""
+
+    def __init__(self, config: ModelConfig, is_moe: bool, forms: Forms) -> None:
+        super().__init__()
+        self.self_attn = MultiheadLatentAttention(config, forms.attention)
+        self.mlp = MoE(config, forms.moe) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        """返回 ``(attn_residual [B,S,D], x [B,S,D], *新缓存)``。"""
+        attention, caches = self.self_attn(self.input_layernorm(x), cos, sin, past_lens, caches)
+        residual = x + attention
+        return residual, residual + self.mlp(self.post_attention_layernorm(residual)), *caches
+
+
+class Head(nn.Module):
+    """最终 RMSNorm 与 lm_head；只给 ``logits_positions`` 指定的行算 logits，长 prompt 不必付 S×V 的代价。"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, logits_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D]、logits_positions [B, L] int64 → logits [B, L, V]、hidden [B, S, D]（最终 norm 之后）。"""
+        hidden = self.norm(x)
+        index = logits_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return self.lm_head(hidden.gather(1, index)), hidden
+
+
+class ReferenceModel(nn.Module):
+    """整个模型；参数名与 ONNX initializer 名的对应见 :func:`~deepseek_export.reference.weights.initializer_name`。
+
+    Args:
+        config: 模型配置。
+        forms: 写法，见 :class:`Forms`。
+    """
+
+    def __init__(self, config: ModelConfig, forms: Forms) -> None:
+        super().__init__()
+        self.config, self.forms = config, forms
+        self.embed = Embed(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, config.is_moe_layer(i), forms) for i in range(config.num_hidden_layers)
+        )
+        self.head = Head(config)
+
+    def forward(
+        self, input_ids: Tensor, past_lens: Tensor, logits_positions: Tensor, caches: list[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+        """与 ``model.onnx`` 相同的 I/O 契约。
+
+        Args:
+            input_ids: [B, S] int64。
+            past_lens: [B] int64。
+            logits_positions: [B, L] int64，取本次 S 行中的哪几行。
+            caches: 每层一个元组，见 :class:`MultiheadLatentAttention`。
+
+        Returns:
+            logits [B, L, V]、hidden [B, S, D]、新缓存。
+        """
+        x, cos, sin = self.embed(input_ids, past_lens)
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            _, x, *new = layer(x, cos, sin, past_lens, *cache)
+            updated.append(tuple(new))
+        logits, hidden = self.head(x, logits_positions)
+        return logits, hidden, updated
+
+    def empty_caches(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> list[tuple[Tensor, ...]]:
+        """全零缓存；``dtype`` 缺省为模型 dtype。"""
+        dtype = dtype or self.head.norm.weight.dtype
+        shapes = [(batch, *dims[:1], capacity, *dims[1:]) for _, dims in cache_tensors(self.config, self.forms)]
+        return [tuple(torch.zeros(shape, dtype=dtype) for shape in shapes) for _ in self.layers]
+
+
+def cache_tensors(config: ModelConfig, forms: Forms) -> list[tuple[str, tuple[int, int]]]:
+    """每层缓存张量的名字与静态维度 ``(heads, width)``；完整形状是 [B, heads, T, width]。"""
+    H = config.num_attention_heads
+    if forms.attention == "expanded":
+        return [("k_cache", (H, config.qk_head_dim)), ("v_cache", (H, config.v_head_dim))]
+    return [("kv_cache", (1, config.latent_cache_values))]

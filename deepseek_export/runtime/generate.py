@@ -1,0 +1,183 @@
+"""自回归生成：分块 prefill，然后每步一个 token。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime.batching import right_padded_chunks
+from deepseek_export.runtime.cache import CacheBuffers
+from deepseek_export.runtime.result import FinishReason, GenerationResult
+from deepseek_export.runtime.sampling import Sampler, SamplingParams
+from deepseek_export.runtime.session import ModelSession
+from deepseek_export.runtime.tokenizer import BundleTokenizer
+
+OnToken = Callable[[int, int], None]
+
+
+class Generator:
+    """在一个会话上生成文本，或算 teacher-forced 的 logits。
+
+    Args:
+        session: 加载好的模型。
+        tokenizer: 只用来把结果解码成文本；``None`` 时结果没有文本。
+        eos_token_ids: 任何一个都结束一行。
+        prefill_chunk: prefill 每块的长度，限制注意力的峰值内存。
+
+    Raises:
+        DsxError: ``DSX-E512``，``prefill_chunk`` 不是正整数。
+    """
+
+    def __init__(
+        self,
+        session: ModelSession,
+        tokenizer: BundleTokenizer | None,
+        eos_token_ids: Iterable[int],
+        prefill_chunk: int = 512,
+    ) -> None:
+        _check_positive("prefill_chunk", prefill_chunk)
+        self.session = session
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.prefill_chunk = prefill_chunk
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: SamplingParams | None = None,
+        on_token: OnToken | None = None,
+        ignore_eos: bool = False,
+    ) -> GenerationResult:
+        """批量生成。
+
+        一行的总长（提示词加新 token）不超过 max_position_embeddings，到了就以 ``length`` 结束。
+
+        Args:
+            prompts: B 个 token id 序列，长度可以不同。
+            max_new_tokens: 每行最多生成多少个。
+            sampling: 采样参数，缺省为贪心。
+            on_token: 每得到一个 token 调一次 ``on_token(row, token)``，同一步内按行号递增。
+            ignore_eos: 遇到 eos 也不停，基准测试用。
+
+        Raises:
+            DsxError: ``DSX-E510``，没有提示词或提示词为空；``DSX-E511``，提示词过长；
+                ``DSX-E512``，``max_new_tokens`` 不是正整数；``DSX-E509``，token id 越界；
+                ``DSX-E505``，logits 无法采样。
+        """
+        _check_positive("max_new_tokens", max_new_tokens)
+        rows = self._check_rows(prompts)
+        lens = np.array([len(row) for row in rows], np.int64)
+        budgets = np.minimum(max_new_tokens, self.session.max_positions - lens)
+        started = perf_counter()
+        caches = self.session.new_caches(len(rows), int(lens.max()))
+        logits = self._prefill(rows, lens, caches)
+        prefilled = perf_counter()
+        sampler = Sampler(sampling or SamplingParams(), len(rows))
+        eos = frozenset() if ignore_eos else self.eos_token_ids
+        token_ids, reasons = self._decode(logits, lens, budgets, caches, sampler, eos, on_token)
+        finished = perf_counter()
+        return GenerationResult(
+            token_ids=token_ids,
+            text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in token_ids],
+            prompt_lens=lens.tolist(),
+            finish_reasons=reasons,
+            prefill_s=prefilled - started,
+            decode_s=finished - prefilled,
+        )
+
+    def logits(self, ids: Sequence[Sequence[int]], chunk: int | None = None) -> list[np.ndarray]:
+        """teacher-forced：每个位置的 logits，供对齐校验。
+
+        Args:
+            ids: B 个 token id 序列。
+            chunk: 每次调用多少个位置；``None`` 一次走完，1 逐个 token。结果应当与切法无关。
+
+        Returns:
+            B 个 ``[len, V]`` float32。
+
+        Raises:
+            DsxError: 同 :meth:`generate`；``chunk`` 不是正整数时为 ``DSX-E512``。
+        """
+        if chunk is not None:
+            _check_positive("chunk", chunk)
+        rows = self._check_rows(ids)
+        caches = self.session.new_caches(len(rows), max(len(row) for row in rows))
+        out = [np.empty((len(row), self.session.vocab_size), np.float32) for row in rows]
+        for part in right_padded_chunks(rows, chunk):
+            every = np.broadcast_to(np.arange(part.input_ids.shape[1]), part.input_ids.shape)
+            logits = self.session.run(part.input_ids, part.past_lens, every, caches)
+            for row, count in enumerate(part.counts.tolist()):
+                out[row][part.start : part.start + count] = logits[row, :count]
+        return out
+
+    def _prefill(self, rows: list[np.ndarray], lens: np.ndarray, caches: CacheBuffers) -> np.ndarray:
+        """填好缓存，返回每行最后一个提示词 token 的 logits ``[B, V]`` float32。"""
+        last = np.empty((len(rows), self.session.vocab_size), np.float32)
+        for part in right_padded_chunks(rows, self.prefill_chunk):
+            positions = np.maximum(part.counts - 1, 0)[:, None]
+            logits = self.session.run(part.input_ids, part.past_lens, positions, caches)
+            ends_here = (part.counts > 0) & (part.start + part.counts == lens)
+            last[ends_here] = logits[ends_here, 0]
+        return last
+
+    def _decode(
+        self,
+        logits: np.ndarray,
+        lens: np.ndarray,
+        budgets: np.ndarray,
+        caches: CacheBuffers,
+        sampler: Sampler,
+        eos: frozenset[int],
+        on_token: OnToken | None,
+    ) -> tuple[list[list[int]], list[FinishReason]]:
+        """从 prefill 的 logits ``[B, V]`` 开始逐步生成，直到每行都结束。"""
+        token_ids: list[list[int]] = [[] for _ in lens]
+        reasons: list[FinishReason] = ["length"] * len(lens)
+        active = budgets > 0
+        # 提示词恰好占满时这一行没有余地，但同批的调用仍会在 past_lens 处写一个填充位置，所以退一格。
+        past_lens = np.minimum(lens, self.session.max_positions - 1)
+        input_ids = np.zeros((len(lens), 1), np.int64)
+        positions = np.zeros((len(lens), 1), np.int64)
+        while active.any():
+            input_ids[:, 0] = sampler.sample(logits)
+            for row in np.flatnonzero(active).tolist():
+                token = int(input_ids[row, 0])
+                token_ids[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                if token in eos:
+                    reasons[row] = "eos"
+                active[row] = token not in eos and len(token_ids[row]) < budgets[row]
+            if active.any():
+                caches.ensure(int(past_lens.max()) + 1)
+                logits = self.session.run(input_ids, past_lens, positions, caches)[:, 0]
+                past_lens += active
+        return token_ids, reasons
+
+    def _check_rows(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        if len(prompts) == 0:
+            raise DsxError("DSX-E510", "提示词列表为空", "至少给一条提示词")
+        limit = self.session.max_positions
+        rows = []
+        for row, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise DsxError("DSX-E510", f"第 {row} 条提示词没有 token", "至少给一个 token，例如 bos")
+            if len(prompt) > limit:
+                raise DsxError(
+                    "DSX-E511",
+                    f"第 {row} 条提示词有 {len(prompt)} 个 token，max_position_embeddings 是 {limit}",
+                    f"把它截到 {limit} 个 token 以内",
+                )
+            ids = np.asarray(prompt)
+            self.session.check_ids(ids, f"第 {row} 条提示词")
+            rows.append(ids)
+        return rows
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DsxError("DSX-E512", f"{name}={value!r}", f"把 {name} 设为不小于 1 的整数")

@@ -1,0 +1,54 @@
+"""一次生成的结果与计时。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """批内各行按输入顺序排列。
+
+    Attributes:
+        token_ids: 每行新生成的 token，含结束的 eos，不含提示词。
+        text: 每行解码后的文本（去掉特殊 token）；没有 tokenizer 时为 ``None``。
+        prompt_lens: 每行提示词的长度。
+        finish_reasons: ``eos`` 遇到结束符；``length`` 到了 max_new_tokens 或模型的最大长度。
+        prefill_s: 从开始到拿到每行第一份 logits 的秒数。
+        decode_s: 其余的秒数，含采样和 on_token 回调。
+    """
+
+    token_ids: list[list[int]]
+    text: list[str] | None
+    prompt_lens: list[int]
+    finish_reasons: list[FinishReason]
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        """提示词 token 总数。"""
+        return sum(self.prompt_lens)
+
+    @property
+    def new_tokens(self) -> int:
+        """新生成的 token 总数。"""
+        return sum(len(ids) for ids in self.token_ids)
+
+    @property
+    def decode_tokens(self) -> int:
+        """由 decode 步产出的 token 数：每行的第一个来自 prefill，不算。"""
+        return sum(max(len(ids) - 1, 0) for ids in self.token_ids)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """prefill 吞吐：提示词 token 数除以 ``prefill_s``。"""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """decode 吞吐：``decode_tokens`` 除以 ``decode_s``，整批合计。"""
+        return self.decode_tokens / self.decode_s if self.decode_s > 0 else 0.0

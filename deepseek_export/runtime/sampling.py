@@ -1,0 +1,151 @@
+"""从 logits 里选下一个 token：温度 → top-k → top-p，每行一个独立的随机数发生器。"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepseek_export.errors import DsxError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """一次生成的采样参数，构造时就校验。
+
+    Args:
+        temperature: 0 表示贪心（argmax，并列取较小的 id）；否则 logits 先除以它。有限且不小于 0。
+        top_k: 只在 logit 最大的 k 个 token 里采样，并列取较小的 id；0 表示不限。
+        top_p: 只保留累计概率达到 top_p 的最小集合；取值 (0, 1]，1 表示不限。
+        seed: 随机种子，第 b 行用 ``seed + b``；``None`` 表示每次不同。
+
+    Raises:
+        DsxError: ``DSX-E504``，取值不在允许范围内。
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (_is_real(self.temperature) and self.temperature >= 0):
+            raise _refused("temperature", self.temperature, "有限且不小于 0 的数，0 表示贪心")
+        if not (_is_int(self.top_k) and self.top_k >= 0):
+            raise _refused("top_k", self.top_k, "不小于 0 的整数，0 表示不限")
+        if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
+            raise _refused("top_p", self.top_p, "(0, 1] 内的数，1 表示不限")
+        if self.seed is not None and not (_is_int(self.seed) and self.seed >= 0):
+            raise _refused("seed", self.seed, "不小于 0 的整数，或者不给")
+
+    @property
+    def greedy(self) -> bool:
+        """是否为贪心解码。"""
+        return self.temperature == 0
+
+
+def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """算出一行里还留着的候选 token 和它们的概率。
+
+    与 transformers 的顺序一致：温度、top-k、top-p，最后重新归一化。唯一的差别在并列处：
+    transformers 会把与第 k 名并列的 token 都留下，这里恰好留 k 个，并列取较小的 id，因此 top_k=1 就是贪心。
+
+    Args:
+        logits: ``[V]``，任意浮点 dtype；可以有 ``-inf``（被屏蔽的 token），不能有 NaN。
+        params: 温度必须大于 0。
+
+    Returns:
+        ``(ids[K] int64, probs[K] float64)``，probs 全为正且和为 1。启用 top-k 或 top-p 时按概率从大到小排列。
+    """
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    with np.errstate(over="ignore"):  # 温度极小时 -x/t 溢出成 -inf，概率为 0，正是极限值
+        scores /= params.temperature
+    ids = np.arange(scores.size, dtype=np.int64)
+    if 0 < params.top_k < scores.size:
+        ids = _top_k(scores, params.top_k)
+    elif params.top_p < 1:
+        ids = np.argsort(-scores, kind="stable").astype(np.int64, copy=False)
+    probs = np.exp(scores[ids])
+    probs /= probs.sum()
+    if params.top_p < 1:
+        before = np.cumsum(probs) - probs
+        keep = before < params.top_p  # 第一个的 before 为 0，所以至少留一个
+        ids, probs = ids[keep], probs[keep]
+    positive = probs > 0
+    ids, probs = ids[positive], probs[positive]
+    return ids, probs / probs.sum()
+
+
+class Sampler:
+    """给一个批次选 token，随机状态随实例保存。
+
+    Args:
+        params: 采样参数。
+        batch: 行数 B。第 b 行的发生器由 ``seed + b`` 播种，所以一行的结果与同批还有谁无关。
+    """
+
+    def __init__(self, params: SamplingParams, batch: int) -> None:
+        self.params = params
+        self.batch = batch
+        seeds = [None if params.seed is None else params.seed + row for row in range(batch)]
+        self._rngs = [np.random.default_rng(seed) for seed in seeds]
+
+    def sample(self, logits: np.ndarray) -> np.ndarray:
+        """每行选一个 token。
+
+        Args:
+            logits: ``[B, V]``，浮点。
+
+        Returns:
+            ``[B]`` int64。
+
+        Raises:
+            ValueError: 形状不是 ``[batch, V]``。
+            DsxError: ``DSX-E505``，某行含 NaN 或 +Inf，或全是 -Inf。
+        """
+        if logits.ndim != 2 or logits.shape[0] != self.batch:
+            raise ValueError(f"logits 的形状应为 [{self.batch}, V]，实际是 {list(logits.shape)}")
+        _check_finite(logits)
+        if self.params.greedy:
+            return logits.argmax(axis=1).astype(np.int64, copy=False)
+        picked = np.empty(self.batch, np.int64)
+        for row, rng in enumerate(self._rngs):
+            ids, probs = candidates(logits[row], self.params)
+            cumulative = np.cumsum(probs)
+            slot = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+            picked[row] = ids[min(slot, ids.size - 1)]
+        return picked
+
+
+def _top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """最大的 k 个下标，从大到小，并列取较小的下标；只对够格的少数几个排序。"""
+    threshold = np.partition(scores, scores.size - k)[scores.size - k]
+    eligible = np.flatnonzero(scores >= threshold)  # 升序，稳定排序后并列者仍是小下标在前
+    order = np.argsort(-scores[eligible], kind="stable")[:k]
+    return eligible[order].astype(np.int64, copy=False)
+
+
+def _check_finite(logits: np.ndarray) -> None:
+    peaks = logits.max(axis=1)  # max 会传播 NaN，一趟扫描就够
+    bad = np.flatnonzero(~np.isfinite(peaks))
+    if bad.size:
+        row = int(bad[0])
+        raise DsxError(
+            "DSX-E505",
+            f"第 {row} 行的 logits 里最大值是 {float(peaks[row])}，无法采样",
+            "多半是 float16 溢出：换用 float32 重新导出，或用 dsx verify 找出第一个出错的层",
+        )
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refused(key: str, value: object, allowed: str) -> DsxError:
+    return DsxError("DSX-E504", f"{key}={value!r} 不在允许范围内", f"把 {key} 设为{allowed}")

@@ -1,0 +1,158 @@
+"""bundle 里的 tokenizer：编码、解码、流式解码、聊天模板。"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime.chat_template import render_chat_template
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class TokenStream:
+    """一行输出的流式解码器。一个字符可能跨几个 token，凑齐之前 ``step`` 返回空串。"""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token_id: int) -> str:
+        """送入下一个 token，返回因此能确定下来的文本，可能为空串。"""
+        return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class BundleTokenizer:
+    """由 ``tokenizer.json`` 和 ``tokenizer_config.json`` 构成，不依赖 transformers。
+
+    Args:
+        tokenizer: Hugging Face tokenizers 的对象。
+        config: ``tokenizer_config.json`` 的内容。
+        chat_template: 聊天模板原文；``None`` 表示没有。
+
+    Attributes:
+        special_tokens: ``bos_token`` 等的字符串，缺的不列。
+        bos_id: bos 的 id；没有 bos 时为 ``None``。
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        # 缺这个键时以 tokenizer.json 的后处理器为准，所以要区分「缺」和 false。
+        self._add_bos: bool | None = config.get("add_bos_token")
+        contents = {key: _token_content(config.get(key)) for key in _SPECIAL_TOKENS}
+        self.special_tokens = {key: text for key, text in contents.items() if text is not None}
+        bos = self.special_tokens.get("bos_token")
+        self.bos_id: int | None = None if bos is None else tokenizer.token_to_id(bos)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> BundleTokenizer | None:
+        """从目录读取。
+
+        Returns:
+            没有 ``tokenizer.json`` 时返回 ``None``。
+
+        Raises:
+            DsxError: ``DSX-E501``，文件存在但读不了。
+        """
+        folder = Path(directory)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers 的 Rust 层只抛裸的 Exception
+            raise _unreadable(path, error) from error
+        config = _read_config(folder / "tokenizer_config.json")
+        return cls(tokenizer, config, _read_chat_template(folder, config))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """是否带聊天模板。"""
+        return self._chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """编码成 token id。
+
+        ``add_bos_token`` 为真时开头恰有一个 bos：文本（例如套过模板的）已经以 bos 开头就不再加。
+        """
+        bos = self.special_tokens.get("bos_token")
+        has_bos = bool(bos) and text.startswith(bos or "")
+        let_postprocess = not has_bos and self._add_bos is not False
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=let_postprocess).ids
+        if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """解码成文本，去掉特殊 token。"""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> TokenStream:
+        """给一行输出新建一个流式解码器。"""
+        return TokenStream(self._tokenizer)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """把对话套进聊天模板；结果可以直接交给 :meth:`encode`，bos 不会加两次。
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` 的序列。
+            add_generation_prompt: 是否在末尾加上助手回合的开头。
+
+        Raises:
+            DsxError: ``DSX-E502``，没有聊天模板；``DSX-E503``，渲染失败。
+        """
+        if self._chat_template is None:
+            raise DsxError(
+                "DSX-E502",
+                "tokenizer_config.json 没有 chat_template，目录里也没有 chat_template.jinja",
+                "用不套模板的原始提示词，或把模型的 chat_template.jinja 放进 bundle",
+            )
+        return render_chat_template(self._chat_template, messages, self.special_tokens, add_generation_prompt)
+
+
+def _token_content(value: Any) -> str | None:
+    """特殊 token 有两种写法：字符串，或 ``{"content": ..., "lstrip": ...}``。"""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(config, dict):
+        raise _unreadable(path, f"最外层是 {type(config).__name__}，应为 object")
+    return config
+
+
+def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """独立的 ``chat_template.jinja`` 优先；配置里可以是一个字符串，也可以是带名字的一组，取 default。"""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _unreadable(path: Path, reason: object) -> DsxError:
+    return DsxError("DSX-E501", f"{path}：{reason}", "重新下载这个文件，确认没有被截断")

@@ -1,0 +1,260 @@
+"""checkpoint/config.py：白名单、两种写法、逐码报错。"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_export.checkpoint import load_model_config, parse_model_config
+from deepseek_export.checkpoint.synthetic import DEMO_CONFIG
+from deepseek_export.errors import DsxError
+
+pytestmark = pytest.mark.unit
+
+# 官方 config.json 的内容；V3 去掉了 FP8 的 quantization_config。
+_PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+V3, V2_LITE, V2 = (_PUBLISHED[name] for name in ("V3", "V2_LITE", "V2"))
+
+
+def _yarn(mscale: float) -> dict[str, Any]:
+    return {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    }
+
+
+def edit(base: dict[str, Any], *drop: str, **changes: Any) -> dict[str, Any]:
+    data = copy.deepcopy(dict(base)) | changes
+    return {key: value for key, value in data.items() if key not in drop}
+
+
+def refused(code: str, data: dict[str, Any]) -> DsxError:
+    with pytest.raises(DsxError) as err:
+        parse_model_config(data, "测试")
+    assert err.value.code == code, err.value
+    return err.value
+
+
+def test_published_v3():
+    config = parse_model_config(V3, "V3")
+    assert (config.rope_layout, config.group_score, config.num_mtp_layers) == ("deinterleaved", "top2_sum", 1)
+    assert (config.num_moe_layers, config.is_moe_layer(2), config.is_moe_layer(61)) == (58, False, True)
+    assert (config.latent_cache_values, config.expanded_cache_values) == (576, 128 * 320)
+    assert config.softmax_scale / 192**-0.5 == pytest.approx((0.1 * math.log(40) + 1) ** 2)
+    assert config.rope.cos_sin_scale == 1.0
+    assert config.eos_token_ids == (1,)
+
+
+def test_published_v2():
+    lite, full = parse_model_config(V2_LITE, "lite"), parse_model_config(V2, "v2")
+    assert (lite.rope_layout, lite.q_lora_rank, lite.group_score) == ("interleaved", None, "none")
+    assert (lite.scoring_func, lite.n_group, lite.num_mtp_layers) == ("softmax", 1, 0)
+    assert lite.softmax_scale / 192**-0.5 == pytest.approx(1.59, abs=0.01)
+    assert (full.group_score, full.n_group, full.topk_group) == ("max", 8, 3)
+
+
+def test_v2_defaults_follow_transformers():
+    drop = ("topk_method", "scoring_func", "n_group", "topk_group", "norm_topk_prob")
+    config = parse_model_config(edit(V2_LITE, *drop), "x")
+    assert (config.topk_method, config.scoring_func, config.norm_topk_prob) == ("greedy", "softmax", False)
+
+
+def test_both_rope_spellings_agree():
+    new = edit(V3, "rope_scaling", "rope_theta")
+    new["rope_parameters"] = {"rope_theta": 10000, "rope_type": "yarn"} | _yarn(1.0)
+    assert parse_model_config(new, "新") == parse_model_config(V3, "旧")
+    plain = parse_model_config(edit(V3, rope_scaling=None), "x")
+    assert (plain.rope.rope_type, plain.softmax_scale) == ("default", 192**-0.5)
+
+
+def test_yarn_optional_values():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "beta_fast": None, "attention_factor": 1.25}
+    rope = parse_model_config(edit(V3, rope_scaling=scaling), "x").rope
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate, rope.mscale) == (32.0, 1.0, True, None)
+    assert (rope.original_max_position_embeddings, rope.cos_sin_scale) == (163840, 1.25)
+    del scaling["attention_factor"]
+    rope = parse_model_config(edit(V3, rope_scaling=scaling), "x").rope
+    assert rope.cos_sin_scale == pytest.approx(0.1 * math.log(4) + 1)
+
+
+@pytest.mark.parametrize("family", ["v2", "v3"])
+@pytest.mark.parametrize("yarn", [False, True])
+def test_matches_transformers(tmp_path: Path, family: str, yarn: bool):
+    """同一份配置：字段、软化系数、rope 系数都与 transformers 一致。"""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    cls = transformers.DeepseekV2Config if family == "v2" else transformers.DeepseekV3Config
+    extra = {"num_experts_per_tok": 4} if family == "v2" else {"rope_interleave": False}
+    scaling = _yarn(0.8) | {"mscale": 1.1} if yarn else None
+    hf = cls(rope_scaling=scaling, dtype="float16", max_position_embeddings=163840, **extra)
+    hf.save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+    assert config.rope_layout == ("interleaved" if family == "v2" else "half")
+    assert config.num_mtp_layers == (0 if family == "v2" else 1)
+    assert (config.vocab_size, config.dtype, config.qk_head_dim) == (hf.vocab_size, "float16", hf.qk_head_dim)
+    assert config.rope.rope_theta == hf.rope_parameters["rope_theta"]
+    if yarn:
+        assert config.rope.cos_sin_scale == pytest.approx(ROPE_INIT_FUNCTIONS["yarn"](hf)[1])
+
+
+def test_aliases_and_token_lists():
+    data = edit(V3, "n_routed_experts", "num_nextn_predict_layers", num_local_experts=256, num_mtp_layers=0)
+    config = parse_model_config(data | {"eos_token_id": [1, 2], "pad_token_id": 2}, "x")
+    assert (config.n_routed_experts, config.num_mtp_layers, config.eos_token_ids) == (256, 0, (1, 2))
+    refused("DSX-E105", edit(V3, num_mtp_layers=2))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a":1,"a":2}', "[" * 100_000, "1" * 5000, "\ud800"])
+def test_unreadable(tmp_path: Path, text: str):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(DsxError) as err:
+        load_model_config(tmp_path / "config.json")
+    assert err.value.code == "DSX-E102"
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(DsxError) as err:
+        load_model_config(tmp_path)
+    assert err.value.code == "DSX-E102"
+
+
+def test_model_type():
+    assert "deepseek_v2、deepseek_v3" in refused("DSX-E103", edit(V3, model_type="deepseek_v32")).todo
+    refused("DSX-E103", edit(V3, "model_type"))
+    refused("DSX-E103", edit(V3, model_type=["deepseek_v3"]))
+
+
+def test_unknown_key_is_named_with_its_value():
+    error = refused("DSX-E104", edit(V3, index_topk=2048))
+    assert "index_topk" in error.what
+    assert "2048" in error.what
+    refused("DSX-E104", edit(V2, rope_interleave=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"moe_layer_freq": 2},
+        {"num_key_value_heads": 8},
+        {"mlp_bias": True},
+        {"head_dim": 128},
+        {"qk_head_dim": 1},
+        {"pretraining_tp": True},
+        {"hidden_size": 0},
+        {"hidden_size": True},
+        {"hidden_size": 7168.0},
+        {"hidden_size": 10**30},
+        {"num_hidden_layers": 10**6},
+        {"n_routed_experts": 0},
+        {"n_routed_experts": None},
+        {"qk_rope_head_dim": 63},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": float("inf")},
+        {"rms_norm_eps": 0},
+        {"rms_norm_eps": 10**400},
+        {"rope_theta": 1.0},
+        {"attention_bias": 0},
+        {"torch_dtype": "float64"},
+        {"dtype": "float32"},
+        {"eos_token_id": [True]},
+        {"bos_token_id": -1},
+        {"rope_interleave": None},
+    ],
+)
+def test_bad_value(change):
+    error = refused("DSX-E105", edit(V3, **change))
+    assert next(iter(change)) in error.what
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "q_lora_rank", "tie_word_embeddings", "torch_dtype", "rope_theta"]
+)
+def test_missing_key(key):
+    assert key in refused("DSX-E106", edit(V3, key)).what
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        "yarn",
+        {"type": "linear", "factor": 2.0},
+        {"type": "yarn", "rope_type": "default"},
+        _yarn(1.0) | {"llama_4_scaling_beta": 1},
+        _yarn(1.0) | {"factor": 0.5},
+        _yarn(1.0) | {"factor": None},
+        _yarn(1.0) | {"mscale": "1"},
+        _yarn(1.0) | {"truncate": None},
+        _yarn(1.0) | {"beta_fast": 0.5},
+        _yarn(1.0) | {"attention_factor": 0},
+        _yarn(1.0) | {"partial_rotary_factor": 0.5},
+        _yarn(1.0) | {"rope_theta": 5.0},
+        {"rope_type": "default", "factor": 2.0},
+    ],
+)
+def test_rope(scaling):
+    refused("DSX-E107", edit(V3, rope_scaling=scaling))
+
+
+def test_conflicting_rope_spellings():
+    refused("DSX-E107", edit(V3, rope_parameters=_yarn(0.5)))
+
+
+def test_quantization_names_the_method():
+    assert "fp8" in refused("DSX-E108", edit(V3, quantization_config={"quant_method": "fp8"})).what
+    parse_model_config(edit(V3, quantization_config=None), "x")
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        (V3, {"topk_method": "greedy"}),
+        (V3, {"scoring_func": "softmax"}),
+        (V3, {"n_group": 7}),
+        (V3, {"n_group": None}),
+        (V3, {"n_group": 256, "topk_group": 8}),
+        (V3, {"topk_group": 9}),
+        (V3, {"num_experts_per_tok": 129}),
+        (V3, {"norm_topk_prob": None}),
+        (V3, {"routed_scaling_factor": float("nan")}),
+        (V2, {"norm_topk_prob": True}),
+        (V2, {"topk_method": "gready"}),
+        (V2_LITE, {"scoring_func": "sigmoid"}),
+        (V2_LITE, {"num_experts_per_tok": 65}),
+        (V2_LITE, {"num_experts_per_tok": None}),
+    ],
+)
+def test_routing(base, change):
+    refused("DSX-E109", edit(base, **change))
+
+
+_VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.lists(st.integers())
+)
+
+
+@given(
+    key=st.sampled_from(sorted(V3)), value=_VALUES | st.dictionaries(st.text(max_size=4), _VALUES, max_size=2)
+)
+def test_any_single_value_is_accepted_or_refused_by_code(key, value):
+    with contextlib.suppress(DsxError):
+        parse_model_config(edit(V3, **{key: value}), "x")
+
+
+def test_demo_config_parses():
+    config = parse_model_config(json.loads(json.dumps({**DEMO_CONFIG, "torch_dtype": "bfloat16"})), "demo")
+    assert (config.num_moe_layers, config.num_mtp_layers) == (3, 0)
