@@ -1,0 +1,37 @@
+"""dsx：把 DeepSeek 系检查点编译成 ONNX / TensorRT，并证明与 PyTorch 相等。
+
+顶层函数按需导入，``import deepseek_export`` 本身不加载 torch。
+
+>>> import deepseek_export as dsx  # doctest: +SKIP
+>>> dsx.export("CKPT", "OUT", "mla+moe")  # doctest: +SKIP
+>>> print(dsx.load("OUT").generate("床前明月光").text[0])  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from deepseek_export.api import CompiledModel, export, load, verify
+    from deepseek_export.errors import DsxError
+    from deepseek_export.profile import OptimizationProfile
+
+_EXPORTS = {
+    "export": "deepseek_export.api",
+    "load": "deepseek_export.api",
+    "verify": "deepseek_export.api",
+    "CompiledModel": "deepseek_export.api",
+    "DsxError": "deepseek_export.errors",
+    "OptimizationProfile": "deepseek_export.profile",
+}
+
+__all__ = ["CompiledModel", "DsxError", "OptimizationProfile", "export", "load", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

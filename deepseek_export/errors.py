@@ -39,6 +39,17 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E116": "权重超出目标 dtype 的范围",
         "DSX-E117": "tie_word_embeddings 与检查点内容矛盾",
         "DSX-E118": "索引文件与分片不一致",
+        # 3xx：pass
+        "DSX-E301": "不支持的编译目标",
+        "DSX-E302": "算子个数与方案不符",
+        "DSX-E303": "图不合法",
+        # 4xx：bundle 与磁盘
+        "DSX-E401": "输出目录已存在",
+        "DSX-E402": "bundle 不完整",
+        "DSX-E403": "manifest 读不了",
+        "DSX-E404": "磁盘空间不足",
+        "DSX-E405": "输出位置不可写",
+        "DSX-E406": "bundle 的文件与 manifest 不符",
         # 5xx：运行时
         "DSX-E501": "分词器文件读不了",
         "DSX-E502": "没有聊天模板",
@@ -53,6 +64,13 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E511": "提示词过长",
         "DSX-E512": "生成参数取值不允许",
         "DSX-E513": "ONNX Runtime 执行失败",
+        "DSX-E514": "bundle 没有 tokenizer",
+        # 6xx：对齐校验
+        "DSX-E601": "找不到对照的检查点",
+        "DSX-E602": "对照的检查点与导出时不同",
+        "DSX-E603": "transformers 版本太旧",
+        "DSX-E604": "校验用的 prompt 不可用",
+        "DSX-E605": "校验不过",
     }
 )
 

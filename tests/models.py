@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
+from onnx import helper
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.config import parse_model_config
+from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
+
+#: 两种等价算法之间允许的差，相对于结果的最大绝对值。float32 是累加次序，float16 是中间值各舍入一次（2**-11 的几倍）。
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
 
 YARN = {
     "rope_type": "yarn",
@@ -68,18 +81,25 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 }
 
 
+def hf_config(variant: str, **overrides):
+    """transformers 的配置。"""
+    family, changes = VARIANTS[variant]
+    config_class = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}[family]
+    return config_class(**{**ODD, **changes, **overrides})
+
+
+def model_config(variant: str, **overrides) -> ModelConfig:
+    """dsx 的配置，不建模型、不落盘。"""
+    data = json.loads(hf_config(variant, **overrides).to_json_string())
+    return parse_model_config({**data, "dtype": "float32"}, variant)
+
+
 def build_model(variant: str, seed: int = 0, **overrides):
     """transformers 模型，float32，权重放大到激活不退化、路由有正有负。"""
-    family, changes = VARIANTS[variant]
-    settings = {**ODD, **changes, **overrides}
-    config_class, model_class = {
-        "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
-        "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
-    }[family]
-    config = config_class(**settings)
+    config = hf_config(variant, **overrides)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = model_class(config).eval()
+    model = (DeepseekV2ForCausalLM if VARIANTS[variant][0] == "deepseek_v2" else DeepseekV3ForCausalLM)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
@@ -100,3 +120,49 @@ def save_checkpoint(model, directory: Path, dtype: torch.dtype | None = None, **
         model = model.to(dtype)
     model.save_pretrained(directory, **kwargs)
     return directory
+
+
+def one_node_model(
+    function: onnx.FunctionProto, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.dtype], **attributes
+) -> onnx.ModelProto:
+    """只有一个 ``dsx::`` 节点、带函数体的模型；输入的形状除了秩都不写死。"""
+    spec = OPS[function.name]
+    kind = helper.np_dtype_to_tensor_dtype
+
+    def info(name: str, dtype: np.dtype, rank: int):
+        return helper.make_tensor_value_info(name, kind(np.dtype(dtype)), [f"{name}_{i}" for i in range(rank)])
+
+    node = helper.make_node(
+        spec.name,
+        [port.name for port in spec.inputs],
+        [port.name for port in spec.outputs],
+        domain=DOMAIN,
+        plugin_namespace=PLUGIN_NAMESPACE,
+        plugin_version=PLUGIN_VERSION,
+        **attributes,
+    )
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [info(name, array.dtype, array.ndim) for name, array in inputs.items()],
+        [info(port.name, outputs[port.name], len(port.dims)) for port in spec.outputs],
+    )
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=11)
+
+
+def ort_session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """安静的 ONNX Runtime CPU 会话。"""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def distance(got, want) -> float:
+    """最大绝对误差除以 ``want`` 的最大绝对值（不小于 1）；NaN 算无穷大。"""
+    got, want = (np.asarray(t.detach() if isinstance(t, torch.Tensor) else t).astype(np.float64) for t in (got, want))
+    assert got.shape == want.shape
+    if got.size == 0:
+        return 0.0
+    error = np.abs(got - want).max() / max(np.abs(want).max(), 1.0)
+    return float("inf") if np.isnan(error) else float(error)

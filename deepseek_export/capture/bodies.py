@@ -60,7 +60,9 @@ def mla_attention_body(
         nodes += _prefers_naive(a, b)
         info = helper.make_tensor_value_info("o", _onnx_type(dtype), ["B", "S", H, dv])
         branches = {
-            name: helper.make_graph(_output(body(), "o", f"{name}/o"), name, [], [_with_name(info, f"{name}/o")])
+            name: helper.make_graph(
+                _output(body(), "o", f"{name}/o"), name, [], [_with_name(info, f"{name}/o")]
+            )
             for name, body in (("naive", naive), ("absorb", absorb))
         }
         nodes.append(
@@ -103,7 +105,9 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
     E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
     k = config.num_experts_per_tok
     x, ids = Spec(("N", D), dtype), Spec(("N", k), torch.int32)
-    start = trace(lambda x, ids: experts.active_experts(x, ids, E), {"x": x, "topk_ids": ids}, ["y_start", "active"])
+    start = trace(
+        lambda x, ids: experts.active_experts(x, ids, E), {"x": x, "topk_ids": ids}, ["y_start", "active"]
+    )
     step = trace(
         experts.expert_step,
         {

@@ -103,7 +103,9 @@ class _Stitcher:
             blocks["moe layer" if is_moe else "dense layer"] = self._trace_layer(is_moe)
         functions = self._bodies()
         self.on_step("stitch")
-        self._place(blocks["embed"], "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN})
+        self._place(
+            blocks["embed"], "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN}
+        )
         for i in range(c.num_hidden_layers):
             ports = {
                 "x_in": names.layer_output(i - 1),
@@ -163,7 +165,9 @@ class _Stitcher:
         if self.profile.mla.enabled:
             self.on_step(f"{MLA_ATTENTION.name} body")
             form = self.profile.mla.form
-            functions[MLA_ATTENTION.name] = mla_attention_body(self.config, form, self.dtype, self.cache_dtype)
+            functions[MLA_ATTENTION.name] = mla_attention_body(
+                self.config, form, self.dtype, self.cache_dtype
+            )
         if self.profile.moe.enabled and self.config.num_moe_layers:
             self.on_step(f"{MOE_GATE.name} body")
             functions[MOE_GATE.name] = moe_gate_body(self.config)
@@ -173,7 +177,9 @@ class _Stitcher:
 
     # ---- 拼接 ----
 
-    def _place(self, block: TracedGraph, prefix: str, ports: dict[str, str], layer: int | None = None) -> None:
+    def _place(
+        self, block: TracedGraph, prefix: str, ports: dict[str, str], layer: int | None = None
+    ) -> None:
         """实例化一个块：端口接到 ``ports``，权重接到检查点名，其余值加前缀。"""
         shared = {names.INPUT_IDS, names.PAST_LENS, names.LOGITS_POSITIONS, names.LOGITS, names.HIDDEN}
         weights = {
@@ -220,10 +226,14 @@ class _Stitcher:
                     values.append(helper.make_tensor_value_info(name, cache_type, ["B", heads, "T", width]))
         for name, recipe in self.recipes.items():
             inputs.append(
-                helper.make_tensor_value_info(name, _ONNX_TYPES[TORCH_DTYPES[recipe.dtype]], list(recipe.shape))
+                helper.make_tensor_value_info(
+                    name, _ONNX_TYPES[TORCH_DTYPES[recipe.dtype]], list(recipe.shape)
+                )
             )
         declared = {value.name for value in (*inputs, *outputs)}
-        inner = [info for name, info in self.value_info.items() if name not in declared | self.constants.keys()]
+        inner = [
+            info for name, info in self.value_info.items() if name not in declared | self.constants.keys()
+        ]
         graph = helper.make_graph(
             self.nodes, "model", inputs, outputs, initializer=list(self.constants.values()), value_info=inner
         )

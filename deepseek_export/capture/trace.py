@@ -148,7 +148,12 @@ def trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Seq
     module = target if isinstance(target, nn.Module) else _Function(target)
     functional = _Functional(module)
     specs = list(inputs.values())
-    dims = {d: torch.export.Dim(d, min=1, max=_MAX_DIM) for spec in specs for d in spec.shape if isinstance(d, str)}
+    dims = {
+        d: torch.export.Dim(d, min=1, max=_MAX_DIM)
+        for spec in specs
+        for d in spec.shape
+        if isinstance(d, str)
+    }
     dynamic = tuple({i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs)
     dynamic += tuple({} for _ in functional.names)
     with _quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -157,7 +162,13 @@ def trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Seq
         program = torch.export.export(functional, tuple(example), dynamic_shapes=(dynamic,), strict=False)
     with _quiet():
         onnx_program = torch.onnx.export(
-            program, (), None, dynamo=True, opset_version=OPSET, custom_translation_table=TRANSLATIONS, verbose=False
+            program,
+            (),
+            None,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
         )
     assert onnx_program is not None
     graph = ir.to_proto(onnx_program.model).graph

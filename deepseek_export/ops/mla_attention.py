@@ -137,7 +137,8 @@ def mla_attention(
         dv = w_kv_b.shape[0] // H - dn
         form = "naive" if prefers_naive(S, cache.shape[2], dn, dv, w_kv_b.shape[1]) else "absorb"
     attend = attend_absorb if form == "absorb" else attend_naive
-    return attend(q_nope, q_pe, cache, past_lens, w_kv_b, scale), cache
+    # 与 fake 声明的步长一致；两种形式的结果都是转置过的视图。
+    return attend(q_nope, q_pe, cache, past_lens, w_kv_b, scale).contiguous(), cache
 
 
 def fake(q_nope, q_pe, c_kv, k_pe, kv_cache, past_lens, w_kv_b, scale):

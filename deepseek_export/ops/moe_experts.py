@@ -67,7 +67,7 @@ def moe_experts(
         y [N, D]，dtype 同 ``x``。没有 token 的专家不运行；N 可以为 0。
     """
     y, experts = active_experts(x, topk_ids, w_gate.shape[0])
-    for expert in experts.split(1):
+    for expert in experts.unsqueeze(-1):  # 不用 split：它对空张量也给出一块
         y = expert_step(y, expert, x, topk_ids, topk_weights, w_gate, w_up, w_down)
     return y.to(x.dtype)
 

@@ -62,7 +62,9 @@ def moe_gate(
     return ids.to(torch.int32), weights * routed_scaling_factor
 
 
-def fake(logits, bias, scoring_func, n_group, topk_group, group_score, top_k, norm_topk_prob, routed_scaling_factor):
+def fake(
+    logits, bias, scoring_func, n_group, topk_group, group_score, top_k, norm_topk_prob, routed_scaling_factor
+):
     """形状推导（meta）。"""
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape)

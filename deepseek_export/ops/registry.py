@@ -61,7 +61,9 @@ def onnx_schema(spec: OpSpec) -> defs.OpSchema:
         doc=spec.doc,
         inputs=[parameter(port.name, port.type) for port in spec.inputs],
         outputs=[parameter(port.name, port.type) for port in spec.outputs],
-        type_constraints=[(name, list(types), "") for name, types in TYPE_CONSTRAINTS.items() if name in used],
+        type_constraints=[
+            (name, list(types), "") for name, types in TYPE_CONSTRAINTS.items() if name in used
+        ],
         attributes=attributes,
     )
 

@@ -140,4 +140,6 @@ MOE_EXPERTS = OpSpec(
     doc="Routed SwiGLU experts; only experts that own a token run. Accumulates over experts in float32.",
 )
 
-OPS: Mapping[str, OpSpec] = MappingProxyType({spec.name: spec for spec in (MLA_ATTENTION, MOE_GATE, MOE_EXPERTS)})
+OPS: Mapping[str, OpSpec] = MappingProxyType(
+    {spec.name: spec for spec in (MLA_ATTENTION, MOE_GATE, MOE_EXPERTS)}
+)

@@ -57,7 +57,9 @@ class MultiheadLatentAttention(nn.Module):
             self.q_b_proj = nn.Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(D, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
         self.o_proj = nn.Linear(H * config.v_head_dim, D, bias=bias)
 
     def forward(
@@ -89,7 +91,16 @@ class MultiheadLatentAttention(nn.Module):
         if self.form == "expanded":
             o, caches = self._expanded(q_nope, q_pe, c_kv, k_pe, past_lens, caches)
         else:
-            arguments = (q_nope, q_pe, c_kv, k_pe, caches[0], past_lens, self.kv_b_proj.weight, c.softmax_scale)
+            arguments = (
+                q_nope,
+                q_pe,
+                c_kv,
+                k_pe,
+                caches[0],
+                past_lens,
+                self.kv_b_proj.weight,
+                c.softmax_scale,
+            )
             if self.form == "op":
                 o, cache = torch.ops.dsx.mla_attention(*arguments)
             else:

@@ -68,7 +68,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
         """返回 ``(attn_residual [B,S,D], x [B,S,D], *新缓存)``。"""
         attention, caches = self.self_attn(self.input_layernorm(x), cos, sin, past_lens, caches)
         residual = x + attention
@@ -129,10 +131,14 @@ class ReferenceModel(nn.Module):
         logits, hidden = self.head(x, logits_positions)
         return logits, hidden, updated
 
-    def empty_caches(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> list[tuple[Tensor, ...]]:
+    def empty_caches(
+        self, batch: int, capacity: int, dtype: torch.dtype | None = None
+    ) -> list[tuple[Tensor, ...]]:
         """全零缓存；``dtype`` 缺省为模型 dtype。"""
         dtype = dtype or self.head.norm.weight.dtype
-        shapes = [(batch, *dims[:1], capacity, *dims[1:]) for _, dims in cache_tensors(self.config, self.forms)]
+        shapes = [
+            (batch, *dims[:1], capacity, *dims[1:]) for _, dims in cache_tensors(self.config, self.forms)
+        ]
         return [tuple(torch.zeros(shape, dtype=dtype) for shape in shapes) for _ in self.layers]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -83,7 +84,9 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = None
         if config.n_shared_experts:
-            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            self.shared_experts = MLP(
+                config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, D] → [B, S, D]。"""
@@ -91,7 +94,10 @@ class MoE(nn.Module):
         logits = F.linear(tokens.float(), self.gate.weight)
         route = torch.ops.dsx.moe_gate if self.form == "op" else moe_gate
         topk_ids, topk_weights = route(logits, self.gate.e_score_correction_bias, *self.gate.arguments)
-        run = {"op": torch.ops.dsx.moe_experts, "sparse": moe_experts, "dense": experts_dense}[self.form]
+        if self.form == "op":
+            run: Callable[..., Tensor] = torch.ops.dsx.moe_experts
+        else:
+            run = moe_experts if self.form == "sparse" else experts_dense
         e = self.experts
         y = run(tokens, topk_ids, topk_weights, e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight)
         y = y.view(x.shape)

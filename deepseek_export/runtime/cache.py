@@ -121,7 +121,7 @@ class CacheBuffers:
         self.version = 0
         # OrtValue 只借用 numpy 的内存，数组必须在这里留一份引用。
         self._arrays = {t.name: self._allocate(t, self.capacity) for t in spec.tensors}
-        self._values = {name: _ort_value(array) for name, array in self._arrays.items()}
+        self._values = {name: ort_value(array) for name, array in self._arrays.items()}
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +154,7 @@ class CacheBuffers:
             grown = self._allocate(tensor, capacity)
             grown[:, :, : self.capacity] = self._arrays[tensor.name]
             self._arrays[tensor.name] = grown
-            self._values[tensor.name] = _ort_value(grown)
+            self._values[tensor.name] = ort_value(grown)
         self.capacity = capacity
         self.version += 1
         return True
@@ -179,7 +179,7 @@ def contract_broken(what: str) -> DsxError:
     return DsxError("DSX-E508", what, "用 dsx export 重新导出；不是 dsx 导出的 ONNX 不能在这里运行")
 
 
-def _ort_value(array: np.ndarray) -> ort.OrtValue:
+def ort_value(array: np.ndarray) -> ort.OrtValue:
     """与 ``array`` 共用内存的 OrtValue。ORT 不认 ml_dtypes，bfloat16 要当 uint16 传入并另给 ONNX 类型。"""
     if array.dtype == ml_dtypes.bfloat16:
         bits = array.view(np.uint16)

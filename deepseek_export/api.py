@@ -1,0 +1,193 @@
+"""Python 接口：``export``、``load``、``verify``。命令行只是它们的一层薄壳。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deepseek_export.bundle import Bundle, Manifest, export_bundle
+from deepseek_export.capture import ModelDtype
+from deepseek_export.errors import DsxError
+from deepseek_export.parity import LEVELS, Level, ParityReport, verify_bundle
+from deepseek_export.parity.verify import DEFAULT_STEPS
+from deepseek_export.profile import OptimizationProfile, resolve_profile
+from deepseek_export.progress import Progress
+from deepseek_export.runtime import BundleTokenizer, GenerationResult, Generator, ModelSession, SamplingParams
+
+
+def export(
+    checkpoint: Path | str,
+    out: Path | str,
+    profile: str | Path | OptimizationProfile = "baseline",
+    *,
+    target: str = "portable",
+    dtype: ModelDtype = "float32",
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    check: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """把检查点编译成 bundle。
+
+    Args:
+        checkpoint: Hugging Face 检查点目录（config.json + safetensors）。
+        out: 输出目录；要么完整出现，要么不出现。
+        profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
+        target: ``portable``（任何 ONNX Runtime）或 ``ort-cpu``。
+        dtype: ``float32`` 或 ``float16``。
+        overrides: ``mla.form=absorb`` 形式的覆盖。
+        overwrite: 允许替换已有的 bundle。
+        check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
+            形式的 MLA 重导一次、再校验，并记进 manifest。
+        progress: 进度显示。
+
+    Raises:
+        DsxError: 见各层；``DSX-E605`` 校验不过。
+    """
+    resolved = resolve_profile(profile, overrides)
+
+    def run(profile: OptimizationProfile, notes: tuple[str, ...] = ()) -> Bundle:
+        return export_bundle(
+            checkpoint,
+            out,
+            profile,
+            target=target,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+            accept=(lambda directory: _require_parity(directory, progress))
+            if check
+            else (lambda directory: None),
+            notes=notes,
+        )
+
+    try:
+        return run(resolved)
+    except DsxError as error:
+        if error.code != "DSX-E605" or resolved.fallback.on_drift != "naive":
+            raise
+        mla = resolved.mla.model_copy(update={"form": "naive"})
+        fallback = resolved.fallback.model_copy(update={"on_drift": "refuse"})
+        retried = resolved.model_copy(update={"mla": mla, "fallback": fallback})
+        return run(
+            retried,
+            (f"mla.form={resolved.mla.form} 校验不过，按 fallback.on_drift=naive 退回 naive：{error.what}",),
+        )
+
+
+def _require_parity(directory: Path, progress: Progress | None) -> None:
+    report = verify_bundle(Bundle.open(directory), progress=progress)
+    failure = report.first_failure
+    if failure is not None:
+        raise DsxError(
+            "DSX-E605",
+            f"{failure.level} 层 {failure.name}：{failure.note}",
+            "用 dsx verify 看全表；可试 --dtype float32，或 --set mla.form=naive",
+        )
+
+
+class CompiledModel:
+    """加载好的 bundle。
+
+    Attributes:
+        bundle: 打开的 bundle。
+        tokenizer: 没有 tokenizer 的检查点为 ``None``。
+        generator: 底层的生成器。
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self.bundle = bundle
+        config = bundle.manifest.model
+        self.tokenizer = BundleTokenizer.load(bundle.path)
+        self.session = ModelSession(
+            bundle.model_path, threads=threads, max_positions=config.max_position_embeddings
+        )
+        self.generator = Generator(self.session, self.tokenizer, config.eos_token_ids)
+
+    @property
+    def manifest(self) -> Manifest:
+        """bundle 的 manifest。"""
+        return self.bundle.manifest
+
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """文本 → token id。
+
+        Raises:
+            DsxError: ``DSX-E514``，bundle 没有 tokenizer；``DSX-E502``，没有聊天模板而 ``chat=True``。
+        """
+        if self.tokenizer is None:
+            raise DsxError("DSX-E514", f"{self.bundle.path} 没有 tokenizer", "直接给 token id（--ids 1,2,3）")
+        if chat:
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        return self.tokenizer.encode(text)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        chat: bool = False,
+        ignore_eos: bool = False,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> GenerationResult:
+        """生成。
+
+        Args:
+            prompts: 一条文本、多条文本，或多条 token id 序列（长度可以不等）。
+            max_new_tokens: 每条至多生成多少个 token。
+            temperature: 0 为 greedy。
+            top_k, top_p, seed: 采样参数，见 :class:`~deepseek_export.runtime.SamplingParams`。
+            chat: 套用聊天模板。
+            ignore_eos: 遇到 EOS 不停。
+            on_token: 每个新 token 回调 ``(行号, token id)``。
+
+        Raises:
+            DsxError: 5xx。
+        """
+        texts: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids: list[list[int]] = []
+        for prompt in texts:
+            ids.append(self.encode(prompt, chat) if isinstance(prompt, str) else [int(i) for i in prompt])
+        sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return self.generator.generate(
+            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos
+        )
+
+
+def load(bundle: Path | str, threads: int | None = None) -> CompiledModel:
+    """加载 bundle，准备生成。
+
+    Args:
+        bundle: ``export`` 的输出目录。
+        threads: 线程数；缺省由 ONNX Runtime 决定。
+
+    Raises:
+        DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败。
+    """
+    return CompiledModel(Bundle.open(bundle), threads)
+
+
+def verify(
+    bundle: Path | str,
+    against: Path | str | None = None,
+    *,
+    levels: Sequence[Level] = LEVELS,
+    prompts: Sequence[str] | None = None,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
+    return verify_bundle(
+        Bundle.open(bundle),
+        against,
+        levels=levels,
+        prompts=prompts,
+        steps=steps,
+        seed=seed,
+        progress=progress,
+    )

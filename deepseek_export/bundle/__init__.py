@@ -1,0 +1,7 @@
+"""bundle：导出的产物，一个自包含的目录。"""
+
+from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.bundle.export import export_bundle
+from deepseek_export.bundle.manifest import Manifest
+
+__all__ = ["Bundle", "Manifest", "export_bundle"]

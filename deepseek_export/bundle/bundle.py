@@ -1,0 +1,81 @@
+"""读取一个导出好的 bundle。"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from deepseek_export.bundle.disk import sha256_file
+from deepseek_export.bundle.manifest import SCHEMA_VERSION, Manifest
+from deepseek_export.errors import DsxError
+from deepseek_export.progress import Progress
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """一个 bundle 目录及其 manifest。"""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """打开并核对文件是否齐全、大小是否相符（不算哈希，见 :meth:`check_hashes`）。
+
+        Raises:
+            DsxError: ``DSX-E402`` 不是 bundle 或缺文件；``DSX-E403`` manifest 读不了或版本不认识；
+                ``DSX-E406`` 文件大小不符。
+        """
+        path = Path(path)
+        manifest_path = path / "manifest.json"
+        if not manifest_path.is_file():
+            raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
+        try:
+            data = json.loads(manifest_path.read_text(encoding="utf-8"))
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            if version != SCHEMA_VERSION:
+                raise DsxError(
+                    "DSX-E403",
+                    f"{manifest_path} 的 schema_version = {version!r}，这一版 dsx 只认 {SCHEMA_VERSION}",
+                    "用当前的 dsx 重新导出",
+                )
+            manifest = Manifest.model_validate(data)
+        except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            first = str(error).splitlines()[0]
+            raise DsxError("DSX-E403", f"{manifest_path}：{first}", "重新导出") from error
+        for name, entry in manifest.files.items():
+            file = path / name
+            if not file.is_file():
+                raise DsxError("DSX-E402", f"{path} 缺少 {name}", "重新导出，或把整个目录一起拷贝")
+            if file.stat().st_size != entry.bytes:
+                raise DsxError(
+                    "DSX-E406",
+                    f"{file} 有 {file.stat().st_size} 字节，manifest 记的是 {entry.bytes}",
+                    "文件被截断或改过：重新拷贝或重新导出",
+                )
+        return cls(path, manifest)
+
+    @property
+    def model_path(self) -> Path:
+        """主模型的 ONNX 文件。"""
+        return self.path / next(graph.file for graph in self.manifest.graphs if graph.role == "main")
+
+    def check_hashes(self, progress: Progress) -> None:
+        """核对每个文件的 sha256。
+
+        Raises:
+            DsxError: ``DSX-E406``。
+        """
+        files = self.manifest.files
+        progress.start("核对 sha256", sum(entry.bytes for entry in files.values()))
+        for name, entry in files.items():
+            if sha256_file(self.path / name) != entry.sha256:
+                raise DsxError(
+                    "DSX-E406",
+                    f"{self.path / name} 的 sha256 与 manifest 不符",
+                    "文件被改过：重新拷贝或重新导出",
+                )
+            progress.advance(entry.bytes, name)

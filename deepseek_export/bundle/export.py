@@ -1,0 +1,304 @@
+"""导出：检查点 → bundle。"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+from onnx import helper, inliner
+
+from deepseek_export import __version__
+from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.bundle.disk import atomic_directory, check_free_space, disk_errors, sha256_file
+from deepseek_export.bundle.manifest import (
+    SCHEMA_VERSION,
+    CacheEntry,
+    CacheTensorEntry,
+    FileEntry,
+    GraphEntry,
+    Manifest,
+    SourceEntry,
+    ValueEntry,
+    WeightsEntry,
+)
+from deepseek_export.bundle.packed import Slot, write_packed
+from deepseek_export.capture import ModelDtype, capture_model
+from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.errors import DsxError
+from deepseek_export.passes import LoweredModel, lower
+from deepseek_export.profile import OptimizationProfile
+from deepseek_export.progress import Progress
+from deepseek_export.reference.model import Forms, cache_tensors
+
+MODEL_FILE = "model.onnx"
+WEIGHTS_FILE = "weights/model.safetensors"
+
+#: 原样带进 bundle 的文件（存在才带）。
+CARRIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class _Stopwatch:
+    """各阶段用时（秒），写进 reports/export.json。"""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def export_bundle(
+    checkpoint: Path | str,
+    out: Path | str,
+    profile: OptimizationProfile,
+    *,
+    target: str = "portable",
+    dtype: ModelDtype = "float32",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    accept: Callable[[Path], None] = lambda directory: None,
+    notes: tuple[str, ...] = (),
+) -> Bundle:
+    """导出一个检查点。
+
+    Args:
+        checkpoint: Hugging Face 检查点目录。
+        out: bundle 目录；要么完整出现，要么不出现。
+        profile: 优化方案。
+        target: ``portable`` 或 ``ort-cpu``。
+        dtype: 计算与权重的 dtype（router 始终 float32）。
+        overwrite: 允许替换已有的 bundle。
+        progress: 进度。
+        accept: 改名之前在临时目录上执行；抛异常则整个导出作废（导出时校验用）。
+        notes: 额外写进 manifest 的回退说明。
+
+    Returns:
+        打开的 :class:`Bundle`。
+
+    Raises:
+        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径；``DSX-E006`` 方案要求这一版没有的功能。
+    """
+    progress = progress or Progress()
+    out = Path(out)
+    if profile.mtp.enabled:
+        raise DsxError(
+            "DSX-E006", f"方案 {profile.name} 打开了 mtp.enabled，这一版还不能导出 MTP", "改用 -p mla+moe"
+        )
+    watch = _Stopwatch()
+    progress.start("读检查点")
+    with watch("checkpoint"):
+        source = Checkpoint.open(checkpoint)
+    config = source.config
+    with watch("capture"):
+        progress.start("捕获计算图")
+        captured = capture_model(config, profile, dtype, lambda step: progress.advance(0, step))
+    with watch("passes"):
+        progress.start(f"下沉到 {target}")
+        lowered = lower(captured, config=config, profile=profile, dtype=dtype, target=target)
+    fallbacks = [*notes, *lowered.fallbacks]
+    for line in fallbacks:
+        progress.note(line)
+    with atomic_directory(out, overwrite) as directory:
+        with disk_errors(directory):
+            check_free_space(directory, sum(recipe.nbytes for recipe in lowered.weights.values()))
+            (directory / WEIGHTS_FILE).parent.mkdir()
+        with watch("weights"):
+            slots = write_packed(directory / WEIGHTS_FILE, lowered.weights, source.store, progress)
+        with watch("graph"):
+            progress.start("写计算图并检查")
+            model = bind_external(lowered.proto, slots, WEIGHTS_FILE)
+            with disk_errors(directory):
+                onnx.save(model, directory / MODEL_FILE)
+            onnx.checker.check_model(str(directory / MODEL_FILE), full_check=True)
+        with disk_errors(directory):
+            for name in CARRIED_FILES:
+                if (source.path / name).is_file():
+                    shutil.copyfile(source.path / name, directory / name)
+            with watch("hashes"):
+                files = _hash_files(directory, progress)
+            manifest = _manifest(
+                source, profile, target, dtype, lowered, model, fallbacks, captured.sites, files
+            )
+            _write_json(directory / "manifest.json", manifest.model_dump(mode="json"))
+            (directory / "reports").mkdir()
+            _write_json(directory / "reports/export.json", _report(watch, lowered))
+        accept(directory)
+    return Bundle.open(out)
+
+
+def bind_external(proto: onnx.ModelProto, slots: dict[str, Slot], location: str) -> onnx.ModelProto:
+    """把权重输入换成指向权重文件的 initializer。
+
+    Args:
+        proto: 权重是输入的模型；不会被修改。
+        slots: 权重名 → 文件里的位置。
+        location: 相对 ONNX 文件的路径。
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    kept = [value for value in model.graph.input if value.name not in slots]
+    for value in model.graph.input:
+        if value.name not in slots:
+            continue
+        slot, kind = slots[value.name], value.type.tensor_type
+        tensor = model.graph.initializer.add(
+            name=value.name, data_type=kind.elem_type, data_location=onnx.TensorProto.EXTERNAL
+        )
+        tensor.dims.extend(dim.dim_value for dim in kind.shape.dim)
+        for key, text in (("location", location), ("offset", str(slot.offset)), ("length", str(slot.length))):
+            tensor.external_data.add(key=key, value=text)
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    return model
+
+
+def float32_islands(model: onnx.ModelProto) -> dict[str, int]:
+    """float16 模型里以 float32 计算的节点：``op_type`` → 个数（函数体先内联再数，含 ``Loop``/``If`` 里的）。
+
+    ``RMSNormalization`` 输入输出是 float16，但 ``stash_type=1`` 使它内部用 float32，也算。
+    """
+    inlined = onnx.shape_inference.infer_shapes(inliner.inline_local_functions(model))
+    counts: Counter[str] = Counter()
+    _count_islands(inlined.graph, counts)
+    return dict(sorted(counts.items()))
+
+
+#: 只搬运、改形状或产生常量的算子，不算计算。
+_MOVES = {
+    *(
+        "Cast",
+        "Constant",
+        "Reshape",
+        "Transpose",
+        "Unsqueeze",
+        "Squeeze",
+        "Concat",
+        "Split",
+        "Slice",
+        "Gather",
+    ),
+    *("GatherElements", "Identity", "Expand", "Loop", "If", "ScatterND", "Where", "Shape", "Range"),
+}
+
+
+def _count_islands(graph: onnx.GraphProto, counts: Counter[str]) -> None:
+    values = (*graph.value_info, *graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    for node in graph.node:
+        if node.op_type == "RMSNormalization" or (
+            node.op_type not in _MOVES and any(types.get(o) == onnx.TensorProto.FLOAT for o in node.output)
+        ):
+            counts[node.op_type] += 1
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _count_islands(attribute.g, counts)
+
+
+def _hash_files(directory: Path, progress: Progress) -> dict[str, FileEntry]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    progress.start("计算 sha256", sum(path.stat().st_size for path in paths))
+    files = {}
+    for path in paths:
+        name = path.relative_to(directory).as_posix()
+        files[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+        progress.advance(files[name].bytes, name)
+    return files
+
+
+def _manifest(
+    source: Checkpoint,
+    profile: OptimizationProfile,
+    target: str,
+    dtype: ModelDtype,
+    lowered: LoweredModel,
+    model: onnx.ModelProto,
+    fallbacks: list[str],
+    sites: list,
+    files: dict[str, FileEntry],
+) -> Manifest:
+    config = source.config
+    graph = model.graph
+    caches = cache_tensors(config, Forms.for_capture(profile))
+    cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
+    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in graph.node)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        dsx_version=__version__,
+        target=target,
+        dtype=dtype,
+        profile=profile,
+        model=config,
+        source=SourceEntry(
+            path=str(source.path.resolve()),
+            config_sha256=sha256_file(source.path / "config.json"),
+            fingerprint=source.store.fingerprint(),
+            mtp_tensors=len(source.mtp_tensors),
+        ),
+        graphs=[
+            GraphEntry(
+                file=MODEL_FILE,
+                role="main",
+                inputs=[_value_entry(value) for value in graph.input],
+                outputs=[_value_entry(value) for value in graph.output],
+                op_counts=dict(sorted(counts.items())),
+            )
+        ],
+        cache=CacheEntry(
+            tensors=[
+                CacheTensorEntry(name=name, heads=heads, width=width) for name, (heads, width) in caches
+            ],
+            dtype=cache_dtype,
+            num_layers=config.num_hidden_layers,
+        ),
+        weights=WeightsEntry(mode="packed", files=[WEIGHTS_FILE], recipes=lowered.weights),
+        passes=lowered.results,
+        fallbacks=fallbacks,
+        float32_islands=float32_islands(model) if dtype == "float16" else {},
+        sites=sites,
+        files=files,
+    )
+
+
+def _value_entry(value: onnx.ValueInfoProto) -> ValueEntry:
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return ValueEntry(
+        name=value.name, dtype=dtype, shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    )
+
+
+def _report(watch: _Stopwatch, lowered: LoweredModel) -> dict:
+    return {
+        "seconds": watch.seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "weight_bytes": sum(recipe.nbytes for recipe in lowered.weights.values()),
+        "nodes": len(lowered.proto.graph.node),
+    }
+
+
+def _write_json(path: Path, data: dict) -> None:
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

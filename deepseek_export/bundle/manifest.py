@@ -1,0 +1,107 @@
+"""``manifest.json``：bundle 的自述。写入与读取都经过这里的类型校验。"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from deepseek_export.capture import OpSite
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
+from deepseek_export.passes import PassResult
+from deepseek_export.profile import OptimizationProfile
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SourceEntry(_Entry):
+    """检查点的出处与指纹：路径、config.json 的 sha256、每个 safetensors 文件的大小与头部 sha256。"""
+
+    path: str
+    config_sha256: str
+    fingerprint: dict[str, Any]
+    mtp_tensors: int
+
+
+class ValueEntry(_Entry):
+    """图的一个输入或输出；维度是整数或名字（B、S、T、L）。"""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class GraphEntry(_Entry):
+    """一个 ONNX 文件及其角色。``main`` 是主模型；MTP 草稿模型将来是 ``draft``。"""
+
+    file: str
+    role: Literal["main", "draft"]
+    inputs: list[ValueEntry]
+    outputs: list[ValueEntry]
+    op_counts: dict[str, int]
+
+
+class CacheTensorEntry(_Entry):
+    """每层的一个缓存张量：[B, heads, T, width]。"""
+
+    name: str
+    heads: int
+    width: int
+
+
+class CacheEntry(_Entry):
+    """KV cache 的布局。"""
+
+    tensors: list[CacheTensorEntry]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    num_layers: int
+
+    @property
+    def values_per_token_per_layer(self) -> int:
+        """每个 token 在一层里占多少个数；MLA 打开时是 ``kv_lora_rank + qk_rope_head_dim``。"""
+        return sum(tensor.heads * tensor.width for tensor in self.tensors)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """每个 token 在所有层里占的字节数。"""
+        return self.values_per_token_per_layer * self.num_layers * NUMPY_DTYPES[self.dtype].itemsize
+
+
+class WeightsEntry(_Entry):
+    """权重文件与每个 initializer 的配方。"""
+
+    mode: Literal["packed"]
+    files: list[str]
+    recipes: dict[str, Recipe]
+
+
+class FileEntry(_Entry):
+    """一个文件的大小与 sha256。"""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Entry):
+    """bundle 的全部事实；``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件。"""
+
+    schema_version: Literal[1]
+    dsx_version: str
+    target: str
+    dtype: Literal["float32", "float16"]
+    profile: OptimizationProfile
+    model: ModelConfig
+    source: SourceEntry
+    graphs: list[GraphEntry]
+    cache: CacheEntry
+    weights: WeightsEntry
+    passes: list[PassResult]
+    fallbacks: list[str]
+    float32_islands: dict[str, int]
+    sites: list[OpSite]
+    files: dict[str, FileEntry]

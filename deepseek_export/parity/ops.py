@@ -1,0 +1,116 @@
+"""op 层：把 bundle 里的一个 ``dsx::`` 节点（或它下沉之后的样子）单独截出来，与 eager 参考实现比。
+
+权重一侧来自 bundle 的文件，另一侧按配方从检查点现算，所以权重绑错也会在这里暴露。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from deepseek_export.bundle import Bundle
+from deepseek_export.capture import OpSite
+from deepseek_export.capture.bodies import gate_attributes
+from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.checkpoint.recipe import load_array, weight_recipes
+from deepseek_export.ops.mla_attention import mla_attention
+from deepseek_export.ops.moe_experts import moe_experts
+from deepseek_export.ops.moe_gate import moe_gate
+from deepseek_export.ops.table import MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
+from deepseek_export.parity.report import Case, compare
+from deepseek_export.parity.subgraph import ModelGraph
+
+#: (B, S, T, past_lens)：空缓存、解码、MTP 校验式的小 S、长 prefill（auto 走 naive）、长度不等、容量恰好用满。
+_MLA_SHAPES = (
+    (1, 1, 8, (0,)),
+    (2, 1, 64, (63, 17)),
+    (2, 4, 64, (0, 60)),
+    (3, 5, 40, (0, 1, 35)),
+    (1, 256, 256, (0,)),
+)
+_MOE_TOKENS = (1, 2, 33)
+
+
+def op_cases(
+    bundle: Bundle, checkpoint: Checkpoint, graph: ModelGraph, seed: int, on_case: Callable[[str], None]
+) -> Iterator[Case]:
+    """每种算子取第一处与最后一处，换多种形状各比一次。"""
+    rng = np.random.default_rng(seed)
+    recipes = weight_recipes(checkpoint.config, bundle.manifest.dtype)
+
+    def weight(name: str) -> torch.Tensor:
+        return torch.from_numpy(load_array(name, recipes[name], checkpoint.store))
+
+    for op in (MLA_ATTENTION.name, MOE_EXPERTS.name):
+        sites = [site for site in bundle.manifest.sites if site.op == op]
+        for site in sites[:1] + sites[1:][-1:]:
+            on_case(f"layers.{site.layer} {op}")
+            if op == MLA_ATTENTION.name:
+                yield from _mla_cases(bundle, graph, site, weight, rng)
+            else:
+                gate = next(
+                    s for s in bundle.manifest.sites if s.layer == site.layer and s.op == MOE_GATE.name
+                )
+                yield from _moe_cases(bundle, graph, gate, site, weight, rng)
+
+
+def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
+    manifest = bundle.manifest
+    c, dtype = manifest.model, np.dtype(manifest.dtype)
+    cache_dtype = np.dtype(ml_dtypes.bfloat16 if manifest.cache.dtype == "bfloat16" else manifest.cache.dtype)
+    ports = dict(zip((port.name for port in MLA_ATTENTION.inputs), site.inputs, strict=True))
+    w_kv_b = weight(ports.pop("w_kv_b"))
+    outputs = [site.outputs[0]]
+    call = graph.session(graph.cut(list(ports.values()), outputs))
+    for B, S, T, past in _MLA_SHAPES:
+        shapes = {
+            "q_nope": (B, S, c.num_attention_heads, c.qk_nope_head_dim),
+            "q_pe": (B, S, c.num_attention_heads, c.qk_rope_head_dim),
+            "c_kv": (B, S, c.kv_lora_rank),
+            "k_pe": (B, S, c.qk_rope_head_dim),
+        }
+        arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+        width = c.kv_lora_rank + c.qk_rope_head_dim
+        arrays["kv_cache"] = rng.standard_normal((B, 1, T, width)).astype(cache_dtype)
+        arrays["past_lens"] = np.array(past, np.int64)
+        (got,) = call({ports[name]: array for name, array in arrays.items()}, outputs)
+        tensors = {name: _torch(array) for name, array in arrays.items()}
+        form = manifest.profile.mla.form
+        want, _ = mla_attention(**tensors, w_kv_b=w_kv_b, scale=c.softmax_scale, form=form)
+        yield compare(
+            "op",
+            f"layers.{site.layer} MlaAttention B={B} S={S} T={T}",
+            "op",
+            manifest.dtype,
+            got,
+            want.numpy(),
+        )
+
+
+def _moe_cases(bundle, graph, gate: OpSite, site: OpSite, weight, rng) -> Iterator[Case]:
+    """gate 与 experts 一起比：下沉到 ONNX Runtime 的 MoE 之后，中间的 ids、weights 已不存在。"""
+    manifest = bundle.manifest
+    c, dtype = manifest.model, np.dtype(manifest.dtype)
+    logits_name, bias_name = gate.inputs
+    x_name, _, _, *weight_names = site.inputs
+    bias, experts = weight(bias_name), [weight(name) for name in weight_names]
+    outputs = [site.outputs[0]]
+    call = graph.session(graph.cut([logits_name, x_name], outputs))
+    for N in _MOE_TOKENS:
+        x = rng.standard_normal((N, c.hidden_size)).astype(dtype)
+        logits = 2 * rng.standard_normal((N, c.n_routed_experts)).astype(np.float32)
+        (got,) = call({logits_name: logits, x_name: x}, outputs)
+        ids, weights = moe_gate(torch.from_numpy(logits), bias, **gate_attributes(c))
+        want = moe_experts(torch.from_numpy(x), ids, weights, *experts)
+        yield compare(
+            "op", f"layers.{site.layer} MoeGate+MoeExperts N={N}", "op", manifest.dtype, got, want.numpy()
+        )
+
+
+def _torch(array: np.ndarray) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,131 @@
+"""对照的基准：transformers 自己的模型；没装 transformers 时退到 dsx 参考模型，并在报告里写明。"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.errors import DsxError
+from deepseek_export.reference import Forms, ReferenceModel, load_reference
+from deepseek_export.reference.weights import TORCH_DTYPES
+
+MIN_TRANSFORMERS = (5, 17)
+
+
+class Oracle(Protocol):
+    """基准要会的两件事。"""
+
+    name: str
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """一条序列的全部 logits，[len, V] float32。"""
+
+    def greedy(self, ids: Sequence[int], steps: int) -> list[int]:
+        """greedy 续写 ``steps`` 个 token，不因 EOS 停。"""
+
+
+class TransformersOracle:
+    """transformers 的 ``DeepseekV2ForCausalLM`` / ``DeepseekV3ForCausalLM``，直接读同一个检查点。"""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+        import transformers
+
+        self.name = f"transformers {transformers.__version__}"
+        with _quiet(transformers):
+            # attn_implementation="eager"：softmax 用 float32，与 DeepSeek 原版一致，且不受 SDPA 后端影响。
+            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint.path, dtype=TORCH_DTYPES[dtype], attn_implementation="eager", local_files_only=True
+            ).eval()
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        return self._model(torch.tensor([list(ids)])).logits[0].float().numpy()
+
+    @torch.no_grad()
+    def greedy(self, ids: Sequence[int], steps: int) -> list[int]:
+        out = self._model(torch.tensor([list(ids)]), use_cache=True)
+        tokens = [int(out.logits[0, -1].argmax())]
+        while len(tokens) < steps:
+            # past_key_values 在 5.40 才改名为 cache；输出的字段两个名字都可能有。
+            cache = getattr(out, "past_key_values", None)
+            out = self._model(torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True)
+            tokens.append(int(out.logits[0, -1].argmax()))
+        return tokens
+
+
+class ReferenceOracle:
+    """dsx 参考模型（expanded 注意力、每个专家都跑：与被验证的图走不同的算法）。"""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+        self.name = "dsx reference"
+        self._model = load_reference(checkpoint, Forms("expanded", "dense"), dtype)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        return reference_logits(self._model, ids)
+
+    @torch.no_grad()
+    def greedy(self, ids: Sequence[int], steps: int) -> list[int]:
+        model, tokens = self._model, list(ids)
+        caches = model.empty_caches(1, len(ids) + steps)
+        new, past = list(ids), 0
+        while len(tokens) < len(ids) + steps:
+            last = torch.tensor([[len(new) - 1]])
+            logits, _, caches = model(torch.tensor([new]), torch.tensor([past]), last, caches)
+            past += len(new)
+            new = [int(logits[0, 0].argmax())]
+            tokens += new
+        return tokens[len(ids) :]
+
+
+def reference_logits(model: ReferenceModel, ids: Sequence[int]) -> np.ndarray:
+    """参考模型一次 prefill 的全部 logits，[len, V] float32。"""
+    positions = torch.arange(len(ids))[None]
+    caches = model.empty_caches(1, len(ids))
+    logits, _, _ = model(torch.tensor([list(ids)]), torch.zeros(1, dtype=torch.int64), positions, caches)
+    return logits[0].float().numpy()
+
+
+def make_oracle(checkpoint: Checkpoint, dtype: str) -> tuple[Oracle, list[str]]:
+    """选基准。
+
+    Returns:
+        基准，以及要写进报告的说明（没装 transformers 时）。
+
+    Raises:
+        DsxError: ``DSX-E603``，transformers 太旧，语义与 dsx 不同。
+    """
+    try:
+        import transformers
+    except ImportError:
+        note = "没有安装 transformers：model 与 tokens 层以 dsx 参考模型为准（pip install 'deepseek-export[hf]'）"
+        return ReferenceOracle(checkpoint, dtype), [note]
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < MIN_TRANSFORMERS:
+        raise DsxError(
+            "DSX-E603",
+            f"transformers {transformers.__version__} 太旧，至少要 {'.'.join(map(str, MIN_TRANSFORMERS))}",
+            "pip install -U transformers",
+        )
+    return TransformersOracle(checkpoint, dtype), []
+
+
+@contextlib.contextmanager
+def _quiet(transformers):
+    """加载时的进度条与提示会混进 dsx 自己的输出。"""
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,77 @@
+"""对齐报告：JSON 存进 bundle，表格由命令行打印。"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from deepseek_export.parity.measures import Measure, measure
+from deepseek_export.parity.tolerances import TOLERANCES, Dtype, Quantity, Tolerance
+
+Level = Literal["op", "block", "model", "tokens"]
+LEVELS: tuple[Level, ...] = ("op", "block", "model", "tokens")
+
+
+class Case(BaseModel):
+    """一次比较。
+
+    Attributes:
+        level: 层级。
+        name: 比的是什么，例如 ``layers.3.mlp``。
+        passed: 是否通过。
+        measure, tolerance: 数值比较才有。
+        near_ties: 因近平局而不按错误计的行数或 token 数。
+        note: 补充说明，例如 token 在哪一步分叉。
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    level: Level
+    name: str
+    passed: bool
+    measure: Measure | None = None
+    tolerance: Tolerance | None = None
+    near_ties: int = 0
+    note: str = ""
+
+
+class ParityReport(BaseModel):
+    """一次 ``dsx verify`` 的全部结果。"""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str
+    checkpoint: str
+    profile: str
+    target: str
+    dtype: Dtype
+    oracle: str
+    environment: dict[str, str]
+    levels: list[Level]
+    cases: list[Case]
+    notes: list[str]
+    polygraphy: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """每一项都通过，且确实比过东西。"""
+        return bool(self.cases) and all(case.passed for case in self.cases)
+
+    @property
+    def first_failure(self) -> Case | None:
+        """第一处不通过：按 op、block、model、tokens 与层的次序，也就是离病根最近的一处。"""
+        return next((case for case in self.cases if not case.passed), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """可写成 JSON 的字典，含 ``passed``。"""
+        return {"passed": self.passed, **self.model_dump(mode="json")}
+
+
+def compare(level: Level, name: str, quantity: Quantity, dtype: Dtype, got: Any, want: Any) -> Case:
+    """量一次、对照容差表，得到一条 :class:`Case`。"""
+    m, tolerance = measure(got, want), TOLERANCES[quantity, dtype]
+    note = "" if tolerance.accepts(m) else f"最大差在 {list(m.coordinate)}"
+    return Case(
+        level=level, name=name, passed=tolerance.accepts(m), measure=m, tolerance=tolerance, note=note
+    )

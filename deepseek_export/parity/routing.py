@@ -1,0 +1,46 @@
+"""路由的近平局：分数几乎相等时换一个专家不是错误，要与真正的错误分开报告。"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.reference.model import DecoderLayer
+from deepseek_export.reference.moe import MoE
+
+
+def router_margin(layer: DecoderLayer, residual: Tensor, config: ModelConfig) -> Tensor:
+    """每个 token 的路由离“换一个专家”有多远。
+
+    Args:
+        layer: 参考模型的一层；dense 层返回 inf。
+        residual: [B, S, D]，注意力之后的残差。
+        config: 模型配置。
+
+    Returns:
+        [B, S] float32：第 k 名与第 k+1 名选择分数之差，与组的对应差，取小者。
+    """
+    if not isinstance(layer.mlp, MoE):
+        return torch.full(residual.shape[:2], torch.inf)
+    gate = layer.mlp.gate
+    x = layer.post_attention_layernorm(residual).float()
+    logits = torch.nn.functional.linear(x, gate.weight)
+    scores = logits.softmax(-1) if config.scoring_func == "softmax" else logits.sigmoid()
+    choice = scores + gate.e_score_correction_bias
+    if config.group_score != "none":
+        grouped = choice.unflatten(-1, (config.n_group, -1))
+        best = grouped.topk(2, -1).values.sum(-1) if config.group_score == "top2_sum" else grouped.amax(-1)
+        groups = _gap(best, config.topk_group)
+        chosen = torch.zeros_like(best).scatter(-1, best.topk(config.topk_group, -1).indices, 1.0).bool()
+        choice = grouped.masked_fill(~chosen.unsqueeze(-1), float("-inf")).flatten(-2)
+        return torch.minimum(groups, _gap(choice, config.num_experts_per_tok))
+    return _gap(choice, config.num_experts_per_tok)
+
+
+def _gap(scores: Tensor, k: int) -> Tensor:
+    """第 k 大与第 k+1 大之差；没有第 k+1 名时为 inf。"""
+    if scores.shape[-1] == k:
+        return torch.full(scores.shape[:-1], torch.inf)
+    top = scores.topk(k + 1, -1).values
+    return top[..., k - 1] - top[..., k]

@@ -1,0 +1,56 @@
+"""tokens 层：greedy 续写逐 token 相同。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from deepseek_export.parity.oracle import Oracle
+from deepseek_export.parity.report import Case
+from deepseek_export.parity.tolerances import Dtype, token_margin
+from deepseek_export.runtime import Generator
+
+
+def token_cases(
+    generator: Generator,
+    oracle: Oracle,
+    rows: Sequence[Sequence[int]],
+    steps: int,
+    dtype: Dtype,
+    on_case: Callable[[str], None],
+) -> Iterator[Case]:
+    """每条 prompt 单独跑一遍、再合成一个 batch 跑一遍，都与基准的 greedy 比。
+
+    分叉处若基准自己的两个候选 logit 相差在容差之内，记为近平局；否则不通过。
+    """
+    want = []
+    for i, row in enumerate(rows):
+        on_case(f"prompt {i}: oracle")
+        want.append(oracle.greedy(row, steps))
+    on_case("alone")
+    alone = [generator.generate([row], steps, ignore_eos=True).token_ids[0] for row in rows]
+    on_case("batch")
+    batch = generator.generate(list(rows), steps, ignore_eos=True).token_ids
+    for way, outputs in (("alone", alone), ("batch", batch)):
+        for i, (got, expected) in enumerate(zip(outputs, want, strict=True)):
+            yield _case(f"tokens[{i}] {way}", list(rows[i]), got, expected, oracle, dtype)
+
+
+def _case(
+    name: str, prompt: list[int], got: Sequence[int], want: Sequence[int], oracle: Oracle, dtype: Dtype
+) -> Case:
+    got, want = list(got), list(want)
+    if got == want:
+        return Case(level="tokens", name=name, passed=True, note=f"{len(want)} 个 token 全部相同")
+    shared = min(len(got), len(want))
+    step = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), shared)
+    if step == shared:
+        return Case(level="tokens", name=name, passed=False, note=f"长度不同：{len(got)} 与 {len(want)}")
+    logits = oracle.logits([*prompt, *want[:step]])[-1]
+    gap = float(logits[want[step]] - logits[got[step]])
+    limit = token_margin(dtype, float(np.sqrt((logits**2).mean())))
+    near = gap <= limit
+    verdict = "近平局" if near else "错误"
+    note = f"第 {step} 步分叉：{got[step]}，应为 {want[step]}；基准 logit 相差 {gap:.2e}（{verdict}，界 {limit:.2e}）"
+    return Case(level="tokens", name=name, passed=near, near_ties=int(near), note=note)

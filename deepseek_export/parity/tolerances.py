@@ -1,0 +1,88 @@
+"""容差表：唯一允许写容差数字的地方，每一行都写明理由。
+
+键是（量，dtype）。``max_abs`` 以参照值的均方根为尺：通过的条件是 ``max_abs <= 容差 * max(1, rms(want))``。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from deepseek_export.parity.measures import Measure
+
+Quantity = Literal["op", "block", "logits", "logits_after_near_tie"]
+Dtype = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """一行容差。
+
+    Attributes:
+        max_abs: 见模块说明。
+        calc_diff: 余弦型差异的上限。
+        norm: ``|norm_ratio - 1|`` 的上限。
+        reason: 为什么是这个数。
+    """
+
+    max_abs: float
+    calc_diff: float
+    norm: float
+    reason: str
+
+    def accepts(self, m: Measure) -> bool:
+        """三个量都在限内。"""
+        return (
+            m.max_abs <= self.max_abs * max(1.0, m.scale)
+            and m.calc_diff <= self.calc_diff
+            and abs(m.norm_ratio - 1) <= self.norm
+        )
+
+
+TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
+    {
+        ("op", "float32"): Tolerance(
+            1e-5, 1e-10, 1e-5, "同一公式、不同求和次序：float32 单个算子约 1e-6，留十倍余量"
+        ),
+        ("op", "float16"): Tolerance(
+            1e-2, 1e-5, 2e-3, "输出舍入到 float16（相对 2^-11），矩阵乘中间结果再舍入两到三次"
+        ),
+        ("block", "float32"): Tolerance(2e-5, 1e-10, 1e-5, "一个注意力或前馈块：三到五次矩阵乘，约 2e-6"),
+        ("block", "float16"): Tolerance(
+            2e-2, 2e-5, 4e-3, "一个块内的 float16 舍入累计；残差流的均方根约为 1"
+        ),
+        ("logits", "float32"): Tolerance(1e-4, 1e-9, 1e-4, "整个模型逐层累计；发布承诺 1e-4，实测约 5e-6"),
+        ("logits", "float16"): Tolerance(
+            1e-1, 1e-3, 2e-2, "float16 误差逐层累计；两个 float16 实现之间的差与各自到 float32 的差同量级"
+        ),
+        ("logits_after_near_tie", "float32"): Tolerance(
+            1e-4, 1e-9, 1e-4, "float32 的近平局判据只有 1e-6，之后的行仍按正常容差要求"
+        ),
+        ("logits_after_near_tie", "float16"): Tolerance(
+            float("inf"),
+            1e-1,
+            1e-1,
+            "路由近平局处换了一个分数几乎相等的专家，输出合理地不同；只防整体跑偏",
+        ),
+    }
+)
+
+#: 路由的近平局判据：第 k 名与第 k+1 名（或组的对应名次）的分数差小于它，换专家不算错。单位是打分（概率）。
+ROUTER_MARGIN: Mapping[Dtype, float] = MappingProxyType(
+    {
+        "float32": 1e-6,  # float32 的 sigmoid/softmax 末位误差
+        "float16": 4e-3,  # router 的输入是 float16，logit 误差约 1e-2，sigmoid 斜率至多 1/4
+    }
+)
+
+
+def token_margin(dtype: Dtype, scale: float) -> float:
+    """greedy 的近平局判据：两个候选的 logit 差不超过 logits 容差的两倍时，换 token 不算错。
+
+    Args:
+        dtype: 模型 dtype。
+        scale: logits 的均方根。
+    """
+    return 2 * TOLERANCES["logits", dtype].max_abs * max(1.0, scale)

@@ -1,0 +1,180 @@
+"""``dsx verify``：四个层级依次比，结果写进 ``reports/parity.json``。"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from deepseek_export.bundle import Bundle
+from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.errors import DsxError
+from deepseek_export.parity.blocks import block_cases
+from deepseek_export.parity.model import model_cases
+from deepseek_export.parity.ops import op_cases
+from deepseek_export.parity.oracle import make_oracle
+from deepseek_export.parity.polygraphy import save_comparison
+from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
+from deepseek_export.parity.subgraph import ModelGraph
+from deepseek_export.parity.tokens import token_cases
+from deepseek_export.progress import Progress
+from deepseek_export.reference import Forms, load_reference
+from deepseek_export.runtime import BundleTokenizer, Generator, ModelSession
+
+#: 有 tokenizer 时用真文本：中文、英文、代码，长度不等。
+DEFAULT_PROMPTS = (
+    "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune",
+    "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)",
+)
+_RANDOM_LENGTHS = (29, 16, 5)
+_MAX_PROMPT = 96
+_BLOCK_ROWS, _BLOCK_TOKENS = 2, 25
+DEFAULT_STEPS = 64
+
+
+def verify_bundle(
+    bundle: Bundle,
+    against: Path | str | None = None,
+    *,
+    levels: Sequence[Level] = LEVELS,
+    prompts: Sequence[str] | None = None,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """验证一个 bundle 与 PyTorch 相等。
+
+    Args:
+        bundle: 要验证的 bundle。
+        against: 检查点目录；缺省取 manifest 里记的出处。
+        levels: 要比的层级。
+        prompts: 文本 prompt；缺省用内置的，没有 tokenizer 时用随机 token。
+        steps: tokens 层续写的长度。
+        seed: 随机输入的种子。
+        progress: 进度。
+
+    Returns:
+        报告；已写进 ``reports/parity.json``。
+
+    Raises:
+        DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E603`` transformers 太旧；
+            ``DSX-E604`` 给的 prompt 用不了；``DSX-E406`` 文件被改过。
+    """
+    progress = progress or Progress()
+    manifest = bundle.manifest
+    bundle.check_hashes(progress)
+    checkpoint = _open_source(bundle, against)
+    levels = [level for level in LEVELS if level in levels]
+    tokenizer = BundleTokenizer.load(bundle.path)
+    rows = _rows(bundle, tokenizer, prompts, steps, seed)
+    cases: list[Case] = []
+    notes: list[str] = []
+
+    progress.start("加载参考模型")
+    model = load_reference(checkpoint, Forms.for_reference(manifest.profile), manifest.dtype)
+    graph = ModelGraph(bundle)
+    if "op" in levels:
+        progress.start("校验 op")
+        cases += op_cases(bundle, checkpoint, graph, seed, lambda name: progress.advance(0, name))
+        if not cases:
+            notes.append("op 层没有可比的：这个方案没有 dsx:: 算子")
+    rng = np.random.default_rng(seed)
+    block_rows = rng.integers(0, manifest.model.vocab_size, (_BLOCK_ROWS, _BLOCK_TOKENS)).tolist()
+    if "block" in levels:
+        progress.start("校验 block", manifest.model.num_hidden_layers + 2)
+        cases += block_cases(bundle, model, graph, block_rows, lambda name: progress.advance(1, name))
+    oracle_name = "dsx reference"
+    if "model" in levels or "tokens" in levels:
+        progress.start("加载基准与 bundle")
+        oracle, missing = make_oracle(checkpoint, manifest.dtype)
+        oracle_name = oracle.name
+        for line in missing:
+            progress.note(line)
+        notes += missing
+        session = ModelSession(bundle.model_path, max_positions=manifest.model.max_position_embeddings)
+        generator = Generator(session, tokenizer, ())
+        if "model" in levels:
+            progress.start("校验 model")
+            advance = lambda name: progress.advance(0, name)  # noqa: E731
+            cases += model_cases(generator, oracle, model, rows, manifest.dtype, advance)
+        if "tokens" in levels:
+            progress.start("校验 tokens")
+            advance = lambda name: progress.advance(0, name)  # noqa: E731
+            cases += token_cases(generator, oracle, rows, steps, manifest.dtype, advance)
+    report = ParityReport(
+        bundle=str(bundle.path),
+        checkpoint=str(checkpoint.path),
+        profile=manifest.profile.name,
+        target=manifest.target,
+        dtype=manifest.dtype,
+        oracle=oracle_name,
+        environment=_environment(),
+        levels=list(levels),
+        cases=cases,
+        notes=notes,
+        polygraphy=save_comparison(bundle, model, block_rows),
+    )
+    path = bundle.path / "reports/parity.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _open_source(bundle: Bundle, against: Path | str | None) -> Checkpoint:
+    source = bundle.manifest.source
+    path = Path(against) if against is not None else Path(source.path)
+    if not path.is_dir():
+        raise DsxError(
+            "DSX-E601",
+            f"检查点 {path} 不存在（manifest 记的出处是 {source.path}）",
+            "用 --against 指定检查点目录",
+        )
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.config != bundle.manifest.model or checkpoint.store.fingerprint() != source.fingerprint:
+        raise DsxError(
+            "DSX-E602",
+            f"{path} 与导出时的检查点不是同一个（config 或张量头部不同）",
+            "给对检查点，或重新导出",
+        )
+    return checkpoint
+
+
+def _rows(bundle, tokenizer, prompts, steps: int, seed: int) -> list[list[int]]:
+    """要比的 token 序列；截到模型的最大长度以内。"""
+    config = bundle.manifest.model
+    limit = min(_MAX_PROMPT, config.max_position_embeddings - steps)
+    if limit < 1:
+        raise DsxError(
+            "DSX-E604",
+            f"续写 {steps} 个 token 放不进 max_position_embeddings = {config.max_position_embeddings}",
+            "减小 --steps",
+        )
+    if prompts and tokenizer is None:
+        raise DsxError(
+            "DSX-E604", "bundle 没有 tokenizer，用不了文本 prompt", "去掉 --prompt，用随机 token 校验"
+        )
+    if tokenizer is not None:
+        rows = [tokenizer.encode(text)[:limit] for text in prompts or DEFAULT_PROMPTS]
+    else:
+        rng = np.random.default_rng(seed)
+        rows = [rng.integers(0, config.vocab_size, min(n, limit)).tolist() for n in _RANDOM_LENGTHS]
+    if not all(rows):
+        raise DsxError("DSX-E604", "有一条 prompt 编码后是空的", "换一条不为空的 --prompt")
+    return rows
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }

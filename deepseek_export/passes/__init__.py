@@ -1,0 +1,17 @@
+"""捕获图 → 目标的图：graph-surgeon pass、流水线、合法性检查、文本清单。"""
+
+from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
+from deepseek_export.passes.listing import graph_listing
+from deepseek_export.passes.pipelines import PIPELINES, LoweredModel, lower
+
+__all__ = [
+    "PIPELINES",
+    "GraphModule",
+    "LoweredModel",
+    "Pass",
+    "PassError",
+    "PassResult",
+    "Refusal",
+    "graph_listing",
+    "lower",
+]

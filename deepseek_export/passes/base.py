@@ -1,0 +1,247 @@
+"""pass 的契约：就地改写一个 :class:`GraphModule`，如实报告改了什么、拒绝了什么。"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import helper
+from pydantic import BaseModel, ConfigDict
+
+from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.recipe import Recipe
+from deepseek_export.errors import DsxError
+from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
+
+MICROSOFT = "com.microsoft"
+
+IR_VERSION = 11
+
+#: 非标准域的 opset 版本；只在用到时声明。
+_DOMAIN_VERSIONS = {DOMAIN: OPSET_VERSION, MICROSOFT: 1}
+
+
+@dataclass
+class GraphModule:
+    """pass 改写的对象；与捕获结果互不共享可变状态。
+
+    Attributes:
+        graph: 主图。输入依次是 I/O 契约的输入、权重。
+        functions: ``op_type`` → 函数体。
+        weights: 权重输入名 → 配方，次序与 ``graph.inputs`` 一致。
+        dtype: 计算 dtype。
+        config: 模型配置。
+        sites: 捕获时每个 ``dsx::`` 节点的位置。
+    """
+
+    graph: gs.Graph
+    functions: dict[str, onnx.FunctionProto]
+    weights: dict[str, Recipe]
+    dtype: ModelDtype
+    config: ModelConfig
+    sites: tuple[OpSite, ...]
+
+    @classmethod
+    def from_captured(cls, captured: CapturedModel, config: ModelConfig, dtype: ModelDtype) -> GraphModule:
+        """由捕获结果建立；``captured`` 之后不会被改动。"""
+        return cls(
+            gs.import_onnx(captured.proto),
+            dict(captured.functions),
+            dict(captured.weights),
+            dtype,
+            config,
+            tuple(captured.sites),
+        )
+
+    def find(self, op_type: str, domain: str = DOMAIN) -> list[gs.Node]:
+        """主图里某个算子的全部节点，按图的次序。"""
+        return [node for node in self.graph.nodes if node.op == op_type and (node.domain or "") == domain]
+
+    def replace(self, old: gs.Node, new: Sequence[gs.Node]) -> None:
+        """用 ``new`` 顶替 ``old`` 在节点表里的位置；``new`` 为空即删除。"""
+        index = next(i for i, node in enumerate(self.graph.nodes) if node is old)
+        old.inputs.clear()
+        old.outputs.clear()
+        self.graph.nodes[index : index + 1] = list(new)
+
+    def constant(self, name: str, value: np.ndarray) -> gs.Constant:
+        """全图共用的具名常量；同名的取已有的那一个。"""
+        for node in self.graph.nodes:
+            for tensor in node.inputs:
+                if tensor.name == name:
+                    return tensor
+        return gs.Constant(name, value)
+
+    def add_weight(self, name: str, recipe: Recipe, before: gs.Variable) -> gs.Variable:
+        """登记一个新权重，排在权重输入 ``before`` 之前；已登记过就取已有的。"""
+        position = 0
+        for index, tensor in enumerate(self.graph.inputs):
+            if tensor.name == name:
+                return tensor
+            if tensor is before:
+                position = index
+        variable = gs.Variable(name, np.dtype(recipe.dtype), list(recipe.shape))
+        self.graph.inputs.insert(position, variable)
+        self.weights[name] = recipe
+        self._sort_weights()
+        return variable
+
+    def prune(self) -> None:
+        """去掉没有节点消费的权重（连同配方）和没有节点调用的函数体。"""
+        used = {tensor.name for node in self.graph.nodes for tensor in node.inputs}
+        self.graph.inputs = [t for t in self.graph.inputs if t.name in used or t.name not in self.weights]
+        self._sort_weights()
+        called = {node.op for node in self.graph.nodes if node.domain == DOMAIN}
+        # 函数体之间可以互相调用，取闭包。
+        while more := {
+            node.op_type
+            for op in called & self.functions.keys()
+            for node in walk(self.functions[op].node)
+            if node.domain == DOMAIN
+        } - called:
+            called |= more
+        self.functions = {op: body for op, body in self.functions.items() if op in called}
+
+    def to_proto(self) -> onnx.ModelProto:
+        """导出成 ModelProto；先 :meth:`prune`。同样的模块总是得到逐字节相同的结果。"""
+        self.prune()
+        main = helper.make_opsetid("", self.graph.opset)
+        model = gs.export_onnx(self.graph, opset_imports=[main])
+        model.ir_version, model.producer_name = IR_VERSION, "dsx"
+        model.functions.extend(self.functions.values())
+        nodes = [*walk(model.graph.node)]
+        for function in model.functions:
+            nodes.extend(walk(function.node))
+        for node in nodes:
+            # exporter 写属性的次序随 hash 种子变。
+            ordered = sorted(node.attribute, key=lambda attribute: attribute.name)
+            node.ClearField("attribute")
+            node.attribute.extend(ordered)
+        used = {node.domain for node in nodes}
+        model.opset_import.extend(
+            helper.make_opsetid(domain, version) for domain, version in _DOMAIN_VERSIONS.items() if domain in used
+        )
+        return model
+
+    def _sort_weights(self) -> None:
+        inputs = [tensor.name for tensor in self.graph.inputs]
+        self.weights = {name: self.weights[name] for name in inputs if name in self.weights}
+
+
+def walk(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """节点连同子图里的节点。"""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from walk(subgraph.node)
+
+
+class Refusal(BaseModel):
+    """一处看着匹配却没有改写的地方。
+
+    Attributes:
+        node: 节点名。
+        reason: 为什么（中文）。
+        value: 原因所指的值，例如 ``scoring_func = softmax``。
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    node: str
+    reason: str
+    value: str
+
+
+class PassResult(BaseModel):
+    """一个 pass 的如实报告。
+
+    Attributes:
+        name: pass 名。
+        changed: 图是否变了。
+        count: 改写了几处。
+        refused: 没有改写的候选，逐个写明原因。
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    changed: bool
+    count: int
+    refused: tuple[Refusal, ...] = ()
+
+
+class PassError(Exception):
+    """pass 自身的缺陷；不是用户错误，traceback 原样保留。"""
+
+
+class Pass(ABC):
+    """就地改写一个 :class:`GraphModule`，可以重复运行（第二次 ``changed=False``）。
+
+    生命周期 ``requires`` → ``call`` → ``ensures``。不论哪个 pass，图的输出和 I/O 契约的输入都必须原样保留。
+    """
+
+    name: ClassVar[str]
+
+    def requires(self, module: GraphModule) -> None:
+        """前置条件，不成立则抛 :class:`PassError`。"""
+
+    @abstractmethod
+    def call(self, module: GraphModule) -> PassResult:
+        """改写。"""
+
+    def ensures(self, module: GraphModule) -> None:
+        """后置条件，不成立则抛 :class:`PassError`。"""
+
+    def __call__(self, module: GraphModule, before: Sequence[str] = ()) -> PassResult:
+        """运行整个生命周期。
+
+        Args:
+            module: 就地改写。
+            before: 之前跑过的 pass，只用于报错。
+
+        Raises:
+            DsxError: pass 抛出的用户错误，补上 pass 名。
+            PassError: 其余任何异常，写明 pass 名、阶段和之前跑过的 pass。
+        """
+        contract = _contract(module)
+        self._stage("requires", lambda: self.requires(module), before)
+        result: PassResult = self._stage("call", lambda: self.call(module), before)
+        if result.changed:
+            module.prune()
+        if result.changed != (result.count > 0):
+            self._fail("ensures", f"changed={result.changed} 而 count={result.count}", before)
+        if _contract(module) != contract:
+            self._fail("ensures", f"I/O 契约变了：{contract} → {_contract(module)}", before)
+        self._stage("ensures", lambda: self.ensures(module), before)
+        return result
+
+    def _stage(self, stage: str, run: Callable, before: Sequence[str]):
+        try:
+            return run()
+        except DsxError as error:
+            what = f"{error.what}（pass {self.name}，{_history(before)}）"
+            raise DsxError(error.code, what, error.todo) from error
+        except Exception as error:
+            raise PassError(f"{self._blame(stage, before)}：{error}") from error
+
+    def _fail(self, stage: str, problem: str, before: Sequence[str]) -> None:
+        raise PassError(f"{self._blame(stage, before)}：{problem}")
+
+    def _blame(self, stage: str, before: Sequence[str]) -> str:
+        return f"pass {self.name} 在 {stage} 阶段失败，{_history(before)}"
+
+
+def _contract(module: GraphModule) -> tuple[list[str], list[str]]:
+    inputs = [tensor.name for tensor in module.graph.inputs if tensor.name not in module.weights]
+    return inputs, [tensor.name for tensor in module.graph.outputs]
+
+
+def _history(before: Sequence[str]) -> str:
+    return f"之前跑过：{'、'.join(before)}" if before else "它是第一个 pass"

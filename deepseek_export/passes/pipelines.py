@@ -1,0 +1,134 @@
+"""每个目标的流水线：从上到下就是执行次序。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+import onnx
+from onnx import helper
+
+from deepseek_export.capture import CapturedModel, ModelDtype
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.recipe import Recipe
+from deepseek_export.errors import DsxError
+from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE, OPS
+from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.legality import check_legality
+from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
+from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
+from deepseek_export.profile import OptimizationProfile
+
+
+class Step(NamedTuple):
+    """流水线的一项。
+
+    Attributes:
+        build: 建立 pass。
+        consumes: 它改写的 dsx 算子；每个这样的节点要么计入 ``count``，要么计入 ``refused``。
+    """
+
+    build: Callable[[], Pass]
+    consumes: str
+
+
+PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
+    {
+        # 不下沉：每个 dsx 算子走自己的函数体，任何 ONNX 运行时都能跑。
+        "portable": (),
+        "ort-cpu": (
+            # 先试路由与专家一起融合：noaux_tc 的路由也有现成 kernel，不必在图里拼。
+            Step(LowerGateExpertsToOrtMoePass, MOE_EXPERTS.name),
+            # 剩下的（V2、不归一化、旧 onnxruntime）路由留在函数体里，专家仍用 MoE kernel，省掉 Loop。
+            Step(LowerExpertsToOrtMoePass, MOE_EXPERTS.name),
+        ),
+    }
+)
+
+_LATER_TARGETS = ("tensorrt", "tensorrt-rtx")
+
+
+@dataclass
+class LoweredModel:
+    """下沉的结果。
+
+    Attributes:
+        proto: 整个模型，带用得到的函数体；权重仍是输入，排在 I/O 契约的输入之后。
+        weights: 权重输入名 → 配方，与 ``proto`` 的权重输入一一对应、次序相同。
+        results: 每个 pass 的报告，按执行次序。
+        fallbacks: 没有改写的地方，同一原因一行，供打印和写进 manifest。
+    """
+
+    proto: onnx.ModelProto
+    weights: dict[str, Recipe]
+    results: list[PassResult]
+    fallbacks: list[str]
+
+
+def lower(
+    captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile, dtype: ModelDtype, target: str
+) -> LoweredModel:
+    """把捕获的模型下沉到一个目标；``captured`` 不变，可以接着下沉到别的目标。
+
+    Raises:
+        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法。
+        PassError: pass 自身的缺陷。
+    """
+    if target not in PIPELINES:
+        what = f"目标 {target!r}" + ("不在这一版 dsx 里" if target in _LATER_TARGETS else "不存在")
+        raise DsxError("DSX-E301", what, f"可用的目标：{'、'.join(PIPELINES)}")
+    module = GraphModule.from_captured(captured, config, dtype)
+    check_legality(module, "capture", target)
+    _check_captured(module, profile)
+    results: list[PassResult] = []
+    for step in PIPELINES[target]:
+        before = len(module.find(step.consumes))
+        rewrite = step.build()
+        result = rewrite(module, [earlier.name for earlier in results])
+        check_legality(module, rewrite.name, target)
+        _check_step(step, result, before, len(module.find(step.consumes)))
+        results.append(result)
+    proto = module.to_proto()
+    helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
+    return LoweredModel(proto, module.weights, results, _fallbacks(results))
+
+
+def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
+    """捕获之后：打开 MLA 则每层一个 MlaAttention，打开 MoE 则每个 MoE 层一对 MoeGate / MoeExperts。"""
+    moe = module.config.num_moe_layers if profile.moe.enabled else 0
+    expected = {
+        MLA_ATTENTION.name: module.config.num_hidden_layers if profile.mla.enabled else 0,
+        MOE_GATE.name: moe,
+        MOE_EXPERTS.name: moe,
+    }
+    for op in OPS:
+        if (got := len(module.find(op))) != expected[op]:
+            what = f"capture 之后有 {got} 个 {DOMAIN}::{op}，方案 {profile.name} 应有 {expected[op]} 个"
+            raise DsxError("DSX-E302", what, "核对传给 lower 的配置、方案是否就是捕获时用的那一份")
+
+
+def _check_step(step: Step, result: PassResult, before: int, after: int) -> None:
+    """pass 之后：处理的加拒绝的等于之前的，剩下的等于拒绝的。"""
+    refused = len(result.refused)
+    if result.count + refused != before or after != refused:
+        what = (
+            f"pass {result.name} 报告改写 {result.count} 处、拒绝 {refused} 处，"
+            f"而 {DOMAIN}::{step.consumes} 从 {before} 个变成 {after} 个"
+        )
+        raise DsxError("DSX-E302", what, f"这是 dsx 的缺陷，出在 {result.name}：请附上这段文字和 pip list 报告")
+
+
+def _fallbacks(results: Sequence[PassResult]) -> list[str]:
+    # 同一处因同一个原因被几个 pass 拒绝，只说一次。
+    grouped: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    for result in results:
+        for refusal in result.refused:
+            passes, nodes = grouped.setdefault((refusal.reason, refusal.value), ({}, {}))
+            passes[result.name] = nodes[refusal.node] = None
+    lines = []
+    for (reason, value), (passes, nodes) in grouped.items():
+        where = next(iter(nodes)).rpartition("/")[0] + (f" 等 {len(nodes)} 处" if len(nodes) > 1 else "")
+        lines.append(f"{'、'.join(passes)} 没有改写 {where}：{reason}（{value}）")
+    return lines
