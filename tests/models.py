@@ -32,31 +32,31 @@ YARN = {
 }
 
 #: 6 个头、12 个专家分 3 组、头宽 24/16/20：都不是 2 的幂，写死的维度会露馅。
-ODD = dict(
-    vocab_size=211,
-    hidden_size=48,
-    intermediate_size=80,
-    moe_intermediate_size=28,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=6,
-    n_shared_experts=2,
-    n_routed_experts=12,
-    num_experts_per_tok=4,
-    n_group=3,
-    topk_group=2,
-    routed_scaling_factor=1.7,
-    first_k_dense_replace=1,
-    q_lora_rank=36,
-    kv_lora_rank=40,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=16,
-    v_head_dim=20,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    eos_token_id=None,
-    bos_token_id=None,
-)
+ODD = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "n_shared_experts": 2,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 4,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 36,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 
 #: 名字 → (family, 相对 ODD 的改动)。覆盖 issue 里点名的每一种结构差异。
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -72,7 +72,13 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "v2-group": ("deepseek_v2", {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}),
     "v2-lite": (
         "deepseek_v2",
-        {"q_lora_rank": None, "topk_method": "greedy", "n_group": None, "topk_group": None, "rope_parameters": YARN},
+        {
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "n_group": None,
+            "topk_group": None,
+            "rope_parameters": YARN,
+        },
     ),
     "v2-bias-tied": (
         "deepseek_v2",
@@ -99,7 +105,9 @@ def build_model(variant: str, seed: int = 0, **overrides):
     config = hf_config(variant, **overrides)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = (DeepseekV2ForCausalLM if VARIANTS[variant][0] == "deepseek_v2" else DeepseekV3ForCausalLM)(config).eval()
+    model = (DeepseekV2ForCausalLM if VARIANTS[variant][0] == "deepseek_v2" else DeepseekV3ForCausalLM)(
+        config
+    ).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
@@ -123,14 +131,19 @@ def save_checkpoint(model, directory: Path, dtype: torch.dtype | None = None, **
 
 
 def one_node_model(
-    function: onnx.FunctionProto, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.dtype], **attributes
+    function: onnx.FunctionProto,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.dtype],
+    **attributes,
 ) -> onnx.ModelProto:
     """只有一个 ``dsx::`` 节点、带函数体的模型；输入的形状除了秩都不写死。"""
     spec = OPS[function.name]
     kind = helper.np_dtype_to_tensor_dtype
 
     def info(name: str, dtype: np.dtype, rank: int):
-        return helper.make_tensor_value_info(name, kind(np.dtype(dtype)), [f"{name}_{i}" for i in range(rank)])
+        return helper.make_tensor_value_info(
+            name, kind(np.dtype(dtype)), [f"{name}_{i}" for i in range(rank)]
+        )
 
     node = helper.make_node(
         spec.name,
@@ -160,7 +173,9 @@ def ort_session(model: onnx.ModelProto) -> ort.InferenceSession:
 
 def distance(got, want) -> float:
     """最大绝对误差除以 ``want`` 的最大绝对值（不小于 1）；NaN 算无穷大。"""
-    got, want = (np.asarray(t.detach() if isinstance(t, torch.Tensor) else t).astype(np.float64) for t in (got, want))
+    got, want = (
+        np.asarray(t.detach() if isinstance(t, torch.Tensor) else t).astype(np.float64) for t in (got, want)
+    )
     assert got.shape == want.shape
     if got.size == 0:
         return 0.0

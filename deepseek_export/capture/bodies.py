@@ -1,7 +1,7 @@
 """算子的 eager 参考实现 → ONNX 函数体。
 
 函数体由参考实现追踪得到，不另写一份；追踪表达不了的控制流（专家循环、两种 MLA 形式的选择）只在外面包一层
-``Loop`` / ``If``。有了函数体，同一个文件不装任何插件就能在 ONNX Runtime、onnx 参考求值器、TensorRT 上运行。
+``Loop`` / ``If``。函数体按参数缓存，调用方不得修改返回值。有了函数体，同一个文件不装任何插件就能在 ONNX Runtime、onnx 参考求值器、TensorRT 上运行。
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE, OPSET_VERSION, OpSpec
 
 
+@functools.lru_cache(maxsize=16)
 def mla_attention_body(
     config: ModelConfig, form: mla.MlaForm, dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> onnx.FunctionProto:
@@ -75,6 +76,7 @@ def mla_attention_body(
     return _function(MLA_ATTENTION, nodes)
 
 
+@functools.lru_cache(maxsize=16)
 def moe_gate_body(config: ModelConfig) -> onnx.FunctionProto:
     """``MoeGate`` 的函数体；路由属性已固化在结构里，节点属性必须与 :func:`gate_attributes` 一致。"""
     attributes = gate_attributes(config)
@@ -100,6 +102,7 @@ def gate_attributes(config: ModelConfig) -> dict:
     }
 
 
+@functools.lru_cache(maxsize=16)
 def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionProto:
     """``MoeExperts`` 的函数体：对有 token 的专家做 ``Loop``，循环体是追踪出来的 ``expert_step``。"""
     E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,6 +81,50 @@ def capture_model(
     return _Stitcher(config, profile, dtype, on_step).run()
 
 
+# 追踪结果只读，按参数缓存：同一进程里换目标、换方案再导出，没变的块不必重来。
+
+
+def _meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """在 meta 设备上建模块；router 保持 float32，其余转成模型 dtype。"""
+    with torch.device("meta"):
+        module = build().to(dtype)
+        for child in module.modules():
+            if isinstance(child, Gate):
+                child.to(torch.float32)
+    return module
+
+
+@functools.lru_cache(maxsize=16)
+def _embed_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
+    inputs = {"input_ids": Spec(("B", "S"), torch.int64), "past_lens": Spec(("B",), torch.int64)}
+    return trace(_meta(lambda: Embed(config), dtype), inputs, ["x", "cos", "sin"])
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_block(
+    config: ModelConfig, is_moe: bool, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> TracedGraph:
+    inputs = {
+        "x_in": Spec(("B", "S", config.hidden_size), dtype),
+        "cos": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
+        "sin": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
+        "past_lens": Spec(("B",), torch.int64),
+    }
+    caches = cache_tensors(config, forms)
+    inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
+    outputs = ["attn_residual", "x", *(f"{cache}_out" for cache, _ in caches)]
+    return trace(_meta(lambda: DecoderLayer(config, is_moe, forms), dtype), inputs, outputs)
+
+
+@functools.lru_cache(maxsize=16)
+def _head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
+    inputs = {
+        "x_in": Spec(("B", "S", config.hidden_size), dtype),
+        "logits_positions": Spec(("B", "L"), torch.int64),
+    }
+    return trace(_meta(lambda: Head(config), dtype), inputs, ["logits", "hidden"])
+
+
 class _Stitcher:
     def __init__(self, config, profile, dtype, on_step) -> None:
         self.config: ModelConfig = config
@@ -98,9 +143,15 @@ class _Stitcher:
 
     def run(self) -> CapturedModel:
         c = self.config
-        blocks = {"embed": self._trace_embed(), "head": self._trace_head()}
+        blocks = {}
+        self.on_step("embed")
+        blocks["embed"] = _embed_block(c, self.dtype)
         for is_moe in sorted({c.is_moe_layer(i) for i in range(c.num_hidden_layers)}):
-            blocks["moe layer" if is_moe else "dense layer"] = self._trace_layer(is_moe)
+            kind = "moe layer" if is_moe else "dense layer"
+            self.on_step(kind)
+            blocks[kind] = _layer_block(c, is_moe, self.forms, self.dtype, self.cache_dtype)
+        self.on_step("head")
+        blocks["head"] = _head_block(c, self.dtype)
         functions = self._bodies()
         self.on_step("stitch")
         self._place(
@@ -122,44 +173,6 @@ class _Stitcher:
         self._place(blocks["head"], "head", {"x_in": names.layer_output(c.num_hidden_layers - 1)})
         return CapturedModel(self._model(), functions, self.recipes, self.sites)
 
-    # ---- 追踪 ----
-
-    def _meta(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """在 meta 设备上建模块；router 保持 float32，其余转成模型 dtype。"""
-        with torch.device("meta"):
-            module = build().to(self.dtype)
-            for child in module.modules():
-                if isinstance(child, Gate):
-                    child.to(torch.float32)
-        return module
-
-    def _trace_embed(self) -> TracedGraph:
-        self.on_step("embed")
-        inputs = {"input_ids": Spec(("B", "S"), torch.int64), "past_lens": Spec(("B",), torch.int64)}
-        return trace(self._meta(lambda: Embed(self.config)), inputs, ["x", "cos", "sin"])
-
-    def _trace_layer(self, is_moe: bool) -> TracedGraph:
-        self.on_step("moe layer" if is_moe else "dense layer")
-        c = self.config
-        inputs = {
-            "x_in": Spec(("B", "S", c.hidden_size), self.dtype),
-            "cos": Spec(("B", "S", c.qk_rope_head_dim // 2), self.dtype),
-            "sin": Spec(("B", "S", c.qk_rope_head_dim // 2), self.dtype),
-            "past_lens": Spec(("B",), torch.int64),
-        }
-        for cache, (heads, width) in self.caches:
-            inputs[cache] = Spec(("B", heads, "T", width), self.cache_dtype)
-        outputs = ["attn_residual", "x", *(f"{cache}_out" for cache, _ in self.caches)]
-        return trace(self._meta(lambda: DecoderLayer(c, is_moe, self.forms)), inputs, outputs)
-
-    def _trace_head(self) -> TracedGraph:
-        self.on_step("head")
-        inputs = {
-            "x_in": Spec(("B", "S", self.config.hidden_size), self.dtype),
-            "logits_positions": Spec(("B", "L"), torch.int64),
-        }
-        return trace(self._meta(lambda: Head(self.config)), inputs, ["logits", "hidden"])
-
     def _bodies(self) -> dict[str, onnx.FunctionProto]:
         functions = {}
         if self.profile.mla.enabled:
@@ -174,8 +187,6 @@ class _Stitcher:
             self.on_step(f"{MOE_EXPERTS.name} body")
             functions[MOE_EXPERTS.name] = moe_experts_body(self.config, self.dtype)
         return functions
-
-    # ---- 拼接 ----
 
     def _place(
         self, block: TracedGraph, prefix: str, ports: dict[str, str], layer: int | None = None

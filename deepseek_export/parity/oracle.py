@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -42,6 +43,9 @@ class TransformersOracle:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.path, dtype=TORCH_DTYPES[dtype], attn_implementation="eager", local_files_only=True
             ).eval()
+        # transformers 5.24 前后把 past_key_values 改名为 cache，参数与输出字段同名。
+        parameters = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -52,9 +56,8 @@ class TransformersOracle:
         out = self._model(torch.tensor([list(ids)]), use_cache=True)
         tokens = [int(out.logits[0, -1].argmax())]
         while len(tokens) < steps:
-            # past_key_values 在 5.40 才改名为 cache；输出的字段两个名字都可能有。
-            cache = getattr(out, "past_key_values", None)
-            out = self._model(torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True)
+            past = {self._cache_name: out[self._cache_name]}
+            out = self._model(torch.tensor([[tokens[-1]]]), use_cache=True, **past)
             tokens.append(int(out.logits[0, -1].argmax()))
         return tokens
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
+from polygraphy.logger import G_LOGGER
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.capture import names
@@ -51,8 +52,9 @@ def save_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequen
     logits, hidden, _ = model(ids, past, positions, caches)
     results = RunResults()
     results.add([{names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}], runner_name="pytorch")
-    save_json([feeds], str(folder / "inputs.json"))
-    results.save(str(folder / "outputs.json"))
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        save_json([feeds], str(folder / "inputs.json"))
+        results.save(str(folder / "outputs.json"))
     limit = TOLERANCES["logits", bundle.manifest.dtype].max_abs
     return polygraphy_command(bundle.path, limit)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import numpy as np
 import onnx
@@ -20,7 +20,6 @@ from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
 
 MICROSOFT = "com.microsoft"
-
 IR_VERSION = 11
 
 #: 非标准域的 opset 版本；只在用到时声明。
@@ -99,12 +98,15 @@ class GraphModule:
         self._sort_weights()
         called = {node.op for node in self.graph.nodes if node.domain == DOMAIN}
         # 函数体之间可以互相调用，取闭包。
-        while more := {
-            node.op_type
-            for op in called & self.functions.keys()
-            for node in walk(self.functions[op].node)
-            if node.domain == DOMAIN
-        } - called:
+        while (
+            more := {
+                node.op_type
+                for op in called & self.functions.keys()
+                for node in walk(self.functions[op].node)
+                if node.domain == DOMAIN
+            }
+            - called
+        ):
             called |= more
         self.functions = {op: body for op, body in self.functions.items() if op in called}
 
@@ -125,7 +127,9 @@ class GraphModule:
             node.attribute.extend(ordered)
         used = {node.domain for node in nodes}
         model.opset_import.extend(
-            helper.make_opsetid(domain, version) for domain, version in _DOMAIN_VERSIONS.items() if domain in used
+            helper.make_opsetid(domain, version)
+            for domain, version in _DOMAIN_VERSIONS.items()
+            if domain in used
         )
         return model
 
@@ -229,13 +233,12 @@ class Pass(ABC):
             what = f"{error.what}（pass {self.name}，{_history(before)}）"
             raise DsxError(error.code, what, error.todo) from error
         except Exception as error:
-            raise PassError(f"{self._blame(stage, before)}：{error}") from error
+            self._fail(stage, str(error), before, error)
 
-    def _fail(self, stage: str, problem: str, before: Sequence[str]) -> None:
-        raise PassError(f"{self._blame(stage, before)}：{problem}")
-
-    def _blame(self, stage: str, before: Sequence[str]) -> str:
-        return f"pass {self.name} 在 {stage} 阶段失败，{_history(before)}"
+    def _fail(
+        self, stage: str, problem: str, before: Sequence[str], cause: Exception | None = None
+    ) -> NoReturn:
+        raise PassError(f"pass {self.name} 在 {stage} 阶段失败，{_history(before)}：{problem}") from cause
 
 
 def _contract(module: GraphModule) -> tuple[list[str], list[str]]:

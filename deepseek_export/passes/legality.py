@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -33,7 +33,7 @@ _SHOWN = 5
 @dataclass(frozen=True)
 class _Context:
     module: GraphModule
-    domains: Collection[str]
+    domains: frozenset[str]
 
     @property
     def dsx_nodes(self) -> list[gs.Node]:
@@ -67,7 +67,10 @@ def _operators(c: _Context) -> Iterator[str]:
         if spec is None:
             yield f"{node.name} 是契约表里没有的算子 dsx::{node.op}"
             continue
-        for what, tensors, ports in (("输入", node.inputs, spec.inputs), ("输出", node.outputs, spec.outputs)):
+        for what, tensors, ports in (
+            ("输入", node.inputs, spec.inputs),
+            ("输出", node.outputs, spec.outputs),
+        ):
             if len(tensors) != len(ports):
                 yield f"{node.name} 有 {len(tensors)} 个{what}，应为 {len(ports)}"
             elif empty := [p.name for t, p in zip(tensors, ports, strict=True) if t.is_empty()]:

@@ -54,7 +54,9 @@ def _dtype(elem_type: int) -> str:
 
 def _tensor(tensor: onnx.TensorProto) -> str:
     array = numpy_helper.to_array(tensor)
-    values = [_scalar(value) for value in array.reshape(-1)[:: max(array.size - 1, 1) if array.size > _SMALL else 1]]
+    values = [
+        _scalar(value) for value in array.reshape(-1)[:: max(array.size - 1, 1) if array.size > _SMALL else 1]
+    ]
     dtype = _dtype(tensor.data_type)
     if array.size > _SMALL:
         return f"{dtype}{list(array.shape)}({values[0]} .. {values[-1]})"
@@ -73,9 +75,7 @@ def _scalar(value) -> str:
     return f"{float(value):.4g}"
 
 
-def _node_lines(
-    nodes: Sequence[onnx.NodeProto], outer: Mapping[str, str], indent: str
-) -> Iterator[str]:
+def _node_lines(nodes: Sequence[onnx.NodeProto], outer: Mapping[str, str], indent: str) -> Iterator[str]:
     constants = dict(outer)
     for node in nodes:
         if node.op_type == "Constant" and (value := _constant_value(node)) is not None:

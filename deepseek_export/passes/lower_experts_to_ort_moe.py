@@ -80,7 +80,9 @@ class LowerExpertsToOrtMoePass(Pass):
         blank = emit("ConstantOfShape", [shape], "unselected", np.float32, [rows, E], value=fill)
         floored = emit("Max", [weights, floor], "floored_weights", np.float32, [rows, k])
         logs = emit("Log", [floored], "selected_log_weights", np.float32, [rows, k])
-        log_weights = emit("ScatterElements", [blank, ids, logs], "log_weights", np.float32, [rows, E], axis=1)
+        log_weights = emit(
+            "ScatterElements", [blank, ids, logs], "log_weights", np.float32, [rows, E], axis=1
+        )
         normalised = gs.Variable(f"{where}/moe_normalised", np.float32, y.shape)
         new.append(moe_node(module, experts, log_weights, normalised))
         total = emit("ReduceSum", [weights, last], "weight_sum", np.float32, [rows, 1], keepdims=1)

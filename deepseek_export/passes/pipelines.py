@@ -117,7 +117,9 @@ def _check_step(step: Step, result: PassResult, before: int, after: int) -> None
             f"pass {result.name} 报告改写 {result.count} 处、拒绝 {refused} 处，"
             f"而 {DOMAIN}::{step.consumes} 从 {before} 个变成 {after} 个"
         )
-        raise DsxError("DSX-E302", what, f"这是 dsx 的缺陷，出在 {result.name}：请附上这段文字和 pip list 报告")
+        raise DsxError(
+            "DSX-E302", what, f"这是 dsx 的缺陷，出在 {result.name}：请附上这段文字和 pip list 报告"
+        )
 
 
 def _fallbacks(results: Sequence[PassResult]) -> list[str]:

@@ -95,7 +95,9 @@ def test_only_active_experts_run(monkeypatch):
 
 def test_active_experts():
     """起点：全零 float32 累加器与升序、不重复的专家编号。"""
-    y, experts = active_experts(torch.ones(3, 4).half(), torch.tensor([[7, 1], [1, 0], [7, 0]], dtype=torch.int32), 9)
+    y, experts = active_experts(
+        torch.ones(3, 4).half(), torch.tensor([[7, 1], [1, 0], [7, 0]], dtype=torch.int32), 9
+    )
     assert (y.dtype, y.shape, y.any().item()) == (torch.float32, (3, 4), False)
     assert (experts.dtype, experts.tolist()) == (torch.int64, [0, 1, 7])
 

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.unit
 WEIGHT_TOLERANCE = 1e-6
 
 
-def per_token(logits, bias, scoring_func, n_group, topk_group, group_score, top_k, norm_topk_prob, scale, outside):
+def per_token(
+    logits, bias, scoring_func, n_group, topk_group, group_score, top_k, norm_topk_prob, scale, outside
+):
     """逐 token、逐专家的 Python 实现；打分用 torch（同一个 float32 值才能谈并列），其余全部重写。
 
     ``outside`` 是组外专家的分数。返回每个 token 的 [(专家, 权重), ...]，按分数降序、并列取小下标。
@@ -145,9 +147,16 @@ def test_equals_transformers(variant, overrides):
 def test_ties_go_to_the_smaller_index():
     """并列的专家与并列的组都取小下标。"""
     flat = torch.zeros(2, 16)
-    assert moe_gate(flat, torch.zeros(16), "softmax", 1, 1, "none", 4, 0, 1.0)[0].tolist() == [[0, 1, 2, 3]] * 2
-    assert moe_gate(flat, torch.zeros(16), "sigmoid", 4, 2, "top2_sum", 6, 1, 1.0)[0].tolist() == [list(range(6))] * 2
-    assert moe_gate(flat, torch.zeros(16), "softmax", 4, 2, "max", 6, 0, 1.0)[0].tolist() == [list(range(6))] * 2
+    assert (
+        moe_gate(flat, torch.zeros(16), "softmax", 1, 1, "none", 4, 0, 1.0)[0].tolist() == [[0, 1, 2, 3]] * 2
+    )
+    assert (
+        moe_gate(flat, torch.zeros(16), "sigmoid", 4, 2, "top2_sum", 6, 1, 1.0)[0].tolist()
+        == [list(range(6))] * 2
+    )
+    assert (
+        moe_gate(flat, torch.zeros(16), "softmax", 4, 2, "max", 6, 0, 1.0)[0].tolist() == [list(range(6))] * 2
+    )
     flat[0, 9] = flat[0, 13] = 1.0  # 第 2、3 组并列领先，组内再并列
     ids = moe_gate(flat[:1], torch.zeros(16), "sigmoid", 4, 1, "top2_sum", 3, 1, 1.0)[0]
     assert ids.tolist() == [[9, 8, 10]]

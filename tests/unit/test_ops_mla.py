@@ -68,7 +68,10 @@ def loops(q_nope, q_pe, c_kv, k_pe, kv_cache, past_lens, w_kv_b, scale):
 @st.composite
 def shapes(draw):
     """合法的形状与各序列互不相等的历史长度（含 0）。"""
-    dims = {name: draw(st.integers(1, top)) for name, top in dict(B=3, S=4, H=3, dn=5, dr=4, dv=5, r=7).items()}
+    dims = {
+        name: draw(st.integers(1, top))
+        for name, top in {"B": 3, "S": 4, "H": 3, "dn": 5, "dr": 4, "dv": 5, "r": 7}.items()
+    }
     T = draw(st.integers(dims["S"], 12))
     past = draw(st.lists(st.integers(0, T - dims["S"]), min_size=dims["B"], max_size=dims["B"]))
     return {**dims, "T": T, "past": past, "seed": draw(st.integers(0, 1000))}

@@ -1,0 +1,44 @@
+# 在全新的机器上只要有 Python 3.11+：make demo 或 make test 会自己建好 .venv。
+PY ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DEMO_DIR ?= build/demo
+SOURCES := deepseek_export tests tools noxfile.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all graphs lint format clean
+
+help: ## 显示这份说明
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(STAMP): pyproject.toml
+	test -x $(RUN) || $(PY) -m venv $(VENV)
+	$(RUN) -m pip install -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## 在随机权重的小模型上导出、校验、查看、生成
+	DSX_HOME=$(DEMO_DIR) $(VENV)/bin/dsx demo
+
+test: lint ## 静态检查与测试（不含 slow），覆盖率至少 90%
+	$(RUN) -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=90
+
+test-all: lint ## 同上，加上 slow
+	$(RUN) -m pytest --cov --cov-report=term --cov-fail-under=90
+
+graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图清单
+	$(RUN) tools/make_graphs.py
+
+lint: $(STAMP) ## ruff、mypy、import-linter
+	$(RUN) -m ruff check $(SOURCES)
+	$(RUN) -m ruff format --check $(SOURCES)
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(STAMP) ## 按 ruff 的格式改写源码
+	$(RUN) -m ruff check --fix $(SOURCES)
+	$(RUN) -m ruff format $(SOURCES)
+
+clean: ## 删除产物与缓存，保留 .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
+	find deepseek_export tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

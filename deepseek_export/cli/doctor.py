@@ -1,0 +1,179 @@
+"""``dsx doctor``。"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from deepseek_export import __version__
+from deepseek_export.cli.console import console, echo_json, facts, size, table
+from deepseek_export.cli.formatting import Command
+from deepseek_export.cli.options import json_option
+
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
+
+
+class Package(NamedTuple):
+    """一个要看版本的包。"""
+
+    name: str
+    extra: str | None
+    purpose: str
+
+
+PACKAGES = (
+    Package("torch", None, "参考模型与捕获"),
+    Package("onnx", None, "计算图的读写与检查"),
+    Package("onnxruntime", None, "运行 bundle"),
+    Package("onnxscript", None, "torch.export → ONNX"),
+    Package("transformers", "hf", "dsx verify 的基准"),
+    Package("tensorrt", "tensorrt", "TensorRT 引擎，这一版还用不到"),
+    Package("tensorrt_rtx", "rtx", "TensorRT-RTX 引擎，这一版还用不到"),
+)
+#: 目标 → 状态；与 passes 的流水线一致由测试保证（导入 passes 会带进 torch）。
+TARGETS = {
+    "portable": "可用：任何 ONNX Runtime",
+    "ort-cpu": "可用：ONNX Runtime CPU 的 MoE kernel",
+    "tensorrt": "不在这一版",
+    "tensorrt-rtx": "不在这一版",
+}
+CPU_LIBRARY = "不在这一版；dsx 算子走 ONNX 函数体"
+_READY = "可用"
+
+
+@click.command("doctor", cls=Command, short_help="看这台机器的环境")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """检查 Python、CPU、内存、依赖的版本，以及能编译到哪些目标。
+
+    只读安装信息，不加载 torch。必需的依赖缺少或太旧时退出码是 1。
+    """
+    found = diagnose()
+    if as_json:
+        echo_json(found)
+    else:
+        _print(found)
+    ctx.exit(0 if found["ok"] else 1)
+
+
+def diagnose() -> dict[str, Any]:
+    """全部检查结果；``--json`` 输出的就是它。"""
+    floors = _floors()
+    packages = [_package(package, floors.get(_normal(package.name))) for package in PACKAGES]
+    flags = _cpu_flags()
+    return {
+        "ok": all(p["status"] == "ok" for p in packages if p["extra"] is None),
+        "dsx": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": {"cores": _cores(), "flags": None if flags is None else {f: f in flags for f in CPU_FLAGS}},
+        "memory_bytes": _memory(),
+        "packages": packages,
+        "targets": {name: state.startswith(_READY) for name, state in TARGETS.items()},
+        "cpu_library": False,
+    }
+
+
+def _package(package: Package, floor: str | None) -> dict[str, Any]:
+    try:
+        version: str | None = metadata.version(package.name)
+    except metadata.PackageNotFoundError:
+        version = None
+    old = version is not None and floor is not None and _numbers(version) < _numbers(floor)
+    status = "missing" if version is None else "old" if old else "ok"
+    return {**package._asdict(), "version": version, "required": floor, "status": status}
+
+
+def _floors() -> dict[str, str]:
+    """pyproject.toml 里写的最低版本，取自安装信息。"""
+    try:
+        requires = metadata.requires("deepseek-export") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found = {}
+    for line in requires:
+        match = re.match(r"([\w.-]+)[^;]*>=\s*([\d.]+)", line)
+        if match:
+            found[_normal(match[1].removesuffix("-cu13"))] = match[2]
+    return found
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def _cores() -> int:
+    """这个进程能用的核数。"""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str] | None:
+    """Linux 的 CPU 标志；别的系统不知道。"""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return set(match[1].split()) if match else None
+
+
+def _print(found: dict[str, Any]) -> None:
+    out = console()
+    flags = found["cpu"]["flags"]
+    shown = (
+        "未知" if flags is None else "  ".join(f"{name} {'有' if on else '无'}" for name, on in flags.items())
+    )
+    memory = found["memory_bytes"]
+    out.print(
+        facts(
+            f"dsx {found['dsx']}",
+            [
+                ("Python", found["python"]),
+                ("平台", found["platform"]),
+                ("CPU", f"{found['cpu']['cores']} 核；{shown}"),
+                ("内存", "未知" if memory is None else size(memory)),
+                ("C++ 算子库", CPU_LIBRARY),
+            ],
+        )
+    )
+    out.print()
+    made = table("依赖", "包", "版本", "要求", "状态", "用途", "安装")
+    states = {"ok": ("正常", "green"), "old": ("太旧", "bold red"), "missing": ("没有", "dim")}
+    for package in found["packages"]:
+        text, style = states[package["status"]]
+        if package["status"] == "missing" and package["extra"] is None:
+            text, style = "缺少", "bold red"
+        install = "" if package["status"] == "ok" else _install(package)
+        floor = f"≥ {package['required']}" if package["required"] else "-"
+        made.add_row(
+            package["name"], package["version"] or "-", floor, text, package["purpose"], install, style=style
+        )
+    out.print(made)
+    out.print()
+    made = table("编译目标", "目标", "状态")
+    for name, state in TARGETS.items():
+        made.add_row(name, state, style="" if state.startswith(_READY) else "dim")
+    out.print(made)
+
+
+def _install(package: dict[str, Any]) -> str:
+    extra = f"[{package['extra']}]" if package["extra"] else ""
+    return f"pip install -U 'deepseek-export{extra}'"

@@ -1,0 +1,130 @@
+"""``dsx export``。"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from deepseek_export.cli.console import console, echo_json, facts, size
+from deepseek_export.cli.formatting import Command
+from deepseek_export.cli.options import checkpoint_argument, json_option, set_option
+from deepseek_export.cli.progress import open_progress
+
+if TYPE_CHECKING:
+    from deepseek_export.bundle import Bundle
+
+
+@click.command("export", cls=Command, short_help="把检查点编译成 ONNX bundle")
+@checkpoint_argument
+@click.option(
+    "-p",
+    "--profile",
+    default="baseline",
+    show_default=True,
+    help="优化方案：mla、moe、mla+moe，或 TOML 文件。",
+)
+@click.option(
+    "-o", "--output", "out", required=True, metavar="OUT", type=click.Path(path_type=Path), help="输出目录。"
+)
+@click.option("--target", default="portable", show_default=True, help="编译目标：portable 或 ort-cpu。")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="权重与计算的 dtype；router 总是 float32。",
+)
+@set_option
+@click.option("--overwrite", is_flag=True, help="替换已有的 bundle。")
+@click.option("--check/--no-check", default=False, show_default=True, help="先校验、通过了才产生 OUT。")
+@json_option
+@click.option("-v", "--verbose", is_flag=True, help="逐个列出 pass 改了几处、拒绝了哪些。")
+def command(
+    checkpoint: Path,
+    profile: str,
+    out: Path,
+    target: str,
+    dtype: Literal["float32", "float16"],
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    check: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """把 Hugging Face 检查点 CKPT 编译成 ONNX bundle，写到 OUT。
+
+    优化默认全关（baseline），用 -p 逐项打开：mla 缓存潜向量而不是逐头 K/V，moe 只计算被选中的专家。OUT
+    要么完整出现，要么不出现；中途被杀也不留半个 bundle。
+
+    \b
+    例：
+      dsx export CKPT -p mla+moe -o OUT
+      dsx export CKPT -p mla -o OUT --set mla.form=absorb --check
+      dsx export CKPT -p mla+moe -o OUT --target ort-cpu --dtype float16
+    """
+    with open_progress(as_json) as progress:
+        progress.start("加载 torch 与 onnx")
+        from deepseek_export import api
+
+        bundle = api.export(
+            checkpoint,
+            out,
+            profile,
+            target=target,
+            dtype=dtype,
+            overrides=overrides,
+            overwrite=overwrite,
+            check=check,
+            progress=progress,
+        )
+    summary = _summary(bundle)
+    if as_json:
+        echo_json(summary)
+        return
+    if verbose:
+        _print_passes(summary)
+    _print_summary(out, summary)
+
+
+def _summary(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    report = json.loads((bundle.path / "reports/export.json").read_text(encoding="utf-8"))
+    return {
+        "out": str(bundle.path),
+        "profile": manifest.profile.name,
+        "target": manifest.target,
+        "dtype": manifest.dtype,
+        "op_counts": manifest.graphs[0].op_counts,
+        "passes": [result.model_dump(mode="json") for result in manifest.passes],
+        "fallbacks": manifest.fallbacks,
+        "cache_bytes_per_token": manifest.cache.bytes_per_token,
+        **report,
+    }
+
+
+def _print_passes(summary: dict[str, Any]) -> None:
+    if not summary["passes"]:
+        click.echo(f"目标 {summary['target']} 没有 pass：dsx 算子走各自的函数体")
+    for result in summary["passes"]:
+        click.echo(f"pass {result['name']}：改写 {result['count']} 处，拒绝 {len(result['refused'])} 处")
+        for refusal in result["refused"]:
+            click.echo(f"  拒绝 {refusal['node']}：{refusal['reason']}（{refusal['value']}）")
+
+
+def _print_summary(out: Path, summary: dict[str, Any]) -> None:
+    custom = [f"{op}×{n}" for op, n in summary["op_counts"].items() if not op.startswith("ai.onnx::")]
+    seconds = summary["seconds"]
+    rows = [
+        ("方案", f"{summary['profile']}，目标 {summary['target']}，{summary['dtype']}"),
+        ("算子", f"{summary['nodes']} 个节点" + (f"，其中 {'、'.join(custom)}" if custom else "")),
+        ("权重", size(summary["weight_bytes"])),
+        ("KV 缓存", f"每个 token {summary['cache_bytes_per_token']:,} 字节"),
+        ("用时", f"{sum(seconds.values()):.1f} s，峰值内存 {size(summary['peak_rss_bytes'])}"),
+        *(("回退", line) for line in summary["fallbacks"]),
+    ]
+    console().print(facts(f"已导出 {out}", rows))
+    click.echo(f"下一步：dsx verify {shlex.quote(str(out))}")

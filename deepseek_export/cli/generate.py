@@ -1,0 +1,146 @@
+"""``dsx generate``。"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deepseek_export.cli.console import echo_json
+from deepseek_export.cli.formatting import Command
+from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.progress import open_progress
+from deepseek_export.errors import DsxError
+
+if TYPE_CHECKING:
+    from deepseek_export.runtime import BundleTokenizer, GenerationResult
+
+
+@click.command("generate", cls=Command, short_help="用 bundle 生成文本")
+@bundle_argument
+@click.option("-P", "--prompt", "prompts", metavar="TEXT", multiple=True, help="提示词；重复给就合成一批。")
+@click.option(
+    "--ids", "id_texts", metavar="1,2,3", multiple=True, help="直接给 token id，可重复；与 -P 二选一。"
+)
+@click.option("--max-new-tokens", default=64, show_default=True, help="每条至多生成多少个 token。")
+@click.option("--temperature", default=0.0, show_default=True, help="0 为 greedy。")
+@click.option("--top-p", default=1.0, show_default=True, help="只在累计概率 top-p 之内采样。")
+@click.option("--top-k", default=0, show_default=True, help="只在前 k 个里采样；0 不限。")
+@click.option("--seed", type=int, help="随机种子；缺省每次不同。")
+@click.option("--chat", is_flag=True, help="套用检查点自带的聊天模板。")
+@click.option("--ignore-eos", is_flag=True, help="遇到 EOS 不停。")
+@click.option("--threads", type=click.IntRange(min=1), help="线程数；缺省由 ONNX Runtime 决定。")
+@json_option
+def command(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    id_texts: tuple[str, ...],
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """在 ONNX Runtime 上用 bundle OUT 生成。
+
+    一条提示词时边生成边输出，stdout 上只有生成的文本；几条合成一批跑，跑完依次输出。用时写在 stderr。没有 tokenizer 的检查点用
+    --ids，输出也是 token id。
+
+    \b
+    例：
+      dsx generate OUT -P "床前明月光" --max-new-tokens 32
+      dsx generate OUT -P 你好 --chat --temperature 0.7 --top-p 0.95 --seed 1
+      dsx generate OUT --ids 0,15,27 --ids 0,9 --json
+    """
+    rows = _rows(prompts, id_texts)
+    if id_texts and options["chat"]:
+        raise DsxError("DSX-E702", "--chat 只能套在文本上，而这里给的是 --ids", "改用 -P，或去掉 --chat")
+    with open_progress(as_json) as progress:
+        progress.start("加载模型")
+        from deepseek_export import api
+
+        began = time.perf_counter()
+        model = api.load(bundle, threads)
+        load_s = time.perf_counter() - began
+    printer = _Printer(model.tokenizer) if len(rows) == 1 and not as_json else None
+    result = model.generate(rows, on_token=None if printer is None else printer.on_token, **options)
+    if as_json:
+        echo_json(_summary(result, load_s))
+        return
+    if printer is not None:
+        printer.finish(result)
+    else:
+        _print_batch(prompts or id_texts, result)
+    click.echo(
+        f"[提示 {result.prompt_tokens} token，{result.prefill_s:.2f} s；生成 {result.new_tokens} token，"
+        f"{result.decode_s:.2f} s，{result.decode_tokens_per_s:.1f} token/s；"
+        f"结束：{'、'.join(result.finish_reasons)}；加载 {load_s:.1f} s]",
+        err=True,
+    )
+
+
+def _rows(prompts: tuple[str, ...], id_texts: tuple[str, ...]) -> list[Any]:
+    if bool(prompts) == bool(id_texts):
+        what = "-P 与 --ids 都给了" if prompts else "-P 与 --ids 都没有给"
+        raise DsxError("DSX-E702", what, '给文本用 -P "床前明月光"，给 token id 用 --ids 1,2,3；只用其中一种')
+    return list(prompts) or [parse_ids(text) for text in id_texts]
+
+
+def parse_ids(text: str) -> list[int]:
+    """``1,2,3`` → ``[1, 2, 3]``。
+
+    Raises:
+        DsxError: ``DSX-E701``。
+    """
+    ids = []
+    for number, part in enumerate(text.split(","), start=1):
+        part = part.strip()
+        if not (part.isascii() and part.isdigit()):
+            raise DsxError(
+                "DSX-E701",
+                f"--ids {text!r} 的第 {number} 项是 {part!r}",
+                "写成逗号隔开的非负整数：--ids 1,2,3",
+            )
+        ids.append(int(part))
+    return ids
+
+
+class _Printer:
+    """单条提示词：来一个 token，能确定多少文本就输出多少。"""
+
+    def __init__(self, tokenizer: BundleTokenizer | None) -> None:
+        self._stream = None if tokenizer is None else tokenizer.stream()
+        self._shown = ""
+
+    def on_token(self, row: int, token: int) -> None:
+        """:class:`~deepseek_export.runtime.Generator` 的回调。"""
+        separator = "," if self._shown else ""
+        text = f"{separator}{token}" if self._stream is None else self._stream.step(token)
+        self._shown += text
+        click.echo(text, nl=False)
+
+    def finish(self, result: GenerationResult) -> None:
+        """补上流式解码器还攥着的半个字符，再换行。"""
+        whole = "" if result.text is None else result.text[0]
+        click.echo(whole[len(self._shown) :] if whole.startswith(self._shown) else "")
+
+
+def _print_batch(prompts: tuple[str, ...], result: GenerationResult) -> None:
+    outputs = result.text or [",".join(map(str, ids)) for ids in result.token_ids]
+    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=1):
+        click.echo(f"[{number}/{len(outputs)}] {prompt}\n{output}\n")
+
+
+def _summary(result: GenerationResult, load_s: float) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "counts": {"prompt_tokens": result.prompt_tokens, "new_tokens": result.new_tokens},
+        "finish_reasons": result.finish_reasons,
+        "timings": {
+            "load_s": round(load_s, 4),
+            "prefill_s": round(result.prefill_s, 4),
+            "decode_s": round(result.decode_s, 4),
+            "decode_tokens_per_s": round(result.decode_tokens_per_s, 2),
+        },
+    }

@@ -1,0 +1,107 @@
+"""``dsx`` 的入口：命令按需加载，错误在这里变成退出码。"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import click
+
+from deepseek_export import __version__
+from deepseek_export.cli.formatting import Group
+from deepseek_export.cli.options import wants_json
+from deepseek_export.errors import DsxError
+
+#: 命令 → 所在模块；次序就是帮助里的次序。模块顶层不许导入 torch、onnx 这类重的依赖。
+COMMANDS = MappingProxyType(
+    {
+        name: f"deepseek_export.cli.{name}"
+        for name in ("export", "verify", "generate", "inspect", "demo", "profiles", "doctor")
+    }
+)
+_INTERRUPTED, _TERMINATED = 130, 143
+
+
+class LazyGroup(Group):
+    """用到哪个命令才导入哪个模块；:class:`DsxError` 在这里印成三行，退出码 1。"""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """全部命令，按使用的先后。"""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """导入模块，取其中的 ``command``。"""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(COMMANDS[cmd_name]).command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """执行命令。"""
+        try:
+            return super().invoke(ctx)
+        except DsxError as error:
+            sys.stdout.flush()
+            click.echo(str(error), err=True)
+            if wants_json(ctx):
+                fields = {"code": error.code, "title": error.title, "what": error.what, "todo": error.todo}
+                click.echo(json.dumps({"error": fields}, ensure_ascii=False))
+            ctx.exit(1)
+
+
+@click.group("dsx", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dsx", message="%(prog)s %(version)s", help="显示版本并退出。")
+def cli() -> None:
+    """把 DeepSeek-V2 / V3 检查点编译成 ONNX，并证明与 PyTorch 相等。
+
+    \b
+    第一次用：
+      dsx demo                               在随机权重的小模型上走一遍全程
+      dsx export CKPT -p mla+moe -o OUT      编译自己的检查点
+      dsx verify OUT                         与 PyTorch 逐层比对
+      dsx generate OUT -P "床前明月光"       生成
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """运行命令行并退出。
+
+    退出码：0 成功；1 用户能解决的错误（或校验不过）；2 用法不对；130 Ctrl-C；143 SIGTERM。dsx 自身的缺陷保留 traceback。
+
+    Args:
+        argv: 参数，缺省取 ``sys.argv[1:]``。
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # 终端编码不是 UTF-8 时也别崩
+    signal.signal(signal.SIGTERM, _terminate)
+    code: Any = 0
+    try:
+        code = cli.main(args=argv, prog_name="dsx", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("已中断", err=True)
+        code = _INTERRUPTED
+    except BrokenPipeError:
+        # 下游（例如 head）先走了：不是错误，也别让解释器退出时再抱怨一次。
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    """SIGTERM 变成异常，``finally`` 得以清掉写了一半的目录。"""
+    sys.exit(_TERMINATED)
+
+
+if __name__ == "__main__":
+    main()

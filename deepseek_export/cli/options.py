@@ -1,0 +1,41 @@
+"""几个命令共用的选项：同一个选项在哪个命令里都是同一个意思。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_JSON = "deepseek_export.json"
+
+
+def wants_json(ctx: click.Context) -> bool:
+    """这次调用有没有给 ``--json``。"""
+    return bool(ctx.meta.get(_JSON))
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    # demo 在一次调用里跑好几个命令，meta 是共用的，只增不减。
+    ctx.meta[_JSON] = ctx.meta.get(_JSON) or value
+    return value
+
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_remember,
+    help="stdout 的最后一行是一个 JSON 对象；不显示进度。",
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="覆盖方案里的一个键，例如 mla.form=absorb；可重复。",
+)
+# 路径是否存在由 api 检查，好给出带码的错误。
+bundle_argument = click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
+checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))

@@ -1,0 +1,246 @@
+"""每个命令的正常用法，都在子进程里。"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from deepseek_export import __version__
+from deepseek_export.cli.main import COMMANDS
+from tests.integration.cli import DSX, dsx, environment, last_json
+
+pytestmark = pytest.mark.integration
+
+#: 碰到这些模块就报错，模拟没有装它们的机器。
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnxruntime", "onnxscript", "transformers"):
+            raise ImportError(f"不该导入 {name}")
+sys.meta_path.insert(0, Block())
+from deepseek_export.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["doctor"],
+        ["doctor", "--json"],
+        ["profiles"],
+        ["profiles", "show", "mla+moe"],
+        ["demo", "--path"],
+        ["generate", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_light_commands_never_import_the_heavy_packages(args):
+    process = subprocess.run(
+        [sys.executable, "-c", BLOCK, *args], capture_output=True, text=True, env=environment(), timeout=60
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip()
+    assert "\x1b" not in process.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_chinese(name):
+    process = dsx(name, "--help")
+    assert process.returncode == 0
+    assert sum("\u4e00" <= char <= "\u9fff" for char in process.stdout) > 20
+    assert name in dsx("--help").stdout
+
+
+def test_version_and_usage_errors():
+    assert dsx("--version").stdout == f"dsx {__version__}\n"
+    for args in (["nothing"], ["export"], ["generate", "OUT", "--threads", "0"]):
+        process = dsx(*args)
+        assert process.returncode == 2
+        assert process.stdout == ""
+        assert "Traceback" not in process.stderr
+
+
+def test_profiles_show_round_trips(tmp_path):
+    text = dsx("profiles", "show", "mla+moe", "--set", "mla.form=absorb").stdout
+    assert tomllib.loads(text)["mla"] == {"enabled": True, "form": "absorb", "cache_dtype": "model"}
+    path = tmp_path / "my.toml"
+    path.write_text(text)
+    assert dsx("profiles", "show", path).stdout == text
+
+
+def test_demo_path_creates_nothing(tmp_path):
+    home = tmp_path / "home"
+    process = dsx("demo", "--path", env=environment(DSX_HOME=str(home)))
+    assert process.stdout == f"{home}/demo-v3\n"
+    assert not home.exists()
+    assert dsx("demo", "--path", "--dir", tmp_path / "x").stdout == f"{tmp_path}/x/demo-v3\n"
+
+
+def test_export_json_and_verbose(tiny, tmp_path):
+    out = tmp_path / "out"
+    process = dsx("export", tiny, "-p", "mla+moe", "--target", "ort-cpu", "-o", out, "-v")
+    assert process.returncode == 0, process.stderr
+    assert "\x1b" not in process.stdout + process.stderr
+    assert "pass lower-" in process.stdout
+    assert f"dsx verify {out}" in process.stdout
+    assert "写权重" in process.stderr
+    process = dsx("export", tiny, "-p", "mla", "-o", out, "--overwrite", "--json")
+    assert process.stderr == ""
+    summary = last_json(process)
+    assert (summary["out"], summary["profile"], summary["target"]) == (str(out), "mla", "portable")
+    assert summary["op_counts"]["dsx::MlaAttention"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_check_verifies_first(tiny, tmp_path):
+    process = dsx("export", tiny, "-p", "moe", "-o", tmp_path / "out", "--check", "-v")
+    assert process.returncode == 0, process.stderr
+    assert "校验 tokens" in process.stderr
+    assert (tmp_path / "out/reports/parity.json").is_file()
+
+
+def test_verify_prints_every_level(tiny, tiny_bundle, demo_bundle):
+    process = dsx(
+        "verify", demo_bundle, "--level", "op", "--level", "model", "--level", "tokens", "--steps", "4"
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    for expected in (
+        "op",
+        "model",
+        "tokens",
+        "全部通过",
+        f"{demo_bundle}/reports/parity.json",
+        "polygraphy run",
+    ):
+        assert expected in process.stdout
+    assert "\x1b" not in process.stdout + process.stderr
+    summary = last_json(dsx("verify", tiny_bundle, "--against", tiny, "--level", "block", "--json"))
+    assert summary["passed"]
+    assert [level["level"] for level in summary["levels"]] == ["block"]
+
+
+def test_verify_finds_a_changed_weight(tiny_bundle, tmp_path):
+    """权重改了一处、哈希也跟着改：只有比数才看得出来。"""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    path = bundle / "weights/model.safetensors"
+    data = bytearray(path.read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    start = (
+        8
+        + int.from_bytes(data[:8], "little")
+        + header["model.layers.1.self_attn.o_proj.weight"]["data_offsets"][0]
+    )
+    data[start : start + 256] = bytes(256)
+    path.write_bytes(data)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"]["weights/model.safetensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    process = dsx("verify", bundle, "--level", "block")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    for expected in ("第一处不通过", "layers.1.self_attn", "坐标 [", "结论    不通过"):
+        assert expected in process.stdout
+
+
+def test_inspect(tiny_bundle, demo_bundle):
+    text = dsx("inspect", demo_bundle).stdout
+    for expected in (
+        "dsx::MlaAttention×4",
+        "1,280 字节",
+        "8.0 倍",
+        "真实模型的缓存",
+        "70,272",
+        "31,104",
+        "98.6%",
+    ):
+        assert expected in text
+    assert "就是展开的缓存" in dsx("inspect", tiny_bundle).stdout
+    summary = last_json(dsx("inspect", demo_bundle, "--json"))
+    assert summary["cache"]["bytes_per_token"] == 1280
+    assert summary["cache"]["ratio"] == 8
+    assert summary["weights"]["recipes"] == {"copy": 57, "stack": 9}
+
+
+def test_inspect_into_a_closed_pipe_is_quiet(demo_bundle):
+    command = f'"{DSX[0]}" -m {DSX[2]} inspect "{demo_bundle}" | true'
+    process = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=environment(), timeout=60
+    )
+    assert process.stderr == ""
+
+
+def test_generate_json(demo_bundle):
+    args = ("--max-new-tokens", 8, "--temperature", "0.8", "--top-k", 20, "--top-p", "0.9", "--seed", 7)
+    process = dsx("generate", demo_bundle, "-P", "床前明月光", "-P", "白日", *args, "--ignore-eos", "--json")
+    assert process.stderr == ""
+    found = last_json(process)
+    assert [len(ids) for ids in found["token_ids"]] == [8, 8]
+    assert len(found["text"]) == 2
+    assert found["counts"]["new_tokens"] == 16
+    assert found["finish_reasons"] == ["length", "length"]
+    assert set(found["timings"]) == {"load_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
+    again = dsx(
+        "generate", demo_bundle, "-P", "床前明月光", "-P", "白日", *args, "--ignore-eos", "--threads", 1
+    )
+    assert "[1/2] 床前明月光" in again.stdout
+    assert found["text"][1] in again.stdout
+
+
+def test_generate_streams(demo_bundle):
+    """第一段文本在进程结束之前就到了；拼起来等于整段解码。"""
+    args = ["generate", str(demo_bundle), "-P", "床前明月光", "--chat", "--ignore-eos", "--max-new-tokens"]
+    with subprocess.Popen([*DSX, *args, "200"], stdout=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 1)
+        running = process.poll() is None
+        text = (first + process.stdout.read()).decode()
+    assert process.returncode == 0
+    assert running
+    whole = last_json(dsx(*args, "200", "--json"))["text"][0]
+    assert text == whole + "\n"
+
+
+def test_generate_without_a_tokenizer_prints_ids(tiny_bundle):
+    process = dsx("generate", tiny_bundle, "--ids", "1,2,3", "--max-new-tokens", 4, "--ignore-eos")
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.strip().split(",")) == 4
+    assert "token/s" in process.stderr
+
+
+def test_ctrl_c_stops_without_a_traceback(demo_bundle):
+    args = ["generate", str(demo_bundle), "-P", "白日", "--ignore-eos", "--max-new-tokens", "4000"]
+    with subprocess.Popen(
+        [*DSX, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "已中断" in errors
+
+
+def test_demo_runs_the_whole_tour(tmp_path):
+    process = dsx("demo", env=environment(DSX_HOME=str(tmp_path)))
+    assert process.returncode == 0, process.stdout + process.stderr
+    commands = [line for line in process.stdout.splitlines() if line.startswith("$ dsx ")]
+    assert [line.split()[2] for line in commands] == ["export", "verify", "inspect", "generate"]
+    assert "乱码" in process.stdout
+    assert "全部通过" in process.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-v3", "demo-v3-mla+moe"]

@@ -1,0 +1,226 @@
+"""bundle：打包的权重、原子写入、manifest、外部数据。"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file
+
+from deepseek_export.bundle import Bundle, export_bundle
+from deepseek_export.bundle.disk import atomic_directory, check_free_space, disk_errors
+from deepseek_export.bundle.packed import write_packed
+from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.checkpoint.recipe import load_array, weight_recipes
+from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint
+from deepseek_export.errors import DsxError
+from deepseek_export.profile import resolve_profile
+from deepseek_export.progress import Progress
+
+pytestmark = pytest.mark.unit
+
+
+def code_of(call, *args, **kwargs) -> str:
+    with pytest.raises(DsxError) as error:
+        call(*args, **kwargs)
+    return error.value.code
+
+
+def test_weights_file_is_standard_safetensors_and_equals_the_recipes(v3_checkpoint: Path, v3_bundle: Bundle):
+    """权重文件用 safetensors 库能打开，内容与配方逐位相同，数据区 64 字节对齐。"""
+    stored = load_file(v3_bundle.path / "weights/model.safetensors")
+    recipes = v3_bundle.manifest.weights.recipes
+    assert set(stored) == set(recipes)
+    store = Checkpoint.open(v3_checkpoint).store
+    for name, recipe in recipes.items():
+        np.testing.assert_array_equal(stored[name], load_array(name, recipe, store))
+    header = int.from_bytes((v3_bundle.path / "weights/model.safetensors").open("rb").read(8), "little")
+    assert (8 + header) % 64 == 0
+
+
+def test_external_data_offsets_point_at_the_right_bytes(v3_bundle: Bundle):
+    """onnx 按偏移读到的权重与 safetensors 读到的相同；initializer 名就是检查点名。"""
+    stored = load_file(v3_bundle.path / "weights/model.safetensors")
+    model = onnx.load(v3_bundle.model_path)
+    weights = [tensor for tensor in model.graph.initializer if not tensor.name.startswith("constants/")]
+    assert {tensor.name for tensor in weights} == set(stored)
+    assert "model.layers.1.mlp.experts.*.gate_proj.weight" in stored
+    for tensor in weights:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), stored[tensor.name])
+
+
+def test_manifest_round_trips_and_covers_every_file(v3_bundle: Bundle):
+    """manifest 读写无损；除自身与 reports 之外的文件都在 files 里，哈希相符。"""
+    text = (v3_bundle.path / "manifest.json").read_text(encoding="utf-8")
+    assert json.loads(text) == v3_bundle.manifest.model_dump(mode="json")
+    found = {p.relative_to(v3_bundle.path).as_posix() for p in v3_bundle.path.rglob("*") if p.is_file()}
+    uncovered = {name for name in found if name not in v3_bundle.manifest.files}
+    assert {name for name in uncovered if not name.startswith("reports/")} == {"manifest.json"}
+    v3_bundle.check_hashes(Progress())
+
+
+def test_export_is_reproducible(v3_checkpoint: Path, v3_bundle: Bundle, tmp_path: Path):
+    """同样的输入导出两次，模型与权重逐位相同。"""
+    again = export_bundle(v3_checkpoint, tmp_path / "again", v3_bundle.manifest.profile)
+    for name in ("model.onnx", "weights/model.safetensors"):
+        assert again.manifest.files[name] == v3_bundle.manifest.files[name]
+
+
+def test_cache_entry_counts_576_values_per_token_and_layer(v3_bundle: Bundle):
+    """manifest 的缓存算术：r+dr 个数，乘层数乘字节数。"""
+    cache, config = v3_bundle.manifest.cache, v3_bundle.manifest.model
+    assert cache.values_per_token_per_layer == config.kv_lora_rank + config.qk_rope_head_dim
+    assert cache.bytes_per_token == cache.values_per_token_per_layer * config.num_hidden_layers * 4
+
+
+def test_mtp_profile_is_refused(v3_checkpoint: Path, tmp_path: Path):
+    """这一版不导出 MTP：明说，不留半成品。"""
+    assert code_of(export_bundle, v3_checkpoint, tmp_path / "out", resolve_profile("full")) == "DSX-E006"
+    assert not (tmp_path / "out").exists()
+
+
+class TestOpen:
+    """打开 bundle 时的核对。"""
+
+    def copy(self, bundle: Bundle, tmp_path: Path) -> Path:
+        target = tmp_path / "copy"
+        for path in bundle.path.rglob("*"):
+            if path.is_file():
+                destination = target / path.relative_to(bundle.path)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                destination.write_bytes(path.read_bytes())
+        return target
+
+    def test_not_a_bundle(self, tmp_path: Path):
+        assert code_of(Bundle.open, tmp_path) == "DSX-E402"
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', '{"schema_version": 1}', "\xff"])
+    def test_broken_manifest(self, tmp_path: Path, text: str):
+        (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+        assert code_of(Bundle.open, tmp_path) == "DSX-E403"
+
+    def test_missing_file(self, v3_bundle: Bundle, tmp_path: Path):
+        path = self.copy(v3_bundle, tmp_path)
+        (path / "weights/model.safetensors").unlink()
+        assert code_of(Bundle.open, path) == "DSX-E402"
+
+    def test_truncated_file(self, v3_bundle: Bundle, tmp_path: Path):
+        path = self.copy(v3_bundle, tmp_path)
+        with (path / "weights/model.safetensors").open("r+b") as file:
+            file.truncate(100)
+        assert code_of(Bundle.open, path) == "DSX-E406"
+
+    def test_flipped_bit(self, v3_bundle: Bundle, tmp_path: Path):
+        path = self.copy(v3_bundle, tmp_path)
+        with (path / "weights/model.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([byte ^ 1]))
+        assert code_of(Bundle.open(path).check_hashes, Progress()) == "DSX-E406"
+
+
+class TestAtomicDirectory:
+    """目标目录要么完整、要么不变。"""
+
+    def test_failure_leaves_nothing(self, tmp_path: Path):
+        with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", overwrite=False) as directory:
+            (directory / "half").write_text("x")
+            raise RuntimeError
+        assert list(tmp_path.iterdir()) == []
+
+    def test_existing_is_refused(self, tmp_path: Path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/file").write_text("mine")
+
+        def enter(overwrite: bool):
+            with atomic_directory(tmp_path / "out", overwrite):
+                pass
+
+        assert code_of(enter, False) == "DSX-E401"
+        assert code_of(enter, True) == "DSX-E401"  # 不是 bundle，--overwrite 也不碰
+        assert (tmp_path / "out/file").read_text() == "mine"
+
+    def test_overwrite_replaces_only_on_success(self, tmp_path: Path):
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "manifest.json").write_text("old")
+        with pytest.raises(RuntimeError), atomic_directory(out, overwrite=True):
+            raise RuntimeError
+        assert (out / "manifest.json").read_text() == "old"
+        with atomic_directory(out, overwrite=True) as directory:
+            (directory / "manifest.json").write_text("new")
+        assert (out / "manifest.json").read_text() == "new"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_stale_temporary_of_a_dead_process_is_removed(self, tmp_path: Path):
+        dead = tmp_path / ".out.tmp-999999999"
+        alive = tmp_path / f".out.tmp-{os.getppid()}"
+        dead.mkdir()
+        alive.mkdir()
+        with atomic_directory(tmp_path / "out", overwrite=False):
+            pass
+        assert not dead.exists()
+        assert alive.exists()
+
+    def test_unwritable_parent(self, tmp_path: Path):
+        (tmp_path / "file").write_text("not a directory")
+
+        def enter():
+            with atomic_directory(tmp_path / "file/out", overwrite=False):
+                pass
+
+        assert code_of(enter) == "DSX-E405"
+
+
+def test_full_disk_is_coded():
+    """真的写满：/dev/full 对任何写入返回 ENOSPC。"""
+
+    def write():
+        with disk_errors(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    assert code_of(write) == "DSX-E404"
+
+
+def test_free_space_is_checked_before_the_work(tmp_path: Path):
+    assert code_of(check_free_space, tmp_path, 1 << 60) == "DSX-E404"
+    check_free_space(tmp_path, 1)
+
+
+class _AnonymousMemory(Progress):
+    """记录进程匿名内存（不含文件映射）的最大值。"""
+
+    peak = 0
+
+    def advance(self, amount: int = 1, detail: str = "") -> None:
+        self.peak = max(self.peak, anonymous_memory())
+
+
+def anonymous_memory() -> int:
+    """RssAnon，字节。"""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def test_packed_export_memory_is_bounded_by_one_tensor(tmp_path: Path):
+    """EXPORT-6：写权重的内存由最大的单个源张量决定，不随模型大小涨（叠放的专家逐个写）。"""
+    config = {**DEMO_CONFIG, "n_routed_experts": 128, "moe_intermediate_size": 512, "vocab_size": 2048}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "ck", config, dtype="bfloat16"))
+    recipes = weight_recipes(checkpoint.config, "float32")
+    total = sum(recipe.nbytes for recipe in recipes.values())
+    largest = max(spec_bytes(checkpoint, recipe) for recipe in recipes.values())
+    assert total > 500e6
+    gauge, before = _AnonymousMemory(), anonymous_memory()
+    write_packed(tmp_path / "weights.safetensors", recipes, checkpoint.store, gauge)
+    assert gauge.peak - before < 8 * largest + 30e6
+
+
+def spec_bytes(checkpoint: Checkpoint, recipe) -> int:
+    """一个配方里最大的单个源张量，按 float32 计。"""
+    return max((math.prod(checkpoint.store[name].shape) * 4 for name in recipe.sources), default=0)

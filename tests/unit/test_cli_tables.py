@@ -1,0 +1,178 @@
+"""命令里为了不导入 torch 而另写一份的名字，必须与真正的出处一致；表格按给定的数据印。"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+import click
+import pytest
+
+from deepseek_export.cli import demo, doctor, inspect, progress, verify
+from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
+from deepseek_export.parity import LEVELS, Case, ParityReport
+from deepseek_export.parity.measures import Measure
+from deepseek_export.parity.tolerances import TOLERANCES
+from deepseek_export.passes import PIPELINES
+
+pytestmark = pytest.mark.unit
+
+
+def test_names_agree_with_their_source():
+    assert verify.LEVELS == LEVELS
+    assert {name for name, state in doctor.TARGETS.items() if state.startswith("可用")} == set(PIPELINES)
+
+
+def test_every_command_has_chinese_help():
+    assert isinstance(cli, LazyGroup)
+    context = click.Context(cli)
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        text = command.get_help(command.make_context(name, [], resilient_parsing=True))
+        assert any("\u4e00" <= char <= "\u9fff" for char in text)
+        assert command.short_help
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, (name, option.name)
+
+
+def test_published_cache_sizes():
+    lite, v3 = (inspect._published(shape) for shape in inspect.PUBLISHED)
+    for row, layers, expanded in ((lite, 27, 5120), (v3, 61, 40960)):
+        assert row["values_per_token_per_layer"] == 576
+        assert row["expanded_values_per_token_per_layer"] == expanded
+        assert row["bytes_per_token"] == 576 * layers * 2
+        assert row["bytes_at_context"] == 576 * layers * 2 * 8192
+        assert row["saving"] == pytest.approx(1 - 576 / expanded)
+
+
+def test_a_failing_report_names_level_case_and_coordinate(capsys):
+    bad = Case(
+        level="block",
+        name="layers.1.mlp",
+        passed=False,
+        measure=Measure(0.5, (0, 3, 7), 1e-3, 1.01, 1.0, 64),
+        tolerance=TOLERANCES["block", "float32"],
+        near_ties=2,
+        note="最大差在 [0, 3, 7]",
+    )
+    report = ParityReport(
+        bundle="OUT",
+        checkpoint="CKPT",
+        profile="mla",
+        target="portable",
+        dtype="float32",
+        oracle="transformers",
+        environment={},
+        levels=["op", "block"],
+        cases=[bad],
+        notes=["op 层没有可比的"],
+        polygraphy="polygraphy run OUT/model.onnx",
+    )
+    summary = verify._summary(report)
+    assert summary["levels"][1] == {
+        "level": "block",
+        "cases": 1,
+        "failed": 1,
+        "near_ties": 2,
+        "max_abs": 0.5,
+        "calc_diff": 1e-3,
+        "norm_ratio": 1.01,
+    }
+    verify._print(report, summary)
+    text = capsys.readouterr().out
+    for expected in (
+        "不通过",
+        "没有可比的",
+        "layers.1.mlp",
+        "[0, 3, 7]",
+        "OUT/reports/parity.json",
+        "polygraphy run",
+    ):
+        assert expected in text
+
+
+def test_doctor_reads_cpu_flags_and_survives_their_absence(tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor : 0\nflags\t\t: fpu avx2 amx_tile\n")
+    assert doctor._cpu_flags(path) == {"fpu", "avx2", "amx_tile"}
+    assert doctor._cpu_flags(tmp_path / "none") is None
+    path.write_text("")
+    assert doctor._cpu_flags(path) is None
+
+
+def test_doctor_reports_missing_and_old_packages(monkeypatch, capsys):
+    def version(name):
+        if name in ("tensorrt", "transformers"):
+            raise metadata.PackageNotFoundError(name)
+        return "2.1.0+cpu" if name == "torch" else "99"
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = doctor.diagnose()
+    status = {package["name"]: package["status"] for package in found["packages"]}
+    assert (status["torch"], status["tensorrt"], status["onnx"]) == ("old", "missing", "ok")
+    assert not found["ok"]
+    doctor._print(found)
+    text = capsys.readouterr().out
+    assert "太旧" in text
+    assert "deepseek-export[hf]" in text
+
+
+def test_doctor_without_installed_metadata(monkeypatch):
+    def nothing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", nothing)
+    assert doctor._floors() == {}
+
+
+def test_demo_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSX_HOME", str(tmp_path))
+    assert demo.home() == tmp_path
+    monkeypatch.delenv("DSX_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert demo.home() == tmp_path / "cache/dsx"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert demo.home() == tmp_path / ".cache/dsx"
+
+
+def test_rich_progress_on_a_terminal(monkeypatch, tmp_path):
+    """真的伪终端：做完的阶段留下 ✓ 与用时，没做完的标中止。"""
+    primary, secondary = os.openpty()
+    with os.fdopen(secondary, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        assert isinstance(progress.open_progress(as_json=False), progress.RichProgress)
+        with progress.open_progress(as_json=False) as bars:
+            bars.start("读检查点")
+            bars.start("写权重", 1 << 20)
+            bars.advance(1 << 19, "model.norm.weight")
+            bars.note("退回 naive")
+        interrupted = progress.RichProgress()
+        interrupted.start("校验 block", 6)
+        interrupted.advance(2)
+        interrupted.__exit__(KeyError, KeyError(), None)
+        terminal.flush()
+        text = os.read(primary, 1 << 16).decode()
+    os.close(primary)
+    for expected in ("✓", "读检查点", "写权重", "退回 naive", "中止"):
+        assert expected in text
+
+
+def test_plain_and_silent_progress(capsys):
+    with progress.PlainProgress() as plain:
+        plain.start("写权重", 1 << 20)
+        plain.advance(1 << 20, "x")
+    with progress.open_progress(as_json=True) as silent:
+        silent.start("写权重", 1 << 20)
+        silent.note("退回 naive")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert [line.partition("] ")[2] for line in captured.err.splitlines()] == [
+        "写权重（1.00 MiB）",
+        "完成",
+        "",
+    ]
+    assert captured.err.endswith("注意：退回 naive\n")

@@ -1,0 +1,319 @@
+"""lower：整条流水线、计数、合法性、清单。"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+
+from deepseek_export.capture import capture_model
+from deepseek_export.checkpoint.recipe import load_array
+from deepseek_export.errors import DsxError
+from deepseek_export.passes import (
+    PIPELINES,
+    GraphModule,
+    Pass,
+    PassError,
+    PassResult,
+    graph_listing,
+    lower,
+    pipelines,
+)
+from deepseek_export.passes.legality import check_legality
+from deepseek_export.passes.pipelines import Step
+from deepseek_export.profile import resolve_profile
+from tests.models import TOLERANCE, distance, model_config, ort_session
+
+pytestmark = pytest.mark.unit
+
+
+@functools.cache
+def captured(variant: str, profile: str, dtype: str = "float32"):
+    return capture_model(model_config(variant), resolve_profile(profile), dtype)
+
+
+def lowered(variant: str, profile: str, target: str, dtype: str = "float32"):
+    return lower(
+        captured(variant, profile, dtype), model_config(variant), resolve_profile(profile), dtype, target
+    )
+
+
+def module_of(variant: str = "v3", profile: str = "mla+moe") -> GraphModule:
+    """可以随意弄坏的一份。"""
+    source = copy.deepcopy(captured(variant, profile))
+    return GraphModule.from_captured(source, model_config(variant), "float32")
+
+
+def names(values) -> list[str]:
+    return [value.name for value in values]
+
+
+@pytest.mark.parametrize(
+    ("variant", "fused"),
+    [
+        ("v3", True),
+        ("v3-yarn", True),
+        ("v3-one-group", True),
+        ("v3-no-norm-topk", False),
+        ("v2-greedy", False),
+        ("v2-group", False),
+        ("v2-lite", False),
+    ],
+)
+def test_whole_model_is_equal_before_and_after(variant, fused, saved):
+    checkpoint = saved(variant)[1]
+    portable, ort = (lowered(variant, "mla+moe", target) for target in PIPELINES)
+    layers = model_config(variant).num_moe_layers
+    assert [r.count for r in ort.results] == ([layers, 0] if fused else [0, layers])
+    assert len(ort.fallbacks) == (0 if fused else 1)
+    contract = [n for n in names(portable.proto.graph.input) if n not in portable.weights]
+    assert [n for n in names(ort.proto.graph.input) if n not in ort.weights] == contract
+    assert names(ort.proto.graph.output) == names(portable.proto.graph.output)
+    for B, S in ((1, 1), (2, 40)):
+        ids = np.random.default_rng(S).integers(0, 211, (B, S))
+        feeds = {
+            "input_ids": ids,
+            "past_lens": np.zeros(B, np.int64),
+            "logits_positions": np.full((B, 1), S - 1),
+        }
+        width = model_config(variant).latent_cache_values
+        feeds |= {f"kv_cache.{i}": np.zeros((B, 1, 48, width), np.float32) for i in range(3)}
+        outs = []
+        for model in (portable, ort):
+            session = ort_session(model.proto)
+            weights = {
+                name: load_array(name, recipe, checkpoint.store) for name, recipe in model.weights.items()
+            }
+            outs.append(session.run(["logits", "hidden"], {**feeds, **weights}))
+        for got, want in zip(outs[1], outs[0], strict=True):
+            assert distance(got, want) < TOLERANCE[torch.float32]
+
+
+def test_lowering_is_deterministic_and_leaves_the_captured_model_alone():
+    source = captured("v3", "mla+moe")
+    before = source.proto.SerializeToString(), dict(source.weights), sorted(source.functions)
+    first, second = (lowered("v3", "mla+moe", "ort-cpu").proto.SerializeToString() for _ in range(2))
+    assert first == second
+    assert (source.proto.SerializeToString(), dict(source.weights), sorted(source.functions)) == before
+
+
+@pytest.mark.parametrize("target", PIPELINES)
+def test_lowered_model_is_self_consistent(target):
+    model = lowered("v3", "mla+moe", target)
+    onnx.checker.check_model(model.proto)
+    assert (model.proto.ir_version, model.proto.producer_name, model.proto.opset_import[0].version) == (
+        11,
+        "dsx",
+        24,
+    )
+    assert names(model.proto.graph.input)[-len(model.weights) :] == list(model.weights)
+    domains = {opset.domain for opset in model.proto.opset_import}
+    assert domains == ({"", "dsx"} if target == "portable" else {"", "dsx", "com.microsoft"})
+    bodies = {"MlaAttention"} if target == "ort-cpu" else {"MlaAttention", "MoeGate", "MoeExperts"}
+    assert {function.name for function in model.proto.functions} == bodies
+    # 下沉之后对齐校验仍能按名字找到每个 MoeExperts 的输入与输出。
+    values = {name for node in model.proto.graph.node for name in (*node.input, *node.output)}
+    for site in captured("v3", "mla+moe").sites:
+        if site.op == "MoeExperts":
+            assert {site.inputs[0], site.outputs[0]} <= values
+
+
+def test_baseline_has_nothing_to_lower():
+    portable, ort = (lowered("v3", "baseline", target) for target in PIPELINES)
+    assert [(r.changed, r.count, r.refused) for r in ort.results] == [(False, 0, ())] * 2
+    assert portable.proto.graph == ort.proto.graph
+    assert {opset.domain for opset in ort.proto.opset_import} == {""}
+
+
+def test_float16_falls_back_loudly():
+    model = lowered("v3", "mla+moe", "ort-cpu", "float16")
+    assert [(r.count, len(r.refused)) for r in model.results] == [(0, 2), (0, 2)]
+    assert PassResult.model_validate_json(model.results[0].model_dump_json()) == model.results[0]
+    assert len(model.fallbacks) == 2
+    assert all("没有改写 layers." in line and "float16" in line for line in model.fallbacks)
+
+
+@pytest.mark.parametrize(("target", "says"), [("tensorrt", "不在这一版"), ("tpu", "不存在")])
+def test_unknown_target_lists_the_targets(target, says):
+    with pytest.raises(DsxError, match=r"portable、ort-cpu") as caught:
+        lowered("v3", "mla+moe", target)
+    assert caught.value.code == "DSX-E301"
+    assert says in caught.value.what
+
+
+def test_wrong_count_after_capture_names_capture():
+    with pytest.raises(DsxError, match="capture 之后有 3 个 dsx::MlaAttention，方案 moe 应有 0 个") as caught:
+        lower(captured("v3", "mla+moe"), model_config("v3"), resolve_profile("moe"), "float32", "portable")
+    assert caught.value.code == "DSX-E302"
+
+
+class _SkipPass(Pass):
+    name: ClassVar[str] = "skip"
+
+    def call(self, module):
+        return PassResult(name=self.name, changed=False, count=0)
+
+
+class _BreakPass(Pass):
+    """按 ``action`` 弄坏图。"""
+
+    name: ClassVar[str] = "break"
+    action: ClassVar = staticmethod(lambda module: None)
+    count: ClassVar[int] = 1
+
+    def call(self, module):
+        type(self).action(module)
+        return PassResult(name=self.name, changed=True, count=self.count)
+
+
+def _breaking(does, tally=1):
+    class Broken(_BreakPass):
+        action = staticmethod(does)
+        count = tally
+
+    return Broken
+
+
+def test_untruthful_count_names_the_pass(monkeypatch):
+    monkeypatch.setattr(pipelines, "PIPELINES", {"ort-cpu": (Step(_SkipPass, "MoeExperts"),)})
+    with pytest.raises(DsxError, match="pass skip 报告改写 0 处、拒绝 0 处") as caught:
+        lowered("v3", "mla+moe", "ort-cpu")
+    assert caught.value.code == "DSX-E302"
+
+
+def test_illegal_graph_names_the_pass(monkeypatch):
+    def action(module):
+        module.graph.nodes[0].domain = "elsewhere"
+
+    monkeypatch.setattr(pipelines, "PIPELINES", {"ort-cpu": (Step(_breaking(action), "MoeExperts"),)})
+    with pytest.raises(DsxError, match="break 之后（目标 ort-cpu）") as caught:
+        lowered("v3", "mla+moe", "ort-cpu")
+    assert caught.value.code == "DSX-E303"
+    assert "break" in caught.value.todo
+
+
+def test_faults_inside_a_pass_name_it_and_its_predecessors():
+    def crash(module):
+        raise ValueError("坏了")
+
+    with pytest.raises(PassError, match="pass break 在 call 阶段失败，之前跑过：a、b：坏了") as caught:
+        _breaking(crash)()(module_of(), ["a", "b"])
+    assert isinstance(caught.value.__cause__, ValueError)
+
+    def complain(module):
+        raise DsxError("DSX-E301", "不行", "换一个")
+
+    with pytest.raises(DsxError, match="不行（pass break，它是第一个 pass）"):
+        _breaking(complain)()(module_of())
+    with pytest.raises(PassError, match="I/O 契约变了"):
+        _breaking(lambda module: module.graph.outputs.pop())()(module_of())
+    with pytest.raises(PassError, match="changed=True 而 count=0"):
+        _breaking(lambda module: None, 0)()(module_of())
+
+
+def test_passes_state_their_pre_and_postconditions():
+    fuse, experts = (step.build() for step in PIPELINES["ort-cpu"])
+    module = module_of()
+    module.graph.opset = 17
+    with pytest.raises(PassError, match=r"requires 阶段失败.*17"):
+        experts(module)
+    for rewrite in (fuse, experts):
+        with pytest.raises(PassError, match="剩下的 MoeExperts"):
+            rewrite.ensures(module_of())
+
+
+def node(module, op) -> gs.Node:
+    return module.find(op)[0]
+
+
+def _attr(op, key, value):
+    return lambda m: node(m, op).attrs.__setitem__(key, value)
+
+
+def _append(m, **kwargs):
+    m.graph.nodes.append(gs.Node(**kwargs))
+
+
+def _weight(m):
+    return next(t for t in m.graph.inputs if t.name == "lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda m: setattr(node(m, "MoeGate"), "op", "Unknown"), "没有的算子 dsx::Unknown"),
+        (lambda m: node(m, "MoeGate").inputs.pop(), "有 1 个输入，应为 2"),
+        (lambda m: node(m, "MoeGate").outputs.pop(), "有 1 个输出，应为 2"),
+        (lambda m: node(m, "MoeGate").inputs.__setitem__(1, gs.Variable.empty()), "的输入 bias 是空的"),
+        (lambda m: node(m, "MoeGate").attrs.pop("top_k"), "多或少了属性 top_k"),
+        (_attr("MoeExperts", "extra", 1), "多或少了属性 extra"),
+        (_attr("MoeGate", "top_k", 4.0), "top_k = 4.0 应为 int"),
+        (_attr("MoeGate", "plugin_version", "2"), "plugin_version = '2' 应为 '1'"),
+        (_attr("MoeGate", "topk_group", 3), "而共用函数体的"),
+        (lambda m: m.functions.pop("MoeGate"), "dsx::MoeGate 没有函数体"),
+        (lambda m: m.functions["MoeGate"].input.pop(), "函数体签名"),
+        (
+            lambda m: _append(m, op="Identity", name="n", outputs=[gs.Variable("hidden")]),
+            "值 hidden 定义了两次",
+        ),
+        (lambda m: m.graph.inputs.append(m.graph.inputs[0]), "图的输入 input_ids 重复"),
+        (lambda m: setattr(m.graph.nodes[1], "name", m.graph.nodes[0].name), "节点名 embed/Shape_0 重复"),
+        (lambda m: node(m, "MoeExperts").inputs.__setitem__(0, gs.Variable("ghost")), "ghost 没有来源"),
+        (lambda m: m.graph.nodes.reverse(), "在使用之后才定义"),
+        (lambda m: m.graph.nodes[-1].outputs.clear(), "图的输出 logits 没有来源"),
+        (lambda m: _append(m, op="If", name="n", attrs={"then_branch": gs.Graph()}), "带子图"),
+        (
+            lambda m: _append(m, op="MoE", name="n", domain="com.microsoft"),
+            "域 com.microsoft 不允许，允许：dsx",
+        ),
+        (lambda m: m.weights.pop("lm_head.weight"), "lm_head.weight 既不在 I/O 契约里，也没有权重配方"),
+        (lambda m: setattr(_weight(m), "shape", [1, 2]), "权重 lm_head.weight 声明为 float32[1, 2]"),
+        (lambda m: setattr(_weight(m), "dtype", np.dtype(np.float16)), "声明为 float16"),
+        (lambda m: m.graph.inputs.remove(_weight(m)), "配方 lm_head.weight 没有对应的权重输入"),
+        (lambda m: node(m, "MoeGate").inputs.__setitem__(1, gs.Constant("c", np.zeros(12))), "没有节点消费"),
+        (lambda m: m.graph.inputs.reverse(), "个输入是"),
+        (lambda m: m.graph.outputs.reverse(), "输出是"),
+    ],
+)
+def test_every_violation_is_detected(damage, says):
+    module = module_of()
+    check_legality(module, "capture", "portable")
+    damage(module)
+    with pytest.raises(DsxError) as caught:
+        check_legality(module, "某个 pass", "portable")
+    assert caught.value.code == "DSX-E303"
+    assert says in caught.value.what
+    assert caught.value.what.startswith("某个 pass 之后")
+
+
+def test_scale_may_differ_between_nodes_that_share_a_body():
+    module = module_of()
+    _attr("MlaAttention", "scale", 0.5)(module)
+    check_legality(module, "capture", "portable")
+
+
+def test_many_violations_are_summarised():
+    module = module_of()
+    for each in module.graph.nodes:
+        each.domain = "elsewhere"
+    with pytest.raises(DsxError, match=r"……等 .* 处"):
+        check_legality(module, "capture", "portable")
+
+
+def test_listing_shows_small_constants_by_value_and_nested_bodies():
+    text = graph_listing(lowered("v3", "mla+moe", "portable").proto)
+    assert text.startswith("model target=portable profile=mla+moe opset=(ai.onnx 24, dsx 1)\n\n[inputs]\n")
+    assert "constants/" not in text
+    assert "kv_cache.0: float32[B, 1, T, 56]" in text
+    assert "lm_head.weight: float32[211, 48]" in text
+    assert "scale=0.1581" in text
+    assert "value_float=@scale" in text
+    assert "\n  body(i, go_on, y_in) -> go_on_out, y_out:\n    Reshape(i, int64(1)) -> i_1d\n" in text
+    assert text.endswith("\n")
+    assert text == graph_listing(lowered("v3", "mla+moe", "portable").proto)

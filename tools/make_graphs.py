@@ -1,0 +1,113 @@
+"""重新生成 graphs/：固定的小配置、各方案、各目标的图清单，由 tests/contract/test_golden_graphs.py 逐行比较。"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deepseek_export.capture import capture_model
+from deepseek_export.checkpoint import parse_model_config
+from deepseek_export.passes import PIPELINES, graph_listing, lower
+from deepseek_export.profile import resolve_profile
+
+GRAPHS = Path(__file__).resolve().parent.parent / "graphs"
+
+PROFILES = ("baseline", "mla", "moe", "mla+moe")
+
+#: 节点的写法由它们决定，记在每份清单的第一行。
+TOOLCHAIN = ("torch", "onnxscript", "onnx")
+
+#: 两层：一层 dense，一层 MoE。
+_SHARED: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "hidden_act": "silu",
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    # 如 V2-Lite：没有 q_lora，greedy 路由，不归一化。
+    "deepseek_v2": _SHARED
+    | {
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    },
+    "deepseek_v3": _SHARED
+    | {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 20,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+}
+
+
+def toolchain_line() -> str:
+    """清单的第一行，例如 ``# torch 2.13.0, onnxscript 0.7.2, onnx 1.23.0``。"""
+    return "# " + ", ".join(f"{package} {version(package).partition('+')[0]}" for package in TOOLCHAIN)
+
+
+def golden_listings(family: str) -> Iterator[tuple[str, str]]:
+    """逐个产出 (文件名, 内容)；每个方案只捕获一次，再下沉到各目标。"""
+    config = parse_model_config(CONFIGS[family], f"tools/make_graphs.py 的 {family}")
+    for name in PROFILES:
+        profile = resolve_profile(name)
+        captured = capture_model(config, profile)
+        for target in PIPELINES:
+            listing = graph_listing(lower(captured, config, profile, "float32", target).proto)
+            yield f"{family}.{name}.{target}.txt", f"{toolchain_line()}\n{listing}"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=GRAPHS, help="默认是 graphs/。"
+)
+def main(out: Path) -> None:
+    """重新生成 graphs/ 下的全部清单；提交前请读一遍 git diff。"""
+    out.mkdir(parents=True, exist_ok=True)
+    for family in CONFIGS:
+        for name, text in golden_listings(family):
+            (out / name).write_text(text, encoding="utf-8")
+            click.echo(f"{out / name}：{text.count(chr(10))} 行")
+
+
+if __name__ == "__main__":
+    main()
