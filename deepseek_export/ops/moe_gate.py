@@ -6,7 +6,9 @@
 
 - 选专家用带 bias 的分数，取权重用**不带** bias 的分数（noaux_tc）；
 - 组外专家：V3 置 ``-inf``（带 bias 的分数可能为负，置 0 会选错），V2 置 ``0.0``；
-- V2 不归一化权重；V3 归一化时分母加 1e-20；
+- V2 不归一化权重；V3 归一化时分母不小于 1e-20（原版写作加 1e-20，float32 下两者只在和接近 1e-20 时有别）；
+- sigmoid 写成 ``1/(1+exp(-x))``：ONNX Runtime 的 ``Sigmoid`` 是近似（绝对误差 5e-8，-18 以下直接为 0），
+  对很小的分数相对误差太大；
 - 全程 float32，并列取小下标。
 """
 
@@ -45,7 +47,7 @@ def moe_gate(
         topk_ids [N, k] int32（按选择分数降序），topk_weights [N, k] float32。
     """
     E = logits.shape[-1]
-    scores = logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
+    scores = logits.softmax(-1) if scoring_func == "softmax" else precise_sigmoid(logits)
     choice = scores + bias
     if group_score != "none":
         grouped = choice.view(-1, n_group, E // n_group)
@@ -58,8 +60,14 @@ def moe_gate(
     # V2 从遮罩后的分数里取权重，V3 从不带 bias 的原分数里取。
     weights = (choice if group_score == "max" else scores).gather(1, ids)
     if norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        # 写成 clamp 而不是 +1e-20：exporter 会把“加一个极小数”当作加零删掉，全零时就成了 0/0。
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
     return ids.to(torch.int32), weights * routed_scaling_factor
+
+
+def precise_sigmoid(x: Tensor) -> Tensor:
+    """相对误差不随 x 变负而变大的 sigmoid；见模块说明。"""
+    return torch.exp(-x).add(1.0).reciprocal()
 
 
 def fake(

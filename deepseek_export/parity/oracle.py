@@ -39,9 +39,13 @@ class TransformersOracle:
 
         self.name = f"transformers {transformers.__version__}"
         with _quiet(transformers):
-            # attn_implementation="eager"：softmax 用 float32，与 DeepSeek 原版一致，且不受 SDPA 后端影响。
+            # 都用 eager：softmax 用 float32，与 DeepSeek 原版一致；缺省的 grouped_mm 还要求步长是 16 字节的倍数。
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint.path, dtype=TORCH_DTYPES[dtype], attn_implementation="eager", local_files_only=True
+                checkpoint.path,
+                dtype=TORCH_DTYPES[dtype],
+                attn_implementation="eager",
+                experts_implementation="eager",
+                local_files_only=True,
             ).eval()
         # transformers 5.24 前后把 past_key_values 改名为 cache，参数与输出字段同名。
         parameters = inspect.signature(self._model.forward).parameters

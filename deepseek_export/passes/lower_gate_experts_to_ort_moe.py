@@ -37,10 +37,10 @@ class LowerGateExpertsToOrtMoePass(Pass):
 
     名字：``logits``、``x``、``y`` 保留；topk_ids、topk_weights 随 ``MoeGate`` 消失。
 
-    数值（onnxruntime 1.32 实测）：分数严格相等时，专家与组的并列都取小下标，与 ``MoeGate`` 的约定一致。sigmoid 的实现与
-    torch 差 1 ulp，所以**数学上**相等而浮点上不等的分数（如 ``σ(a) + σ(-a)`` 与 ``σ(b) + σ(-b)``）可能选出不同的专家。选中的
-    k 个 ``s`` 全都小于约 1e-18（logits < -41）时，``MoeGate`` 分母上的 1e-20 和 router 的下限给出不同的权重。函数体里的
-    ``Sigmoid`` 在 onnxruntime CPU 上是近似，绝对误差 5e-8、logits < -18 时直接为 0；router 没有这个问题，比函数体准。
+    数值（onnxruntime 1.32 实测）：分数严格相等时，专家与组的并列都取小下标，与 ``MoeGate`` 的约定一致。onnxruntime CPU 的
+    sigmoid 是近似（函数体因此不用 ``Sigmoid`` 算子）：绝对误差约 5e-8，logits < -18 时直接为 0。因此**数学上**相等而浮点上
+    不等的分数（如 ``σ(a) + σ(-a)`` 与 ``σ(b) + σ(-b)``）可能与 torch 选出不同的专家；选中的 k 个 logits 全都小于 -18 时 router
+    给出均匀的权重，不再是 ``s / Σs``。
     """
 
     name: ClassVar[str] = "lower-gate-experts-to-ort-moe"

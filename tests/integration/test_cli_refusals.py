@@ -144,7 +144,8 @@ def test_bad_generate_inputs(tiny_bundle):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_an_interrupted_export_leaves_no_bundle(number, code, wide, plain, tmp_path):
     out = tmp_path / "out"
@@ -186,6 +187,7 @@ def _can_mount() -> bool:
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _can_mount(), reason="要 root 才能在独立的挂载空间里挂 tmpfs")
 def test_a_full_disk(wide, tmp_path):
     """真的 2 MB 文件系统。"""
