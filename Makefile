@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_DIR ?= build/demo
-SOURCES := deepseek_export tests tools noxfile.py
+SOURCES := deepseek_export tests tools perf noxfile.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all graphs lint format clean
@@ -41,4 +41,4 @@ format: $(STAMP) ## 按 ruff 的格式改写源码
 
 clean: ## 删除产物与缓存，保留 .venv
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
-	find deepseek_export tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find deepseek_export tests tools perf -name __pycache__ -type d -prune -exec rm -rf {} +

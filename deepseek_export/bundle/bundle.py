@@ -70,7 +70,7 @@ class Bundle:
             DsxError: ``DSX-E406``。
         """
         files = self.manifest.files
-        progress.start("核对 sha256", sum(entry.bytes for entry in files.values()))
+        progress.start("核对 sha256", sum(entry.bytes for entry in files.values()), "bytes")
         for name, entry in files.items():
             if sha256_file(self.path / name) != entry.sha256:
                 raise DsxError(

@@ -50,6 +50,24 @@ def check_free_space(directory: Path, needed: int) -> None:
         )
 
 
+def check_output(out: Path, overwrite: bool) -> None:
+    """输出目录能不能用。
+
+    Args:
+        out: 最终目录。
+        overwrite: 允许替换已有的 bundle。
+
+    Raises:
+        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 bundle（任何时候都不替换）。
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise DsxError("DSX-E401", f"{out} 已存在", "换一个 -o，或加 --overwrite 替换它")
+    if not (out / "manifest.json").is_file():
+        raise DsxError("DSX-E401", f"{out} 已存在，而且不是 dsx bundle，不会替换它", "换一个 -o")
+
+
 @contextlib.contextmanager
 def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """在旁边的临时目录里写，全部完成后改名。
@@ -68,11 +86,7 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         DsxError: ``DSX-E401`` 目标已存在；``DSX-E405`` 目标不可写。
     """
     out = out.absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not overwrite:
-            raise DsxError("DSX-E401", f"{out} 已存在", "换一个 -o，或加 --overwrite 替换它")
-        if not (out / "manifest.json").is_file():
-            raise DsxError("DSX-E401", f"{out} 已存在，而且不是 dsx bundle，不会替换它", "换一个 -o")
+    check_output(out, overwrite)
     prefix = f".{out.name}.tmp-"
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

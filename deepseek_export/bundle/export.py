@@ -16,7 +16,13 @@ from onnx import helper, inliner
 
 from deepseek_export import __version__
 from deepseek_export.bundle.bundle import Bundle
-from deepseek_export.bundle.disk import atomic_directory, check_free_space, disk_errors, sha256_file
+from deepseek_export.bundle.disk import (
+    atomic_directory,
+    check_free_space,
+    check_output,
+    disk_errors,
+    sha256_file,
+)
 from deepseek_export.bundle.manifest import (
     SCHEMA_VERSION,
     CacheEntry,
@@ -32,7 +38,7 @@ from deepseek_export.bundle.packed import Slot, write_packed
 from deepseek_export.capture import ModelDtype, capture_model
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
-from deepseek_export.passes import LoweredModel, lower
+from deepseek_export.passes import LoweredModel, check_target, lower
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
@@ -108,6 +114,9 @@ def export_bundle(
         raise DsxError(
             "DSX-E006", f"方案 {profile.name} 打开了 mtp.enabled，这一版还不能导出 MTP", "改用 -p mla+moe"
         )
+    # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
+    check_target(target)
+    check_output(out, overwrite)
     watch = _Stopwatch()
     progress.start("读检查点")
     with watch("checkpoint"):
@@ -220,7 +229,7 @@ def _count_islands(graph: onnx.GraphProto, counts: Counter[str]) -> None:
 
 def _hash_files(directory: Path, progress: Progress) -> dict[str, FileEntry]:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    progress.start("计算 sha256", sum(path.stat().st_size for path in paths))
+    progress.start("计算 sha256", sum(path.stat().st_size for path in paths), "bytes")
     files = {}
     for path in paths:
         name = path.relative_to(directory).as_posix()

@@ -59,7 +59,7 @@ def write_packed(
     blob = json.dumps(header, separators=(",", ":")).encode()
     blob += b" " * (-(8 + len(blob)) % _ALIGNMENT)  # 规范允许头部以空格结尾；数据区从 64 字节边界开始
     base = 8 + len(blob)
-    progress.start("写权重", start)
+    progress.start("写权重", start, "bytes")
     with disk_errors(path), path.open("wb") as file:
         file.write(len(blob).to_bytes(8, "little") + blob)
         for name, recipe in recipes.items():

@@ -14,10 +14,7 @@ from rich.table import Column
 from rich.text import Text
 
 from deepseek_export.cli.console import console, size
-from deepseek_export.progress import Progress
-
-#: 总量大于它的阶段以字节计；以条数计的阶段不会有这么多条。
-_MOST_ITEMS = 4096
+from deepseek_export.progress import Progress, Unit
 
 
 class CliProgress(Progress):
@@ -45,9 +42,9 @@ class PlainProgress(CliProgress):
     def __init__(self) -> None:
         self._began = time.perf_counter()
 
-    def start(self, stage: str, total: int | None = None) -> None:
+    def start(self, stage: str, total: int | None = None, unit: Unit = "items") -> None:
         """进入阶段时打印，卡住也看得出卡在哪。"""
-        amount = f"（{size(total)}）" if total is not None and total > _MOST_ITEMS else ""
+        amount = f"（{size(total)}）" if total is not None and unit == "bytes" else ""
         click.echo(f"[{time.perf_counter() - self._began:6.1f} s] {stage}{amount}", err=True)
 
     def close(self, succeeded: bool) -> None:
@@ -64,7 +61,8 @@ class _Amount(ProgressColumn):
         if task.fields["total_known"] is None or task.finished:
             return Text("")
         done, total = int(task.completed), int(task.total or 0)
-        return Text(f"{size(done)} / {size(total)}" if total > _MOST_ITEMS else f"{done} / {total}")
+        in_bytes = task.fields["unit"] == "bytes"
+        return Text(f"{size(done)} / {size(total)}" if in_bytes else f"{done} / {total}")
 
 
 class _Seconds(ProgressColumn):
@@ -103,10 +101,11 @@ class RichProgress(CliProgress):
         self._task: TaskID | None = None
         self._bars.start()
 
-    def start(self, stage: str, total: int | None = None) -> None:
+    def start(self, stage: str, total: int | None = None, unit: Unit = "items") -> None:
         """结束上一个阶段，开始这一个。"""
         self._finish()
-        self._task = self._bars.add_task(stage, total=total or None, total_known=total or None, detail="")
+        known = total or None
+        self._task = self._bars.add_task(stage, total=known, total_known=known, unit=unit, detail="")
 
     def advance(self, amount: int = 1, detail: str = "") -> None:
         """前进。"""

@@ -2,7 +2,7 @@
 
 from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
 from deepseek_export.passes.listing import graph_listing
-from deepseek_export.passes.pipelines import PIPELINES, LoweredModel, lower
+from deepseek_export.passes.pipelines import PIPELINES, LoweredModel, check_target, lower
 
 __all__ = [
     "PIPELINES",
@@ -12,6 +12,7 @@ __all__ = [
     "PassError",
     "PassResult",
     "Refusal",
+    "check_target",
     "graph_listing",
     "lower",
 ]

@@ -67,6 +67,17 @@ class LoweredModel:
     fallbacks: list[str]
 
 
+def check_target(target: str) -> None:
+    """目标存在吗。
+
+    Raises:
+        DsxError: ``DSX-E301``。
+    """
+    if target not in PIPELINES:
+        what = f"目标 {target!r}" + ("不在这一版 dsx 里" if target in _LATER_TARGETS else "不存在")
+        raise DsxError("DSX-E301", what, f"可用的目标：{'、'.join(PIPELINES)}")
+
+
 def lower(
     captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile, dtype: ModelDtype, target: str
 ) -> LoweredModel:
@@ -76,9 +87,7 @@ def lower(
         DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法。
         PassError: pass 自身的缺陷。
     """
-    if target not in PIPELINES:
-        what = f"目标 {target!r}" + ("不在这一版 dsx 里" if target in _LATER_TARGETS else "不存在")
-        raise DsxError("DSX-E301", what, f"可用的目标：{'、'.join(PIPELINES)}")
+    check_target(target)
     module = GraphModule.from_captured(captured, config, dtype)
     check_legality(module, "capture", target)
     _check_captured(module, profile)
@@ -123,14 +132,16 @@ def _check_step(step: Step, result: PassResult, before: int, after: int) -> None
 
 
 def _fallbacks(results: Sequence[PassResult]) -> list[str]:
-    # 同一处因同一个原因被几个 pass 拒绝，只说一次。
-    grouped: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    # 几十层因同一个原因被拒绝，只说一次；逐处的值在 results 里。
+    grouped: dict[str, tuple[dict[str, None], dict[str, str]]] = {}
     for result in results:
         for refusal in result.refused:
-            passes, nodes = grouped.setdefault((refusal.reason, refusal.value), ({}, {}))
-            passes[result.name] = nodes[refusal.node] = None
+            passes, values = grouped.setdefault(refusal.reason, ({}, {}))
+            passes[result.name] = None
+            values.setdefault(refusal.node, refusal.value)
     lines = []
-    for (reason, value), (passes, nodes) in grouped.items():
-        where = next(iter(nodes)).rpartition("/")[0] + (f" 等 {len(nodes)} 处" if len(nodes) > 1 else "")
+    for reason, (passes, values) in grouped.items():
+        node, value = next(iter(values.items()))
+        where = node.rpartition("/")[0] + (f" 等 {len(values)} 处" if len(values) > 1 else "")
         lines.append(f"{'、'.join(passes)} 没有改写 {where}：{reason}（{value}）")
     return lines

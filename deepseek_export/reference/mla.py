@@ -78,10 +78,7 @@ class MultiheadLatentAttention(nn.Module):
         c = self.config
         B, S, _ = x.shape
         H, dn, dr = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
-        if c.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
         q_nope, q_pe = q.view(B, S, H, dn + dr).split([dn, dr], dim=-1)
         c_kv, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, dr], dim=-1)
         c_kv = self.kv_a_layernorm(c_kv)

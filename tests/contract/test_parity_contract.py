@@ -53,7 +53,9 @@ def edit_weight(bundle: Bundle, name: str, change):
         where = {entry.key: entry.value for entry in tensor.external_data}
         with (folder / where["location"]).open("r+b") as file:
             file.seek(int(where["offset"]))
-            array = np.frombuffer(file.read(int(where["length"])), np.float32).reshape(tuple(tensor.dims)).copy()
+            array = (
+                np.frombuffer(file.read(int(where["length"])), np.float32).reshape(tuple(tensor.dims)).copy()
+            )
             file.seek(int(where["offset"]))
             file.write(np.ascontiguousarray(change(array)).tobytes())
 
@@ -116,7 +118,9 @@ class TestDefectsAreCaught:
         """softmax scale 漏乘 YaRN 的 mscale 平方（只在第 1 层）。"""
 
         def change(model):
-            node = next(n for n in model.graph.node if n.op_type == "MlaAttention" and n.name.startswith("layers.1"))
+            node = next(
+                n for n in model.graph.node if n.op_type == "MlaAttention" and n.name.startswith("layers.1")
+            )
             next(a for a in node.attribute if a.name == "scale").f = 40**-0.5
 
         self.check(tampered(v3_bundle, tmp_path, edit_model(change)), "block", "layers.1.self_attn")
@@ -130,7 +134,9 @@ class TestDefectsAreCaught:
     def test_router_bias_lost(self, v3_bundle: Bundle, tmp_path: Path):
         """第 1 层的 e_score_correction_bias 丢了。"""
         name = "model.layers.1.mlp.gate.e_score_correction_bias"
-        self.check(tampered(v3_bundle, tmp_path, edit_weight(v3_bundle, name, np.zeros_like)), "op", "layers.1")
+        self.check(
+            tampered(v3_bundle, tmp_path, edit_weight(v3_bundle, name, np.zeros_like)), "op", "layers.1"
+        )
 
     def test_wrong_norm_epsilon(self, v3_bundle: Bundle, tmp_path: Path):
         """kv_a_layernorm 用了大得多的 eps。"""
@@ -171,7 +177,9 @@ def run_polygraphy(command: str) -> int:
     program, *arguments = shlex.split(command)
     assert program == "polygraphy"
     script = "import sys; from polygraphy.tools import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=False).returncode
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, check=False
+    ).returncode
 
 
 def test_checkpoint_must_be_the_one_exported(saved, v3_bundle: Bundle, tmp_path: Path):

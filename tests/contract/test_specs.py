@@ -38,7 +38,9 @@ def test_every_requirement_has_a_test_and_none_is_invented():
 def test_error_codes_are_raised_tested_and_documented():
     """每个错误码在源码里真的会抛、在测试里被断言、在 docs/errors.md 里有说明。"""
     source = "\n".join(
-        path.read_text(encoding="utf-8") for path in python_sources("deepseek_export") if path.name != "errors.py"
+        path.read_text(encoding="utf-8")
+        for path in python_sources("deepseek_export")
+        if path.name != "errors.py"
     )
     tests = "\n".join(path.read_text(encoding="utf-8") for path in python_sources("tests"))
     manual = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
@@ -53,7 +55,11 @@ def test_error_codes_are_raised_tested_and_documented():
 def test_error_message_has_three_lines():
     """码与标题、出了什么事、怎么办。"""
     text = str(DsxError("DSX-E103", "model_type = 'llama'", "换一个检查点"))
-    assert text.splitlines() == ["DSX-E103 不支持的 model_type", "  model_type = 'llama'", "  建议：换一个检查点"]
+    assert text.splitlines() == [
+        "DSX-E103 不支持的 model_type",
+        "  model_type = 'llama'",
+        "  建议：换一个检查点",
+    ]
 
 
 def test_tolerances_live_in_one_table():

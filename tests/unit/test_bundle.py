@@ -129,9 +129,13 @@ class TestAtomicDirectory:
     """目标目录要么完整、要么不变。"""
 
     def test_failure_leaves_nothing(self, tmp_path: Path):
-        with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", overwrite=False) as directory:
-            (directory / "half").write_text("x")
-            raise RuntimeError
+        def fail():
+            with atomic_directory(tmp_path / "out", overwrite=False) as directory:
+                (directory / "half").write_text("x")
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            fail()
         assert list(tmp_path.iterdir()) == []
 
     def test_existing_is_refused(self, tmp_path: Path):
