@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from importlib import metadata
 
@@ -138,6 +139,16 @@ def test_demo_home(monkeypatch, tmp_path):
     assert demo.home() == tmp_path / ".cache/dsx"
 
 
+def _drain(terminal: int) -> str:
+    """伪终端一次只给一小段，读到空为止。"""
+    os.set_blocking(terminal, False)
+    parts = []
+    with contextlib.suppress(BlockingIOError):
+        while part := os.read(terminal, 1 << 16):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
 def test_rich_progress_on_a_terminal(monkeypatch, tmp_path):
     """真的伪终端：做完的阶段留下 ✓ 与用时，没做完的标中止。"""
     primary, secondary = os.openpty()
@@ -155,7 +166,7 @@ def test_rich_progress_on_a_terminal(monkeypatch, tmp_path):
         interrupted.advance(2)
         interrupted.__exit__(KeyError, KeyError(), None)
         terminal.flush()
-        text = os.read(primary, 1 << 16).decode()
+        text = _drain(primary)
     os.close(primary)
     for expected in ("✓", "读检查点", "写权重", "退回 naive", "中止"):
         assert expected in text
@@ -163,10 +174,10 @@ def test_rich_progress_on_a_terminal(monkeypatch, tmp_path):
 
 def test_plain_and_silent_progress(capsys):
     with progress.PlainProgress() as plain:
-        plain.start("写权重", 1 << 20)
+        plain.start("写权重", 1 << 20, "bytes")
         plain.advance(1 << 20, "x")
     with progress.open_progress(as_json=True) as silent:
-        silent.start("写权重", 1 << 20)
+        silent.start("写权重", 1 << 20, "bytes")
         silent.note("退回 naive")
     captured = capsys.readouterr()
     assert captured.out == ""

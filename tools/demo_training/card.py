@@ -1,0 +1,166 @@
+"""训练完之后：导出、在留出集上评估、写模型卡与 ``report.json``。"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from demo_training import evaluate, export
+from demo_training.evaluate import Acceptance, Encoded
+from demo_training.loop import Trainer, balance
+from demo_training.model import DemoModel
+
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 12, 24, 96
+#: 样例的提示：``(语言, 文字)``；都不是留出集里的原文。
+_SAMPLES = (
+    ("zh", "《春夜》李白\n"),
+    ("zh", "明月"),
+    ("zh", "《论语》\n子曰：“君子"),
+    ("en", "And it came to pass"),
+    ("en", "Blessed is the man that"),
+    ("en", "And God said unto Noah,"),
+)
+
+
+def measure(trainer: Trainer, tokenizer: Any, data: dict[str, dict[str, Encoded]], out: Path) -> dict[str, Any]:
+    """导出到 ``out``，再把导出的权重读回来评估（bf16 舍入之后的数）。
+
+    Args:
+        trainer: 训练完的一次训练。
+        tokenizer: ``tokenizers`` 的分词器。
+        data: ``train`` 与 ``held`` 的篇目，各按语言分。
+        out: 检查点目录。
+    """
+    export.write_checkpoint(out, trainer.model, tokenizer)
+    model = export.load_model(out)
+    windows = {name: evaluate.held_windows(items, trainer.recipe.length) for name, items in data["held"].items()}
+    report: dict[str, Any] = {
+        "config": model.config,
+        "recipe": {key: getattr(trainer.recipe, key) for key in trainer.recipe.__dataclass_fields__},
+        "seconds": trainer.seconds,
+        "parameters": parameter_counts(model),
+        "train_tokens": {name: sum(len(a) + len(b) for a, b in items) for name, items in data["train"].items()},
+        "held_tokens": {name: part.shape[0] * trainer.recipe.length for name, part in windows.items()},
+        "history": trainer.history,
+        "held_losses": {name: evaluate.held_losses(model, part) for name, part in windows.items()},
+        "balance": _held_balance(model, windows),
+    }
+    report["acceptance"] = {name: _acceptance(model, items) for name, items in data["held"].items()}
+    report["acceptance"]["全部"] = sum(report["acceptance"].values(), Acceptance())
+    report["samples"] = [
+        (language, text, _complete(model, tokenizer, tokenizer.encode(text).ids)) for language, text in _SAMPLES
+    ]
+    report["held_samples"] = [
+        (name, tokenizer.decode(prompt), _complete(model, tokenizer, prompt))
+        for name, items in data["held"].items()
+        for prompt in evaluate.prompts_of(items, 2, _PROMPT_TOKENS)
+    ]
+    return report
+
+
+def parameter_counts(model: DemoModel) -> dict[str, int]:
+    """参数量：全部、MTP 层、主干每 token 激活的（不算词嵌入，它只是查表）。"""
+    config, total, mtp, idle = model.config, 0, 0, 0
+    last = f"model.layers.{config['num_hidden_layers']}."
+    for name, weight in model.named_parameters():
+        total += weight.numel()
+        if name.startswith(last):
+            mtp += weight.numel()
+        elif ".mlp.experts." in name:
+            idle += weight.numel()
+    active_share = config["num_experts_per_tok"] / config["n_routed_experts"]
+    active = total - mtp - model.model.embed_tokens.weight.numel() - round(idle * (1 - active_share))
+    return {"total": total, "mtp": mtp, "active": active}
+
+
+@torch.no_grad()
+def _held_balance(model: DemoModel, windows: dict[str, Tensor]) -> list[tuple[float, float]]:
+    """留出集上各 MoE 层的负载均衡，只算主干与第一次 MTP 应用。"""
+    for gate in model.gates:
+        gate.load.zero_()
+    model.train()  # 只为累计负载；不求梯度，偏置也不更新
+    for part in (part for group in windows.values() for part in group.split(8)):
+        next(model.drafts(part, model.trunk(part[:, :-4]), 1))
+    model.eval()
+    return balance([gate.load for gate in model.gates])
+
+
+def _acceptance(model: DemoModel, items: Encoded) -> Acceptance:
+    prompts = evaluate.prompts_of(items, _PROMPTS, _PROMPT_TOKENS)
+    sequences = evaluate.greedy(model, prompts, _NEW_TOKENS)
+    runs = [
+        evaluate.acceptance(model, ids, len(prompt)) for ids, prompt in zip(sequences, prompts, strict=True)
+    ]
+    return sum(runs, Acceptance())
+
+
+def _complete(model: DemoModel, tokenizer: Any, prompt: list[int]) -> str:
+    ids = evaluate.greedy(model, [prompt], _NEW_TOKENS)[0]
+    return str(tokenizer.decode(ids[len(prompt) :]))
+
+
+def write(out: Path, work: Path, report: dict[str, Any], command: str) -> None:
+    """写 ``OUT/README.md`` 与 ``WORK/report.json``。"""
+    (out / "README.md").write_text(_render(report, command), encoding="utf-8")
+    plain = report | {"acceptance": {name: item.summary() for name, item in report["acceptance"].items()}}
+    text = json.dumps(plain, ensure_ascii=False, indent=1)
+    (work / "report.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _render(r: dict[str, Any], command: str) -> str:
+    c, p, names = r["config"], r["parameters"], {"zh": "中文", "en": "英文", "全部": "全部"}
+    curve = "\n".join(
+        f"| {row['step']} | {row['train'][0]:.3f} | {row['train'][1]:.3f} | {row['zh'][0]:.3f} | {row['en'][0]:.3f} |"
+        for row in r["history"]
+        if row["step"] % 500 == 0 or row is r["history"][-1]
+    )
+    held = "\n".join(
+        f"| {names[name]} | {r['held_tokens'][name]} | " + " | ".join(f"{value:.3f}" for value in values) + " |"
+        for name, values in r["held_losses"].items()
+    )
+    accepted = "\n".join(
+        f"| {names[name]} | {a.prompts} | "
+        + " | ".join(f"{share:.1%}" for share in a.per_position)
+        + f" | {a.tokens_per_call:.2f} |"
+        for name, a in r["acceptance"].items()
+    )
+    layers = [f"第 {index} 层" for index in range(c["first_k_dense_replace"], c["num_hidden_layers"])] + ["MTP 层"]
+    load = "；".join(f"{n} {m:.2f}、{e:.3f}" for n, (m, e) in zip(layers, r["balance"], strict=False)) or "（稠密，没有专家）"
+    samples = "\n\n".join(
+        f"提示（{names[language]}{'，留出集' if (language, text, output) in r['held_samples'] else ''}）：\n\n```text\n"
+        f"{text}【续】{output}\n```"
+        for language, text, output in [*r["samples"], *r["held_samples"]]
+    )
+    experts = (
+        f"{c['n_routed_experts']} 个路由专家（宽 {c['moe_intermediate_size']}）加 1 个共享专家，"
+        f"分 {c['n_group']} 组、先选 {c['topk_group']} 组再选 {c['num_experts_per_tok']} 个，sigmoid 打分，noaux_tc"
+    )
+    return _CARD.format(
+        total=p["total"] / 1e6,
+        mtp=p["mtp"] / 1e6,
+        active=p["active"] / 1e6,
+        c=c,
+        experts=experts,
+        curve=curve,
+        held=held,
+        accepted=accepted,
+        load=load,
+        samples=samples,
+        command=command,
+        minutes=r["seconds"] / 60,
+        tokens=r["recipe"]["steps"] * (r["recipe"]["batch_zh"] + r["recipe"]["batch_en"]) * r["recipe"]["length"] / 1e6,
+        zh=r["train_tokens"]["zh"] / 1e3,
+        en=r["train_tokens"]["en"] / 1e3,
+        share=r["recipe"]["batch_zh"] / (r["recipe"]["batch_zh"] + r["recipe"]["batch_en"]),
+        rows=r["recipe"]["batch_zh"] + r["recipe"]["batch_en"],
+        prompt=_PROMPT_TOKENS,
+        new=_NEW_TOKENS,
+        r=r["recipe"],
+    )
+
+
+_CARD = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
