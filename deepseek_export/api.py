@@ -42,9 +42,15 @@ def export(
         progress: 进度显示。
 
     Raises:
-        DsxError: 见各层；``DSX-E605`` 校验不过。
+        DsxError: 见各层；``DSX-E605`` 校验不过；``DSX-E004`` 设了 ``fallback.on_drift=naive`` 而没有 ``check``。
     """
     resolved = resolve_profile(profile, overrides)
+    if resolved.fallback.on_drift == "naive" and not check:
+        raise DsxError(
+            "DSX-E004",
+            "fallback.on_drift=naive 只在导出时校验才起作用，而这次没有要求校验",
+            "加 --check（Python 里 check=True），或去掉 fallback.on_drift",
+        )
 
     def run(profile: OptimizationProfile, notes: tuple[str, ...] = ()) -> Bundle:
         return export_bundle(

@@ -38,7 +38,9 @@ _EVAL_EVERY, _SAVE_EVERY = 250, 100
 @click.option("--resume", is_flag=True, help="从 WORK 里的存档续上；已经训练完就只导出与评估。")
 @click.option("--dense", is_flag=True, help="对照：换成激活参数相同的稠密模型。")
 @click.option("--no-bias-update", is_flag=True, help="对照：不更新 router 的均衡偏置。")
-@click.option("--bf16", is_flag=True, help="用 bf16 autocast 训练；这个尺寸在 CPU 上比 float32 慢，所以默认关。")
+@click.option(
+    "--bf16", is_flag=True, help="用 bf16 autocast 训练；这个尺寸在 CPU 上比 float32 慢，所以默认关。"
+)
 @click.option("--threads", default=2, show_default=True, help="torch 的线程数；逐比特复现要求它相同。")
 def main(out: Path, work: Path, seed: int, resume: bool, dense: bool, threads: int, **options: Any) -> None:
     """训练演示检查点，导出到 OUT，并在留出集上评估、写模型卡。"""
@@ -54,7 +56,9 @@ def main(out: Path, work: Path, seed: int, resume: bool, dense: bool, threads: i
     config = export.demo_config(dense=dense)
     try:
         corpora = data.load_corpora(seed)
-        tokenizer = export.load_or_train_tokenizer(work / "tokenizer.json", corpora, config["vocab_size"], resume)
+        tokenizer = export.load_or_train_tokenizer(
+            work / "tokenizer.json", corpora, config["vocab_size"], resume
+        )
         train = {name: evaluate.encode(tokenizer, corpus.train) for name, corpus in corpora.items()}
         held = {name: evaluate.encode(tokenizer, corpus.held) for name, corpus in corpora.items()}
         trainer = Trainer(DemoModel(config, seed), evaluate.streams_of(train, seed), recipe)
@@ -99,11 +103,15 @@ def _train(trainer: Trainer, held: dict[str, evaluate.Encoded], state: Path) -> 
             progress.update(task, completed=trainer.step, main=smooth[0], mtp=mtp)
             if trainer.step % _EVAL_EVERY == 0 or trainer.step == recipe.steps:
                 scores = {name: evaluate.held_losses(trainer.model, part) for name, part in windows.items()}
-                trainer.history.append({"step": trainer.step, "train": smooth, "seconds": trainer.seconds, **scores})
+                trainer.history.append(
+                    {"step": trainer.step, "train": smooth, "seconds": trainer.seconds, **scores}
+                )
                 shown = "；".join(
                     f"{name} " + " ".join(f"{value:.3f}" for value in part) for name, part in scores.items()
                 )
-                worst, entropy = zip(*balance(trainer.loads), strict=True) if trainer.loads else ((1.0,), (1.0,))
+                worst, entropy = (
+                    zip(*balance(trainer.loads), strict=True) if trainer.loads else ((1.0,), (1.0,))
+                )
                 progress.console.print(
                     f"第 {trainer.step} 步（{trainer.seconds:.0f} 秒）训练 {smooth[0]:.3f}／{mtp}，留出 {shown}；"
                     f"专家负载 最大/平均 {max(worst):.2f}，熵 {min(entropy):.3f}"

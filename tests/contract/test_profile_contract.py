@@ -115,6 +115,15 @@ def test_drift_is_refused_by_default(drifting_checkpoint: Path, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_on_drift_without_check_is_refused(drifting_checkpoint: Path, tmp_path: Path):
+    """PROFILE-2：不校验就谈不上退回；设了而不起作用的键也要拒绝。"""
+    with pytest.raises(DsxError) as error:
+        deepseek_export.export(
+            drifting_checkpoint, tmp_path / "out", "mla", overrides=["fallback.on_drift=naive"]
+        )
+    assert error.value.code == "DSX-E004"
+
+
 def test_drift_can_fall_back_to_naive_and_says_so(drifting_checkpoint: Path, tmp_path: Path):
     """EXPORT-9：on_drift=naive 时改用 naive 重导、再校验，manifest 与方案如实记录。"""
     bundle = deepseek_export.export(

@@ -26,7 +26,9 @@ _SAMPLES = (
 )
 
 
-def measure(trainer: Trainer, tokenizer: Any, data: dict[str, dict[str, Encoded]], out: Path) -> dict[str, Any]:
+def measure(
+    trainer: Trainer, tokenizer: Any, data: dict[str, dict[str, Encoded]], out: Path
+) -> dict[str, Any]:
     """导出到 ``out``，再把导出的权重读回来评估（bf16 舍入之后的数）。
 
     Args:
@@ -37,13 +39,17 @@ def measure(trainer: Trainer, tokenizer: Any, data: dict[str, dict[str, Encoded]
     """
     export.write_checkpoint(out, trainer.model, tokenizer)
     model = export.load_model(out)
-    windows = {name: evaluate.held_windows(items, trainer.recipe.length) for name, items in data["held"].items()}
+    windows = {
+        name: evaluate.held_windows(items, trainer.recipe.length) for name, items in data["held"].items()
+    }
     report: dict[str, Any] = {
         "config": model.config,
         "recipe": {key: getattr(trainer.recipe, key) for key in trainer.recipe.__dataclass_fields__},
         "seconds": trainer.seconds,
         "parameters": parameter_counts(model),
-        "train_tokens": {name: sum(len(a) + len(b) for a, b in items) for name, items in data["train"].items()},
+        "train_tokens": {
+            name: sum(len(a) + len(b) for a, b in items) for name, items in data["train"].items()
+        },
         "held_tokens": {name: part.shape[0] * trainer.recipe.length for name, part in windows.items()},
         "history": trainer.history,
         "held_losses": {name: evaluate.held_losses(model, part) for name, part in windows.items()},
@@ -52,7 +58,8 @@ def measure(trainer: Trainer, tokenizer: Any, data: dict[str, dict[str, Encoded]
     report["acceptance"] = {name: _acceptance(model, items) for name, items in data["held"].items()}
     report["acceptance"]["全部"] = sum(report["acceptance"].values(), Acceptance())
     report["samples"] = [
-        (language, text, _complete(model, tokenizer, tokenizer.encode(text).ids)) for language, text in _SAMPLES
+        (language, text, _complete(model, tokenizer, tokenizer.encode(text).ids))
+        for language, text in _SAMPLES
     ]
     report["held_samples"] = [
         (name, tokenizer.decode(prompt), _complete(model, tokenizer, prompt))
@@ -119,7 +126,9 @@ def _render(r: dict[str, Any], command: str) -> str:
         if row["step"] % 500 == 0 or row is r["history"][-1]
     )
     held = "\n".join(
-        f"| {names[name]} | {r['held_tokens'][name]} | " + " | ".join(f"{value:.3f}" for value in values) + " |"
+        f"| {names[name]} | {r['held_tokens'][name]} | "
+        + " | ".join(f"{value:.3f}" for value in values)
+        + " |"
         for name, values in r["held_losses"].items()
     )
     accepted = "\n".join(
@@ -128,8 +137,13 @@ def _render(r: dict[str, Any], command: str) -> str:
         + f" | {a.tokens_per_call:.2f} |"
         for name, a in r["acceptance"].items()
     )
-    layers = [f"第 {index} 层" for index in range(c["first_k_dense_replace"], c["num_hidden_layers"])] + ["MTP 层"]
-    load = "；".join(f"{n} {m:.2f}、{e:.3f}" for n, (m, e) in zip(layers, r["balance"], strict=False)) or "（稠密，没有专家）"
+    layers = [f"第 {index} 层" for index in range(c["first_k_dense_replace"], c["num_hidden_layers"])] + [
+        "MTP 层"
+    ]
+    load = (
+        "；".join(f"{n} {m:.2f}、{e:.3f}" for n, (m, e) in zip(layers, r["balance"], strict=False))
+        or "（稠密，没有专家）"
+    )
     samples = "\n\n".join(
         f"提示（{names[language]}{'，留出集' if (language, text, output) in r['held_samples'] else ''}）：\n\n```text\n"
         f"{text}【续】{output}\n```"
@@ -152,7 +166,10 @@ def _render(r: dict[str, Any], command: str) -> str:
         samples=samples,
         command=command,
         minutes=r["seconds"] / 60,
-        tokens=r["recipe"]["steps"] * (r["recipe"]["batch_zh"] + r["recipe"]["batch_en"]) * r["recipe"]["length"] / 1e6,
+        tokens=r["recipe"]["steps"]
+        * (r["recipe"]["batch_zh"] + r["recipe"]["batch_en"])
+        * r["recipe"]["length"]
+        / 1e6,
         zh=r["train_tokens"]["zh"] / 1e3,
         en=r["train_tokens"]["en"] / 1e3,
         share=r["recipe"]["batch_zh"] / (r["recipe"]["batch_zh"] + r["recipe"]["batch_en"]),

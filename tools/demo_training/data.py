@@ -53,7 +53,9 @@ def _package_files(package: str) -> dict[str, Path]:
     try:
         listing = subprocess.run(["dpkg", "-L", package], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise FileNotFoundError(f"没有软件包 {package}；先运行 apt-get install fortunes-zh bible-kjv") from error
+        raise FileNotFoundError(
+            f"没有软件包 {package}；先运行 apt-get install fortunes-zh bible-kjv"
+        ) from error
     return {Path(line).name: Path(line) for line in listing.splitlines() if Path(line).is_file()}
 
 
@@ -102,7 +104,16 @@ def load_corpora(seed: int) -> dict[str, Corpus]:
 
 def train_tokenizer(corpora: dict[str, Corpus], vocab_size: int) -> Any:
     """在训练集上训练字节级 BPE；汉字先逐字切开，合并不会跨字。各语言重复到差不多一样长。"""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -122,7 +122,9 @@ def prompts_of(documents: Encoded, count: int, length: int) -> list[list[int]]:
 
 def encode(tokenizer: object, documents: list[tuple[str, str]]) -> Encoded:
     """``(开头, 其余)`` 的 token；两段分开编码，开头总以换行收尾，拼起来与整段编码相同。"""
-    encoded = [tokenizer.encode_batch(list(part), add_special_tokens=False) for part in zip(*documents, strict=True)]
+    encoded = [
+        tokenizer.encode_batch(list(part), add_special_tokens=False) for part in zip(*documents, strict=True)
+    ]
     return [(head.ids, body.ids) for head, body in zip(*encoded, strict=True)]
 
 

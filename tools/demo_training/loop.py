@@ -44,7 +44,9 @@ class Recipe:
         if step < self.warmup:
             return self.peak_lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.final_lr + (self.peak_lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.final_lr + (self.peak_lr - self.final_lr) * 0.5 * (
+            1 + math.cos(math.pi * min(progress, 1.0))
+        )
 
 
 def losses(model: DemoModel, tokens: Tensor, rows: Tensor | None = None) -> list[Tensor]:
@@ -75,7 +77,10 @@ class Trainer:
         self.model, self.streams, self.recipe = model.train(), streams, recipe
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, Any]] = []
@@ -95,7 +100,9 @@ class Trainer:
         rows = torch.arange(self.step % 2, len(tokens), 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=r.autocast):
             values = losses(self.model, tokens, rows if len(tokens) > 1 else None)
-        total = values[0] + sum(weight * value for weight, value in zip(r.mtp_weights, values[1:], strict=True))
+        total = values[0] + sum(
+            weight * value for weight, value in zip(r.mtp_weights, values[1:], strict=True)
+        )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), r.clip)

@@ -44,7 +44,11 @@ class Attention(nn.Module):
 
     def __init__(self, c: dict[str, Any]) -> None:
         super().__init__()
-        self.heads, self.nope, self.rope = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"]
+        self.heads, self.nope, self.rope = (
+            c["num_attention_heads"],
+            c["qk_nope_head_dim"],
+            c["qk_rope_head_dim"],
+        )
         self.value, self.rank = c["v_head_dim"], c["kv_lora_rank"]
         hidden, width = c["hidden_size"], self.nope + self.rope
         self.q_a_proj = linear(hidden, c["q_lora_rank"])
@@ -177,7 +181,9 @@ class MtpLayer(DecoderLayer):
         self.shared_head = nn.Module()
         self.shared_head.norm = RMSNorm(hidden)
 
-    def draft(self, embed: Tensor, hidden: Tensor, rope: Rope, past: list[KeyValue]) -> tuple[Tensor, KeyValue]:
+    def draft(
+        self, embed: Tensor, hidden: Tensor, rope: Rope, past: list[KeyValue]
+    ) -> tuple[Tensor, KeyValue]:
         """应用一次，返回隐状态（乘 ``lm_head`` 就是草稿的 logits）与本次的 K/V。"""
         x = self.eh_proj(torch.cat([self.enorm(embed), self.hnorm(hidden)], dim=-1))
         x, kv = self(x, rope, past)
