@@ -21,10 +21,10 @@ demo: $(STAMP) ## 在随机权重的小模型上导出、校验、查看、生�
 	DSX_HOME=$(DEMO_DIR) $(VENV)/bin/dsx demo
 
 test: lint ## 静态检查与测试（不含 slow），覆盖率至少 90%
-	$(RUN) -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=term --cov-fail-under=90
 
 test-all: lint ## 同上，加上 slow
-	$(RUN) -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图清单
 	$(RUN) tools/make_graphs.py

@@ -12,7 +12,14 @@ from deepseek_export.parity import LEVELS, Level, ParityReport, verify_bundle
 from deepseek_export.parity.verify import DEFAULT_STEPS
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
-from deepseek_export.runtime import BundleTokenizer, GenerationResult, Generator, ModelSession, SamplingParams
+from deepseek_export.runtime import (
+    BundleTokenizer,
+    GenerationResult,
+    Generator,
+    ModelSession,
+    SamplingParams,
+    open_speculative,
+)
 
 
 def export(
@@ -98,7 +105,9 @@ class CompiledModel:
     Attributes:
         bundle: 打开的 bundle。
         tokenizer: 没有 tokenizer 的检查点为 ``None``。
-        generator: 底层的生成器。
+        session: 主模型的会话。
+        generator: 逐个 token 解码的生成器。
+        speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
@@ -109,6 +118,7 @@ class CompiledModel:
             bundle.model_path, threads=threads, max_positions=config.max_position_embeddings
         )
         self.generator = Generator(self.session, self.tokenizer, config.eos_token_ids)
+        self.speculative = open_speculative(bundle, self.session, self.tokenizer, threads)
 
     @property
     def manifest(self) -> Manifest:
@@ -139,6 +149,7 @@ class CompiledModel:
         chat: bool = False,
         ignore_eos: bool = False,
         on_token: Callable[[int, int], None] | None = None,
+        speculative: bool | None = None,
     ) -> GenerationResult:
         """生成。
 
@@ -150,18 +161,29 @@ class CompiledModel:
             chat: 套用聊天模板。
             ignore_eos: 遇到 EOS 不停。
             on_token: 每个新 token 回调 ``(行号, token id)``。
+            speculative: 是否投机解码；``None`` 表示 bundle 带草稿模型就投机，``False`` 表示逐个 token 解码。
 
         Raises:
-            DsxError: 5xx。
+            DsxError: 5xx；``speculative=True`` 而 bundle 没有草稿模型为 ``DSX-E517``。
         """
+        generator = self._generator(speculative)
         texts: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         ids: list[list[int]] = []
         for prompt in texts:
             ids.append(self.encode(prompt, chat) if isinstance(prompt, str) else [int(i) for i in prompt])
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return self.generator.generate(
-            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos
-        )
+        return generator.generate(ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos)
+
+    def _generator(self, speculative: bool | None) -> Generator:
+        if speculative is False or (speculative is None and self.speculative is None):
+            return self.generator
+        if self.speculative is None:
+            raise DsxError(
+                "DSX-E517",
+                f"{self.bundle.path} 没有草稿模型",
+                "用 --set mtp.enabled=true 重新导出，或去掉 speculative=True",
+            )
+        return self.speculative
 
 
 def load(bundle: Path | str, threads: int | None = None) -> CompiledModel:

@@ -19,7 +19,6 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E003": "方案的键取了不允许的值",
         "DSX-E004": "方案的组合不成立",
         "DSX-E005": "方案文件读不了",
-        "DSX-E006": "这一版 dsx 还不支持该功能",
         # 1xx：检查点
         "DSX-E101": "检查点目录不完整",
         "DSX-E102": "config.json 读不了",
@@ -39,6 +38,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E116": "权重超出目标 dtype 的范围",
         "DSX-E117": "tie_word_embeddings 与检查点内容矛盾",
         "DSX-E118": "索引文件与分片不一致",
+        "DSX-E119": "检查点没有需要的 MTP 权重",
         # 3xx：pass
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",
@@ -65,6 +65,9 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E512": "生成参数取值不允许",
         "DSX-E513": "ONNX Runtime 执行失败",
         "DSX-E514": "bundle 没有 tokenizer",
+        "DSX-E515": "采样方式与投机解码不相容",
+        "DSX-E516": "投机解码的参数取值不允许",
+        "DSX-E517": "bundle 不支持投机解码",
         # 6xx：对齐校验
         "DSX-E601": "找不到对照的检查点",
         "DSX-E602": "对照的检查点与导出时不同",

@@ -61,7 +61,12 @@ class Bundle:
     @property
     def model_path(self) -> Path:
         """主模型的 ONNX 文件。"""
-        return self.path / next(graph.file for graph in self.manifest.graphs if graph.role == "main")
+        return self.path / self.manifest.main.file
+
+    @property
+    def draft_paths(self) -> list[Path]:
+        """草稿模型的 ONNX 文件，按 MTP 模块的次序。"""
+        return [self.path / graph.file for graph in self.manifest.drafts]
 
     def check_hashes(self, progress: Progress) -> None:
         """核对每个文件的 sha256。

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -35,9 +36,9 @@ from deepseek_export.bundle.manifest import (
     WeightsEntry,
 )
 from deepseek_export.bundle.packed import Slot, write_packed
-from deepseek_export.capture import ModelDtype, capture_model
-from deepseek_export.checkpoint import Checkpoint
-from deepseek_export.errors import DsxError
+from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
+from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
+from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.passes import LoweredModel, check_target, lower
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
@@ -74,7 +75,7 @@ class _Stopwatch:
         try:
             yield
         finally:
-            self.seconds[stage] = round(time.perf_counter() - start, 3)
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
 
 
 def export_bundle(
@@ -106,14 +107,10 @@ def export_bundle(
         打开的 :class:`Bundle`。
 
     Raises:
-        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径；``DSX-E006`` 方案要求这一版没有的功能。
+        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径；``DSX-E119`` 方案打开了 MTP 而检查点没有。
     """
     progress = progress or Progress()
     out = Path(out)
-    if profile.mtp.enabled:
-        raise DsxError(
-            "DSX-E006", f"方案 {profile.name} 打开了 mtp.enabled，这一版还不能导出 MTP", "改用 -p mla+moe"
-        )
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
     check_target(target)
     check_output(out, overwrite)
@@ -121,42 +118,74 @@ def export_bundle(
     progress.start("读检查点")
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
+        modules = require_mtp(source) if profile.mtp.enabled else 0
     config = source.config
-    with watch("capture"):
-        progress.start("捕获计算图")
-        captured = capture_model(config, profile, dtype, lambda step: progress.advance(0, step))
-    with watch("passes"):
-        progress.start(f"下沉到 {target}")
-        lowered = lower(captured, config=config, profile=profile, dtype=dtype, target=target)
-    fallbacks = [*notes, *lowered.fallbacks]
+    graphs: list[_Graph] = []
+    for index in range(-1, modules):
+        with watch("capture"):
+            progress.start("捕获计算图" if index < 0 else f"捕获 MTP 模块 {index}")
+            captured = _capture(config, profile, dtype, index, progress)
+        with watch("passes"):
+            progress.start(f"下沉到 {target}")
+            lowered = lower(captured, config=config, profile=profile, dtype=dtype, target=target)
+        graphs.append(_Graph(_file_name(index), captured, lowered))
+    weights: dict[str, Recipe] = {}
+    for graph in graphs:
+        weights |= graph.lowered.weights
+    fallbacks = list(dict.fromkeys([*notes, *(line for graph in graphs for line in graph.lowered.fallbacks)]))
     for line in fallbacks:
         progress.note(line)
     with atomic_directory(out, overwrite) as directory:
         with disk_errors(directory):
-            check_free_space(directory, sum(recipe.nbytes for recipe in lowered.weights.values()))
+            check_free_space(directory, sum(recipe.nbytes for recipe in weights.values()))
             (directory / WEIGHTS_FILE).parent.mkdir()
         with watch("weights"):
-            slots = write_packed(directory / WEIGHTS_FILE, lowered.weights, source.store, progress)
+            slots = write_packed(directory / WEIGHTS_FILE, weights, source.store, progress)
         with watch("graph"):
             progress.start("写计算图并检查")
-            model = bind_external(lowered.proto, slots, WEIGHTS_FILE)
-            with disk_errors(directory):
-                onnx.save(model, directory / MODEL_FILE)
-            onnx.checker.check_model(str(directory / MODEL_FILE), full_check=True)
+            for graph in graphs:
+                graph.model = bind_external(graph.lowered.proto, slots, WEIGHTS_FILE)
+                with disk_errors(directory):
+                    onnx.save(graph.model, directory / graph.file)
+                onnx.checker.check_model(str(directory / graph.file), full_check=True)
         with disk_errors(directory):
             for name in CARRIED_FILES:
                 if (source.path / name).is_file():
                     shutil.copyfile(source.path / name, directory / name)
             with watch("hashes"):
                 files = _hash_files(directory, progress)
-            manifest = _manifest(
-                source, profile, target, dtype, lowered, model, fallbacks, captured.sites, files
-            )
+            manifest = _manifest(source, profile, target, dtype, graphs, weights, fallbacks, files)
             _write_json(directory / "manifest.json", manifest.model_dump(mode="json"))
             (directory / "reports").mkdir()
-            _write_json(directory / "reports/export.json", _report(watch, lowered))
+            _write_json(directory / "reports/export.json", _report(watch, graphs, weights))
         accept(directory)
     return Bundle.open(out)
+
+
+@dataclass
+class _Graph:
+    """一张图从捕获到写盘的各个阶段。"""
+
+    file: str
+    captured: CapturedModel
+    lowered: LoweredModel
+    model: onnx.ModelProto = field(default_factory=onnx.ModelProto)
+
+
+def _file_name(index: int) -> str:
+    """-1 是主模型；第 0 个 MTP 模块是 ``mtp.onnx``，其后 ``mtp.1.onnx``……"""
+    return MODEL_FILE if index < 0 else "mtp.onnx" if index == 0 else f"mtp.{index}.onnx"
+
+
+def _capture(
+    config: ModelConfig, profile: OptimizationProfile, dtype: ModelDtype, index: int, progress: Progress
+) -> CapturedModel:
+    def on_step(step: str) -> None:
+        progress.advance(0, step)
+
+    if index < 0:
+        return capture_model(config, profile, dtype, on_step)
+    return capture_draft(config, profile, index, dtype, on_step)
 
 
 def bind_external(proto: onnx.ModelProto, slots: dict[str, Slot], location: str) -> onnx.ModelProto:
@@ -243,17 +272,17 @@ def _manifest(
     profile: OptimizationProfile,
     target: str,
     dtype: ModelDtype,
-    lowered: LoweredModel,
-    model: onnx.ModelProto,
+    graphs: list[_Graph],
+    weights: dict[str, Recipe],
     fallbacks: list[str],
-    sites: list,
     files: dict[str, FileEntry],
 ) -> Manifest:
     config = source.config
-    graph = model.graph
     caches = cache_tensors(config, Forms.for_capture(profile))
-    cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
-    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in graph.node)
+    islands: Counter[str] = Counter()
+    if dtype == "float16":
+        for graph in graphs:
+            islands.update(float32_islands(graph.model))
     return Manifest(
         schema_version=SCHEMA_VERSION,
         dsx_version=__version__,
@@ -267,28 +296,33 @@ def _manifest(
             fingerprint=source.store.fingerprint(),
             mtp_tensors=len(source.mtp_tensors),
         ),
-        graphs=[
-            GraphEntry(
-                file=MODEL_FILE,
-                role="main",
-                inputs=[_value_entry(value) for value in graph.input],
-                outputs=[_value_entry(value) for value in graph.output],
-                op_counts=dict(sorted(counts.items())),
-            )
-        ],
+        graphs=[_graph_entry(graph) for graph in graphs],
         cache=CacheEntry(
             tensors=[
                 CacheTensorEntry(name=name, heads=heads, width=width) for name, (heads, width) in caches
             ],
-            dtype=cache_dtype,
-            num_layers=config.num_hidden_layers,
+            dtype=dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype,
+            num_layers=sum(len(graph.captured.layers) for graph in graphs),
         ),
-        weights=WeightsEntry(mode="packed", files=[WEIGHTS_FILE], recipes=lowered.weights),
-        passes=lowered.results,
+        weights=WeightsEntry(mode="packed", files=[WEIGHTS_FILE], recipes=weights),
         fallbacks=fallbacks,
-        float32_islands=float32_islands(model) if dtype == "float16" else {},
-        sites=sites,
+        float32_islands=dict(sorted(islands.items())),
         files=files,
+    )
+
+
+def _graph_entry(graph: _Graph) -> GraphEntry:
+    proto = graph.model.graph
+    counts = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in proto.node)
+    return GraphEntry(
+        file=graph.file,
+        role=graph.captured.role,
+        layers=list(graph.captured.layers),
+        inputs=[_value_entry(value) for value in proto.input],
+        outputs=[_value_entry(value) for value in proto.output],
+        op_counts=dict(sorted(counts.items())),
+        passes=graph.lowered.results,
+        sites=graph.captured.sites,
     )
 
 
@@ -300,12 +334,12 @@ def _value_entry(value: onnx.ValueInfoProto) -> ValueEntry:
     )
 
 
-def _report(watch: _Stopwatch, lowered: LoweredModel) -> dict:
+def _report(watch: _Stopwatch, graphs: list[_Graph], weights: dict[str, Recipe]) -> dict:
     return {
         "seconds": watch.seconds,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "weight_bytes": sum(recipe.nbytes for recipe in lowered.weights.values()),
-        "nodes": len(lowered.proto.graph.node),
+        "weight_bytes": sum(recipe.nbytes for recipe in weights.values()),
+        "nodes": sum(len(graph.model.graph.node) for graph in graphs),
     }
 
 

@@ -37,13 +37,26 @@ class ValueEntry(_Entry):
 
 
 class GraphEntry(_Entry):
-    """一个 ONNX 文件及其角色。``main`` 是主模型；MTP 草稿模型将来是 ``draft``。"""
+    """一个 ONNX 文件。
+
+    Attributes:
+        file: 相对 bundle 的路径。
+        role: ``main`` 主模型；``draft`` MTP 草稿模型，次序即第几个 MTP 模块。
+        layers: 图里的解码层编号；草稿模型的接在主干之后。
+        inputs, outputs: I/O 契约。
+        op_counts: ``域::op_type`` → 主图里的个数。
+        passes: 每个 pass 改了什么、拒绝了什么。
+        sites: 每个 ``dsx::`` 节点的位置。
+    """
 
     file: str
     role: Literal["main", "draft"]
+    layers: list[int]
     inputs: list[ValueEntry]
     outputs: list[ValueEntry]
     op_counts: dict[str, int]
+    passes: list[PassResult]
+    sites: list[OpSite]
 
 
 class CacheTensorEntry(_Entry):
@@ -100,8 +113,21 @@ class Manifest(_Entry):
     graphs: list[GraphEntry]
     cache: CacheEntry
     weights: WeightsEntry
-    passes: list[PassResult]
     fallbacks: list[str]
     float32_islands: dict[str, int]
-    sites: list[OpSite]
     files: dict[str, FileEntry]
+
+    @property
+    def main(self) -> GraphEntry:
+        """主模型。"""
+        return next(graph for graph in self.graphs if graph.role == "main")
+
+    @property
+    def drafts(self) -> list[GraphEntry]:
+        """草稿模型，按 MTP 模块的次序；没有打开 MTP 时为空。"""
+        return [graph for graph in self.graphs if graph.role == "draft"]
+
+    @property
+    def passes(self) -> list[PassResult]:
+        """所有图的 pass 结果。"""
+        return [result for graph in self.graphs for result in graph.passes]

@@ -18,8 +18,18 @@ from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, trace
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.ops import mla_attention as mla
 from deepseek_export.ops import moe_experts as experts
+from deepseek_export.ops import spec_accept as accept
 from deepseek_export.ops.moe_gate import moe_gate
-from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE, OPSET_VERSION, OpSpec
+from deepseek_export.ops.table import (
+    DOMAIN,
+    MLA_ATTENTION,
+    MOE_EXPERTS,
+    MOE_GATE,
+    OPSET_VERSION,
+    SPEC_ACCEPT,
+    SPEC_ACCEPT_REJECTION,
+    OpSpec,
+)
 
 
 @functools.lru_cache(maxsize=16)
@@ -152,6 +162,28 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
         helper.make_node("Cast", ["y_float"], ["y"], to=_onnx_type(dtype)),
     ]
     return _function(MOE_EXPERTS, nodes)
+
+
+@functools.lru_cache(maxsize=16)
+def spec_accept_body(config: ModelConfig, dtype: torch.dtype, mode: str) -> onnx.FunctionProto:
+    """``SpecAccept``（``mode="greedy"``）或 ``SpecAcceptRejection`` 的函数体。"""
+    V = config.vocab_size
+    inputs = {
+        "draft_ids": Spec(("B", "K"), torch.int64),
+        "target_logits": Spec(("B", "K+1", V), dtype),
+    }
+    if mode == "rejection":
+        inputs |= {
+            "draft_probs": Spec(("B", "K", V), torch.float32),
+            "uniform": Spec(("B", "K+1"), torch.float32),
+            "temperature": Spec((1,), torch.float32),
+        }
+    spec, eager = (
+        (SPEC_ACCEPT_REJECTION, accept.spec_accept_rejection)
+        if mode == "rejection"
+        else (SPEC_ACCEPT, accept.spec_accept)
+    )
+    return _function(spec, _nodes(trace(eager, inputs, [port.name for port in spec.outputs]), "accept"))
 
 
 def _prefers_naive(a: int, b: int) -> list[onnx.NodeProto]:

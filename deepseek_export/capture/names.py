@@ -5,6 +5,11 @@ from __future__ import annotations
 EMBED_X, EMBED_COS, EMBED_SIN = "embed/x", "embed/cos", "embed/sin"
 LOGITS, HIDDEN = "logits", "hidden"
 INPUT_IDS, PAST_LENS, LOGITS_POSITIONS = "input_ids", "past_lens", "logits_positions"
+#: 只有打开 MTP 的主模型才有的输入与输出。
+DRAFT_IDS, DRAFT_PROBS, UNIFORM, TEMPERATURE = "draft_ids", "draft_probs", "uniform", "temperature"
+NUM_ACCEPTED, NEXT_ID = "num_accepted", "next_id"
+#: 只有草稿模型才有的。
+PREV_HIDDEN, DRAFT_ID, COMBINED = "prev_hidden", "draft_id", "mtp/combined"
 
 
 def attn_residual(layer: int) -> str:

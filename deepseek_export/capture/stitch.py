@@ -18,15 +18,31 @@ from onnx import helper
 from torch import nn
 
 from deepseek_export.capture import names
-from deepseek_export.capture.bodies import mla_attention_body, moe_experts_body, moe_gate_body
+from deepseek_export.capture.bodies import (
+    mla_attention_body,
+    moe_experts_body,
+    moe_gate_body,
+    spec_accept_body,
+)
 from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, trace
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.checkpoint.recipe import Recipe, weight_recipes
-from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE, OPS, OPSET_VERSION
+from deepseek_export.checkpoint.recipe import Recipe, mtp_recipes, weight_recipes
+from deepseek_export.ops.table import (
+    DOMAIN,
+    MLA_ATTENTION,
+    MOE_EXPERTS,
+    MOE_GATE,
+    OPS,
+    OPSET_VERSION,
+    SPEC_ACCEPT,
+    SPEC_ACCEPT_REJECTION,
+    OpSpec,
+)
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.reference.model import DecoderLayer, Embed, Forms, Head, cache_tensors
 from deepseek_export.reference.moe import Gate
-from deepseek_export.reference.weights import TORCH_DTYPES, initializer_name
+from deepseek_export.reference.mtp import DraftHead, MtpModule
+from deepseek_export.reference.weights import TORCH_DTYPES, draft_initializer_name, initializer_name
 
 ModelDtype = Literal["float32", "float16"]
 
@@ -34,6 +50,21 @@ _ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
+
+
+#: 块的端口里直接用契约名、不加前缀的值。
+_SHARED_VALUES = {
+    *(
+        names.INPUT_IDS,
+        names.PAST_LENS,
+        names.LOGITS_POSITIONS,
+        names.LOGITS,
+        names.HIDDEN,
+        names.PREV_HIDDEN,
+    ),
+    *(names.DRAFT_IDS, names.DRAFT_PROBS, names.UNIFORM, names.TEMPERATURE),
+    *(names.NUM_ACCEPTED, names.NEXT_ID, names.DRAFT_ID),
 }
 
 
@@ -55,13 +86,19 @@ class CapturedModel:
         proto: 整个模型；权重是图的输入（排在 I/O 契约的输入之后），没有函数体。
         functions: ``op_type`` → 函数体。
         weights: 权重输入名 → 配方。
-        sites: 每个 ``dsx::`` 节点的位置。
+        sites: 每层的 ``dsx::`` 节点的位置。
+        role: ``main`` 主模型，``draft`` 草稿模型。
+        layers: 图里的解码层编号；草稿模型只有一层，编号接在主干之后。
+        verify: 主模型带哪种草稿验证；``None`` 表示没有打开 MTP。
     """
 
     proto: onnx.ModelProto
     functions: dict[str, onnx.FunctionProto]
     weights: dict[str, Recipe]
     sites: list[OpSite] = field(default_factory=list)
+    role: Literal["main", "draft"] = "main"
+    layers: tuple[int, ...] = ()
+    verify: Literal["greedy", "rejection"] | None = None
 
 
 def capture_model(
@@ -79,6 +116,24 @@ def capture_model(
         on_step: 每开始一步调用一次，参数是这一步的名字。
     """
     return _Stitcher(config, profile, dtype, on_step).run()
+
+
+def capture_draft(
+    config: ModelConfig,
+    profile: OptimizationProfile,
+    index: int,
+    dtype: ModelDtype = "float32",
+    on_step: Callable[[str], None] = lambda step: None,
+) -> CapturedModel:
+    """捕获第 ``index`` 个 MTP 模块的草稿模型；参数同 :func:`capture_model`。
+
+    权重里词嵌入与 lm_head 沿用主模型的名字，写 bundle 时与主模型指向同一份数据。
+    """
+    return _Stitcher(config, profile, dtype, on_step).run_draft(index)
+
+
+def _accept_spec(mode: str) -> OpSpec:
+    return SPEC_ACCEPT_REJECTION if mode == "rejection" else SPEC_ACCEPT
 
 
 # 追踪结果只读，按参数缓存：同一进程里换目标、换方案再导出，没变的块不必重来。
@@ -125,6 +180,50 @@ def _head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
     return trace(_meta(lambda: Head(config), dtype), inputs, ["logits", "hidden"])
 
 
+@functools.lru_cache(maxsize=16)
+def _accept_block(config: ModelConfig, dtype: torch.dtype, mode: str) -> TracedGraph:
+    spec = _accept_spec(mode)
+    op = getattr(torch.ops.dsx, spec.torch_name)
+    shapes = {
+        "draft_ids": Spec(("B", "K"), torch.int64),
+        "target_logits": Spec(("B", "K+1", config.vocab_size), dtype),
+        "draft_probs": Spec(("B", "K", config.vocab_size), torch.float32),
+        "uniform": Spec(("B", "K+1"), torch.float32),
+        "temperature": Spec((1,), torch.float32),
+    }
+    inputs = {port.name: shapes[port.name] for port in spec.inputs}
+    return trace(lambda *arguments: op(*arguments), inputs, [port.name for port in spec.outputs])
+
+
+@functools.lru_cache(maxsize=16)
+def _draft_embed_block(config: ModelConfig, index: int, dtype: torch.dtype) -> TracedGraph:
+    inputs = {"input_ids": Spec(("B", "S"), torch.int64), "past_lens": Spec(("B",), torch.int64)}
+    return trace(_meta(lambda: Embed(config, index + 1), dtype), inputs, ["x", "cos", "sin"])
+
+
+@functools.lru_cache(maxsize=16)
+def _mtp_block(
+    config: ModelConfig, index: int, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> TracedGraph:
+    hidden = Spec(("B", "S", config.hidden_size), dtype)
+    angle = Spec(("B", "S", config.qk_rope_head_dim // 2), dtype)
+    inputs = {"embedding": hidden, "prev_hidden": hidden, "cos": angle, "sin": angle}
+    inputs["past_lens"] = Spec(("B",), torch.int64)
+    caches = cache_tensors(config, forms)
+    inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
+    outputs = ["combined", "attn_residual", "x", "hidden", *(f"{cache}_out" for cache, _ in caches)]
+    return trace(_meta(lambda: MtpModule(config, index, forms), dtype), inputs, outputs)
+
+
+@functools.lru_cache(maxsize=16)
+def _draft_head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
+    inputs = {
+        "hidden": Spec(("B", "S", config.hidden_size), dtype),
+        "logits_positions": Spec(("B", "L"), torch.int64),
+    }
+    return trace(_meta(lambda: DraftHead(config), dtype), inputs, ["logits", "draft_id"])
+
+
 class _Stitcher:
     def __init__(self, config, profile, dtype, on_step) -> None:
         self.config: ModelConfig = config
@@ -136,6 +235,8 @@ class _Stitcher:
         self.forms = Forms.for_capture(profile)
         self.caches = cache_tensors(config, self.forms)
         self.recipes = weight_recipes(config, dtype)
+        self.dtype_name: ModelDtype = dtype
+        self.parameter_name: Callable[[str], str] = functools.partial(initializer_name, config=config)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.value_info: dict[str, onnx.ValueInfoProto] = {}
@@ -152,7 +253,7 @@ class _Stitcher:
             blocks[kind] = _layer_block(c, is_moe, self.forms, self.dtype, self.cache_dtype)
         self.on_step("head")
         blocks["head"] = _head_block(c, self.dtype)
-        functions = self._bodies()
+        functions = self._bodies(c.num_moe_layers > 0)
         self.on_step("stitch")
         self._place(
             blocks["embed"], "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN}
@@ -171,9 +272,67 @@ class _Stitcher:
             kind = "moe layer" if c.is_moe_layer(i) else "dense layer"
             self._place(blocks[kind], f"layers.{i}", ports, layer=i)
         self._place(blocks["head"], "head", {"x_in": names.layer_output(c.num_hidden_layers - 1)})
-        return CapturedModel(self._model(), functions, self.recipes, self.sites)
+        inputs, outputs = self._contract_values(c.num_hidden_layers)
+        if self.profile.mtp.enabled:
+            mode = self.profile.mtp.verify
+            self.on_step("spec accept")
+            functions[_accept_spec(mode).name] = spec_accept_body(c, self.dtype, mode)
+            self._place(_accept_block(c, self.dtype, mode), "accept", {"target_logits": names.LOGITS})
+            inputs[3:3] = self._accept_inputs(mode)
+            outputs[2:2] = [
+                helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["B"])
+                for name in (names.NUM_ACCEPTED, names.NEXT_ID)
+            ]
+        verify = self.profile.mtp.verify if self.profile.mtp.enabled else None
+        model = self._model(inputs, outputs)
+        layers = tuple(range(c.num_hidden_layers))
+        return CapturedModel(model, functions, self.recipes, self.sites, "main", layers, verify)
 
-    def _bodies(self) -> dict[str, onnx.FunctionProto]:
+    def run_draft(self, index: int) -> CapturedModel:
+        """第 ``index`` 个 MTP 模块。"""
+        c = self.config
+        layer = c.num_hidden_layers + index
+        self.parameter_name = functools.partial(draft_initializer_name, config=c, index=index)
+        self.on_step(f"mtp {index}")
+        embed = _draft_embed_block(c, index, self.dtype)
+        block = _mtp_block(c, index, self.forms, self.dtype, self.cache_dtype)
+        head = _draft_head_block(c, self.dtype)
+        functions = self._bodies(c.is_moe_layer(layer))
+        self._place(embed, "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN})
+        ports = {
+            "embedding": names.EMBED_X,
+            "cos": names.EMBED_COS,
+            "sin": names.EMBED_SIN,
+            "combined": names.COMBINED,
+            "attn_residual": names.attn_residual(layer),
+            "x": names.layer_output(layer),
+        }
+        for cache, _ in self.caches:
+            ports |= {cache: names.cache_input(cache, 0), f"{cache}_out": names.cache_output(cache, 0)}
+        self._place(block, "mtp", ports, layer=layer)
+        self._place(head, "head", {})
+        own = mtp_recipes(c, index, self.dtype_name)
+        used = {name for node in self.nodes for name in node.input}
+        self.recipes = {name: recipe for name, recipe in (self.recipes | own).items() if name in used}
+        inputs, outputs = self._contract_values(1)
+        shape = ("B", "S", c.hidden_size)
+        inputs.insert(1, helper.make_tensor_value_info(names.PREV_HIDDEN, _ONNX_TYPES[self.dtype], shape))
+        outputs.insert(2, helper.make_tensor_value_info(names.DRAFT_ID, onnx.TensorProto.INT64, ["B"]))
+        model = self._model(inputs, outputs)
+        return CapturedModel(model, functions, self.recipes, self.sites, "draft", (layer,))
+
+    def _accept_inputs(self, mode: str) -> list[onnx.ValueInfoProto]:
+        integer, real, V = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT, self.config.vocab_size
+        values = [helper.make_tensor_value_info(names.DRAFT_IDS, integer, ["B", "K"])]
+        if mode == "rejection":
+            values += [
+                helper.make_tensor_value_info(names.DRAFT_PROBS, real, ["B", "K", V]),
+                helper.make_tensor_value_info(names.UNIFORM, real, ["B", "L"]),
+                helper.make_tensor_value_info(names.TEMPERATURE, real, [1]),
+            ]
+        return values
+
+    def _bodies(self, has_moe: bool) -> dict[str, onnx.FunctionProto]:
         functions = {}
         if self.profile.mla.enabled:
             self.on_step(f"{MLA_ATTENTION.name} body")
@@ -181,7 +340,7 @@ class _Stitcher:
             functions[MLA_ATTENTION.name] = mla_attention_body(
                 self.config, form, self.dtype, self.cache_dtype
             )
-        if self.profile.moe.enabled and self.config.num_moe_layers:
+        if self.profile.moe.enabled and has_moe:
             self.on_step(f"{MOE_GATE.name} body")
             functions[MOE_GATE.name] = moe_gate_body(self.config)
             self.on_step(f"{MOE_EXPERTS.name} body")
@@ -192,17 +351,16 @@ class _Stitcher:
         self, block: TracedGraph, prefix: str, ports: dict[str, str], layer: int | None = None
     ) -> None:
         """实例化一个块：端口接到 ``ports``，权重接到检查点名，其余值加前缀。"""
-        shared = {names.INPUT_IDS, names.PAST_LENS, names.LOGITS_POSITIONS, names.LOGITS, names.HIDDEN}
         weights = {
-            name: initializer_name(f"{prefix}.{name}", self.config)
+            name: self.parameter_name(f"{prefix}.{name}")
             for name in block.inputs
-            if name not in ports and name not in shared
+            if name not in ports and name not in _SHARED_VALUES
         }
         constants = {name: _constant_name(tensor) for name, tensor in block.constants.items()}
         table = {**ports, **weights, **constants}
 
         def rename(name: str) -> str:
-            return table.get(name) or (name if name in shared else f"{prefix}/{name}")
+            return table.get(name) or (name if name in _SHARED_VALUES else f"{prefix}/{name}")
 
         placed = block.renamed(rename)
         self.constants.update(placed.constants)
@@ -216,7 +374,8 @@ class _Stitcher:
                 self.sites.append(OpSite(layer, node.op_type, tuple(node.input), tuple(node.output)))
         self.nodes.extend(placed.nodes)
 
-    def _model(self) -> onnx.ModelProto:
+    def _contract_values(self, layers: int) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+        """I/O 契约里主模型与草稿模型共有的部分。"""
         c = self.config
         cache_type = _ONNX_TYPES[self.cache_dtype]
         inputs = [
@@ -228,13 +387,18 @@ class _Stitcher:
             helper.make_tensor_value_info(names.LOGITS, _ONNX_TYPES[self.dtype], ["B", "L", c.vocab_size]),
             helper.make_tensor_value_info(names.HIDDEN, _ONNX_TYPES[self.dtype], ["B", "S", c.hidden_size]),
         ]
-        for i in range(c.num_hidden_layers):
+        for i in range(layers):
             for cache, (heads, width) in self.caches:
                 for values, name in (
                     (inputs, names.cache_input(cache, i)),
                     (outputs, names.cache_output(cache, i)),
                 ):
                     values.append(helper.make_tensor_value_info(name, cache_type, ["B", heads, "T", width]))
+        return inputs, outputs
+
+    def _model(
+        self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
+    ) -> onnx.ModelProto:
         for name, recipe in self.recipes.items():
             inputs.append(
                 helper.make_tensor_value_info(

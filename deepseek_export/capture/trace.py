@@ -28,12 +28,12 @@ OPSET = 24
 _MAX_DIM = 1 << 24
 
 #: 追踪时动态维度的取值。互不相同且不为 0、1，避免 torch.export 把它们特化或等同起来。
-_EXAMPLE_SIZES = {"B": 2, "S": 3, "T": 37, "L": 5, "N": 7}
+_EXAMPLE_SIZES = {"B": 2, "S": 3, "T": 37, "L": 5, "N": 7, "K": 4, "K+1": 5}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """一个输入的形状与 dtype；字符串维度是动态的。"""
+    """一个输入的形状与 dtype；字符串维度是动态的，``K+1`` 表示比 ``K`` 大 1。"""
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
@@ -148,12 +148,9 @@ def trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Seq
     module = target if isinstance(target, nn.Module) else _Function(target)
     functional = _Functional(module)
     specs = list(inputs.values())
-    dims = {
-        d: torch.export.Dim(d, min=1, max=_MAX_DIM)
-        for spec in specs
-        for d in spec.shape
-        if isinstance(d, str)
-    }
+    names = {d for spec in specs for d in spec.shape if isinstance(d, str)}
+    dims = {d: torch.export.Dim(d, min=1, max=_MAX_DIM) for d in names if d.isalpha()}
+    dims |= {d: dims[d.removesuffix("+1")] + 1 for d in names if d.endswith("+1")}
     dynamic = tuple({i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs)
     dynamic += tuple({} for _ in functional.names)
     with _quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -182,7 +179,7 @@ def _name_dims(graph: onnx.GraphProto, specs: Sequence[Spec]) -> None:
     symbols: dict[str, str] = {}
     for value, spec in zip(graph.input, specs, strict=False):
         for dim, name in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
-            if isinstance(name, str):
+            if isinstance(name, str) and name.isalpha():
                 symbols[dim.dim_param] = name
     for info in (*graph.input, *graph.output, *graph.value_info):
         for dim in info.type.tensor_type.shape.dim:

@@ -1,6 +1,11 @@
 """HF 检查点的入口：配置、张量索引、核对。拿不准就拒绝，打开时不读权重。"""
 
-from deepseek_export.checkpoint.checkpoint import Checkpoint, expected_mtp_tensors, expected_tensors
+from deepseek_export.checkpoint.checkpoint import (
+    Checkpoint,
+    expected_mtp_tensors,
+    expected_tensors,
+    require_mtp,
+)
 from deepseek_export.checkpoint.config import ModelConfig, load_model_config, parse_model_config
 from deepseek_export.checkpoint.rope_config import RopeConfig
 from deepseek_export.checkpoint.store import TensorSpec, TensorStore
@@ -15,4 +20,5 @@ __all__ = [
     "expected_tensors",
     "load_model_config",
     "parse_model_config",
+    "require_mtp",
 ]

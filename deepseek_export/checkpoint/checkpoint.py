@@ -170,6 +170,27 @@ class Checkpoint:
         return cls(path, config, store, tuple(sorted(mtp)), tuple(sorted(ignored)))
 
 
+def require_mtp(checkpoint: Checkpoint, modules: int = 1) -> int:
+    """检查点带几个 MTP 模块；少于 ``modules`` 就拒绝。
+
+    transformers 保存时会丢掉 MTP 权重而在 config 里留着 ``num_nextn_predict_layers``，所以看张量，不看 config。
+
+    Raises:
+        DsxError: ``DSX-E119``。
+    """
+    first = checkpoint.config.num_hidden_layers
+    layers = {int(match[1]) - first for name in checkpoint.mtp_tensors if (match := _LAYER.match(name))}
+    if len(layers) < modules or layers != set(range(len(layers))):
+        config = checkpoint.config.num_mtp_layers
+        raise DsxError(
+            "DSX-E119",
+            f"{checkpoint.path} 里有 {len(layers)} 个 MTP 模块（model.layers.{first}.* 起），"
+            f"config.json 写的是 {config}，需要 {modules}",
+            "改用不含 MTP 的方案（-p mla+moe），或换带 MTP 权重的原始检查点（transformers 另存时会丢掉它们）",
+        )
+    return len(layers)
+
+
 def _listed(names: Iterable[str]) -> str:
     """最多列五个名字。"""
     ordered = sorted(names)

@@ -8,14 +8,14 @@ initializer 的名字就是检查点里的名字；叠在一起的专家用 ``*`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from deepseek_export.checkpoint.checkpoint import expected_tensors
+from deepseek_export.checkpoint.checkpoint import expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.config import ModelConfig
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.errors import DsxError
@@ -57,7 +57,7 @@ class Recipe(BaseModel):
 
 
 def weight_recipes(config: ModelConfig, dtype: WeightDtype) -> dict[str, Recipe]:
-    """模型全部 initializer 的配方，按层的次序。
+    """主模型全部 initializer 的配方，按层的次序。
 
     Args:
         config: 模型配置。
@@ -66,9 +66,24 @@ def weight_recipes(config: ModelConfig, dtype: WeightDtype) -> dict[str, Recipe]
     Returns:
         initializer 名 → 配方。每个检查点张量恰好被用一次。
     """
+    return _recipes(config, expected_tensors(config), range(config.num_hidden_layers), dtype)
+
+
+def mtp_recipes(config: ModelConfig, index: int, dtype: WeightDtype) -> dict[str, Recipe]:
+    """第 ``index`` 个 MTP 模块的配方；词嵌入与 lm_head 用主模型的那一份，不在其中。"""
+    shapes = {
+        name: shape
+        for name, shape in expected_mtp_tensors(config, index).items()
+        if not name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+    }
+    return _recipes(config, shapes, (config.num_hidden_layers + index,), dtype)
+
+
+def _recipes(
+    config: ModelConfig, shapes: dict[str, tuple[int, ...]], layers: Iterable[int], dtype: WeightDtype
+) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     stacks: dict[str, list[str]] = {}
-    shapes = expected_tensors(config)
     for name, shape in shapes.items():
         head, found, tail = name.partition(".mlp.experts.")
         if found:
@@ -79,7 +94,7 @@ def weight_recipes(config: ModelConfig, dtype: WeightDtype) -> dict[str, Recipe]
     for name, sources in stacks.items():
         shape = (len(sources), *shapes[sources[0]])
         recipes[name] = Recipe(op="stack", sources=tuple(sources), shape=shape, dtype=dtype)
-    for layer in range(config.num_hidden_layers):
+    for layer in layers:
         # V2 没有 e_score_correction_bias，而 MoeGate 的输入个数固定：补一个零。
         name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
         if config.is_moe_layer(layer) and name not in recipes:

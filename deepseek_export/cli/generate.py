@@ -15,7 +15,7 @@ from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import DsxError
 
 if TYPE_CHECKING:
-    from deepseek_export.runtime import BundleTokenizer, GenerationResult
+    from deepseek_export.runtime import BundleTokenizer, GenerationResult, SpeculationStats
 
 
 @click.command("generate", cls=Command, short_help="用 bundle 生成文本")
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="随机种子；缺省每次不同。")
 @click.option("--chat", is_flag=True, help="套用检查点自带的聊天模板。")
 @click.option("--ignore-eos", is_flag=True, help="遇到 EOS 不停。")
+@click.option("--no-speculative", is_flag=True, help="bundle 带 MTP 时也逐个 token 解码。")
+@click.option("--stats", is_flag=True, help="在 stderr 上打印投机解码的接受率与调用次数。")
 @click.option("--threads", type=click.IntRange(min=1), help="线程数；缺省由 ONNX Runtime 决定。")
 @json_option
 def command(
@@ -39,12 +41,14 @@ def command(
     id_texts: tuple[str, ...],
     threads: int | None,
     as_json: bool,
+    no_speculative: bool,
+    stats: bool,
     **options: Any,
 ) -> None:
     """在 ONNX Runtime 上用 bundle OUT 生成。
 
     一条提示词时边生成边输出，stdout 上只有生成的文本；几条合成一批跑，跑完依次输出。用时写在 stderr。没有 tokenizer 的检查点用
-    --ids，输出也是 token id。
+    --ids，输出也是 token id。带 MTP 的 bundle 自动投机解码，输出不变。
 
     \b
     例：
@@ -63,7 +67,12 @@ def command(
         model = api.load(bundle, threads)
         load_s = time.perf_counter() - began
     printer = _Printer(model.tokenizer) if len(rows) == 1 and not as_json else None
-    result = model.generate(rows, on_token=None if printer is None else printer.on_token, **options)
+    result = model.generate(
+        rows,
+        on_token=None if printer is None else printer.on_token,
+        speculative=False if no_speculative else None,
+        **options,
+    )
     if as_json:
         echo_json(_summary(result, load_s))
         return
@@ -77,6 +86,28 @@ def command(
         f"结束：{'、'.join(result.finish_reasons)}；加载 {load_s:.1f} s]",
         err=True,
     )
+    for note in result.notes:
+        click.echo(f"[{note}]", err=True)
+    if stats:
+        click.echo(_stats_line(result.speculation), err=True)
+
+
+def _stats_line(stats: SpeculationStats | None) -> str:
+    if stats is None:
+        return "[没有投机解码：每次调用产出 1 个 token]"
+    pairs = zip(stats.acceptance, stats.acceptance_overall, strict=True)
+    positions = "，".join(
+        f"第 {number} 个 {_percent(reached)}（总 {_percent(overall)}）"
+        for number, (reached, overall) in enumerate(pairs, start=1)
+    )
+    return (
+        f"[投机解码：接受率 {positions}；平均接受 {stats.mean_accepted:.2f} / {stats.num_draft_tokens} 个；"
+        f"每次主模型调用 {stats.tokens_per_call:.2f} token；主模型 {stats.main_calls} 次，草稿 {stats.draft_calls} 次]"
+    )
+
+
+def _percent(ratio: float | None) -> str:
+    return "—" if ratio is None else f"{ratio:.0%}"
 
 
 def _rows(prompts: tuple[str, ...], id_texts: tuple[str, ...]) -> list[Any]:
@@ -132,7 +163,7 @@ def _print_batch(prompts: tuple[str, ...], result: GenerationResult) -> None:
 
 
 def _summary(result: GenerationResult, load_s: float) -> dict[str, Any]:
-    return {
+    summary: dict[str, Any] = {
         "text": result.text,
         "token_ids": result.token_ids,
         "counts": {"prompt_tokens": result.prompt_tokens, "new_tokens": result.new_tokens},
@@ -144,3 +175,8 @@ def _summary(result: GenerationResult, load_s: float) -> dict[str, Any]:
             "decode_tokens_per_s": round(result.decode_tokens_per_s, 2),
         },
     }
+    if result.speculation is not None:
+        stats = result.speculation.as_dict()
+        keys = ("acceptance", "tokens_per_call", "mean_accepted", "main_calls", "draft_calls", "fell_back")
+        summary |= {key: stats[key] for key in keys} | {"notes": list(result.notes)}
+    return summary

@@ -14,7 +14,7 @@ from onnx import defs
 from onnxscript import values
 
 from deepseek_export.ops import mla_attention as mla
-from deepseek_export.ops import moe_experts, moe_gate
+from deepseek_export.ops import moe_experts, moe_gate, spec_accept
 from deepseek_export.ops.table import (
     DOMAIN,
     MLA_ATTENTION,
@@ -24,6 +24,8 @@ from deepseek_export.ops.table import (
     OPSET_VERSION,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    SPEC_ACCEPT,
+    SPEC_ACCEPT_REJECTION,
     TYPE_CONSTRAINTS,
     OpSpec,
 )
@@ -32,6 +34,8 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     MLA_ATTENTION.name: (mla.mla_attention, mla.fake),
     MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),
     MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),
+    SPEC_ACCEPT.name: (spec_accept.spec_accept, spec_accept.fake),
+    SPEC_ACCEPT_REJECTION.name: (spec_accept.spec_accept_rejection, spec_accept.fake),
 }
 _ATTRIBUTE_TYPES = {
     "int": defs.OpSchema.AttrType.INT,

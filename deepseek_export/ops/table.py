@@ -5,7 +5,7 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
-``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``。
+``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
 
 from __future__ import annotations
@@ -140,6 +140,37 @@ MOE_EXPERTS = OpSpec(
     doc="Routed SwiGLU experts; only experts that own a token run. Accumulates over experts in float32.",
 )
 
+SPEC_ACCEPT = OpSpec(
+    name="SpecAccept",
+    torch_name="spec_accept",
+    inputs=(Port("draft_ids", "I64", ("B", "K")), Port("target_logits", "T", ("B", "K+1", "V"))),
+    outputs=(Port("num_accepted", "I64", ("B",)), Port("next_id", "I64", ("B",))),
+    attributes=(),
+    doc=(
+        "Greedy verification of K draft tokens: the longest prefix that equals the arg max of the target logits, and the "
+        "arg max after it. K may be 0. Ties go to the smaller index."
+    ),
+)
+
+#: 输入个数固定（TensorRT 插件不接受可选输入），所以 rejection 是另一个算子，而不是同一个算子的属性。
+SPEC_ACCEPT_REJECTION = OpSpec(
+    name="SpecAcceptRejection",
+    torch_name="spec_accept_rejection",
+    inputs=(
+        Port("draft_ids", "I64", ("B", "K")),
+        Port("target_logits", "T", ("B", "K+1", "V")),
+        Port("draft_probs", "F32", ("B", "K", "V")),
+        Port("uniform", "F32", ("B", "K+1")),
+        Port("temperature", "F32", ("1",)),
+    ),
+    outputs=(Port("num_accepted", "I64", ("B",)), Port("next_id", "I64", ("B",))),
+    attributes=(),
+    doc=(
+        "Speculative sampling: draft i is accepted when uniform[i] * q_i < p_i; the next token is drawn from the residual "
+        "distribution max(p - q, 0) (or from p after all drafts) by inverse CDF with uniform[K]. K may be 0."
+    ),
+)
+
 OPS: Mapping[str, OpSpec] = MappingProxyType(
-    {spec.name: spec for spec in (MLA_ATTENTION, MOE_GATE, MOE_EXPERTS)}
+    {spec.name: spec for spec in (MLA_ATTENTION, MOE_GATE, MOE_EXPERTS, SPEC_ACCEPT, SPEC_ACCEPT_REJECTION)}
 )

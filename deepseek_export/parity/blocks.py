@@ -84,7 +84,7 @@ class _Step:
         feeds = {**self.feeds, names.layer_output(i - 1): self.x.numpy()}
         outputs, want = [names.attn_residual(i)], [residual]
         for tensor, old, new in zip(self.manifest.cache.tensors, caches, updated, strict=True):
-            feeds[names.cache_input(tensor.name, i)] = _numpy(old)
+            feeds[names.cache_input(tensor.name, i)] = to_numpy(old)
             if old.dtype != torch.bfloat16:  # ONNX Runtime 读不出 bfloat16 的输出
                 outputs.append(names.cache_output(tensor.name, i))
                 want.append(new)
@@ -95,7 +95,7 @@ class _Step:
         feeds[names.attn_residual(i)] = residual.numpy()
         (got,) = self.graph.run(feeds, [names.layer_output(i)])
         margin = router_margin(layer, residual, config).numpy()
-        yield _mlp_case(f"layers.{i}.mlp ({self.name})", self.dtype, got, x.numpy(), margin)
+        yield mlp_case(f"layers.{i}.mlp ({self.name})", self.dtype, got, x.numpy(), margin)
         self.x = x
         return tuple(updated)
 
@@ -111,7 +111,7 @@ class _Step:
             yield compare("block", f"{name} ({self.name})", "block", self.dtype, a, b.numpy())
 
 
-def _mlp_case(name: str, dtype, got: np.ndarray, want: np.ndarray, margin: np.ndarray) -> Case:
+def mlp_case(name: str, dtype, got: np.ndarray, want: np.ndarray, margin: np.ndarray) -> Case:
     """先整体比；不过时，把路由近平局的行挑出来单独计数，其余行仍按容差要求。"""
     case = compare("block", name, "block", dtype, got, want)
     if case.passed:
@@ -125,7 +125,8 @@ def _mlp_case(name: str, dtype, got: np.ndarray, want: np.ndarray, margin: np.nd
     return kept
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """张量 → ndarray；bfloat16 用 ml_dtypes。"""
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import OpSite
 from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint import Checkpoint
-from deepseek_export.checkpoint.recipe import load_array, weight_recipes
+from deepseek_export.checkpoint.recipe import load_array, mtp_recipes, weight_recipes
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
@@ -35,25 +36,32 @@ _MOE_TOKENS = (1, 2, 33)
 
 
 def op_cases(
-    bundle: Bundle, checkpoint: Checkpoint, graph: ModelGraph, seed: int, on_case: Callable[[str], None]
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    entry: GraphEntry,
+    graph: ModelGraph,
+    seed: int,
+    on_case: Callable[[str], None],
 ) -> Iterator[Case]:
-    """每种算子取第一处与最后一处，换多种形状各比一次。"""
+    """一张图里每种算子取第一处与最后一处，换多种形状各比一次。"""
     rng = np.random.default_rng(seed)
-    recipes = weight_recipes(checkpoint.config, bundle.manifest.dtype)
+    config, dtype = checkpoint.config, bundle.manifest.dtype
+    if entry.role == "main":
+        recipes = weight_recipes(config, dtype)
+    else:
+        recipes = mtp_recipes(config, entry.layers[0] - config.num_hidden_layers, dtype)
 
     def weight(name: str) -> torch.Tensor:
         return torch.from_numpy(load_array(name, recipes[name], checkpoint.store))
 
     for op in (MLA_ATTENTION.name, MOE_EXPERTS.name):
-        sites = [site for site in bundle.manifest.sites if site.op == op]
+        sites = [site for site in entry.sites if site.op == op]
         for site in sites[:1] + sites[1:][-1:]:
             on_case(f"layers.{site.layer} {op}")
             if op == MLA_ATTENTION.name:
                 yield from _mla_cases(bundle, graph, site, weight, rng)
             else:
-                gate = next(
-                    s for s in bundle.manifest.sites if s.layer == site.layer and s.op == MOE_GATE.name
-                )
+                gate = next(s for s in entry.sites if s.layer == site.layer and s.op == MOE_GATE.name)
                 yield from _moe_cases(bundle, graph, gate, site, weight, rng)
 
 

@@ -17,12 +17,18 @@ _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class ModelGraph:
-    """bundle 主模型的图，带每个值的类型。"""
+    """bundle 里一张图，带每个值的类型。
 
-    def __init__(self, bundle: Bundle) -> None:
+    Args:
+        bundle: bundle。
+        file: 图的文件名；缺省是主模型。
+    """
+
+    def __init__(self, bundle: Bundle, file: str | None = None) -> None:
         self.folder = bundle.path
+        path = bundle.model_path if file is None else bundle.path / file
         self.model = onnx.shape_inference.infer_shapes(
-            onnx.load(bundle.model_path, load_external_data=False), data_prop=True
+            onnx.load(path, load_external_data=False), data_prop=True
         )
 
     @cached_property

@@ -15,13 +15,14 @@ from deepseek_export.runtime import Generator
 
 def token_cases(
     generator: Generator,
+    speculative: Generator | None,
     oracle: Oracle,
     rows: Sequence[Sequence[int]],
     steps: int,
     dtype: Dtype,
     on_case: Callable[[str], None],
 ) -> Iterator[Case]:
-    """每条 prompt 单独跑一遍、再合成一个 batch 跑一遍，都与基准的 greedy 比。
+    """每条 prompt 单独跑一遍、再合成一个 batch 跑一遍，都与基准的 greedy 比；带草稿模型的再用投机解码各跑一遍。
 
     分叉处若基准自己的两个候选 logit 相差在容差之内，记为近平局；否则不通过。
     """
@@ -29,10 +30,9 @@ def token_cases(
     for i, row in enumerate(rows):
         on_case(f"prompt {i}: oracle")
         want.append(oracle.greedy(row, steps))
-    ways: dict[str, Callable[[], list[list[int]]]] = {
-        "alone": lambda: [generator.generate([row], steps, ignore_eos=True).token_ids[0] for row in rows],
-        "batch": lambda: generator.generate(list(rows), steps, ignore_eos=True).token_ids,
-    }
+    ways = _ways(generator, rows, steps, "")
+    if speculative is not None:
+        ways |= _ways(speculative, rows, steps, "speculative ")
     for way, run in ways.items():
         on_case(way)
         try:
@@ -45,6 +45,17 @@ def token_cases(
             continue
         for i, (got, expected) in enumerate(zip(outputs, want, strict=True)):
             yield _case(f"tokens[{i}] {way}", list(rows[i]), got, expected, oracle, dtype)
+
+
+def _ways(
+    generator: Generator, rows: Sequence[Sequence[int]], steps: int, prefix: str
+) -> dict[str, Callable[[], list[list[int]]]]:
+    return {
+        f"{prefix}alone": lambda: [
+            generator.generate([row], steps, ignore_eos=True).token_ids[0] for row in rows
+        ],
+        f"{prefix}batch": lambda: generator.generate(list(rows), steps, ignore_eos=True).token_ids,
+    }
 
 
 def _case(

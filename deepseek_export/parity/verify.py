@@ -16,6 +16,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.blocks import block_cases
+from deepseek_export.parity.draft import draft_cases
 from deepseek_export.parity.model import model_cases
 from deepseek_export.parity.ops import op_cases
 from deepseek_export.parity.oracle import make_oracle
@@ -24,8 +25,8 @@ from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
-from deepseek_export.reference import Forms, load_reference
-from deepseek_export.runtime import BundleTokenizer, Generator, ModelSession
+from deepseek_export.reference import Forms, load_draft, load_reference
+from deepseek_export.runtime import BundleTokenizer, Generator, ModelSession, open_speculative
 
 #: 有 tokenizer 时用真文本：中文、英文、代码，长度不等。
 DEFAULT_PROMPTS = (
@@ -82,7 +83,9 @@ def verify_bundle(
     graph = ModelGraph(bundle)
     if "op" in levels:
         progress.start("校验 op")
-        cases += op_cases(bundle, checkpoint, graph, seed, lambda name: progress.advance(0, name))
+        for entry in manifest.graphs:
+            opened = graph if entry.role == "main" else ModelGraph(bundle, entry.file)
+            cases += op_cases(bundle, checkpoint, entry, opened, seed, lambda name: progress.advance(0, name))
         if not cases:
             notes.append("op 层没有可比的：这个方案没有 dsx:: 算子")
     rng = np.random.default_rng(seed)
@@ -90,6 +93,12 @@ def verify_bundle(
     if "block" in levels:
         progress.start("校验 block", manifest.model.num_hidden_layers + 2)
         cases += block_cases(bundle, model, graph, block_rows, lambda name: progress.advance(1, name))
+    if manifest.drafts and ("block" in levels or "model" in levels):
+        progress.start("校验 MTP 草稿模型", len(manifest.drafts))
+        drafts = [load_draft(checkpoint, i, model, manifest.dtype) for i in range(len(manifest.drafts))]
+        cases += draft_cases(
+            bundle, model, drafts, block_rows, levels, lambda name: progress.advance(1, name)
+        )
     oracle_name = "dsx reference"
     if "model" in levels or "tokens" in levels:
         progress.start("加载基准与 bundle")
@@ -107,7 +116,15 @@ def verify_bundle(
         if "tokens" in levels:
             progress.start("校验 tokens")
             advance = lambda name: progress.advance(0, name)  # noqa: E731
-            cases += token_cases(generator, oracle, rows, steps, manifest.dtype, advance)
+            speculative = open_speculative(bundle, session, tokenizer)
+            if speculative is not None and speculative.verify_mode == "rejection":
+                speculative = None
+                notes.append(
+                    "mtp.verify=rejection 的输出是随机的，不与 greedy 比；分布由 specs/mtp 的测试证明"
+                )
+            if speculative is not None:
+                speculative.floor = None  # 校验要一直投机，不因接受率低而退回
+            cases += token_cases(generator, speculative, oracle, rows, steps, manifest.dtype, advance)
     report = ParityReport(
         bundle=str(bundle.path),
         checkpoint=str(checkpoint.path),

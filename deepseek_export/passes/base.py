@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar, Literal, NoReturn
 
 import numpy as np
 import onnx
@@ -37,6 +37,7 @@ class GraphModule:
         dtype: 计算 dtype。
         config: 模型配置。
         sites: 捕获时每个 ``dsx::`` 节点的位置。
+        role, layers, verify: 见 :class:`~deepseek_export.capture.CapturedModel`。
     """
 
     graph: gs.Graph
@@ -45,6 +46,9 @@ class GraphModule:
     dtype: ModelDtype
     config: ModelConfig
     sites: tuple[OpSite, ...]
+    role: Literal["main", "draft"]
+    layers: tuple[int, ...]
+    verify: Literal["greedy", "rejection"] | None
 
     @classmethod
     def from_captured(cls, captured: CapturedModel, config: ModelConfig, dtype: ModelDtype) -> GraphModule:
@@ -56,6 +60,9 @@ class GraphModule:
             dtype,
             config,
             tuple(captured.sites),
+            captured.role,
+            captured.layers,
+            captured.verify,
         )
 
     def find(self, op_type: str, domain: str = DOMAIN) -> list[gs.Node]:

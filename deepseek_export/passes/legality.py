@@ -166,17 +166,32 @@ def _contract(c: _Context) -> Iterator[str]:
     if inputs[: len(expected)] != expected:
         yield f"前 {len(expected)} 个输入是 {inputs[: len(expected)]}，应为 {expected}"
     outputs = [tensor.name for tensor in module.graph.outputs]
-    cache_outputs = [f"{cache}_out.{i}" for cache, _, i in (name.partition(".") for name in expected[3:])]
-    if outputs != (wanted := [names.LOGITS, names.HIDDEN, *cache_outputs]):
+    wanted = [names.LOGITS, names.HIDDEN]
+    if module.role == "draft":
+        wanted.append(names.DRAFT_ID)
+    elif module.verify is not None:
+        wanted += [names.NUM_ACCEPTED, names.NEXT_ID]
+    wanted += [names.cache_output(cache, i) for i in range(len(module.layers)) for cache in _caches(module)]
+    if outputs != wanted:
         yield f"输出是 {outputs}，应为 {wanted}"
 
 
 def _contract_inputs(module: GraphModule) -> list[str]:
-    latent = any(t.name == names.cache_input("kv_cache", 0) for t in module.graph.inputs)
-    caches = ("kv_cache",) if latent else ("k_cache", "v_cache")
-    layers = range(module.config.num_hidden_layers)
     inputs = [names.INPUT_IDS, names.PAST_LENS, names.LOGITS_POSITIONS]
-    return inputs + [names.cache_input(cache, i) for i in layers for cache in caches]
+    if module.role == "draft":
+        inputs.insert(1, names.PREV_HIDDEN)
+    elif module.verify is not None:
+        inputs.append(names.DRAFT_IDS)
+        if module.verify == "rejection":
+            inputs += [names.DRAFT_PROBS, names.UNIFORM, names.TEMPERATURE]
+    return inputs + [
+        names.cache_input(cache, i) for i in range(len(module.layers)) for cache in _caches(module)
+    ]
+
+
+def _caches(module: GraphModule) -> tuple[str, ...]:
+    latent = any(tensor.name == names.cache_input("kv_cache", 0) for tensor in module.graph.inputs)
+    return ("kv_cache",) if latent else ("k_cache", "v_cache")
 
 
 RULES: tuple[Callable[[_Context], Iterator[str]], ...] = (

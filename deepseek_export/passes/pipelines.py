@@ -14,7 +14,15 @@ from deepseek_export.capture import CapturedModel, ModelDtype
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.errors import DsxError
-from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE, OPS
+from deepseek_export.ops.table import (
+    DOMAIN,
+    MLA_ATTENTION,
+    MOE_EXPERTS,
+    MOE_GATE,
+    OPS,
+    SPEC_ACCEPT,
+    SPEC_ACCEPT_REJECTION,
+)
 from deepseek_export.passes.base import GraphModule, Pass, PassResult
 from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
@@ -105,12 +113,17 @@ def lower(
 
 
 def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
-    """捕获之后：打开 MLA 则每层一个 MlaAttention，打开 MoE 则每个 MoE 层一对 MoeGate / MoeExperts。"""
-    moe = module.config.num_moe_layers if profile.moe.enabled else 0
+    """捕获之后：打开 MLA 则每层一个 MlaAttention，打开 MoE 则每个 MoE 层一对 MoeGate / MoeExperts；打开 MTP 的主模型另有一个
+    草稿验证。
+    """
+    moe = sum(map(module.config.is_moe_layer, module.layers)) if profile.moe.enabled else 0
+    main_mtp = module.role == "main" and profile.mtp.enabled
     expected = {
-        MLA_ATTENTION.name: module.config.num_hidden_layers if profile.mla.enabled else 0,
+        MLA_ATTENTION.name: len(module.layers) if profile.mla.enabled else 0,
         MOE_GATE.name: moe,
         MOE_EXPERTS.name: moe,
+        SPEC_ACCEPT.name: int(main_mtp and profile.mtp.verify == "greedy"),
+        SPEC_ACCEPT_REJECTION.name: int(main_mtp and profile.mtp.verify == "rejection"),
     }
     for op in OPS:
         if (got := len(module.find(op))) != expected[op]:

@@ -41,10 +41,16 @@ class Forms:
 
 
 class Embed(nn.Module):
-    """词嵌入与本次各位置的 cos/sin（所有层共用）。"""
+    """词嵌入与本次各位置的 cos/sin（所有层共用）。
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: 模型配置。
+        position_offset: 位置的平移；主模型是 0，第 k 个 MTP 模块的第 i 行对应 token ``i+k+1``，平移 ``k+1``。
+    """
+
+    def __init__(self, config: ModelConfig, position_offset: int = 0) -> None:
         super().__init__()
+        self.position_offset = position_offset
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # 显式放在 CPU：捕获时模型其余部分在 meta 设备上，而频率是常量，要进图。
         with torch.device("cpu"):
@@ -53,7 +59,7 @@ class Embed(nn.Module):
     def forward(self, input_ids: Tensor, past_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """input_ids [B, S] int64、past_lens [B] int64 → x [B, S, D]、cos/sin [B, S, dr/2]。"""
         x = self.embed_tokens(input_ids)
-        positions = past_lens[:, None] + torch.arange(input_ids.shape[1])
+        positions = past_lens[:, None] + torch.arange(input_ids.shape[1]) + self.position_offset
         angles = positions[:, :, None].float() * self.inv_freq
         return x, (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import nn
 
-from deepseek_export.checkpoint import Checkpoint, ModelConfig
-from deepseek_export.checkpoint.recipe import load_array, weight_recipes
+from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
+from deepseek_export.checkpoint.recipe import Recipe, load_array, mtp_recipes, weight_recipes
 from deepseek_export.reference.model import Forms, ReferenceModel
+from deepseek_export.reference.mtp import DraftModel
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,6 +29,17 @@ def initializer_name(parameter: str, config: ModelConfig) -> str:
             name = replacement + parameter.removeprefix(prefix)
             return name.replace(".mlp.experts.", ".mlp.experts.*.")
     raise KeyError(parameter)
+
+
+def draft_initializer_name(parameter: str, config: ModelConfig, index: int) -> str:
+    """:class:`~deepseek_export.reference.mtp.DraftModel` 的参数名 → initializer 名。
+
+    例：``mtp.eh_proj.weight`` → ``model.layers.{num_hidden_layers + index}.eh_proj.weight``；词嵌入与 lm_head 是主模型的。
+    """
+    if parameter.startswith("mtp."):
+        layer = config.num_hidden_layers + index
+        return initializer_name(f"layers.{layer}.{parameter.removeprefix('mtp.')}", config)
+    return initializer_name(parameter, config)
 
 
 def load_reference(
@@ -47,10 +61,50 @@ def load_reference(
     with torch.device("meta"):
         model = ReferenceModel(checkpoint.config, forms)
     recipes = weight_recipes(checkpoint.config, dtype)
-    loaded: dict[str, torch.Tensor] = {}
+    _fill(model, lambda name: initializer_name(name, checkpoint.config), recipes, {}, checkpoint)
+    return model
+
+
+def load_draft(
+    checkpoint: Checkpoint,
+    index: int,
+    main: ReferenceModel,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> DraftModel:
+    """从检查点建第 ``index`` 个 MTP 模块的草稿模型；词嵌入与 lm_head 与 ``main`` 共用同一块内存。
+
+    Raises:
+        DsxError: 同 :func:`load_reference`；``DSX-E119``，检查点没有这个 MTP 模块。
+    """
+    require_mtp(checkpoint, index + 1)
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = DraftModel(config, index, main.forms)
+    shared = {
+        "model.embed_tokens.weight": main.embed.embed_tokens.weight,
+        initializer_name("head.lm_head.weight", config): main.head.lm_head.weight,
+    }
+    _fill(
+        model,
+        lambda name: draft_initializer_name(name, config, index),
+        mtp_recipes(config, index, dtype),
+        shared,
+        checkpoint,
+    )
+    return model
+
+
+def _fill(
+    model: nn.Module,
+    name_of: Callable[[str], str],
+    recipes: dict[str, Recipe],
+    loaded: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+) -> None:
+    """每个参数设置一次；``loaded`` 里已有的直接共用。"""
     state = {}
     for parameter, _ in model.named_parameters():
-        name = initializer_name(parameter, checkpoint.config)
+        name = name_of(parameter)
         if name not in loaded:
             array = load_array(name, recipes.pop(name), checkpoint.store)
             if array.dtype.name == "bfloat16":
@@ -61,4 +115,4 @@ def load_reference(
     if recipes:
         raise AssertionError(f"有配方没被任何参数用到：{sorted(recipes)[:3]}")
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)

@@ -2,52 +2,87 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 import onnxruntime as ort
 
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime.cache import CacheBuffers
+from deepseek_export.runtime.cache import CacheBuffers, ort_value
+
+
+class _Slot:
+    """一个输入或输出的内存：按见过的最大形状分配，别的形状借用它的前一段。"""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.array = np.empty(0, dtype)
+        self._flat = self.array
+        self._shape: tuple[int, ...] | None = None
+
+    def reshape(self, shape: tuple[int, ...]) -> ort.OrtValue | None:
+        """换成 ``shape``；形状没变时返回 ``None``，否则返回要重新绑定的 OrtValue。"""
+        if shape == self._shape:
+            return None
+        size = math.prod(shape)
+        if size > self._flat.size:
+            self._flat = np.empty(size, self._flat.dtype)
+        self.array = self._flat[:size].reshape(shape)
+        self._shape = shape
+        return ort_value(self.array)
 
 
 class CallBinding:
-    """某个 :class:`CacheBuffers` 专用的绑定。
+    """某个 :class:`CacheBuffers` 专用、输出固定的绑定。
 
     不持有缓存本身，否则会话里的弱引用表永远清不掉；缓存由每次调用传入。
 
     Args:
         session: ONNX Runtime 会话。
-        vocab_size: 词表大小 V。
-        logits_dtype: 会话输出 logits 的 dtype，float32 或 float16。
+        inputs: 缓存以外的输入名与 dtype。
+        outputs: 缓存以外要取的输出名与 dtype；没列出的输出不绑定，也就不会被拷出来。
     """
 
-    def __init__(self, session: ort.InferenceSession, vocab_size: int, logits_dtype: np.dtype) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]
+    ) -> None:
         self._session = session
-        self._vocab_size = vocab_size
-        self._logits_dtype = logits_dtype
         self._io = session.io_binding()
-        self._inputs: dict[str, np.ndarray] = {}
-        self._raw_logits = np.empty((0, 0, 0), logits_dtype)
-        self._logits = np.empty((0, 0, 0), np.float32)
+        self._inputs = {name: _Slot(dtype) for name, dtype in inputs.items()}
+        self._outputs = {name: _Slot(dtype) for name, dtype in outputs.items()}
+        self._float32 = _Slot(np.dtype(np.float32))
         self._bound_version: int | None = None
         self._options = ort.RunOptions()
         self._options.log_severity_level = 4
 
-    def run(self, inputs: dict[str, np.ndarray], caches: CacheBuffers) -> np.ndarray:
+    def run(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        output_shapes: Mapping[str, tuple[int, ...]],
+        caches: CacheBuffers,
+    ) -> dict[str, np.ndarray]:
         """跑一次。
 
         Args:
-            inputs: 名字到整数数组；``logits_positions`` 为 ``[B, L]``，其余形状由约定给出。
+            inputs: 名字到数组，名字与构造时给的相同；dtype 不同的会转换。
+            output_shapes: 每个输出这一次的形状。
             caches: 这个绑定所属的缓存，会被原地更新。
 
         Returns:
-            ``[B, L, V]`` float32，内存归本对象，下一次 ``run`` 会覆盖它。
+            名字到输出。内存归本对象，下一次 ``run`` 会覆盖它。
 
         Raises:
             DsxError: ``DSX-E513``，ONNX Runtime 执行失败。
         """
-        for name, array in inputs.items():
-            self._stage(name, array)
-        self._stage_logits(*inputs["logits_positions"].shape)
+        for name, slot in self._inputs.items():
+            value = slot.reshape(inputs[name].shape)
+            if value is not None:
+                self._io.bind_ortvalue_input(name, value)
+            np.copyto(slot.array, inputs[name])
+        for name, slot in self._outputs.items():
+            value = slot.reshape(output_shapes[name])
+            if value is not None:
+                self._io.bind_ortvalue_output(name, value)
         if self._bound_version != caches.version:
             caches.bind(self._io)
             self._bound_version = caches.version
@@ -57,23 +92,12 @@ class CallBinding:
             raise DsxError(
                 "DSX-E513", f"ONNX Runtime：{error}", "核对 bundle 是否完整（dsx verify），内存是否够用"
             ) from error
-        if self._raw_logits is not self._logits:
-            np.copyto(self._logits, self._raw_logits)
-        return self._logits
+        return {name: slot.array for name, slot in self._outputs.items()}
 
-    def _stage(self, name: str, array: np.ndarray) -> None:
-        """把 ``array`` 写进绑好的缓冲区，形状变了才换缓冲区。"""
-        staged = self._inputs.get(name)
-        if staged is None or staged.shape != array.shape:
-            staged = self._inputs[name] = np.empty(array.shape, np.int64)
-            self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(staged))
-        np.copyto(staged, array)
-
-    def _stage_logits(self, batch: int, rows: int) -> None:
-        shape = (batch, rows, self._vocab_size)
-        if self._raw_logits.shape == shape:
-            return
-        self._raw_logits = np.empty(shape, self._logits_dtype)
-        is_float32 = self._logits_dtype == np.float32
-        self._logits = self._raw_logits if is_float32 else np.empty(shape, np.float32)
-        self._io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._raw_logits))
+    def as_float32(self, array: np.ndarray) -> np.ndarray:
+        """``array`` 的 float32 版本：已经是就原样返回，否则转进一块反复使用的缓冲区。"""
+        if array.dtype == np.float32:
+            return array
+        self._float32.reshape(array.shape)
+        np.copyto(self._float32.array, array)
+        return self._float32.array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -10,12 +10,11 @@ import numpy as np
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
 from deepseek_export.runtime.cache import CacheBuffers
-from deepseek_export.runtime.result import FinishReason, GenerationResult
+from deepseek_export.runtime.result import GenerationResult
+from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.tokenizer import BundleTokenizer
-
-OnToken = Callable[[int, int], None]
 
 
 class Generator:
@@ -38,7 +37,7 @@ class Generator:
         eos_token_ids: Iterable[int],
         prefill_chunk: int = 512,
     ) -> None:
-        _check_positive("prefill_chunk", prefill_chunk)
+        check_positive("prefill_chunk", prefill_chunk)
         self.session = session
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -68,7 +67,7 @@ class Generator:
                 ``DSX-E512``，``max_new_tokens`` 不是正整数；``DSX-E509``，token id 越界；
                 ``DSX-E505``，logits 无法采样。
         """
-        _check_positive("max_new_tokens", max_new_tokens)
+        check_positive("max_new_tokens", max_new_tokens)
         rows = self._check_rows(prompts)
         lens = np.array([len(row) for row in rows], np.int64)
         budgets = np.minimum(max_new_tokens, self.session.max_positions - lens)
@@ -78,13 +77,15 @@ class Generator:
         prefilled = perf_counter()
         sampler = Sampler(sampling or SamplingParams(), len(rows))
         eos = frozenset() if ignore_eos else self.eos_token_ids
-        token_ids, reasons = self._decode(logits, lens, budgets, caches, sampler, eos, on_token)
+        out = OutputRows(budgets, eos, on_token)
+        self._decode(logits, lens, caches, sampler, out)
         finished = perf_counter()
+        token_ids = out.token_ids
         return GenerationResult(
             token_ids=token_ids,
             text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in token_ids],
             prompt_lens=lens.tolist(),
-            finish_reasons=reasons,
+            finish_reasons=out.reasons,
             prefill_s=prefilled - started,
             decode_s=finished - prefilled,
         )
@@ -103,7 +104,7 @@ class Generator:
             DsxError: 同 :meth:`generate`；``chunk`` 不是正整数时为 ``DSX-E512``。
         """
         if chunk is not None:
-            _check_positive("chunk", chunk)
+            check_positive("chunk", chunk)
         rows = self._check_rows(ids)
         caches = self.session.new_caches(len(rows), max(len(row) for row in rows))
         out = [np.empty((len(row), self.session.vocab_size), np.float32) for row in rows]
@@ -128,35 +129,23 @@ class Generator:
         self,
         logits: np.ndarray,
         lens: np.ndarray,
-        budgets: np.ndarray,
         caches: CacheBuffers,
         sampler: Sampler,
-        eos: frozenset[int],
-        on_token: OnToken | None,
-    ) -> tuple[list[list[int]], list[FinishReason]]:
+        out: OutputRows,
+    ) -> None:
         """从 prefill 的 logits ``[B, V]`` 开始逐步生成，直到每行都结束。"""
-        token_ids: list[list[int]] = [[] for _ in lens]
-        reasons: list[FinishReason] = ["length"] * len(lens)
-        active = budgets > 0
         # 提示词恰好占满时这一行没有余地，但同批的调用仍会在 past_lens 处写一个填充位置，所以退一格。
         past_lens = np.minimum(lens, self.session.max_positions - 1)
         input_ids = np.zeros((len(lens), 1), np.int64)
         positions = np.zeros((len(lens), 1), np.int64)
-        while active.any():
+        while out.active.any():
             input_ids[:, 0] = sampler.sample(logits)
-            for row in np.flatnonzero(active).tolist():
-                token = int(input_ids[row, 0])
-                token_ids[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
-                if token in eos:
-                    reasons[row] = "eos"
-                active[row] = token not in eos and len(token_ids[row]) < budgets[row]
-            if active.any():
+            for row in np.flatnonzero(out.active).tolist():
+                out.emit(row, [int(input_ids[row, 0])])
+            if out.active.any():
                 caches.ensure(int(past_lens.max()) + 1)
                 logits = self.session.run(input_ids, past_lens, positions, caches)[:, 0]
-                past_lens += active
-        return token_ids, reasons
+                past_lens += out.active
 
     def _check_rows(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         if len(prompts) == 0:
@@ -178,6 +167,7 @@ class Generator:
         return rows
 
 
-def _check_positive(name: str, value: int) -> None:
+def check_positive(name: str, value: int) -> None:
+    """不是正整数就报 ``DSX-E512``。"""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise DsxError("DSX-E512", f"{name}={value!r}", f"把 {name} 设为不小于 1 的整数")

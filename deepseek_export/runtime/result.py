@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from deepseek_export.runtime.speculation import SpeculationStats
+
 FinishReason = Literal["eos", "length"]
 
 
@@ -19,6 +21,8 @@ class GenerationResult:
         finish_reasons: ``eos`` 遇到结束符；``length`` 到了 max_new_tokens 或模型的最大长度。
         prefill_s: 从开始到拿到每行第一份 logits 的秒数。
         decode_s: 其余的秒数，含采样和 on_token 回调。
+        speculation: 投机解码的统计；普通解码为 ``None``。
+        notes: 要告诉用户的话，例如中途停止了投机。
     """
 
     token_ids: list[list[int]]
@@ -27,6 +31,8 @@ class GenerationResult:
     finish_reasons: list[FinishReason]
     prefill_s: float
     decode_s: float
+    speculation: SpeculationStats | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:

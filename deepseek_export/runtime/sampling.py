@@ -127,16 +127,20 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray:
     return eligible[order].astype(np.int64, copy=False)
 
 
+def unusable_logits(row: int, peak: float) -> DsxError:
+    """第 ``row`` 行 logits 的最大值 ``peak`` 不是有限数（``DSX-E505``）。"""
+    return DsxError(
+        "DSX-E505",
+        f"第 {row} 行的 logits 里最大值是 {peak}，无法采样",
+        "多半是 float16 溢出：换用 float32 重新导出，或用 dsx verify 找出第一个出错的层",
+    )
+
+
 def _check_finite(logits: np.ndarray) -> None:
     peaks = logits.max(axis=1)  # max 会传播 NaN，一趟扫描就够
     bad = np.flatnonzero(~np.isfinite(peaks))
     if bad.size:
-        row = int(bad[0])
-        raise DsxError(
-            "DSX-E505",
-            f"第 {row} 行的 logits 里最大值是 {float(peaks[row])}，无法采样",
-            "多半是 float16 溢出：换用 float32 重新导出，或用 dsx verify 找出第一个出错的层",
-        )
+        raise unusable_logits(int(bad[0]), float(peaks[bad[0]]))
 
 
 def _is_real(value: object) -> bool:

@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import onnxruntime as ort
 
-from deepseek_export.errors import DsxError
-from deepseek_export.runtime.binding import CallBinding
-from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, contract_broken
+from deepseek_export.runtime.cache import CacheBuffers, contract_broken
+from deepseek_export.runtime.graph import TOKEN_INPUTS, GraphSession
 
-_TOKEN_INPUTS = ("input_ids", "past_lens", "logits_positions")
-_LOGITS_DTYPES: dict[str, np.dtype] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-}
-# ORT 的异常类分不清原因（缺权重和缺算子都是 Fail），只能看原话；靠前的更具体。
-_LOAD_ADVICE = (
-    (("escapes model directory",), "ONNX Runtime 不跟随指向目录外的符号链接：改用硬链接或复制权重文件"),
-    (
-        ("external data path", "external initializer"),
-        "权重文件缺失或不完整：把 model.onnx 和它旁边的权重一起复制，或重新导出",
-    ),
-    (
-        ("not a registered function/op", "no op registered", "could not find an implementation"),
-        "这个 ONNX Runtime 没有模型要的算子：升级 onnxruntime，或换 --target portable 重新导出",
-    ),
-    (("unsupported model ir version", "is under development"), "模型比 ONNX Runtime 新：升级 onnxruntime"),
-)
+VerifyMode = Literal["greedy", "rejection"]
+
+_CHANCE_INPUTS = ("draft_probs", "uniform", "temperature")
+_VERIFY_OUTPUTS = ("num_accepted", "next_id", "hidden", "logits")
 
 
-class ModelSession:
-    """一个加载好的模型。无状态：序列的状态全在 :class:`CacheBuffers` 里，同一会话可以服务多个批次。
+@dataclass(frozen=True)
+class Chance:
+    """``rejection`` 模式一次验证要的随机量。
+
+    Attributes:
+        draft_probs: ``[B, K, V]`` float32，每个草稿是从哪个分布里抽的。
+        uniform: ``[B, K+1]`` float32，``[0, 1)`` 内的均匀随机数。
+        temperature: 大于 0。
+    """
+
+    draft_probs: np.ndarray
+    uniform: np.ndarray
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Verified:
+    """一次验证的结果；各数组是缓冲区的视图，同一个 ``caches`` 的下一次验证会覆盖它们。
+
+    Attributes:
+        num_accepted: ``[B]`` int64，每行接受了几个草稿。
+        next_id: ``[B]`` int64，接受的草稿之后的那个 token。
+        hidden: ``[B, S, D]``，这次调用各行过了末尾归一化的 hidden。
+        logits: ``[B, L, V]``，模型的 dtype，不做转换。
+    """
+
+    num_accepted: np.ndarray
+    next_id: np.ndarray
+    hidden: np.ndarray
+    logits: np.ndarray
+
+
+class ModelSession(GraphSession):
+    """一个加载好的主模型，同一会话可以服务多个批次。
 
     Args:
         model_path: ``model.onnx`` 的路径；权重是旁边的外部数据，所以必须给路径而不是字节。
@@ -42,9 +58,7 @@ class ModelSession:
         max_positions: 模型的 max_position_embeddings，缓存容量的上限。
 
     Attributes:
-        vocab_size: 词表大小 V。
-        cache_spec: 模型要的缓存。
-        max_positions: 同参数。
+        verify_mode: 图里带的是哪种草稿验证；普通 bundle 为 ``None``。
 
     Raises:
         DsxError: ``DSX-E507``，加载失败，附 ONNX Runtime 原话；``DSX-E508``，输入输出与约定不符。
@@ -53,20 +67,16 @@ class ModelSession:
     def __init__(
         self, model_path: str | os.PathLike[str], *, threads: int | None = None, max_positions: int
     ) -> None:
-        self.max_positions = max_positions
-        self._session = _load(Path(model_path), threads)
-        self.cache_spec = CacheSpec.from_session(self._session)
-        self._check_inputs()
-        self.vocab_size, self._logits_dtype = self._logits_contract()
-        self._bindings: WeakKeyDictionary[CacheBuffers, CallBinding] = WeakKeyDictionary()
-
-    def new_caches(self, batch: int, needed: int = 1) -> CacheBuffers:
-        """给一个新批次分配清零的缓存，至少放得下 ``needed`` 个位置。
-
-        Raises:
-            DsxError: ``DSX-E506``，``needed`` 超过 ``max_positions``。
-        """
-        return CacheBuffers(self.cache_spec, batch, self.max_positions, needed)
+        super().__init__(model_path, threads=threads, max_positions=max_positions)
+        self.verify_mode: VerifyMode | None = None
+        extra: tuple[str, ...] = ()
+        if "draft_ids" in self._input_types:
+            rejection = any(name in self._input_types for name in _CHANCE_INPUTS)
+            self.verify_mode = "rejection" if rejection else "greedy"
+            extra = ("draft_ids", *(_CHANCE_INPUTS if rejection else ()))
+        self._check_contract(extra, _VERIFY_OUTPUTS if extra else ("logits",))
+        if extra and self.hidden_size is None:
+            raise contract_broken("hidden 的形状不是 [B, S, 常数]")
 
     def run(
         self,
@@ -78,6 +88,7 @@ class ModelSession:
         """跑一次前向，``caches`` 原地更新。
 
         第 b 行的新位置写在 ``past_lens[b] .. past_lens[b]+S-1``，右填充的位置也写，只是以后不会被读。
+        带草稿验证的模型也能这样用：填上占位的草稿，验证的结果不取。
 
         Args:
             input_ids: ``[B, S]`` 整数。
@@ -92,80 +103,53 @@ class ModelSession:
             DsxError: ``DSX-E509``，token id 超出词表；``DSX-E513``，ONNX Runtime 执行失败。
             ValueError: 形状不一致、位置越界或缓存容量不够（调用方的缺陷）。
         """
-        self.check_ids(input_ids)
-        _check_shapes(input_ids, past_lens, logits_positions, caches)
-        binding = self._bindings.get(caches)
-        if binding is None:
-            binding = CallBinding(self._session, self.vocab_size, self._logits_dtype)
-            self._bindings[caches] = binding
-        inputs = dict(zip(_TOKEN_INPUTS, (input_ids, past_lens, logits_positions), strict=True))
-        return binding.run(inputs, caches)
+        inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_lens, logits_positions), strict=True))
+        if self.verify_mode is not None:
+            batch, rows = logits_positions.shape
+            inputs["draft_ids"] = np.zeros((batch, rows - 1), np.int64)
+            if self.verify_mode == "rejection":
+                probs = np.broadcast_to(np.float32(0), (batch, rows - 1, self.vocab_size))
+                inputs |= _chance_inputs(Chance(probs, np.zeros((batch, rows), np.float32), 1.0))
+        binding, got = self._call(("logits",), inputs, caches)
+        return binding.as_float32(got["logits"])
 
-    def check_ids(self, ids: np.ndarray, where: str = "input_ids") -> None:
-        """在主机上核对 token id，不让越界的 id 进到 Gather 里。
+    def verify(
+        self,
+        input_ids: np.ndarray,
+        past_lens: np.ndarray,
+        logits_positions: np.ndarray,
+        draft_ids: np.ndarray,
+        caches: CacheBuffers,
+        chance: Chance | None = None,
+    ) -> Verified:
+        """跑一次前向并在图内验证草稿。
 
         Args:
-            ids: 任意形状的整数数组。
-            where: 报错时怎么称呼这个数组。
+            input_ids: ``[B, S]`` 整数；验证时是 ``[t_n, d_1 .. d_K]``，prefill 时是提示词的一块。
+            past_lens: ``[B]`` 整数。
+            logits_positions: ``[B, K+1]`` 整数，依次是 t_n 与各草稿所在的行。
+            draft_ids: ``[B, K]`` 整数，K 可以为 0，此时 ``next_id`` 就是下一个 token。
+            caches: 同 :meth:`run`。
+            chance: ``rejection`` 模式必给，``greedy`` 模式不给。
 
         Raises:
-            DsxError: ``DSX-E509``，不是整数或不在 ``[0, V)`` 内，附第一个出错的坐标。
+            DsxError: 同 :meth:`run`。
+            ValueError: 同 :meth:`run`；或模型不带草稿验证，或 L 不等于 K+1，或 ``chance`` 与模式不符。
         """
-        todo = "确认 tokenizer 与模型来自同一个检查点"
-        if ids.dtype.kind not in "iu":
-            raise DsxError("DSX-E509", f"{where} 的 dtype 是 {ids.dtype}，不是整数", todo)
-        if ids.size == 0 or (ids.min() >= 0 and ids.max() < self.vocab_size):
-            return
-        at = np.argwhere((ids < 0) | (ids >= self.vocab_size))[0]
-        value = int(ids[tuple(at)])
-        raise DsxError("DSX-E509", f"{where}{at.tolist()} = {value}，不在 [0, {self.vocab_size}) 内", todo)
-
-    def _check_inputs(self) -> None:
-        found = {node.name for node in self._session.get_inputs()}
-        expected = {*_TOKEN_INPUTS, *(tensor.name for tensor in self.cache_spec.tensors)}
-        if found != expected:
-            missing, extra = sorted(expected - found), sorted(found - expected)
-            raise contract_broken(f"模型的输入不符：缺少 {missing}，多出 {extra}")
-
-    def _logits_contract(self) -> tuple[int, np.dtype]:
-        node = next((node for node in self._session.get_outputs() if node.name == "logits"), None)
-        if node is None:
-            raise contract_broken("模型没有名为 logits 的输出")
-        shape = list(node.shape)
-        if node.type not in _LOGITS_DTYPES or len(shape) != 3 or not isinstance(shape[2], int):
-            raise contract_broken(f"logits 是 {node.type}{shape}，应为 float 或 float16 的 [B, L, 常数]")
-        return shape[2], _LOGITS_DTYPES[node.type]
+        if self.verify_mode is None:
+            raise ValueError("这个模型不带草稿验证")
+        if logits_positions.shape[1] != draft_ids.shape[1] + 1:
+            raise ValueError(f"要求 L=K+1，实际 {logits_positions.shape} 与 {draft_ids.shape}")
+        if (chance is not None) != (self.verify_mode == "rejection"):
+            raise ValueError(f"{self.verify_mode} 模式{'要' if chance is None else '不要'} chance")
+        inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_lens, logits_positions), strict=True))
+        inputs["draft_ids"] = draft_ids
+        if chance is not None:
+            inputs |= _chance_inputs(chance)
+        _, got = self._call(_VERIFY_OUTPUTS, inputs, caches)
+        return Verified(**got)
 
 
-def _load(path: Path, threads: int | None) -> ort.InferenceSession:
-    if not path.is_file():
-        raise DsxError("DSX-E507", f"{path} 不存在或不是文件", "检查 bundle 路径；bundle 里应有 model.onnx")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # 只留 FATAL：要紧的事都由异常带出来
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ORT 的异常类都直接继承 Exception，没有共同基类
-        raise DsxError("DSX-E507", f"{path}：{error}", _load_advice(str(error))) from error
-
-
-def _load_advice(message: str) -> str:
-    lowered = message.lower()
-    for marks, advice in _LOAD_ADVICE:
-        if any(mark in lowered for mark in marks):
-            return advice
-    return "确认文件由 dsx export 生成且没有损坏，必要时重新导出"
-
-
-def _check_shapes(
-    input_ids: np.ndarray, past_lens: np.ndarray, logits_positions: np.ndarray, caches: CacheBuffers
-) -> None:
-    shapes = [list(array.shape) for array in (input_ids, past_lens, logits_positions)]
-    if [len(shape) for shape in shapes] != [2, 1, 2] or {shape[0] for shape in shapes} != {caches.batch}:
-        raise ValueError(f"要求 [B,S]、[B]、[B,L] 且 B={caches.batch}，实际是 {shapes}")
-    new = input_ids.shape[1]
-    if new == 0 or logits_positions.min() < 0 or logits_positions.max() >= new:
-        raise ValueError(f"logits_positions 必须在 [0, {new}) 内")
-    if past_lens.min() < 0 or past_lens.max() + new > caches.capacity:
-        raise ValueError(f"past_lens={past_lens.tolist()} 加 {new} 个新位置放不进容量 {caches.capacity}")
+def _chance_inputs(chance: Chance) -> dict[str, np.ndarray]:
+    temperature = np.array([chance.temperature], np.float32)
+    return dict(zip(_CHANCE_INPUTS, (chance.draft_probs, chance.uniform, temperature), strict=True))

@@ -223,7 +223,12 @@ def test_generate_without_a_tokenizer_prints_ids(tiny_bundle):
 def test_ctrl_c_stops_without_a_traceback(demo_bundle):
     args = ["generate", str(demo_bundle), "-P", "白日", "--ignore-eos", "--max-new-tokens", "4000"]
     with subprocess.Popen(
-        [*DSX, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        [*DSX, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        # 测试若在后台跑，SIGINT 是被忽略的，而且会传给子进程。
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -98,7 +98,7 @@ def test_broken_checkpoints(name, plain, tmp_path):
         (["-p", "mla", "--set", "mla.form=fast"], "DSX-E003"),
         (["--set", "mla.form=absorb"], "DSX-E004"),
         (["-p", "./nothing.toml"], "DSX-E005"),
-        (["-p", "full"], "DSX-E006"),
+        (["-p", "full"], "DSX-E119"),
         (["-p", "mla", "--target", "tensorrt"], "DSX-E301"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -150,7 +150,13 @@ def test_bad_generate_inputs(tiny_bundle):
 def test_an_interrupted_export_leaves_no_bundle(number, code, wide, plain, tmp_path):
     out = tmp_path / "out"
     command = [*DSX, "export", str(wide), "-p", "mla", "-o", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stderr is not None
         seen = []
         for line in process.stderr:

@@ -78,9 +78,10 @@ def test_cache_entry_counts_576_values_per_token_and_layer(v3_bundle: Bundle):
     assert cache.bytes_per_token == cache.values_per_token_per_layer * config.num_hidden_layers * 4
 
 
-def test_mtp_profile_is_refused(v3_checkpoint: Path, tmp_path: Path):
-    """这一版不导出 MTP：明说，不留半成品。"""
-    assert code_of(export_bundle, v3_checkpoint, tmp_path / "out", resolve_profile("full")) == "DSX-E006"
+def test_mtp_without_mtp_weights_is_refused(v3_checkpoint: Path, tmp_path: Path):
+    """transformers 存的检查点 config 里写着 num_nextn_predict_layers 而没有权重：-p mla 可以，-p mtp 拒绝。"""
+    assert Checkpoint.open(v3_checkpoint).config.num_mtp_layers == 1
+    assert code_of(export_bundle, v3_checkpoint, tmp_path / "out", resolve_profile("full")) == "DSX-E119"
     assert not (tmp_path / "out").exists()
 
 

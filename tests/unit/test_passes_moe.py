@@ -76,7 +76,7 @@ def moe_module(variant="v3", dtype="float32", extra=(), outputs=("y",), **overri
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
     torch_dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
     functions = {"MoeGate": _gate_body(config), "MoeExperts": _experts_body(config, torch_dtype)}
-    return GraphModule(gs.import_onnx(proto), functions, recipes, dtype, config, ())
+    return GraphModule(gs.import_onnx(proto), functions, recipes, dtype, config, (), "main", (), None)
 
 
 #: 追踪一次要几百毫秒，同样的配置只追踪一次；ModelConfig 与 dtype 都可哈希。

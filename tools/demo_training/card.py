@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from demo_training import evaluate, export
+from demo_training.data import ASSISTANT, BOS, USER
 from demo_training.evaluate import Acceptance, Encoded
 from demo_training.loop import Trainer, balance
 from demo_training.model import DemoModel
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 12, 24, 96
-#: 样例的提示：``(语言, 文字)``；都不是留出集里的原文。
 _SAMPLES = (
-    ("zh", "《春夜》李白\n"),
-    ("zh", "明月"),
-    ("zh", "《论语》\n子曰：“君子"),
-    ("en", "And it came to pass"),
-    ("en", "Blessed is the man that"),
-    ("en", "And God said unto Noah,"),
+    "《春夜》李白\n",
+    "明月",
+    "《论语》\n子曰：“君子",
+    "And it came to pass",
+    "And God said unto Noah,",
 )
+_CHATS = ("《秋夜》王维", "The LORD is my shepherd; I shall not want.")
 
 
 def measure(
@@ -53,20 +53,31 @@ def measure(
         "held_tokens": {name: part.shape[0] * trainer.recipe.length for name, part in windows.items()},
         "history": trainer.history,
         "held_losses": {name: evaluate.held_losses(model, part) for name, part in windows.items()},
+        "agreement": {name: evaluate.agreement(model, part) for name, part in windows.items()},
         "balance": _held_balance(model, windows),
     }
     report["acceptance"] = {name: _acceptance(model, items) for name, items in data["held"].items()}
     report["acceptance"]["全部"] = sum(report["acceptance"].values(), Acceptance())
     report["samples"] = [
-        (language, text, _complete(model, tokenizer, tokenizer.encode(text).ids))
-        for language, text in _SAMPLES
-    ]
-    report["held_samples"] = [
-        (name, tokenizer.decode(prompt), _complete(model, tokenizer, prompt))
-        for name, items in data["held"].items()
-        for prompt in evaluate.prompts_of(items, 2, _PROMPT_TOKENS)
+        (kind, tokenizer.decode(ids, skip_special_tokens=kind != "对话"), _complete(model, tokenizer, ids))
+        for kind, ids in _sample_prompts(tokenizer, data["held"])
     ]
     return report
+
+
+def _sample_prompts(tokenizer: Any, held: dict[str, Encoded]) -> list[tuple[str, list[int]]]:
+    """样例的提示，``(种类, token)``。"""
+    own = [tokenizer.encode(text, add_special_tokens=False).ids for text in _SAMPLES]
+    chats = [tokenizer.encode(text, add_special_tokens=False).ids for text in _CHATS]
+    return [
+        *[("自拟的提示", [BOS, *ids]) for ids in own],
+        *[("对话", [BOS, USER, *ids, ASSISTANT]) for ids in chats],
+        *[
+            ("留出集里的开头", ids)
+            for items in held.values()
+            for ids in evaluate.prompts_of(items, 3, _PROMPT_TOKENS)
+        ],
+    ]
 
 
 def parameter_counts(model: DemoModel) -> dict[str, int]:
@@ -87,13 +98,11 @@ def parameter_counts(model: DemoModel) -> dict[str, int]:
 @torch.no_grad()
 def _held_balance(model: DemoModel, windows: dict[str, Tensor]) -> list[tuple[float, float]]:
     """留出集上各 MoE 层的负载均衡，只算主干与第一次 MTP 应用。"""
-    for gate in model.gates:
-        gate.load.zero_()
     model.train()  # 只为累计负载；不求梯度，偏置也不更新
     for part in (part for group in windows.values() for part in group.split(8)):
         next(model.drafts(part, model.trunk(part[:, :-4]), 1))
     model.eval()
-    return balance([gate.load for gate in model.gates])
+    return balance([gate.take_load() for gate in model.gates])
 
 
 def _acceptance(model: DemoModel, items: Encoded) -> Acceptance:
@@ -137,6 +146,10 @@ def _render(r: dict[str, Any], command: str) -> str:
         + f" | {a.tokens_per_call:.2f} |"
         for name, a in r["acceptance"].items()
     )
+    agreed = "\n".join(
+        f"| {names[name]} | " + " | ".join(f"{share:.1%}" for share in shares) + " |"
+        for name, shares in r["agreement"].items()
+    )
     layers = [f"第 {index} 层" for index in range(c["first_k_dense_replace"], c["num_hidden_layers"])] + [
         "MTP 层"
     ]
@@ -145,14 +158,14 @@ def _render(r: dict[str, Any], command: str) -> str:
         or "（稠密，没有专家）"
     )
     samples = "\n\n".join(
-        f"提示（{names[language]}{'，留出集' if (language, text, output) in r['held_samples'] else ''}）：\n\n```text\n"
-        f"{text}【续】{output}\n```"
-        for language, text, output in [*r["samples"], *r["held_samples"]]
+        f"{kind}：\n\n```text\n{text}【续】{output}\n```" for kind, text, output in r["samples"]
     )
     experts = (
-        f"{c['n_routed_experts']} 个路由专家（宽 {c['moe_intermediate_size']}）加 1 个共享专家，"
-        f"分 {c['n_group']} 组、先选 {c['topk_group']} 组再选 {c['num_experts_per_tok']} 个，sigmoid 打分，noaux_tc"
+        f"{c['n_routed_experts']} 个路由专家（宽 {c['moe_intermediate_size']}）加 1 个共享专家，分 {c['n_group']} 组，"
+        f"先选 {c['topk_group']} 组再选 {c['num_experts_per_tok']} 个，sigmoid 打分，noaux_tc"
     )
+    if not r["balance"]:
+        experts = f"没有：对照组，全部层稠密，宽 {c['intermediate_size']}"
     return _CARD.format(
         total=p["total"] / 1e6,
         mtp=p["mtp"] / 1e6,
@@ -162,22 +175,31 @@ def _render(r: dict[str, Any], command: str) -> str:
         curve=curve,
         held=held,
         accepted=accepted,
+        agreed=agreed,
         load=load,
         samples=samples,
         command=command,
         minutes=r["seconds"] / 60,
-        tokens=r["recipe"]["steps"]
-        * (r["recipe"]["batch_zh"] + r["recipe"]["batch_en"])
-        * r["recipe"]["length"]
-        / 1e6,
         zh=r["train_tokens"]["zh"] / 1e3,
         en=r["train_tokens"]["en"] / 1e3,
-        share=r["recipe"]["batch_zh"] / (r["recipe"]["batch_zh"] + r["recipe"]["batch_en"]),
-        rows=r["recipe"]["batch_zh"] + r["recipe"]["batch_en"],
+        **_budget(r["recipe"], r["train_tokens"]),
         prompt=_PROMPT_TOKENS,
         new=_NEW_TOKENS,
         r=r["recipe"],
     )
+
+
+def _budget(recipe: dict[str, Any], train_tokens: dict[str, int]) -> dict[str, float]:
+    """训练走过的 token：每批几行、共几百万、中文占比、每种语言几遍。"""
+    rows = {"zh": recipe["batch_zh"], "en": recipe["batch_en"]}
+    seen = {name: recipe["steps"] * count * recipe["length"] for name, count in rows.items()}
+    return {
+        "rows": sum(rows.values()),
+        "tokens": sum(seen.values()) / 1e6,
+        "share": rows["zh"] / sum(rows.values()),
+        "epochs_zh": seen["zh"] / train_tokens["zh"],
+        "epochs_en": seen["en"] / train_tokens["en"],
+    }
 
 
 _CARD = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")

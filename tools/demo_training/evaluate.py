@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,18 +36,38 @@ def held_losses(model: DemoModel, windows: Tensor, batch: int = 8) -> list[float
 
 @torch.no_grad()
 def greedy(model: DemoModel, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """逐条贪心续写，遇 EOS 停；每步重算整个前缀（没有缓存），返回含提示的完整序列。"""
+    """贪心续写，遇 EOS 停；每步重算整个前缀（没有缓存），等长的提示一起算。返回含提示的完整序列。"""
     model.eval()
-    results = []
-    for prompt in prompts:
-        ids = list(prompt)
+    results: dict[int, list[int]] = {}
+    for length in {len(prompt) for prompt in prompts}:
+        group = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([prompts[index] for index in group])
         for _ in range(new_tokens):
-            hidden = model.trunk(torch.tensor([ids]))
-            ids.append(int(model.lm_head(hidden[:, -1]).argmax()))
-            if ids[-1] == EOS:
+            following = model.lm_head(model.trunk(ids)[:, -1]).argmax(-1, keepdim=True)
+            following[(ids[:, length:] == EOS).any(1)] = EOS
+            ids = torch.cat([ids, following], dim=1)
+            if bool((following == EOS).all()):
                 break
-        results.append(ids)
-    return results
+        for index, row in zip(group, ids.tolist(), strict=True):
+            end = row.index(EOS, length) + 1 if EOS in row[length:] else len(row)
+            results[index] = row[:end]
+    return [results[index] for index in range(len(prompts))]
+
+
+@torch.no_grad()
+def agreement(model: DemoModel, windows: Tensor, batch: int = 8) -> list[float]:
+    """真实文本上，第 k 次 MTP 应用与主干的首选一致的比例：两者看到同样的前文，不受贪心续写打转的影响。"""
+    model.eval()
+    hits, total = torch.zeros(DEPTH, dtype=torch.double), 0
+    for part in windows.split(batch):
+        hidden = model.trunk(part)
+        choice = model.lm_head(hidden).argmax(-1)
+        T = part.shape[1] - DEPTH
+        for step, draft in enumerate(model.drafts(part, hidden[:, :T], DEPTH)):
+            same = model.lm_head(draft).argmax(-1) == choice[:, step + 1 : step + 1 + T]
+            hits[step] += same.sum()
+        total += len(part) * T
+    return (hits / total).tolist()
 
 
 @dataclass
@@ -120,7 +141,7 @@ def prompts_of(documents: Encoded, count: int, length: int) -> list[list[int]]:
     return [[BOS, *tokens[:length]] for tokens in long_enough[::stride][:count]]
 
 
-def encode(tokenizer: object, documents: list[tuple[str, str]]) -> Encoded:
+def encode(tokenizer: Any, documents: list[tuple[str, str]]) -> Encoded:
     """``(开头, 其余)`` 的 token；两段分开编码，开头总以换行收尾，拼起来与整段编码相同。"""
     encoded = [
         tokenizer.encode_batch(list(part), add_special_tokens=False) for part in zip(*documents, strict=True)

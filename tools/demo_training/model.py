@@ -98,14 +98,14 @@ class MLP(nn.Module):
 
 
 class Gate(nn.Module):
-    """noaux_tc router；``load`` 累计自上次 :meth:`update_bias` 以来各专家分到的 token 数。"""
+    """noaux_tc router；``counts`` 收集自上次 :meth:`take_load` 以来各次前向里各专家分到的 token 数。"""
 
     def __init__(self, c: dict[str, Any]) -> None:
         super().__init__()
         self.c, experts = c, c["n_routed_experts"]
         self.weight = nn.Parameter(torch.zeros(experts, c["hidden_size"]))
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
-        self.register_buffer("load", torch.zeros(experts), persistent=False)
+        self.counts: list[Tensor] = []
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, D] → 专家号与权重，各 [N, k]。"""
@@ -117,17 +117,21 @@ class Gate(nn.Module):
             choice = choice.masked_fill(~keep.unsqueeze(-1), -math.inf).flatten(1)
             ids = choice.topk(self.c["num_experts_per_tok"], dim=-1)[1]
             if self.training:
-                self.load += torch.bincount(ids.flatten(), minlength=len(self.load))
+                self.counts.append(torch.bincount(ids.flatten(), minlength=len(self.weight)))
         weights = scores.gather(1, ids)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return ids, weights * self.c["routed_scaling_factor"]
 
+    def take_load(self) -> Tensor:
+        """取走累计的负载，[E]；``list.append`` 是原子的，几个线程同时前向也不会丢。"""
+        load, self.counts = torch.stack(self.counts).sum(0).float(), []
+        return load
+
     @torch.no_grad()
     def update_bias(self, gamma: float) -> Tensor:
-        """DeepSeek-V3 的无辅助损失均衡：超载的专家偏置减 gamma，欠载的加 gamma。返回并清零负载。"""
-        load = self.load.clone()
+        """DeepSeek-V3 的无辅助损失均衡：超载的专家偏置减 gamma，欠载的加 gamma。返回负载。"""
+        load = self.take_load()
         self.e_score_correction_bias += gamma * torch.sign(load.mean() - load)
-        self.load.zero_()
         return load
 
 
@@ -225,9 +229,11 @@ class DemoModel(nn.Module):
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
                 continue
-            std = 0.5 / math.sqrt(weight.shape[-1])
+            std = 1 / math.sqrt(weight.shape[-1])
             if name.endswith("embed_tokens.weight"):
-                std = 0.1
+                std = 1.0
+            elif name.endswith(("lm_head.weight", "mlp.gate.weight")):
+                std /= 4
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.model.depth)
             nn.init.normal_(weight, 0.0, std, generator=random)

@@ -1,0 +1,43 @@
+"""bundle → 投机解码器。"""
+
+from __future__ import annotations
+
+from deepseek_export.bundle import Bundle
+from deepseek_export.runtime.draft import DraftSession
+from deepseek_export.runtime.session import ModelSession
+from deepseek_export.runtime.speculation import SpeculativeFloor
+from deepseek_export.runtime.speculative import SpeculativeGenerator
+from deepseek_export.runtime.tokenizer import BundleTokenizer
+
+
+def open_speculative(
+    bundle: Bundle, session: ModelSession, tokenizer: BundleTokenizer | None, threads: int | None = None
+) -> SpeculativeGenerator | None:
+    """按 manifest 打开草稿模型；bundle 没有打开 MTP 时为 ``None``。
+
+    Args:
+        bundle: 打开的 bundle。
+        session: 它的主模型。
+        tokenizer: 只用来把结果解码成文本。
+        threads: 草稿模型的线程数。
+
+    Raises:
+        DsxError: ``DSX-E507`` / ``DSX-E508``，草稿模型加载失败或不符合约定。
+    """
+    config, mtp = bundle.manifest.model, bundle.manifest.profile.mtp
+    if not bundle.draft_paths:
+        return None
+    # 草稿不足模块数时，后面的模块用不到，不必加载。
+    drafts = [
+        DraftSession(path, threads=threads, max_positions=config.max_position_embeddings)
+        for path in bundle.draft_paths[: mtp.num_draft_tokens]
+    ]
+    return SpeculativeGenerator(
+        session,
+        drafts,
+        tokenizer,
+        config.eos_token_ids,
+        mtp.num_draft_tokens,
+        mtp.verify,
+        floor=SpeculativeFloor.from_config(config, mtp.num_draft_tokens),
+    )

@@ -1,0 +1,262 @@
+"""投机解码：MTP 模块起草若干 token，主模型一次调用验证，输出与逐个 token 解码相同。"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime.batching import right_padded_chunks
+from deepseek_export.runtime.cache import CacheBuffers, contract_broken
+from deepseek_export.runtime.chance import RowChance
+from deepseek_export.runtime.draft import DraftSession
+from deepseek_export.runtime.drafting import Drafter
+from deepseek_export.runtime.generate import Generator, check_positive
+from deepseek_export.runtime.result import GenerationResult
+from deepseek_export.runtime.rows import OnToken, OutputRows
+from deepseek_export.runtime.sampling import SamplingParams, unusable_logits
+from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
+from deepseek_export.runtime.speculation import FloorWatch, SpeculativeFloor, Tally, refused
+from deepseek_export.runtime.tokenizer import BundleTokenizer
+
+MAX_DRAFT_TOKENS = 8
+
+
+@dataclass
+class _Run:
+    """一次生成的全部状态。
+
+    Attributes:
+        tokens: ``[B, W]``，提示词与生成的 token；``newest`` 之后的内容没有意义。
+        newest: ``[B]``，每行最新 token 的下标，它还没有送进主模型。
+        drafter: 不再投机时为 ``None``。
+    """
+
+    tokens: np.ndarray
+    newest: np.ndarray
+    caches: CacheBuffers
+    out: OutputRows
+    drafter: Drafter | None
+    chance: RowChance | None
+    tally: Tally
+
+
+class SpeculativeGenerator(Generator):
+    """带草稿的生成器；``logits`` 与 :class:`Generator` 相同。
+
+    Args:
+        session: 带草稿验证的主模型。
+        drafts: 各 MTP 模块，按顺序，至少一个。
+        tokenizer: 只用来把结果解码成文本。
+        eos_token_ids: 任何一个都结束一行。
+        num_draft_tokens: 每次调用至多验证几个草稿，1 到 8；多于模块数时最后一个模块递归。
+        verify_mode: 必须与主模型图里的一致。
+        prefill_chunk: prefill 每块的长度。
+        floor: 接受率的止损线；``None`` 表示一直投机。
+
+    Raises:
+        DsxError: ``DSX-E516``，``num_draft_tokens`` 或 ``drafts`` 不在允许范围内；``DSX-E508``，
+            主模型与草稿模型或验证方式对不上；``DSX-E512``，``prefill_chunk`` 不是正整数。
+    """
+
+    def __init__(
+        self,
+        session: ModelSession,
+        drafts: Sequence[DraftSession],
+        tokenizer: BundleTokenizer | None,
+        eos_token_ids: Iterable[int],
+        num_draft_tokens: int,
+        verify_mode: VerifyMode,
+        prefill_chunk: int = 512,
+        floor: SpeculativeFloor | None = None,
+    ) -> None:
+        super().__init__(session, tokenizer, eos_token_ids, prefill_chunk)
+        whole = isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool)
+        if not whole or not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+            raise refused("num_draft_tokens", num_draft_tokens, f" 1 到 {MAX_DRAFT_TOKENS} 的整数")
+        if not drafts:
+            raise refused("drafts", list(drafts), "至少一个草稿模块")
+        if session.verify_mode != verify_mode:
+            raise contract_broken(f"约定的验证方式是 {verify_mode}，主模型图里的是 {session.verify_mode}")
+        sizes = [(s.vocab_size, s.hidden_size) for s in (session, *drafts)]
+        if len(set(sizes)) > 1:
+            raise contract_broken(f"主模型与草稿模型的 (词表, hidden) 大小不一致：{sizes}")
+        self.drafts = list(drafts)
+        self.num_draft_tokens = num_draft_tokens
+        self.verify_mode = verify_mode
+        self.floor = floor
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: SamplingParams | None = None,
+        on_token: OnToken | None = None,
+        ignore_eos: bool = False,
+    ) -> GenerationResult:
+        """批量生成；参数与结果的含义同 :meth:`Generator.generate`，另带 ``speculation`` 统计。
+
+        ``greedy`` 的输出与普通贪心解码逐个 token 相同；``rejection`` 的输出与普通采样同分布（但同一个种子
+        给出的序列不同）。``on_token`` 在一次调用里先给完一行接受的几个 token，再轮到下一行。
+
+        Raises:
+            DsxError: ``DSX-E515``，采样参数与验证方式不相容；其余同 :meth:`Generator.generate`。
+        """
+        params = sampling or SamplingParams()
+        self._check_sampling(params)
+        check_positive("max_new_tokens", max_new_tokens)
+        rows = self._check_rows(prompts)
+        lens = np.array([len(row) for row in rows], np.int64)
+        budgets = np.minimum(max_new_tokens, self.session.max_positions - lens)
+        started = perf_counter()
+        out = OutputRows(budgets, frozenset() if ignore_eos else self.eos_token_ids, on_token)
+        run = self._start(rows, lens, out, params)
+        first = self._prefill_ids(rows, run)
+        prefilled = perf_counter()
+        for row in np.flatnonzero(out.active).tolist():
+            run.tokens[row, lens[row]] = first[row]
+            out.emit(row, [int(first[row])])
+        notes, draft_calls = self._decode_rounds(run)
+        finished = perf_counter()
+        token_ids = out.token_ids
+        return GenerationResult(
+            token_ids=token_ids,
+            text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in token_ids],
+            prompt_lens=lens.tolist(),
+            finish_reasons=out.reasons,
+            prefill_s=prefilled - started,
+            decode_s=finished - prefilled,
+            speculation=run.tally.stats(draft_calls, fell_back=bool(notes)),
+            notes=notes,
+        )
+
+    def _start(
+        self, rows: list[np.ndarray], lens: np.ndarray, out: OutputRows, params: SamplingParams
+    ) -> _Run:
+        batch, most = len(rows), self.num_draft_tokens
+        tokens = np.zeros((batch, int((lens + out.remaining).max()) + 2 * most + 1), np.int64)
+        for row, ids in enumerate(rows):
+            tokens[row, : len(ids)] = ids
+        chance = None
+        if self.verify_mode == "rejection":
+            chance = RowChance(params, batch, most, self.session.vocab_size)
+        # 只要一个 token 时没有可投机的，草稿的缓存也不必建。
+        drafter = Drafter(self.drafts, most, tokens, lens, chance) if out.remaining.max() > 1 else None
+        return _Run(
+            tokens=tokens,
+            newest=lens.copy(),
+            caches=self.session.new_caches(batch, int(lens.max())),
+            out=out,
+            drafter=drafter,
+            chance=chance,
+            tally=Tally(most, self.verify_mode),
+        )
+
+    def _prefill_ids(self, rows: list[np.ndarray], run: _Run) -> np.ndarray:
+        """填好主模型与草稿模型的缓存，返回每行的第一个新 token ``[B]``。"""
+        first = np.zeros(len(rows), np.int64)
+        none = np.empty((len(rows), 0), np.int64)
+        for part in right_padded_chunks(rows, self.prefill_chunk):
+            ends_here = (part.counts > 0) & (part.start + part.counts == run.newest)
+            chance = None if run.chance is None else run.chance.draw(0, ends_here)
+            positions = np.maximum(part.counts - 1, 0)[:, None]
+            got = self.session.verify(part.input_ids, part.past_lens, positions, none, run.caches, chance)
+            _check_used(got, ends_here & run.out.active)
+            first[ends_here] = got.next_id[ends_here]
+            if run.drafter is not None:
+                run.drafter.prefill(part, got.hidden)
+        return first
+
+    def _decode_rounds(self, run: _Run) -> tuple[tuple[str, ...], int]:
+        """起草、验证、收下，直到每行都结束；返回说明与草稿模型的调用次数。"""
+        out = run.out
+        watch = None if self.floor is None else FloorWatch(self.floor)
+        notes: tuple[str, ...] = ()
+        draft_calls = 0
+        while out.active.any():
+            active = out.active.copy()
+            drafts = self._propose(run)
+            num_drafts = drafts.shape[1]
+            got = self._verify(run, drafts)
+            accepted = np.where(active, got.num_accepted, 0)
+            kept = 0
+            for row in np.flatnonzero(active).tolist():
+                count = int(accepted[row])
+                new = [*drafts[row, :count].tolist(), int(got.next_id[row])]
+                taken = out.emit(row, new)
+                begin = run.newest[row] + 1
+                run.tokens[row, begin : begin + len(new)] = new
+                run.newest[row] += len(new)
+                # 被截断的行只算到截断处，后面的草稿对不对已经无所谓。
+                cut = taken < len(new)
+                run.tally.add(taken if cut else num_drafts, min(count, taken), taken)
+                kept += min(count, taken)
+            run.tally.main_calls += 1
+            if run.drafter is None:
+                continue
+            draft_calls = run.drafter.calls
+            run.drafter.observe(got.hidden, np.where(active, accepted + 1, 0))
+            if watch is not None and num_drafts == self.num_draft_tokens:
+                watch.add(kept, int(active.sum()))
+                verdict = watch.verdict()
+                if verdict is not None and out.active.any():
+                    run.drafter, notes = None, (verdict,)
+        return notes, draft_calls
+
+    def _propose(self, run: _Run) -> np.ndarray:
+        """这一轮的草稿 ``[B, K]``；K 随剩余的长度收缩，可以为 0。"""
+        active = run.out.active
+        wanted = int(run.out.remaining[active].max()) - 1
+        if run.drafter is None or wanted == 0:
+            return np.empty((len(active), 0), np.int64)
+        room = self.session.max_positions - 1 - int(run.newest[active].max())
+        return run.drafter.propose(run.newest, active, min(self.num_draft_tokens, wanted, room))
+
+    def _verify(self, run: _Run, drafts: np.ndarray) -> Verified:
+        """主模型走一步 ``[t_n, d_1 .. d_K]``；已结束的行写在自己缓存的开头，反正不会再读。"""
+        active = run.out.active
+        past = np.where(active, run.newest, 0)
+        batch, width = len(active), drafts.shape[1] + 1
+        run.caches.ensure(int(past.max()) + width)
+        input_ids = np.empty((batch, width), np.int64)
+        input_ids[:, 0] = run.tokens[np.arange(batch), run.newest]
+        input_ids[:, 1:] = drafts
+        positions = np.broadcast_to(np.arange(width), (batch, width))
+        chance = None if run.chance is None else run.chance.draw(width - 1, active)
+        got = self.session.verify(input_ids, past, positions, drafts, run.caches, chance)
+        _check_used(got, active)
+        return got
+
+    def _check_sampling(self, params: SamplingParams) -> None:
+        if self.verify_mode == "greedy":
+            if not params.greedy:
+                raise DsxError(
+                    "DSX-E515",
+                    f"temperature={params.temperature:g}，而这个 bundle 只会验证贪心的草稿（mtp.verify=greedy）",
+                    "用 --set mtp.verify=rejection 重新导出，或加 --no-speculative 用普通采样",
+                )
+        elif params.greedy:
+            raise DsxError(
+                "DSX-E515",
+                "temperature=0，而这个 bundle 按采样验证草稿（mtp.verify=rejection），要除以温度",
+                "贪心请用 mtp.verify=greedy 导出的 bundle，或加 --no-speculative；采样请给大于 0 的温度",
+            )
+        elif params.top_k or params.top_p < 1:
+            raise DsxError(
+                "DSX-E515",
+                f"top_k={params.top_k}、top_p={params.top_p:g}：草稿验证不截断分布，输出会与普通采样不同分布",
+                "去掉 top-k 与 top-p，或加 --no-speculative",
+            )
+
+
+def _check_used(got: Verified, rows: np.ndarray) -> None:
+    """与普通解码一样，用到的 logits 里没有有限的最大值就报错（``DSX-E505``）；只求最大值，不复制。"""
+    peaks = got.logits.max(axis=2)
+    used = rows[:, None] & (np.arange(peaks.shape[1]) <= got.num_accepted[:, None])
+    bad = np.argwhere(used & ~np.isfinite(peaks))
+    if bad.size:
+        row, column = bad[0].tolist()
+        raise unusable_logits(row, float(peaks[row, column]))

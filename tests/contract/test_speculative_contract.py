@@ -1,0 +1,79 @@
+"""specs/mtp 里投机解码的承诺，在真导出的 bundle 上证明。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deepseek_export
+from deepseek_export.api import CompiledModel
+from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.runtime import SpeculativeFloor
+from tests.contract.test_mtp_contract import SMALL
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-module", "two-modules"])
+def model(request, tmp_path_factory) -> CompiledModel:
+    """随机权重，草稿很少猜中：考验的是拒绝与回滚。"""
+    folder = tmp_path_factory.mktemp("speculative")
+    config = SMALL | {"num_nextn_predict_layers": request.param}
+    path = write_checkpoint(folder / "ck", config, dtype="float32", mtp=True)
+    deepseek_export.export(
+        path, folder / "out", "full", target="ort-cpu", overrides=["mtp.num_draft_tokens=4"]
+    )
+    loaded = deepseek_export.load(folder / "out")
+    assert loaded.speculative is not None
+    loaded.speculative.floor = None
+    return loaded
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 4])
+def test_speculative_greedy_equals_plain_greedy(model: CompiledModel, K: int):
+    """MTP-2：batch 1 与长度不等的 batch 8，逐 token 相同。"""
+    assert model.speculative is not None
+    model.speculative.num_draft_tokens = K
+    rng = np.random.default_rng(K)
+    prompts = [rng.integers(0, 160, n).tolist() for n in (1, 3, 9, 17, 30, 2, 5, 44)]
+    for rows in ([prompts[3]], prompts):
+        plain = model.generate(rows, 48, speculative=False, ignore_eos=True)
+        drafted = model.generate(rows, 48, ignore_eos=True)
+        assert drafted.token_ids == plain.token_ids
+        assert drafted.speculation is not None
+        assert drafted.speculation.num_draft_tokens == K
+
+
+def test_low_acceptance_falls_back_and_says_so(model: CompiledModel):
+    """MTP-4：接受率低于界限就改回普通解码，输出不变，结果里有说明；关掉界限则一直投机。"""
+    assert model.speculative is not None
+    model.speculative.num_draft_tokens = 3
+    model.speculative.floor = SpeculativeFloor(min_acceptance=2.5, window=4)
+    try:
+        fallen = model.generate([[1, 2, 3]], 40, ignore_eos=True)
+    finally:
+        model.speculative.floor = None
+    assert fallen.speculation is not None
+    assert fallen.speculation.fell_back
+    assert "普通解码" in fallen.notes[0]
+    kept = model.generate([[1, 2, 3]], 40, ignore_eos=True)
+    assert kept.speculation is not None
+    assert not kept.speculation.fell_back
+    assert kept.token_ids == fallen.token_ids
+
+
+def test_rejection_bundle_samples_and_verifies(tmp_path: Path):
+    """MTP-3：rejection 的 bundle 能导出、校验、采样；同一种子可复现。"""
+    path = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32", mtp=True)
+    deepseek_export.export(
+        path, tmp_path / "out", "full", overrides=["mtp.verify=rejection", "mtp.num_draft_tokens=2"]
+    )
+    report = deepseek_export.verify(tmp_path / "out", levels=["block", "tokens"], steps=8)
+    assert report.passed, report.first_failure
+    assert any("rejection" in note for note in report.notes)
+    model = deepseek_export.load(tmp_path / "out")
+    first = model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
+    assert first == model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
+    assert [len(ids) for ids in first] == [12, 12]

@@ -1,0 +1,265 @@
+"""投机解码：输出与普通解码相同，草稿与从头算的相同，统计、止损线与报错。"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from deepseek_export.checkpoint.config import parse_model_config
+from deepseek_export.runtime import (
+    Generator,
+    SamplingParams,
+    SpeculativeFloor,
+    SpeculativeGenerator,
+)
+from deepseek_export.runtime.speculation import Tally
+from tests.unit.test_runtime_speculative_toy import (
+    LIMIT,
+    build,
+    draft_oracle,
+    make_drafts,
+    markov,
+)
+from tests.unit.test_runtime_toy import VOCAB, make_toy
+
+pytestmark = pytest.mark.unit
+
+RNG = np.random.default_rng(3)
+RAGGED = [RNG.integers(0, VOCAB, size).tolist() for size in (11, 1, 4, 7, 2, 23, 3, 16)]
+TOY = make_toy(LIMIT)
+
+
+class Seen:
+    """on_token 回调：逐行记下来。"""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows = rows
+
+    def __call__(self, row: int, token: int) -> None:
+        self.rows[row].append(token)
+
+
+def plain(generator: SpeculativeGenerator, *args: Any, **kwargs: Any) -> list[list[int]]:
+    return Generator.generate(generator, *args, **kwargs).token_ids
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+@pytest.mark.parametrize("modules", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_output_is_plain_and_drafts_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, modules: int, chunk: int
+) -> None:
+    """每一次验证调用里，每一行的草稿都等于按定义从头算出来的草稿。"""
+    drafts = make_drafts(TOY, modules)
+    generator = build(tmp_path, TOY, drafts, count, chunk=chunk)
+    calls: list[tuple[np.ndarray, np.ndarray]] = []
+    verify = generator.session.verify
+
+    def spy(ids: np.ndarray, past: np.ndarray, positions: np.ndarray, *rest: Any) -> Any:
+        if rest[0].shape[1]:
+            calls.append((ids.copy(), past.copy()))
+        return verify(ids, past, positions, *rest)
+
+    monkeypatch.setattr(generator.session, "verify", spy)
+    for prompts in ([RAGGED[0]], RAGGED):
+        want = [TOY.greedy(prompt, 13) for prompt in prompts]
+        calls.clear()
+        result = generator.generate(prompts, 13)
+        assert result.token_ids == want
+        whole = [prompt + ids for prompt, ids in zip(prompts, want, strict=True)]
+        for ids, past in calls:
+            for row in np.flatnonzero(past).tolist():
+                known = whole[row][: past[row] + 1]
+                assert ids[row].tolist() == [
+                    known[-1],
+                    *draft_oracle(TOY, drafts[:count], known, ids.shape[1] - 1),
+                ]
+        stats = result.speculation
+        assert stats is not None
+        assert stats.main_calls < 13
+        assert 1 < stats.tokens_per_call <= count + 1
+        assert json.loads(json.dumps(stats.as_dict()))["num_draft_tokens"] == count
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("split_kv", [False, True])
+def test_every_cache_kind(tmp_path: Path, cache_dtype: str, split_kv: bool) -> None:
+    generator = build(tmp_path, TOY, make_drafts(TOY, 1), 3, cache_dtype=cache_dtype, split_kv=split_kv)
+    assert generator.generate(RAGGED, 9).token_ids == plain(generator, RAGGED, 9)
+
+
+def test_eos_in_an_accepted_run_and_uneven_lengths(tmp_path: Path) -> None:
+    toy = markov()
+    free = [toy.greedy(prompt, 24) for prompt in RAGGED]
+    for eos in {token for ids in free for token in ids[1:4]}:
+        generator = build(tmp_path, toy, make_drafts(toy, 1, mix=0), 4, eos=(eos,))
+        expected = Generator.generate(generator, RAGGED, 24)
+        seen: list[list[int]] = [[] for _ in RAGGED]
+        result = generator.generate(RAGGED, 24, on_token=Seen(seen))
+        assert result.token_ids == seen == expected.token_ids
+        assert result.finish_reasons == expected.finish_reasons
+        assert generator.generate(RAGGED, 24, ignore_eos=True).token_ids == free
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10])
+def test_any_number_of_new_tokens(tmp_path: Path, steps: int) -> None:
+    generator = build(tmp_path, TOY, make_drafts(TOY, 2), 3)
+    result = generator.generate(RAGGED, steps)
+    assert result.token_ids == plain(generator, RAGGED, steps)
+    assert result.new_tokens == 8 * steps
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_up_to_the_position_limit(tmp_path: Path, modules: int) -> None:
+    """位置表只有 LIMIT 行，多写一格 ONNX Runtime 就报错。"""
+    ids = np.random.default_rng(6).integers(0, VOCAB, LIMIT).tolist()
+    generator = build(tmp_path, TOY, make_drafts(TOY, modules), 4, chunk=64)
+    for rows in ([ids[:-7]], [ids, ids[:-1], ids[:-2], ids[:-9], ids[:5]], [ids]):
+        result = generator.generate(rows, 20)
+        assert result.token_ids == plain(generator, rows, 20)
+    assert result.token_ids == [[]]
+
+
+def test_growth_across_a_bucket(tmp_path: Path) -> None:
+    ids = np.random.default_rng(5).integers(0, VOCAB, 250).tolist()
+    generator = build(tmp_path, TOY, make_drafts(TOY, 1), 3, chunk=64)
+    rows = [ids, ids[:9]]
+    assert generator.generate(rows, 20).token_ids == [TOY.greedy(row, 20) for row in rows]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("modules", [1, 2])
+def test_always_right_and_always_wrong(tmp_path: Path, count: int, modules: int) -> None:
+    toy = markov()
+    steps = 1 + 5 * (count + 1)
+    right = build(tmp_path, toy, make_drafts(toy, modules, mix=0), count).generate(RAGGED, steps).speculation
+    wrong = build(tmp_path, toy, make_drafts(toy, modules, mix=0, twist=1), count).generate(RAGGED, steps)
+    assert right is not None
+    assert (right.tokens_per_call, right.mean_accepted, right.main_calls) == (count + 1, count, 5)
+    assert right.acceptance == right.acceptance_overall == [1.0] * count
+    assert right.draft_calls == 5 * max(count, min(modules, count))
+    stats = wrong.speculation
+    assert stats is not None
+    assert wrong.token_ids == [toy.greedy(prompt, steps) for prompt in RAGGED]
+    assert (stats.tokens_per_call, stats.mean_accepted, stats.main_calls) == (1, 0, steps - 1)
+    assert stats.acceptance == [0.0] + [None] * (count - 1)
+    assert stats.acceptance_overall == [0.0] * count
+
+
+def test_floor(tmp_path: Path) -> None:
+    """猜不中就停，猜得中就不停；停与不停输出都不变。"""
+    toy = markov()
+    wrong = build(tmp_path, toy, make_drafts(toy, 1, twist=1), 2, floor=SpeculativeFloor(0.1, window=4))
+    result = wrong.generate(RAGGED, 20)
+    assert result.token_ids == [toy.greedy(prompt, 20) for prompt in RAGGED]
+    assert result.speculation is not None
+    assert (result.speculation.fell_back, result.speculation.draft_calls) == (True, 4 * 2)
+    assert result.speculation.main_calls == 19
+    assert "止损线 0.10" in result.notes[0]
+    right = build(tmp_path, toy, make_drafts(toy, 1, mix=0), 2, floor=SpeculativeFloor(1.9, window=4))
+    result = right.generate(RAGGED, 30)
+    assert result.speculation is not None
+    assert not result.speculation.fell_back
+    assert result.notes == ()
+
+
+def test_floor_from_config() -> None:
+    configs = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+    config = parse_model_config(configs["V3"], "V3")
+    one = SpeculativeFloor.from_config(config, 1).min_acceptance
+    assert 0.02 < one < 0.1
+    assert SpeculativeFloor.from_config(config, 2).min_acceptance == pytest.approx(2 * one)
+
+
+def test_tally_leaves_out_what_was_cut() -> None:
+    tally = Tally(3, "greedy")
+    tally.add(proposed=3, accepted=1, tokens=2)
+    tally.add(proposed=2, accepted=2, tokens=2)
+    tally.add(proposed=0, accepted=0, tokens=1)
+    stats = tally.stats(draft_calls=9, fell_back=False)
+    assert stats.acceptance == [1.0, 0.5, None]
+    assert stats.acceptance_overall == [1.0, 0.5, 0.0]
+    assert (stats.mean_accepted, stats.tokens_per_call) == (1.5, 5 / 3)
+
+
+def test_rounds_of_one_shape_rebind_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """每次都全中时，形状不变，稳态里不再绑定任何东西。"""
+    toy = markov()
+    generator = build(tmp_path, toy, make_drafts(toy, 1, mix=0), 1)
+    bound: list[str] = []
+    original = ort.IOBinding.bind_ortvalue_output
+
+    def spy(self: object, name: str, value: object) -> None:
+        bound.append(name)
+        original(self, name, value)
+
+    monkeypatch.setattr(ort.IOBinding, "bind_ortvalue_output", spy)
+    counts = []
+    for steps in (11, 41):
+        bound.clear()
+        generator.generate([RAGGED[0]], steps)
+        counts.append(len(bound))
+    assert counts[0] == counts[1]
+
+
+def test_rejection_output_has_the_plain_distribution(tmp_path: Path) -> None:
+    """几千次短生成：前两个 token 的联合分布与第三个的边缘分布，对照精确概率做卡方检验。"""
+    temperature, batch, rounds = 0.9, 250, 24
+    generator = build(tmp_path, TOY, make_drafts(TOY, 1), 2, verify="rejection")
+    counts = np.zeros((VOCAB, VOCAB, VOCAB))
+    prompt = [3, 1]
+    accepted = []
+    for number in range(rounds):
+        params = SamplingParams(temperature=temperature, seed=number * batch)
+        result = generator.generate([prompt] * batch, 3, params)
+        for ids in result.token_ids:
+            counts[tuple(ids)] += 1
+        assert result.speculation is not None
+        accepted.append(result.speculation.mean_accepted)
+    assert 0.1 < np.mean(accepted) < 1.9
+
+    def dist(ids: list[int]) -> np.ndarray:
+        scores = TOY.forward(ids)[-1].astype(np.float64) / temperature
+        probs = np.exp(scores - scores.max())
+        return probs / probs.sum()
+
+    first = dist(prompt)
+    second = np.array([dist([*prompt, a]) for a in range(VOCAB)])
+    third = np.array([[dist([*prompt, a, b]) for b in range(VOCAB)] for a in range(VOCAB)])
+    exact = first[:, None, None] * second[:, :, None] * third
+    for axes in ((2,), (0,), (0, 1)):
+        _chi_square(counts.sum(axis=axes).ravel(), exact.sum(axis=axes).ravel())
+
+
+def _chi_square(counts: np.ndarray, probs: np.ndarray) -> None:
+    """期望不足 5 的格子并成一格；Wilson–Hilferty 近似下显著性 0.001。"""
+    expected = probs * counts.sum()
+    small = expected < 5
+    got, want = counts[~small], expected[~small]
+    if small.any():
+        got, want = np.append(got, counts[small].sum()), np.append(want, expected[small].sum())
+    degrees = len(want) - 1
+    bound = degrees * (1 - 2 / (9 * degrees) + 3.09 * np.sqrt(2 / (9 * degrees))) ** 3
+    assert ((got - want) ** 2 / want).sum() < bound
+
+
+def test_rejection_repeats_with_a_seed(tmp_path: Path) -> None:
+    generator = build(tmp_path, TOY, make_drafts(TOY, 2), 3, verify="rejection", chunk=5)
+    params = SamplingParams(temperature=1.3, seed=4)
+    first = generator.generate(RAGGED, 10, params).token_ids
+    assert first == generator.generate(RAGGED, 10, params).token_ids
+    assert first != generator.generate(RAGGED, 10, SamplingParams(temperature=1.3, seed=99)).token_ids
+    assert plain(generator, RAGGED, 6) == [TOY.greedy(prompt, 6) for prompt in RAGGED]
+
+
+@pytest.mark.parametrize("verify", ["greedy", "rejection"])
+def test_teacher_forced_logits_still_work(tmp_path: Path, verify: str) -> None:
+    generator = build(tmp_path, TOY, make_drafts(TOY, 1), 1, verify=verify)
+    for chunk in (None, 3):
+        for ids, got in zip(RAGGED, generator.logits(RAGGED, chunk), strict=True):
+            assert got == pytest.approx(TOY.forward(ids), abs=1e-4)

@@ -1,0 +1,129 @@
+"""投机解码的拒绝、CompiledModel 与命令行。"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from deepseek_export import api
+from deepseek_export.checkpoint.config import parse_model_config
+from deepseek_export.cli.main import main
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime import ModelSession, SamplingParams, SpeculativeFloor, SpeculativeGenerator
+from tests.unit.test_runtime_speculative_toy import LIMIT, build, make_drafts, save_draft, save_main
+from tests.unit.test_runtime_toy import make_toy, save_toy
+
+pytestmark = pytest.mark.unit
+
+TOY = make_toy(LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("verify", "params", "todo"),
+    [
+        ("greedy", {"temperature": 0.7}, "mtp.verify=rejection"),
+        ("rejection", {}, "mtp.verify=greedy"),
+        ("rejection", {"temperature": 0.7, "top_k": 3}, "top-k"),
+        ("rejection", {"temperature": 0.7, "top_p": 0.5}, "top-p"),
+    ],
+)
+def test_incompatible_sampling(tmp_path: Path, verify: str, params: dict[str, Any], todo: str) -> None:
+    generator = build(tmp_path, TOY, make_drafts(TOY, 1), 1, verify=verify)
+    with pytest.raises(DsxError, match="DSX-E515") as caught:
+        generator.generate([[1]], 2, SamplingParams(**params))
+    assert todo in caught.value.todo
+
+
+def test_refused_construction(tmp_path: Path) -> None:
+    good = build(tmp_path, TOY, make_drafts(TOY, 1), 1)
+    for count in (0, 9, True, 1.5):
+        with pytest.raises(DsxError, match="DSX-E516"):
+            SpeculativeGenerator(good.session, good.drafts, None, (), count, "greedy")  # type: ignore[arg-type]
+    with pytest.raises(DsxError, match="DSX-E516"):
+        SpeculativeGenerator(good.session, [], None, (), 1, "greedy")
+    for floor in ((-1.0, 4), (float("nan"), 4), (0.5, 0)):
+        with pytest.raises(DsxError, match="DSX-E516"):
+            SpeculativeFloor(*floor)
+    with pytest.raises(DsxError, match="DSX-E508"):
+        SpeculativeGenerator(good.session, good.drafts, None, (), 1, "rejection")
+    with pytest.raises(DsxError, match="DSX-E508"):
+        ModelSession(save_draft(make_drafts(TOY, 1)[0], tmp_path / "x.onnx"), max_positions=LIMIT)
+    session = ModelSession(save_toy(TOY, tmp_path / "plain.onnx"), max_positions=LIMIT)
+    assert session.verify_mode is None
+    one = np.array([[0]])
+    with pytest.raises(ValueError, match="不带草稿验证"):
+        session.verify(one, np.array([0]), one, np.empty((1, 0)), session.new_caches(1))
+
+
+def test_unusable_logits_are_refused(tmp_path: Path) -> None:
+    generator = build(tmp_path, TOY, make_drafts(TOY, 1), 1)
+    path = save_main(TOY, tmp_path / "nan.onnx")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "head":
+            tensor.CopyFrom(numpy_helper.from_array(TOY.weights["head"] * np.float32(np.nan), "head"))
+    onnx.save_model(model, path)
+    session = ModelSession(path, max_positions=LIMIT)
+    with pytest.raises(DsxError, match="DSX-E505"):
+        SpeculativeGenerator(session, generator.drafts, None, (), 1, "greedy").generate([[1]], 4)
+
+
+def _compiled(folder: Path, with_drafts: bool = True) -> api.CompiledModel:
+    """不经导出，直接拼一个 bundle 的样子。"""
+    save_main(TOY, folder / "model.onnx")
+    save_draft(make_drafts(TOY, 1)[0], folder / "mtp.onnx")
+    configs = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+    config = parse_model_config(
+        configs["V3"] | {"max_position_embeddings": LIMIT, "eos_token_id": None}, "V3"
+    )
+    graphs = [SimpleNamespace(file="model.onnx", role="main"), SimpleNamespace(file="mtp.onnx", role="draft")]
+    mtp = SimpleNamespace(enabled=with_drafts, num_draft_tokens=2, verify="greedy")
+    manifest = SimpleNamespace(model=config, graphs=graphs, profile=SimpleNamespace(mtp=mtp))
+    return api.CompiledModel(
+        SimpleNamespace(path=folder, model_path=folder / "model.onnx", manifest=manifest)  # type: ignore[arg-type]
+    )
+
+
+def test_compiled_model_chooses(tmp_path: Path) -> None:
+    model = _compiled(tmp_path)
+    drafted, alone = model.generate([[5, 2]], 12), model.generate([[5, 2]], 12, speculative=False)
+    assert drafted.token_ids == alone.token_ids
+    assert drafted.speculation is not None
+    assert alone.speculation is None
+    bare = _compiled(tmp_path, with_drafts=False)
+    assert bare.generate([[5, 2]], 12).speculation is None
+    with pytest.raises(DsxError, match="DSX-E517"):
+        bare.generate([[5, 2]], 1, speculative=True)
+
+
+def test_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = _compiled(tmp_path)
+    monkeypatch.setattr(api, "load", lambda bundle, threads: model)
+    base = ["generate", str(tmp_path), "--ids", "5,2", "--max-new-tokens", "12"]
+
+    def call(*more: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([*base, *more])
+        assert not caught.value.code
+        return tuple(capsys.readouterr())  # type: ignore[return-value]
+
+    out, err = call("--stats")
+    assert "投机解码：接受率 第 1 个" in err
+    plain_out, plain_err = call("--stats", "--no-speculative")
+    assert plain_out == out
+    assert "没有投机解码" in plain_err
+    data = json.loads(call("--json")[0])
+    assert len(data["acceptance"]) == 2
+    assert data["main_calls"] >= 1
+    assert data["fell_back"] is False
+    assert "acceptance" not in json.loads(call("--json", "--no-speculative")[0])
+    assert model.speculative is not None
+    model.speculative.floor = SpeculativeFloor(8.0, window=1)
+    assert call()[1].count("止损线") == 1
