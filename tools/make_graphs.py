@@ -9,14 +9,17 @@ from typing import Any
 
 import click
 
-from deepseek_export.capture import capture_model
-from deepseek_export.checkpoint import parse_model_config
+from deepseek_export.capture import CapturedModel, capture_draft, capture_model
+from deepseek_export.checkpoint import ModelConfig, parse_model_config
 from deepseek_export.passes import PIPELINES, graph_listing, lower
-from deepseek_export.profile import resolve_profile
+from deepseek_export.profile import OptimizationProfile, resolve_profile
 
 GRAPHS = Path(__file__).resolve().parent.parent / "graphs"
 
 PROFILES = ("baseline", "mla", "moe", "mla+moe")
+
+#: 带 MTP 的家族另记 ``full`` 的主模型与草稿模型。
+MTP_FAMILIES = ("deepseek_v3",)
 
 #: 节点的写法由它们决定，记在每份清单的第一行。
 TOOLCHAIN = ("torch", "onnxscript", "onnx")
@@ -91,9 +94,25 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
     for name in PROFILES:
         profile = resolve_profile(name)
         captured = capture_model(config, profile)
-        for target in PIPELINES:
-            listing = graph_listing(lower(captured, config, profile, "float32", target).proto)
-            yield f"{family}.{name}.{target}.txt", f"{toolchain_line()}\n{listing}"
+        yield from _listings(f"{family}.{name}", captured, config, profile)
+    if family in MTP_FAMILIES:
+        profile = resolve_profile("full")
+        yield from _listings(f"{family}.full", capture_model(config, profile), config, profile)
+        yield from _listings(f"{family}.full.mtp", capture_draft(config, profile, 0), config, profile)
+
+
+def golden_names(family: str) -> set[str]:
+    """一个家族的全部清单文件名。"""
+    stems = [*PROFILES, *(("full", "full.mtp") if family in MTP_FAMILIES else ())]
+    return {f"{family}.{stem}.{target}.txt" for stem in stems for target in PIPELINES}
+
+
+def _listings(
+    stem: str, captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile
+) -> Iterator[tuple[str, str]]:
+    for target in PIPELINES:
+        listing = graph_listing(lower(captured, config, profile, "float32", target).proto)
+        yield f"{stem}.{target}.txt", f"{toolchain_line()}\n{listing}"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -33,7 +33,9 @@ _EVAL_EVERY, _SAVE_EVERY = 250, 100
     required=True,
     help="存档与分词器放在这里，不进仓库。",
 )
-@click.option("--steps", default=Recipe.steps, show_default=True, help="训练步数；学习率按它走完余弦。")
+@click.option(
+    "--steps", default=Recipe.steps, show_default=True, help="训练步数；学习率按它走完余弦，续训时可以改。"
+)
 @click.option("--seed", default=0, show_default=True, help="数据划分、初始化与采样共用的种子。")
 @click.option("--resume", is_flag=True, help="从 WORK 里的存档续上；已经训练完就只导出与评估。")
 @click.option("--dense", is_flag=True, help="对照：换成激活参数相同的稠密模型。")

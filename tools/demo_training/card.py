@@ -52,6 +52,7 @@ def measure(
         },
         "held_tokens": {name: part.shape[0] * trainer.recipe.length for name, part in windows.items()},
         "history": trainer.history,
+        "schedule": trainer.schedule,
         "held_losses": {name: evaluate.held_losses(model, part) for name, part in windows.items()},
         "agreement": {name: evaluate.agreement(model, part) for name, part in windows.items()},
         "balance": _held_balance(model, windows),
@@ -182,6 +183,9 @@ def _render(r: dict[str, Any], command: str) -> str:
         minutes=r["seconds"] / 60,
         zh=r["train_tokens"]["zh"] / 1e3,
         en=r["train_tokens"]["en"] / 1e3,
+        schedule="".join(
+            f"学习率从第 {step} 步起改按共 {steps} 步的余弦走。" for step, steps in r["schedule"][1:]
+        ),
         **_budget(r["recipe"], r["train_tokens"]),
         prompt=_PROMPT_TOKENS,
         new=_NEW_TOKENS,

@@ -23,7 +23,7 @@ DEPTH = 3  # 训练与评估都递归应用 MTP 模块三次
 
 @dataclass(frozen=True)
 class Recipe:
-    """训练的全部超参数；续训时必须与存档里的一致。"""
+    """训练的全部超参数；续训时除 ``steps`` 外必须与存档里的一致。"""
 
     steps: int = 6000
     batch_zh: int = 2
@@ -90,6 +90,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, Any]] = []
         self.loads: list[Tensor] = []
+        self.schedule: list[tuple[int, int]] = [(0, recipe.steps)]  # (从第几步起, 按总共几步的余弦)
 
     def train_step(self) -> list[float]:
         """走一步，返回 ``[主损失, MTP 损失 1..3]``。"""
@@ -142,26 +143,30 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
+            "schedule": self.schedule,
         }
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        """从存档续上。
+        """从存档续上；``steps`` 可以改，学习率从这一步起按新的总步数走，改动记在 :attr:`schedule` 里。
 
         Raises:
-            ValueError: 存档的超参数与这次的不同。
+            ValueError: 存档的其他超参数与这次的不同。
         """
         state = torch.load(path, weights_only=True)
-        if (saved := state["recipe"]) != (wanted := asdict(self.recipe)):
-            different = sorted(key for key in wanted if saved.get(key) != wanted[key])
+        saved, wanted = state["recipe"], asdict(self.recipe)
+        if different := sorted(key for key in wanted if key != "steps" and saved.get(key) != wanted[key]):
             raise ValueError(f"存档 {path.name} 的超参数不同：{'、'.join(different)}；去掉 --resume 从头训练")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, position in state["streams"].items():
             self.streams[name].load_state(position)
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.schedule = state.get("schedule", [(0, saved["steps"])])
+        if self.schedule[-1][1] != self.recipe.steps and self.step < self.recipe.steps:
+            self.schedule.append((self.step, self.recipe.steps))
 
 
 def balance(loads: list[Tensor]) -> list[tuple[float, float]]:
