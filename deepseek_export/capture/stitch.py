@@ -15,16 +15,15 @@ from typing import Literal
 import onnx
 import torch
 from onnx import helper
-from torch import nn
 
-from deepseek_export.capture import names
+from deepseek_export.capture import blocks, names
 from deepseek_export.capture.bodies import (
     mla_attention_body,
     moe_experts_body,
     moe_gate_body,
     spec_accept_body,
 )
-from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, trace
+from deepseek_export.capture.trace import OPSET, TracedGraph
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe, mtp_recipes, weight_recipes
 from deepseek_export.ops.table import (
@@ -34,14 +33,9 @@ from deepseek_export.ops.table import (
     MOE_GATE,
     OPS,
     OPSET_VERSION,
-    SPEC_ACCEPT,
-    SPEC_ACCEPT_REJECTION,
-    OpSpec,
 )
 from deepseek_export.profile import OptimizationProfile
-from deepseek_export.reference.model import DecoderLayer, Embed, Forms, Head, cache_tensors
-from deepseek_export.reference.moe import Gate
-from deepseek_export.reference.mtp import DraftHead, MtpModule
+from deepseek_export.reference.model import Forms, cache_tensors
 from deepseek_export.reference.weights import TORCH_DTYPES, draft_initializer_name, initializer_name
 
 ModelDtype = Literal["float32", "float16"]
@@ -132,98 +126,6 @@ def capture_draft(
     return _Stitcher(config, profile, dtype, on_step).run_draft(index)
 
 
-def _accept_spec(mode: str) -> OpSpec:
-    return SPEC_ACCEPT_REJECTION if mode == "rejection" else SPEC_ACCEPT
-
-
-# 追踪结果只读，按参数缓存：同一进程里换目标、换方案再导出，没变的块不必重来。
-
-
-def _meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """在 meta 设备上建模块；router 保持 float32，其余转成模型 dtype。"""
-    with torch.device("meta"):
-        module = build().to(dtype)
-        for child in module.modules():
-            if isinstance(child, Gate):
-                child.to(torch.float32)
-    return module
-
-
-@functools.lru_cache(maxsize=16)
-def _embed_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
-    inputs = {"input_ids": Spec(("B", "S"), torch.int64), "past_lens": Spec(("B",), torch.int64)}
-    return trace(_meta(lambda: Embed(config), dtype), inputs, ["x", "cos", "sin"])
-
-
-@functools.lru_cache(maxsize=64)
-def _layer_block(
-    config: ModelConfig, is_moe: bool, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
-) -> TracedGraph:
-    inputs = {
-        "x_in": Spec(("B", "S", config.hidden_size), dtype),
-        "cos": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
-        "sin": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
-        "past_lens": Spec(("B",), torch.int64),
-    }
-    caches = cache_tensors(config, forms)
-    inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
-    outputs = ["attn_residual", "x", *(f"{cache}_out" for cache, _ in caches)]
-    return trace(_meta(lambda: DecoderLayer(config, is_moe, forms), dtype), inputs, outputs)
-
-
-@functools.lru_cache(maxsize=16)
-def _head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
-    inputs = {
-        "x_in": Spec(("B", "S", config.hidden_size), dtype),
-        "logits_positions": Spec(("B", "L"), torch.int64),
-    }
-    return trace(_meta(lambda: Head(config), dtype), inputs, ["logits", "hidden"])
-
-
-@functools.lru_cache(maxsize=16)
-def _accept_block(config: ModelConfig, dtype: torch.dtype, mode: str) -> TracedGraph:
-    spec = _accept_spec(mode)
-    op = getattr(torch.ops.dsx, spec.torch_name)
-    shapes = {
-        "draft_ids": Spec(("B", "K"), torch.int64),
-        "target_logits": Spec(("B", "K+1", config.vocab_size), dtype),
-        "draft_probs": Spec(("B", "K", config.vocab_size), torch.float32),
-        "uniform": Spec(("B", "K+1"), torch.float32),
-        "temperature": Spec((1,), torch.float32),
-    }
-    inputs = {port.name: shapes[port.name] for port in spec.inputs}
-    return trace(lambda *arguments: op(*arguments), inputs, [port.name for port in spec.outputs])
-
-
-@functools.lru_cache(maxsize=16)
-def _draft_embed_block(config: ModelConfig, index: int, dtype: torch.dtype) -> TracedGraph:
-    inputs = {"input_ids": Spec(("B", "S"), torch.int64), "past_lens": Spec(("B",), torch.int64)}
-    return trace(_meta(lambda: Embed(config, index + 1), dtype), inputs, ["x", "cos", "sin"])
-
-
-@functools.lru_cache(maxsize=16)
-def _mtp_block(
-    config: ModelConfig, index: int, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
-) -> TracedGraph:
-    hidden = Spec(("B", "S", config.hidden_size), dtype)
-    angle = Spec(("B", "S", config.qk_rope_head_dim // 2), dtype)
-    inputs = {"embedding": hidden, "prev_hidden": hidden, "cos": angle, "sin": angle}
-    inputs["past_lens"] = Spec(("B",), torch.int64)
-    caches = cache_tensors(config, forms)
-    inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
-    outputs = ["combined", "attn_residual", "x", "hidden", *(f"{cache}_out" for cache, _ in caches)]
-    return trace(_meta(lambda: MtpModule(config, index, forms), dtype), inputs, outputs)
-
-
-@functools.lru_cache(maxsize=16)
-def _draft_head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
-    inputs = {
-        "hidden": Spec(("B", "S", config.hidden_size), dtype),
-        "logits_positions": Spec(("B", "L"), torch.int64),
-    }
-    return trace(_meta(lambda: DraftHead(config), dtype), inputs, ["logits", "draft_id"])
-
-
 class _Stitcher:
     def __init__(self, config, profile, dtype, on_step) -> None:
         self.config: ModelConfig = config
@@ -244,19 +146,19 @@ class _Stitcher:
 
     def run(self) -> CapturedModel:
         c = self.config
-        blocks = {}
+        traced = {}
         self.on_step("embed")
-        blocks["embed"] = _embed_block(c, self.dtype)
+        traced["embed"] = blocks.embed_block(c, self.dtype)
         for is_moe in sorted({c.is_moe_layer(i) for i in range(c.num_hidden_layers)}):
             kind = "moe layer" if is_moe else "dense layer"
             self.on_step(kind)
-            blocks[kind] = _layer_block(c, is_moe, self.forms, self.dtype, self.cache_dtype)
+            traced[kind] = blocks.layer_block(c, is_moe, self.forms, self.dtype, self.cache_dtype)
         self.on_step("head")
-        blocks["head"] = _head_block(c, self.dtype)
+        traced["head"] = blocks.head_block(c, self.dtype)
         functions = self._bodies(c.num_moe_layers > 0)
         self.on_step("stitch")
         self._place(
-            blocks["embed"], "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN}
+            traced["embed"], "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN}
         )
         for i in range(c.num_hidden_layers):
             ports = {
@@ -270,14 +172,14 @@ class _Stitcher:
                 ports[cache] = names.cache_input(cache, i)
                 ports[f"{cache}_out"] = names.cache_output(cache, i)
             kind = "moe layer" if c.is_moe_layer(i) else "dense layer"
-            self._place(blocks[kind], f"layers.{i}", ports, layer=i)
-        self._place(blocks["head"], "head", {"x_in": names.layer_output(c.num_hidden_layers - 1)})
+            self._place(traced[kind], f"layers.{i}", ports, layer=i)
+        self._place(traced["head"], "head", {"x_in": names.layer_output(c.num_hidden_layers - 1)})
         inputs, outputs = self._contract_values(c.num_hidden_layers)
         if self.profile.mtp.enabled:
             mode = self.profile.mtp.verify
             self.on_step("spec accept")
-            functions[_accept_spec(mode).name] = spec_accept_body(c, self.dtype, mode)
-            self._place(_accept_block(c, self.dtype, mode), "accept", {"target_logits": names.LOGITS})
+            functions[blocks.accept_spec(mode).name] = spec_accept_body(c, self.dtype, mode)
+            self._place(blocks.accept_block(c, self.dtype, mode), "accept", {"target_logits": names.LOGITS})
             inputs[3:3] = self._accept_inputs(mode)
             outputs[2:2] = [
                 helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["B"])
@@ -294,9 +196,9 @@ class _Stitcher:
         layer = c.num_hidden_layers + index
         self.parameter_name = functools.partial(draft_initializer_name, config=c, index=index)
         self.on_step(f"mtp {index}")
-        embed = _draft_embed_block(c, index, self.dtype)
-        block = _mtp_block(c, index, self.forms, self.dtype, self.cache_dtype)
-        head = _draft_head_block(c, self.dtype)
+        embed = blocks.embed_block(c, self.dtype, index + 1)
+        block = blocks.mtp_block(c, index, self.forms, self.dtype, self.cache_dtype)
+        head = blocks.draft_head_block(c, self.dtype)
         functions = self._bodies(c.is_moe_layer(layer))
         self._place(embed, "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN})
         ports = {

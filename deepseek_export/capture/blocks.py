@@ -1,0 +1,109 @@
+"""每种块的追踪，按参数缓存：同一进程里换目标、换方案再导出，没变的块不必重来。
+
+返回的 :class:`~deepseek_export.capture.trace.TracedGraph` 是只读的，实例化时用 ``renamed`` 得到副本。
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from deepseek_export.capture.trace import Spec, TracedGraph, trace
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.ops.table import SPEC_ACCEPT, SPEC_ACCEPT_REJECTION, OpSpec
+from deepseek_export.reference.model import DecoderLayer, Embed, Forms, Head, cache_tensors
+from deepseek_export.reference.moe import Gate
+from deepseek_export.reference.mtp import DraftHead, MtpModule
+
+
+def _meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """在 meta 设备上建模块；router 保持 float32，其余转成模型 dtype。"""
+    with torch.device("meta"):
+        module = build().to(dtype)
+        for child in module.modules():
+            if isinstance(child, Gate):
+                child.to(torch.float32)
+    return module
+
+
+@functools.lru_cache(maxsize=16)
+def embed_block(config: ModelConfig, dtype: torch.dtype, position_offset: int = 0) -> TracedGraph:
+    """词嵌入与 cos/sin；第 k 个 MTP 模块的位置平移 ``k+1``。"""
+    inputs = {"input_ids": Spec(("B", "S"), torch.int64), "past_lens": Spec(("B",), torch.int64)}
+    return trace(_meta(lambda: Embed(config, position_offset), dtype), inputs, ["x", "cos", "sin"])
+
+
+@functools.lru_cache(maxsize=64)
+def layer_block(
+    config: ModelConfig, is_moe: bool, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> TracedGraph:
+    """一层解码层；dense 层与 MoE 层各一种。"""
+    inputs = {
+        "x_in": Spec(("B", "S", config.hidden_size), dtype),
+        "cos": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
+        "sin": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
+        "past_lens": Spec(("B",), torch.int64),
+    }
+    caches = cache_tensors(config, forms)
+    inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
+    outputs = ["attn_residual", "x", *(f"{cache}_out" for cache, _ in caches)]
+    return trace(_meta(lambda: DecoderLayer(config, is_moe, forms), dtype), inputs, outputs)
+
+
+@functools.lru_cache(maxsize=16)
+def head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
+    """最终 norm 与 lm_head。"""
+    inputs = {
+        "x_in": Spec(("B", "S", config.hidden_size), dtype),
+        "logits_positions": Spec(("B", "L"), torch.int64),
+    }
+    return trace(_meta(lambda: Head(config), dtype), inputs, ["logits", "hidden"])
+
+
+@functools.lru_cache(maxsize=16)
+def accept_block(config: ModelConfig, dtype: torch.dtype, mode: str) -> TracedGraph:
+    """主模型末尾的草稿验证：一个 ``dsx::`` 节点。"""
+    spec = accept_spec(mode)
+    op = getattr(torch.ops.dsx, spec.torch_name)
+    shapes = {
+        "draft_ids": Spec(("B", "K"), torch.int64),
+        "target_logits": Spec(("B", "K+1", config.vocab_size), dtype),
+        "draft_probs": Spec(("B", "K", config.vocab_size), torch.float32),
+        "uniform": Spec(("B", "K+1"), torch.float32),
+        "temperature": Spec((1,), torch.float32),
+    }
+    inputs = {port.name: shapes[port.name] for port in spec.inputs}
+    return trace(lambda *arguments: op(*arguments), inputs, [port.name for port in spec.outputs])
+
+
+@functools.lru_cache(maxsize=16)
+def mtp_block(
+    config: ModelConfig, index: int, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> TracedGraph:
+    """第 ``index`` 个 MTP 模块：合并、一层解码层、``shared_head.norm``。"""
+    hidden = Spec(("B", "S", config.hidden_size), dtype)
+    angle = Spec(("B", "S", config.qk_rope_head_dim // 2), dtype)
+    inputs = {"embedding": hidden, "prev_hidden": hidden, "cos": angle, "sin": angle}
+    inputs["past_lens"] = Spec(("B",), torch.int64)
+    caches = cache_tensors(config, forms)
+    inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
+    outputs = ["combined", "attn_residual", "x", "hidden", *(f"{cache}_out" for cache, _ in caches)]
+    return trace(_meta(lambda: MtpModule(config, index, forms), dtype), inputs, outputs)
+
+
+@functools.lru_cache(maxsize=16)
+def draft_head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
+    """草稿模型的 lm_head 与 argmax。"""
+    inputs = {
+        "hidden": Spec(("B", "S", config.hidden_size), dtype),
+        "logits_positions": Spec(("B", "L"), torch.int64),
+    }
+    return trace(_meta(lambda: DraftHead(config), dtype), inputs, ["logits", "draft_id"])
+
+
+def accept_spec(mode: str) -> OpSpec:
+    """验证方式对应的算子。"""
+    return SPEC_ACCEPT_REJECTION if mode == "rejection" else SPEC_ACCEPT
