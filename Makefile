@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install -e '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## 在随机权重的小模型上导出、校验、查看、生成
+demo: $(STAMP) ## 在随包附带的小模型上导出、校验、查看、生成
 	DSX_HOME=$(DEMO_DIR) $(VENV)/bin/dsx demo
 
 test: lint ## 静态检查与测试（不含 slow），覆盖率至少 90%

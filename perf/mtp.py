@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-PROMPTS = Path(__file__).resolve().parent.parent / "demo/prompts.json"
+PROMPTS = Path(__file__).resolve().parent.parent / "deepseek_export/demo_checkpoint/heldout_prompts.json"
 
 
 @click.command()

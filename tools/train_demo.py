@@ -1,4 +1,4 @@
-"""训练演示用的小检查点（``demo/checkpoint``）：DeepSeek-V3 结构，四层加一个 MTP 模块，语料是中文古籍与英文圣经。
+"""训练演示用的小检查点（``deepseek_export/demo_checkpoint``）：DeepSeek-V3 结构，四层加一个 MTP 模块，语料是中文古籍与英文圣经。
 
 语料来自 Debian 软件包 ``fortunes-zh`` 与 ``bible-kjv``（含 ``bible-kjv-text``），先 ``apt-get install`` 它们；
 文件用 ``dpkg -L`` 找。古籍与英王钦定本的正文都在公有领域，软件包本身的许可证见模型卡。
@@ -70,6 +70,7 @@ def main(out: Path, work: Path, seed: int, resume: bool, dense: bool, **options:
         _train(trainer, held, state)
         click.echo("导出并评估……")
         report = card.measure(trainer, tokenizer, {"train": train, "held": held}, out)
+        card.write_prompts(out, tokenizer, held)
         card.write(out, work, report, _command(options["steps"], seed, dense, options))
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
@@ -80,7 +81,7 @@ def _command(steps: int, seed: int, dense: bool, options: dict[str, Any]) -> str
     """模型卡里写的命令；目录用约定的名字，不写这台机器上的路径。"""
     flags = [name for name, on in (("--dense", dense), ("--no-bias-update", options["no_bias_update"])) if on]
     extra = " ".join([f"--steps {steps} --seed {seed}", *flags])
-    return f"python tools/train_demo.py demo/checkpoint --work WORK {extra}"
+    return f"python tools/train_demo.py deepseek_export/demo_checkpoint --work WORK {extra}"
 
 
 def _train(trainer: Trainer, held: dict[str, evaluate.Encoded], state: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,8 +99,12 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
         "profile": manifest.profile.name,
         "target": manifest.target,
         "dtype": manifest.dtype,
-        "op_counts": manifest.graphs[0].op_counts,
-        "passes": [result.model_dump(mode="json") for result in manifest.passes],
+        "op_counts": {graph.file: graph.op_counts for graph in manifest.graphs},
+        "passes": [
+            {"graph": graph.file, **result.model_dump(mode="json")}
+            for graph in manifest.graphs
+            for result in graph.passes
+        ],
         "fallbacks": manifest.fallbacks,
         "cache_bytes_per_token": manifest.cache.bytes_per_token,
         **report,
@@ -110,13 +115,18 @@ def _print_passes(summary: dict[str, Any]) -> None:
     if not summary["passes"]:
         click.echo(f"目标 {summary['target']} 没有 pass：dsx 算子走各自的函数体")
     for result in summary["passes"]:
-        click.echo(f"pass {result['name']}：改写 {result['count']} 处，拒绝 {len(result['refused'])} 处")
+        click.echo(
+            f"{result['graph']} pass {result['name']}：改写 {result['count']} 处，拒绝 {len(result['refused'])} 处"
+        )
         for refusal in result["refused"]:
             click.echo(f"  拒绝 {refusal['node']}：{refusal['reason']}（{refusal['value']}）")
 
 
 def _print_summary(out: Path, summary: dict[str, Any]) -> None:
-    custom = [f"{op}×{n}" for op, n in summary["op_counts"].items() if not op.startswith("ai.onnx::")]
+    totals: Counter[str] = Counter()
+    for counts in summary["op_counts"].values():
+        totals.update(counts)
+    custom = [f"{op}×{n}" for op, n in sorted(totals.items()) if not op.startswith("ai.onnx::")]
     seconds = summary["seconds"]
     rows = [
         ("方案", f"{summary['profile']}，目标 {summary['target']}，{summary['dtype']}"),

@@ -96,7 +96,11 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             }
             for graph in manifest.graphs
         ],
-        "passes": [result.model_dump(mode="json") for result in manifest.passes],
+        "passes": [
+            {"graph": graph.file, **result.model_dump(mode="json")}
+            for graph in manifest.graphs
+            for result in graph.passes
+        ],
         "fallbacks": manifest.fallbacks,
         "weights": {
             "count": len(recipes),
@@ -214,11 +218,13 @@ def _print_passes(out: Any, summary: dict[str, Any]) -> None:
         out.print(facts("pass", [("没有", f"目标 {summary['target']} 不下沉，dsx 算子走各自的函数体")]))
         out.print()
         return
-    made = table("pass", "名字", "改写", "拒绝", "拒绝的原因", right=("改写", "拒绝"))
+    made = table("pass", "图", "名字", "改写", "拒绝", "拒绝的原因", right=("改写", "拒绝"))
     for result in summary["passes"]:
         reasons = Counter(f"{refusal['reason']}（{refusal['value']}）" for refusal in result["refused"])
         text = "\n".join(f"{reason} × {count}" if count > 1 else reason for reason, count in reasons.items())
-        made.add_row(result["name"], str(result["count"]), str(len(result["refused"])), text or "-")
+        made.add_row(
+            result["graph"], result["name"], str(result["count"]), str(len(result["refused"])), text or "-"
+        )
     out.print(made)
     out.print()
 

@@ -63,7 +63,7 @@ def cli() -> None:
 
     \b
     第一次用：
-      dsx demo                               在随机权重的小模型上走一遍全程
+      dsx demo                               在随包附带的小模型上走一遍全程
       dsx export CKPT -p mla+moe -o OUT      编译自己的检查点
       dsx verify OUT                         与 PyTorch 逐层比对
       dsx generate OUT -P "床前明月光"       生成

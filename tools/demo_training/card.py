@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from demo_training.loop import Trainer, balance
 from demo_training.model import DemoModel
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 12, 24, 96
+_HELDOUT = 10
 _SAMPLES = (
     "《春夜》李白\n",
     "明月",
@@ -64,6 +66,17 @@ def measure(
         for kind, ids in _sample_prompts(tokenizer, data["held"])
     ]
     return report
+
+
+def write_prompts(out: Path, tokenizer: Any, held: dict[str, Encoded]) -> None:
+    """留出集的开头存成 ``heldout_prompts.json``（各语言十条），供 perf/mtp.py 与测试用；末尾不完整的汉字去掉。"""
+    texts = [
+        tokenizer.decode(ids).rstrip("\ufffd")
+        for items in held.values()
+        for ids in evaluate.prompts_of(items, _HELDOUT, _PROMPT_TOKENS)
+    ]
+    text = json.dumps(texts, ensure_ascii=False, indent=1) + "\n"
+    (out / "heldout_prompts.json").write_text(text, encoding="utf-8")
 
 
 def _sample_prompts(tokenizer: Any, held: dict[str, Encoded]) -> list[tuple[str, list[int]]]:
@@ -184,7 +197,8 @@ def _render(r: dict[str, Any], command: str) -> str:
         zh=r["train_tokens"]["zh"] / 1e3,
         en=r["train_tokens"]["en"] / 1e3,
         schedule="".join(
-            f"学习率从第 {step} 步起改按共 {steps} 步的余弦走。" for step, steps in r["schedule"][1:]
+            f"日程改过：先按 {before} 步的余弦走（`--steps {before}`），第 {step} 步起改按 {after} 步（`--resume --steps {after}`）。"
+            for (_, before), (step, after) in pairwise(r["schedule"])
         ),
         **_budget(r["recipe"], r["train_tokens"]),
         prompt=_PROMPT_TOKENS,

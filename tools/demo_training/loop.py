@@ -25,7 +25,7 @@ DEPTH = 3  # 训练与评估都递归应用 MTP 模块三次
 class Recipe:
     """训练的全部超参数；续训时除 ``steps`` 外必须与存档里的一致。"""
 
-    steps: int = 6000
+    steps: int = 4000
     batch_zh: int = 2
     batch_en: int = 4
     workers: int = 2
