@@ -26,17 +26,30 @@ PROMPTS = Path(__file__).resolve().parent.parent / "deepseek_export/demo_checkpo
 @click.option("--new-tokens", default=256, show_default=True, help="每条生成多少个 token。")
 @click.option("--runs", default=5, show_default=True, help="每种方式跑几遍。")
 @click.option("--threads", default=2, show_default=True, help="ONNX Runtime 的线程数。")
+@click.option("--no-floor", is_flag=True, help="关掉止损线：接受率低也一直投机，看投机本身的代价。")
 @click.option("--prompts", type=click.Path(path_type=Path), default=PROMPTS, help="prompt 的 JSON 列表。")
 @click.option("--result", type=click.Path(path_type=Path), help="结果追加到这个 JSON 文件。")
 def main(
-    out: Path, batch: int, new_tokens: int, runs: int, threads: int, prompts: Path, result: Path | None
+    out: Path,
+    batch: int,
+    new_tokens: int,
+    runs: int,
+    threads: int,
+    no_floor: bool,
+    prompts: Path,
+    result: Path | None,
 ) -> None:
     """比较普通解码与投机解码的墙钟时间。"""
     import deepseek_export as dsx
 
     model = dsx.load(out, threads=threads)
     texts = json.loads(prompts.read_text(encoding="utf-8"))
-    rows = [model.encode(texts[i % len(texts)]) for i in range(batch)]
+    # 留出集按语言排列：均匀地取，中英文各半。
+    rows = [model.encode(texts[i * len(texts) // batch % len(texts)]) for i in range(batch)]
+    if model.speculative is None:
+        raise click.ClickException("这个 bundle 没有草稿模型：用 -p full 导出")
+    if no_floor:
+        model.speculative.floor = None
 
     def run(speculative: bool):
         start = time.perf_counter()
@@ -58,7 +71,12 @@ def main(
             f"  {name:12s} {statistics.median(seconds):.3f} s（{min(seconds):.3f}–{max(seconds):.3f}）"
         )
     click.echo(f"  投机 / 普通 = {statistics.median(ratios):.3f}（{min(ratios):.3f}–{max(ratios):.3f}）")
-    click.echo(f"  各位置接受率 {stats.acceptance}，每次主模型调用 {stats.tokens_per_call:.2f} 个 token")
+    rates = "、".join("-" if rate is None else f"{rate:.0%}" for rate in stats.acceptance)
+    click.echo(
+        f"  各位置接受率 {rates}；每次主模型调用 {stats.tokens_per_call:.2f} 个 token；"
+        f"主模型 {stats.main_calls} 次，草稿 {stats.draft_calls} 次"
+        + ("；中途退回普通解码" if stats.fell_back else "")
+    )
     if result is not None:
         history = json.loads(result.read_text(encoding="utf-8")) if result.exists() else []
         environment = {
@@ -72,11 +90,11 @@ def main(
                 "environment": environment,
                 "target": model.manifest.target,
                 "batch": batch,
+                "floor": not no_floor,
                 "new_tokens": new_tokens,
                 "samples": samples,
                 "ratios": ratios,
-                "acceptance": list(stats.acceptance),
-                "tokens_per_call": stats.tokens_per_call,
+                "speculation": stats.as_dict(),
             }
         )
         result.parent.mkdir(parents=True, exist_ok=True)

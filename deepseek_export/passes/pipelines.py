@@ -24,6 +24,7 @@ from deepseek_export.ops.table import (
     SPEC_ACCEPT_REJECTION,
 )
 from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
 from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
@@ -35,11 +36,13 @@ class Step(NamedTuple):
 
     Attributes:
         build: 建立 pass。
-        consumes: 它改写的 dsx 算子；每个这样的节点要么计入 ``count``，要么计入 ``refused``。
+        op: 它针对的 dsx 算子；每个这样的节点要么计入 ``count``，要么计入 ``refused``。
+        consumes: 改写之后节点是否消失；只改函数体的 pass 为 ``False``。
     """
 
     build: Callable[[], Pass]
-    consumes: str
+    op: str
+    consumes: bool = True
 
 
 PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
@@ -51,6 +54,8 @@ PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
             Step(LowerGateExpertsToOrtMoePass, MOE_EXPERTS.name),
             # 剩下的（V2、不归一化、旧 onnxruntime）路由留在函数体里，专家仍用 MoE kernel，省掉 Loop。
             Step(LowerExpertsToOrtMoePass, MOE_EXPERTS.name),
+            # 注意力只看用到的缓存前缀：一步的耗时随上下文走，不随缓存容量走。
+            Step(BoundMlaCachePass, MLA_ATTENTION.name, consumes=False),
         ),
     }
 )
@@ -101,11 +106,11 @@ def lower(
     _check_captured(module, profile)
     results: list[PassResult] = []
     for step in PIPELINES[target]:
-        before = len(module.find(step.consumes))
+        before = len(module.find(step.op))
         rewrite = step.build()
         result = rewrite(module, [earlier.name for earlier in results])
         check_legality(module, rewrite.name, target)
-        _check_step(step, result, before, len(module.find(step.consumes)))
+        _check_step(step, result, before, len(module.find(step.op)))
         results.append(result)
     proto = module.to_proto()
     helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
@@ -132,12 +137,13 @@ def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
 
 
 def _check_step(step: Step, result: PassResult, before: int, after: int) -> None:
-    """pass 之后：处理的加拒绝的等于之前的，剩下的等于拒绝的。"""
+    """pass 之后：处理的加拒绝的等于之前的；剩下的等于拒绝的，只改函数体的则一个不少。"""
     refused = len(result.refused)
-    if result.count + refused != before or after != refused:
+    left = refused if step.consumes else before
+    if result.count + refused != before or after != left:
         what = (
             f"pass {result.name} 报告改写 {result.count} 处、拒绝 {refused} 处，"
-            f"而 {DOMAIN}::{step.consumes} 从 {before} 个变成 {after} 个"
+            f"而 {DOMAIN}::{step.op} 从 {before} 个变成 {after} 个"
         )
         raise DsxError(
             "DSX-E302", what, f"这是 dsx 的缺陷，出在 {result.name}：请附上这段文字和 pip list 报告"

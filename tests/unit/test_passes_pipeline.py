@@ -69,8 +69,8 @@ def names(values) -> list[str]:
 def test_whole_model_is_equal_before_and_after(variant, fused, saved):
     checkpoint = saved(variant)[1]
     portable, ort = (lowered(variant, "mla+moe", target) for target in PIPELINES)
-    layers = model_config(variant).num_moe_layers
-    assert [r.count for r in ort.results] == ([layers, 0] if fused else [0, layers])
+    layers, all_layers = model_config(variant).num_moe_layers, model_config(variant).num_hidden_layers
+    assert [r.count for r in ort.results] == ([layers, 0, all_layers] if fused else [0, layers, all_layers])
     assert len(ort.fallbacks) == (0 if fused else 1)
     contract = [n for n in names(portable.proto.graph.input) if n not in portable.weights]
     assert [n for n in names(ort.proto.graph.input) if n not in ort.weights] == contract
@@ -126,14 +126,14 @@ def test_lowered_model_is_self_consistent(target):
 
 def test_baseline_has_nothing_to_lower():
     portable, ort = (lowered("v3", "baseline", target) for target in PIPELINES)
-    assert [(r.changed, r.count, r.refused) for r in ort.results] == [(False, 0, ())] * 2
+    assert [(r.changed, r.count, r.refused) for r in ort.results] == [(False, 0, ())] * 3
     assert portable.proto.graph == ort.proto.graph
     assert {opset.domain for opset in ort.proto.opset_import} == {""}
 
 
 def test_float16_falls_back_loudly():
     model = lowered("v3", "mla+moe", "ort-cpu", "float16")
-    assert [(r.count, len(r.refused)) for r in model.results] == [(0, 2), (0, 2)]
+    assert [(r.count, len(r.refused)) for r in model.results] == [(0, 2), (0, 2), (3, 0)]
     assert PassResult.model_validate_json(model.results[0].model_dump_json()) == model.results[0]
     (line,) = model.fallbacks  # 同一个原因只说一次
     assert "没有改写 layers.1.mlp 等 2 处" in line
