@@ -83,12 +83,13 @@ def _compiled(folder: Path, with_drafts: bool = True) -> api.CompiledModel:
     config = parse_model_config(
         configs["V3"] | {"max_position_embeddings": LIMIT, "eos_token_id": None}, "V3"
     )
-    graphs = [SimpleNamespace(file="model.onnx", role="main"), SimpleNamespace(file="mtp.onnx", role="draft")]
+    drafts = [folder / "mtp.onnx"] if with_drafts else []
     mtp = SimpleNamespace(enabled=with_drafts, num_draft_tokens=2, verify="greedy")
-    manifest = SimpleNamespace(model=config, graphs=graphs, profile=SimpleNamespace(mtp=mtp))
-    return api.CompiledModel(
-        SimpleNamespace(path=folder, model_path=folder / "model.onnx", manifest=manifest)  # type: ignore[arg-type]
+    manifest = SimpleNamespace(model=config, profile=SimpleNamespace(mtp=mtp))
+    bundle: Any = SimpleNamespace(
+        path=folder, model_path=folder / "model.onnx", draft_paths=drafts, manifest=manifest
     )
+    return api.CompiledModel(bundle)
 
 
 def test_compiled_model_chooses(tmp_path: Path) -> None:

@@ -245,6 +245,7 @@ def test_committed_demo_checkpoint():
         "README.md",
         "config.json",
         "generation_config.json",
+        "heldout_prompts.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
