@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import deepseek_export
 from deepseek_export.api import CompiledModel
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.runtime import SpeculativeFloor
 from tests.contract.test_mtp_contract import SMALL
 
@@ -77,3 +79,39 @@ def test_rejection_bundle_samples_and_verifies(tmp_path: Path):
     first = model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
     assert first == model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
     assert [len(ids) for ids in first] == [12, 12]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> CompiledModel:
+    """随包附带的、训练过的检查点：草稿大多猜中，考验的是连续接受。"""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    overrides = ["mtp.num_draft_tokens=4"]
+    deepseek_export.export(CHECKPOINT, out, "full", target="ort-cpu", overrides=overrides)
+    loaded = deepseek_export.load(out)
+    assert loaded.speculative is not None
+    loaded.speculative.floor = None
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "K", [pytest.param(K, marks=[] if K == 3 else pytest.mark.slow) for K in (1, 2, 3, 4)]
+)
+def test_demo_checkpoint_on_held_out_prompts(demo: CompiledModel, K: int):
+    """MTP-2：20 条留出的 prompt、256 个 token，batch 1 与长度不等的 batch 8 都逐 token 相同。"""
+    assert demo.speculative is not None
+    demo.speculative.num_draft_tokens = K
+    texts = json.loads((CHECKPOINT / "heldout_prompts.json").read_text(encoding="utf-8"))
+    assert len(texts) == 20
+    rows = [demo.encode(text) for text in texts]
+    batches = [[row] for row in rows] + [rows[start : start + 8] for start in (0, 6, 12)]
+    tokens = calls = 0.0
+    for batch in batches:
+        plain = demo.generate(batch, 256, speculative=False, ignore_eos=True)
+        drafted = demo.generate(batch, 256, ignore_eos=True)
+        assert drafted.token_ids == plain.token_ids
+        stats = drafted.speculation
+        assert stats is not None
+        if len(batch) == 1:
+            tokens, calls = tokens + stats.tokens_per_call * stats.main_calls, calls + stats.main_calls
+    if K == 3:
+        assert tokens / calls >= 2.0  # 每次主模型调用至少两个 token
