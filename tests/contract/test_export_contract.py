@@ -107,7 +107,10 @@ def test_initializers_are_the_checkpoint_tensors(exported, saved, variant: str):
         if recipe.op == "copy":
             assert recipe.sources == (name,)
         elif recipe.op == "stack":
-            assert {source.replace(f".{i}.", ".*.", 1) for i, source in enumerate(recipe.sources)}
+            stems = {
+                source.replace(f".experts.{i}.", ".experts.*.") for i, source in enumerate(recipe.sources)
+            }
+            assert stems == {name}
             assert ".mlp.experts.*." in name
 
 
