@@ -55,7 +55,7 @@ class TransformersOracle:
             else:
                 config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
                 del config.quantization_config
-                model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 state = _dequantized(checkpoint)
                 model = model_class.from_pretrained(None, config=config, state_dict=state, **options)
         self._model: Any = model.eval()
