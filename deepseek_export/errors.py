@@ -39,6 +39,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E117": "tie_word_embeddings 与检查点内容矛盾",
         "DSX-E118": "索引文件与分片不一致",
         "DSX-E119": "检查点没有需要的 MTP 权重",
+        "DSX-E120": "量化声明与张量不符",
         # 3xx：pass
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",
@@ -50,6 +51,9 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E404": "磁盘空间不足",
         "DSX-E405": "输出位置不可写",
         "DSX-E406": "bundle 的文件与 manifest 不符",
+        "DSX-E407": "检查点无法硬链接",
+        "DSX-E408": "引用的检查点与导出时不同",
+        "DSX-E409": "bundle 已经打包",
         # 5xx：运行时
         "DSX-E501": "分词器文件读不了",
         "DSX-E502": "没有聊天模板",

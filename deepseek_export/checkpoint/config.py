@@ -22,6 +22,7 @@ from deepseek_export.checkpoint.families import (
     RopeLayout,
 )
 from deepseek_export.checkpoint.fields import MAX_DIM, Fields, unique_object
+from deepseek_export.checkpoint.quantization import parse_quantization
 from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse_rope, yarn_mscale
 from deepseek_export.errors import DsxError
 
@@ -30,7 +31,10 @@ _MAX_LAYERS, _MAX_EXPERTS = 1024, 4096
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``config.json`` 的类型化视图；字段名沿用 DeepSeek 的叫法，字段间的一致性在解析时已经查过。"""
+    """``config.json`` 的类型化视图；字段名沿用 DeepSeek 的叫法，字段间的一致性在解析时已经查过。
+
+    ``weight_block_size`` 是 FP8 检查点每个 scale 管的块（行、列）；不是 FP8 检查点则为 ``None``。
+    """
 
     family: str
     vocab_size: int
@@ -65,6 +69,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    weight_block_size: tuple[int, int] | None
 
     @property
     def qk_head_dim(self) -> int:
@@ -152,10 +157,6 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         if alias in data and key in data:
             Fields(data, where).must_equal(alias, data[key])
     f.refuse_unknown(CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | family.extra_keys)
-    if (quant := f.data.get("quantization_config")) is not None:
-        method = quant.get("quant_method") if isinstance(quant, dict) else quant
-        todo = "换用 BF16 / FP16 / FP32 的检查点，或先反量化再导出"
-        raise DsxError("DSX-E108", f"{where} 的 quantization_config.quant_method 是 {method!r}", todo)
     for key, only in FIXED_KEYS.items():
         f.must_equal(key, only)
     heads = f.integer("num_attention_heads")
@@ -201,6 +202,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         bos_token_id=f.optional_integer("bos_token_id"),
         eos_token_ids=tuple(eos_list),
         pad_token_id=f.optional_integer("pad_token_id", low=-1),
+        weight_block_size=parse_quantization(f),
         **_parse_routing(f, family),
     )
 

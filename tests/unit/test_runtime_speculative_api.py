@@ -94,7 +94,8 @@ def _compiled(folder: Path, with_drafts: bool = True) -> api.CompiledModel:
     )
     drafts = [folder / "mtp.onnx"] if with_drafts else []
     mtp = SimpleNamespace(enabled=with_drafts, num_draft_tokens=2, verify="greedy")
-    manifest = SimpleNamespace(model=config, profile=SimpleNamespace(mtp=mtp))
+    weights = SimpleNamespace(mode="packed", recipes={})
+    manifest = SimpleNamespace(model=config, profile=SimpleNamespace(mtp=mtp), weights=weights)
     bundle: Any = SimpleNamespace(
         path=folder, model_path=folder / "model.onnx", draft_paths=drafts, manifest=manifest
     )
