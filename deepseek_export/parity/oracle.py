@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.errors import DsxError
 from deepseek_export.reference import Forms, ReferenceModel, load_reference
 from deepseek_export.reference.weights import TORCH_DTYPES
@@ -32,7 +34,7 @@ class Oracle(Protocol):
 
 
 class TransformersOracle:
-    """transformers 的 ``DeepseekV2ForCausalLM`` / ``DeepseekV3ForCausalLM``，直接读同一个检查点。"""
+    """transformers 里实现这个家族的模型，直接读同一个检查点。"""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
         import transformers
@@ -42,6 +44,7 @@ class TransformersOracle:
             # 都用 eager：softmax 用 float32，与 DeepSeek 原版一致；缺省的 grouped_mm 还要求步长是 16 字节的倍数。
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.path,
+                config=_transformers_config(transformers, checkpoint),
                 dtype=TORCH_DTYPES[dtype],
                 attn_implementation="eager",
                 experts_implementation="eager",
@@ -64,6 +67,13 @@ class TransformersOracle:
             out = self._model(torch.tensor([[tokens[-1]]]), use_cache=True, **past)
             tokens.append(int(out.logits[0, -1].argmax()))
         return tokens
+
+
+def _transformers_config(transformers: Any, checkpoint: Checkpoint) -> Any:
+    """检查点的配置；家族在 transformers 里由别的 model_type 实现时（kimi_k2 就是 deepseek_v3）换成那一个。"""
+    data = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    kind = FAMILIES[checkpoint.config.family].transformers_type
+    return transformers.CONFIG_MAPPING[kind].from_dict(data | {"model_type": kind})
 
 
 class ReferenceOracle:
