@@ -239,7 +239,7 @@ def _v_head_dim(f: Fields, family: str, hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def _parse_scales(f: Fields, hidden: int, layers: int) -> dict[str, float]:
+def _parse_scales(f: Fields, hidden: int, layers: int) -> dict[str, Any]:
     """MiniCPM3 的三个缩放；``scale_depth``、``dim_model_base`` 为 null 表示不缩放。"""
     scales = {"embed_scale": f.positive("scale_emb")}
     if f.require("scale_depth") is not None:
