@@ -114,34 +114,44 @@ def _print(plan: Plan) -> None:
     if plan.gpus:
         out.print()
         out.print(_gpu_table(plan))
+        out.print()
+        out.print(_gpu_facts(plan))
     click.echo()
     for line in plan.assumptions:
         click.echo(f"假设：{line}")
 
 
 def _gpu_table(plan: Plan) -> Any:
-    numbers = ("卡数", "每卡权重", "每卡缓存")
+    numbers = ("卡数", "每卡权重", "每卡缓存", "每卡可用")
     made = table(
         f"权重 {plan.weights}，batch {plan.batch} × {plan.context} token",
-        *("GPU", "切法", *numbers, "放得下", "至少", "解码上界", "prefill 上界"),
+        *("GPU", "切法", *numbers, "放得下"),
         right=numbers,
     )
     for gpu in plan.gpus:
-        smallest = gpu.smallest
-        least = "128 块也不够" if smallest is None else f"{smallest.gpus} 块，{_SPLITS[smallest.split]}"
-        decode = prefill = "-"
-        if gpu.decode_tokens_per_second is not None and gpu.decode_bound is not None:
-            decode = f"{gpu.decode_tokens_per_second:,.0f} token/s，{_BOUNDS[gpu.decode_bound]}"
-            prefill = f"{gpu.prefill_tokens_per_second:,.0f} token/s"
-        for index, split in enumerate(gpu.requested):
-            first = index == 0
+        for split in gpu.requested:
             made.add_row(
-                f"{gpu.title}（可用 {size(gpu.usable_bytes)}）" if first else "",
+                gpu.title,
                 _SPLITS[split.split],
                 str(split.gpus),
                 size(split.weight_bytes),
                 size(split.cache_bytes),
+                size(gpu.usable_bytes),
                 "是" if split.fits else "否",
-                *((least, decode, prefill) if first else ("", "", "")),
             )
     return made
+
+
+def _gpu_facts(plan: Plan) -> Any:
+    rows = []
+    for gpu in plan.gpus:
+        least = "128 块也不够"
+        if gpu.smallest is not None:
+            least = f"至少 {gpu.smallest.gpus} 块（{_SPLITS[gpu.smallest.split]}）"
+        if gpu.decode_tokens_per_second is not None and gpu.decode_bound is not None:
+            least += (
+                f"；解码不超过 {gpu.decode_tokens_per_second:,.0f} token/s（{_BOUNDS[gpu.decode_bound]}），"
+                f"prefill 不超过 {gpu.prefill_tokens_per_second:,.0f} token/s"
+            )
+        rows.append((gpu.title, least))
+    return facts("至少几块，多快", rows)
