@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
 from onnx import helper
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.checkpoint.families import FAMILIES, MOE_KEYS
+from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 #: 两种等价算法之间允许的差，相对于结果的最大绝对值。float32 是累加次序，float16 是中间值各舍入一次（2**-11 的几倍）。
@@ -153,6 +156,31 @@ def save_checkpoint(model, directory: Path, dtype: torch.dtype | None = None, **
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"model_type": model.published_as}), encoding="utf-8")
     return directory
+
+
+def fp8_twins(directory: Path, config: Mapping[str, Any], **options: Any) -> tuple[Path, Path]:
+    """同样的权重存两遍：FP8 分块的检查点，与按定义反量化成 float32 的孪生。
+
+    Args:
+        directory: 两个检查点的上级目录。
+        config: 带 ``quantization_config``。
+        **options: 原样交给 ``write_checkpoint``。
+    """
+    fp8 = write_checkpoint(directory / "fp8", config, dtype="float32", **options)
+    height, width = config["quantization_config"]["weight_block_size"]
+    arrays = load_file(fp8 / "model.safetensors")
+    for name in [name for name in arrays if name.endswith("_scale_inv")]:
+        weight, scales = arrays[name.removesuffix("_scale_inv")], arrays.pop(name)
+        scales = scales.repeat_interleave(height, 0).repeat_interleave(width, 1)
+        rows, columns = weight.shape
+        arrays[name.removesuffix("_scale_inv")] = weight.float() * scales[:rows, :columns]
+    twin = directory / "twin"
+    twin.mkdir()
+    save_file(arrays, twin / "model.safetensors")
+    plain = json.loads((fp8 / "config.json").read_text(encoding="utf-8"))
+    del plain["quantization_config"]
+    (twin / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+    return fp8, twin
 
 
 def one_node_model(

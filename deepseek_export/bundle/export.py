@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -39,7 +39,7 @@ from deepseek_export.bundle.manifest import (
 from deepseek_export.bundle.packed import write_packed
 from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
-from deepseek_export.checkpoint.recipe import Recipe
+from deepseek_export.checkpoint.recipe import Recipe, bind_recipes
 from deepseek_export.passes import LoweredModel, check_target, lower
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
@@ -120,19 +120,20 @@ def export_bundle(
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
         modules = require_mtp(source) if profile.mtp.enabled else 0
-    config = source.config
+    # 权重怎么存与图无关：FP8 检查点与它反量化后的孪生得到同一张图。
+    architecture = replace(source.config, weight_block_size=None)
     graphs: list[_Graph] = []
     for index in range(-1, modules):
         with watch("capture"):
             progress.start("捕获计算图" if index < 0 else f"捕获 MTP 模块 {index}")
-            captured = _capture(config, profile, dtype, index, progress)
+            captured = _capture(architecture, profile, dtype, index, progress)
         with watch("passes"):
             progress.start(f"下沉到 {target}")
-            lowered = lower(captured, config=config, profile=profile, dtype=dtype, target=target)
+            lowered = lower(captured, config=architecture, profile=profile, dtype=dtype, target=target)
         graphs.append(_Graph(_file_name(index), captured, lowered))
     weights: dict[str, Recipe] = {}
     for graph in graphs:
-        weights |= graph.lowered.weights
+        weights |= bind_recipes(graph.lowered.weights, source)
     fallbacks = list(dict.fromkeys([*notes, *(line for graph in graphs for line in graph.lowered.fallbacks)]))
     for line in fallbacks:
         progress.note(line)

@@ -24,6 +24,7 @@ from deepseek_export.checkpoint.families import (
     RopeLayout,
 )
 from deepseek_export.checkpoint.fields import MAX_DIM, Fields, unique_object
+from deepseek_export.checkpoint.quantization import parse_quantization
 from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse_rope, yarn_mscale
 from deepseek_export.errors import DsxError
 
@@ -36,6 +37,7 @@ class ModelConfig:
 
     没有 MoE 的家族，专家数是 0，``first_k_dense_replace`` 等于层数。``embed_scale``、``residual_scale``、``logits_divisor``
     是 MiniCPM3 的三个缩放，其余家族都是 1。
+    ``weight_block_size`` 是 FP8 检查点每个 scale 管的块（行、列）；不是 FP8 检查点则为 ``None``。
     """
 
     family: str
@@ -71,6 +73,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    weight_block_size: tuple[int, int] | None
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
@@ -163,10 +166,6 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
             Fields(data, where).must_equal(alias, data[key])
     known = CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | family.extra_keys
     f.refuse_unknown(known | MOE_KEYS if family.has_moe else known)
-    if (quant := f.data.get("quantization_config")) is not None:
-        method = quant.get("quant_method") if isinstance(quant, dict) else quant
-        todo = "换用 BF16 / FP16 / FP32 的检查点，或先反量化再导出"
-        raise DsxError("DSX-E108", f"{where} 的 quantization_config.quant_method 是 {method!r}", todo)
     for key, only in FIXED_KEYS.items():
         f.must_equal(key, only)
     heads = f.integer("num_attention_heads")
@@ -210,6 +209,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         bos_token_id=f.optional_integer("bos_token_id"),
         eos_token_ids=tuple(eos_list),
         pad_token_id=f.optional_integer("pad_token_id", low=-1),
+        weight_block_size=parse_quantization(f),
         **(_parse_moe(f, family, layers) if family.has_moe else _DENSE | {"first_k_dense_replace": layers}),
         **(_parse_scales(f, hidden, layers) if "scale_emb" in family.extra_keys else {}),
     )

@@ -12,13 +12,13 @@ pytestmark = pytest.mark.contract
 
 
 def test_every_family_is_compared_with_transformers():
-    """EXPORT-20：白名单里的每个家族都有变体，参考模型逐个与 transformers 比（tests/unit/test_reference.py）。"""
+    """EXPORT-30：白名单里的每个家族都有变体，参考模型逐个与 transformers 比（tests/unit/test_reference.py）。"""
     assert {family for family, _ in VARIANTS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("variant", "profile"), [("kimi", "mla+moe"), ("minicpm3", "mla")])
 def test_bundles_of_other_families_pass(exported, variant: str, profile: str):
-    """EXPORT-20：model_type 另起名字的（kimi_k2）与多出缩放的（minicpm3），整个 bundle 与 transformers 自己的模型相等。"""
+    """EXPORT-30：model_type 另起名字的（kimi_k2）与多出缩放的（minicpm3），整个 bundle 与 transformers 自己的模型相等。"""
     bundle = exported(variant, profile)
     assert bundle.manifest.model.family == VARIANTS[variant][0]
     report = deepseek_export.verify(bundle.path, levels=["block", "model", "tokens"], steps=8)

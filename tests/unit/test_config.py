@@ -295,9 +295,41 @@ def test_conflicting_rope_spellings():
     refused("DSX-E107", edit(V3, rope_parameters=_yarn(0.5)))
 
 
-def test_quantization_names_the_method():
-    assert "fp8" in refused("DSX-E108", edit(V3, quantization_config={"quant_method": "fp8"})).what
-    parse_model_config(edit(V3, quantization_config=None), "x")
+def test_published_fp8_blocks_are_read():
+    assert parse_model_config(V3, "x").weight_block_size == (128, 128)
+    published = V3["quantization_config"] | {"scale_fmt": "ue8m0", "modules_to_not_convert": ["lm_head"]}
+    config = parse_model_config(edit(V3, quantization_config=published), "x")
+    assert config.weight_block_size == (128, 128)
+    assert parse_model_config(edit(V3, quantization_config=None), "x").weight_block_size is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quant_method": "gptq"},
+        {"quant_method": ["fp8"]},
+        {"quant_method": None},
+        {"fmt": "e5m2"},
+        {"activation_scheme": "static"},
+        {"scale_fmt": "e4m3"},
+        {"weight_block_size": None},
+        {"weight_block_size": [128]},
+        {"weight_block_size": [128, 0]},
+        {"weight_block_size": [128, True]},
+        {"weight_block_size": [128, 1 << 30]},
+        {"modules_to_not_convert": "lm_head"},
+        {"modules_to_not_convert": [1]},
+        {"group_size": 128},
+    ],
+)
+def test_any_other_quantization_is_refused_by_name(change):
+    error = refused("DSX-E108", edit(V3, quantization_config=V3["quantization_config"] | change))
+    assert next(iter(change)) in str(error)
+
+
+@pytest.mark.parametrize("value", ["awq", ["fp8"], 1, {}])
+def test_quantization_that_is_not_a_table_of_fp8(value):
+    refused("DSX-E108", edit(V3, quantization_config=value))
 
 
 @pytest.mark.parametrize(

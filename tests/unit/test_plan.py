@@ -27,8 +27,9 @@ ON, OFF = resolve_profile("mla+moe"), resolve_profile("baseline")
 
 @pytest.fixture(scope="module")
 def v3(tmp_path_factory) -> Path:
-    """DeepSeek-V3 的真实形状：61 层、256 个专家、一个 MTP 模块、163 个分片；不占磁盘。"""
-    return write_sparse_checkpoint(tmp_path_factory.mktemp("v3") / "ckpt", PUBLISHED["V3"], 163)
+    """DeepSeek-V3 的真实形状（BF16）：61 层、256 个专家、一个 MTP 模块、163 个分片；不占磁盘。"""
+    config = {key: value for key, value in PUBLISHED["V3"].items() if key != "quantization_config"}
+    return write_sparse_checkpoint(tmp_path_factory.mktemp("v3") / "ckpt", config, 163)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def minicpm(tmp_path_factory) -> Path:
 
 
 def test_deepseek_v3(v3: Path):
-    """EXPORT-21：671B 参数、每 token 37B、每 token 缓存 70,272 字节（展开 4,997,120），与公开的数一致。"""
+    """EXPORT-31：671B 参数、每 token 37B、每 token 缓存 70,272 字节（展开 4,997,120），与公开的数一致。"""
     plan = make_plan(v3, ON, batch=2, context=8192)
     assert (plan.parameters // 10**9, plan.active_parameters // 10**8) == (671, 366)
     assert plan.stored[0].bytes == plan.weight_bytes["stored"] == 2 * plan.parameters
@@ -50,7 +51,7 @@ def test_deepseek_v3(v3: Path):
 
 
 def test_mtp_counts_only_when_it_is_on(v3: Path):
-    """EXPORT-21：full 另算 MTP 模块的权重与缓存，词嵌入与 lm_head 的副本不算。"""
+    """EXPORT-31：full 另算 MTP 模块的权重与缓存，词嵌入与 lm_head 的副本不算。"""
     off, on = make_plan(v3, ON), make_plan(v3, resolve_profile("full"))
     assert (off.mtp_modules, on.mtp_modules) == (0, 1)
     assert on.cache.latent_bytes_per_token == off.cache.latent_bytes_per_token * 62 // 61
@@ -59,14 +60,14 @@ def test_mtp_counts_only_when_it_is_on(v3: Path):
 
 
 def test_profile_decides_what_is_read(v3: Path):
-    """EXPORT-21：关掉 MoE 每个专家都读、都算；关掉 MLA 缓存是展开的。"""
+    """EXPORT-31：关掉 MoE 每个专家都读、都算；关掉 MLA 缓存是展开的。"""
     plan = make_plan(v3, OFF)
     assert plan.cache.used == "expanded"
     assert plan.active_parameters == plan.parameters - PUBLISHED["V3"]["vocab_size"] * 7168
 
 
 def test_splits_on_gpus(v3: Path):
-    """EXPORT-21：潜缓存在张量并行下每卡一份，在专家与流水并行下分开；至少几块卡由最小的可行切法给出。"""
+    """EXPORT-31：潜缓存在张量并行下每卡一份，在专家与流水并行下分开；至少几块卡由最小的可行切法给出。"""
     plan = make_plan(v3, ON, gpus=["h200", "rtx4090"], count=16, batch=32, context=8192)
     h200, rtx = plan.gpus
     splits = {split.split: split for split in h200.requested}
@@ -91,7 +92,7 @@ def test_splits_on_gpus(v3: Path):
 
 
 def test_roofline_is_bandwidth_at_batch_one(minicpm: Path):
-    """EXPORT-21：batch 1 受带宽限制，上界就是带宽除以每步要读的字节：权重（共享的词嵌入也要读）加缓存。"""
+    """EXPORT-31：batch 1 受带宽限制，上界就是带宽除以每步要读的字节：权重（共享的词嵌入也要读）加缓存。"""
     plan = make_plan(minicpm, resolve_profile("mla"), gpus=["rtx4090"], context=1024)
     gpu = plan.gpus[0]
     assert [split.split for split in gpu.requested] == ["single"]
@@ -103,7 +104,7 @@ def test_roofline_is_bandwidth_at_batch_one(minicpm: Path):
 
 
 def test_quantised_weights_keep_what_dsx_keeps(minicpm: Path):
-    """EXPORT-21：int8、int4 里词嵌入与 absorb 用的 kv_b 仍是 float32，共享的 lm_head 另存一份量化的。"""
+    """EXPORT-31：int8、int4 里词嵌入与 absorb 用的 kv_b 仍是 float32，共享的 lm_head 另存一份量化的。"""
     c, plan = PUBLISHED["MINICPM3"], make_plan(minicpm, resolve_profile("mla"))
     embed = c["vocab_size"] * c["hidden_size"]
     kv_b = c["num_hidden_layers"] * c["num_attention_heads"] * (64 + 64) * c["kv_lora_rank"]
@@ -114,7 +115,7 @@ def test_quantised_weights_keep_what_dsx_keeps(minicpm: Path):
 
 
 def test_plan_matches_an_export(tmp_path: Path):
-    """EXPORT-21：float32 的权重字节数与真实导出的配方逐字节相同。"""
+    """EXPORT-31：float32 的权重字节数与真实导出的配方逐字节相同。"""
     from deepseek_export.checkpoint import Checkpoint
     from deepseek_export.checkpoint.recipe import weight_recipes
 
@@ -146,7 +147,7 @@ def test_command_prints_a_table(v3: Path):
 
 
 def test_command_needs_no_torch():
-    """EXPORT-21：只读文件头，不加载 torch；--json 是一个对象。"""
+    """EXPORT-31：只读文件头，不加载 torch；--json 是一个对象。"""
     code = (
         "import sys\nfrom deepseek_export.cli.main import cli\n"
         f"cli.main(['plan', {str(CHECKPOINT)!r}, '--gpu', 'h100', '--json'], standalone_mode=False)\n"
