@@ -17,7 +17,6 @@ from deepseek_export.errors import DsxError
 from deepseek_export.plan import GPUS, make_plan
 from deepseek_export.plan.plan import RESERVE
 from deepseek_export.profile import resolve_profile
-from tests.sparse import write_sparse_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -27,21 +26,25 @@ ON, OFF = resolve_profile("mla+moe"), resolve_profile("baseline")
 
 @pytest.fixture(scope="module")
 def v3(tmp_path_factory) -> Path:
-    """DeepSeek-V3 的真实形状（BF16）：61 层、256 个专家、一个 MTP 模块、163 个分片；不占磁盘。"""
-    config = {key: value for key, value in PUBLISHED["V3"].items() if key != "quantization_config"}
-    return write_sparse_checkpoint(tmp_path_factory.mktemp("v3") / "ckpt", config, 163)
+    """DeepSeek-V3 发布的样子：61 层、256 个专家、FP8、一个 MTP 模块、163 个分片；不占磁盘。"""
+    out = tmp_path_factory.mktemp("v3") / "ckpt"
+    return write_checkpoint(out, PUBLISHED["V3"], mtp=True, shards=163, sparse=True)
 
 
 @pytest.fixture(scope="module")
 def minicpm(tmp_path_factory) -> Path:
-    return write_sparse_checkpoint(tmp_path_factory.mktemp("mini") / "ckpt", PUBLISHED["MINICPM3"], 2)
+    out = tmp_path_factory.mktemp("mini") / "ckpt"
+    return write_checkpoint(out, PUBLISHED["MINICPM3"], shards=2, sparse=True)
 
 
 def test_deepseek_v3(v3: Path):
     """EXPORT-31：671B 参数、每 token 37B、每 token 缓存 70,272 字节（展开 4,997,120），与公开的数一致。"""
     plan = make_plan(v3, ON, batch=2, context=8192)
     assert (plan.parameters // 10**9, plan.active_parameters // 10**8) == (671, 366)
-    assert plan.stored[0].bytes == plan.weight_bytes["stored"] == 2 * plan.parameters
+    stored = {entry.dtype: entry.bytes for entry in plan.stored}
+    assert plan.weight_bytes["stored"] == sum(stored.values())
+    assert stored["F8_E4M3"] + stored["BF16"] // 2 == pytest.approx(plan.parameters, rel=1e-6)
+    assert stored["F32"] == pytest.approx(stored["F8_E4M3"] * 4 / 128**2, rel=0.03)  # 每 128×128 块一个 scale
     assert (plan.cache.latent_bytes_per_token, plan.cache.expanded_bytes_per_token) == (70_272, 4_997_120)
     assert (plan.cache.used, plan.cache.latent_bytes) == ("latent", 70_272 * 2 * 8192)
     assert plan.weight_bytes["float32"] == 4 * plan.parameters
@@ -56,7 +59,6 @@ def test_mtp_counts_only_when_it_is_on(v3: Path):
     assert (off.mtp_modules, on.mtp_modules) == (0, 1)
     assert on.cache.latent_bytes_per_token == off.cache.latent_bytes_per_token * 62 // 61
     assert 11.0e9 < on.parameters - off.parameters < 12.0e9  # 公开的说明写的是 11.5B
-    assert on.weight_bytes["stored"] == 2 * on.parameters
 
 
 def test_profile_decides_what_is_read(v3: Path):
@@ -83,7 +85,7 @@ def test_splits_on_gpus(v3: Path):
         assert split.fits == (split.weight_bytes + split.cache_bytes <= usable)
     assert h200.smallest is not None
     assert h200.smallest.fits
-    assert h200.smallest.gpus == 16
+    assert h200.smallest.gpus == 8
     assert h200.decode_tokens_per_second is not None
     assert rtx.decode_tokens_per_second is None
     expanded = make_plan(v3, resolve_profile("moe"), gpus=["h200"], count=16, batch=32, context=8192).gpus[0]
@@ -142,7 +144,7 @@ def test_command_prints_a_table(v3: Path):
     arguments += ["--batch", "32", "--context", "8192"]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
-    for text in ("682,636,487,424", "16 块", "128 块也不够", "受带宽限制", "假设："):
+    for text in ("682,636,487,424", "至少 8 块", "128 块也不够", "受带宽限制", "假设："):
         assert text in result.output
 
 
