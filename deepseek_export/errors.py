@@ -81,6 +81,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
+        "DSX-E703": "不认识的 GPU",
+        "DSX-E704": "估算的长度超出模型的最大长度",
     }
 )
 
