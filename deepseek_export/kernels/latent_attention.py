@@ -78,14 +78,15 @@ def latent_attention_partial(
         acc = tl.dot(weights.to(latent.dtype), latent, acc=acc * decay[:, None], out_dtype=tl.float32)
         top = new_top
 
-    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    divisor = tl.where(total > 0.0, total, 1.0)
+    acc = acc / divisor[:, None]
     if length >= keys:
         out = context + (b * (S * H) + rows)[:, None] * R + r[None, :]
         tl.store(out, acc.to(context.dtype.element_ty), mask=live & in_r)
     else:
         slots = (b * num_splits + split) * (S * H) + rows
         tl.store(partial + slots[:, None] * R + r[None, :], acc, mask=live & in_r)
-        tl.store(lse + slots, tl.where(total > 0.0, top + tl.log2(total), float("-inf")), mask=rows < S * H)
+        tl.store(lse + slots, tl.where(total > 0.0, top + tl.log2(divisor), float("-inf")), mask=rows < S * H)
 
 
 @triton.jit

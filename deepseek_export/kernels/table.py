@@ -183,8 +183,8 @@ def latent_attention_plan(
     for tile in tiles:
         keys = tile.keys * 2 // _BYTES[cache_dtype]  # float32 的缓存每个 key 占两倍共享内存
         row_blocks = rows.ceil(tile.rows)
-        # 每个 SM 一个线程块，一轮跑完；段数不超过块数，也至少一段。
-        splits = (Expression.of(limits.count) // (B * row_blocks)).max(1).min(T.ceil(keys))
+        # 每个 SM 一个线程块，一轮跑完；至少一段，不超过容量里的块数。max(1) 也顾及 B 或 S 为 0。
+        splits = (Expression.of(limits.count) // (B * row_blocks).max(1)).max(1).min(T.ceil(keys))
         partial_bytes = (B * splits * rows * (4 * r)).align(_ALIGNMENT)
         lse_bytes = B * splits * rows * 4
         sizes = {"S": S, "H": Expression.of(num_heads), "T": T, "num_splits": splits}
