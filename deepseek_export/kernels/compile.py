@@ -130,8 +130,9 @@ def _compile(spec: KernelSpec, sm: int) -> CompiledKernel:
     # 编译器随版本改过乘加融合的缺省值，写明才可复现。
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
     logger.info("编译 %s sm%d %s", spec.function, sm, constants)
-    with tempfile.TemporaryDirectory() as scratch, knobs.cache.scope():
+    with tempfile.TemporaryDirectory() as scratch, knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = scratch  # 只留 dsx 自己的缓存，不在用户目录里另存一份
+        knobs.compilation.disable_line_info = True  # 行号信息里有源码的绝对路径，机器码会因安装位置而不同
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     metadata = compiled.metadata
     # dsx 的插件不为 kernel 准备 scratch；哪天编译器要用，必须在这里停下，而不是运行时越界。
