@@ -1,7 +1,7 @@
 """一个算子在一种 SM 上的可执行形式：编译好的 kernel 与启动它们的次序、网格、参数。
 
-:class:`Program` 只含整数、文本和字节，不依赖 Triton、torch 或 CUDA。TensorRT 插件把它序列化成两个字段：``program``
-（:meth:`Program.to_text`，逐行的文本）与 ``image``（各 kernel 的 cubin 首尾相接）。Python 插件用 :meth:`Program.bind` 得到每次
+:class:`Program` 只含整数、文本和字节，不依赖 Triton、torch 或 CUDA。TensorRT 插件把它序列化成两个字段：
+:data:`PROGRAM_FIELD`（:meth:`Program.to_text`，逐行的文本）与 :data:`IMAGE_FIELD`（各 kernel 的 cubin 首尾相接）。Python 插件用 :meth:`Program.bind` 得到每次
 启动的参数，C++ 插件（``plugins/tensorrt``）解析同一份文本。
 
 文本格式（每行一条，空格分隔；算式见 :mod:`~deepseek_export.kernels.expression`）::
@@ -11,7 +11,7 @@
     input <dtype> <维> ...        维是整数（必须相等）或符号（首次出现时取值，之后必须相等）
     output <dtype> <维> ...
     variant <算式>                非零则选用；依次看，取第一个
-    workspace <算式>              字节数
+    workspace <算式>              字节数，随每个尺寸单调不减
     launch <入口> <线程数> <动态共享内存> <scratch 指针数> <偏移> <长度>
     grid <x> ; <y> ; <z>          有一维是 0 就不启动
     argument input|output <序号> | workspace <偏移> | int32 <算式> | float32 <数>
@@ -19,11 +19,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from deepseek_export.kernels.expression import Expression
+
+#: 插件序列化的两个字段的名字。
+PROGRAM_FIELD = "program"
+IMAGE_FIELD = "image"
 
 _HEADER = "dsx-program 1"
 
@@ -97,7 +101,7 @@ class Variant:
 
     Attributes:
         when: 非零则适用。
-        workspace: 需要的字节数。
+        workspace: 够用的字节数；随每个尺寸单调不减，所以按最大尺寸分配的 workspace 对更小的问题也够。
         launches: 依次在同一个流上启动。
     """
 
@@ -153,9 +157,9 @@ class Program:
         return next(variant for variant in self.variants if variant.when.evaluate(sizes))
 
     def workspace(self, shapes: Sequence[Sequence[int]]) -> int:
-        """这组输入形状需要的 workspace 字节数。"""
+        """对这组输入形状以及任何更小的形状都够用的 workspace 字节数。"""
         sizes = self.sizes(shapes)
-        return self.select(sizes).workspace.evaluate(sizes)
+        return max(variant.workspace.evaluate(sizes) for variant in self.variants)
 
     def bind(self, shapes: Sequence[Sequence[int]]) -> list[BoundLaunch]:
         """这组输入形状的启动序列；空网格（没有 token）已去掉。"""
@@ -209,8 +213,7 @@ class Program:
             raise ValueError(f"程序的首行是 {header!r}，应为 {_HEADER!r}")
         reader = _Reader(image)
         for line in lines:
-            word, _, rest = line.partition(" ")
-            getattr(reader, f"read_{word}")(rest)
+            reader.read(line)
         program = reader.finish()
         if len(program.image) != len(image):
             raise ValueError(f"image 有 {len(image)} 字节，程序只用到 {len(program.image)} 字节")
@@ -221,60 +224,58 @@ class Program:
 
 
 class _Reader:
-    """逐行读入；每种行一个 ``read_<词>`` 方法。"""
+    """逐行读入程序的文本。"""
 
     def __init__(self, image: bytes) -> None:
-        self.image = image
-        self.op, self.sm = "", 0
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-        # 变体、启动都是先开头、后逐行补全，读完再冻结。
-        self.variants: list[tuple[Expression, list[Expression], list[Launch]]] = []
+        self._image = image
+        self._op, self._sm = "", 0
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._variants: list[Variant] = []
 
-    def read_op(self, rest: str) -> None:
-        self.op, sm = rest.split()
-        self.sm = int(sm)
-
-    def read_input(self, rest: str) -> None:
-        dtype, *dims = rest.split()
-        self.inputs.append(Tensor(dtype, tuple(dims)))
-
-    def read_output(self, rest: str) -> None:
-        dtype, *dims = rest.split()
-        self.outputs.append(Tensor(dtype, tuple(dims)))
-
-    def read_variant(self, rest: str) -> None:
-        self.variants.append((Expression.parse(rest), [], []))
-
-    def read_workspace(self, rest: str) -> None:
-        self.variants[-1][1].append(Expression.parse(rest))
-
-    def read_launch(self, rest: str) -> None:
-        entry, *numbers = rest.split()
-        threads, shared, scratch, offset, length = map(int, numbers)
-        cubin = self.image[offset : offset + length]
-        if len(cubin) != length:
-            raise ValueError(f"image 只有 {len(self.image)} 字节，{entry} 需要到 {offset + length}")
-        kernel = CompiledKernel(entry, cubin, threads, shared, scratch)
-        none = Expression(())
-        self.variants[-1][2].append(Launch(kernel, (none, none, none), ()))
-
-    def read_grid(self, rest: str) -> None:
-        x, y, z = (Expression.parse(axis) for axis in rest.split(";"))
-        self._extend(lambda old: Launch(old.kernel, (x, y, z), old.arguments))
-
-    def read_argument(self, rest: str) -> None:
-        kind, _, value = rest.partition(" ")
-        argument = _argument(kind, value)
-        self._extend(lambda old: Launch(old.kernel, old.grid, (*old.arguments, argument)))
+    def read(self, line: str) -> None:
+        """一行；``variant`` 之后的各行补全最近的变体，``launch`` 之后的补全最近的启动。"""
+        word, _, rest = line.partition(" ")
+        match word:
+            case "op":
+                self._op, sm = rest.split()
+                self._sm = int(sm)
+            case "input" | "output":
+                dtype, *dims = rest.split()
+                (self._inputs if word == "input" else self._outputs).append(Tensor(dtype, tuple(dims)))
+            case "variant":
+                self._variants.append(Variant(Expression.parse(rest), Expression.of(0), ()))
+            case "workspace":
+                self._variants[-1] = replace(self._variants[-1], workspace=Expression.parse(rest))
+            case "launch":
+                zero = Expression.of(0)
+                launch = Launch(self._kernel(*rest.split()), (zero, zero, zero), ())
+                launches = (*self._variants[-1].launches, launch)
+                self._variants[-1] = replace(self._variants[-1], launches=launches)
+            case "grid":
+                x, y, z = (Expression.parse(axis) for axis in rest.split(";"))
+                self._extend(lambda launch: replace(launch, grid=(x, y, z)))
+            case "argument":
+                argument = _argument(*rest.split(" ", 1))
+                self._extend(lambda launch: replace(launch, arguments=(*launch.arguments, argument)))
+            case _:
+                raise ValueError(f"不认识的行 {line!r}")
 
     def finish(self) -> Program:
-        variants = tuple(Variant(when, size, tuple(launches)) for when, (size,), launches in self.variants)
-        return Program(self.op, self.sm, tuple(self.inputs), tuple(self.outputs), variants)
+        """全部读完之后的程序。"""
+        inputs, outputs = tuple(self._inputs), tuple(self._outputs)
+        return Program(self._op, self._sm, inputs, outputs, tuple(self._variants))
 
-    def _extend(self, change) -> None:
-        launches = self.variants[-1][2]
-        launches[-1] = change(launches[-1])
+    def _kernel(self, entry: str, *numbers: str) -> CompiledKernel:
+        threads, shared, scratch, offset, length = map(int, numbers)
+        cubin = self._image[offset : offset + length]
+        if len(cubin) != length:
+            raise ValueError(f"image 只有 {len(self._image)} 字节，{entry} 需要到 {offset + length}")
+        return CompiledKernel(entry, cubin, threads, shared, scratch)
+
+    def _extend(self, change: Callable[[Launch], Launch]) -> None:
+        *before, last = self._variants[-1].launches
+        self._variants[-1] = replace(self._variants[-1], launches=(*before, change(last)))
 
 
 def _argument(kind: str, value: str) -> Argument:

@@ -187,7 +187,9 @@ def latent_attention_plan(
         # 每个 SM 一个线程块，一轮跑完；至少一段，不超过容量里的块数。max(1) 也顾及 B 或 S 为 0。
         splits = (Expression.of(limits.count) // (B * row_blocks).max(1)).max(1).min(T.ceil(keys))
         partial_bytes = (B * splits * rows * (4 * r)).align(_ALIGNMENT)
-        lse_bytes = B * splits * rows * 4
+        # B*splits*row_blocks 不超过 max(SM 数, B*row_blocks)：这个上界随尺寸单调，段数却不是。
+        slots = (B * row_blocks).max(limits.count) * tile.rows
+        workspace = (slots * (4 * r)).align(_ALIGNMENT) + slots * 4
         sizes = {"S": S, "H": Expression.of(num_heads), "T": T, "num_splits": splits}
         integers = tuple((name, "i32") for name in sizes)
         partial_signature = (
@@ -246,7 +248,7 @@ def latent_attention_plan(
             (*pointers, *integer_arguments),
         )
         when = one if tile is tiles[-1] else rows.at_most(tile.rows)
-        variants.append(PlannedVariant(when, partial_bytes + lse_bytes, (partial, reduce)))
+        variants.append(PlannedVariant(when, workspace, (partial, reduce)))
     width = str(r + dr)
     return LaunchPlan(
         LATENT_ATTENTION.name,

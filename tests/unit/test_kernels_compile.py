@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels import compile as module
@@ -130,6 +132,10 @@ def test_program_refuses_foreign_text(cache):
         Program.from_text(program.to_text(), program.image[:-1])
     with pytest.raises(ValueError, match="image"):
         Program.from_text(program.to_text(), program.image + b"x")
+    with pytest.raises(ValueError, match="不认识的行"):
+        Program.from_text(program.to_text() + "cluster 2\n", program.image)
+    with pytest.raises(ValueError, match="不认识的参数"):
+        Program.from_text(program.to_text() + "argument int64 1\n", program.image)
 
 
 def test_bind(cache):
@@ -151,6 +157,30 @@ def test_bind(cache):
         program.bind([(4, 7168), (5, 8), (4, 8), *weights])
     with pytest.raises(ValueError, match="个数或秩"):
         program.bind(shapes(4)[:-1])
+
+
+@given(st.data())
+def test_workspace_is_monotonic_and_sufficient(data):
+    """按最大尺寸要的 workspace 对任何更小的尺寸、任何变体都够：TensorRT 只按最大尺寸问一次。"""
+    plan = data.draw(st.sampled_from(plans(data.draw(st.sampled_from(list(SMS))))))
+    names = {name for tensor in plan.inputs for name in tensor.dims if not name.isdigit()}
+    large = {name: data.draw(st.integers(0, 300)) for name in sorted(names)}
+    small = {name: data.draw(st.integers(0, size)) for name, size in large.items()}
+    have = max(variant.workspace.evaluate(large) for variant in plan.variants)
+    for variant in plan.variants:
+        offsets = [
+            argument.value.evaluate(small)
+            for launch in variant.launches
+            for argument in launch.arguments
+            if argument.kind == "workspace"
+        ]
+        # 最后一块是 lse（注意力，4 字节一行）或各对的输出（专家）。
+        if plan.op == "LatentAttention":
+            grid = variant.launches[0].grid
+            tail = small["B"] * grid[1].evaluate(small) * small["S"] * ATTENTION["num_heads"] * 4
+        else:
+            tail = small["N"] * EXPERTS["top_k"] * EXPERTS["hidden_size"] * 2
+        assert max(offsets) + tail <= have
 
 
 def test_splits_follow_the_card():
