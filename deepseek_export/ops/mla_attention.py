@@ -45,9 +45,18 @@ def hidden_keys(past_lens: Tensor, S: int, T: int) -> Tensor:
 
 
 def attend_absorb(
-    q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, past_lens: Tensor, w_kv_b: Tensor, scale: float | Tensor
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_cache: Tensor,
+    past_lens: Tensor,
+    w_kv_b: Tensor,
+    scale: float | Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """absorb 形式的注意力核；参数见 :data:`~deepseek_export.ops.table.MLA_ATTENTION`，``kv_cache`` 已写入新行。
+
+    Args:
+        mask: 可广播到 [B, H, S, T]，加到缩放后的分数上，代替由 ``past_lens`` 得出的因果遮罩；左填充的 batch 要用它。
 
     Returns:
         o: [B, S, H, dv]，dtype 同 ``q_nope``。
@@ -62,7 +71,11 @@ def attend_absorb(
     latent = kv_cache.squeeze(1).float()
     # 所有头共用一份 latent：把 H 并进行维，一次 GEMM 只读一遍缓存，而不是每个头读一遍。
     scores = torch.matmul(q.reshape(B, H * S, -1), latent.transpose(1, 2)).view(B, H, S, T)
-    p = scores.masked_fill(hidden_keys(past_lens, S, T), float("-inf")).softmax(-1)
+    if mask is None:
+        scores = scores.masked_fill(hidden_keys(past_lens, S, T), float("-inf"))
+    else:
+        scores = scores + mask
+    p = scores.softmax(-1)
     # PV 连 k_pe 那 dr 列一起乘、再切掉：比先从缓存切出前 r 列（每步一次整缓存拷贝）便宜。
     context = torch.matmul(p.view(B, H * S, T), latent)[..., :r].view(B, H, S, r).to(q_nope.dtype)
     return torch.matmul(context, w_uv.transpose(1, 2)).transpose(1, 2)  # bhsc,hdc->bshd
