@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deepseek_export.api import CompiledModel, export, load, verify
     from deepseek_export.errors import DsxError
     from deepseek_export.integration.apply import apply, restore
+    from deepseek_export.integration.causal_lm import DsxForCausalLM
     from deepseek_export.profile import OptimizationProfile
 
 _EXPORTS = {
@@ -27,6 +28,7 @@ _EXPORTS = {
     "apply": "deepseek_export.integration.apply",
     "restore": "deepseek_export.integration.apply",
     "CompiledModel": "deepseek_export.api",
+    "DsxForCausalLM": "deepseek_export.integration.causal_lm",
     "DsxError": "deepseek_export.errors",
     "OptimizationProfile": "deepseek_export.profile",
 }
@@ -34,6 +36,7 @@ _EXPORTS = {
 __all__ = [
     "CompiledModel",
     "DsxError",
+    "DsxForCausalLM",
     "OptimizationProfile",
     "apply",
     "export",

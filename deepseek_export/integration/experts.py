@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
@@ -17,8 +17,8 @@ class _SparseExperts:
     """放在 transformers 的专家类之前的 mixin。"""
 
     num_experts: int
-    gate_up_proj: Tensor
-    down_proj: Tensor
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [N, D]、top_k_index [N, k]、top_k_weights [N, k] → [N, D]；N 可以为 0。
