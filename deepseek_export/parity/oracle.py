@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from deepseek_export.checkpoint import Checkpoint, expected_tensors
+from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
 from deepseek_export.errors import DsxError
 from deepseek_export.reference import Forms, ReferenceModel, load_reference
@@ -33,7 +35,7 @@ class Oracle(Protocol):
 
 
 class TransformersOracle:
-    """transformers 的 ``DeepseekV2ForCausalLM`` / ``DeepseekV3ForCausalLM``，直接读同一个检查点。
+    """transformers 里实现这个家族的模型，直接读同一个检查点。
 
     FP8 检查点例外：transformers 读它要另装 accelerate，而且在 CPU 上反量化成 bfloat16，比不出 float32 的误差；所以把权重反量化好再交给它。
     """
@@ -50,11 +52,12 @@ class TransformersOracle:
             "local_files_only": True,
         }
         with _quiet(transformers):
+            config = _transformers_config(transformers, checkpoint)
             if checkpoint.config.weight_block_size is None:
-                model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, **options)
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    checkpoint.path, config=config, **options
+                )
             else:
-                config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-                del config.quantization_config
                 model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 state = _dequantized(checkpoint)
                 model = model_class.from_pretrained(None, config=config, state_dict=state, **options)
@@ -76,6 +79,14 @@ class TransformersOracle:
             out = self._model(torch.tensor([[tokens[-1]]]), use_cache=True, **past)
             tokens.append(int(out.logits[0, -1].argmax()))
         return tokens
+
+
+def _transformers_config(transformers: Any, checkpoint: Checkpoint) -> Any:
+    """检查点的配置，不带量化；家族在 transformers 里由别的 model_type 实现时（kimi_k2 就是 deepseek_v3）换成那一个。"""
+    data = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    data.pop("quantization_config", None)
+    kind = FAMILIES[checkpoint.config.family].transformers_type
+    return transformers.CONFIG_MAPPING[kind].from_dict(data | {"model_type": kind})
 
 
 def _dequantized(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.session import ModelSession
-from deepseek_export.runtime.speculation import SpeculativeFloor
+from deepseek_export.runtime.speculation import Floor, MeasuredFloor, SpeculativeFloor
 from deepseek_export.runtime.speculative import SpeculativeGenerator
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
@@ -61,12 +61,9 @@ def open_speculative(
         )
         for path in bundle.draft_paths[: mtp.num_draft_tokens]
     ]
+    # 采样的结果与草稿用在哪一轮有关：要凭种子复现，停不停就不能看时间。
+    measured = mtp.verify == "greedy"
+    floor: Floor = MeasuredFloor() if measured else SpeculativeFloor.from_config(config, mtp.num_draft_tokens)
     return SpeculativeGenerator(
-        session,
-        drafts,
-        tokenizer,
-        config.eos_token_ids,
-        mtp.num_draft_tokens,
-        mtp.verify,
-        floor=SpeculativeFloor.from_config(config, mtp.num_draft_tokens),
+        session, drafts, tokenizer, config.eos_token_ids, mtp.num_draft_tokens, mtp.verify, floor=floor
     )
