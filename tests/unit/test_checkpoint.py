@@ -242,7 +242,7 @@ def test_published_shapes_without_the_disk(tmp_path: Path, like: str, shards: in
     config, store = checkpoint.config, checkpoint.store
     assert config.num_hidden_layers == 4
     assert (len(store.files), bool(checkpoint.mtp_tensors)) == (shards, mtp)
-    assert sum(file.stat().st_size for file in store.files) > 5e9
+    assert sum(file.stat().st_size for file in store.files) > 4e9
     assert sum(file.stat().st_blocks * 512 for file in store.files) < 10e6
     expert = f"model.layers.3.mlp.experts.{config.n_routed_experts - 1}.down_proj.weight"
     assert store[expert].shape == (config.hidden_size, config.moe_intermediate_size)
