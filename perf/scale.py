@@ -3,7 +3,7 @@
     python perf/scale.py [--part reference] [--part packed] [--runs 3] [--scratch DIR] [--out perf/results/scale.json]
 
 检查点由 ``tools/make_checkpoint.py --like`` 现造：671B 的是稀疏文件，几乎不占磁盘；40 亿参数的是真的随机权重，连同两份 float16 bundle
-约需 26 GB 磁盘。内存取子进程的峰值常驻集（含映射进来的文件页）。
+约需 26 GB 磁盘。内存取子进程的峰值常驻集（含映射进来的文件页）。捕获缓存一律关掉（``DSX_NO_CACHE``），量的是第一次导出。
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _KILLS = 3
 def measured(command: Sequence[str], kill_when: Callable[[], bool] | None = None) -> dict[str, Any]:
     """跑一个命令：退出码、用时、峰值常驻内存；``kill_when`` 成立时 SIGKILL 它。"""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "DSX_NO_CACHE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
