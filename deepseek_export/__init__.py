@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deepseek_export.errors import DsxError
     from deepseek_export.integration.apply import apply, restore
     from deepseek_export.integration.causal_lm import DsxForCausalLM
+    from deepseek_export.plan import make_plan
     from deepseek_export.profile import OptimizationProfile
 
 _EXPORTS = {
@@ -27,6 +28,7 @@ _EXPORTS = {
     "verify": "deepseek_export.api",
     "apply": "deepseek_export.integration.apply",
     "restore": "deepseek_export.integration.apply",
+    "make_plan": "deepseek_export.plan",
     "CompiledModel": "deepseek_export.api",
     "DsxForCausalLM": "deepseek_export.integration.causal_lm",
     "DsxError": "deepseek_export.errors",
@@ -41,6 +43,7 @@ __all__ = [
     "apply",
     "export",
     "load",
+    "make_plan",
     "restore",
     "verify",
 ]

@@ -21,11 +21,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deepseek_export.bundle import Bundle, Manifest
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
-from deepseek_export.runtime import ModelSession
+from deepseek_export.runtime import ModelSession, open_session
 from deepseek_export.runtime.batching import PAD_ID
 
 #: 长 prompt 分块，限制注意力的峰值内存。
@@ -80,11 +80,10 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             threads: 线程数；缺省由 ONNX Runtime 决定。
 
         Raises:
-            DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败。
+            DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
         """
         bundle = Bundle.open(path)
-        positions = bundle.manifest.model.max_position_embeddings
-        session = ModelSession(bundle.model_path, threads=threads, max_positions=positions)
+        session = open_session(bundle, BundleWeights(bundle), threads)
         return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
 
     @property

@@ -16,6 +16,7 @@ from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import (
     DOMAIN,
+    LATENT_ATTENTION,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
@@ -125,6 +126,7 @@ def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
     main_mtp = module.role == "main" and profile.mtp.enabled
     expected = {
         MLA_ATTENTION.name: len(module.layers) if profile.mla.enabled else 0,
+        LATENT_ATTENTION.name: 0,  # 只由下沉产生
         MOE_GATE.name: moe,
         MOE_EXPERTS.name: moe,
         SPEC_ACCEPT.name: int(main_mtp and profile.mtp.verify == "greedy"),
