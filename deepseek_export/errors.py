@@ -92,6 +92,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E805": "方案里有 apply 做不到的设置",
         "DSX-E808": "DsxForCausalLM 不支持的输入",
         "DSX-E809": "DsxForCausalLM 不支持的操作",
+        "DSX-E810": "模型对象不能这样导出",
         # 9xx：TensorRT 与 kernel
         "DSX-E901": "没有这种 SM 的启动表",
         "DSX-E902": "没有安装 Triton",
