@@ -40,7 +40,7 @@ def export(
         checkpoint: Hugging Face 检查点目录（config.json + safetensors）。
         out: 输出目录；要么完整出现，要么不出现。
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
-        target: ``portable``（任何 ONNX Runtime）或 ``ort-cpu``。
+        target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32`` 或 ``float16``。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
