@@ -3,7 +3,8 @@
 用户错误一律抛 :class:`DsxError`；命令行把它印成三行（码、出了什么事、怎么办），退出码 1，不带 traceback。
 dsx 自身的缺陷不用这个类，traceback 原样保留。码一经发布就不改号、不复用，便于搜索。
 
-编号按层分段：0xx 配置方案，1xx 检查点，2xx 捕获，3xx pass，4xx bundle，5xx 运行时，6xx 对齐校验，7xx 命令行与环境。
+编号按层分段：0xx 配置方案，1xx 检查点，2xx 捕获，3xx pass，4xx bundle，5xx 运行时，6xx 对齐校验，7xx 命令行与环境，
+9xx TensorRT 与 kernel。
 """
 
 from __future__ import annotations
@@ -78,6 +79,13 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
+        # 9xx：TensorRT 与 kernel
+        "DSX-E901": "没有这种 SM 的启动表",
+        "DSX-E902": "没有安装 Triton",
+        "DSX-E903": "kernel 不支持这种 dtype 或形状",
+        "DSX-E904": "kernel 放不进共享内存",
+        "DSX-E905": "kernel 缓存目录不可用",
+        "DSX-E906": "没有可用的 NVIDIA 驱动",
     }
 )
 
