@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deepseek_export.bundle import Bundle, Manifest, export_bundle
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle
 from deepseek_export.capture import ModelDtype
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS, Level, ParityReport, verify_bundle
@@ -16,8 +16,8 @@ from deepseek_export.runtime import (
     BundleTokenizer,
     GenerationResult,
     Generator,
-    ModelSession,
     SamplingParams,
+    open_session,
     open_speculative,
 )
 
@@ -29,6 +29,7 @@ def export(
     *,
     target: str = "portable",
     dtype: ModelDtype = "float32",
+    weights: WeightsMode = "packed",
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     check: bool = False,
@@ -42,6 +43,7 @@ def export(
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32`` 或 ``float16``。
+        weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
@@ -66,6 +68,7 @@ def export(
             profile,
             target=target,
             dtype=dtype,
+            weights=weights,
             overwrite=overwrite,
             progress=progress,
             accept=(lambda directory: _require_parity(directory, progress))
@@ -114,11 +117,10 @@ class CompiledModel:
         self.bundle = bundle
         config = bundle.manifest.model
         self.tokenizer = BundleTokenizer.load(bundle.path)
-        self.session = ModelSession(
-            bundle.model_path, threads=threads, max_positions=config.max_position_embeddings
-        )
+        weights = BundleWeights(bundle)
+        self.session = open_session(bundle, weights, threads)
         self.generator = Generator(self.session, self.tokenizer, config.eos_token_ids)
-        self.speculative = open_speculative(bundle, self.session, self.tokenizer, threads)
+        self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
 
     @property
     def manifest(self) -> Manifest:

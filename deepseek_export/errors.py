@@ -40,6 +40,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E117": "tie_word_embeddings 与检查点内容矛盾",
         "DSX-E118": "索引文件与分片不一致",
         "DSX-E119": "检查点没有需要的 MTP 权重",
+        "DSX-E120": "量化声明与张量不符",
         # 3xx：pass
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",
@@ -52,6 +53,9 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E404": "磁盘空间不足",
         "DSX-E405": "输出位置不可写",
         "DSX-E406": "bundle 的文件与 manifest 不符",
+        "DSX-E407": "检查点无法硬链接",
+        "DSX-E408": "引用的检查点与导出时不同",
+        "DSX-E409": "bundle 已经打包",
         # 5xx：运行时
         "DSX-E501": "分词器文件读不了",
         "DSX-E502": "没有聊天模板",
@@ -79,6 +83,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
+        "DSX-E703": "不认识的 GPU",
+        "DSX-E704": "估算的长度超出模型的最大长度",
         # 9xx：TensorRT 与 kernel
         "DSX-E901": "没有这种 SM 的启动表",
         "DSX-E902": "没有安装 Triton",

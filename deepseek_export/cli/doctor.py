@@ -15,6 +15,7 @@ from deepseek_export import __version__
 from deepseek_export.cli.console import console, echo_json, facts, size, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import json_option
+from deepseek_export.disk_cache import DiskCache
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
@@ -68,6 +69,7 @@ def diagnose() -> dict[str, Any]:
     floors = _floors()
     packages = [_package(package, floors.get(_normal(package.name))) for package in PACKAGES]
     flags = _cpu_flags()
+    traces = DiskCache("traces").directory
     return {
         "ok": all(p["status"] == "ok" for p in packages if p["extra"] is None),
         "dsx": __version__,
@@ -78,6 +80,7 @@ def diagnose() -> dict[str, Any]:
         "packages": packages,
         "targets": {name: state.startswith(_READY) for name, state in TARGETS.items()},
         "cpu_library": False,
+        "trace_cache": None if traces is None else str(traces),
     }
 
 
@@ -151,6 +154,7 @@ def _print(found: dict[str, Any]) -> None:
                 ("CPU", f"{found['cpu']['cores']} 核；{shown}"),
                 ("内存", "未知" if memory is None else size(memory)),
                 ("C++ 算子库", CPU_LIBRARY),
+                ("捕获缓存", found["trace_cache"] or "关（DSX_NO_CACHE）"),
             ],
         )
     )
