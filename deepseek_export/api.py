@@ -48,7 +48,7 @@ def export(
             临时的检查点目录，之后走同一条路；事后 ``verify`` 要用 ``against`` 指向它 ``save_pretrained`` 出来的目录。
         out: 输出目录；要么完整出现，要么不出现。
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
-        target: ``portable``（任何 ONNX Runtime）或 ``ort-cpu``。
+        target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32`` 或 ``float16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
         overrides: ``mla.form=absorb`` 形式的覆盖。

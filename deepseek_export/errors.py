@@ -45,6 +45,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",
         "DSX-E303": "图不合法",
+        "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
         "DSX-E402": "bundle 不完整",
