@@ -56,6 +56,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E407": "检查点无法硬链接",
         "DSX-E408": "引用的检查点与导出时不同",
         "DSX-E409": "bundle 已经打包",
+        "DSX-E410": "单个权重太大",
         # 5xx：运行时
         "DSX-E501": "分词器文件读不了",
         "DSX-E502": "没有聊天模板",

@@ -2,7 +2,7 @@
 
 initializer 的名字就是检查点里的名字；叠在一起的专家用 ``*`` 代表编号
 （``model.layers.3.mlp.experts.*.gate_proj.weight``）。配方写进 manifest，由 :func:`materialize` 逐块执行：
-叠放的专家一次只读一个，峰值内存由最大的单个张量决定，与模型大小无关。
+每次只读来源的几行，峰值内存由块的大小决定，与张量、模型的大小无关。
 """
 
 from __future__ import annotations

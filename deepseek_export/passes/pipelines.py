@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from deepseek_export.ops.table import (
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
 )
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import MAX_ELEMENTS, GraphModule, Pass, PassResult
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
 from deepseek_export.passes.inline_bodies import (
     InlineMoeGatePass,
@@ -35,6 +36,7 @@ from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
 from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
+from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.profile import OptimizationProfile
 
 
@@ -111,19 +113,30 @@ def check_target(target: str) -> None:
 
 
 def lower(
-    captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile, dtype: ModelDtype, target: str
+    captured: CapturedModel,
+    config: ModelConfig,
+    profile: OptimizationProfile,
+    dtype: ModelDtype,
+    target: str,
+    max_elements: int = MAX_ELEMENTS,
 ) -> LoweredModel:
     """把捕获的模型下沉到一个目标；``captured`` 不变，可以接着下沉到别的目标。
 
+    Args:
+        captured: 捕获的结果。
+        config, profile, dtype: 捕获时用的那一份。
+        target: 编译目标。
+        max_elements: 一个权重至多多少个元素，超过的专家权重先拆成几组。
+
     Raises:
-        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法。
+        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E410`` 有权重太大又拆不了。
         PassError: pass 自身的缺陷。
     """
     check_target(target)
-    module = GraphModule.from_captured(captured, config, dtype, profile.mla.form)
+    module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)
     check_legality(module, "capture", target)
     _check_captured(module, profile)
-    results: list[PassResult] = []
+    results = _split_oversized(module, target)
     for step in PIPELINES[target]:
         before = len(module.find(step.op))
         rewrite = step.build()
@@ -134,6 +147,21 @@ def lower(
     proto = module.to_proto()
     helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
     return LoweredModel(proto, module.weights, results, _fallbacks(results))
+
+
+def _split_oversized(module: GraphModule, target: str) -> list[PassResult]:
+    """任何目标都先把太大的专家权重拆开；没有太大的就什么也不做、不留记录。"""
+    rewrite = SplitExpertsPass()
+    result = rewrite(module)
+    check_legality(module, rewrite.name, target)
+    for name, recipe in module.weights.items():
+        if (size := math.prod(recipe.shape)) > module.max_elements:
+            raise DsxError(
+                "DSX-E410",
+                f"{name} 有 {size} 个元素，一个张量至多 {module.max_elements} 个",
+                "打开 moe（例如 -p mla+moe），专家权重就能按组拆开；其余权重 dsx 拆不了",
+            )
+    return [result] if result.changed else []
 
 
 def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
