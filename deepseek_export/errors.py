@@ -45,6 +45,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",
         "DSX-E303": "图不合法",
+        "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
         "DSX-E402": "bundle 不完整",
@@ -93,6 +94,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E805": "方案里有 apply 做不到的设置",
         "DSX-E808": "DsxForCausalLM 不支持的输入",
         "DSX-E809": "DsxForCausalLM 不支持的操作",
+        "DSX-E810": "模型对象不能这样导出",
         # 9xx：TensorRT 与 kernel
         "DSX-E901": "没有这种 SM 的启动表",
         "DSX-E902": "没有安装 Triton",

@@ -100,7 +100,7 @@ def export_bundle(
         checkpoint: Hugging Face 检查点目录。
         out: bundle 目录；要么完整出现，要么不出现。
         profile: 优化方案。
-        target: ``portable`` 或 ``ort-cpu``。
+        target: ``portable``、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: 计算与权重的 dtype（router 始终 float32）。
         weights: ``packed`` 逐块写成自包含的权重文件；``reference`` 不写权重，指进检查点自己的 safetensors。
         overwrite: 允许替换已有的 bundle。

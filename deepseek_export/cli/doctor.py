@@ -41,8 +41,8 @@ PACKAGES = (
 TARGETS = {
     "portable": "可用：任何 ONNX Runtime",
     "ort-cpu": "可用：ONNX Runtime CPU 的 MoE kernel",
-    "tensorrt": "不在这一版",
-    "tensorrt-rtx": "不在这一版",
+    "tensorrt": "可用：完整的 TensorRT，插件核与原生层",
+    "tensorrt-rtx": "可用：TensorRT-RTX，插件核与原生层",
 }
 CPU_LIBRARY = "不在这一版；dsx 算子走 ONNX 函数体"
 _READY = "可用"

@@ -33,7 +33,12 @@ _WEIGHTS = {"packed": "已打包", "reference": "按引用，加载时从检查�
 @click.option(
     "-o", "--output", "out", required=True, metavar="OUT", type=click.Path(path_type=Path), help="输出目录。"
 )
-@click.option("--target", default="portable", show_default=True, help="编译目标：portable 或 ort-cpu。")
+@click.option(
+    "--target",
+    default="portable",
+    show_default=True,
+    help="编译目标：portable、ort-cpu、tensorrt、tensorrt-rtx。",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),

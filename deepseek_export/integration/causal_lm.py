@@ -21,11 +21,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deepseek_export.bundle import Bundle, Manifest
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
-from deepseek_export.runtime import ModelSession
+from deepseek_export.runtime import ModelSession, open_session
 from deepseek_export.runtime.batching import PAD_ID
 
 #: 长 prompt 分块，限制注意力的峰值内存。
@@ -41,16 +41,17 @@ class DsxConfig(PreTrainedConfig):
     def from_manifest(cls, manifest: Manifest) -> DsxConfig:
         """由 manifest 得出。"""
         model = manifest.model
-        return cls(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            num_hidden_layers=model.num_hidden_layers,
-            num_attention_heads=model.num_attention_heads,
-            max_position_embeddings=model.max_position_embeddings,
-            bos_token_id=model.bos_token_id,
-            eos_token_id=list(model.eos_token_ids) or None,
-            pad_token_id=model.pad_token_id,
-        )
+        fields: dict[str, Any] = {
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.hidden_size,
+            "num_hidden_layers": model.num_hidden_layers,
+            "num_attention_heads": model.num_attention_heads,
+            "max_position_embeddings": model.max_position_embeddings,
+            "bos_token_id": model.bos_token_id,
+            "eos_token_id": list(model.eos_token_ids) or None,
+            "pad_token_id": model.pad_token_id,
+        }
+        return cls(**fields)
 
 
 class DsxForCausalLM(PreTrainedModel, GenerationMixin):
@@ -79,20 +80,19 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             threads: 线程数；缺省由 ONNX Runtime 决定。
 
         Raises:
-            DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败。
+            DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
         """
         bundle = Bundle.open(path)
-        positions = bundle.manifest.model.max_position_embeddings
-        session = ModelSession(bundle.model_path, threads=threads, max_positions=positions)
+        session = open_session(bundle, BundleWeights(bundle), threads)
         return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         """会话在 CPU 上，输入输出也在 CPU 上。"""
         return torch.device("cpu")
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:
         """logits 的 dtype；图内的计算 dtype 见 manifest。"""
         return torch.float32
 
@@ -178,7 +178,7 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             out[:, asked] = np.where(here[:, asked, None], got, out[:, asked])
         return out
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         """``generate`` 的缓存换成 bundle 的。"""

@@ -17,6 +17,7 @@ from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.errors import DsxError
+from deepseek_export.ops.mla_attention import MlaForm
 from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
 
 MICROSOFT = "com.microsoft"
@@ -40,6 +41,7 @@ class GraphModule:
         dtype: 计算 dtype。
         config: 模型配置。
         sites: 捕获时每个 ``dsx::`` 节点的位置。
+        mla_form: 方案里的 ``mla.form``。
         role, layers, verify: 见 :class:`~deepseek_export.capture.CapturedModel`。
         max_elements: 一个权重至多多少个元素。
     """
@@ -53,6 +55,7 @@ class GraphModule:
     role: Literal["main", "draft"]
     layers: tuple[int, ...]
     verify: Literal["greedy", "rejection"] | None
+    mla_form: MlaForm = "auto"
     max_elements: int = MAX_ELEMENTS
 
     @classmethod
@@ -61,6 +64,7 @@ class GraphModule:
         captured: CapturedModel,
         config: ModelConfig,
         dtype: ModelDtype,
+        mla_form: MlaForm = "auto",
         max_elements: int = MAX_ELEMENTS,
     ) -> GraphModule:
         """由捕获结果建立；``captured`` 之后不会被改动。"""
@@ -74,6 +78,7 @@ class GraphModule:
             captured.role,
             captured.layers,
             captured.verify,
+            mla_form,
             max_elements,
         )
 

@@ -27,9 +27,15 @@ from deepseek_export.ops.table import (
 )
 from deepseek_export.passes.base import MAX_ELEMENTS, GraphModule, Pass, PassResult
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
+from deepseek_export.passes.inline_bodies import (
+    InlineMoeGatePass,
+    InlineSpecAcceptPass,
+    InlineSpecAcceptRejectionPass,
+)
 from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
+from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
 from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.profile import OptimizationProfile
 
@@ -48,6 +54,16 @@ class Step(NamedTuple):
     consumes: bool = True
 
 
+#: 两种 TensorRT 用同一条流水线：差别只在建引擎时（``engine/flavour.py``）。
+_TENSORRT = (
+    # 缓存写入与吸收用原生层，注意力核留给插件；prefill 用原生融合注意力。
+    Step(LowerMlaToTensorrtPass, MLA_ATTENTION.name),
+    # 路由与草稿验证都是原生算子，展开以便层名带着模块路径；MoeExperts 原样留着，它就是插件核。
+    Step(InlineMoeGatePass, MOE_GATE.name),
+    Step(InlineSpecAcceptPass, SPEC_ACCEPT.name),
+    Step(InlineSpecAcceptRejectionPass, SPEC_ACCEPT_REJECTION.name),
+)
+
 PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
     {
         # 不下沉：每个 dsx 算子走自己的函数体，任何 ONNX 运行时都能跑。
@@ -60,10 +76,13 @@ PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
             # 注意力只看用到的缓存前缀：一步的耗时随上下文走，不随缓存容量走。
             Step(BoundMlaCachePass, MLA_ATTENTION.name, consumes=False),
         ),
+        "tensorrt": _TENSORRT,
+        "tensorrt-rtx": _TENSORRT,
     }
 )
 
-_LATER_TARGETS = ("tensorrt", "tensorrt-rtx")
+#: 产物用来建 TensorRT 引擎的目标。
+TENSORRT_TARGETS = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass
@@ -90,8 +109,7 @@ def check_target(target: str) -> None:
         DsxError: ``DSX-E301``。
     """
     if target not in PIPELINES:
-        what = f"目标 {target!r}" + ("不在这一版 dsx 里" if target in _LATER_TARGETS else "不存在")
-        raise DsxError("DSX-E301", what, f"可用的目标：{'、'.join(PIPELINES)}")
+        raise DsxError("DSX-E301", f"目标 {target!r} 不存在", f"可用的目标：{'、'.join(PIPELINES)}")
 
 
 def lower(
@@ -115,7 +133,7 @@ def lower(
         PassError: pass 自身的缺陷。
     """
     check_target(target)
-    module = GraphModule.from_captured(captured, config, dtype, max_elements)
+    module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)
     check_legality(module, "capture", target)
     _check_captured(module, profile)
     results = _split_oversized(module, target)

@@ -1,6 +1,8 @@
-"""DsxForCausalLM 的承诺（HF-9）：bundle 在 transformers 的 generate 里与源模型给出同样的 token。"""
+"""DsxForCausalLM（HF-9）与从模型对象导出（HF-10）的承诺，都与源模型对照。"""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -157,3 +159,35 @@ def test_what_it_refuses(model, source):
         model.save_pretrained("anywhere")
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     assert cache_name() not in model(IDS, use_cache=False)
+
+
+def test_export_from_a_model_object(model, source, v3_bundle, tmp_path):
+    """HF-10：apply 过的模型对象，导出的图与权重同从目录导出的逐字节相同；不留临时目录。"""
+    applied = dsx.apply(source, "mla+moe")
+    try:
+        bundle = dsx.export(applied, tmp_path / "out", "mla+moe", check=True)
+    finally:
+        dsx.restore(source)
+    for name in ("model.onnx", "weights/model.safetensors"):
+        assert (bundle.path / name).read_bytes() == (v3_bundle.path / name).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    source.save_pretrained(tmp_path / "ckpt")
+    assert dsx.verify(bundle.path, tmp_path / "ckpt", levels=["op"]).passed
+
+
+def test_export_from_a_model_object_refuses(source, v3_bundle, v3_checkpoint, tmp_path):
+    """HF-10：便宜的检查在写权重之前。"""
+
+    def code(*arguments, **options) -> str:
+        with pytest.raises(dsx.DsxError) as caught:
+            dsx.export(*arguments, **options)
+        return caught.value.code
+
+    out = tmp_path / "out"
+    assert code(source, v3_bundle.path) == "DSX-E401"
+    assert code(source, out, "mla", weights="reference") == "DSX-E810"
+    assert code(source, out, "mla", target="nowhere") == "DSX-E301"
+    assert code(torch.nn.Linear(1, 1), out) == "DSX-E803"
+    assert code(v3_checkpoint, out, tokenizer=object()) == "DSX-E810"
+    assert code(copy.deepcopy(source).to("meta"), out) == "DSX-E810"
+    assert list(tmp_path.iterdir()) == []
