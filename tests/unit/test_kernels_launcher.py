@@ -100,7 +100,7 @@ def test_loading_raises_the_shared_memory_limit(driver):
 
 
 def test_enqueue_only_launches(driver):
-    """只调用 cuLaunchKernel：不分配、不同步；次序、网格、线程数、共享内存、流都对；没有 token 就不启动。"""
+    """KERNEL-6：只调用 cuLaunchKernel：不分配、不同步；次序、网格、线程数、共享内存、流都对；没有 token 就不启动。"""
     launcher = Launcher(PROGRAM)
     driver.calls.clear()
     launcher.enqueue(((5, 8),), [0x1000], [0x2000], 0x3000, 77)

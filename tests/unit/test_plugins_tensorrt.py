@@ -91,7 +91,7 @@ def experts_shapes(N):
     + [("MoeExperts", experts_shapes(N)) for N in (0, 1, 7, 5000)],
 )
 def test_both_sides_agree(op, shapes, programs, bind):
-    """同一份文本、同样的形状：变体、网格、参数、workspace 都相同。"""
+    """KERNEL-5：同一份文本、同样的形状：变体、网格、参数、workspace 都相同。"""
     done = bind(programs[op], shapes)
     assert done.stderr == ""
     assert done.stdout == expected(programs[op], shapes)
