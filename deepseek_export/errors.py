@@ -100,8 +100,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E902": "没有安装 Triton",
         "DSX-E903": "kernel 不支持这种 dtype 或形状",
         "DSX-E904": "kernel 放不进共享内存",
-        "DSX-E905": "kernel 缓存目录不可用",
-        "DSX-E906": "没有可用的 NVIDIA 驱动",
+        "DSX-E905": "没有可用的 NVIDIA 驱动",
     }
 )
 

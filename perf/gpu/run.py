@@ -17,7 +17,6 @@ import platform
 import re
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -85,7 +84,6 @@ class Session:
         import torch
 
         self._start, self._budget = time.monotonic(), budget
-        self._cache = Path(tempfile.mkdtemp(prefix="dsx-kernels-"))
         major, minor = torch.cuda.get_device_capability()
         self.sm = major * 10 + minor
         properties = torch.cuda.get_device_properties(0)
@@ -148,14 +146,14 @@ class Session:
         from deepseek_export.kernels.table import latent_attention_plan
 
         plan = latent_attention_plan(self.sm, H, LATENT, ROPE, SCALE, _name(dtype))
-        return compile_plan(plan, self._cache)
+        return compile_plan(plan)
 
     def experts_program(self, shape: str, dtype):
         """一种形状的专家程序。"""
         from deepseek_export.kernels.compile import compile_plan
         from deepseek_export.kernels.table import grouped_swiglu_plan
 
-        return compile_plan(grouped_swiglu_plan(self.sm, *EXPERTS[shape], _name(dtype)), self._cache)
+        return compile_plan(grouped_swiglu_plan(self.sm, *EXPERTS[shape], _name(dtype)))
 
     # ------------------------------------------------------------ 核对
 

@@ -123,7 +123,7 @@ def test_driver_failure_names_the_program(driver):
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="这台机器有 NVIDIA 驱动")
 def test_without_a_driver():
-    """DSX-E906：只有一行说明，没有 traceback。"""
-    with pytest.raises(DsxError, match="DSX-E906") as caught:
+    """DSX-E905：只有一行说明，没有 traceback。"""
+    with pytest.raises(DsxError, match="DSX-E905") as caught:
         Launcher(PROGRAM)
     assert "\n" not in caught.value.what
