@@ -92,6 +92,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E803": "不支持的模型类",
         "DSX-E804": "模型现在的状态不能替换模块",
         "DSX-E805": "方案里有 apply 做不到的设置",
+        "DSX-E806": "找不到 MTP 权重的来源",
+        "DSX-E807": "generate 的用法与 MTP 不相容",
         "DSX-E808": "DsxForCausalLM 不支持的输入",
         "DSX-E809": "DsxForCausalLM 不支持的操作",
         "DSX-E810": "模型对象不能这样导出",

@@ -94,6 +94,18 @@ def load_draft(
     return model
 
 
+def load_tensor(name: str, recipe: Recipe, checkpoint: Checkpoint) -> torch.Tensor:
+    """一个 initializer 的内容，转成 torch 张量；torch 不认 ml_dtypes 的 bfloat16，按位转。
+
+    Raises:
+        DsxError: 同 :func:`load_reference`。
+    """
+    array = load_array(name, recipe, checkpoint.store)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def _fill(
     model: nn.Module,
     name_of: Callable[[str], str],
@@ -106,11 +118,7 @@ def _fill(
     for parameter, _ in model.named_parameters():
         name = name_of(parameter)
         if name not in loaded:
-            array = load_array(name, recipes.pop(name), checkpoint.store)
-            if array.dtype.name == "bfloat16":
-                loaded[name] = torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
-            else:
-                loaded[name] = torch.from_numpy(array)
+            loaded[name] = load_tensor(name, recipes.pop(name), checkpoint)
         state[parameter] = loaded[name]
     if recipes:
         raise AssertionError(f"有配方没被任何参数用到：{sorted(recipes)[:3]}")
