@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, size
+from deepseek_export.cli.console import console, echo_json, facts, size, weights_size
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import checkpoint_argument, json_option, set_option
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
     from deepseek_export.bundle import Bundle
-
-_WEIGHTS = {"packed": "已打包", "reference": "按引用，加载时从检查点生成"}
 
 
 @click.command("export", cls=Command, short_help="把检查点编译成 ONNX bundle")
@@ -148,7 +146,7 @@ def _print_summary(out: Path, summary: dict[str, Any]) -> None:
     rows = [
         ("方案", f"{summary['profile']}，目标 {summary['target']}，{summary['dtype']}"),
         ("算子", f"{summary['nodes']} 个节点" + (f"，其中 {'、'.join(custom)}" if custom else "")),
-        ("权重", f"{size(summary['weight_bytes'])}，{_WEIGHTS[summary['weights']]}"),
+        ("权重", weights_size(summary["weight_bytes"], summary["weights"])),
         ("KV 缓存", f"每个 token {summary['cache_bytes_per_token']:,} 字节"),
         ("用时", f"{sum(seconds.values()):.1f} s，峰值内存 {size(summary['peak_rss_bytes'])}"),
         *(("回退", line) for line in summary["fallbacks"]),
