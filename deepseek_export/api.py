@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deepseek_export.bundle import Bundle, Manifest, export_bundle
 from deepseek_export.capture import ModelDtype
+from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS, Level, ParityReport, verify_bundle
 from deepseek_export.parity.verify import DEFAULT_STEPS
@@ -29,6 +30,7 @@ def export(
     *,
     target: str = "portable",
     dtype: ModelDtype = "float32",
+    quantization: Quantization | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     check: bool = False,
@@ -42,6 +44,7 @@ def export(
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
         target: ``portable``（任何 ONNX Runtime）或 ``ort-cpu``。
         dtype: ``float32`` 或 ``float16``。
+        quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
@@ -66,6 +69,7 @@ def export(
             profile,
             target=target,
             dtype=dtype,
+            quantization=quantization,
             overwrite=overwrite,
             progress=progress,
             accept=(lambda directory: _require_parity(directory, progress))
@@ -207,6 +211,7 @@ def verify(
     prompts: Sequence[str] | None = None,
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
+    text: Path | str | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
@@ -217,5 +222,6 @@ def verify(
         prompts=prompts,
         steps=steps,
         seed=seed,
+        text=text,
         progress=progress,
     )

@@ -17,7 +17,7 @@ from deepseek_export.checkpoint.recipe import Recipe, materialize
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.progress import Progress
 
-_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 _ALIGNMENT = 64
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NoReturn
 
 import numpy as np
@@ -37,6 +37,7 @@ class GraphModule:
         dtype: 计算 dtype。
         config: 模型配置。
         sites: 捕获时每个 ``dsx::`` 节点的位置。
+        quantized: 已经量化的权重，按量化之前的名字；与词嵌入共享的 lm_head 记作 ``lm_head.weight``。
         role, layers, verify: 见 :class:`~deepseek_export.capture.CapturedModel`。
     """
 
@@ -49,6 +50,7 @@ class GraphModule:
     role: Literal["main", "draft"]
     layers: tuple[int, ...]
     verify: Literal["greedy", "rejection"] | None
+    quantized: set[str] = field(default_factory=set)
 
     @classmethod
     def from_captured(cls, captured: CapturedModel, config: ModelConfig, dtype: ModelDtype) -> GraphModule:
