@@ -162,9 +162,9 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
 
 def _loss_rows(loss: QuantLoss) -> list[tuple[str, str]]:
     rows = [("格式", f"{loss.kind}，每 {loss.block} 个一块")]
-    if loss.relative_error_same_routing is not None:
-        share = f"{loss.same_routing} / {loss.tokens} 个 token"
-        rows.append(("路由相同的 token", f"{share}，logits 相对误差 {loss.relative_error_same_routing:.2e}"))
+    if loss.relative_error_before_a_flip is not None:
+        share = f"{loss.before_a_flip} / {loss.tokens} 个 token"
+        rows.append(("路由分叉之前", f"{share}，logits 相对误差 {loss.relative_error_before_a_flip:.2e}"))
     rows.append(("全部 token", f"logits 相对误差 {loss.relative_error:.2e}"))
     if (p := loss.perplexity) is not None:
         change = f"{p.bundle / p.unquantized - 1:+.2%}"

@@ -1,7 +1,7 @@
 """loss 层：权重量化的 bundle 比未量化的 PyTorch 差多少，量两样：logits 与给定文本上的困惑度。
 
-MoE 模型里误差分两种：逐元素的舍入，以及路由在近平局处翻到另一个专家，那一行合理地不同。两者分开报告，不让后者掩盖前者，也不因前者小
-就不提后者。
+MoE 模型里误差分两种：逐元素的舍入，以及路由在近平局处翻到另一个专家，从那一行起合理地不同（后面的行经由注意力看得到它）。两者分开
+报告，不让后者掩盖前者，也不因前者小就不提后者。
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def loss_cases(
         on_case(f"logits[{i}]")
         got.append(generator.logits([row])[0])
         want.append(oracle.logits(row))
-        same.append(_same_routing(bundle, graph, plain, row))
+        same.append(_before_a_flip(bundle, graph, plain, row))
     a, b, kept = np.concatenate(got), np.concatenate(want), np.concatenate(same)
     whole = compare("loss", f"logits，全部 {len(b)} 个 token", "loss_all", dtype, a, b, kind)
     cases, strict = [whole], None
     if kept.any():
-        name = f"logits，路由相同的 {int(kept.sum())} 个 token"
+        name = f"logits，路由分叉之前的 {int(kept.sum())} 个 token"
         strict = compare("loss", name, "loss", dtype, a[kept], b[kept], kind)
         cases.insert(0, strict)
     assert whole.measure is not None
@@ -97,9 +97,9 @@ def loss_cases(
         kind=kind,
         block=quantization.block,
         tokens=len(b),
-        same_routing=int(kept.sum()),
+        before_a_flip=int(kept.sum()),
         relative_error=whole.measure.relative,
-        relative_error_same_routing=strict.measure.relative if strict and strict.measure else None,
+        relative_error_before_a_flip=strict.measure.relative if strict and strict.measure else None,
     )
     if passage is not None:
         name, ids = passage
@@ -137,8 +137,8 @@ def _perplexity(
 
 
 @torch.no_grad()
-def _same_routing(bundle: Bundle, graph: ModelGraph, plain: ReferenceModel, row: Sequence[int]) -> np.ndarray:
-    """每个 token 是不是在每一层都选中与未量化的参考模型相同的专家；图里没有路由节点时全是真。"""
+def _before_a_flip(bundle: Bundle, graph: ModelGraph, plain: ReferenceModel, row: Sequence[int]) -> np.ndarray:
+    """到这个 token 为止，每一行在每一层都选中与未量化的参考模型相同的专家；图里没有路由节点时全是真。"""
     gates = [site for site in bundle.manifest.main.sites if site.op == MOE_GATE.name]
     if not gates:
         return np.ones(len(row), bool)
@@ -161,7 +161,7 @@ def _same_routing(bundle: Bundle, graph: ModelGraph, plain: ReferenceModel, row:
             both = (torch.from_numpy(next(logits)), torch.nn.functional.linear(tokens, gate.weight))
             chosen = [_experts(scores, gate.e_score_correction_bias, plain) for scores in both]
             same &= (chosen[0] == chosen[1]).all(-1).numpy()
-    return same
+    return np.logical_and.accumulate(same)
 
 
 def _experts(logits: torch.Tensor, bias: torch.Tensor, model: ReferenceModel) -> torch.Tensor:

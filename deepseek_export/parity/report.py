@@ -55,9 +55,9 @@ class QuantLoss(BaseModel):
     Attributes:
         kind, block: 量化的格式。
         tokens: 比了多少个 token 的 logits。
-        same_routing: 其中每层选中的专家都与基准相同的个数；没有路由可比时等于 ``tokens``。
+        before_a_flip: 其中路由还没有分叉的个数：到它为止，每行每层选中的专家都与基准相同；没有路由可比时等于 ``tokens``。
         relative_error: 全部 token 的 ``|差| / |基准|``（范数）。
-        relative_error_same_routing: 只看路由相同的 token；一个也没有时为 ``None``。
+        relative_error_before_a_flip: 只看路由分叉之前的 token；一个也没有时为 ``None``。
         perplexity: 给了文本才有。
     """
 
@@ -66,9 +66,9 @@ class QuantLoss(BaseModel):
     kind: str
     block: int
     tokens: int
-    same_routing: int
+    before_a_flip: int
     relative_error: float
-    relative_error_same_routing: float | None
+    relative_error_before_a_flip: float | None
     perplexity: Perplexity | None = None
 
 

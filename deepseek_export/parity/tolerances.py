@@ -73,7 +73,7 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
 _INT8_ACTIVATIONS = "参照用同样的量化权重，差只来自 kernel 把激活也逐块量化到 int8"
 
 #: 只量化权重的 bundle。``op``、``block``、``logits`` 的参照用量化再还原的同一份权重，比的是图对不对；``loss`` 的参照没有量化，比的是量化
-#: 的代价：``loss`` 只看每层路由到的专家都与参照相同的 token，``loss_all`` 看全部。``calc_diff`` 约为相对误差平方的一半。
+#: 的代价：``loss`` 只看路由分叉之前的 token，``loss_all`` 看全部。``calc_diff`` 约为相对误差平方的一半。
 QUANT_TOLERANCES: Mapping[tuple[Quantity, Dtype, QuantKind], Tolerance] = MappingProxyType(
     {
         ("op", "float32", "int8"): Tolerance(
