@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from deepseek_export.api import CompiledModel, export, load, verify
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
+    from deepseek_export.integration.apply import apply, restore
+    from deepseek_export.integration.causal_lm import DsxForCausalLM
     from deepseek_export.plan import make_plan
     from deepseek_export.profile import OptimizationProfile
 
@@ -27,7 +29,10 @@ _EXPORTS = {
     "verify": "deepseek_export.api",
     "Quantization": "deepseek_export.checkpoint.weight_only",
     "make_plan": "deepseek_export.plan",
+    "apply": "deepseek_export.integration.apply",
+    "restore": "deepseek_export.integration.apply",
     "CompiledModel": "deepseek_export.api",
+    "DsxForCausalLM": "deepseek_export.integration.causal_lm",
     "DsxError": "deepseek_export.errors",
     "OptimizationProfile": "deepseek_export.profile",
 }
@@ -35,11 +40,14 @@ _EXPORTS = {
 __all__ = [
     "CompiledModel",
     "DsxError",
+    "DsxForCausalLM",
     "OptimizationProfile",
     "Quantization",
+    "apply",
     "export",
     "load",
     "make_plan",
+    "restore",
     "verify",
 ]
 

@@ -103,6 +103,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+#: 记哪些目标：流水线相同的（两种 TensorRT）只记第一个。
+TARGETS = tuple(
+    target
+    for target, steps in PIPELINES.items()
+    if target == next(first for first, other in PIPELINES.items() if other is steps)
+)
+
+
 def profiles_of(family: str) -> tuple[str, ...]:
     """一个家族要记的方案，不含 ``full``。"""
     return PROFILES if FAMILIES[family].has_moe else DENSE_PROFILES
@@ -129,13 +137,13 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
 def golden_names(family: str) -> set[str]:
     """一个家族的全部清单文件名。"""
     stems = [*profiles_of(family), *(("full", "full.mtp") if family in MTP_FAMILIES else ())]
-    return {f"{family}.{stem}.{target}.txt" for stem in stems for target in PIPELINES}
+    return {f"{family}.{stem}.{target}.txt" for stem in stems for target in TARGETS}
 
 
 def _listings(
     stem: str, captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile
 ) -> Iterator[tuple[str, str]]:
-    for target in PIPELINES:
+    for target in TARGETS:
         listing = graph_listing(lower(captured, config, profile, "float32", target).proto)
         yield f"{stem}.{target}.txt", f"{toolchain_line()}\n{listing}"
 

@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict
 from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
-from deepseek_export.checkpoint.weight_only import BlockFormat, QuantBlock, QuantKind
+from deepseek_export.checkpoint.weight_only import BlockFormat, QuantBlock, Quantization, QuantKind
 from deepseek_export.passes import PassResult
 from deepseek_export.profile import OptimizationProfile
 
 SCHEMA_VERSION: Literal[1] = 1
+
+WeightsMode = Literal["packed", "reference"]
 
 
 class _Entry(BaseModel):
@@ -99,6 +101,12 @@ class QuantizationEntry(_Entry):
     keep: list[str]
     tensors: list[str]
 
+    @classmethod
+    def of(cls, quantization: Quantization, tensors: list[str]) -> QuantizationEntry:
+        """由导出时的选项与实际量化了的权重建立。"""
+        keep = list(quantization.keep)
+        return cls(kind=quantization.kind, block=quantization.block, keep=keep, tensors=tensors)
+
     @property
     def formats(self) -> dict[str, BlockFormat]:
         """权重名 → 格式，供参考模型换上同样的权重。"""
@@ -106,9 +114,15 @@ class QuantizationEntry(_Entry):
 
 
 class WeightsEntry(_Entry):
-    """权重文件与每个 initializer 的配方。"""
+    """权重文件与每个 initializer 的配方。
 
-    mode: Literal["packed"]
+    Attributes:
+        mode: ``packed`` 权重都在自己的文件里；``reference`` 权重文件是检查点的硬链接，指不进去的 initializer 在加载时按配方生成。
+        files: 权重文件，相对 bundle 的路径。
+        recipes: initializer 名 → 配方。
+    """
+
+    mode: WeightsMode
     files: list[str]
     recipes: dict[str, Recipe]
 
@@ -121,7 +135,10 @@ class FileEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """bundle 的全部事实；``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件。"""
+    """bundle 的全部事实。
+
+    ``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件；按引用时检查点的硬链接也除外，它们由 ``source.fingerprint`` 核对。
+    """
 
     schema_version: Literal[1]
     dsx_version: str

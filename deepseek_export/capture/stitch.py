@@ -270,8 +270,6 @@ class _Stitcher:
             self.value_info.setdefault(name, info)
         for index, (node, scope) in enumerate(zip(placed.nodes, placed.scopes, strict=True)):
             node.name = f"{'.'.join(filter(None, (prefix, scope)))}/{node.op_type}_{index}"
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
             if node.domain == DOMAIN and layer is not None:
                 self.sites.append(OpSite(layer, node.op_type, tuple(node.input), tuple(node.output)))
         self.nodes.extend(placed.nodes)

@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 import ast
+import functools
+import hashlib
 import logging
+import platform
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -20,12 +25,17 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from deepseek_export.disk_cache import DiskCache
 from deepseek_export.ops.registry import TRANSLATIONS
 
 OPSET = 24
 
 #: 动态维度的上界；超过它的请求在运行时之前就该被拒绝。
 _MAX_DIM = 1 << 24
+
+_SCOPE = "dsx.scope"
+
+_CACHE = DiskCache("traces")
 
 #: 追踪时动态维度的取值。互不相同且不为 0、1，避免 torch.export 把它们特化或等同起来。
 _EXAMPLE_SIZES = {"B": 2, "S": 3, "T": 37, "L": 5, "N": 7, "K": 4, "K+1": 5}
@@ -48,7 +58,7 @@ class TracedGraph:
     """追踪结果：一串节点，加上它们用到的常量。
 
     Attributes:
-        nodes: 拓扑序的 NodeProto，没有子图。
+        nodes: 拓扑序的 NodeProto，没有子图，也没有 exporter 的附注。
         scopes: 与 ``nodes`` 等长，节点所在的模块路径（``self_attn.q_proj``），根为空串。
         inputs, outputs: 值的名字。
         constants: 名字 → 小常量（形状、频率等）。
@@ -83,6 +93,35 @@ class TracedGraph:
             outputs=tuple(map(rename, self.outputs)),
             constants=constants,
             value_info=infos,
+        )
+
+    def to_bytes(self) -> bytes:
+        """序列化成一个 GraphProto；模块路径写在节点的附注里。"""
+        graph = onnx.GraphProto(
+            node=self.nodes,
+            input=[onnx.ValueInfoProto(name=name) for name in self.inputs],
+            output=[onnx.ValueInfoProto(name=name) for name in self.outputs],
+            initializer=self.constants.values(),
+            value_info=self.value_info.values(),
+        )
+        for node, scope in zip(graph.node, self.scopes, strict=True):
+            node.metadata_props.add(key=_SCOPE, value=scope)
+        return graph.SerializeToString(deterministic=True)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> TracedGraph:
+        """:meth:`to_bytes` 的逆。"""
+        graph = onnx.GraphProto.FromString(content)
+        scopes = tuple(node.metadata_props[0].value for node in graph.node)
+        for node in graph.node:
+            node.ClearField("metadata_props")
+        return cls(
+            nodes=tuple(graph.node),
+            scopes=scopes,
+            inputs=tuple(value.name for value in graph.input),
+            outputs=tuple(value.name for value in graph.output),
+            constants={tensor.name: tensor for tensor in graph.initializer},
+            value_info={info.name: info for info in graph.value_info},
         )
 
 
@@ -134,17 +173,46 @@ def _quiet():
             logger.setLevel(level)
 
 
-def trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Sequence[str]) -> TracedGraph:
-    """追踪一个模块或函数。
+def trace(
+    build: Callable[[], nn.Module | Callable],
+    inputs: Mapping[str, Spec],
+    outputs: Sequence[str],
+    key: tuple[object, ...],
+) -> TracedGraph:
+    """追踪一个模块或函数；同样的 ``key``、输入、源码与库版本追踪过一次，就从磁盘缓存里取。
 
     Args:
-        target: 模块（参数在 meta 设备上）或张量函数。
+        build: 造出要追踪的模块（参数在 meta 设备上）或张量函数。
         inputs: 数据输入，次序即调用次序。
         outputs: 输出的名字，个数必须与返回值相同。
+        key: 造出来的东西由它完全决定，``repr`` 要能区分。
 
     Returns:
         输入依次是 ``inputs`` 的名字，再是各参数的名字（``named_parameters`` 次序）。
     """
+    whole = repr((_environment(), key, list(inputs.items()), list(outputs)))
+    digest = hashlib.sha256(whole.encode()).hexdigest()
+    known = _CACHE.get(digest)
+    if known is not None:
+        return TracedGraph.from_bytes(known)
+    graph = _trace(build(), inputs, outputs)
+    _CACHE.put(digest, graph.to_bytes())
+    return graph
+
+
+@functools.cache
+def _environment() -> str:
+    """追踪结果还取决于什么：Python 与各库的版本，以及被追踪的和负责追踪的源码。"""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for folder in ("capture", "checkpoint", "ops", "reference"):
+        for path in sorted((package / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    libraries = {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
+    return f"{platform.python_version()} {libraries} {digest.hexdigest()}"
+
+
+def _trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Sequence[str]) -> TracedGraph:
     module = target if isinstance(target, nn.Module) else _Function(target)
     functional = _Functional(module)
     specs = list(inputs.values())
@@ -204,6 +272,9 @@ def _extract(
         constants={tensor.name: _inline(tensor) for tensor in proto.initializer},
         value_info=infos,
     )
+    for node in graph.nodes:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
     reserved = {*inputs, *outputs}
     # 中间值碰巧与端口同名时让开（如 Cos 的输出名 cos，而端口 cos 是 Cast 之后的值）。
     return graph.renamed(lambda name: names.get(name) or (f"{name}_inner" if name in reserved else name))

@@ -227,7 +227,7 @@ def fp8_scales(config: ModelConfig, store: TensorStore) -> Shapes:
 def _check_dtypes(store: TensorStore, ignored: Iterable[str], scales: Shapes) -> None:
     """权重是浮点；FP8 只能是带 scale 的矩阵，scale 只能是 float32。"""
     for name in sorted(set(store.names) - set(ignored)):
-        allowed = ("F32",) if name in scales else _FLOATS
+        allowed: tuple[str, ...] = ("F32",) if name in scales else _FLOATS
         if name + SCALE_SUFFIX in scales:
             allowed = (*_FLOATS, FP8_DTYPE)
         if store[name].dtype not in allowed:

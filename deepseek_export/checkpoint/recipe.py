@@ -2,18 +2,19 @@
 
 initializer 的名字就是检查点里的名字；叠在一起的专家用 ``*`` 代表编号
 （``model.layers.3.mlp.experts.*.gate_proj.weight``）。配方写进 manifest，由 :func:`materialize` 逐块执行：
-叠放的专家一次只读一个，峰值内存由最大的单个张量决定，与模型大小无关。
+每次只读来源的几行，峰值内存由块的大小决定，与张量、模型的大小无关。
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 
 from deepseek_export.checkpoint.checkpoint import Checkpoint, expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.config import ModelConfig
@@ -55,7 +56,8 @@ class Recipe(BaseModel):
         op: ``copy`` 原样（可改 dtype）；``stack`` 在新的第 0 维叠放；``stack_swiglu`` 来源按 gate、up 交替给出，每个专家内
             gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``zeros`` 全零；
             ``codes``、``scales`` 是 ``of`` 按 ``form`` 量化之后的码与 scale。
-        sources: 检查点张量名。
+        sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
+            ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
         dtype: initializer 的 dtype。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
@@ -73,10 +75,50 @@ class Recipe(BaseModel):
     of: Recipe | None = None
     form: BlockFormat | None = None
 
+    @field_serializer("sources")
+    def _folded(self, sources: tuple[str, ...]) -> tuple[str, ...]:
+        return _fold(sources)
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _unfolded(cls, value: Any) -> Any:
+        return _unfold(value) if isinstance(value, list | tuple) else value
+
     @property
     def nbytes(self) -> int:
         """字节数。"""
         return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(\w+)(\..*)")
+_FOLDED = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}\.(?:\{([\w,]+)\}|(\w+))(\..*)")
+_MAX_EXPERTS = 1 << 16
+
+
+def _fold(sources: tuple[str, ...]) -> tuple[str, ...]:
+    """编号连续的专家折成一个模式；折不了就原样。"""
+    parts = [match.groups() for source in sources if (match := _EXPERT.fullmatch(source))]
+    if len(parts) < 2 or len(parts) != len(sources):
+        return sources
+    head, first, _, tail = parts[0]
+    kinds = ",".join(dict.fromkeys(part[2] for part in parts))
+    folded = (f"{head}{{{first}..{parts[-1][1]}}}.{f'{{{kinds}}}' if ',' in kinds else kinds}{tail}",)
+    return folded if _unfold(folded) == sources else sources
+
+
+def _unfold(sources: Iterable[Any]) -> tuple[Any, ...]:
+    """:func:`_fold` 的逆。"""
+    names: list[Any] = []
+    for source in sources:
+        if not (match := _FOLDED.fullmatch(source) if isinstance(source, str) else None):
+            names.append(source)
+            continue
+        head, first, last, kinds, kind, tail = match.groups()
+        if int(last) - int(first) >= _MAX_EXPERTS:
+            raise ValueError(f"{source} 展开后太长")
+        for expert in range(int(first), int(last) + 1):
+            names += [f"{head}{expert}.{name}{tail}" for name in (kinds or kind).split(",")]
+    return tuple(names)
 
 
 def quantized_recipes(recipe: Recipe, form: BlockFormat) -> tuple[Recipe, Recipe]:

@@ -123,6 +123,11 @@ class TensorStore:
         """全部张量名，按字典序。"""
         return tuple(sorted(self._specs))
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """全部 safetensors 文件。"""
+        return tuple(shard.path for shard in self._shards)
+
     def __contains__(self, name: object) -> bool:
         return name in self._specs
 
@@ -180,7 +185,7 @@ class TensorStore:
             with spec.file.open("rb", buffering=0) as stream:
                 stream.seek(spec.offset + start * row)
                 filled = 0
-                while filled < raw.size and (got := stream.readinto(raw[filled:])):
+                while filled < raw.size and (got := stream.readinto(raw[filled:].data)):
                     filled += got
         except OSError as error:
             raise _broken(spec.file, f"读 {name} 时：{error.strerror}") from error

@@ -137,7 +137,9 @@ def _perplexity(
 
 
 @torch.no_grad()
-def _before_a_flip(bundle: Bundle, graph: ModelGraph, plain: ReferenceModel, row: Sequence[int]) -> np.ndarray:
+def _before_a_flip(
+    bundle: Bundle, graph: ModelGraph, plain: ReferenceModel, row: Sequence[int]
+) -> np.ndarray:
     """到这个 token 为止，每一行在每一层都选中与未量化的参考模型相同的专家；图里没有路由节点时全是真。"""
     gates = [site for site in bundle.manifest.main.sites if site.op == MOE_GATE.name]
     if not gates:

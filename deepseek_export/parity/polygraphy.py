@@ -30,9 +30,9 @@ def save_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequen
         rows: 等长的 token 序列，做一次 prefill。
 
     Returns:
-        可直接粘贴的命令；缓存是 bfloat16 时为 ``None``（Polygraphy 存不了）。
+        可直接粘贴的命令；缓存是 bfloat16（Polygraphy 存不了）或权重按引用（Polygraphy 不会按配方生成）时为 ``None``。
     """
-    if bundle.manifest.cache.dtype == "bfloat16":
+    if bundle.manifest.cache.dtype == "bfloat16" or bundle.manifest.weights.mode == "reference":
         return None
     folder = bundle.path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

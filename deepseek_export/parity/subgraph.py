@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.runtime.cache import ort_value
+from deepseek_export.runtime.graph import give_initializers
 
 #: 从内存里的模型建 session 时，外部权重相对哪个目录。
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -26,6 +27,7 @@ class ModelGraph:
 
     def __init__(self, bundle: Bundle, file: str | None = None) -> None:
         self.folder = bundle.path
+        self._weights = BundleWeights(bundle)
         path = bundle.model_path if file is None else bundle.path / file
         self.model = onnx.shape_inference.infer_shapes(
             onnx.load(path, load_external_data=False), data_prop=True
@@ -101,6 +103,8 @@ class ModelGraph:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.folder.resolve()))
+        initializers = self._weights.arrays(model)
+        give_initializers(options, initializers)
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         run_options = ort.RunOptions()
         run_options.log_severity_level = 4

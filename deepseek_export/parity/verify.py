@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import torch
 
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.blocks import block_cases
@@ -27,7 +27,7 @@ from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_draft, load_reference
-from deepseek_export.runtime import BundleTokenizer, Generator, ModelSession, open_speculative
+from deepseek_export.runtime import BundleTokenizer, Generator, open_session, open_speculative
 
 #: 有 tokenizer 时用真文本：中文、英文、代码，长度不等。
 DEFAULT_PROMPTS = (
@@ -115,7 +115,8 @@ def verify_bundle(
         for line in missing:
             progress.note(line)
         notes += missing
-        session = ModelSession(bundle.model_path, max_positions=manifest.model.max_position_embeddings)
+        weights = BundleWeights(bundle)
+        session = open_session(bundle, weights)
         generator = Generator(session, tokenizer, ())
         advance = lambda name: progress.advance(0, name)  # noqa: E731
         if "model" in levels:
@@ -135,7 +136,7 @@ def verify_bundle(
             cases += more
         if "tokens" in levels:
             progress.start("校验 tokens")
-            speculative = open_speculative(bundle, session, tokenizer)
+            speculative = open_speculative(bundle, weights, session, tokenizer)
             if speculative is not None and speculative.verify_mode == "rejection":
                 speculative = None
                 notes.append(

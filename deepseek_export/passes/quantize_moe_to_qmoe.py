@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
@@ -14,6 +15,8 @@ from deepseek_export.passes.ort_quant import ACCURACY_LEVEL, kept, quantized_wei
 
 #: ``MoE`` 的输入位置。
 _X, _ROUTER, _GATE_UP, _DOWN = 0, 1, 2, 4
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 _NEW_ATTRIBUTES = ("expert_weight_bits", "block_size", "accuracy_level", "weights_prepacked")
 
@@ -104,7 +107,7 @@ class QuantizeMoeToQMoePass(Pass):
         module.replace(moe, [node])
 
 
-def _expert_names(module: GraphModule, moe: gs.Node) -> list[str]:
-    """gate、up、down 三个叠放权重的名字；前两个在下沉时已合成一个。"""
-    down = moe.inputs[_DOWN].name
-    return [down.replace(".down_proj.", f".{name}_proj.") for name in ("gate", "up", "down")]
+def _expert_names(module: GraphModule, moe: gs.Node) -> set[str]:
+    """gate、up、down 三个叠放权重在检查点里的名字，编号写成 ``*``；下沉时前两个合成了一个，太大的还按编号拆过组。"""
+    sources = [source for i in (_GATE_UP, _DOWN) for source in module.weights[moe.inputs[i].name].sources]
+    return {_EXPERT.sub(".experts.*.", source) for source in sources}
