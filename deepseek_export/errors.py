@@ -45,6 +45,10 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",
         "DSX-E303": "图不合法",
+        "DSX-E310": "这个目标不能量化权重",
+        "DSX-E311": "这个 dtype 不能量化权重",
+        "DSX-E312": "--keep 什么也没有匹配到",
+        "DSX-E313": "没有可以量化的权重",
         "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
@@ -81,17 +85,21 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E603": "transformers 版本太旧",
         "DSX-E604": "校验用的 prompt 不可用",
         "DSX-E605": "校验不过",
+        "DSX-E606": "测困惑度的文本不可用",
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
         "DSX-E703": "不认识的 GPU",
         "DSX-E704": "估算的长度超出模型的最大长度",
+        "DSX-E705": "量化的选项没有配 --quant",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",
         "DSX-E803": "不支持的模型类",
         "DSX-E804": "模型现在的状态不能替换模块",
         "DSX-E805": "方案里有 apply 做不到的设置",
+        "DSX-E806": "找不到 MTP 权重的来源",
+        "DSX-E807": "generate 的用法与 MTP 不相容",
         "DSX-E808": "DsxForCausalLM 不支持的输入",
         "DSX-E809": "DsxForCausalLM 不支持的操作",
         "DSX-E810": "模型对象不能这样导出",
@@ -100,8 +108,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E902": "没有安装 Triton",
         "DSX-E903": "kernel 不支持这种 dtype 或形状",
         "DSX-E904": "kernel 放不进共享内存",
-        "DSX-E905": "kernel 缓存目录不可用",
-        "DSX-E906": "没有可用的 NVIDIA 驱动",
+        "DSX-E905": "没有可用的 NVIDIA 驱动",
     }
 )
 

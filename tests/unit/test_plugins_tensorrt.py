@@ -26,14 +26,13 @@ HEADERS = os.environ.get("TENSORRT_ROOT")
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory) -> dict[str, Program]:
+def programs() -> dict[str, Program]:
     """两个算子的小程序。"""
-    cache = tmp_path_factory.mktemp("kernels")
     plans = (
         latent_attention_plan(89, 8, 64, 16, 0.1, "float16"),
         grouped_swiglu_plan(89, 8, 2, 32, 48, "float16"),
     )
-    return {plan.op: compile_plan(plan, cache) for plan in plans}
+    return {plan.op: compile_plan(plan) for plan in plans}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def experts_shapes(N):
     + [("MoeExperts", experts_shapes(N)) for N in (0, 1, 7, 5000)],
 )
 def test_both_sides_agree(op, shapes, programs, bind):
-    """同一份文本、同样的形状：变体、网格、参数、workspace 都相同。"""
+    """KERNEL-5：同一份文本、同样的形状：变体、网格、参数、workspace 都相同。"""
     done = bind(programs[op], shapes)
     assert done.stderr == ""
     assert done.stdout == expected(programs[op], shapes)
