@@ -34,6 +34,7 @@ from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.passes.base import MICROSOFT, GraphModule
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
+from deepseek_export.passes.pipelines import _float_experts
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
 from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from tests.models import model_config, ort_session
@@ -247,3 +248,16 @@ def test_kept_experts_stay(keep):
     module = qmoe_module()
     result = QuantizeMoeToQMoePass(Quantization(kind="int8", keep=(keep,)))(module)
     assert (result.count, result.refused, module.quantized) == (0, (), set())
+
+
+def test_experts_left_in_float_are_reported():
+    """没有下沉成 MoE 的专家没有量化，要写出来；用户要保留的不写。"""
+    (line,) = _float_experts(moe_module("v3"), Quantization(kind="int8"), [])
+    assert line.startswith("3 个专家权重没有量化")
+    assert _float_experts(moe_module("v3"), Quantization(kind="int8", keep=("experts",)), []) == []
+    assert _float_experts(qmoe_module(), Quantization(kind="int8"), [refused_qmoe()]) == []
+
+
+def refused_qmoe():
+    """一次全部拒绝的 QMoE 下沉：拒绝的原因已经有一行，不必再说一遍。"""
+    return QuantizeMoeToQMoePass(Quantization(kind="int8"), without("QMoE"))(qmoe_module())
