@@ -35,6 +35,7 @@ from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
 from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
+from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
 from deepseek_export.profile import OptimizationProfile
 
 
@@ -56,7 +57,9 @@ class Step(NamedTuple):
 _TENSORRT = (
     # 缓存写入与吸收用原生层，注意力核留给插件；prefill 用原生融合注意力。
     Step(LowerMlaToTensorrtPass, MLA_ATTENTION.name),
-    # 路由与草稿验证都是原生算子，展开以便层名带着模块路径；MoeExperts 原样留着，它就是插件核。
+    # MoeExperts 原样留着，它就是插件核；函数体换成 TensorRT 没有插件也建得出的写法。
+    Step(UseDenseExpertsBodyPass, MOE_EXPERTS.name, consumes=False),
+    # 路由与草稿验证都是原生算子，展开以便层名带着模块路径。
     Step(InlineMoeGatePass, MOE_GATE.name),
     Step(InlineSpecAcceptPass, SPEC_ACCEPT.name),
     Step(InlineSpecAcceptRejectionPass, SPEC_ACCEPT_REJECTION.name),
