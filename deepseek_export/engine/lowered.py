@@ -16,6 +16,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import DOMAIN
 from deepseek_export.passes import lower
 from deepseek_export.passes.pipelines import TENSORRT_TARGETS
+from deepseek_export.passes.split_experts import SplitExpertsPass
 
 _BUILDABLE = ("portable", *TENSORRT_TARGETS)
 
@@ -45,6 +46,11 @@ def check_buildable(bundle: Bundle) -> None:
     if manifest.target not in _BUILDABLE:
         what = f"{bundle.path} 的目标是 {manifest.target}，它的图已为别的运行时改写"
         raise DsxError("DSX-E913", what, f"用 --target {' 或 '.join(_BUILDABLE)} 重新导出")
+    if manifest.target == "portable" and any(
+        r.name == SplitExpertsPass.name and r.count for r in manifest.passes
+    ):
+        what = f"{bundle.path} 的专家权重太大，导出 portable 时已拆成几组，下沉认不出原来的一层"
+        raise DsxError("DSX-E913", what, f"用 --target {' 或 '.join(TENSORRT_TARGETS)} 重新导出")
     if manifest.weights.mode != "packed":
         what = f"{bundle.path} 的权重按引用，有的要在加载时才生成，TensorRT 解析不了"
         raise DsxError("DSX-E913", what, f"先打包：dsx pack {bundle.path}")

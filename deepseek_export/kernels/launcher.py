@@ -23,7 +23,7 @@ class Launcher:
         program: 要启动的程序；它的 SM 必须是当前设备的。
 
     Raises:
-        DsxError: ``DSX-E906``，没有 cuda-bindings、没有驱动，或当前线程没有 CUDA 上下文。
+        DsxError: ``DSX-E905``，没有 cuda-bindings、没有驱动，或当前线程没有 CUDA 上下文。
     """
 
     def __init__(self, program: Program) -> None:
@@ -109,7 +109,7 @@ def _load_driver() -> Any:
         (status,) = driver.cuInit(0)
     except (ImportError, RuntimeError) as error:
         # 没有驱动时 cuda-bindings 抛 RuntimeError 的子类。
-        raise DsxError("DSX-E906", str(error), todo) from error
+        raise DsxError("DSX-E905", str(error), todo) from error
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise DsxError("DSX-E906", f"cuInit 返回 {status.name}", todo)
+        raise DsxError("DSX-E905", f"cuInit 返回 {status.name}", todo)
     return driver

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from deepseek_export.capture.bodies import moe_experts_dense_body
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.ort_moe import port
 from deepseek_export.reference.weights import TORCH_DTYPES
 
 
@@ -29,12 +31,14 @@ class UseDenseExpertsBodyPass(Pass):
 
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
-        nodes = len(module.find(MOE_EXPERTS.name))
+        nodes = module.find(MOE_EXPERTS.name)
         # 情形 2。
         if not nodes:
             return PassResult(name=self.name, changed=False, count=0)
-        dense = moe_experts_dense_body(module.config, TORCH_DTYPES[module.dtype])
+        # 太大的专家权重已拆成几组，每组的专家数写在权重的形状里。
+        part = replace(module.config, n_routed_experts=port(nodes[0], "w_gate").shape[0])
+        dense = moe_experts_dense_body(part, TORCH_DTYPES[module.dtype])
         if module.functions[MOE_EXPERTS.name] == dense:
             return PassResult(name=self.name, changed=False, count=0)
         module.functions[MOE_EXPERTS.name] = dense
-        return PassResult(name=self.name, changed=True, count=nodes)
+        return PassResult(name=self.name, changed=True, count=len(nodes))

@@ -191,7 +191,7 @@ def test_serialised_fields_restore_the_program(built):
     assert restored.program == program
     assert restored.clone().program is restored.program
     if device_sm() is None:
-        refused("DSX-E906", restored.attach_to_context, None)
+        refused("DSX-E905", restored.attach_to_context, None)
 
 
 def test_without_plugins_the_function_bodies_build(built):

@@ -100,7 +100,7 @@ def test_loading_raises_the_shared_memory_limit(driver):
 
 
 def test_enqueue_only_launches(driver):
-    """只调用 cuLaunchKernel：不分配、不同步；次序、网格、线程数、共享内存、流都对；没有 token 就不启动。"""
+    """KERNEL-6：只调用 cuLaunchKernel：不分配、不同步；次序、网格、线程数、共享内存、流都对；没有 token 就不启动。"""
     launcher = Launcher(PROGRAM)
     driver.calls.clear()
     launcher.enqueue(((5, 8),), [0x1000], [0x2000], 0x3000, 77)
@@ -123,7 +123,7 @@ def test_driver_failure_names_the_program(driver):
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="这台机器有 NVIDIA 驱动")
 def test_without_a_driver():
-    """DSX-E906：只有一行说明，没有 traceback。"""
-    with pytest.raises(DsxError, match="DSX-E906") as caught:
+    """DSX-E905：只有一行说明，没有 traceback。"""
+    with pytest.raises(DsxError, match="DSX-E905") as caught:
         Launcher(PROGRAM)
     assert "\n" not in caught.value.what
