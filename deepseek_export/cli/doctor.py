@@ -104,7 +104,8 @@ def _package(package: Package, floor: str | None) -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     """已安装的版本；TensorRT 的轮子名字带着 CUDA 的版本。"""
-    for candidate in (name, f"{name}_cu13"):
+    names = (name, f"{name}_cu13") if name.startswith("tensorrt") else (name,)
+    for candidate in names:
         try:
             return metadata.version(candidate)
         except metadata.PackageNotFoundError:
