@@ -117,7 +117,10 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E915": "插件没有留在引擎里",
         "DSX-E916": "插件内部出错",
         "DSX-E917": "引擎与这里不符",
+        "DSX-E918": "没有可用的 GPU",
         "DSX-E919": "--profile-shapes 写得不对",
+        "DSX-E920": "没有这种 GPU 的引擎",
+        "DSX-E921": "形状超出引擎的优化配置",
     }
 )
 
