@@ -105,9 +105,15 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") 
     check_output(out, overwrite, marker)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        leftovers = _stale(out)
         temporary = out.parent / f"{_prefix(out)}{os.getpid()}"
+        if temporary in leftovers:  # 被杀的进程碰巧与这一个同号，容器里很常见
+            moved = temporary.with_name(f"{temporary.name}.old")
+            shutil.rmtree(moved, ignore_errors=True)
+            temporary.rename(moved)
+            leftovers = _stale(out)
         temporary.mkdir()
-        for stale in _stale(out):
+        for stale in leftovers:
             if (stale / JOURNAL_FILE).is_file() and not (temporary / JOURNAL_FILE).exists():
                 for name in (WEIGHTS_FOLDER, JOURNAL_FILE):
                     (stale / name).rename(temporary / name)
@@ -158,7 +164,7 @@ def _prefix(out: Path) -> str:
 
 
 def _stale(out: Path) -> list[Path]:
-    """``out`` 的、进程已经不在的临时目录。"""
+    """``out`` 的、进程已经不在的临时目录；在建立自己的之前调用，所以与自己同号的也是别人留下的。"""
     prefix = _prefix(out)
     return [
         path
@@ -171,6 +177,8 @@ def _alive(pid: str) -> bool:
     pid = pid.removesuffix(".old")
     if not pid.isdigit():
         return True
+    if int(pid) == os.getpid():
+        return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 CACHE = DiskCache("kernels")
 
 _ALIGNED = [["tt.divisibility", 16]]
-_ENTRY_PARAMETERS = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
+_ENTRY = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
+#: Triton 类型 → PTX 形参类型；指针都是 ``u64``。
+_PTX_TYPES = {"i32": "u32", "fp32": "f32"}
 
 
 def compile_plan(plan: LaunchPlan) -> Program:
@@ -128,11 +130,20 @@ def _compile(spec: KernelSpec, sm: int) -> CompiledKernel:
     for kind in ("global_scratch_size", "profile_scratch_size"):
         if getattr(metadata, kind, 0):
             raise RuntimeError(f"{spec.function} 需要 {kind}={getattr(metadata, kind)}")
-    match = _ENTRY_PARAMETERS.search(compiled.asm["ptx"])
-    assert match is not None
-    scratch_count = match[1].count(".param") - len(spec.signature)
+    scratch_count = _check_parameters(spec, compiled.asm["ptx"])
     threads = metadata.num_warps * metadata.target.warp_size
     return CompiledKernel(metadata.name, compiled.asm["cubin"], threads, metadata.shared, scratch_count)
+
+
+def _check_parameters(spec: KernelSpec, ptx: str) -> int:
+    """入口的形参就是签名加末尾的 scratch 指针；返回 scratch 指针的个数。启动时没有别的机会发现次序不对。"""
+    entry = _ENTRY.search(ptx)
+    found = re.findall(r"\.param \.(\w+)", entry[1]) if entry else []
+    want = [_PTX_TYPES.get(kind, "u64") for _, kind in spec.signature]
+    scratch = found[len(want) :]
+    if found[: len(want)] != want or set(scratch) - {"u64"}:
+        raise RuntimeError(f"{spec.function} 的入口形参是 {found}，应以 {want} 开头，之后只有 scratch 指针")
+    return len(scratch)
 
 
 def _pack(kernel: CompiledKernel) -> bytes:

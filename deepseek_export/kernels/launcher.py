@@ -15,6 +15,9 @@ from deepseek_export.kernels.program import BoundLaunch, CompiledKernel, Program
 
 Shapes = tuple[tuple[int, ...], ...]
 
+#: (CUDA 上下文, kernel) → 装载好的函数：一个模型的几十层是同样的程序，机器码只装载一次。
+_LOADED: dict[tuple[Any, CompiledKernel], Any] = {}
+
 
 class Launcher:
     """装载好的程序。
@@ -29,8 +32,9 @@ class Launcher:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._driver = _load_driver()
+        (context,) = self._check(self._driver.cuCtxGetCurrent())
         kernels = {launch.kernel for variant in program.variants for launch in variant.launches}
-        self._functions = {kernel: self._load(kernel) for kernel in kernels}
+        self._functions = {kernel: self._load(context, kernel) for kernel in kernels}
         self._bind = functools.lru_cache(maxsize=256)(program.bind)  # 解码的每一步形状都相同
 
     def enqueue(
@@ -60,15 +64,16 @@ class Launcher:
                 )
             )
 
-    def _load(self, kernel: CompiledKernel) -> Any:
-        driver = self._driver
-        (library,) = self._check(driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0))
-        (handle,) = self._check(driver.cuLibraryGetKernel(library, kernel.entry.encode()))
-        (device,) = self._check(driver.cuCtxGetDevice())
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._check(driver.cuKernelSetAttribute(attribute, kernel.shared, handle, device))
-        (function,) = self._check(driver.cuKernelGetFunction(handle))
-        return function
+    def _load(self, context: Any, kernel: CompiledKernel) -> Any:
+        if (context, kernel) not in _LOADED:
+            driver = self._driver
+            (library,) = self._check(driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0))
+            (handle,) = self._check(driver.cuLibraryGetKernel(library, kernel.entry.encode()))
+            (device,) = self._check(driver.cuCtxGetDevice())
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(driver.cuKernelSetAttribute(attribute, kernel.shared, handle, device))
+            (_LOADED[context, kernel],) = self._check(driver.cuKernelGetFunction(handle))
+        return _LOADED[context, kernel]
 
     def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         status, *values = result

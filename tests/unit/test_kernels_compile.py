@@ -78,6 +78,8 @@ def test_compiles_everything(sm, dtype, tmp_path):
             # 64 行的累加器占满寄存器，溢出的是几个地址；换来的是 wgmma。
             if dict(spec.constants).get("BLOCK_M") != 64 or spec.function != "latent_attention_partial":
                 assert resources(kernel.cubin, tmp_path)["STACK"] == 0, (spec.function, spec.constants)
+    for spec in specs(latent_attention_plan(sm, **ATTENTION, dtype=dtype, cache_dtype="float32")):
+        assert compile_kernel(spec, sm).shared <= SMS[sm].shared
 
 
 def test_cached_by_content(empty_cache, monkeypatch):

@@ -70,6 +70,7 @@ class Recorder:
 def driver(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(module, "_load_driver", lambda: recorder)
+    monkeypatch.setattr(module, "_LOADED", {})
     return recorder
 
 
@@ -91,7 +92,8 @@ def test_pack_arguments():
 
 
 def test_loading_raises_the_shared_memory_limit(driver):
-    """每个 kernel 装载一次，并设好动态共享内存。"""
+    """每个 kernel 在一个上下文里只装载一次，哪怕有几层用它；并设好动态共享内存。"""
+    Launcher(PROGRAM)
     Launcher(PROGRAM)
     loaded = [arguments[0] for name, arguments in driver.calls if name == "cuLibraryLoadData"]
     assert sorted(loaded) == [FIRST.cubin, SECOND.cubin]

@@ -198,6 +198,9 @@ def library(tmp_path_factory) -> Path:
         pytest.skip("没有设 TENSORRT_ROOT（含 NvInfer.h 的目录），不构建 C++ 插件")
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("没有安装 tensorrt_rtx，不能用它解析")
+    header = next(Path(HEADERS).rglob("NvInferVersion.h")).read_text(encoding="utf-8")
+    if int(re.search(r"define (?:TRT_MAJOR_ENTERPRISE|NV_TENSORRT_MAJOR) (\d+)", header)[1]) < 11:
+        pytest.skip("TENSORRT_ROOT 是 TensorRT 10 的头文件，与 TensorRT-RTX 不是同一代")
     build = tmp_path_factory.mktemp("build")
     options = [f"-DTENSORRT_ROOT={HEADERS}", "-DCMAKE_CXX_FLAGS=-Werror"]
     subprocess.run(["cmake", "-S", SOURCES, "-B", build, *options], check=True, capture_output=True)
