@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deepseek_export.api import CompiledModel, export, load, verify
+    from deepseek_export.api import CompiledModel, export, load, pack, verify
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
     from deepseek_export.integration.apply import apply, restore
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "export": "deepseek_export.api",
     "load": "deepseek_export.api",
+    "pack": "deepseek_export.api",
     "verify": "deepseek_export.api",
     "Quantization": "deepseek_export.checkpoint.weight_only",
     "make_plan": "deepseek_export.plan",
@@ -47,6 +48,7 @@ __all__ = [
     "export",
     "load",
     "make_plan",
+    "pack",
     "restore",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""Python 接口：``export``、``load``、``verify``。命令行只是它们的一层薄壳。"""
+"""Python 接口：``export``、``load``、``pack``、``verify``。命令行只是它们的一层薄壳。"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle, pack_bundle
 from deepseek_export.bundle.disk import check_output
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -238,6 +238,11 @@ def load(bundle: Path | str, threads: int | None = None) -> CompiledModel:
         DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败。
     """
     return CompiledModel(Bundle.open(bundle), threads)
+
+
+def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
+    """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
+    return pack_bundle(bundle, progress)
 
 
 def verify(

@@ -109,6 +109,15 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E903": "kernel 不支持这种 dtype 或形状",
         "DSX-E904": "kernel 放不进共享内存",
         "DSX-E905": "没有可用的 NVIDIA 驱动",
+        "DSX-E910": "没有安装 TensorRT",
+        "DSX-E911": "TensorRT-RTX 的库缺少不带版本号的名字",
+        "DSX-E912": "不能为这种 SM 建引擎",
+        "DSX-E913": "这个 bundle 建不了引擎",
+        "DSX-E914": "TensorRT 报错",
+        "DSX-E915": "插件没有留在引擎里",
+        "DSX-E916": "插件内部出错",
+        "DSX-E917": "引擎与这里不符",
+        "DSX-E919": "--profile-shapes 写得不对",
     }
 )
 

@@ -36,7 +36,7 @@ _KILLS = 3
 
 
 def measured(command: Sequence[str], kill_when: Callable[[], bool] | None = None) -> dict[str, Any]:
-    """跑一个命令：退出码、用时、峰值常驻内存；``kill_when`` 成立时 SIGKILL 它。"""
+    """跑一个命令：退出码、用时、CPU 用时、峰值常驻内存；``kill_when`` 成立时 SIGKILL 它。"""
     start = time.perf_counter()
     environment = {**os.environ, "DSX_NO_CACHE": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
@@ -51,6 +51,7 @@ def measured(command: Sequence[str], kill_when: Callable[[], bool] | None = None
     return {
         "exit": process.returncode,
         "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss": usage.ru_maxrss * 1024,
     }
 
@@ -169,10 +170,12 @@ def _line(part: str, result: dict[str, Any]) -> str:
             f"{max(peaks) / 1e6:.0f} MB；SIGKILL {len(result['kills'])} 次后接着写完，哈希相同"
         )
     seconds = [sample["seconds"] for sample in result["samples"]]
+    cpu = [sample["cpu_seconds"] for sample in result["samples"]]
     peak = max(sample["peak_rss"] for sample in result["samples"])
     return (
         f"{result['layers']} 层、{result['experts']} 专家、{result['shards']} 个分片：导出 "
-        f"{statistics.median(seconds):.1f} s（{min(seconds):.1f}–{max(seconds):.1f}），峰值常驻 {peak / 1e6:.0f} MB"
+        f"{statistics.median(seconds):.1f} s（{min(seconds):.1f}–{max(seconds):.1f}，CPU {min(cpu):.1f}–{max(cpu):.1f} s），"
+        f"峰值常驻 {peak / 1e6:.0f} MB"
     )
 
 

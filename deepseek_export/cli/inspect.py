@@ -108,6 +108,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             "bytes": sum(recipe.nbytes for recipe in recipes.values()),
             "recipes": dict(Counter(recipe.op for recipe in recipes.values())),
         },
+        "quantization": manifest.quantization and manifest.quantization.model_dump(mode="json"),
         "float32_islands": manifest.float32_islands,
         "cache": {
             "dtype": cache.dtype,
@@ -153,6 +154,11 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
             f"{weights['count']} 个，{weights_size(weights['bytes'], weights['mode'])}（配方：{recipes}）",
         ),
     ]
+    if (quant := summary["quantization"]) is not None:
+        kept = f"，保留 {'、'.join(quant['keep'])}" if quant["keep"] else ""
+        rows.append(
+            ("量化", f"{quant['kind']}，每 {quant['block']} 个一块，{len(quant['tensors'])} 个权重{kept}")
+        )
     if summary["dtype"] == "float16":
         rows.append(("float32 孤岛", islands or "没有"))
     rows += [("回退", line) for line in summary["fallbacks"]] or [("回退", "没有")]

@@ -94,13 +94,16 @@ QUANT_TOLERANCES: Mapping[tuple[Quantity, Dtype, QuantKind], Tolerance] = Mappin
             float("inf"), 2e-2, 5e-2, f"{_INT8_ACTIVATIONS}，逐层累计；逐元素的最大差由路由翻转主导，只看整体"
         ),
         ("loss", "float32", "int8"): Tolerance(
-            float("inf"), 5e-5, 1e-2, "发布承诺：相对误差 1e-2 以内；权重 5e-3、激活 6e-3 各是一次舍入"
+            float("inf"),
+            5e-4,
+            2e-2,
+            "演示检查点实测相对误差 9e-3（承诺 1e-2，由契约测试守着）；更深的模型逐层累计，留三倍",
         ),
         ("loss", "float32", "int4"): Tolerance(
             float("inf"),
             3e-2,
             1e-1,
-            "4 位、块 32 的权重误差约 1e-1，逐层累计；实测见 perf/results/quant.json",
+            "4 位的权重误差约 1e-1，逐层累计；演示检查点实测 7e-2（perf/results/quant.json）",
         ),
         ("loss_all", "float32", "int8"): Tolerance(
             float("inf"),
@@ -116,7 +119,7 @@ QUANT_TOLERANCES: Mapping[tuple[Quantity, Dtype, QuantKind], Tolerance] = Mappin
 PERPLEXITY_RATIO: Mapping[QuantKind, float] = MappingProxyType(
     {
         "int8": 1.02,  # 每个 token 的 logits 误差约 1e-2，一正一负相互抵消
-        "int4": 1.5,  # 4 位、无校准的就近舍入；演示检查点实测约 1.1
+        "int4": 1.2,  # 4 位、无校准的就近舍入；演示检查点实测 1.03
     }
 )
 

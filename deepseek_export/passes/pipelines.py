@@ -40,6 +40,7 @@ from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
 from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from deepseek_export.passes.split_experts import SplitExpertsPass
+from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
 from deepseek_export.profile import OptimizationProfile
 
 
@@ -61,7 +62,9 @@ class Step(NamedTuple):
 _TENSORRT = (
     # 缓存写入与吸收用原生层，注意力核留给插件；prefill 用原生融合注意力。
     Step(LowerMlaToTensorrtPass, MLA_ATTENTION.name),
-    # 路由与草稿验证都是原生算子，展开以便层名带着模块路径；MoeExperts 原样留着，它就是插件核。
+    # MoeExperts 原样留着，它就是插件核；函数体换成 TensorRT 没有插件也建得出的写法。
+    Step(UseDenseExpertsBodyPass, MOE_EXPERTS.name, consumes=False),
+    # 路由与草稿验证都是原生算子，展开以便层名带着模块路径。
     Step(InlineMoeGatePass, MOE_GATE.name),
     Step(InlineSpecAcceptPass, SPEC_ACCEPT.name),
     Step(InlineSpecAcceptRejectionPass, SPEC_ACCEPT_REJECTION.name),

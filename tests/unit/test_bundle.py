@@ -193,9 +193,10 @@ class TestAtomicDirectory:
         assert not dead.exists()
         assert alive.exists()
 
-    def test_half_written_weights_of_a_dead_process_are_handed_over(self, tmp_path: Path):
-        """EXPORT-24：被杀的导出写了一半的权重连同日志移进新的临时目录；成功之后不留日志。"""
-        dead = tmp_path / ".out.tmp-999999999"
+    @pytest.mark.parametrize("pid", [999999999, os.getpid()])
+    def test_half_written_weights_of_a_dead_process_are_handed_over(self, tmp_path: Path, pid: int):
+        """EXPORT-24：被杀的导出写了一半的权重连同日志移进新的临时目录，进程号碰巧相同也一样；成功之后不留日志。"""
+        dead = tmp_path / f".out.tmp-{pid}"
         (dead / "weights").mkdir(parents=True)
         (dead / "weights/model.safetensors").write_bytes(b"half")
         (dead / ".resume.json").write_text("{}")
@@ -203,7 +204,7 @@ class TestAtomicDirectory:
         with atomic_directory(tmp_path / "out", overwrite=False) as directory:
             assert (directory / "weights/model.safetensors").read_bytes() == b"half"
             assert sorted(path.name for path in directory.iterdir()) == [".resume.json", "weights"]
-            assert not dead.exists()
+            assert list(tmp_path.iterdir()) == [directory]
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["weights"]
 
     def test_space_of_half_written_weights_is_not_asked_for_twice(self, tmp_path: Path):
