@@ -1,4 +1,4 @@
-"""Python 接口：``export``、``load``、``verify``。命令行只是它们的一层薄壳。"""
+"""Python 接口：``export``、``load``、``pack``、``verify``。命令行只是它们的一层薄壳。"""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle, pack_bundle
 from deepseek_export.bundle.disk import check_output
 from deepseek_export.capture import ModelDtype
+from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS, Level, ParityReport, verify_bundle
 from deepseek_export.parity.verify import DEFAULT_STEPS
@@ -35,6 +36,7 @@ def export(
     target: str = "portable",
     dtype: ModelDtype = "float32",
     weights: WeightsMode = "packed",
+    quantization: Quantization | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     check: bool = False,
@@ -51,6 +53,7 @@ def export(
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32`` 或 ``float16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
+        quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
@@ -104,6 +107,7 @@ def export(
             target=target,
             dtype=dtype,
             weights=weights,
+            quantization=quantization,
             overwrite=overwrite,
             progress=progress,
             accept=(lambda directory: _require_parity(directory, progress))
@@ -236,6 +240,11 @@ def load(bundle: Path | str, threads: int | None = None) -> CompiledModel:
     return CompiledModel(Bundle.open(bundle), threads)
 
 
+def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
+    """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
+    return pack_bundle(bundle, progress)
+
+
 def verify(
     bundle: Path | str,
     against: Path | str | None = None,
@@ -244,6 +253,7 @@ def verify(
     prompts: Sequence[str] | None = None,
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
+    text: Path | str | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
@@ -254,5 +264,6 @@ def verify(
         prompts=prompts,
         steps=steps,
         seed=seed,
+        text=text,
         progress=progress,
     )

@@ -1,4 +1,4 @@
-"""Triton kernel 的语义：在 Triton 的解释器里运行，与 ``ops/`` 的参考实现比。
+"""Triton kernel 的语义：在 Triton 的解释器里运行，与 ``ops/`` 的参考实现比（KERNEL-1、KERNEL-2）。
 
 解释器须在导入 triton 之前用环境变量打开，之后本进程就不能再编译；所以平时本文件只有一个测试，它在子进程里用解释器把本文件
 再跑一遍。解释器的 bf16 点积是错的，这里只用 float32 与 float16。
