@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
