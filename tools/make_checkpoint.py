@@ -38,6 +38,8 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
     {
         "deepseek-v3": Published("V3", shards=163),
         "v2-lite": Published("V2_LITE", shards=4),
+        "kimi-k2": Published("KIMI_K2", shards=61),
+        "glm-4.7-flash": Published("GLM_4_7_FLASH", shards=48),
     }
 )
 
@@ -51,7 +53,9 @@ def write_like(out: Path, like: str, layers: int | None, shards: int | None, **o
     shards = shards or max(round(published.shards * layers / depth), 1)
     mtp = bool(config.get("num_nextn_predict_layers"))
     config = {**config, "num_hidden_layers": layers}
-    write_checkpoint(out, config, shards=shards, mtp=mtp, dtype=config["torch_dtype"], **options)
+    write_checkpoint(
+        out, config, shards=shards, mtp=mtp, dtype=config.get("torch_dtype") or config["dtype"], **options
+    )
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
