@@ -16,6 +16,7 @@ from deepseek_export.parity.verify import DEFAULT_STEPS
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import (
+    Backend,
     BundleTokenizer,
     GenerationResult,
     Generator,
@@ -152,13 +153,15 @@ class CompiledModel:
         speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
         self.bundle = bundle
         config = bundle.manifest.model
         self.tokenizer = BundleTokenizer.load(bundle.path)
         weights = BundleWeights(bundle)
-        self.session = open_session(bundle, weights, threads)
-        self.generator = Generator(self.session, self.tokenizer, config.eos_token_ids)
+        self.session = open_session(bundle, weights, threads, backend)
+        self.generator = Generator(
+            self.session, self.tokenizer, config.eos_token_ids, self.session.prefill_chunk
+        )
         self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
 
     @property
@@ -227,17 +230,19 @@ class CompiledModel:
         return self.speculative
 
 
-def load(bundle: Path | str, threads: int | None = None) -> CompiledModel:
+def load(bundle: Path | str, threads: int | None = None, backend: Backend = "ort") -> CompiledModel:
     """加载 bundle，准备生成。
 
     Args:
         bundle: ``export`` 的输出目录。
         threads: 线程数；缺省由 ONNX Runtime 决定。
+        backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
 
     Raises:
-        DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败。
+        DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
+            引擎用不了。
     """
-    return CompiledModel(Bundle.open(bundle), threads)
+    return CompiledModel(Bundle.open(bundle), threads, backend)
 
 
 def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
@@ -254,6 +259,7 @@ def verify(
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
     text: Path | str | None = None,
+    backend: Backend = "ort",
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
@@ -265,5 +271,6 @@ def verify(
         steps=steps,
         seed=seed,
         text=text,
+        backend=backend,
         progress=progress,
     )

@@ -92,6 +92,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E703": "不认识的 GPU",
         "DSX-E704": "估算的长度超出模型的最大长度",
         "DSX-E705": "量化的选项没有配 --quant",
+        "DSX-E710": "基准测试的长度超出模型的最大长度",
+        "DSX-E711": "对照的 bundle 来自别的检查点",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",
@@ -117,7 +119,10 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E915": "插件没有留在引擎里",
         "DSX-E916": "插件内部出错",
         "DSX-E917": "引擎与这里不符",
+        "DSX-E918": "没有可用的 GPU",
         "DSX-E919": "--profile-shapes 写得不对",
+        "DSX-E920": "没有这种 GPU 的引擎",
+        "DSX-E921": "形状超出引擎的优化配置",
     }
 )
 
