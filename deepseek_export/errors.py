@@ -45,6 +45,11 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",
         "DSX-E303": "图不合法",
+        "DSX-E310": "这个目标不能量化权重",
+        "DSX-E311": "这个 dtype 不能量化权重",
+        "DSX-E312": "--keep 什么也没有匹配到",
+        "DSX-E313": "没有可以量化的权重",
+        "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
         "DSX-E402": "bundle 不完整",
@@ -55,6 +60,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E407": "检查点无法硬链接",
         "DSX-E408": "引用的检查点与导出时不同",
         "DSX-E409": "bundle 已经打包",
+        "DSX-E410": "单个权重太大",
         # 5xx：运行时
         "DSX-E501": "分词器文件读不了",
         "DSX-E502": "没有聊天模板",
@@ -79,11 +85,15 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E603": "transformers 版本太旧",
         "DSX-E604": "校验用的 prompt 不可用",
         "DSX-E605": "校验不过",
+        "DSX-E606": "测困惑度的文本不可用",
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
         "DSX-E703": "不认识的 GPU",
         "DSX-E704": "估算的长度超出模型的最大长度",
+        "DSX-E705": "量化的选项没有配 --quant",
+        "DSX-E710": "基准测试的长度超出模型的最大长度",
+        "DSX-E711": "对照的 bundle 来自别的检查点",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",
@@ -100,8 +110,19 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E902": "没有安装 Triton",
         "DSX-E903": "kernel 不支持这种 dtype 或形状",
         "DSX-E904": "kernel 放不进共享内存",
-        "DSX-E905": "kernel 缓存目录不可用",
-        "DSX-E906": "没有可用的 NVIDIA 驱动",
+        "DSX-E905": "没有可用的 NVIDIA 驱动",
+        "DSX-E910": "没有安装 TensorRT",
+        "DSX-E911": "TensorRT-RTX 的库缺少不带版本号的名字",
+        "DSX-E912": "不能为这种 SM 建引擎",
+        "DSX-E913": "这个 bundle 建不了引擎",
+        "DSX-E914": "TensorRT 报错",
+        "DSX-E915": "插件没有留在引擎里",
+        "DSX-E916": "插件内部出错",
+        "DSX-E917": "引擎与这里不符",
+        "DSX-E918": "没有可用的 GPU",
+        "DSX-E919": "--profile-shapes 写得不对",
+        "DSX-E920": "没有这种 GPU 的引擎",
+        "DSX-E921": "形状超出引擎的优化配置",
     }
 )
 

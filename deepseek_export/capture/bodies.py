@@ -20,9 +20,11 @@ from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.ops import mla_attention as mla
 from deepseek_export.ops import moe_experts as experts
 from deepseek_export.ops import spec_accept as accept
+from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import (
     DOMAIN,
+    LATENT_ATTENTION,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
@@ -62,8 +64,7 @@ def mla_attention_body(
         "w_kv_b": Spec((H * (dn + dv), r), dtype),
         "scale": Spec((), torch.float32),
     }
-    nodes = [helper.make_node("Constant", [], ["scale"])]
-    nodes[0].attribute.append(_reference("value_float", "scale", onnx.AttributeProto.FLOAT))
+    nodes = [_scale()]
     nodes += _nodes(_trace_function(mla.update_cache, new, ["kv_cache_out"]), "cache")
     absorb = functools.partial(_nodes, _trace_function(mla.attend_absorb, query, ["o"]), "absorb")
     naive = functools.partial(_nodes, _trace_function(mla.attend_naive, query, ["o"]), "naive")
@@ -85,6 +86,22 @@ def mla_attention_body(
     else:
         nodes += naive() if form == "naive" else absorb()
     return _function(MLA_ATTENTION, nodes)
+
+
+@functools.lru_cache(maxsize=16)
+def latent_attention_body(
+    config: ModelConfig, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> onnx.FunctionProto:
+    """``LatentAttention`` 的函数体；参数同 :func:`mla_attention_body`。"""
+    width = config.latent_cache_values
+    inputs = {
+        "q": Spec(("B", "S", config.num_attention_heads, width), dtype),
+        "kv_cache": Spec(("B", 1, "T", width), cache_dtype),
+        "past_lens": Spec(("B",), torch.int64),
+        "scale": Spec((), torch.float32),
+    }
+    traced = _trace_function(latent_attention, inputs, ["context"], kv_lora_rank=config.kv_lora_rank)
+    return _function(LATENT_ATTENTION, [_scale(), *_nodes(traced, "latent")])
 
 
 @functools.lru_cache(maxsize=16)
@@ -161,6 +178,22 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
         helper.make_node("Cast", ["y_float"], ["y"], to=_onnx_type(dtype)),
     ]
     return _function(MOE_EXPERTS, nodes)
+
+
+@functools.lru_cache(maxsize=16)
+def moe_experts_dense_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionProto:
+    """``MoeExperts`` 的另一个函数体：每个专家都算，没有循环与数据相关的形状。"""
+    E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    k = config.num_experts_per_tok
+    inputs = {
+        "x": Spec(("N", D), dtype),
+        "topk_ids": Spec(("N", k), torch.int32),
+        "topk_weights": Spec(("N", k), torch.float32),
+        "w_gate": Spec((E, inner, D), dtype),
+        "w_up": Spec((E, inner, D), dtype),
+        "w_down": Spec((E, D, inner), dtype),
+    }
+    return _function(MOE_EXPERTS, _nodes(_trace_function(experts.experts_dense, inputs, ["y"]), "experts"))
 
 
 @functools.lru_cache(maxsize=16)
@@ -243,8 +276,12 @@ def _with_name(info: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     return copy
 
 
-def _reference(name: str, target: str, kind) -> onnx.AttributeProto:
-    return onnx.AttributeProto(name=name, ref_attr_name=target, type=kind)
+def _scale() -> onnx.NodeProto:
+    """节点的 ``scale`` 属性 → 值 ``scale``。"""
+    node = helper.make_node("Constant", [], ["scale"])
+    kind = onnx.AttributeProto.FLOAT
+    node.attribute.append(onnx.AttributeProto(name="value_float", ref_attr_name="scale", type=kind))
+    return node
 
 
 def _onnx_type(dtype: torch.dtype) -> int:

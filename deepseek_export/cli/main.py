@@ -23,7 +23,19 @@ from deepseek_export.errors import DsxError
 COMMANDS = MappingProxyType(
     {
         name: f"deepseek_export.cli.{name}"
-        for name in ("plan", "export", "verify", "generate", "inspect", "pack", "demo", "profiles", "doctor")
+        for name in (
+            "plan",
+            "export",
+            "verify",
+            "build",
+            "generate",
+            "inspect",
+            "bench",
+            "pack",
+            "demo",
+            "profiles",
+            "doctor",
+        )
     }
 )
 _INTERRUPTED, _TERMINATED = 130, 143

@@ -11,7 +11,7 @@ from deepseek_export.ops.mla_attention import attend_latent
 
 
 def latent_attention(
-    q: Tensor, kv_cache: Tensor, past_lens: Tensor, scale: float, kv_lora_rank: int
+    q: Tensor, kv_cache: Tensor, past_lens: Tensor, scale: float | Tensor, kv_lora_rank: int
 ) -> Tensor:
     """算子的 eager 参考实现；形状见 :data:`~deepseek_export.ops.table.LATENT_ATTENTION`。
 

@@ -86,7 +86,7 @@ def attend_latent(
         past_lens: [B] int64。
         scale: softmax 缩放，已含 YaRN 的 mscale 平方。
         kv_lora_rank: r。
-        mask: 见 :func:`attend_absorb`。
+        mask: 同 :func:`attend_absorb`。
 
     Returns:
         [B, H, S, r]，dtype 同 ``q``。

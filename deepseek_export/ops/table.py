@@ -154,7 +154,10 @@ MOE_EXPERTS = OpSpec(
     ),
     outputs=(Port("y", "T", ("N", "D")),),
     attributes=(),
-    doc="Routed SwiGLU experts; only experts that own a token run. Accumulates over experts in float32.",
+    doc=(
+        "Routed SwiGLU experts; only experts that own a token run. Accumulates over experts in float32. "
+        "An id outside [0, E) belongs to another group of experts and is skipped."
+    ),
 )
 
 SPEC_ACCEPT = OpSpec(
