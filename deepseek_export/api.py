@@ -92,6 +92,7 @@ def export(
                 resolved,
                 target=target,
                 dtype=dtype,
+                quantization=quantization,
                 overwrite=overwrite,
                 check=check,
                 progress=progress,
