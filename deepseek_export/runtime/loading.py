@@ -34,6 +34,7 @@ def open_session(
     if backend == "trt":
         directory, _ = find_engine(bundle, require_gpu())
         return TensorRTSession(bundle, directory / "model.plan")
+    bundle.check_runs_on_onnxruntime()
     return ModelSession(
         bundle.model_path,
         threads=threads,
