@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.cpu_library import library_for
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation import Floor, MeasuredFloor, SpeculativeFloor
@@ -19,13 +20,15 @@ def open_session(bundle: Bundle, weights: BundleWeights, threads: int | None = N
         threads: 线程数。
 
     Raises:
-        DsxError: ``DSX-E507`` / ``DSX-E508``，加载失败或不符合约定；``DSX-E115`` / ``DSX-E116``，权重有问题。
+        DsxError: ``DSX-E507`` / ``DSX-E508``，加载失败或不符合约定；``DSX-E115`` / ``DSX-E116``，权重有问题；
+            ``DSX-E520`` / ``DSX-E521``，C++ 算子库用不了。
     """
     return ModelSession(
         bundle.model_path,
         threads=threads,
         max_positions=bundle.manifest.model.max_position_embeddings,
         initializers=weights.arrays(bundle.model_path),
+        library=library_for(bundle.manifest.target),
     )
 
 
@@ -58,6 +61,7 @@ def open_speculative(
             threads=threads,
             max_positions=config.max_position_embeddings,
             initializers=weights.arrays(path),
+            library=library_for(bundle.manifest.target),
         )
         for path in bundle.draft_paths[: mtp.num_draft_tokens]
     ]
