@@ -17,6 +17,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: 权重之外的文件（图、tokenizer、报告）至多这么大，预检时一并留出。
 _HEADROOM = 64 << 20
 
+#: bundle 的自述；没有它的目录不是 bundle。
+MANIFEST = "manifest.json"
+
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -50,26 +53,27 @@ def check_free_space(directory: Path, needed: int) -> None:
         )
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool, marker: str = MANIFEST) -> None:
     """输出目录能不能用。
 
     Args:
         out: 最终目录。
-        overwrite: 允许替换已有的 bundle。
+        overwrite: 允许替换已有的。
+        marker: 同类的目录里一定有的文件；没有它的目录任何时候都不替换。
 
     Raises:
-        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 bundle（任何时候都不替换）。
+        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是同类。
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
         raise DsxError("DSX-E401", f"{out} 已存在", "换一个 -o，或加 --overwrite 替换它")
-    if not (out / "manifest.json").is_file():
-        raise DsxError("DSX-E401", f"{out} 已存在，而且不是 dsx bundle，不会替换它", "换一个 -o")
+    if not (out / marker).is_file():
+        raise DsxError("DSX-E401", f"{out} 已存在，里面没有 {marker}，不是 dsx 写的，不会替换它", "换一个 -o")
 
 
 @contextlib.contextmanager
-def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(out: Path, overwrite: bool, marker: str = MANIFEST) -> Iterator[Path]:
     """在旁边的临时目录里写，全部完成后改名。
 
     中途出错（含 Ctrl-C）则删除临时目录；进程被 SIGKILL 时残留的临时目录由下一次导出清掉。任何时候 ``out`` 要么不存在、
@@ -77,7 +81,8 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
 
     Args:
         out: 最终目录。
-        overwrite: 允许替换已有的 bundle。
+        overwrite: 允许替换已有的。
+        marker: 见 :func:`check_output`。
 
     Yields:
         临时目录。
@@ -86,7 +91,7 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         DsxError: ``DSX-E401`` 目标已存在；``DSX-E405`` 目标不可写。
     """
     out = out.absolute()
-    check_output(out, overwrite)
+    check_output(out, overwrite, marker)
     prefix = f".{out.name}.tmp-"
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

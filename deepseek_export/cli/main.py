@@ -23,7 +23,7 @@ from deepseek_export.errors import DsxError
 COMMANDS = MappingProxyType(
     {
         name: f"deepseek_export.cli.{name}"
-        for name in ("export", "verify", "generate", "inspect", "demo", "profiles", "doctor")
+        for name in ("export", "verify", "compare", "generate", "inspect", "demo", "profiles", "doctor")
     }
 )
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -66,6 +66,7 @@ def cli() -> None:
       dsx demo                               在随包附带的小模型上走一遍全程
       dsx export CKPT -p mla+moe -o OUT      编译自己的检查点
       dsx verify OUT                         与 PyTorch 逐层比对
+      dsx compare OUT                        逐块比较，存成 Polygraphy 的格式
       dsx generate OUT -P "床前明月光"       生成
     """
 

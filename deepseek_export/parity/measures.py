@@ -22,6 +22,7 @@ class Measure:
         norm_ratio: ``|got| / |want|``。
         scale: ``want`` 的均方根，最大绝对差以它为尺。
         count: 元素个数。
+        got, want: 最大绝对差那一处的两个值；没有元素时都是 0。
     """
 
     max_abs: float
@@ -30,6 +31,8 @@ class Measure:
     norm_ratio: float
     scale: float
     count: int
+    got: float
+    want: float
 
 
 def measure(got: np.ndarray, want: np.ndarray) -> Measure:
@@ -42,17 +45,18 @@ def measure(got: np.ndarray, want: np.ndarray) -> Measure:
         raise ValueError(f"形状不同：{got.shape} 与 {want.shape}")
     x, y = got.astype(np.float64), want.astype(np.float64)
     if x.size == 0:
-        return Measure(0.0, (), 0.0, 1.0, 0.0, 0)
+        return Measure(0.0, (), 0.0, 1.0, 0.0, 0, 0.0, 0.0)
     gap = np.abs(x - y)
     gap[~np.isfinite(gap)] = np.inf
     gap[(x == y) | (np.isnan(x) & np.isnan(y))] = 0.0  # 同为 inf 或同为 NaN 不算差
     where = tuple(int(i) for i in np.unravel_index(int(gap.argmax()), gap.shape))
+    values = float(x[where]), float(y[where])
     if not np.isfinite(gap).all():
-        return Measure(float("inf"), where, float("inf"), float("inf"), _rms(y), x.size)
+        return Measure(float("inf"), where, float("inf"), float("inf"), _rms(y), x.size, *values)
     xx, yy, xy = float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
     calc_diff = 0.0 if xx + yy == 0 else max(0.0, 1 - 2 * xy / (xx + yy))
     ratio = 1.0 if xx == yy else float(np.sqrt(xx / yy)) if yy else float("inf")
-    return Measure(float(gap[where]), where, calc_diff, ratio, _rms(y), x.size)
+    return Measure(float(gap[where]), where, calc_diff, ratio, _rms(y), x.size, *values)
 
 
 def _rms(y: np.ndarray) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,55 @@ from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.reference import ReferenceModel
 
 FOLDER = "reports/polygraphy"
+INPUTS, OUTPUTS = "inputs.json", "outputs.json"
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """一次前向：输入名 → 数组，输出名 → PyTorch 的结果。"""
+
+    feeds: Mapping[str, np.ndarray]
+    want: Mapping[str, np.ndarray]
+
+
+def save_iterations(folder: Path, iterations: Sequence[Iteration]) -> None:
+    """写 ``inputs.json`` 与 ``outputs.json``。"""
+    results = RunResults()
+    results.add([dict(iteration.want) for iteration in iterations], runner_name="pytorch")
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        save_json([dict(iteration.feeds) for iteration in iterations], str(folder / INPUTS))
+        results.save(str(folder / OUTPUTS))
+
+
+def polygraphy_command(model: Path, folder: Path, default: float, limits: Mapping[str, float]) -> str:
+    """复现命令，可直接粘贴。
+
+    Args:
+        model: ONNX 文件。
+        folder: :func:`save_iterations` 写的目录。
+        default: 最大绝对差的上限。
+        limits: 输出名 → 上限；与 ``default`` 不同的才写进命令。
+    """
+    tolerances = [f"{default:g}"]
+    tolerances += [f"{name}:{limit:.4g}" for name, limit in limits.items() if limit != default]
+    words = ["polygraphy", "run", str(model), "--onnxrt"]
+    words += ["--load-inputs", str(folder / INPUTS), "--load-outputs", str(folder / OUTPUTS)]
+    return shlex.join([*words, "--atol", *tolerances, "--rtol", "0"])
 
 
 @torch.no_grad()
-def save_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequence[int]]) -> str | None:
-    """写 ``inputs.json`` 与 ``outputs.json``。
+def save_model_comparison(
+    bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequence[int]]
+) -> str | None:
+    """整个主模型的一次 prefill：存进 bundle 的 ``reports/polygraphy/``。
 
     Args:
-        bundle: 写进它的 ``reports/polygraphy/``。
+        bundle: 被验证的 bundle。
         model: 参考模型，给出参照的 logits 与 hidden。
-        rows: 等长的 token 序列，做一次 prefill。
+        rows: 等长的 token 序列。
 
     Returns:
-        可直接粘贴的命令；缓存是 bfloat16 时为 ``None``（Polygraphy 存不了）。
+        复现命令；缓存是 bfloat16 时为 ``None``（Polygraphy 存不了）。
     """
     if bundle.manifest.cache.dtype == "bfloat16":
         return None
@@ -50,19 +87,7 @@ def save_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequen
         for tensor, cache in zip(bundle.manifest.cache.tensors, layer, strict=True):
             feeds[names.cache_input(tensor.name, i)] = cache.numpy()
     logits, hidden, _ = model(ids, past, positions, caches)
-    results = RunResults()
-    results.add([{names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}], runner_name="pytorch")
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        save_json([feeds], str(folder / "inputs.json"))
-        results.save(str(folder / "outputs.json"))
+    want = {names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}
+    save_iterations(folder, [Iteration(feeds, want)])
     limit = TOLERANCES["logits", bundle.manifest.dtype].max_abs
-    return polygraphy_command(bundle.path, limit)
-
-
-def polygraphy_command(bundle: Path, limit: float) -> str:
-    """复现命令；容差取自容差表。"""
-    model, folder = shlex.quote(str(bundle / "model.onnx")), shlex.quote(str(bundle / FOLDER))
-    return (
-        f"polygraphy run {model} --onnxrt --load-inputs {folder}/inputs.json "
-        f"--load-outputs {folder}/outputs.json --atol {limit:g} --rtol 0"
-    )
+    return polygraphy_command(bundle.model_path, folder, limit, {})

@@ -53,7 +53,7 @@ def test_a_failing_report_names_level_case_and_coordinate(capsys):
         level="block",
         name="layers.1.mlp",
         passed=False,
-        measure=Measure(0.5, (0, 3, 7), 1e-3, 1.01, 1.0, 64),
+        measure=Measure(0.5, (0, 3, 7), 1e-3, 1.01, 1.0, 64, 1.75, 1.25),
         tolerance=TOLERANCES["block", "float32"],
         near_ties=2,
         note="最大差在 [0, 3, 7]",

@@ -1,0 +1,128 @@
+"""``dsx compare``。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deepseek_export.cli.console import console, echo_json, facts, table
+from deepseek_export.cli.formatting import Command
+from deepseek_export.cli.measures import COLUMNS, cells, failure_rows, worst
+from deepseek_export.cli.options import against_option, bundle_argument, json_option, seed_option
+from deepseek_export.cli.progress import open_progress
+
+if TYPE_CHECKING:
+    from deepseek_export.parity import ComparisonReport
+
+
+@click.command("compare", cls=Command, short_help="逐块比较，存成 Polygraphy 的格式")
+@bundle_argument
+@against_option
+@click.option(
+    "--backend",
+    "backends",
+    metavar="NAMES",
+    default="ort",
+    show_default=True,
+    help="与 PyTorch 比的后端，逗号分隔；ort 是 ONNX Runtime CPU。",
+)
+@click.option(
+    "--block",
+    "blocks",
+    metavar="N",
+    multiple=True,
+    help="只比这一块：层号、embed、head 或草稿模型的文件名；可重复，缺省全部。",
+)
+@click.option(
+    "--save",
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="输入与参照存到哪里；缺省 OUT/reports/compare。上一次的结果会被替换。",
+)
+@seed_option
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    bundle: Path,
+    against: Path | None,
+    backends: str,
+    blocks: tuple[str, ...],
+    folder: Path | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """逐块比较 bundle OUT 与 PyTorch，把输入与 PyTorch 的输出存成 Polygraphy 的格式。
+
+    每个块的输入都由 PyTorch 喂，上游的错误传不到下游：第一个不对的块就是出错的那一块。末尾打印的 polygraphy run 命令离开 dsx 也能
+    重复同一次比较。不一致时退出码是 1。
+    """
+    with open_progress(as_json) as progress:
+        progress.start("加载 torch 与 onnx")
+        from deepseek_export import api
+
+        report = api.compare(
+            bundle,
+            against,
+            backends=[name.strip() for name in backends.split(",")],
+            blocks=blocks,
+            folder=folder,
+            seed=seed,
+            progress=progress,
+        )
+    summary = _summary(report)
+    if as_json:
+        echo_json(summary)
+    else:
+        _print(report, summary)
+    ctx.exit(0 if report.passed else 1)
+
+
+def _summary(report: ComparisonReport) -> dict[str, Any]:
+    grouped: dict[tuple[str, str, str], list[Any]] = {}
+    for row in report.cases:
+        grouped.setdefault((row.graph, row.block, row.backend), []).append(row.case)
+    failure = report.first_failure
+    return {
+        "passed": report.passed,
+        "bundle": report.bundle,
+        "checkpoint": report.checkpoint,
+        "profile": report.profile,
+        "target": report.target,
+        "dtype": report.dtype,
+        "backends": report.backends,
+        "blocks": [
+            {"graph": graph, "block": block, "backend": backend, **worst(cases)}
+            for (graph, block, backend), cases in grouped.items()
+        ],
+        "first_failure": None if failure is None else failure.model_dump(mode="json"),
+        "folder": report.folder,
+        "report": str(Path(report.folder) / "compare.json"),
+        "polygraphy": report.commands,
+    }
+
+
+def _print(report: ComparisonReport, summary: dict[str, Any]) -> None:
+    out = console()
+    made = table(
+        f"{report.bundle}（{report.profile}，{report.target}，{report.dtype}）逐块对 PyTorch",
+        *("图", "块", "后端", *COLUMNS, "结果"),
+        right=COLUMNS,
+    )
+    for row in summary["blocks"]:
+        verdict = f"{row['failed']} 项不过" if row["failed"] else "通过"
+        style = "bold red" if row["failed"] else ""
+        made.add_row(row["graph"], row["block"], row["backend"], *cells(row), verdict, style=style)
+    out.print(made)
+    failure = report.first_failure
+    if failure is not None:
+        where = [("图", failure.graph), ("块", failure.block), ("后端", failure.backend)]
+        where.append(("哪一项", failure.case.name))
+        out.print(facts("第一个不对的块", [*where, *failure_rows(failure.case)]))
+    click.echo(f"\n结论    {'全部一致' if report.passed else '不一致'}")
+    click.echo(f"报告    {summary['report']}")
+    for line in report.commands.values():
+        click.echo(f"复现    {line}")
