@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deepseek_export.api import CompiledModel, export, load, verify
+    from deepseek_export.api import CompiledModel, compare, export, load, verify
     from deepseek_export.errors import DsxError
     from deepseek_export.profile import OptimizationProfile
 
@@ -23,12 +23,13 @@ _EXPORTS = {
     "export": "deepseek_export.api",
     "load": "deepseek_export.api",
     "verify": "deepseek_export.api",
+    "compare": "deepseek_export.api",
     "CompiledModel": "deepseek_export.api",
     "DsxError": "deepseek_export.errors",
     "OptimizationProfile": "deepseek_export.profile",
 }
 
-__all__ = ["CompiledModel", "DsxError", "OptimizationProfile", "export", "load", "verify"]
+__all__ = ["CompiledModel", "DsxError", "OptimizationProfile", "compare", "export", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

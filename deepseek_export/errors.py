@@ -77,6 +77,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E613": "没有这个比较后端",
         "DSX-E614": "比较后端现在不能用",
         "DSX-E615": "没有这个块",
+        "DSX-E616": "比较后端执行失败",
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind
 
 from deepseek_export.ops.registry import TRANSLATIONS
 
@@ -53,6 +55,8 @@ class TracedGraph:
         inputs, outputs: 值的名字。
         constants: 名字 → 小常量（形状、频率等）。
         value_info: 名字 → 类型与形状，含输入、输出、中间值。
+        program: 翻译成这些节点的 PyTorch 程序（已分解到 aten）。
+        aten_values: 程序的节点名 → 这张图里的值名。exporter 用节点名给值命名；它为翻译而添的中间值（``val_3``）没有对应的节点。
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -61,6 +65,39 @@ class TracedGraph:
     outputs: tuple[str, ...]
     constants: Mapping[str, onnx.TensorProto]
     value_info: Mapping[str, onnx.ValueInfoProto]
+    program: torch.export.ExportedProgram
+    aten_values: Mapping[str, str]
+
+    @torch.no_grad()
+    def evaluate(self, known: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
+        """用 PyTorch 执行追踪到的程序，从 ``known`` 算到 ``outputs``。
+
+        Args:
+            known: 值名 → 张量；可以是输入（含权重），也可以是中间值，后者的上游就不再执行。
+            outputs: 要算出的值。
+
+        Returns:
+            沿途每个值，名字是这张图里的值名。
+        """
+        interpreter = torch.fx.Interpreter(self.program.graph_module)
+        nodes = {node.name: node for node in self.program.graph.nodes}
+        named = {nodes[node]: value for node, value in self.aten_values.items()}
+        env = interpreter.env
+        env.update({node: known[value] for node, value in named.items() if value in known})
+        for spec in self.program.graph_signature.input_specs:
+            if spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER):
+                env[nodes[spec.arg.name]] = self.program.constants[str(spec.target)]
+        pending = [node for node, value in named.items() if value in outputs]
+        needed: set[torch.fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            if node not in env and node not in needed:
+                needed.add(node)
+                pending += node.all_input_nodes
+        for node in self.program.graph.nodes:
+            if node in needed:
+                env[node] = interpreter.run_node(node)
+        return {value: env[node] for node, value in named.items() if isinstance(env.get(node), Tensor)}
 
     def renamed(self, rename: Callable[[str], str]) -> TracedGraph:
         """每个值名过一遍 ``rename``，得到一份互不共享的副本。"""
@@ -83,6 +120,7 @@ class TracedGraph:
             outputs=tuple(map(rename, self.outputs)),
             constants=constants,
             value_info=infos,
+            aten_values={node: rename(name) for node, name in self.aten_values.items()},
         )
 
 
@@ -171,7 +209,9 @@ def trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Seq
     graph = ir.to_proto(onnx_program.model).graph
     _name_dims(graph, specs)
     scopes = tuple(_scope(node) for node in onnx_program.model.graph)
-    return _extract(graph, scopes, [*inputs, *functional.names], list(outputs))
+    decomposed = onnx_program.exported_program
+    assert decomposed is not None
+    return _extract(graph, scopes, decomposed, [*inputs, *functional.names], list(outputs))
 
 
 def _name_dims(graph: onnx.GraphProto, specs: Sequence[Spec]) -> None:
@@ -188,13 +228,18 @@ def _name_dims(graph: onnx.GraphProto, specs: Sequence[Spec]) -> None:
 
 
 def _extract(
-    proto: onnx.GraphProto, scopes: tuple[str, ...], inputs: list[str], outputs: list[str]
+    proto: onnx.GraphProto,
+    scopes: tuple[str, ...],
+    program: torch.export.ExportedProgram,
+    inputs: list[str],
+    outputs: list[str],
 ) -> TracedGraph:
     """GraphProto → :class:`TracedGraph`，输入输出改成给定的名字，其余值的名字原样保留。"""
     names = {value.name: name for value, name in zip(proto.input, inputs, strict=True)}
     for value, name in zip(proto.output, outputs, strict=True):
         assert value.name not in names, f"块的输出不能直通：{name}"
         names[value.name] = name
+    present = {value.name for value in proto.input} | {name for node in proto.node for name in node.output}
     infos = {info.name: info for info in (*proto.input, *proto.output, *proto.value_info)}
     graph = TracedGraph(
         nodes=tuple(proto.node),
@@ -203,10 +248,24 @@ def _extract(
         outputs=tuple(value.name for value in proto.output),
         constants={tensor.name: _inline(tensor) for tensor in proto.initializer},
         value_info=infos,
+        program=program,
+        aten_values={
+            node.name: value for node in program.graph.nodes if (value := _value_name(node)) in present
+        },
     )
     reserved = {*inputs, *outputs}
     # 中间值碰巧与端口同名时让开（如 Cos 的输出名 cos，而端口 cos 是 Cast 之后的值）。
     return graph.renamed(lambda name: names.get(name) or (f"{name}_inner" if name in reserved else name))
+
+
+def _value_name(node: torch.fx.Node) -> str:
+    """exporter 给这个节点的值起的名字；``split`` 的各段由 torchlib 命名，其余就是节点名。"""
+    if node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, torch.fx.Node)
+        if source.name.startswith("split"):
+            return f"{source.name}_split_{index}"
+    return node.name
 
 
 def _inline(tensor: onnx.TensorProto) -> onnx.TensorProto:

@@ -18,12 +18,21 @@ Backend = Callable[[Path, Sequence[Mapping[str, np.ndarray]]], list[dict[str, np
 
 
 def run_onnxruntime(model: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """ONNX Runtime CPU；除了不打日志，与 ``polygraphy run --onnxrt`` 的设置相同，所以两边得到同样的数。"""
+    """ONNX Runtime CPU；除了不打日志，与 ``polygraphy run --onnxrt`` 的设置相同，所以两边得到同样的数。
+
+    Raises:
+        DsxError: ``DSX-E616``，加载或执行失败，附 ONNX Runtime 原话。
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    with G_LOGGER.verbosity(G_LOGGER.ERROR), OnnxrtRunner(session) as runner:
-        return [dict(runner.infer(dict(feed))) for feed in feeds]
+    try:
+        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        with G_LOGGER.verbosity(G_LOGGER.ERROR), OnnxrtRunner(session) as runner:
+            return [dict(runner.infer(dict(feed))) for feed in feeds]
+    except Exception as error:  # ORT 抛的类型不止一种
+        raise DsxError(
+            "DSX-E616", f"ONNX Runtime：{error}", "看错误里的节点名；用 dsx verify --level op 逐个算子试"
+        ) from error
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType({"ort": run_onnxruntime})

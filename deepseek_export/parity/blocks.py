@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
+from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.routing import router_margin
@@ -278,10 +278,3 @@ def spread_near_ties(block: Block) -> tuple[Block, int]:
     feeds = {**block.feeds, block.residual: spread(block.feeds[block.residual])}
     outputs = (replace(output, want=spread(output.want)),)
     return replace(block, feeds=feeds, outputs=outputs, margin=spread(block.margin)), int(ties.sum())
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """张量 → ndarray；bfloat16 用 ml_dtypes。"""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

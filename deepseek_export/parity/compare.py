@@ -1,41 +1,40 @@
 """``dsx compare``：PyTorch 与各个后端逐块比，输入与参照存成 Polygraphy 的格式，离开 dsx 也能重复。
 
-每张图写一份断开的 ``blocks.onnx``：在每个块的边界上断开，各块的输入都由 PyTorch 的值喂，所以一次运行就把所有块各自比完，
+每张图写一份断开的 ``graph.onnx``：在每个块的边界上断开，各块的输入都由 PyTorch 的值喂，所以一次运行就把所有块各自比完，
 上游的错误不会传到下游。prefill 与其后的一步解码是 Polygraphy 的两次迭代。
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.bundle import Bundle, Manifest
-from deepseek_export.bundle.disk import atomic_directory, check_free_space, disk_errors
+from deepseek_export.bundle.disk import atomic_directory, disk_errors
+from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
+from deepseek_export.parity.arrays import widened
 from deepseek_export.parity.backends import Backend, open_backends
+from deepseek_export.parity.bisect import Culprit, bisect_block
 from deepseek_export.parity.blocks import PHASES, Block, main_blocks, spread_near_ties
 from deepseek_export.parity.draft import draft_blocks, draft_runs
-from deepseek_export.parity.polygraphy import Iteration, polygraphy_command, save_iterations
+from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
 from deepseek_export.parity.report import Case
 from deepseek_export.parity.source import block_rows, environment, open_source
 from deepseek_export.parity.subgraph import ModelGraph, feeds_for
 from deepseek_export.parity.tolerances import TOLERANCES, Dtype
 from deepseek_export.progress import Progress
-from deepseek_export.reference import Forms, ReferenceModel, load_draft, load_reference
+from deepseek_export.reference import DraftModel, Forms, ReferenceModel, load_draft, load_reference
 
 FOLDER = "reports/compare"
-REPORT, GRAPH = "compare.json", "blocks.onnx"
+REPORT, BISECT = "compare.json", "bisect"
 
 
 class BlockCase(BaseModel):
@@ -65,6 +64,7 @@ class ComparisonReport(BaseModel):
         cases: 按后端、图、块、阶段的次序。
         folder: 存放输入、参照与断开的图的目录。
         commands: 图的文件名 → 在 dsx 之外重复这次比较的命令。
+        culprit: 要求逐节点定位、且有块不对时，第一个不对的块里第一个不对的节点。
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -79,6 +79,7 @@ class ComparisonReport(BaseModel):
     folder: str
     commands: dict[str, str]
     cases: list[BlockCase]
+    culprit: Culprit | None = None
 
     @property
     def passed(self) -> bool:
@@ -101,6 +102,7 @@ def compare_bundle(
     *,
     backends: Sequence[str] = ("ort",),
     blocks: Sequence[str] = (),
+    bisect: bool = False,
     folder: Path | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -112,6 +114,7 @@ def compare_bundle(
         against: 检查点目录；缺省取 manifest 里记的出处。
         backends: 后端的名字，见 :data:`~deepseek_export.parity.backends.BACKENDS`。
         blocks: 只比这些块，见 :func:`block_choices`；缺省全部。
+        bisect: 有块不对时，再逐节点找出第一个不对的节点。
         folder: 存到哪里；缺省 bundle 的 ``reports/compare``。上一次的结果会被替换。
         seed: 随机输入的种子。
         progress: 进度。
@@ -134,17 +137,30 @@ def compare_bundle(
     model = load_reference(checkpoint, Forms.for_reference(manifest.profile), manifest.dtype)
     cases: list[BlockCase] = []
     commands: dict[str, str] = {}
+    culprit = None
     with atomic_directory(out, overwrite=True, marker=REPORT) as directory:
-        for file, found in _reference(bundle, checkpoint, model, seed, wanted, progress):
-            progress.start(f"比较 {file}")
-            comparison = _Comparison(bundle, file, found)
-            stem = Path(file).stem
-            with disk_errors(directory):
-                comparison.save(directory / stem)
+        for entry in manifest.graphs:
+            prefixes = tuple(prefix for file, prefix in wanted if file == entry.file)
+            if not prefixes:
+                continue
+            progress.start(f"PyTorch 参照：{entry.file}")
+            reference, found = _reference(bundle, checkpoint, model, entry, seed)
+            progress.start(f"比较 {entry.file}")
+            stem = Path(entry.file).stem
+            comparison = _Comparison(bundle, entry.file, found, prefixes)
+            comparison.save(directory / stem)
+            commands[entry.file] = comparison.command(out / stem)
             for name, run in runners.items():
                 progress.advance(0, name)
-                cases += comparison.cases(directory / stem, name, run)
-            commands[file] = comparison.command(out / stem)
+                rows = comparison.cases(directory / stem, name, run)
+                cases += rows
+                bad = next((row for row in rows if not row.case.passed), None)
+                if bisect and culprit is None and bad is not None:
+                    progress.start(f"逐节点比较 {bad.block}")
+                    block = comparison.block(bad.block, bad.phase)
+                    culprit = bisect_block(
+                        bundle, checkpoint, entry, reference, block, run, directory / BISECT, out / BISECT
+                    )
         report = ComparisonReport(
             bundle=str(bundle.path),
             checkpoint=str(checkpoint.path),
@@ -156,6 +172,7 @@ def compare_bundle(
             folder=str(out),
             commands=commands,
             cases=cases,
+            culprit=culprit,
         )
         text = json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n"
         with disk_errors(directory):
@@ -183,69 +200,54 @@ def _prefixes(manifest: Manifest, blocks: Sequence[str]) -> list[tuple[str, str]
 
 
 def _reference(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    model: ReferenceModel,
-    seed: int,
-    wanted: Sequence[tuple[str, str]],
-    progress: Progress,
-) -> Iterator[tuple[str, list[Block]]]:
-    """逐张图给出要比的块；一张图一个块也不要就跳过。"""
+    bundle: Bundle, checkpoint: Checkpoint, model: ReferenceModel, entry: GraphEntry, seed: int
+) -> tuple[ReferenceModel | DraftModel, list[Block]]:
+    """一张图的参考实现与它的全部块。"""
     manifest, rows = bundle.manifest, block_rows(bundle.manifest, seed)
-    for entry in manifest.graphs:
-        prefixes = tuple(prefix for file, prefix in wanted if file == entry.file)
-        if not prefixes:
-            continue
-        progress.start(f"PyTorch 参照：{entry.file}")
-        if entry.role == "main":
-            blocks = main_blocks(manifest, model, rows)
-        else:
-            index = manifest.drafts.index(entry)
-            drafts = [load_draft(checkpoint, i, model, manifest.dtype) for i in range(index + 1)]
-            *_, run = draft_runs(manifest, model, drafts, rows)
-            blocks = draft_blocks(manifest, run)
-        found = []
-        for block in blocks:
-            progress.advance(0, block.name)
-            if block.name.startswith(prefixes):
-                found.append(block)
-        yield entry.file, found
+    if entry.role == "main":
+        return model, list(main_blocks(manifest, model, rows))
+    index = manifest.drafts.index(entry)
+    drafts = [load_draft(checkpoint, i, model, manifest.dtype) for i in range(index + 1)]
+    *_, run = draft_runs(manifest, model, drafts, rows)
+    return run.draft, list(draft_blocks(manifest, run))
 
 
-@dataclass
 class _Comparison:
-    """一张图的比较：断开的图、每个阶段的输入与参照。"""
+    """一张图的比较：断开的图、每个阶段的输入与参照。
 
-    bundle: Bundle
-    file: str
-    blocks: list[Block]
-    near_ties: dict[tuple[str, str], int] = field(default_factory=dict)
+    Args:
+        bundle: 要比的 bundle。
+        file: 图的文件名。
+        blocks: 图的全部块；不比的也提供断点上的值，接错了线的图才截得出来。
+        prefixes: 比名字以这些开头的块。
+    """
 
-    def __post_init__(self) -> None:
-        for i, block in enumerate(self.blocks):
-            self.blocks[i], ties = spread_near_ties(block)
-            self.near_ties[block.name, block.phase] = ties
-        graph = ModelGraph(self.bundle, self.file)
-        first = [block for block in self.blocks if block.phase == PHASES[0]]
-        inputs = dict.fromkeys(name for block in first for name in block.feeds)
-        self.model = graph.cut(inputs, [output.value for block in first for output in block.outputs])
+    def __init__(self, bundle: Bundle, file: str, blocks: Sequence[Block], prefixes: tuple[str, ...]) -> None:
+        self.bundle, self.file = bundle, file
+        self.blocks: list[Block] = []
+        self.near_ties: dict[tuple[str, str], int] = {}
+        self.feeds: dict[str, dict[str, np.ndarray]] = {phase: {} for phase in PHASES}
+        for block in blocks:
+            spread, ties = spread_near_ties(block)
+            self.feeds[block.phase] |= spread.feeds
+            if block.name.startswith(prefixes):
+                self.blocks.append(spread)
+                self.near_ties[block.name, block.phase] = ties
+        outputs = dict.fromkeys(output.value for block in self.blocks for output in block.outputs)
+        self.model = ModelGraph(bundle, file).cut(self.feeds[PHASES[0]], list(outputs))
 
     def iterations(self) -> list[Iteration]:
         """每个阶段一次。"""
         made = []
         for phase in PHASES:
-            blocks = [block for block in self.blocks if block.phase == phase]
-            feeds = {name: array for block in blocks for name, array in block.feeds.items()}
-            want = {output.value: widened(output.want) for block in blocks for output in block.outputs}
-            made.append(Iteration(feeds_for(self.model, feeds), want))
+            outputs = [output for block in self.blocks if block.phase == phase for output in block.outputs]
+            want = {output.value: widened(output.want) for output in outputs}
+            made.append(Iteration(feeds_for(self.model, self.feeds[phase]), want))
         return made
 
     def save(self, folder: Path) -> None:
-        """断开的图、它用到的权重文件、输入与参照。"""
-        folder.mkdir()
-        onnx.save(self.model, folder / GRAPH)
-        link_weights(self.model, self.bundle.path, folder)
-        save_iterations(folder, self.iterations())
+        """存成 Polygraphy 的格式。"""
+        save_comparison(folder, self.model, self.bundle.path, self.iterations())
 
     def cases(self, folder: Path, backend: str, run: Backend) -> list[BlockCase]:
         """交给一个后端跑，按块的次序比。"""
@@ -262,40 +264,15 @@ class _Comparison:
                 )
         return rows
 
+    def block(self, name: str, phase: str) -> Block:
+        """按名字与阶段取一个块，输入补上别的断点上的值（接错了线的块会用到）。"""
+        block = next(block for block in self.blocks if (block.name, block.phase) == (name, phase))
+        own = {output.value for output in block.outputs}
+        feeds = {value: array for value, array in self.feeds[phase].items() if value not in own}
+        return replace(block, feeds=feeds)
+
     def command(self, folder: Path) -> str:
-        """复现命令；两个阶段的尺度不同时取大的。"""
-        limits: dict[str, float] = {}
-        for block in self.blocks:
-            for output in block.outputs:
-                scale = float(np.sqrt(np.square(output.want.astype(np.float64)).mean()))
-                limit = TOLERANCES[output.key].limit(scale)
-                limits[output.value] = max(limit, limits.get(output.value, 0.0))
+        """复现命令。"""
         default = TOLERANCES["block", self.bundle.manifest.dtype].max_abs
-        return polygraphy_command(folder / GRAPH, folder, default, limits)
-
-
-def widened(array: np.ndarray) -> np.ndarray:
-    """bfloat16 → float32；与断开的图的输出一致。"""
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-
-
-def link_weights(model: onnx.ModelProto, source: Path, folder: Path) -> None:
-    """让 ``folder`` 里的 ``model`` 找得到权重：硬链接，不占空间；跨文件系统时才拷贝。
-
-    ONNX Runtime 不认指到模型目录之外的路径与符号链接。
-    """
-    locations = {
-        entry.value
-        for tensor in model.graph.initializer
-        if tensor.data_location == TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for location in sorted(locations):
-        target = folder / location
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / location, target)
-        except OSError:
-            check_free_space(target.parent, (source / location).stat().st_size)
-            shutil.copyfile(source / location, target)
+        outputs = [output for block in self.blocks for output in block.outputs]
+        return polygraphy_command(folder / GRAPH, folder, default, outputs)

@@ -14,6 +14,7 @@ from torch import Tensor
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import names
+from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.blocks import (
     PHASES,
     Block,
@@ -22,7 +23,6 @@ from deepseek_export.parity.blocks import (
     block_cases,
     embed_block,
     mlp_block,
-    to_numpy,
 )
 from deepseek_export.parity.report import Case, Level, compare
 from deepseek_export.parity.routing import router_margin

@@ -52,13 +52,15 @@ def measure(got: np.ndarray, want: np.ndarray) -> Measure:
     where = tuple(int(i) for i in np.unravel_index(int(gap.argmax()), gap.shape))
     values = float(x[where]), float(y[where])
     if not np.isfinite(gap).all():
-        return Measure(float("inf"), where, float("inf"), float("inf"), _rms(y), x.size, *values)
+        return Measure(float("inf"), where, float("inf"), float("inf"), rms(y), x.size, *values)
     xx, yy, xy = float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
     calc_diff = 0.0 if xx + yy == 0 else max(0.0, 1 - 2 * xy / (xx + yy))
     ratio = 1.0 if xx == yy else float(np.sqrt(xx / yy)) if yy else float("inf")
-    return Measure(float(gap[where]), where, calc_diff, ratio, _rms(y), x.size, *values)
+    return Measure(float(gap[where]), where, calc_diff, ratio, rms(y), x.size, *values)
 
 
-def _rms(y: np.ndarray) -> float:
+def rms(array: np.ndarray) -> float:
+    """有限元素的均方根，用 float64 计算。"""
+    y = array.astype(np.float64)
     finite = y[np.isfinite(y)]
     return float(np.sqrt((finite * finite).mean())) if finite.size else 0.0

@@ -21,6 +21,7 @@ from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
+from deepseek_export.parity.arrays import to_torch
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.subgraph import ModelGraph
 
@@ -85,7 +86,7 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
         arrays["kv_cache"] = rng.standard_normal((B, 1, T, width)).astype(cache_dtype)
         arrays["past_lens"] = np.array(past, np.int64)
         (got,) = call({ports[name]: array for name, array in arrays.items()}, outputs)
-        tensors = {name: _torch(array) for name, array in arrays.items()}
+        tensors = {name: to_torch(array) for name, array in arrays.items()}
         form = manifest.profile.mla.form
         want, _ = mla_attention(**tensors, w_kv_b=w_kv_b, scale=c.softmax_scale, form=form)
         yield compare(
@@ -116,9 +117,3 @@ def _moe_cases(bundle, graph, gate: OpSite, site: OpSite, weight, rng) -> Iterat
         yield compare(
             "op", f"layers.{site.layer} MoeGate+MoeExperts N={N}", "op", manifest.dtype, got, want.numpy()
         )
-
-
-def _torch(array: np.ndarray) -> torch.Tensor:
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
+from onnx import TensorProto
 from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.disk import check_free_space, disk_errors
 from deepseek_export.capture import names
+from deepseek_export.parity.blocks import Output
+from deepseek_export.parity.measures import rms
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.reference import ReferenceModel
 
 FOLDER = "reports/polygraphy"
-INPUTS, OUTPUTS = "inputs.json", "outputs.json"
+GRAPH, WEIGHTS, INPUTS, OUTPUTS = "graph.onnx", "weights.bin", "inputs.json", "outputs.json"
+_CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,44 @@ class Iteration:
 
     feeds: Mapping[str, np.ndarray]
     want: Mapping[str, np.ndarray]
+
+
+def save_comparison(
+    folder: Path, model: onnx.ModelProto, source: Path, iterations: Sequence[Iteration]
+) -> None:
+    """一个自足的目录：截好的图、它用到的权重、输入与参照。
+
+    Args:
+        folder: 新建的目录。
+        model: :meth:`~deepseek_export.parity.subgraph.ModelGraph.cut` 的结果。
+        source: 权重文件相对的目录，即 bundle。
+        iterations: 每次前向。
+    """
+    with disk_errors(folder):
+        folder.mkdir()
+        _pack_weights(model, source, folder)
+        onnx.save(model, folder / GRAPH)
+        save_iterations(folder, iterations)
+
+
+def _pack_weights(model: onnx.ModelProto, source: Path, folder: Path) -> None:
+    """把 ``model`` 用到的外部权重拷进 ``folder``，并改指过去。
+
+    链接都不行：ONNX Runtime 不认符号链接与目录之外的路径，onnx 不读有多个硬链接的文件（连 bundle 自己的也读不了）。
+    """
+    external = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in external]
+    check_free_space(folder, sum(int(place["length"]) for place in places))
+    with (folder / WEIGHTS).open("wb") as packed:
+        for tensor, place in zip(external, places, strict=True):
+            offset, length = packed.tell(), int(place["length"])
+            with (source / place["location"]).open("rb") as file:
+                file.seek(int(place["offset"]))
+                for start in range(0, length, _CHUNK):
+                    packed.write(file.read(min(_CHUNK, length - start)))
+            del tensor.external_data[:]
+            for key, text in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
+                tensor.external_data.add(key=key, value=text)
 
 
 def save_iterations(folder: Path, iterations: Sequence[Iteration]) -> None:
@@ -39,15 +83,19 @@ def save_iterations(folder: Path, iterations: Sequence[Iteration]) -> None:
         results.save(str(folder / OUTPUTS))
 
 
-def polygraphy_command(model: Path, folder: Path, default: float, limits: Mapping[str, float]) -> str:
+def polygraphy_command(model: Path, folder: Path, default: float, outputs: Iterable[Output] = ()) -> str:
     """复现命令，可直接粘贴。
 
     Args:
         model: ONNX 文件。
         folder: :func:`save_iterations` 写的目录。
         default: 最大绝对差的上限。
-        limits: 输出名 → 上限；与 ``default`` 不同的才写进命令。
+        outputs: 各自有上限的输出；与 ``default`` 不同的才写进命令，同一个值在几次前向里上限不同时取大的。
     """
+    limits: dict[str, float] = {}
+    for output in outputs:
+        limit = TOLERANCES[output.key].limit(rms(output.want))
+        limits[output.value] = max(limit, limits.get(output.value, 0.0))
     tolerances = [f"{default:g}"]
     tolerances += [f"{name}:{limit:.4g}" for name, limit in limits.items() if limit != default]
     words = ["polygraphy", "run", str(model), "--onnxrt"]
@@ -56,9 +104,7 @@ def polygraphy_command(model: Path, folder: Path, default: float, limits: Mappin
 
 
 @torch.no_grad()
-def save_model_comparison(
-    bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequence[int]]
-) -> str | None:
+def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequence[int]]) -> str | None:
     """整个主模型的一次 prefill：存进 bundle 的 ``reports/polygraphy/``。
 
     Args:
@@ -90,4 +136,4 @@ def save_model_comparison(
     want = {names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}
     save_iterations(folder, [Iteration(feeds, want)])
     limit = TOLERANCES["logits", bundle.manifest.dtype].max_abs
-    return polygraphy_command(bundle.model_path, folder, limit, {})
+    return polygraphy_command(bundle.model_path, folder, limit)

@@ -69,7 +69,10 @@ class ParityReport(BaseModel):
 
 
 def compare(level: Level, name: str, quantity: Quantity, dtype: Dtype, got: Any, want: Any) -> Case:
-    """量一次、对照容差表，得到一条 :class:`Case`。"""
+    """量一次、对照容差表，得到一条 :class:`Case`；形状不同就是不通过，没有可量的。"""
+    if got.shape != want.shape:
+        note = f"形状是 {list(got.shape)}，应为 {list(want.shape)}"
+        return Case(level=level, name=name, passed=False, note=note)
     m, tolerance = measure(got, want), TOLERANCES[quantity, dtype]
     note = "" if tolerance.accepts(m) else f"最大差在 {list(m.coordinate)}"
     return Case(

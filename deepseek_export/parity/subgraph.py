@@ -12,6 +12,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from deepseek_export.bundle import Bundle
+from deepseek_export.parity.arrays import widened
 
 #: 从内存里的模型建 session 时，外部权重相对哪个目录。
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -88,7 +89,7 @@ class ModelGraph:
         graph.node.extend(self.upstream(outputs, inputs))
         used = {name for node in graph.node for name in node.input}
         graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
-        fed = {name: fed_name(name) for name in inputs if name in used and name in outputs}
+        fed = {name: _FED + name for name in inputs if name in used and name in outputs}
         graph.input.extend(
             _renamed(self.values[name], fed.get(name, name)) for name in inputs if name in used
         )
@@ -127,17 +128,11 @@ class ModelGraph:
         return call
 
 
-def fed_name(name: str) -> str:
-    """值 ``name`` 由外面喂时叫什么。"""
-    return _FED + name
-
-
 def feeds_for(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """``cut`` 出来的模型的输入：按它的输入名挑出来，bfloat16 转成 float32。"""
     arrays = {}
     for value in model.graph.input:
-        array = feeds[value.name.removeprefix(_FED)]
-        arrays[value.name] = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+        arrays[value.name] = widened(feeds[value.name.removeprefix(_FED)])
     return arrays
 
 
