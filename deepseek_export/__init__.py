@@ -17,6 +17,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from deepseek_export.api import CompiledModel, compare, export, load, verify
     from deepseek_export.errors import DsxError
+    from deepseek_export.integration.apply import apply, restore
+    from deepseek_export.integration.causal_lm import DsxForCausalLM
+    from deepseek_export.plan import make_plan
     from deepseek_export.profile import OptimizationProfile
 
 _EXPORTS = {
@@ -24,12 +27,28 @@ _EXPORTS = {
     "load": "deepseek_export.api",
     "verify": "deepseek_export.api",
     "compare": "deepseek_export.api",
+    "make_plan": "deepseek_export.plan",
+    "apply": "deepseek_export.integration.apply",
+    "restore": "deepseek_export.integration.apply",
     "CompiledModel": "deepseek_export.api",
+    "DsxForCausalLM": "deepseek_export.integration.causal_lm",
     "DsxError": "deepseek_export.errors",
     "OptimizationProfile": "deepseek_export.profile",
 }
 
-__all__ = ["CompiledModel", "DsxError", "OptimizationProfile", "compare", "export", "load", "verify"]
+__all__ = [
+    "CompiledModel",
+    "DsxError",
+    "DsxForCausalLM",
+    "OptimizationProfile",
+    "apply",
+    "compare",
+    "export",
+    "load",
+    "make_plan",
+    "restore",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deepseek_export.bundle import Bundle, Manifest, export_bundle
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle
+from deepseek_export.bundle.disk import check_output
 from deepseek_export.capture import ModelDtype
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import (
@@ -23,40 +25,49 @@ from deepseek_export.runtime import (
     BundleTokenizer,
     GenerationResult,
     Generator,
-    ModelSession,
     SamplingParams,
+    open_session,
     open_speculative,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def export(
-    checkpoint: Path | str,
+    checkpoint: Path | str | PreTrainedModel,
     out: Path | str,
     profile: str | Path | OptimizationProfile = "baseline",
     *,
     target: str = "portable",
     dtype: ModelDtype = "float32",
+    weights: WeightsMode = "packed",
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     check: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """把检查点编译成 bundle。
 
     Args:
-        checkpoint: Hugging Face 检查点目录（config.json + safetensors）。
+        checkpoint: Hugging Face 检查点目录（config.json + safetensors），或加载好的 transformers 模型对象。模型对象先写成
+            临时的检查点目录，之后走同一条路；事后 ``verify`` 要用 ``against`` 指向它 ``save_pretrained`` 出来的目录。
         out: 输出目录；要么完整出现，要么不出现。
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
-        target: ``portable``（任何 ONNX Runtime）或 ``ort-cpu``。
+        target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32`` 或 ``float16``。
+        weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
             形式的 MLA 重导一次、再校验，并记进 manifest。
+        tokenizer: 只在给模型对象时用：一并放进 bundle。目录里的 tokenizer 总会带上。
         progress: 进度显示。
 
     Raises:
-        DsxError: 见各层；``DSX-E605`` 校验不过；``DSX-E004`` 设了 ``fallback.on_drift=naive`` 而没有 ``check``。
+        DsxError: 见各层；``DSX-E605`` 校验不过；``DSX-E004`` 设了 ``fallback.on_drift=naive`` 而没有 ``check``；
+            ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出。
     """
     resolved = resolve_profile(profile, overrides)
     if resolved.fallback.on_drift == "naive" and not check:
@@ -66,13 +77,40 @@ def export(
             "加 --check（Python 里 check=True），或去掉 fallback.on_drift",
         )
 
+    if not isinstance(checkpoint, (str, Path)):
+        # 到这里才导入：transformers 是可选依赖。
+        from deepseek_export.integration.model_export import saved_checkpoint
+
+        if weights != "packed":
+            raise DsxError(
+                "DSX-E810",
+                f"weights={weights!r}：模型对象没有可以指进去的文件",
+                "去掉 weights，或先 save_pretrained 再从目录导出",
+            )
+        check_output(Path(out), overwrite)
+        with saved_checkpoint(checkpoint, Path(out), tokenizer) as directory:
+            return export(
+                directory,
+                out,
+                resolved,
+                target=target,
+                dtype=dtype,
+                overwrite=overwrite,
+                check=check,
+                progress=progress,
+            )
+    if tokenizer is not None:
+        raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
+    source = checkpoint
+
     def run(profile: OptimizationProfile, notes: tuple[str, ...] = ()) -> Bundle:
         return export_bundle(
-            checkpoint,
+            source,
             out,
             profile,
             target=target,
             dtype=dtype,
+            weights=weights,
             overwrite=overwrite,
             progress=progress,
             accept=(lambda directory: _require_parity(directory, progress))
@@ -121,11 +159,10 @@ class CompiledModel:
         self.bundle = bundle
         config = bundle.manifest.model
         self.tokenizer = BundleTokenizer.load(bundle.path)
-        self.session = ModelSession(
-            bundle.model_path, threads=threads, max_positions=config.max_position_embeddings
-        )
+        weights = BundleWeights(bundle)
+        self.session = open_session(bundle, weights, threads)
         self.generator = Generator(self.session, self.tokenizer, config.eos_token_ids)
-        self.speculative = open_speculative(bundle, self.session, self.tokenizer, threads)
+        self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
 
     @property
     def manifest(self) -> Manifest:

@@ -3,7 +3,8 @@
 用户错误一律抛 :class:`DsxError`；命令行把它印成三行（码、出了什么事、怎么办），退出码 1，不带 traceback。
 dsx 自身的缺陷不用这个类，traceback 原样保留。码一经发布就不改号、不复用，便于搜索。
 
-编号按层分段：0xx 配置方案，1xx 检查点，2xx 捕获，3xx pass，4xx bundle，5xx 运行时，6xx 对齐校验，7xx 命令行与环境。
+编号按层分段：0xx 配置方案，1xx 检查点，2xx 捕获，3xx pass，4xx bundle，5xx 运行时，6xx 对齐校验，7xx 命令行与环境，
+8xx transformers 集成，9xx TensorRT 与 kernel。
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E117": "tie_word_embeddings 与检查点内容矛盾",
         "DSX-E118": "索引文件与分片不一致",
         "DSX-E119": "检查点没有需要的 MTP 权重",
+        "DSX-E120": "量化声明与张量不符",
         # 3xx：pass
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",
         "DSX-E303": "图不合法",
+        "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
         "DSX-E402": "bundle 不完整",
@@ -50,6 +53,10 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E404": "磁盘空间不足",
         "DSX-E405": "输出位置不可写",
         "DSX-E406": "bundle 的文件与 manifest 不符",
+        "DSX-E407": "检查点无法硬链接",
+        "DSX-E408": "引用的检查点与导出时不同",
+        "DSX-E409": "bundle 已经打包",
+        "DSX-E410": "单个权重太大",
         # 5xx：运行时
         "DSX-E501": "分词器文件读不了",
         "DSX-E502": "没有聊天模板",
@@ -81,6 +88,24 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
+        "DSX-E703": "不认识的 GPU",
+        "DSX-E704": "估算的长度超出模型的最大长度",
+        # 8xx：transformers 集成
+        "DSX-E801": "没有安装 transformers",
+        "DSX-E802": "transformers 版本不在支持范围内",
+        "DSX-E803": "不支持的模型类",
+        "DSX-E804": "模型现在的状态不能替换模块",
+        "DSX-E805": "方案里有 apply 做不到的设置",
+        "DSX-E808": "DsxForCausalLM 不支持的输入",
+        "DSX-E809": "DsxForCausalLM 不支持的操作",
+        "DSX-E810": "模型对象不能这样导出",
+        # 9xx：TensorRT 与 kernel
+        "DSX-E901": "没有这种 SM 的启动表",
+        "DSX-E902": "没有安装 Triton",
+        "DSX-E903": "kernel 不支持这种 dtype 或形状",
+        "DSX-E904": "kernel 放不进共享内存",
+        "DSX-E905": "kernel 缓存目录不可用",
+        "DSX-E906": "没有可用的 NVIDIA 驱动",
     }
 )
 

@@ -2,12 +2,13 @@
 
     python perf/capture.py [--runs 5] [--out perf/results/capture.json]
 
-每次在新进程里跑，因为同一进程内追踪结果有缓存；计时不含导入 torch。每种块只追踪一次，所以两者应当接近。
+每次在新进程里跑，并关掉磁盘缓存，因为追踪结果有缓存；计时不含导入 torch。每种块只追踪一次，所以两者应当接近。
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -81,7 +82,12 @@ def main(runs: int, out: Path | None) -> None:
     for _ in range(runs):
         for layers, results in samples.items():  # 交替：机器变慢时两边一起慢
             config = json.dumps({**_V3, "num_hidden_layers": layers})
-            done = subprocess.run([sys.executable, "-c", _SCRIPT, config], capture_output=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", _SCRIPT, config],
+                capture_output=True,
+                check=True,
+                env=os.environ | {"DSX_NO_CACHE": "1"},
+            )
             results.append(json.loads(done.stdout.splitlines()[-1]))
     for layers, results in samples.items():
         seconds = [result["seconds"] for result in results]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 # 测试里的矩阵都很小，多线程只会互相等待：test_reference 从 77 秒降到 17 秒。须在导入 torch 之前设置。
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# 磁盘缓存放在检出目录里：各个 worker 与子进程里的 dsx 共用，又不碰用户自己的。
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / "build/test-cache")
 
 
 @pytest.fixture(scope="session")
@@ -29,33 +32,17 @@ def saved(tmp_path_factory) -> Callable[[str], tuple[Any, Any]]:
 
 @pytest.fixture(scope="session")
 def bodies() -> Callable[..., Any]:
-    """函数体，各追踪一次：``bodies("mla", form, dtype, cache_dtype)``、``bodies("gate", 变体)``、``bodies("experts", dtype)``。
-
-    absorb、naive 与 auto 由同样几段追踪组成，所以追踪也共用。
-    """
+    """函数体：``bodies("mla", form, dtype, cache_dtype)``、``bodies("gate", 变体)``、``bodies("experts", dtype)``。"""
     from deepseek_export.capture import bodies as module
     from tests.models import model_config
 
-    original, traced = module.trace, {}
-
-    def shared_trace(target, inputs, outputs):
-        if "<locals>" in target.__qualname__:
-            return original(target, inputs, outputs)
-        key = (target, tuple(inputs.items()), tuple(outputs))
-        if key not in traced:
-            traced[key] = original(target, inputs, outputs)
-        return traced[key]
-
-    @functools.cache
     def build(kind: str, *arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "trace", shared_trace)
-            if kind == "gate":
-                return module.moe_gate_body(model_config(*arguments))
-            config = model_config("v3")
-            if kind == "experts":
-                return module.moe_experts_body(config, *arguments)
-            return module.mla_attention_body(config, *arguments)
+        if kind == "gate":
+            return module.moe_gate_body(model_config(*arguments))
+        config = model_config("v3")
+        if kind == "experts":
+            return module.moe_experts_body(config, *arguments)
+        return module.mla_attention_body(config, *arguments)
 
     return build
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
 from onnx import helper
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.config import parse_model_config
+from deepseek_export.checkpoint.families import FAMILIES, MOE_KEYS
+from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 #: 两种等价算法之间允许的差，相对于结果的最大绝对值。float32 是累加次序，float16 是中间值各舍入一次（2**-11 的几倍）。
@@ -29,6 +33,14 @@ YARN = {
     "beta_slow": 1,
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
+}
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.3 * i for i in range(8)],
+    "long_factor": [1.0 + 0.3 * i for i in range(8)],
+    "original_max_position_embeddings": 64,
 }
 
 #: 6 个头、12 个专家分 3 组、头宽 24/16/20：都不是 2 的幂，写死的维度会露馅。
@@ -84,30 +96,43 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "deepseek_v2",
         {"attention_bias": True, "tie_word_embeddings": True, "topk_method": "group_limited_greedy"},
     ),
+    # 官方的 beta_fast、beta_slow 都是 1：yarn 的斜坡退化成一级台阶。
+    "kimi": ("kimi_k2", {"n_group": 1, "topk_group": 1, "rope_parameters": YARN | {"beta_fast": 1}}),
+    "glm": (
+        "glm4_moe_lite",
+        {
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense", "dense", "sparse"],
+            "first_k_dense_replace": 2,
+        },
+    ),
+    "youtu": ("youtu", {"tie_word_embeddings": True, "rope_parameters": YARN}),
+    "minicpm3": ("minicpm3", {"rope_parameters": LONGROPE, "scale_emb": 3.5, "dim_model_base": 20}),
 }
 
 
 def hf_config(variant: str, **overrides):
     """transformers 的配置。"""
     family, changes = VARIANTS[variant]
-    config_class = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}[family]
-    return config_class(**{**ODD, **changes, **overrides})
+    values = {**ODD, **changes, **overrides}
+    if not FAMILIES[family].has_moe:
+        values = {key: value for key, value in values.items() if key not in MOE_KEYS}
+    return CONFIG_MAPPING[FAMILIES[family].transformers_type](**values)
 
 
 def model_config(variant: str, **overrides) -> ModelConfig:
     """dsx 的配置，不建模型、不落盘。"""
     data = json.loads(hf_config(variant, **overrides).to_json_string())
-    return parse_model_config({**data, "dtype": "float32"}, variant)
+    return parse_model_config({**data, "model_type": VARIANTS[variant][0], "dtype": "float32"}, variant)
 
 
 def build_model(variant: str, seed: int = 0, **overrides):
     """transformers 模型，float32，权重放大到激活不退化、路由有正有负。"""
     config = hf_config(variant, **overrides)
-    config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = (DeepseekV2ForCausalLM if VARIANTS[variant][0] == "deepseek_v2" else DeepseekV3ForCausalLM)(
-        config
-    ).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.published_as = VARIANTS[variant][0]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
@@ -116,7 +141,7 @@ def build_model(variant: str, seed: int = 0, **overrides):
             elif name.endswith(("bias", "e_score_correction_bias")):
                 # 足够大的负 bias：带 bias 的分数会小于零，组外置 0 还是 -inf 就有了区别。
                 parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
-            elif "inv_freq" not in name:
+            elif not name.endswith(("inv_freq", "embed_scale")):
                 spread = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
                 parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
     return model
@@ -127,7 +152,35 @@ def save_checkpoint(model, directory: Path, dtype: torch.dtype | None = None, **
     if dtype is not None:
         model = model.to(dtype)
     model.save_pretrained(directory, **kwargs)
+    path = Path(directory) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"model_type": model.published_as}), encoding="utf-8")
     return directory
+
+
+def fp8_twins(directory: Path, config: Mapping[str, Any], **options: Any) -> tuple[Path, Path]:
+    """同样的权重存两遍：FP8 分块的检查点，与按定义反量化成 float32 的孪生。
+
+    Args:
+        directory: 两个检查点的上级目录。
+        config: 带 ``quantization_config``。
+        **options: 原样交给 ``write_checkpoint``。
+    """
+    fp8 = write_checkpoint(directory / "fp8", config, dtype="float32", **options)
+    height, width = config["quantization_config"]["weight_block_size"]
+    arrays = load_file(fp8 / "model.safetensors")
+    for name in [name for name in arrays if name.endswith("_scale_inv")]:
+        weight, scales = arrays[name.removesuffix("_scale_inv")], arrays.pop(name)
+        scales = scales.repeat_interleave(height, 0).repeat_interleave(width, 1)
+        rows, columns = weight.shape
+        arrays[name.removesuffix("_scale_inv")] = weight.float() * scales[:rows, :columns]
+    twin = directory / "twin"
+    twin.mkdir()
+    save_file(arrays, twin / "model.safetensors")
+    plain = json.loads((fp8 / "config.json").read_text(encoding="utf-8"))
+    del plain["quantization_config"]
+    (twin / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+    return fp8, twin
 
 
 def one_node_model(

@@ -11,12 +11,16 @@ import click
 
 from deepseek_export.capture import CapturedModel, capture_draft, capture_model
 from deepseek_export.checkpoint import ModelConfig, parse_model_config
+from deepseek_export.checkpoint.families import FAMILIES, MOE_KEYS
 from deepseek_export.passes import PIPELINES, graph_listing, lower
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 
 GRAPHS = Path(__file__).resolve().parent.parent / "graphs"
 
 PROFILES = ("baseline", "mla", "moe", "mla+moe")
+
+#: 没有 MoE 的家族只有这两个方案与别的不同。
+DENSE_PROFILES = ("baseline", "mla")
 
 #: 带 MTP 的家族另记 ``full`` 的主模型与草稿模型。
 MTP_FAMILIES = ("deepseek_v3",)
@@ -80,7 +84,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
     },
+    # 没有 MoE，多出三个缩放，longrope。kimi_k2、glm4_moe_lite、youtu 的图与 deepseek_v3 的没有结构差别，不另记。
+    "minicpm3": {key: value for key, value in _SHARED.items() if key not in MOE_KEYS}
+    | {
+        "model_type": "minicpm3",
+        "q_lora_rank": 20,
+        "tie_word_embeddings": True,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 16,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 1.1, 1.2, 1.3],
+            "original_max_position_embeddings": 64,
+        },
+    },
 }
+
+
+#: 记哪些目标：流水线相同的（两种 TensorRT）只记第一个。
+TARGETS = tuple(
+    target
+    for target, steps in PIPELINES.items()
+    if target == next(first for first, other in PIPELINES.items() if other is steps)
+)
+
+
+def profiles_of(family: str) -> tuple[str, ...]:
+    """一个家族要记的方案，不含 ``full``。"""
+    return PROFILES if FAMILIES[family].has_moe else DENSE_PROFILES
 
 
 def toolchain_line() -> str:
@@ -91,7 +124,7 @@ def toolchain_line() -> str:
 def golden_listings(family: str) -> Iterator[tuple[str, str]]:
     """逐个产出 (文件名, 内容)；每个方案只捕获一次，再下沉到各目标。"""
     config = parse_model_config(CONFIGS[family], f"tools/make_graphs.py 的 {family}")
-    for name in PROFILES:
+    for name in profiles_of(family):
         profile = resolve_profile(name)
         captured = capture_model(config, profile)
         yield from _listings(f"{family}.{name}", captured, config, profile)
@@ -103,14 +136,14 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
 
 def golden_names(family: str) -> set[str]:
     """一个家族的全部清单文件名。"""
-    stems = [*PROFILES, *(("full", "full.mtp") if family in MTP_FAMILIES else ())]
-    return {f"{family}.{stem}.{target}.txt" for stem in stems for target in PIPELINES}
+    stems = [*profiles_of(family), *(("full", "full.mtp") if family in MTP_FAMILIES else ())]
+    return {f"{family}.{stem}.{target}.txt" for stem in stems for target in TARGETS}
 
 
 def _listings(
     stem: str, captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile
 ) -> Iterator[tuple[str, str]]:
-    for target in PIPELINES:
+    for target in TARGETS:
         listing = graph_listing(lower(captured, config, profile, "float32", target).proto)
         yield f"{stem}.{target}.txt", f"{toolchain_line()}\n{listing}"
 

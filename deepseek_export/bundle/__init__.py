@@ -2,6 +2,8 @@
 
 from deepseek_export.bundle.bundle import Bundle
 from deepseek_export.bundle.export import export_bundle
-from deepseek_export.bundle.manifest import Manifest
+from deepseek_export.bundle.manifest import Manifest, WeightsMode
+from deepseek_export.bundle.pack import pack_bundle
+from deepseek_export.bundle.reference import BundleWeights
 
-__all__ = ["Bundle", "Manifest", "export_bundle"]
+__all__ = ["Bundle", "BundleWeights", "Manifest", "WeightsMode", "export_bundle", "pack_bundle"]

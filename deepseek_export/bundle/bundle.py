@@ -46,6 +46,9 @@ class Bundle:
         except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
             first = str(error).splitlines()[0]
             raise DsxError("DSX-E403", f"{manifest_path}：{first}", "重新导出") from error
+        for name in manifest.weights.files:
+            if not (path / name).is_file():
+                raise DsxError("DSX-E402", f"{path} 缺少 {name}", "重新导出，或把整个目录一起拷贝")
         for name, entry in manifest.files.items():
             file = path / name
             if not file.is_file():

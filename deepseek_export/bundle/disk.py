@@ -1,18 +1,26 @@
-"""磁盘：原子地产生一个目录，写满时给出明确的错误。"""
+"""磁盘：原子地产生一个目录，被杀之后能接着写，写满时给出明确的错误。"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
+from deepseek_export.bundle.manifest import FileEntry
 from deepseek_export.errors import DsxError
+from deepseek_export.progress import Progress
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+#: 临时目录里写了一半的权重，以及记着写到哪里的日志；有日志的才会被下一次导出接着写。
+WEIGHTS_FOLDER, JOURNAL_FILE = "weights", ".resume.json"
 
 #: 权重之外的文件（图、tokenizer、报告）至多这么大，预检时一并留出。
 _HEADROOM = 64 << 20
@@ -34,21 +42,26 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DsxError("DSX-E405", f"{path}：{error.strerror}", "检查路径与权限，换一个可写的 -o") from error
 
 
-def check_free_space(directory: Path, needed: int) -> None:
-    """开工之前先核对磁盘空间。
+def check_free_space(out: Path, needed: int) -> None:
+    """开工之前先核对磁盘空间；上一次写了一半、这一次会接着写的不重复要。
 
     Args:
-        directory: 已存在的目录。
+        out: 输出目录，可以还不存在。
         needed: 权重的字节数。
 
     Raises:
         DsxError: ``DSX-E404``。
     """
-    free = shutil.disk_usage(directory).free
+    out = out.absolute()
+    existing = next(path for path in (out, *out.parents) if path.is_dir())
+    for stale in _stale(out):
+        if (stale / JOURNAL_FILE).is_file():
+            needed -= sum(file.stat().st_size for file in (stale / WEIGHTS_FOLDER).glob("*"))
+    free = shutil.disk_usage(existing).free
     if free < needed + _HEADROOM:
         raise DsxError(
             "DSX-E404",
-            f"{directory} 剩余 {free / 1e9:.2f} GB，导出需要约 {(needed + _HEADROOM) / 1e9:.2f} GB",
+            f"{existing} 剩余 {free / 1e9:.2f} GB，导出需要约 {(needed + _HEADROOM) / 1e9:.2f} GB",
             "清理磁盘，或把 -o 指向空间足够的位置",
         )
 
@@ -76,8 +89,8 @@ def check_output(out: Path, overwrite: bool, marker: str = MANIFEST) -> None:
 def atomic_directory(out: Path, overwrite: bool, marker: str = MANIFEST) -> Iterator[Path]:
     """在旁边的临时目录里写，全部完成后改名。
 
-    中途出错（含 Ctrl-C）则删除临时目录；进程被 SIGKILL 时残留的临时目录由下一次导出清掉。任何时候 ``out`` 要么不存在、
-    要么是原来的、要么是完整的新内容。
+    中途出错（含 Ctrl-C）则删除临时目录；进程被 SIGKILL 时残留的临时目录由下一次导出清掉，其中写了一半的权重连同日志移进新的临时
+    目录，能不能接着写由写权重的人核对。任何时候 ``out`` 要么不存在、要么是原来的、要么是完整的新内容。
 
     Args:
         out: 最终目录。
@@ -92,19 +105,21 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = MANIFEST) -> Iter
     """
     out = out.absolute()
     check_output(out, overwrite, marker)
-    prefix = f".{out.name}.tmp-"
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f"{prefix}*"):
-            if not _alive(stale.name.removeprefix(prefix)):
-                shutil.rmtree(stale, ignore_errors=True)
-        temporary = out.parent / f"{prefix}{os.getpid()}"
+        temporary = out.parent / f"{_prefix(out)}{os.getpid()}"
         temporary.mkdir()
+        for stale in _stale(out):
+            if (stale / JOURNAL_FILE).is_file() and not (temporary / JOURNAL_FILE).exists():
+                for name in (WEIGHTS_FOLDER, JOURNAL_FILE):
+                    (stale / name).rename(temporary / name)
+            shutil.rmtree(stale, ignore_errors=True)
     try:
         yield temporary
         with disk_errors(out):
+            (temporary / JOURNAL_FILE).unlink(missing_ok=True)
             if out.exists():
-                retired = out.parent / f"{prefix}{os.getpid()}.old"
+                retired = out.parent / f"{_prefix(out)}{os.getpid()}.old"
                 out.rename(retired)
                 temporary.rename(out)
                 shutil.rmtree(retired)
@@ -115,10 +130,43 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = MANIFEST) -> Iter
         raise
 
 
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """写成缩进的 UTF-8 JSON。"""
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def hash_files(directory: Path, skipped: Collection[str], progress: Progress) -> dict[str, FileEntry]:
+    """除 ``skipped`` 之外每个文件的大小与 sha256：打包的权重边写边算过了，检查点的硬链接由指纹核对。"""
+    left_out = {directory / name for name in (*skipped, JOURNAL_FILE)}
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path not in left_out)
+    progress.start("计算 sha256", sum(path.stat().st_size for path in paths), "bytes")
+    files = {}
+    for path in paths:
+        name = path.relative_to(directory).as_posix()
+        files[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+        progress.advance(files[name].bytes, name)
+    return files
+
+
 def sha256_file(path: Path) -> str:
     """文件内容的 sha256（十六进制）。"""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prefix(out: Path) -> str:
+    """``out`` 的临时目录叫什么，后面接进程号。"""
+    return f".{out.name}.tmp-"
+
+
+def _stale(out: Path) -> list[Path]:
+    """``out`` 的、进程已经不在的临时目录。"""
+    prefix = _prefix(out)
+    return [
+        path
+        for path in sorted(out.parent.glob(f"{glob.escape(prefix)}*"))
+        if not _alive(path.name.removeprefix(prefix))
+    ]
 
 
 def _alive(pid: str) -> bool:

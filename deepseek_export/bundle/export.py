@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -22,9 +21,11 @@ from deepseek_export.bundle.disk import (
     check_free_space,
     check_output,
     disk_errors,
+    hash_files,
     sha256_file,
+    write_json,
 )
-from deepseek_export.bundle.graph import bind_external, float32_islands
+from deepseek_export.bundle.graph import bind_external, check_onnx, float32_islands
 from deepseek_export.bundle.manifest import (
     SCHEMA_VERSION,
     CacheEntry,
@@ -35,18 +36,19 @@ from deepseek_export.bundle.manifest import (
     SourceEntry,
     ValueEntry,
     WeightsEntry,
+    WeightsMode,
 )
-from deepseek_export.bundle.packed import write_packed
+from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
+from deepseek_export.bundle.reference import link_checkpoint, reference_slots
 from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
-from deepseek_export.checkpoint.recipe import Recipe
+from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, mtp_recipes, weight_recipes
 from deepseek_export.passes import LoweredModel, check_target, lower
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
 
 MODEL_FILE = "model.onnx"
-WEIGHTS_FILE = "weights/model.safetensors"
 
 #: 原样带进 bundle 的文件（存在才带）。
 CARRIED_FILES = (
@@ -86,6 +88,7 @@ def export_bundle(
     *,
     target: str = "portable",
     dtype: ModelDtype = "float32",
+    weights: WeightsMode = "packed",
     overwrite: bool = False,
     progress: Progress | None = None,
     accept: Callable[[Path], None] = lambda directory: None,
@@ -97,8 +100,9 @@ def export_bundle(
         checkpoint: Hugging Face 检查点目录。
         out: bundle 目录；要么完整出现，要么不出现。
         profile: 优化方案。
-        target: ``portable`` 或 ``ort-cpu``。
+        target: ``portable``、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: 计算与权重的 dtype（router 始终 float32）。
+        weights: ``packed`` 逐块写成自包含的权重文件；``reference`` 不写权重，指进检查点自己的 safetensors。
         overwrite: 允许替换已有的 bundle。
         progress: 进度。
         accept: 改名之前在临时目录上执行；抛异常则整个导出作废（导出时校验用）。
@@ -120,45 +124,52 @@ def export_bundle(
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
         modules = require_mtp(source) if profile.mtp.enabled else 0
-    config = source.config
+        check_free_space(out, _weight_bytes(source.config, modules, dtype) if weights == "packed" else 0)
+    # 权重怎么存与图无关：FP8 检查点与它反量化后的孪生得到同一张图。
+    architecture = replace(source.config, weight_block_size=None)
     graphs: list[_Graph] = []
     for index in range(-1, modules):
         with watch("capture"):
             progress.start("捕获计算图" if index < 0 else f"捕获 MTP 模块 {index}")
-            captured = _capture(config, profile, dtype, index, progress)
+            captured = _capture(architecture, profile, dtype, index, progress)
         with watch("passes"):
             progress.start(f"下沉到 {target}")
-            lowered = lower(captured, config=config, profile=profile, dtype=dtype, target=target)
+            lowered = lower(captured, config=architecture, profile=profile, dtype=dtype, target=target)
         graphs.append(_Graph(_file_name(index), captured, lowered))
-    weights: dict[str, Recipe] = {}
+    recipes: dict[str, Recipe] = {}
     for graph in graphs:
-        weights |= graph.lowered.weights
+        recipes |= bind_recipes(graph.lowered.weights, source)
     fallbacks = list(dict.fromkeys([*notes, *(line for graph in graphs for line in graph.lowered.fallbacks)]))
     for line in fallbacks:
         progress.note(line)
     with atomic_directory(out, overwrite) as directory:
-        with disk_errors(directory):
-            check_free_space(directory, sum(recipe.nbytes for recipe in weights.values()))
-            (directory / WEIGHTS_FILE).parent.mkdir()
         with watch("weights"):
-            slots = write_packed(directory / WEIGHTS_FILE, weights, source.store, progress)
+            if weights == "packed":
+                packed = write_packed(directory, recipes, source.store, progress)
+                slots, weight_files, hashed = packed.slots, [WEIGHTS_FILE], {WEIGHTS_FILE: packed.entry}
+            else:
+                progress.start("链接检查点")
+                slots, hashed = reference_slots(recipes, source.store), {}
+                with disk_errors(directory):
+                    weight_files = link_checkpoint(source.store, directory)
         with watch("graph"):
             progress.start("写计算图并检查")
             for graph in graphs:
-                graph.model = bind_external(graph.lowered.proto, slots, WEIGHTS_FILE)
+                graph.model = bind_external(graph.lowered.proto, slots)
                 with disk_errors(directory):
                     onnx.save(graph.model, directory / graph.file)
-                onnx.checker.check_model(str(directory / graph.file), full_check=True)
+                check_onnx(directory / graph.file)
         with disk_errors(directory):
             for name in CARRIED_FILES:
                 if (source.path / name).is_file():
                     shutil.copyfile(source.path / name, directory / name)
             with watch("hashes"):
-                files = _hash_files(directory, progress)
-            manifest = _manifest(source, profile, target, dtype, graphs, weights, fallbacks, files)
-            _write_json(directory / "manifest.json", manifest.model_dump(mode="json"))
+                files = dict(sorted((hashed | hash_files(directory, weight_files, progress)).items()))
+            entry = WeightsEntry(mode=weights, files=weight_files, recipes=recipes)
+            manifest = _manifest(source, profile, target, dtype, graphs, entry, fallbacks, files)
+            write_json(directory / "manifest.json", manifest.model_dump(mode="json"))
             (directory / "reports").mkdir()
-            _write_json(directory / "reports/export.json", _report(watch, graphs, weights))
+            write_json(directory / "reports/export.json", _report(watch, graphs, recipes))
         accept(directory)
     return Bundle.open(out)
 
@@ -171,6 +182,14 @@ class _Graph:
     captured: CapturedModel
     lowered: LoweredModel
     model: onnx.ModelProto = field(default_factory=onnx.ModelProto)
+
+
+def _weight_bytes(config: ModelConfig, modules: int, dtype: ModelDtype) -> int:
+    """打包的权重有多大；pass 只重排权重，不改变总量。"""
+    recipes = weight_recipes(config, dtype)
+    for index in range(modules):
+        recipes |= mtp_recipes(config, index, dtype)
+    return sum(recipe.nbytes for recipe in recipes.values())
 
 
 def _file_name(index: int) -> str:
@@ -189,24 +208,13 @@ def _capture(
     return capture_draft(config, profile, index, dtype, on_step)
 
 
-def _hash_files(directory: Path, progress: Progress) -> dict[str, FileEntry]:
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    progress.start("计算 sha256", sum(path.stat().st_size for path in paths), "bytes")
-    files = {}
-    for path in paths:
-        name = path.relative_to(directory).as_posix()
-        files[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
-        progress.advance(files[name].bytes, name)
-    return files
-
-
 def _manifest(
     source: Checkpoint,
     profile: OptimizationProfile,
     target: str,
     dtype: ModelDtype,
     graphs: list[_Graph],
-    weights: dict[str, Recipe],
+    weights: WeightsEntry,
     fallbacks: list[str],
     files: dict[str, FileEntry],
 ) -> Manifest:
@@ -237,7 +245,7 @@ def _manifest(
             dtype=dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype,
             num_layers=sum(len(graph.captured.layers) for graph in graphs),
         ),
-        weights=WeightsEntry(mode="packed", files=[WEIGHTS_FILE], recipes=weights),
+        weights=weights,
         fallbacks=fallbacks,
         float32_islands=dict(sorted(islands.items())),
         files=files,
@@ -267,14 +275,10 @@ def _value_entry(value: onnx.ValueInfoProto) -> ValueEntry:
     )
 
 
-def _report(watch: _Stopwatch, graphs: list[_Graph], weights: dict[str, Recipe]) -> dict:
+def _report(watch: _Stopwatch, graphs: list[_Graph], recipes: dict[str, Recipe]) -> dict:
     return {
         "seconds": watch.seconds,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "weight_bytes": sum(recipe.nbytes for recipe in weights.values()),
+        "weight_bytes": sum(recipe.nbytes for recipe in recipes.values()),
         "nodes": sum(len(graph.model.graph.node) for graph in graphs),
     }
-
-
-def _write_json(path: Path, data: dict) -> None:
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,22 +1,38 @@
-"""写盘之前对 ONNX 图做的两件事：把权重输入换成外部数据，数出 float32 孤岛。"""
+"""写盘时对 ONNX 图做的事：把权重输入换成外部数据、检查合法性、数出 float32 孤岛。"""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 from onnx import inliner
 
-from deepseek_export.bundle.packed import Slot
+
+@dataclass(frozen=True)
+class Slot:
+    """一个 initializer 的内容在哪里。
+
+    Attributes:
+        location: 文件，相对 ONNX 文件的路径。
+        offset, length: 文件里的位置（字节）。
+    """
+
+    location: str
+    offset: int
+    length: int
 
 
-def bind_external(proto: onnx.ModelProto, slots: dict[str, Slot], location: str) -> onnx.ModelProto:
-    """把权重输入换成指向权重文件的 initializer。
+def bind_external(proto: onnx.ModelProto, slots: Mapping[str, Slot]) -> onnx.ModelProto:
+    """把权重输入换成外部数据的 initializer。
 
     Args:
         proto: 权重是输入的模型；不会被修改。
-        slots: 权重名 → 文件里的位置。
-        location: 相对 ONNX 文件的路径。
+        slots: 权重名 → 内容的位置。
     """
     model = onnx.ModelProto()
     model.CopyFrom(proto)
@@ -24,16 +40,42 @@ def bind_external(proto: onnx.ModelProto, slots: dict[str, Slot], location: str)
     for value in model.graph.input:
         if value.name not in slots:
             continue
-        slot, kind = slots[value.name], value.type.tensor_type
-        tensor = model.graph.initializer.add(
-            name=value.name, data_type=kind.elem_type, data_location=onnx.TensorProto.EXTERNAL
-        )
+        kind = value.type.tensor_type
+        tensor = model.graph.initializer.add(name=value.name, data_type=kind.elem_type)
         tensor.dims.extend(dim.dim_value for dim in kind.shape.dim)
-        for key, text in (("location", location), ("offset", str(slot.offset)), ("length", str(slot.length))):
-            tensor.external_data.add(key=key, value=text)
+        point_at(tensor, slots[value.name])
     del model.graph.input[:]
     model.graph.input.extend(kept)
     return model
+
+
+def point_at(tensor: onnx.TensorProto, slot: Slot) -> None:
+    """让 initializer 的内容取自 ``slot``。"""
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in vars(slot).items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def external_location(tensor: onnx.TensorProto) -> str | None:
+    """外部数据的文件，相对 ONNX 文件的路径；不是外部数据则为 ``None``。"""
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+
+
+def check_onnx(path: Path) -> None:
+    """``onnx.checker``，带完整形状推导。
+
+    checker 只看外部数据的文件在不在，但把有多个硬链接的当作攻击来拒绝，而按引用的权重正是硬链接；所以在临时目录里用同名的空文件检查。
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    locations = {location for tensor in graph.initializer if (location := external_location(tensor))}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".check-") as scratch:
+        for location in locations:
+            stand_in = Path(scratch) / location
+            stand_in.parent.mkdir(parents=True, exist_ok=True)
+            stand_in.touch()
+        shutil.copyfile(path, Path(scratch) / path.name)
+        onnx.checker.check_model(str(Path(scratch) / path.name), full_check=True)
 
 
 def float32_islands(model: onnx.ModelProto) -> dict[str, int]:

@@ -14,6 +14,8 @@ from deepseek_export.profile import OptimizationProfile
 
 SCHEMA_VERSION: Literal[1] = 1
 
+WeightsMode = Literal["packed", "reference"]
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -86,9 +88,15 @@ class CacheEntry(_Entry):
 
 
 class WeightsEntry(_Entry):
-    """权重文件与每个 initializer 的配方。"""
+    """权重文件与每个 initializer 的配方。
 
-    mode: Literal["packed"]
+    Attributes:
+        mode: ``packed`` 权重都在自己的文件里；``reference`` 权重文件是检查点的硬链接，指不进去的 initializer 在加载时按配方生成。
+        files: 权重文件，相对 bundle 的路径。
+        recipes: initializer 名 → 配方。
+    """
+
+    mode: WeightsMode
     files: list[str]
     recipes: dict[str, Recipe]
 
@@ -101,7 +109,10 @@ class FileEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """bundle 的全部事实；``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件。"""
+    """bundle 的全部事实。
+
+    ``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件；按引用时检查点的硬链接也除外，它们由 ``source.fingerprint`` 核对。
+    """
 
     schema_version: Literal[1]
     dsx_version: str

@@ -1,12 +1,12 @@
-"""每种块的追踪，按参数缓存：同一进程里换目标、换方案再导出，没变的块不必重来。
+"""每种块的追踪，按参数缓存：换目标、换方案再导出，没变的块不必重来。
 
 返回的 :class:`~deepseek_export.capture.trace.TracedGraph` 是只读的，实例化时用 ``renamed`` 得到副本。
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -29,14 +29,15 @@ def _meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     return module
 
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def embed_block(config: ModelConfig, dtype: torch.dtype, position_offset: int = 0) -> TracedGraph:
     """词嵌入与 cos/sin；第 k 个 MTP 模块的位置平移 ``k+1``。"""
     inputs = {"input_ids": Spec(("B", "S"), torch.int64), "past_lens": Spec(("B",), torch.int64)}
-    return trace(_meta(lambda: Embed(config, position_offset), dtype), inputs, ["x", "cos", "sin"])
+    build = partial(_meta, lambda: Embed(config, position_offset), dtype)
+    return trace(build, inputs, ["x", "cos", "sin"], ("embed", config, position_offset, dtype))
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def layer_block(
     config: ModelConfig, is_moe: bool, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> TracedGraph:
@@ -50,20 +51,22 @@ def layer_block(
     caches = cache_tensors(config, forms)
     inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
     outputs = ["attn_residual", "x", *(f"{cache}_out" for cache, _ in caches)]
-    return trace(_meta(lambda: DecoderLayer(config, is_moe, forms), dtype), inputs, outputs)
+    build = partial(_meta, lambda: DecoderLayer(config, is_moe, forms), dtype)
+    return trace(build, inputs, outputs, ("layer", config, is_moe, forms, dtype))
 
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
     """最终 norm 与 lm_head。"""
     inputs = {
         "x_in": Spec(("B", "S", config.hidden_size), dtype),
         "logits_positions": Spec(("B", "L"), torch.int64),
     }
-    return trace(_meta(lambda: Head(config), dtype), inputs, ["logits", "hidden"])
+    build = partial(_meta, lambda: Head(config), dtype)
+    return trace(build, inputs, ["logits", "hidden"], ("head", config, dtype))
 
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def accept_block(config: ModelConfig, dtype: torch.dtype, mode: str) -> TracedGraph:
     """主模型末尾的草稿验证：一个 ``dsx::`` 节点。"""
     spec = accept_spec(mode)
@@ -76,10 +79,11 @@ def accept_block(config: ModelConfig, dtype: torch.dtype, mode: str) -> TracedGr
         "temperature": Spec((1,), torch.float32),
     }
     inputs = {port.name: shapes[port.name] for port in spec.inputs}
-    return trace(lambda *arguments: op(*arguments), inputs, [port.name for port in spec.outputs])
+    outputs = [port.name for port in spec.outputs]
+    return trace(lambda: lambda *arguments: op(*arguments), inputs, outputs, ("accept", spec.name))
 
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def mtp_block(
     config: ModelConfig, index: int, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> TracedGraph:
@@ -91,17 +95,19 @@ def mtp_block(
     caches = cache_tensors(config, forms)
     inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
     outputs = ["combined", "attn_residual", "x", "hidden", *(f"{cache}_out" for cache, _ in caches)]
-    return trace(_meta(lambda: MtpModule(config, index, forms), dtype), inputs, outputs)
+    build = partial(_meta, lambda: MtpModule(config, index, forms), dtype)
+    return trace(build, inputs, outputs, ("mtp", config, index, forms, dtype))
 
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def draft_head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
     """草稿模型的 lm_head 与 argmax。"""
     inputs = {
         "hidden": Spec(("B", "S", config.hidden_size), dtype),
         "logits_positions": Spec(("B", "L"), torch.int64),
     }
-    return trace(_meta(lambda: DraftHead(config), dtype), inputs, ["logits", "draft_id"])
+    build = partial(_meta, lambda: DraftHead(config), dtype)
+    return trace(build, inputs, ["logits", "draft_id"], ("draft head", config, dtype))
 
 
 def accept_spec(mode: str) -> OpSpec:

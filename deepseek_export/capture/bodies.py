@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -19,9 +20,11 @@ from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.ops import mla_attention as mla
 from deepseek_export.ops import moe_experts as experts
 from deepseek_export.ops import spec_accept as accept
+from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import (
     DOMAIN,
+    LATENT_ATTENTION,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
@@ -61,11 +64,10 @@ def mla_attention_body(
         "w_kv_b": Spec((H * (dn + dv), r), dtype),
         "scale": Spec((), torch.float32),
     }
-    nodes = [helper.make_node("Constant", [], ["scale"])]
-    nodes[0].attribute.append(_reference("value_float", "scale", onnx.AttributeProto.FLOAT))
-    nodes += _nodes(trace(mla.update_cache, new, ["kv_cache_out"]), "cache")
-    absorb = functools.partial(_nodes, trace(mla.attend_absorb, query, ["o"]), "absorb")
-    naive = functools.partial(_nodes, trace(mla.attend_naive, query, ["o"]), "naive")
+    nodes = [_scale()]
+    nodes += _nodes(_trace_function(mla.update_cache, new, ["kv_cache_out"]), "cache")
+    absorb = functools.partial(_nodes, _trace_function(mla.attend_absorb, query, ["o"]), "absorb")
+    naive = functools.partial(_nodes, _trace_function(mla.attend_naive, query, ["o"]), "naive")
     if form == "auto":
         a, b = mla.cost_coefficients(dn, dv, r)
         nodes += _prefers_naive(a, b)
@@ -87,16 +89,30 @@ def mla_attention_body(
 
 
 @functools.lru_cache(maxsize=16)
+def latent_attention_body(
+    config: ModelConfig, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> onnx.FunctionProto:
+    """``LatentAttention`` 的函数体；参数同 :func:`mla_attention_body`。"""
+    width = config.latent_cache_values
+    inputs = {
+        "q": Spec(("B", "S", config.num_attention_heads, width), dtype),
+        "kv_cache": Spec(("B", 1, "T", width), cache_dtype),
+        "past_lens": Spec(("B",), torch.int64),
+        "scale": Spec((), torch.float32),
+    }
+    traced = _trace_function(latent_attention, inputs, ["context"], kv_lora_rank=config.kv_lora_rank)
+    return _function(LATENT_ATTENTION, [_scale(), *_nodes(traced, "latent")])
+
+
+@functools.lru_cache(maxsize=16)
 def moe_gate_body(config: ModelConfig) -> onnx.FunctionProto:
     """``MoeGate`` 的函数体；路由属性已固化在结构里，节点属性必须与 :func:`gate_attributes` 一致。"""
     attributes = gate_attributes(config)
 
-    def body(logits: Tensor, bias: Tensor):
-        return moe_gate(logits, bias, **attributes)
-
     E = config.n_routed_experts
     inputs = {"logits": Spec(("N", E), torch.float32), "bias": Spec((E,), torch.float32)}
-    return _function(MOE_GATE, _nodes(trace(body, inputs, ["topk_ids", "topk_weights"]), "gate"))
+    body = _trace_function(moe_gate, inputs, ["topk_ids", "topk_weights"], **attributes)
+    return _function(MOE_GATE, _nodes(body, "gate"))
 
 
 def gate_attributes(config: ModelConfig) -> dict:
@@ -118,10 +134,10 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
     E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
     k = config.num_experts_per_tok
     x, ids = Spec(("N", D), dtype), Spec(("N", k), torch.int32)
-    start = trace(
-        lambda x, ids: experts.active_experts(x, ids, E), {"x": x, "topk_ids": ids}, ["y_start", "active"]
+    start = _trace_function(
+        experts.active_experts, {"x": x, "topk_ids": ids}, ["y_start", "active"], num_experts=E
     )
-    step = trace(
+    step = _trace_function(
         experts.expert_step,
         {
             "y_in": Spec(("N", D), torch.float32),
@@ -183,7 +199,19 @@ def spec_accept_body(config: ModelConfig, dtype: torch.dtype, mode: str) -> onnx
         if mode == "rejection"
         else (SPEC_ACCEPT, accept.spec_accept)
     )
-    return _function(spec, _nodes(trace(eager, inputs, [port.name for port in spec.outputs]), "accept"))
+    body = _trace_function(eager, inputs, [port.name for port in spec.outputs])
+    return _function(spec, _nodes(body, "accept"))
+
+
+def _trace_function(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Spec],
+    outputs: Sequence[str],
+    **attributes: object,
+) -> TracedGraph:
+    """追踪一个模块级的函数；``attributes`` 是固化进图里的关键字参数。"""
+    key = (function.__module__, function.__qualname__, sorted(attributes.items()))
+    return trace(lambda: functools.partial(function, **attributes), inputs, outputs, key)
 
 
 def _prefers_naive(a: int, b: int) -> list[onnx.NodeProto]:
@@ -232,8 +260,12 @@ def _with_name(info: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     return copy
 
 
-def _reference(name: str, target: str, kind) -> onnx.AttributeProto:
-    return onnx.AttributeProto(name=name, ref_attr_name=target, type=kind)
+def _scale() -> onnx.NodeProto:
+    """节点的 ``scale`` 属性 → 值 ``scale``。"""
+    node = helper.make_node("Constant", [], ["scale"])
+    kind = onnx.AttributeProto.FLOAT
+    node.attribute.append(onnx.AttributeProto(name="value_float", ref_attr_name="scale", type=kind))
+    return node
 
 
 def _onnx_type(dtype: torch.dtype) -> int:

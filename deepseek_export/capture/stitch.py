@@ -231,8 +231,6 @@ class _Stitcher:
             self.value_info.setdefault(name, info)
         for index, node in enumerate(placed.nodes):
             node.name = place.node(index)
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
             if node.domain == DOMAIN and layer is not None:
                 self.sites.append(OpSite(layer, node.op_type, tuple(node.input), tuple(node.output)))
         self.nodes.extend(placed.nodes)

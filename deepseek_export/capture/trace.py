@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import ast
+import functools
+import hashlib
 import logging
-import operator
+import platform
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -20,14 +24,19 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export.graph_signature import InputKind
 
+from deepseek_export.capture.aten import AtenProgram
+from deepseek_export.disk_cache import DiskCache
 from deepseek_export.ops.registry import TRANSLATIONS
 
 OPSET = 24
 
 #: 动态维度的上界；超过它的请求在运行时之前就该被拒绝。
 _MAX_DIM = 1 << 24
+
+_SCOPE = "dsx.scope"
+
+_CACHE = DiskCache("traces")
 
 #: 追踪时动态维度的取值。互不相同且不为 0、1，避免 torch.export 把它们特化或等同起来。
 _EXAMPLE_SIZES = {"B": 2, "S": 3, "T": 37, "L": 5, "N": 7, "K": 4, "K+1": 5}
@@ -50,13 +59,12 @@ class TracedGraph:
     """追踪结果：一串节点，加上它们用到的常量。
 
     Attributes:
-        nodes: 拓扑序的 NodeProto，没有子图。
+        nodes: 拓扑序的 NodeProto，没有子图，也没有 exporter 的附注。
         scopes: 与 ``nodes`` 等长，节点所在的模块路径（``self_attn.q_proj``），根为空串。
         inputs, outputs: 值的名字。
         constants: 名字 → 小常量（形状、频率等）。
         value_info: 名字 → 类型与形状，含输入、输出、中间值。
-        program: 翻译成这些节点的 PyTorch 程序（已分解到 aten）。
-        aten_values: 程序的节点名 → 这张图里的值名。exporter 用节点名给值命名；它为翻译而添的中间值（``val_3``）没有对应的节点。
+        retrace: 重新追踪一次，得到翻译成这些节点的 PyTorch 程序；磁盘缓存里只有 ONNX 这一侧。
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -65,39 +73,7 @@ class TracedGraph:
     outputs: tuple[str, ...]
     constants: Mapping[str, onnx.TensorProto]
     value_info: Mapping[str, onnx.ValueInfoProto]
-    program: torch.export.ExportedProgram
-    aten_values: Mapping[str, str]
-
-    @torch.no_grad()
-    def evaluate(self, known: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-        """用 PyTorch 执行追踪到的程序，从 ``known`` 算到 ``outputs``。
-
-        Args:
-            known: 值名 → 张量；可以是输入（含权重），也可以是中间值，后者的上游就不再执行。
-            outputs: 要算出的值。
-
-        Returns:
-            沿途每个值，名字是这张图里的值名。
-        """
-        interpreter = torch.fx.Interpreter(self.program.graph_module)
-        nodes = {node.name: node for node in self.program.graph.nodes}
-        named = {nodes[node]: value for node, value in self.aten_values.items()}
-        env = interpreter.env
-        env.update({node: known[value] for node, value in named.items() if value in known})
-        for spec in self.program.graph_signature.input_specs:
-            if spec.kind in (InputKind.CONSTANT_TENSOR, InputKind.BUFFER):
-                env[nodes[spec.arg.name]] = self.program.constants[str(spec.target)]
-        pending = [node for node, value in named.items() if value in outputs]
-        needed: set[torch.fx.Node] = set()
-        while pending:
-            node = pending.pop()
-            if node not in env and node not in needed:
-                needed.add(node)
-                pending += node.all_input_nodes
-        for node in self.program.graph.nodes:
-            if node in needed:
-                env[node] = interpreter.run_node(node)
-        return {value: env[node] for node, value in named.items() if isinstance(env.get(node), Tensor)}
+    retrace: Callable[[], AtenProgram] | None = field(default=None, compare=False, repr=False)
 
     def renamed(self, rename: Callable[[str], str]) -> TracedGraph:
         """每个值名过一遍 ``rename``，得到一份互不共享的副本。"""
@@ -120,7 +96,35 @@ class TracedGraph:
             outputs=tuple(map(rename, self.outputs)),
             constants=constants,
             value_info=infos,
-            aten_values={node: rename(name) for node, name in self.aten_values.items()},
+        )
+
+    def to_bytes(self) -> bytes:
+        """序列化成一个 GraphProto；模块路径写在节点的附注里。"""
+        graph = onnx.GraphProto(
+            node=self.nodes,
+            input=[onnx.ValueInfoProto(name=name) for name in self.inputs],
+            output=[onnx.ValueInfoProto(name=name) for name in self.outputs],
+            initializer=self.constants.values(),
+            value_info=self.value_info.values(),
+        )
+        for node, scope in zip(graph.node, self.scopes, strict=True):
+            node.metadata_props.add(key=_SCOPE, value=scope)
+        return graph.SerializeToString(deterministic=True)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> TracedGraph:
+        """:meth:`to_bytes` 的逆。"""
+        graph = onnx.GraphProto.FromString(content)
+        scopes = tuple(node.metadata_props[0].value for node in graph.node)
+        for node in graph.node:
+            node.ClearField("metadata_props")
+        return cls(
+            nodes=tuple(graph.node),
+            scopes=scopes,
+            inputs=tuple(value.name for value in graph.input),
+            outputs=tuple(value.name for value in graph.output),
+            constants={tensor.name: tensor for tensor in graph.initializer},
+            value_info={info.name: info for info in graph.value_info},
         )
 
 
@@ -172,17 +176,49 @@ def _quiet():
             logger.setLevel(level)
 
 
-def trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Sequence[str]) -> TracedGraph:
-    """追踪一个模块或函数。
+def trace(
+    build: Callable[[], nn.Module | Callable],
+    inputs: Mapping[str, Spec],
+    outputs: Sequence[str],
+    key: tuple[object, ...],
+) -> TracedGraph:
+    """追踪一个模块或函数；同样的 ``key``、输入、源码与库版本追踪过一次，就从磁盘缓存里取。
 
     Args:
-        target: 模块（参数在 meta 设备上）或张量函数。
+        build: 造出要追踪的模块（参数在 meta 设备上）或张量函数。
         inputs: 数据输入，次序即调用次序。
         outputs: 输出的名字，个数必须与返回值相同。
+        key: 造出来的东西由它完全决定，``repr`` 要能区分。
 
     Returns:
         输入依次是 ``inputs`` 的名字，再是各参数的名字（``named_parameters`` 次序）。
     """
+    whole = repr((_environment(), key, list(inputs.items()), list(outputs)))
+    digest = hashlib.sha256(whole.encode()).hexdigest()
+    known = _CACHE.get(digest)
+    if known is not None:
+        graph = TracedGraph.from_bytes(known)
+    else:
+        graph, _ = _trace(build(), inputs, outputs)
+        _CACHE.put(digest, graph.to_bytes())
+    return replace(graph, retrace=functools.cache(lambda: _trace(build(), inputs, outputs)[1]))
+
+
+@functools.cache
+def _environment() -> str:
+    """追踪结果还取决于什么：Python 与各库的版本，以及被追踪的和负责追踪的源码。"""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for folder in ("capture", "checkpoint", "ops", "reference"):
+        for path in sorted((package / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    libraries = {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
+    return f"{platform.python_version()} {libraries} {digest.hexdigest()}"
+
+
+def _trace(
+    target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Sequence[str]
+) -> tuple[TracedGraph, AtenProgram]:
     module = target if isinstance(target, nn.Module) else _Function(target)
     functional = _Functional(module)
     specs = list(inputs.values())
@@ -233,13 +269,12 @@ def _extract(
     program: torch.export.ExportedProgram,
     inputs: list[str],
     outputs: list[str],
-) -> TracedGraph:
+) -> tuple[TracedGraph, AtenProgram]:
     """GraphProto → :class:`TracedGraph`，输入输出改成给定的名字，其余值的名字原样保留。"""
     names = {value.name: name for value, name in zip(proto.input, inputs, strict=True)}
     for value, name in zip(proto.output, outputs, strict=True):
         assert value.name not in names, f"块的输出不能直通：{name}"
         names[value.name] = name
-    present = {value.name for value in proto.input} | {name for node in proto.node for name in node.output}
     infos = {info.name: info for info in (*proto.input, *proto.output, *proto.value_info)}
     graph = TracedGraph(
         nodes=tuple(proto.node),
@@ -248,24 +283,18 @@ def _extract(
         outputs=tuple(value.name for value in proto.output),
         constants={tensor.name: _inline(tensor) for tensor in proto.initializer},
         value_info=infos,
-        program=program,
-        aten_values={
-            node.name: value for node in program.graph.nodes if (value := _value_name(node)) in present
-        },
     )
+    for node in graph.nodes:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
     reserved = {*inputs, *outputs}
     # 中间值碰巧与端口同名时让开（如 Cos 的输出名 cos，而端口 cos 是 Cast 之后的值）。
-    return graph.renamed(lambda name: names.get(name) or (f"{name}_inner" if name in reserved else name))
 
+    def rename(name: str) -> str:
+        return names.get(name) or (f"{name}_inner" if name in reserved else name)
 
-def _value_name(node: torch.fx.Node) -> str:
-    """exporter 给这个节点的值起的名字；``split`` 的各段由 torchlib 命名，其余就是节点名。"""
-    if node.target is operator.getitem:
-        source, index = node.args
-        assert isinstance(source, torch.fx.Node)
-        if source.name.startswith("split"):
-            return f"{source.name}_split_{index}"
-    return node.name
+    present = {value.name for value in proto.input} | {name for node in proto.node for name in node.output}
+    return graph.renamed(rename), AtenProgram.of(program, {name: rename(name) for name in present})
 
 
 def _inline(tensor: onnx.TensorProto) -> onnx.TensorProto:

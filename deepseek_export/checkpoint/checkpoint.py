@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_export.checkpoint.config import ModelConfig, load_model_config
+from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.errors import DsxError
 
@@ -130,7 +131,8 @@ class Checkpoint:
         Raises:
             DsxError: ``DSX-E101`` 目录不存在或没有权重；``DSX-E111`` 缺张量；``DSX-E112`` 多张量；
                 ``DSX-E113`` 形状不符；``DSX-E114`` dtype 不支持；``DSX-E117`` 声明共享词嵌入，
-                ``lm_head`` 却与它不同；配置与文件的错误见 ``load_model_config``、``TensorStore.open``。
+                ``lm_head`` 却与它不同；``DSX-E120`` 声明是 FP8 却没有 FP8 张量；配置与文件的错误见
+                ``load_model_config``、``TensorStore.open``。
         """
         path = Path(path)
         if not path.is_dir():
@@ -142,13 +144,15 @@ class Checkpoint:
         ignored = [name for name in store.names if name.endswith("rotary_emb.inv_freq")]
         if config.tie_word_embeddings and _HEAD in store:
             ignored.append(_HEAD)
-        extras = set(store.names) - set(expected) - set(ignored)
+        scales = fp8_scales(config, store)
+        extras = set(store.names) - set(expected) - set(ignored) - set(scales)
         groups: dict[int, set[str]] = {}
         for name in extras:
             match = _LAYER.match(name)
             index = int(match[1]) - config.num_hidden_layers if match else -1
             groups.setdefault(index if 0 <= index < max(config.num_mtp_layers, 1) else -1, set()).add(name)
-        unknown, mtp, missing = groups.pop(-1, set()), Shapes(), expected.keys() - set(store.names)
+        unknown, mtp = groups.pop(-1, set()), Shapes()
+        missing = (expected | scales).keys() - set(store.names)
         for index, present in groups.items():
             wanted = expected_mtp_tensors(config, index)
             prefix = f"model.layers.{config.num_hidden_layers + index}."
@@ -157,14 +161,14 @@ class Checkpoint:
                 continue
             missing |= wanted.keys() - present - {prefix + name for name in _MTP_COPIES}
             mtp |= {name: shape for name, shape in wanted.items() if name in present}
-        _check_dtypes(store, ignored)
+        _check_dtypes(store, ignored, scales)
         if missing:
             todo = "重新下载检查点，或确认 config.json 与权重是同一个模型"
             raise DsxError("DSX-E111", f"{path} 缺少 {len(missing)} 个张量：{_listed(missing)}", todo)
         if unknown:
             todo = "dsx 不知道怎么用它们，所以不敢丢弃；确认 config.json 与权重是同一个模型"
             raise DsxError("DSX-E112", f"{path} 多出 {len(unknown)} 个张量：{_listed(unknown)}", todo)
-        _check_shapes(store, expected | mtp)
+        _check_shapes(store, expected | mtp | scales)
         if _HEAD in ignored:
             _check_tied(store)
         return cls(path, config, store, tuple(sorted(mtp)), tuple(sorted(ignored)))
@@ -197,10 +201,37 @@ def _listed(names: Iterable[str]) -> str:
     return "、".join(ordered[:5]) + (" 等" if len(ordered) > 5 else "")
 
 
-def _check_dtypes(store: TensorStore, ignored: Iterable[str]) -> None:
+def fp8_scales(config: ModelConfig, store: TensorStore) -> Shapes:
+    """FP8 检查点应有的全部 scale：名字到形状；不是 FP8 检查点则为空。
+
+    Raises:
+        DsxError: ``DSX-E120``，config.json 声明了 FP8，文件里却一个 FP8 张量也没有。
+    """
+    if config.weight_block_size is None:
+        return {}
+    rows, columns = config.weight_block_size
+    scales: Shapes = {
+        name + SCALE_SUFFIX: (-(-spec.shape[0] // rows), -(-spec.shape[1] // columns))
+        for name in store.names
+        if (spec := store[name]).dtype == FP8_DTYPE and len(spec.shape) == 2
+    }
+    if not scales:
+        raise DsxError(
+            "DSX-E120",
+            f"{store.directory} 的 config.json 声明 quant_method: fp8，文件里却没有 {FP8_DTYPE} 张量",
+            "若权重已经反量化过，从 config.json 里删掉 quantization_config；否则重新下载",
+        )
+    return scales
+
+
+def _check_dtypes(store: TensorStore, ignored: Iterable[str], scales: Shapes) -> None:
+    """权重是浮点；FP8 只能是带 scale 的矩阵，scale 只能是 float32。"""
     for name in sorted(set(store.names) - set(ignored)):
-        if store[name].dtype not in _FLOATS:
-            todo = f"支持的 dtype：{'、'.join(_FLOATS)}；FP8 检查点请先反量化成 BF16"
+        allowed: tuple[str, ...] = ("F32",) if name in scales else _FLOATS
+        if name + SCALE_SUFFIX in scales:
+            allowed = (*_FLOATS, FP8_DTYPE)
+        if store[name].dtype not in allowed:
+            todo = f"这里支持的 dtype：{'、'.join(allowed)}；FP8 只认 config.json 里声明过、带 {SCALE_SUFFIX} 的矩阵"
             raise DsxError("DSX-E114", f"张量 {name} 的 dtype 是 {store[name].dtype}", todo)
 
 

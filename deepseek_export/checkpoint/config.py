@@ -1,13 +1,14 @@
 """config.json → :class:`ModelConfig`。
 
 拿不准就拒绝：``model_type`` 走白名单，每个字段要么被读取，要么在可忽略表里，要么必须等于固定值；
-其余字段一律报错并点名。语义以 transformers 5.24 的 deepseek_v2 / deepseek_v3 为准；
+其余字段一律报错并点名。语义以 transformers 5.24 里各家族自己的实现为准；
 它与 DeepSeek 原版代码有分歧的取值直接拒绝。
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,10 +19,12 @@ from deepseek_export.checkpoint.families import (
     FAMILIES,
     FIXED_KEYS,
     IGNORED_KEYS,
+    MOE_KEYS,
     Family,
     RopeLayout,
 )
 from deepseek_export.checkpoint.fields import MAX_DIM, Fields, unique_object
+from deepseek_export.checkpoint.quantization import parse_quantization
 from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse_rope, yarn_mscale
 from deepseek_export.errors import DsxError
 
@@ -30,7 +33,12 @@ _MAX_LAYERS, _MAX_EXPERTS = 1024, 4096
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``config.json`` 的类型化视图；字段名沿用 DeepSeek 的叫法，字段间的一致性在解析时已经查过。"""
+    """``config.json`` 的类型化视图；字段名沿用 DeepSeek 的叫法，字段间的一致性在解析时已经查过。
+
+    没有 MoE 的家族，专家数是 0，``first_k_dense_replace`` 等于层数。``embed_scale``、``residual_scale``、``logits_divisor``
+    是 MiniCPM3 的三个缩放，其余家族都是 1。
+    ``weight_block_size`` 是 FP8 检查点每个 scale 管的块（行、列）；不是 FP8 检查点则为 ``None``。
+    """
 
     family: str
     vocab_size: int
@@ -65,6 +73,10 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    weight_block_size: tuple[int, int] | None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
 
     @property
     def qk_head_dim(self) -> int:
@@ -73,7 +85,7 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """第 ``layer`` 层（从 0 数，MTP 层接着往后数）是不是 MoE 层。"""
-        return layer >= self.first_k_dense_replace
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
     @property
     def num_moe_layers(self) -> int:
@@ -147,15 +159,13 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         got = "没有 model_type" if name is None else f"model_type 是 {name!r}"
         raise DsxError("DSX-E103", f"{where} {got}", f"支持的 model_type：{'、'.join(FAMILIES)}")
     family = FAMILIES[name]
-    f = Fields({family.aliases.get(key, key): value for key, value in data.items()}, where)
+    renamed = {family.aliases.get(key, key): value for key, value in data.items()}
+    f = Fields({**family.defaults, **renamed}, where)
     for alias, key in family.aliases.items():
         if alias in data and key in data:
             Fields(data, where).must_equal(alias, data[key])
-    f.refuse_unknown(CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | family.extra_keys)
-    if (quant := f.data.get("quantization_config")) is not None:
-        method = quant.get("quant_method") if isinstance(quant, dict) else quant
-        todo = "换用 BF16 / FP16 / FP32 的检查点，或先反量化再导出"
-        raise DsxError("DSX-E108", f"{where} 的 quantization_config.quant_method 是 {method!r}", todo)
+    known = CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | family.extra_keys
+    f.refuse_unknown(known | MOE_KEYS if family.has_moe else known)
     for key, only in FIXED_KEYS.items():
         f.must_equal(key, only)
     heads = f.integer("num_attention_heads")
@@ -175,34 +185,98 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
     if not all(type(token) is int and 0 <= token < MAX_DIM for token in eos_list):
         raise f.bad("eos_token_id", "非负整数、非负整数列表或 null")
     has_mtp = f.data.get("num_nextn_predict_layers") is not None
+    hidden, layers = f.integer("hidden_size"), f.integer("num_hidden_layers", high=_MAX_LAYERS)
     return ModelConfig(
         family=name,
         vocab_size=f.integer("vocab_size"),
-        hidden_size=f.integer("hidden_size"),
+        hidden_size=hidden,
         intermediate_size=f.integer("intermediate_size"),
-        moe_intermediate_size=f.integer("moe_intermediate_size"),
-        num_hidden_layers=f.integer("num_hidden_layers", high=_MAX_LAYERS),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         q_lora_rank=f.optional_integer("q_lora_rank", low=1, required=True),
         kv_lora_rank=f.integer("kv_lora_rank"),
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope_dim,
-        v_head_dim=f.integer("v_head_dim"),
+        v_head_dim=_v_head_dim(f, name, hidden, heads),
         rms_norm_eps=f.positive("rms_norm_eps"),
         attention_bias=f.boolean("attention_bias"),
         tie_word_embeddings=f.boolean("tie_word_embeddings"),
         max_position_embeddings=length,
-        rope=parse_rope(f, length),
+        rope=parse_rope(f, length, rope_dim),
         rope_layout=family.rope_layout if interleave else "half",
-        n_shared_experts=f.optional_integer("n_shared_experts", required=True, high=_MAX_EXPERTS) or 0,
-        first_k_dense_replace=f.integer("first_k_dense_replace", low=0),
         num_mtp_layers=f.integer("num_nextn_predict_layers", low=0, high=_MAX_LAYERS) if has_mtp else 0,
         dtype=cast(Any, f.choice(dtype_key, ("float32", "float16", "bfloat16"))),
         bos_token_id=f.optional_integer("bos_token_id"),
         eos_token_ids=tuple(eos_list),
         pad_token_id=f.optional_integer("pad_token_id", low=-1),
-        **_parse_routing(f, family),
+        weight_block_size=parse_quantization(f),
+        **(_parse_moe(f, family, layers) if family.has_moe else _DENSE | {"first_k_dense_replace": layers}),
+        **(_parse_scales(f, hidden, layers) if "scale_emb" in family.extra_keys else {}),
     )
+
+
+#: 没有 MoE 的家族：这些字段不起作用，取中性值。
+_DENSE: dict[str, Any] = {
+    "moe_intermediate_size": 0,
+    "n_routed_experts": 0,
+    "n_shared_experts": 0,
+    "num_experts_per_tok": 0,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+}
+
+
+def _v_head_dim(f: Fields, family: str, hidden: int, heads: int) -> int:
+    """``v_head_dim``；MiniCPM3 可以不写，那时是 ``hidden_size / num_attention_heads``。"""
+    if family != "minicpm3" or f.data.get("v_head_dim") is not None:
+        return f.integer("v_head_dim")
+    if hidden % heads:
+        raise f.bad("num_attention_heads", f"能整除 hidden_size（{hidden}）的数，否则要写明 v_head_dim")
+    return hidden // heads
+
+
+def _parse_scales(f: Fields, hidden: int, layers: int) -> dict[str, Any]:
+    """MiniCPM3 的三个缩放；``scale_depth``、``dim_model_base`` 为 null 表示不缩放。"""
+    scales = {"embed_scale": f.positive("scale_emb")}
+    if f.require("scale_depth") is not None:
+        scales["residual_scale"] = f.positive("scale_depth") / math.sqrt(layers)
+    if f.require("dim_model_base") is not None:
+        scales["logits_divisor"] = hidden / f.integer("dim_model_base")
+    return scales
+
+
+def _parse_moe(f: Fields, family: Family, layers: int) -> dict[str, Any]:
+    """专家的尺寸、哪些层是 MoE，以及路由。"""
+    return {
+        "moe_intermediate_size": f.integer("moe_intermediate_size"),
+        "n_shared_experts": f.optional_integer("n_shared_experts", required=True, high=_MAX_EXPERTS) or 0,
+        "first_k_dense_replace": _dense_layers(f, family, layers),
+        **_parse_routing(f, family),
+    }
+
+
+def _dense_layers(f: Fields, family: Family, layers: int) -> int:
+    """前多少层是 dense。
+
+    GLM 由 ``mlp_layer_types`` 逐层列出，缺省第一层 dense；transformers 不读它的 ``first_k_dense_replace``，两者不一致就拒绝。
+    """
+    if "mlp_layer_types" not in family.extra_keys:
+        return f.integer("first_k_dense_replace", low=0)
+    types, dense = f.data.get("mlp_layer_types"), 1
+    if types is not None:
+        dense = (
+            next((i for i, kind in enumerate(types) if kind != "dense"), layers)
+            if isinstance(types, list)
+            else 0
+        )
+        if types != ["dense"] * dense + ["sparse"] * (layers - dense):
+            raise f.bad("mlp_layer_types", f" {layers} 项的列表，先是若干 dense，其余全是 sparse")
+    f.must_equal("first_k_dense_replace", dense)
+    return dense
 
 
 def _parse_routing(f: Fields, family: Family) -> dict[str, Any]:

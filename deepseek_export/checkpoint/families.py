@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -15,33 +15,58 @@ class Family:
     """一个 ``model_type`` 与其他家族的全部差别；架构相同的新家族只需再加一行数据。"""
 
     rope_layout: RopeLayout  # rope_interleave 缺省时的布局
-    scoring_func: str
-    topk_methods: tuple[str, ...]  # 第一个是缺省值
-    honours_norm_topk_prob: bool
-    extra_keys: frozenset[str]  # 只有这个家族才认的字段
-    aliases: Mapping[str, str]  # config.json 里的别名 -> 正名
+    transformers_type: str  # transformers 里实现它的 model_type
+    scoring_func: str = ""
+    topk_methods: tuple[str, ...] = ()  # 第一个是缺省值；空表示这个家族没有 MoE 层
+    honours_norm_topk_prob: bool = True
+    extra_keys: frozenset[str] = frozenset()  # 只有这个家族才认的字段
+    aliases: Mapping[str, str] = field(default_factory=dict)  # config.json 里的别名 -> 正名
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # 官方 config.json 省略的字段，取自家族的配置类
 
+    @property
+    def has_moe(self) -> bool:
+        """有没有 MoE 层；没有的家族连 MoE 的字段都不认。"""
+        return bool(self.topk_methods)
+
+
+_V3 = Family(
+    rope_layout="deinterleaved",
+    transformers_type="deepseek_v3",
+    scoring_func="sigmoid",
+    topk_methods=("noaux_tc",),
+    extra_keys=frozenset({"rope_interleave", "num_nextn_predict_layers"}),
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "deepseek_v2": Family(
             rope_layout="interleaved",
+            transformers_type="deepseek_v2",
             scoring_func="softmax",
             topk_methods=("greedy", "group_limited_greedy"),
             honours_norm_topk_prob=False,
-            extra_keys=frozenset(),
             aliases={"num_experts": "n_routed_experts"},
         ),
-        "deepseek_v3": Family(
+        "deepseek_v3": _V3,
+        # 架构就是 deepseek_v3，只是 model_type 另起了名字；transformers 没有单独的实现。
+        "kimi_k2": _V3,
+        # GLM-4.7-Flash：注意力、路由与 V3 相同，dense 层由 mlp_layer_types 指定。
+        "glm4_moe_lite": replace(
+            _V3, transformers_type="glm4_moe_lite", extra_keys=_V3.extra_keys | {"mlp_layer_types"}
+        ),
+        # Youtu-LLM：V3 的注意力，没有 MoE。
+        "youtu": Family(
             rope_layout="deinterleaved",
-            scoring_func="sigmoid",
-            topk_methods=("noaux_tc",),
-            honours_norm_topk_prob=True,
-            extra_keys=frozenset({"rope_interleave", "num_nextn_predict_layers"}),
-            aliases={
-                "num_local_experts": "n_routed_experts",
-                "num_mtp_layers": "num_nextn_predict_layers",
-            },
+            transformers_type="youtu",
+            extra_keys=frozenset({"rope_interleave"}),
+        ),
+        # MiniCPM3：前后两半的 RoPE，没有 MoE；词嵌入、残差、logits 各有一个缩放。
+        "minicpm3": Family(
+            rope_layout="half",
+            transformers_type="minicpm3",
+            extra_keys=frozenset({"scale_emb", "scale_depth", "dim_model_base"}),
+            defaults={"attention_bias": False, "tie_word_embeddings": True, "rope_theta": 10000.0},
         ),
     }
 )
@@ -52,16 +77,18 @@ def _words(text: str) -> frozenset[str]:
 
 
 CONSUMED_KEYS = _words(
-    "model_type vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
-    "num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rms_norm_eps "
-    "attention_bias tie_word_embeddings max_position_embeddings rope_theta rope_scaling rope_parameters "
-    "n_routed_experts n_shared_experts num_experts_per_tok first_k_dense_replace scoring_func topk_method "
-    "n_group topk_group norm_topk_prob routed_scaling_factor dtype torch_dtype bos_token_id eos_token_id "
-    "pad_token_id quantization_config"
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads q_lora_rank "
+    "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rms_norm_eps attention_bias tie_word_embeddings "
+    "max_position_embeddings rope_theta rope_scaling rope_parameters dtype torch_dtype bos_token_id "
+    "eos_token_id pad_token_id quantization_config"
+)
+MOE_KEYS = _words(
+    "moe_intermediate_size n_routed_experts n_shared_experts num_experts_per_tok first_k_dense_replace "
+    "scoring_func topk_method n_group topk_group norm_topk_prob routed_scaling_factor"
 )
 # 不影响推理结果：训练超参、HF 的记账字段、输出选项。
 IGNORED_KEYS = _words(
-    "architectures auto_map transformers_version initializer_range use_cache attention_dropout seq_aux "
+    "architectures auto_map transformers_version initializer_range embedding_initializer_range use_cache attention_dropout seq_aux "
     "aux_loss_alpha ep_size output_router_logits _name_or_path name_or_path _attn_implementation "
     "_attn_implementation_autoset attn_implementation return_dict output_attentions output_hidden_states "
     "chunk_size_feed_forward id2label label2id problem_type task_specific_params finetuning_task "
@@ -72,6 +99,7 @@ FIXED_KEYS: Mapping[str, Any] = MappingProxyType(
     {
         "hidden_act": "silu",
         "moe_layer_freq": 1,
+        "partial_rotary_factor": 1,
         "mlp_bias": False,
         "pretraining_tp": 1,
         "is_encoder_decoder": False,
@@ -81,6 +109,7 @@ FIXED_KEYS: Mapping[str, Any] = MappingProxyType(
 )
 DERIVED_KEYS = frozenset({"num_key_value_heads", "head_dim", "qk_head_dim"})  # 必须与其他字段一致
 ROPE_KEYS = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor"})
+LONGROPE_KEYS = _words("short_factor long_factor factor original_max_position_embeddings attention_factor")
 YARN_KEYS = _words(
     "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor "
     "truncate"

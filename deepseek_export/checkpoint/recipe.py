@@ -2,21 +2,23 @@
 
 initializer 的名字就是检查点里的名字；叠在一起的专家用 ``*`` 代表编号
 （``model.layers.3.mlp.experts.*.gate_proj.weight``）。配方写进 manifest，由 :func:`materialize` 逐块执行：
-叠放的专家一次只读一个，峰值内存由最大的单个张量决定，与模型大小无关。
+每次只读来源的几行，峰值内存由块的大小决定，与张量、模型的大小无关。
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Literal
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 
-from deepseek_export.checkpoint.checkpoint import expected_mtp_tensors, expected_tensors
+from deepseek_export.checkpoint.checkpoint import Checkpoint, expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.config import ModelConfig
+from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.errors import DsxError
 
@@ -28,6 +30,12 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+#: 一次读进内存的来源数据，按 float32 计的字节数。
+CHUNK_BYTES = 64 << 20
+
+#: E4M3 的 256 个码各是多少；查表比逐个转换快得多。
+_E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
 #: router 的权重与 bias 始终 float32（transformers 的 ``_keep_in_fp32_modules_strict``）。
 _FLOAT32_SUFFIXES = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 
@@ -38,9 +46,11 @@ class Recipe(BaseModel):
     Attributes:
         op: ``copy`` 原样（可改 dtype）；``stack`` 在新的第 0 维叠放；``stack_swiglu`` 来源按 gate、up 交替给出，每个专家内
             gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``zeros`` 全零。
-        sources: 检查点张量名。
+        sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
+            ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
         dtype: initializer 的 dtype。
+        block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,11 +59,52 @@ class Recipe(BaseModel):
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: WeightDtype
+    block_size: tuple[int, int] | None = None
+
+    @field_serializer("sources")
+    def _folded(self, sources: tuple[str, ...]) -> tuple[str, ...]:
+        return _fold(sources)
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _unfolded(cls, value: Any) -> Any:
+        return _unfold(value) if isinstance(value, list | tuple) else value
 
     @property
     def nbytes(self) -> int:
         """字节数。"""
         return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(\w+)(\..*)")
+_FOLDED = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}\.(?:\{([\w,]+)\}|(\w+))(\..*)")
+_MAX_EXPERTS = 1 << 16
+
+
+def _fold(sources: tuple[str, ...]) -> tuple[str, ...]:
+    """编号连续的专家折成一个模式；折不了就原样。"""
+    parts = [match.groups() for source in sources if (match := _EXPERT.fullmatch(source))]
+    if len(parts) < 2 or len(parts) != len(sources):
+        return sources
+    head, first, _, tail = parts[0]
+    kinds = ",".join(dict.fromkeys(part[2] for part in parts))
+    folded = (f"{head}{{{first}..{parts[-1][1]}}}.{f'{{{kinds}}}' if ',' in kinds else kinds}{tail}",)
+    return folded if _unfold(folded) == sources else sources
+
+
+def _unfold(sources: Iterable[Any]) -> tuple[Any, ...]:
+    """:func:`_fold` 的逆。"""
+    names: list[Any] = []
+    for source in sources:
+        if not (match := _FOLDED.fullmatch(source) if isinstance(source, str) else None):
+            names.append(source)
+            continue
+        head, first, last, kinds, kind, tail = match.groups()
+        if int(last) - int(first) >= _MAX_EXPERTS:
+            raise ValueError(f"{source} 展开后太长")
+        for expert in range(int(first), int(last) + 1):
+            names += [f"{head}{expert}.{name}{tail}" for name in (kinds or kind).split(",")]
+    return tuple(names)
 
 
 def weight_recipes(config: ModelConfig, dtype: WeightDtype) -> dict[str, Recipe]:
@@ -102,13 +153,43 @@ def _recipes(
     return recipes
 
 
-def materialize(name: str, recipe: Recipe, store: TensorStore) -> Iterator[np.ndarray]:
+def bind_recipes(recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """补上只有文件头才知道的事：来源是 FP8 的配方写明块大小。
+
+    Args:
+        recipes: 由配置得出的配方。
+        checkpoint: 已核对的检查点。
+
+    Raises:
+        DsxError: ``DSX-E120``，叠在一起的来源有的是 FP8、有的不是。
+    """
+    block_size = checkpoint.config.weight_block_size
+    if block_size is None:
+        return dict(recipes)
+    bound = {}
+    for name, recipe in recipes.items():
+        kinds = {checkpoint.store[source].dtype == FP8_DTYPE for source in recipe.sources}
+        if len(kinds) > 1:
+            odd = next(s for s in recipe.sources if checkpoint.store[s].dtype != FP8_DTYPE)
+            raise DsxError(
+                "DSX-E120",
+                f"{name} 的来源有的是 FP8、有的不是：{odd} 是 {checkpoint.store[odd].dtype}",
+                "同一层的专家要么全是 FP8、要么都不是；重新下载或重新转换检查点",
+            )
+        bound[name] = recipe.model_copy(update={"block_size": block_size}) if True in kinds else recipe
+    return bound
+
+
+def materialize(
+    name: str, recipe: Recipe, store: TensorStore, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[np.ndarray]:
     """按行主序逐块产出 initializer 的内容。
 
     Args:
         name: initializer 名，只用于报错。
-        recipe: 配方。
+        recipe: 配方，已经过 :func:`bind_recipes`。
         store: 检查点张量。
+        chunk_bytes: 一块的上限，按 float32 计；至少一行（FP8 至少一行块）。
 
     Yields:
         连续的 ndarray，dtype 为配方的 dtype；拼起来就是整个 initializer。
@@ -116,16 +197,16 @@ def materialize(name: str, recipe: Recipe, store: TensorStore) -> Iterator[np.nd
     Raises:
         DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出。
     """
-    dtype = NUMPY_DTYPES[recipe.dtype]
     if recipe.op == "zeros":
-        yield np.zeros(recipe.shape, dtype)
+        yield np.zeros(recipe.shape, NUMPY_DTYPES[recipe.dtype])
     elif recipe.op == "stack_swiglu":
         for gate, up in zip(recipe.sources[::2], recipe.sources[1::2], strict=True):
-            pair = [_converted(name, source, store, dtype) for source in (gate, up)]
-            yield np.ascontiguousarray(np.stack(pair, axis=1)).reshape(-1, recipe.shape[-1])
+            pieces = (_converted(name, source, recipe, store, chunk_bytes) for source in (gate, up))
+            for pair in zip(*pieces, strict=True):
+                yield np.stack(pair, axis=1).reshape(-1, recipe.shape[-1])
     else:
         for source in recipe.sources:
-            yield _converted(name, source, store, dtype)
+            yield from _converted(name, source, recipe, store, chunk_bytes)
 
 
 def load_array(name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
@@ -138,25 +219,51 @@ def load_array(name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
     return out
 
 
-def _converted(name: str, source: str, store: TensorStore, dtype: np.dtype) -> np.ndarray:
-    array = store.read(source)
-    finite = np.isfinite(array)
-    if not finite.all():
-        where = np.unravel_index(int(np.argmin(finite)), array.shape)
-        raise DsxError(
-            "DSX-E115",
-            f"张量 {source}{[int(i) for i in where]} = {array[where]}（用于 {name}）",
-            "检查点坏了：重新下载，或回到产生它的训练、转换步骤查 NaN",
-        )
-    with np.errstate(over="ignore"):
-        converted = np.ascontiguousarray(array.astype(dtype, copy=False))
-    if dtype.itemsize < array.dtype.itemsize or (dtype == np.float16 and array.dtype != np.float16):
-        finite = np.isfinite(converted)
+def _converted(
+    name: str, source: str, recipe: Recipe, store: TensorStore, chunk_bytes: int
+) -> Iterator[np.ndarray]:
+    """一个来源：逐块读出、反量化、查 NaN、转 dtype。"""
+    shape, dtype = store[source].shape, NUMPY_DTYPES[recipe.dtype]
+    rows = max(chunk_bytes // (4 * math.prod(shape[1:]) or 1), 1)
+    if recipe.block_size is not None:
+        rows = max(rows // recipe.block_size[0], 1) * recipe.block_size[0]
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        if recipe.block_size is None:
+            array = store.read_rows(source, start, stop)
+        else:
+            array = _dequantized(source, start, stop, recipe.block_size, store)
+        finite = np.isfinite(array)
         if not finite.all():
-            where = np.unravel_index(int(np.argmin(finite)), array.shape)
             raise DsxError(
-                "DSX-E116",
-                f"张量 {source}{[int(i) for i in where]} = {array[where]} 超出 {dtype.name} 的范围",
-                "改用 --dtype float32",
+                "DSX-E115",
+                f"张量 {_first(source, array, finite, start)}（用于 {name}）",
+                "检查点坏了：重新下载，或回到产生它的训练、转换步骤查 NaN",
             )
-    return converted
+        with np.errstate(over="ignore"):
+            converted = array.astype(dtype, copy=False)
+        if dtype.itemsize < array.dtype.itemsize or (dtype == np.float16 and array.dtype != np.float16):
+            finite = np.isfinite(converted)
+            if not finite.all():
+                what = f"张量 {_first(source, array, finite, start)} 超出 {dtype.name} 的范围"
+                raise DsxError("DSX-E116", what, "改用 --dtype float32")
+        yield converted
+
+
+def _first(source: str, array: np.ndarray, finite: np.ndarray, start: int) -> str:
+    """第一个出问题的元素：``名字[坐标] = 值``；坐标是整个张量里的。"""
+    row, *rest = (int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
+    return f"{source}{[start + row, *rest]} = {array[(row, *rest)]}"
+
+
+def _dequantized(
+    source: str, start: int, stop: int, block_size: tuple[int, int], store: TensorStore
+) -> np.ndarray:
+    """FP8 矩阵的 ``[start, stop)`` 行 → float32；``start`` 在块的边界上，右边与下边的块可以不满。"""
+    height, width = block_size
+    values = _E4M3_VALUES[store.read_rows(source, start, stop).view(np.uint8)]
+    scales = store.read_rows(source + SCALE_SUFFIX, start // height, -(-stop // height))
+    with np.errstate(over="ignore", invalid="ignore"):  # 溢出与 NaN 由调用方点名
+        for index, row in enumerate(scales):
+            values[index * height : (index + 1) * height] *= np.repeat(row, width)[: values.shape[1]]
+    return values

@@ -73,7 +73,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class TensorStore:
-    """一个检查点目录里的全部张量；只有 :meth:`read` 才会碰数据，且每个文件只映射一次。"""
+    """一个检查点目录里的全部张量；只有 :meth:`read` 与 :meth:`read_rows` 才会碰数据。"""
 
     directory: Path
     _shards: tuple[_Shard, ...]
@@ -123,6 +123,11 @@ class TensorStore:
         """全部张量名，按字典序。"""
         return tuple(sorted(self._specs))
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """全部 safetensors 文件。"""
+        return tuple(shard.path for shard in self._shards)
+
     def __contains__(self, name: object) -> bool:
         return name in self._specs
 
@@ -160,6 +165,33 @@ class TensorStore:
         if raw.size != spec.nbytes:
             raise DsxError("DSX-E110", f"{spec.file} 在读取 {name} 时变短了", "不要在导出期间改动检查点")
         return raw.view(dtype).reshape(spec.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """把第 0 维的 ``[start, stop)`` 读进新的内存。
+
+        映射过的页会一直算作常驻内存；逐块处理比内存大的张量时用这个，用完即还。
+
+        Args:
+            name: 张量名，至少一维。
+            start, stop: 行的范围，不越界。
+
+        Raises:
+            DsxError: ``DSX-E110`` 打开之后文件又变短了，或读不了。
+        """
+        spec = self._specs[name]
+        row = spec.nbytes // max(spec.shape[0], 1)
+        raw = np.empty((stop - start) * row, np.uint8)
+        try:
+            with spec.file.open("rb", buffering=0) as stream:
+                stream.seek(spec.offset + start * row)
+                filled = 0
+                while filled < raw.size and (got := stream.readinto(raw[filled:].data)):
+                    filled += got
+        except OSError as error:
+            raise _broken(spec.file, f"读 {name} 时：{error.strerror}") from error
+        if filled != raw.size:
+            raise DsxError("DSX-E110", f"{spec.file} 在读取 {name} 时变短了", "不要在导出期间改动检查点")
+        return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(stop - start, *spec.shape[1:])
 
     def fingerprint(self) -> dict[str, list[dict[str, Any]]]:
         """检查点的身份：每个文件的名字、大小、文件头的 SHA-256；可写成 JSON，不含时间戳。"""

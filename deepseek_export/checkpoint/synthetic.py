@@ -1,6 +1,7 @@
 """造随机权重的 HF 格式检查点：给测试、演示和基准用，不依赖 torch 与 transformers。
 
-同样的参数总写出同样的字节：每个张量的随机数只由种子和它自己的名字决定，与分片数、先后顺序无关。
+同样的参数总写出同样的字节：每个张量的随机数只由种子和它自己的名字决定，与分片数、先后顺序无关。config 里有
+``quantization_config`` 时，Linear 权重写成 FP8 分块，与 DeepSeek 发布的一样。
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from deepseek_export.checkpoint.checkpoint import expected_mtp_tensors, expected_tensors
-from deepseek_export.checkpoint.config import parse_model_config
-from deepseek_export.checkpoint.store import INDEX_NAME, SINGLE_NAME
+from deepseek_export.checkpoint.config import ModelConfig, parse_model_config
+from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
+from deepseek_export.checkpoint.store import INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME
 
 DEMO_CONFIG: Mapping[str, Any] = MappingProxyType(
     {
@@ -71,12 +73,17 @@ DEMO_CONFIG: Mapping[str, Any] = MappingProxyType(
     }
 )
 SPECIAL_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
-_DTYPES = {
-    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
-    "float16": ("F16", np.dtype(np.float16)),
-    "float32": ("F32", np.dtype(np.float32)),
-}
+_TAGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _CHUNK = 1 << 22
+#: DeepSeek 发布的 FP8 检查点里，注意力与（共享、路由）专家的 Linear 是 FP8；MTP 的 eh_proj 与其余张量不是。
+_FP8_LINEARS = tuple(
+    f".{name}.weight"
+    for name in (
+        *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+)
+_E4M3_MAX = 448.0
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -108,6 +115,33 @@ DEMO_TEXT = (
 )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """检查点里每个张量的 dtype 与形状，以及怎么造内容。"""
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    block_size: tuple[int, int] | None
+    seed: int
+    tied: bool
+
+    def nbytes(self, name: str) -> int:
+        tag, shape = self.tensors[name]
+        return math.prod(shape) * NUMPY_DTYPES[tag].itemsize
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """按行主序逐块给出内容。"""
+        tag, shape = self.tensors[name]
+        source = name.removesuffix(SCALE_SUFFIX)
+        if self.block_size is None or FP8_DTYPE not in (tag, self.tensors[source][0]):
+            for block in _random_blocks(name, shape, self.seed, self.tied):
+                yield block.astype(NUMPY_DTYPES[tag])
+        else:
+            shape = self.tensors[source][1]
+            flat = np.concatenate([*_random_blocks(source, shape, self.seed, self.tied)])
+            codes, scales = quantize_fp8(flat.reshape(shape), self.block_size)
+            yield codes if tag == FP8_DTYPE else scales
+
+
 def write_checkpoint(
     out: Path,
     config: Mapping[str, Any],
@@ -116,16 +150,18 @@ def write_checkpoint(
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16",
     shards: int = 1,
     mtp: bool = False,
+    sparse: bool = False,
 ) -> Path:
     """写一个随机权重的检查点，逐块落盘，内存占用与模型大小无关。
 
     Args:
         out: 目标目录，不存在就新建；里面不能已有权重。
-        config: HF 风格的 ``config.json`` 内容；``torch_dtype`` 由 ``dtype`` 决定。
+        config: HF 风格的 ``config.json`` 内容；``torch_dtype`` 由 ``dtype`` 决定，有 ``quantization_config`` 则写成 FP8 分块。
         seed: 随机种子。
         dtype: 权重的 dtype；``e_score_correction_bias`` 总是 float32，与官方检查点相同。
-        shards: 分成几个文件；大于 1 时另写索引。
+        shards: 分成几个文件，按大小均分；大于 1 时另写索引。
         mtp: 是否写 MTP 层；层数取 ``num_nextn_predict_layers``，至少一层。
+        sparse: 只写文件头，数据区留成稀疏文件的洞（全零），几乎不占磁盘。
 
     Returns:
         ``out``。
@@ -139,28 +175,42 @@ def write_checkpoint(
     if mtp:
         values["num_nextn_predict_layers"] = max(values.get("num_nextn_predict_layers") or 0, 1)
     parsed = parse_model_config(values, "write_checkpoint 的 config")
-    shapes = expected_tensors(parsed)
-    for index in range(parsed.num_mtp_layers if mtp else 0):
-        shapes |= expected_mtp_tensors(parsed, index)
-    if not 1 <= shards <= len(shapes):
-        raise ValueError(f"shards 应在 1 到 {len(shapes)} 之间，得到 {shards}")
+    tensors = _tensors(parsed, dtype, mtp)
+    if not 1 <= shards <= len(tensors):
+        raise ValueError(f"shards 应在 1 到 {len(tensors)} 之间，得到 {shards}")
     out.mkdir(parents=True, exist_ok=True)
     if old := sorted(out.glob("*.safetensors*")):
         raise FileExistsError(f"{out} 里已有 {old[0].name}，请换一个空目录")
     _write_json(out / "config.json", values)
     tokens = {"bos_token_id": parsed.bos_token_id, "eos_token_id": values.get("eos_token_id")}
     _write_json(out / "generation_config.json", {"_from_model_config": True, **tokens})
+    plan = _Plan(tensors, parsed.weight_block_size, seed, parsed.tie_word_embeddings)
     weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(_split(list(shapes), shards), start=1):
+    for number, names in enumerate(_split({name: plan.nbytes(name) for name in tensors}, shards), start=1):
         file = SINGLE_NAME if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        tied = parsed.tie_word_embeddings
-        total += _write_shard(out / file, {name: shapes[name] for name in names}, seed, dtype, tied)
+        _write_shard(out / file, names, plan, sparse)
         weight_map |= dict.fromkeys(names, file)
     if shards > 1:
+        total = sum(map(plan.nbytes, tensors))
         index_data = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(out / INDEX_NAME, index_data)
     return out
+
+
+def quantize_fp8(weight: np.ndarray, block_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """float32 矩阵 → E4M3 与每块的 scale（``amax / 448``）；边上的块可以不满。
+
+    Returns:
+        与 ``weight`` 同形的 float8_e4m3fn，和 ``[ceil(行/块高), ceil(列/块宽)]`` 的 float32。
+    """
+    height, width = block_size
+    codes = np.empty(weight.shape, NUMPY_DTYPES[FP8_DTYPE])
+    scales = np.empty((-(-weight.shape[0] // height), -(-weight.shape[1] // width)), np.float32)
+    for i, j in np.ndindex(*scales.shape):
+        block = np.s_[i * height : (i + 1) * height, j * width : (j + 1) * width]
+        scales[i, j] = max(float(np.abs(weight[block]).max()) / _E4M3_MAX, np.finfo(np.float32).tiny)
+        codes[block] = (weight[block] / scales[i, j]).astype(codes.dtype)
+    return codes, scales
 
 
 def write_demo_checkpoint(out: Path, **options: Any) -> Path:
@@ -178,32 +228,52 @@ def write_demo_checkpoint(out: Path, **options: Any) -> Path:
     return out
 
 
-def _split(names: Sequence[str], parts: int) -> Iterator[Sequence[str]]:
-    """按顺序切成 ``parts`` 段，每段至少一个。"""
-    for part in range(parts):
-        yield names[len(names) * part // parts : len(names) * (part + 1) // parts]
+def _tensors(config: ModelConfig, dtype: str, mtp: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """名字 → (safetensors 的 dtype, 形状)；scale 紧跟在它的权重后面。"""
+    shapes = expected_tensors(config)
+    for index in range(config.num_mtp_layers if mtp else 0):
+        shapes |= expected_mtp_tensors(config, index)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if config.weight_block_size is not None and name.endswith(_FP8_LINEARS):
+            blocks = (-(-dim // size) for dim, size in zip(shape, config.weight_block_size, strict=True))
+            tensors |= {name: (FP8_DTYPE, shape), name + SCALE_SUFFIX: ("F32", tuple(blocks))}
+        else:
+            kept = "float32" if name.endswith("e_score_correction_bias") else dtype
+            tensors[name] = (_TAGS[kept], shape)
+    return tensors
 
 
-def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: str, tied: bool) -> int:
-    """写一个 safetensors 文件，返回数据区的字节数。"""
+def _split(sizes: Mapping[str, int], parts: int) -> Iterator[list[str]]:
+    """按顺序切成 ``parts`` 段，每段至少一个，字节数大致相等。"""
+    left, shard, filled = sum(sizes.values()), [], 0
+    for index, (name, size) in enumerate(sizes.items(), start=1):
+        shard.append(name)
+        filled += size
+        if parts > 1 and (filled * parts >= left or len(sizes) - index == parts - 1):
+            yield shard
+            left, shard, filled, parts = left - filled, [], 0, parts - 1
+    yield shard
+
+
+def _write_shard(path: Path, names: Sequence[str], plan: _Plan, sparse: bool) -> None:
+    """写一个 safetensors 文件。"""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        tag, numpy_dtype = _DTYPES[_dtype_of(name, dtype)]
-        begin, end = end, end + math.prod(shape) * numpy_dtype.itemsize
+    for name in names:
+        tag, shape = plan.tensors[name]
+        begin, end = end, end + plan.nbytes(name)
         header[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
-        for name, shape in shapes.items():
-            for block in _random_blocks(name, shape, seed, tied):
-                stream.write(block.astype(_DTYPES[_dtype_of(name, dtype)][1]).tobytes())
-    return end
-
-
-def _dtype_of(name: str, dtype: str) -> str:
-    return "float32" if name.endswith("e_score_correction_bias") else dtype
+        if sparse:
+            stream.truncate(stream.tell() + end)
+            return
+        for name in names:
+            for block in plan.blocks(name):
+                stream.write(block.tobytes())
 
 
 def _random_blocks(name: str, shape: tuple[int, ...], seed: int, tied: bool) -> Iterator[np.ndarray]:

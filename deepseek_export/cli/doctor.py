@@ -15,6 +15,7 @@ from deepseek_export import __version__
 from deepseek_export.cli.console import console, echo_json, facts, size, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import json_option
+from deepseek_export.disk_cache import DiskCache
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
@@ -40,8 +41,8 @@ PACKAGES = (
 TARGETS = {
     "portable": "可用：任何 ONNX Runtime",
     "ort-cpu": "可用：ONNX Runtime CPU 的 MoE kernel",
-    "tensorrt": "不在这一版",
-    "tensorrt-rtx": "不在这一版",
+    "tensorrt": "可用：完整的 TensorRT，插件核与原生层",
+    "tensorrt-rtx": "可用：TensorRT-RTX，插件核与原生层",
 }
 CPU_LIBRARY = "不在这一版；dsx 算子走 ONNX 函数体"
 _READY = "可用"
@@ -68,6 +69,7 @@ def diagnose() -> dict[str, Any]:
     floors = _floors()
     packages = [_package(package, floors.get(_normal(package.name))) for package in PACKAGES]
     flags = _cpu_flags()
+    traces = DiskCache("traces").directory
     return {
         "ok": all(p["status"] == "ok" for p in packages if p["extra"] is None),
         "dsx": __version__,
@@ -78,6 +80,7 @@ def diagnose() -> dict[str, Any]:
         "packages": packages,
         "targets": {name: state.startswith(_READY) for name, state in TARGETS.items()},
         "cpu_library": False,
+        "trace_cache": None if traces is None else str(traces),
     }
 
 
@@ -151,6 +154,7 @@ def _print(found: dict[str, Any]) -> None:
                 ("CPU", f"{found['cpu']['cores']} 核；{shown}"),
                 ("内存", "未知" if memory is None else size(memory)),
                 ("C++ 算子库", CPU_LIBRARY),
+                ("捕获缓存", found["trace_cache"] or "关（DSX_NO_CACHE）"),
             ],
         )
     )

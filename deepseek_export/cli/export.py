@@ -18,6 +18,8 @@ from deepseek_export.cli.progress import open_progress
 if TYPE_CHECKING:
     from deepseek_export.bundle import Bundle
 
+_WEIGHTS = {"packed": "已打包", "reference": "按引用，加载时从检查点生成"}
+
 
 @click.command("export", cls=Command, short_help="把检查点编译成 ONNX bundle")
 @checkpoint_argument
@@ -31,13 +33,25 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", "out", required=True, metavar="OUT", type=click.Path(path_type=Path), help="输出目录。"
 )
-@click.option("--target", default="portable", show_default=True, help="编译目标：portable 或 ort-cpu。")
+@click.option(
+    "--target",
+    default="portable",
+    show_default=True,
+    help="编译目标：portable、ort-cpu、tensorrt、tensorrt-rtx。",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
     help="权重与计算的 dtype；router 总是 float32。",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["packed", "reference"]),
+    default="packed",
+    show_default=True,
+    help="packed 写成自包含的文件夹；reference 不写权重，指进检查点自己的文件（同一文件系统）。",
 )
 @set_option
 @click.option("--overwrite", is_flag=True, help="替换已有的 bundle。")
@@ -50,6 +64,7 @@ def command(
     out: Path,
     target: str,
     dtype: Literal["float32", "float16"],
+    weights: Literal["packed", "reference"],
     overrides: tuple[str, ...],
     overwrite: bool,
     check: bool,
@@ -77,6 +92,7 @@ def command(
             profile,
             target=target,
             dtype=dtype,
+            weights=weights,
             overrides=overrides,
             overwrite=overwrite,
             check=check,
@@ -99,6 +115,7 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
         "profile": manifest.profile.name,
         "target": manifest.target,
         "dtype": manifest.dtype,
+        "weights": manifest.weights.mode,
         "op_counts": {graph.file: graph.op_counts for graph in manifest.graphs},
         "passes": [
             {"graph": graph.file, **result.model_dump(mode="json")}
@@ -131,7 +148,7 @@ def _print_summary(out: Path, summary: dict[str, Any]) -> None:
     rows = [
         ("方案", f"{summary['profile']}，目标 {summary['target']}，{summary['dtype']}"),
         ("算子", f"{summary['nodes']} 个节点" + (f"，其中 {'、'.join(custom)}" if custom else "")),
-        ("权重", size(summary["weight_bytes"])),
+        ("权重", f"{size(summary['weight_bytes'])}，{_WEIGHTS[summary['weights']]}"),
         ("KV 缓存", f"每个 token {summary['cache_bytes_per_token']:,} 字节"),
         ("用时", f"{sum(seconds.values()):.1f} s，峰值内存 {size(summary['peak_rss_bytes'])}"),
         *(("回退", line) for line in summary["fallbacks"]),

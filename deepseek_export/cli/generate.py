@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--chat", is_flag=True, help="套用检查点自带的聊天模板。")
 @click.option("--ignore-eos", is_flag=True, help="遇到 EOS 不停。")
 @click.option("--no-speculative", is_flag=True, help="bundle 带 MTP 时也逐个 token 解码。")
+@click.option("--no-floor", is_flag=True, help="投机解码不划算也不退回普通解码。")
 @click.option("--stats", is_flag=True, help="在 stderr 上打印投机解码的接受率与调用次数。")
 @click.option("--threads", type=click.IntRange(min=1), help="线程数；缺省由 ONNX Runtime 决定。")
 @json_option
@@ -42,13 +43,14 @@ def command(
     threads: int | None,
     as_json: bool,
     no_speculative: bool,
+    no_floor: bool,
     stats: bool,
     **options: Any,
 ) -> None:
     """在 ONNX Runtime 上用 bundle OUT 生成。
 
     一条提示词时边生成边输出，stdout 上只有生成的文本；几条合成一批跑，跑完依次输出。用时写在 stderr。没有 tokenizer 的检查点用
-    --ids，输出也是 token id。带 MTP 的 bundle 自动投机解码，输出不变。
+    --ids，输出也是 token id。带 MTP 的 bundle 自动投机解码，输出不变；实测不比普通解码快就退回，并在 stderr 上说明。
 
     \b
     例：
@@ -66,6 +68,8 @@ def command(
         began = time.perf_counter()
         model = api.load(bundle, threads)
         load_s = time.perf_counter() - began
+    if no_floor and model.speculative is not None:
+        model.speculative.floor = None
     printer = _Printer(model.tokenizer) if len(rows) == 1 and not as_json else None
     result = model.generate(
         rows,

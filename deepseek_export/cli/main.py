@@ -23,7 +23,10 @@ from deepseek_export.errors import DsxError
 COMMANDS = MappingProxyType(
     {
         name: f"deepseek_export.cli.{name}"
-        for name in ("export", "verify", "compare", "generate", "inspect", "demo", "profiles", "doctor")
+        for name in (
+            *("plan", "export", "verify", "compare", "generate", "inspect", "pack"),
+            *("demo", "profiles", "doctor"),
+        )
     }
 )
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -64,6 +67,7 @@ def cli() -> None:
     \b
     第一次用：
       dsx demo                               在随包附带的小模型上走一遍全程
+      dsx plan CKPT --gpu h100               动工之前：多大、放不放得下、多快
       dsx export CKPT -p mla+moe -o OUT      编译自己的检查点
       dsx verify OUT                         与 PyTorch 逐层比对
       dsx compare OUT                        逐块比较，存成 Polygraphy 的格式

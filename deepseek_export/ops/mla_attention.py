@@ -45,27 +45,66 @@ def hidden_keys(past_lens: Tensor, S: int, T: int) -> Tensor:
 
 
 def attend_absorb(
-    q_nope: Tensor, q_pe: Tensor, kv_cache: Tensor, past_lens: Tensor, w_kv_b: Tensor, scale: float | Tensor
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_cache: Tensor,
+    past_lens: Tensor,
+    w_kv_b: Tensor,
+    scale: float | Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """absorb 形式的注意力核；参数见 :data:`~deepseek_export.ops.table.MLA_ATTENTION`，``kv_cache`` 已写入新行。
+
+    Args:
+        mask: 可广播到 [B, H, S, T]，加到缩放后的分数上，代替由 ``past_lens`` 得出的因果遮罩；左填充的 batch 要用它。
 
     Returns:
         o: [B, S, H, dv]，dtype 同 ``q_nope``。
     """
-    B, S, H, dn = q_nope.shape
-    r, T = w_kv_b.shape[1], kv_cache.shape[2]
+    H, dn, r = q_nope.shape[2], q_nope.shape[3], w_kv_b.shape[1]
     w = w_kv_b.view(H, -1, r)
     w_uk, w_uv = w[:, :dn], w[:, dn:]
     q_latent = torch.matmul(q_nope.transpose(1, 2), w_uk)  # bhsd,hdc->bhsc
-    # QK、softmax、PV 是 float32 孤岛：fp16 下 576 项点积会溢出或丢精度。
-    q = torch.cat([q_latent, q_pe.transpose(1, 2)], dim=-1).float() * scale
-    latent = kv_cache.squeeze(1).float()
-    # 所有头共用一份 latent：把 H 并进行维，一次 GEMM 只读一遍缓存，而不是每个头读一遍。
-    scores = torch.matmul(q.reshape(B, H * S, -1), latent.transpose(1, 2)).view(B, H, S, T)
-    p = scores.masked_fill(hidden_keys(past_lens, S, T), float("-inf")).softmax(-1)
-    # PV 连 k_pe 那 dr 列一起乘、再切掉：比先从缓存切出前 r 列（每步一次整缓存拷贝）便宜。
-    context = torch.matmul(p.view(B, H * S, T), latent)[..., :r].view(B, H, S, r).to(q_nope.dtype)
+    q = torch.cat([q_latent, q_pe.transpose(1, 2)], dim=-1)
+    context = attend_latent(q, kv_cache, past_lens, scale, r, mask)
     return torch.matmul(context, w_uv.transpose(1, 2)).transpose(1, 2)  # bhsc,hdc->bshd
+
+
+def attend_latent(
+    q: Tensor,
+    kv_cache: Tensor,
+    past_lens: Tensor,
+    scale: float | Tensor,
+    kv_lora_rank: int,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """absorb 形式的内核：缓存里的 latent 直接当 K 和 V，所有头共用一份。
+
+    Args:
+        q: [B, H, S, r+dr]，已吸收 W_UK。
+        kv_cache: [B, 1, T, r+dr]，已写入新行。
+        past_lens: [B] int64。
+        scale: softmax 缩放，已含 YaRN 的 mscale 平方。
+        kv_lora_rank: r。
+        mask: 同 :func:`attend_absorb`。
+
+    Returns:
+        [B, H, S, r]，dtype 同 ``q``。
+    """
+    B, H, S, _ = q.shape
+    T = kv_cache.shape[2]
+    # QK、softmax、PV 是 float32 孤岛：fp16 下 576 项点积会溢出或丢精度。
+    query, latent = q.float() * scale, kv_cache.squeeze(1).float()
+    # 把 H 并进行维，一次 GEMM 只读一遍缓存，而不是每个头读一遍。
+    scores = torch.matmul(query.reshape(B, H * S, -1), latent.transpose(1, 2)).view(B, H, S, T)
+    if mask is None:
+        scores = scores.masked_fill(hidden_keys(past_lens, S, T), float("-inf"))
+    else:
+        scores = scores + mask
+    p = scores.softmax(-1)
+    # PV 连 k_pe 那 dr 列一起乘、再切掉：比先从缓存切出前 r 列（每步一次整缓存拷贝）便宜。
+    context = torch.matmul(p.view(B, H * S, T), latent)[..., :kv_lora_rank]
+    return context.view(B, H, S, kv_lora_rank).to(q.dtype)
 
 
 def attend_naive(

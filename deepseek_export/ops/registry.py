@@ -13,10 +13,12 @@ import torch
 from onnx import defs
 from onnxscript import values
 
+from deepseek_export.ops import latent_attention as latent
 from deepseek_export.ops import mla_attention as mla
 from deepseek_export.ops import moe_experts, moe_gate, spec_accept
 from deepseek_export.ops.table import (
     DOMAIN,
+    LATENT_ATTENTION,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
@@ -32,6 +34,7 @@ from deepseek_export.ops.table import (
 
 _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     MLA_ATTENTION.name: (mla.mla_attention, mla.fake),
+    LATENT_ATTENTION.name: (latent.latent_attention, latent.fake),
     MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),
     MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),
     SPEC_ACCEPT.name: (spec_accept.spec_accept, spec_accept.fake),

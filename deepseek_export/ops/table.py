@@ -104,6 +104,23 @@ MLA_ATTENTION = OpSpec(
     ),
 )
 
+#: absorb 形式的注意力核。``q`` 是 ``[q_nope W_UK, q_pe]``；``kv_cache`` 已写入本次的 S 行。只由 TensorRT 的下沉产生。
+LATENT_ATTENTION = OpSpec(
+    name="LatentAttention",
+    torch_name="latent_attention",
+    inputs=(
+        Port("q", "T", ("B", "S", "H", "r+dr")),
+        Port("kv_cache", "C", ("B", "1", "T", "r+dr")),
+        Port("past_lens", "I64", ("B",)),
+    ),
+    outputs=(Port("context", "T", ("B", "S", "H", "r")),),
+    attributes=(Attribute("scale", "float"), Attribute("kv_lora_rank", "int")),
+    doc=(
+        "Multi-query attention of absorbed queries over the latent cache, which serves as K (all columns) and as V (the "
+        "first kv_lora_rank columns). Key j is visible to query i when j <= past_lens[b]+i. Accumulates in float32."
+    ),
+)
+
 MOE_GATE = OpSpec(
     name="MoeGate",
     torch_name="moe_gate",
@@ -137,7 +154,10 @@ MOE_EXPERTS = OpSpec(
     ),
     outputs=(Port("y", "T", ("N", "D")),),
     attributes=(),
-    doc="Routed SwiGLU experts; only experts that own a token run. Accumulates over experts in float32.",
+    doc=(
+        "Routed SwiGLU experts; only experts that own a token run. Accumulates over experts in float32. "
+        "An id outside [0, E) belongs to another group of experts and is skipped."
+    ),
 )
 
 SPEC_ACCEPT = OpSpec(
@@ -172,5 +192,15 @@ SPEC_ACCEPT_REJECTION = OpSpec(
 )
 
 OPS: Mapping[str, OpSpec] = MappingProxyType(
-    {spec.name: spec for spec in (MLA_ATTENTION, MOE_GATE, MOE_EXPERTS, SPEC_ACCEPT, SPEC_ACCEPT_REJECTION)}
+    {
+        spec.name: spec
+        for spec in (
+            MLA_ATTENTION,
+            LATENT_ATTENTION,
+            MOE_GATE,
+            MOE_EXPERTS,
+            SPEC_ACCEPT,
+            SPEC_ACCEPT_REJECTION,
+        )
+    }
 )

@@ -1,9 +1,30 @@
-"""对齐校验：证明 bundle 与 PyTorch 相等，并指出第一处不相等的地方。"""
+"""对齐校验：证明 bundle 与 PyTorch 相等，并指出第一处不相等的地方。
 
-from deepseek_export.parity.bisect import Culprit
-from deepseek_export.parity.compare import BlockCase, ComparisonReport, compare_bundle
-from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
-from deepseek_export.parity.verify import verify_bundle
+各名字按需导入：只用度量与容差表的地方（``perf/gpu``）不必有 onnx、ONNX Runtime、pydantic。
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepseek_export.parity.bisect import Culprit
+    from deepseek_export.parity.compare import BlockCase, ComparisonReport, compare_bundle
+    from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
+    from deepseek_export.parity.verify import verify_bundle
+
+_EXPORTS = {
+    "LEVELS": "deepseek_export.parity.report",
+    "BlockCase": "deepseek_export.parity.compare",
+    "Case": "deepseek_export.parity.report",
+    "ComparisonReport": "deepseek_export.parity.compare",
+    "Culprit": "deepseek_export.parity.bisect",
+    "Level": "deepseek_export.parity.report",
+    "ParityReport": "deepseek_export.parity.report",
+    "compare_bundle": "deepseek_export.parity.compare",
+    "verify_bundle": "deepseek_export.parity.verify",
+}
 
 __all__ = [
     "LEVELS",
@@ -16,3 +37,9 @@ __all__ = [
     "compare_bundle",
     "verify_bundle",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -105,7 +104,7 @@ def bisect_block(
     outputs = [_output(name, widened(values[name]), bundle.manifest.dtype) for name in marked]
     feeds = feeds_for(model, {**block.feeds, **values})
     iteration = Iteration(feeds, {output.value: output.want for output in outputs})
-    save_comparison(folder, model, bundle.path, [iteration])
+    save_comparison(folder, model, graph, [iteration])
     default = TOLERANCES["op", bundle.manifest.dtype].max_abs
     culprit = Culprit(
         graph=entry.file,
@@ -168,9 +167,11 @@ def _pytorch_values(place: Place, module: nn.Module, block: Block) -> dict[str, 
     """
     parameters = dict(module.named_parameters())
     known: dict[str, Tensor] = {name: parameters[name] for name in place.weights}
-    local = {place.value(name): name for name in place.block.aten_values.values() if name not in known}
+    assert place.block.retrace is not None
+    program = place.block.retrace()
+    local = {place.value(name): name for name in program.values.values() if name not in known}
     known |= {local[name]: to_torch(array) for name, array in block.feeds.items() if name in local}
-    computed = place.block.evaluate(known, [local[output.value] for output in block.outputs])
+    computed = program.evaluate(known, [local[output.value] for output in block.outputs])
     values = {name: to_numpy(computed[own].contiguous()) for name, own in local.items() if own in computed}
     for output in block.outputs:
         case = compare("block", output.label, *output.key, values[output.value], output.want)
@@ -206,7 +207,7 @@ def _node_changes(graph: ModelGraph, place: Place, node: onnx.NodeProto) -> list
     for position, (name, own) in enumerate(zip(node.input, traced.input, strict=True)):
         if own in place.block.constants:
             want = numpy_helper.to_array(place.block.constants[own])
-            if name not in graph.initializers or not np.array_equal(_array(graph, name), want):
+            if name not in graph.initializers or not np.array_equal(graph.array(name), want):
                 changes.append(f"{node.name} 的第 {position} 个输入（{name}）与捕获时的常量不同")
         elif own not in place.weights and own and name != place.value(own):
             changes.append(f"{node.name} 的第 {position} 个输入接的是 {name}，捕获时是 {place.value(own)}")
@@ -227,18 +228,10 @@ def _weight_changes(
     changes = []
     for name in dict.fromkeys(node.input):
         if name in recipes and name in graph.initializers:
-            found, want = _array(graph, name), load_array(name, recipes[name], checkpoint.store)
+            found, want = graph.array(name), load_array(name, recipes[name], checkpoint.store)
             if not np.array_equal(found, want):
                 m = measure(found, want)
                 changes.append(
                     f"权重 {name} 与检查点不同：{list(m.coordinate)} 处是 {m.got:.7g}，检查点是 {m.want:.7g}"
                 )
     return changes
-
-
-def _array(graph: ModelGraph, name: str) -> np.ndarray:
-    tensor = onnx.TensorProto()
-    tensor.CopyFrom(graph.initializers[name])
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        load_external_data_for_tensor(tensor, str(graph.folder))
-    return numpy_helper.to_array(tensor)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.bundle import Bundle, Manifest
-from deepseek_export.bundle.disk import atomic_directory, disk_errors
+from deepseek_export.bundle.disk import atomic_directory, disk_errors, write_json
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
@@ -174,9 +173,8 @@ def compare_bundle(
             cases=cases,
             culprit=culprit,
         )
-        text = json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n"
         with disk_errors(directory):
-            (directory / REPORT).write_text(text, encoding="utf-8")
+            write_json(directory / REPORT, report.to_json())
     return report
 
 
@@ -234,7 +232,8 @@ class _Comparison:
                 self.blocks.append(spread)
                 self.near_ties[block.name, block.phase] = ties
         outputs = dict.fromkeys(output.value for block in self.blocks for output in block.outputs)
-        self.model = ModelGraph(bundle, file).cut(self.feeds[PHASES[0]], list(outputs))
+        self.graph = ModelGraph(bundle, file)
+        self.model = self.graph.cut(self.feeds[PHASES[0]], list(outputs))
 
     def iterations(self) -> list[Iteration]:
         """每个阶段一次。"""
@@ -247,7 +246,7 @@ class _Comparison:
 
     def save(self, folder: Path) -> None:
         """存成 Polygraphy 的格式。"""
-        save_comparison(folder, self.model, self.bundle.path, self.iterations())
+        save_comparison(folder, self.model, self.graph, self.iterations())
 
     def cases(self, folder: Path, backend: str, run: Backend) -> list[BlockCase]:
         """交给一个后端跑，按块的次序比。"""

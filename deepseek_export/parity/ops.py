@@ -16,7 +16,7 @@ from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import OpSite
 from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint import Checkpoint
-from deepseek_export.checkpoint.recipe import load_array, mtp_recipes, weight_recipes
+from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
@@ -51,6 +51,7 @@ def op_cases(
         recipes = weight_recipes(config, dtype)
     else:
         recipes = mtp_recipes(config, entry.layers[0] - config.num_hidden_layers, dtype)
+    recipes = bind_recipes(recipes, checkpoint)
 
     def weight(name: str) -> torch.Tensor:
         return torch.from_numpy(load_array(name, recipes[name], checkpoint.store))

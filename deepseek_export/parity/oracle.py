@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.checkpoint import Checkpoint, expected_tensors
+from deepseek_export.checkpoint.families import FAMILIES
+from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
 from deepseek_export.errors import DsxError
 from deepseek_export.reference import Forms, ReferenceModel, load_reference
 from deepseek_export.reference.weights import TORCH_DTYPES
@@ -32,21 +35,33 @@ class Oracle(Protocol):
 
 
 class TransformersOracle:
-    """transformers 的 ``DeepseekV2ForCausalLM`` / ``DeepseekV3ForCausalLM``，直接读同一个检查点。"""
+    """transformers 里实现这个家族的模型，直接读同一个检查点。
+
+    FP8 检查点例外：transformers 读它要另装 accelerate，而且在 CPU 上反量化成 bfloat16，比不出 float32 的误差；所以把权重反量化好再交给它。
+    """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
         import transformers
 
         self.name = f"transformers {transformers.__version__}"
+        # 都用 eager：softmax 用 float32，与 DeepSeek 原版一致；缺省的 grouped_mm 还要求步长是 16 字节的倍数。
+        options: dict[str, Any] = {
+            "dtype": TORCH_DTYPES[dtype],
+            "attn_implementation": "eager",
+            "experts_implementation": "eager",
+            "local_files_only": True,
+        }
         with _quiet(transformers):
-            # 都用 eager：softmax 用 float32，与 DeepSeek 原版一致；缺省的 grouped_mm 还要求步长是 16 字节的倍数。
-            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint.path,
-                dtype=TORCH_DTYPES[dtype],
-                attn_implementation="eager",
-                experts_implementation="eager",
-                local_files_only=True,
-            ).eval()
+            config = _transformers_config(transformers, checkpoint)
+            if checkpoint.config.weight_block_size is None:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    checkpoint.path, config=config, **options
+                )
+            else:
+                model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                state = _dequantized(checkpoint)
+                model = model_class.from_pretrained(None, config=config, state_dict=state, **options)
+        self._model: Any = model.eval()
         # transformers 5.24 前后把 past_key_values 改名为 cache，参数与输出字段同名。
         parameters = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
@@ -64,6 +79,26 @@ class TransformersOracle:
             out = self._model(torch.tensor([[tokens[-1]]]), use_cache=True, **past)
             tokens.append(int(out.logits[0, -1].argmax()))
         return tokens
+
+
+def _transformers_config(transformers: Any, checkpoint: Checkpoint) -> Any:
+    """检查点的配置，不带量化；家族在 transformers 里由别的 model_type 实现时（kimi_k2 就是 deepseek_v3）换成那一个。"""
+    data = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    data.pop("quantization_config", None)
+    kind = FAMILIES[checkpoint.config.family].transformers_type
+    return transformers.CONFIG_MAPPING[kind].from_dict(data | {"model_type": kind})
+
+
+def _dequantized(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """主干的全部张量，float32，名字与形状同检查点。"""
+    recipes = {
+        name: Recipe(op="copy", sources=(name,), shape=shape, dtype="float32")
+        for name, shape in expected_tensors(checkpoint.config).items()
+    }
+    return {
+        name: torch.from_numpy(load_array(name, recipe, checkpoint.store))
+        for name, recipe in bind_recipes(recipes, checkpoint).items()
+    }
 
 
 class ReferenceOracle:

@@ -20,12 +20,12 @@ from deepseek_export.bundle.disk import check_free_space, disk_errors
 from deepseek_export.capture import names
 from deepseek_export.parity.blocks import Output
 from deepseek_export.parity.measures import rms
+from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.reference import ReferenceModel
 
 FOLDER = "reports/polygraphy"
 GRAPH, WEIGHTS, INPUTS, OUTPUTS = "graph.onnx", "weights.bin", "inputs.json", "outputs.json"
-_CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -37,38 +37,37 @@ class Iteration:
 
 
 def save_comparison(
-    folder: Path, model: onnx.ModelProto, source: Path, iterations: Sequence[Iteration]
+    folder: Path, model: onnx.ModelProto, graph: ModelGraph, iterations: Sequence[Iteration]
 ) -> None:
     """一个自足的目录：截好的图、它用到的权重、输入与参照。
 
     Args:
         folder: 新建的目录。
         model: :meth:`~deepseek_export.parity.subgraph.ModelGraph.cut` 的结果。
-        source: 权重文件相对的目录，即 bundle。
+        graph: ``model`` 从它截得，权重的内容从它取。
         iterations: 每次前向。
     """
     with disk_errors(folder):
         folder.mkdir()
-        _pack_weights(model, source, folder)
+        _pack_weights(model, graph, folder)
         onnx.save(model, folder / GRAPH)
         save_iterations(folder, iterations)
 
 
-def _pack_weights(model: onnx.ModelProto, source: Path, folder: Path) -> None:
-    """把 ``model`` 用到的外部权重拷进 ``folder``，并改指过去。
+def _pack_weights(model: onnx.ModelProto, graph: ModelGraph, folder: Path) -> None:
+    """把 ``model`` 用到的外部权重逐个写进 ``folder``，并改指过去。
 
-    链接都不行：ONNX Runtime 不认符号链接与目录之外的路径，onnx 不读有多个硬链接的文件（连 bundle 自己的也读不了）。
+    链接都不行：ONNX Runtime 不认符号链接与目录之外的路径；多一个硬链接，onnx 就不肯再读 bundle 自己的那个文件。
     """
     external = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
-    places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in external]
-    check_free_space(folder, sum(int(place["length"]) for place in places))
+    lengths = [int(entry.value) for t in external for entry in t.external_data if entry.key == "length"]
+    check_free_space(folder, sum(lengths))
     with (folder / WEIGHTS).open("wb") as packed:
-        for tensor, place in zip(external, places, strict=True):
-            offset, length = packed.tell(), int(place["length"])
-            with (source / place["location"]).open("rb") as file:
-                file.seek(int(place["offset"]))
-                for start in range(0, length, _CHUNK):
-                    packed.write(file.read(min(_CHUNK, length - start)))
+        for tensor in external:
+            offset = packed.tell()
+            graph.array(tensor.name).tofile(packed)
+            packed.flush()
+            length = packed.tell() - offset
             del tensor.external_data[:]
             for key, text in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
                 tensor.external_data.add(key=key, value=text)
@@ -113,9 +112,9 @@ def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[
         rows: 等长的 token 序列。
 
     Returns:
-        复现命令；缓存是 bfloat16 时为 ``None``（Polygraphy 存不了）。
+        复现命令；缓存是 bfloat16（Polygraphy 存不了）或权重按引用（Polygraphy 不会按配方生成）时为 ``None``。
     """
-    if bundle.manifest.cache.dtype == "bfloat16":
+    if bundle.manifest.cache.dtype == "bfloat16" or bundle.manifest.weights.mode == "reference":
         return None
     folder = bundle.path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

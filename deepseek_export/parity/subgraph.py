@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.bundle.graph import external_location
 from deepseek_export.parity.arrays import widened
+from deepseek_export.runtime.graph import give_initializers
 
 #: 从内存里的模型建 session 时，外部权重相对哪个目录。
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -30,6 +32,7 @@ class ModelGraph:
 
     def __init__(self, bundle: Bundle, file: str | None = None) -> None:
         self.folder: Path = bundle.path
+        self._weights = BundleWeights(bundle)
         path = bundle.model_path if file is None else bundle.path / file
         self.model = onnx.shape_inference.infer_shapes(
             onnx.load(path, load_external_data=False), data_prop=True
@@ -50,6 +53,21 @@ class ModelGraph:
     def initializers(self) -> dict[str, onnx.TensorProto]:
         """权重与常量；数据在外部文件里的不读。"""
         return {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+    def array(self, name: str) -> np.ndarray:
+        """一个权重或常量的内容；按引用的 bundle 里没有现成字节的，按配方生成。"""
+        tensor = self.initializers[name]
+        location = external_location(tensor)
+        if location is None:
+            return numpy_helper.to_array(tensor)
+        made = self._weights.arrays(onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])))
+        if name in made:
+            return made[name]
+        # 不用 onnx 自己的读法：它拒绝有多个硬链接的文件，而按引用的权重正是硬链接
+        offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+        dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.fromfile(self.folder / location, dtype, count, offset=offset).reshape(shape)
 
     def upstream(self, outputs: Sequence[str], stop: Collection[str]) -> list[onnx.NodeProto]:
         """从 ``stop`` 算到 ``outputs`` 要经过的节点，按图里的次序；``outputs`` 自己总要算，即使它也在 ``stop`` 里。
@@ -118,6 +136,8 @@ class ModelGraph:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.folder.resolve()))
+        initializers = self._weights.arrays(model)
+        give_initializers(options, initializers)
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         run_options = ort.RunOptions()
         run_options.log_severity_level = 4

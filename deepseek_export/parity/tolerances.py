@@ -53,6 +53,9 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
         ("op", "float16"): Tolerance(
             1e-2, 1e-5, 2e-3, "输出舍入到 float16（相对 2^-11），矩阵乘中间结果再舍入两到三次"
         ),
+        ("op", "bfloat16"): Tolerance(
+            8e-2, 1e-4, 1.6e-2, "尾数比 float16 少三位，幅度放宽 2^3 倍；calc_diff 是平方量，只放宽十倍"
+        ),
         ("block", "float32"): Tolerance(2e-5, 1e-10, 1e-5, "一个注意力或前馈块：三到五次矩阵乘，约 2e-6"),
         ("block", "float16"): Tolerance(
             2e-2, 2e-5, 4e-3, "一个块内的 float16 舍入累计；残差流的均方根约为 1"

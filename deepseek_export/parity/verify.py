@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.bundle.disk import write_json
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.blocks import block_cases, main_block_count, main_blocks
 from deepseek_export.parity.draft import draft_cases, draft_runs
@@ -22,7 +22,7 @@ from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_draft, load_reference
-from deepseek_export.runtime import BundleTokenizer, Generator, ModelSession, open_speculative
+from deepseek_export.runtime import BundleTokenizer, Generator, open_session, open_speculative
 
 #: 有 tokenizer 时用真文本：中文、英文、代码，长度不等。
 DEFAULT_PROMPTS = (
@@ -101,7 +101,8 @@ def verify_bundle(
         for line in missing:
             progress.note(line)
         notes += missing
-        session = ModelSession(bundle.model_path, max_positions=manifest.model.max_position_embeddings)
+        weights = BundleWeights(bundle)
+        session = open_session(bundle, weights)
         generator = Generator(session, tokenizer, ())
         if "model" in levels:
             progress.start("校验 model")
@@ -110,7 +111,7 @@ def verify_bundle(
         if "tokens" in levels:
             progress.start("校验 tokens")
             advance = lambda name: progress.advance(0, name)  # noqa: E731
-            speculative = open_speculative(bundle, session, tokenizer)
+            speculative = open_speculative(bundle, weights, session, tokenizer)
             if speculative is not None and speculative.verify_mode == "rejection":
                 speculative = None
                 notes.append(
@@ -134,7 +135,7 @@ def verify_bundle(
     )
     path = bundle.path / "reports/parity.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report.to_json())
     return report
 
 

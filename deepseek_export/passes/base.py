@@ -17,10 +17,14 @@ from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.errors import DsxError
+from deepseek_export.ops.mla_attention import MlaForm
 from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
 
 MICROSOFT = "com.microsoft"
 IR_VERSION = 11
+
+#: TensorRT 的张量至多 2^31-1 个元素；onnxruntime 的一些 kernel 也用 32 位下标。
+MAX_ELEMENTS = (1 << 31) - 1
 
 #: 非标准域的 opset 版本；只在用到时声明。
 _DOMAIN_VERSIONS = {DOMAIN: OPSET_VERSION, MICROSOFT: 1}
@@ -37,7 +41,9 @@ class GraphModule:
         dtype: 计算 dtype。
         config: 模型配置。
         sites: 捕获时每个 ``dsx::`` 节点的位置。
+        mla_form: 方案里的 ``mla.form``。
         role, layers, verify: 见 :class:`~deepseek_export.capture.CapturedModel`。
+        max_elements: 一个权重至多多少个元素。
     """
 
     graph: gs.Graph
@@ -49,9 +55,18 @@ class GraphModule:
     role: Literal["main", "draft"]
     layers: tuple[int, ...]
     verify: Literal["greedy", "rejection"] | None
+    mla_form: MlaForm = "auto"
+    max_elements: int = MAX_ELEMENTS
 
     @classmethod
-    def from_captured(cls, captured: CapturedModel, config: ModelConfig, dtype: ModelDtype) -> GraphModule:
+    def from_captured(
+        cls,
+        captured: CapturedModel,
+        config: ModelConfig,
+        dtype: ModelDtype,
+        mla_form: MlaForm = "auto",
+        max_elements: int = MAX_ELEMENTS,
+    ) -> GraphModule:
         """由捕获结果建立；``captured`` 之后不会被改动。"""
         return cls(
             gs.import_onnx(captured.proto),
@@ -63,6 +78,8 @@ class GraphModule:
             captured.role,
             captured.layers,
             captured.verify,
+            mla_form,
+            max_elements,
         )
 
     def find(self, op_type: str, domain: str = DOMAIN) -> list[gs.Node]:

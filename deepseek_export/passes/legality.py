@@ -17,7 +17,12 @@ from deepseek_export.passes.base import MICROSOFT, GraphModule
 
 #: 目标 → 图里允许出现的域。
 ALLOWED_DOMAINS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {"portable": frozenset({"", DOMAIN}), "ort-cpu": frozenset({"", DOMAIN, MICROSOFT})}
+    {
+        "portable": frozenset({"", DOMAIN}),
+        "ort-cpu": frozenset({"", DOMAIN, MICROSOFT}),
+        "tensorrt": frozenset({"", DOMAIN}),
+        "tensorrt-rtx": frozenset({"", DOMAIN}),
+    }
 )
 
 #: 函数体里通过属性引用取值、允许各节点不同的属性；其余属性已固化在函数体的结构里。

@@ -26,7 +26,8 @@ class LowerExpertsToOrtMoePass(Pass):
 
     2. x 不是 float32；
     3. 安装的 onnxruntime 没有 ``MoE``，或它不认得 swiglu 的属性；
-    4. 专家权重不是叠放的权重输入。
+    4. 专家权重不是叠放的权重输入；
+    5. 专家拆成了几组，或 gate 与 up 合成之后太大。
 
     名字：``x``、topk_ids、topk_weights、``y`` 全部保留。
 
@@ -46,7 +47,7 @@ class LowerExpertsToOrtMoePass(Pass):
     def call(self, module: GraphModule) -> PassResult:
         count, refused = 0, []
         for experts in module.find(MOE_EXPERTS.name):
-            # 情形 2、3、4。
+            # 情形 2、3、4、5。
             if refusal := refuse_experts(module, experts, self.kernels):
                 refused.append(refusal)
             else:

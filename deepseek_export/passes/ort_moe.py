@@ -7,6 +7,8 @@ D、I、E 为奇数，k=1，k=E，N=0 都与逐专家计算一致（float32 误�
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -58,6 +60,13 @@ def refuse_experts(module: GraphModule, experts: gs.Node, kernels: OrtKernels) -
             reason = f"{name} 不是逐专家叠放的权重输入，无法重排成 MoE 的布局"
             value = f"{weight.name} 的配方 = {recipe.op if recipe else '无'}"
             return Refusal(node=experts.name, reason=reason, value=value)
+    gate = port(experts, "w_gate")
+    if gate.shape[0] != module.config.n_routed_experts:
+        reason = "专家拆成了几组，而 MoE 每个 token 固定取 k 个专家，一组里未必有那么多"
+        return Refusal(node=experts.name, reason=reason, value=f"{gate.name} 有 {gate.shape[0]} 个专家")
+    if (size := 2 * math.prod(gate.shape)) > module.max_elements:
+        reason = "gate 与 up 合成一个权重之后超过一个张量的上限"
+        return Refusal(node=experts.name, reason=reason, value=f"{size} > {module.max_elements}")
     if ".gate_proj." not in port(experts, "w_gate").name:
         reason = "w_gate 的名字里没有 gate_proj，无法给重排后的权重命名"
         return Refusal(node=experts.name, reason=reason, value=port(experts, "w_gate").name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import (
     DOMAIN,
+    LATENT_ATTENTION,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
@@ -23,11 +25,18 @@ from deepseek_export.ops.table import (
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
 )
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import MAX_ELEMENTS, GraphModule, Pass, PassResult
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
+from deepseek_export.passes.inline_bodies import (
+    InlineMoeGatePass,
+    InlineSpecAcceptPass,
+    InlineSpecAcceptRejectionPass,
+)
 from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
+from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
+from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.profile import OptimizationProfile
 
 
@@ -45,6 +54,16 @@ class Step(NamedTuple):
     consumes: bool = True
 
 
+#: 两种 TensorRT 用同一条流水线：差别只在建引擎时（``engine/flavour.py``）。
+_TENSORRT = (
+    # 缓存写入与吸收用原生层，注意力核留给插件；prefill 用原生融合注意力。
+    Step(LowerMlaToTensorrtPass, MLA_ATTENTION.name),
+    # 路由与草稿验证都是原生算子，展开以便层名带着模块路径；MoeExperts 原样留着，它就是插件核。
+    Step(InlineMoeGatePass, MOE_GATE.name),
+    Step(InlineSpecAcceptPass, SPEC_ACCEPT.name),
+    Step(InlineSpecAcceptRejectionPass, SPEC_ACCEPT_REJECTION.name),
+)
+
 PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
     {
         # 不下沉：每个 dsx 算子走自己的函数体，任何 ONNX 运行时都能跑。
@@ -57,10 +76,13 @@ PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
             # 注意力只看用到的缓存前缀：一步的耗时随上下文走，不随缓存容量走。
             Step(BoundMlaCachePass, MLA_ATTENTION.name, consumes=False),
         ),
+        "tensorrt": _TENSORRT,
+        "tensorrt-rtx": _TENSORRT,
     }
 )
 
-_LATER_TARGETS = ("tensorrt", "tensorrt-rtx")
+#: 产物用来建 TensorRT 引擎的目标。
+TENSORRT_TARGETS = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass
@@ -87,24 +109,34 @@ def check_target(target: str) -> None:
         DsxError: ``DSX-E301``。
     """
     if target not in PIPELINES:
-        what = f"目标 {target!r}" + ("不在这一版 dsx 里" if target in _LATER_TARGETS else "不存在")
-        raise DsxError("DSX-E301", what, f"可用的目标：{'、'.join(PIPELINES)}")
+        raise DsxError("DSX-E301", f"目标 {target!r} 不存在", f"可用的目标：{'、'.join(PIPELINES)}")
 
 
 def lower(
-    captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile, dtype: ModelDtype, target: str
+    captured: CapturedModel,
+    config: ModelConfig,
+    profile: OptimizationProfile,
+    dtype: ModelDtype,
+    target: str,
+    max_elements: int = MAX_ELEMENTS,
 ) -> LoweredModel:
     """把捕获的模型下沉到一个目标；``captured`` 不变，可以接着下沉到别的目标。
 
+    Args:
+        captured: 捕获的结果。
+        config, profile, dtype: 捕获时用的那一份。
+        target: 编译目标。
+        max_elements: 一个权重至多多少个元素，超过的专家权重先拆成几组。
+
     Raises:
-        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法。
+        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E410`` 有权重太大又拆不了。
         PassError: pass 自身的缺陷。
     """
     check_target(target)
-    module = GraphModule.from_captured(captured, config, dtype)
+    module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)
     check_legality(module, "capture", target)
     _check_captured(module, profile)
-    results: list[PassResult] = []
+    results = _split_oversized(module, target)
     for step in PIPELINES[target]:
         before = len(module.find(step.op))
         rewrite = step.build()
@@ -117,6 +149,21 @@ def lower(
     return LoweredModel(proto, module.weights, results, _fallbacks(results))
 
 
+def _split_oversized(module: GraphModule, target: str) -> list[PassResult]:
+    """任何目标都先把太大的专家权重拆开；没有太大的就什么也不做、不留记录。"""
+    rewrite = SplitExpertsPass()
+    result = rewrite(module)
+    check_legality(module, rewrite.name, target)
+    for name, recipe in module.weights.items():
+        if (size := math.prod(recipe.shape)) > module.max_elements:
+            raise DsxError(
+                "DSX-E410",
+                f"{name} 有 {size} 个元素，一个张量至多 {module.max_elements} 个",
+                "打开 moe（例如 -p mla+moe），专家权重就能按组拆开；其余权重 dsx 拆不了",
+            )
+    return [result] if result.changed else []
+
+
 def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
     """捕获之后：打开 MLA 则每层一个 MlaAttention，打开 MoE 则每个 MoE 层一对 MoeGate / MoeExperts；打开 MTP 的主模型另有一个
     草稿验证。
@@ -125,6 +172,7 @@ def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
     main_mtp = module.role == "main" and profile.mtp.enabled
     expected = {
         MLA_ATTENTION.name: len(module.layers) if profile.mla.enabled else 0,
+        LATENT_ATTENTION.name: 0,  # 只由下沉产生
         MOE_GATE.name: moe,
         MOE_EXPERTS.name: moe,
         SPEC_ACCEPT.name: int(main_mtp and profile.mtp.verify == "greedy"),

@@ -50,7 +50,7 @@ class Embed(nn.Module):
 
     def __init__(self, config: ModelConfig, position_offset: int = 0) -> None:
         super().__init__()
-        self.position_offset = position_offset
+        self.position_offset, self.scale = position_offset, config.embed_scale
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # 显式放在 CPU：捕获时模型其余部分在 meta 设备上，而频率是常量，要进图。
         with torch.device("cpu"):
@@ -58,7 +58,7 @@ class Embed(nn.Module):
 
     def forward(self, input_ids: Tensor, past_lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """input_ids [B, S] int64、past_lens [B] int64 → x [B, S, D]、cos/sin [B, S, dr/2]。"""
-        x = self.embed_tokens(input_ids)
+        x = _scaled(self.embed_tokens(input_ids), self.scale)
         positions = past_lens[:, None] + torch.arange(input_ids.shape[1]) + self.position_offset
         angles = positions[:, :, None].float() * self.inv_freq
         return x, (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)
@@ -73,14 +73,16 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config, forms.moe) if is_moe else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.residual_scale = config.residual_scale
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
         """返回 ``(attn_residual [B,S,D], x [B,S,D], *新缓存)``。"""
         attention, caches = self.self_attn(self.input_layernorm(x), cos, sin, past_lens, caches)
-        residual = x + attention
-        return residual, residual + self.mlp(self.post_attention_layernorm(residual)), *caches
+        residual = x + _scaled(attention, self.residual_scale)
+        mlp = _scaled(self.mlp(self.post_attention_layernorm(residual)), self.residual_scale)
+        return residual, residual + mlp, *caches
 
 
 class Head(nn.Module):
@@ -90,12 +92,18 @@ class Head(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.scale = 1 / config.logits_divisor
 
     def forward(self, x: Tensor, logits_positions: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, D]、logits_positions [B, L] int64 → logits [B, L, V]、hidden [B, S, D]（最终 norm 之后）。"""
         hidden = self.norm(x)
         index = logits_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        return self.lm_head(hidden.gather(1, index)), hidden
+        return self.lm_head(_scaled(hidden.gather(1, index), self.scale)), hidden
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """乘上缩放；等于 1（MiniCPM3 之外的家族）时图里不多一个节点。"""
+    return x if scale == 1 else x * scale
 
 
 class ReferenceModel(nn.Module):

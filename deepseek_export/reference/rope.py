@@ -1,6 +1,6 @@
-"""RoPE 与 YaRN。
+"""RoPE、YaRN 与 LongRoPE。
 
-出处：transformers ``modeling_rope_utils.py`` 的 ``_compute_yarn_parameters``；YaRN（arXiv 2309.00071）。
+出处：transformers ``modeling_rope_utils.py``；YaRN（arXiv 2309.00071）；LongRoPE（arXiv 2402.13753）。
 
 YaRN 的 mscale 生效两次：一次乘在 cos/sin 上（``RopeConfig.cos_sin_scale``，mscale 与 mscale_all_dim 相等时为 1），
 一次平方后乘在 softmax scale 上（``ModelConfig.softmax_scale``）。
@@ -9,7 +9,7 @@ YaRN 的 mscale 生效两次：一次乘在 cos/sin 上（``RopeConfig.cos_sin_s
 
 - ``interleaved``（V2）：输入成对 (x0, x1)，输出仍成对；
 - ``deinterleaved``（V3，``rope_interleave=true``）：输入成对，输出前后两半；
-- ``half``（V3，``rope_interleave=false``）：输入、输出都是前后两半。
+- ``half``（MiniCPM3；V3，``rope_interleave=false``）：输入、输出都是前后两半。
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
     """旋转频率与 cos/sin 的缩放。
 
     Args:
-        rope: ``default`` 或 ``yarn``。
+        rope: ``default``、``yarn`` 或 ``longrope``。
         dim: ``qk_rope_head_dim``，偶数。
 
     Returns:
@@ -35,6 +35,8 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
     powers = rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.rope_type == "default":
         return 1.0 / powers, 1.0
+    if rope.rope_type == "longrope":
+        return 1.0 / (torch.tensor(rope.short_factor) * powers), rope.cos_sin_scale
 
     def correction(rotations: float) -> float:
         """旋转 ``rotations`` 圈的那一维。"""

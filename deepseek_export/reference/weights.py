@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
-from deepseek_export.checkpoint.recipe import Recipe, load_array, mtp_recipes, weight_recipes
+from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array, mtp_recipes, weight_recipes
 from deepseek_export.reference.model import Forms, ReferenceModel
 from deepseek_export.reference.mtp import DraftModel
 
@@ -102,7 +102,7 @@ def _fill(
     checkpoint: Checkpoint,
 ) -> None:
     """每个参数设置一次；``loaded`` 里已有的直接共用。"""
-    state = {}
+    recipes, state = bind_recipes(recipes, checkpoint), {}
     for parameter, _ in model.named_parameters():
         name = name_of(parameter)
         if name not in loaded:

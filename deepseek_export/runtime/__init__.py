@@ -3,11 +3,11 @@
 from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, CacheTensor
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.generate import Generator
-from deepseek_export.runtime.loading import open_speculative
+from deepseek_export.runtime.loading import open_session, open_speculative
 from deepseek_export.runtime.result import FinishReason, GenerationResult
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
-from deepseek_export.runtime.speculation import SpeculationStats, SpeculativeFloor
+from deepseek_export.runtime.speculation import MeasuredFloor, SpeculationStats, SpeculativeFloor
 from deepseek_export.runtime.speculative import SpeculativeGenerator
 from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
 
@@ -20,6 +20,7 @@ __all__ = [
     "FinishReason",
     "GenerationResult",
     "Generator",
+    "MeasuredFloor",
     "ModelSession",
     "Sampler",
     "SamplingParams",
@@ -27,5 +28,6 @@ __all__ = [
     "SpeculativeFloor",
     "SpeculativeGenerator",
     "TokenStream",
+    "open_session",
     "open_speculative",
 ]

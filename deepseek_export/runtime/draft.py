@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from deepseek_export.runtime.cache import CacheBuffers, contract_broken
-from deepseek_export.runtime.graph import TOKEN_INPUTS, GraphSession
+from deepseek_export.runtime.graph import NO_INITIALIZERS, TOKEN_INPUTS, GraphSession
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,21 @@ class DraftSession(GraphSession):
         model_path: ``mtp*.onnx`` 的路径。
         threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
         max_positions: 主模型的 max_position_embeddings。
+        initializers: 不在文件里的权重，见 :class:`GraphSession`。
 
     Raises:
         DsxError: ``DSX-E507``，加载失败；``DSX-E508``，输入输出与约定不符。
     """
 
     def __init__(
-        self, model_path: str | os.PathLike[str], *, threads: int | None = None, max_positions: int
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        max_positions: int,
+        initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
     ) -> None:
-        super().__init__(model_path, threads=threads, max_positions=max_positions)
+        super().__init__(model_path, threads=threads, max_positions=max_positions, initializers=initializers)
         self._check_contract(("prev_hidden",), ("logits", "hidden", "draft_id"))
         if self.hidden_size is None:
             raise contract_broken("草稿模型 hidden 的形状不是 [B, S, 常数]")

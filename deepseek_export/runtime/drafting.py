@@ -27,6 +27,7 @@ class Drafter:
             W 至少比最终长度多 ``num_draft_tokens + 1``。
         lens: ``[B]``，提示词长度。
         chance: ``rejection`` 模式抽草稿用；``greedy`` 模式为 ``None``。
+        max_plain_rounds: 两次 :meth:`propose` 之间，主模型至多自己走这么多步。
 
     Attributes:
         calls: :meth:`propose` 调了几次草稿模型。
@@ -39,6 +40,7 @@ class Drafter:
         tokens: np.ndarray,
         lens: np.ndarray,
         chance: RowChance | None,
+        max_plain_rounds: int = 0,
     ) -> None:
         batch = len(lens)
         self.calls = 0
@@ -46,7 +48,7 @@ class Drafter:
         self._caches = [module.new_caches(batch, int(lens.max())) for module in self._modules]
         self._tokens = tokens
         self._chance = chance
-        self._kept = num_draft_tokens + len(self._modules)  # 一轮最多重算这么多行
+        self._kept = num_draft_tokens + len(self._modules) + max_plain_rounds  # 一轮最多重算这么多行
         self._recent: np.ndarray | None = None  # [B, kept, D]，每行最后 kept 个主模型 hidden，靠右对齐
         self._done = lens - 1  # 上一次起草时最新 token 的下标
         self._drafts = np.zeros((batch, num_draft_tokens), np.int64)

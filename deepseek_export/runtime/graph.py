@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import ml_dtypes
@@ -13,8 +14,9 @@ import onnxruntime as ort
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.binding import CallBinding
-from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, contract_broken
+from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, contract_broken, ort_value
 
+NO_INITIALIZERS: Mapping[str, np.ndarray] = MappingProxyType({})
 TOKEN_INPUTS = ("input_ids", "past_lens", "logits_positions")
 _DTYPES: dict[str, np.dtype] = {
     "tensor(int64)": np.dtype(np.int64),
@@ -28,7 +30,8 @@ _LOAD_ADVICE = (
     (("escapes model directory",), "ONNX Runtime 不跟随指向目录外的符号链接：改用硬链接或复制权重文件"),
     (
         ("external data path", "external initializer"),
-        "权重文件缺失或不完整：把 model.onnx 和它旁边的权重一起复制，或重新导出",
+        "权重文件缺失或不完整：把 model.onnx 和它旁边的权重一起复制，或重新导出；"
+        "按引用的 bundle 要经 deepseek_export.load 加载，或先 dsx pack",
     ),
     (
         ("not a registered function/op", "no op registered", "could not find an implementation"),
@@ -45,6 +48,7 @@ class GraphSession:
         model_path: ONNX 文件的路径；权重是旁边的外部数据，所以必须给路径而不是字节。
         threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
         max_positions: 模型的 max_position_embeddings，缓存容量的上限。
+        initializers: 不在文件里、由调用方给出的权重（按引用的 bundle），会话借用它们的内存。
 
     Attributes:
         vocab_size: 词表大小 V。
@@ -57,10 +61,16 @@ class GraphSession:
     """
 
     def __init__(
-        self, model_path: str | os.PathLike[str], *, threads: int | None = None, max_positions: int
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        max_positions: int,
+        initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
     ) -> None:
         self.max_positions = max_positions
-        self._session = _load(Path(model_path), threads)
+        self._initializers = initializers  # ORT 只借用内存，要与会话同寿
+        self._session = _load(Path(model_path), threads, initializers)
         self.cache_spec = CacheSpec.from_session(self._session)
         self._input_types = {node.name: node.type for node in self._session.get_inputs()}
         self._outputs = {node.name: node for node in self._session.get_outputs()}
@@ -154,7 +164,14 @@ class GraphSession:
         return shape[2] if len(shape) == 3 and isinstance(shape[2], int) else None
 
 
-def _load(path: Path, threads: int | None) -> ort.InferenceSession:
+def give_initializers(options: ort.SessionOptions, initializers: Mapping[str, np.ndarray]) -> None:
+    """让会话用内存里的权重代替文件里的；数组要活得和会话一样久。"""
+    if initializers:
+        values = [ort_value(array) for array in initializers.values()]
+        options.add_external_initializers(list(initializers), values)
+
+
+def _load(path: Path, threads: int | None, initializers: Mapping[str, np.ndarray]) -> ort.InferenceSession:
     if not path.is_file():
         raise DsxError("DSX-E507", f"{path} 不存在或不是文件", f"检查 bundle 路径；bundle 里应有 {path.name}")
     options = ort.SessionOptions()
@@ -163,6 +180,7 @@ def _load(path: Path, threads: int | None) -> ort.InferenceSession:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    give_initializers(options, initializers)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT 的异常类都直接继承 Exception，没有共同基类

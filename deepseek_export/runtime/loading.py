@@ -1,22 +1,46 @@
-"""bundle → 投机解码器。"""
+"""bundle → 会话与投机解码器。"""
 
 from __future__ import annotations
 
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.session import ModelSession
-from deepseek_export.runtime.speculation import SpeculativeFloor
+from deepseek_export.runtime.speculation import Floor, MeasuredFloor, SpeculativeFloor
 from deepseek_export.runtime.speculative import SpeculativeGenerator
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 
+def open_session(bundle: Bundle, weights: BundleWeights, threads: int | None = None) -> ModelSession:
+    """打开主模型。
+
+    Args:
+        bundle: 打开的 bundle。
+        weights: 它的权重；与草稿模型用同一个，共有的权重只占一份内存。
+        threads: 线程数。
+
+    Raises:
+        DsxError: ``DSX-E507`` / ``DSX-E508``，加载失败或不符合约定；``DSX-E115`` / ``DSX-E116``，权重有问题。
+    """
+    return ModelSession(
+        bundle.model_path,
+        threads=threads,
+        max_positions=bundle.manifest.model.max_position_embeddings,
+        initializers=weights.arrays(bundle.model_path),
+    )
+
+
 def open_speculative(
-    bundle: Bundle, session: ModelSession, tokenizer: BundleTokenizer | None, threads: int | None = None
+    bundle: Bundle,
+    weights: BundleWeights,
+    session: ModelSession,
+    tokenizer: BundleTokenizer | None,
+    threads: int | None = None,
 ) -> SpeculativeGenerator | None:
     """按 manifest 打开草稿模型；bundle 没有打开 MTP 时为 ``None``。
 
     Args:
         bundle: 打开的 bundle。
+        weights: 它的权重。
         session: 它的主模型。
         tokenizer: 只用来把结果解码成文本。
         threads: 草稿模型的线程数。
@@ -29,15 +53,17 @@ def open_speculative(
         return None
     # 草稿不足模块数时，后面的模块用不到，不必加载。
     drafts = [
-        DraftSession(path, threads=threads, max_positions=config.max_position_embeddings)
+        DraftSession(
+            path,
+            threads=threads,
+            max_positions=config.max_position_embeddings,
+            initializers=weights.arrays(path),
+        )
         for path in bundle.draft_paths[: mtp.num_draft_tokens]
     ]
+    # 采样的结果与草稿用在哪一轮有关：要凭种子复现，停不停就不能看时间。
+    measured = mtp.verify == "greedy"
+    floor: Floor = MeasuredFloor() if measured else SpeculativeFloor.from_config(config, mtp.num_draft_tokens)
     return SpeculativeGenerator(
-        session,
-        drafts,
-        tokenizer,
-        config.eos_token_ids,
-        mtp.num_draft_tokens,
-        mtp.verify,
-        floor=SpeculativeFloor.from_config(config, mtp.num_draft_tokens),
+        session, drafts, tokenizer, config.eos_token_ids, mtp.num_draft_tokens, mtp.verify, floor=floor
     )

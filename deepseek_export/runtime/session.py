@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from deepseek_export.runtime.cache import CacheBuffers, contract_broken
-from deepseek_export.runtime.graph import TOKEN_INPUTS, GraphSession
+from deepseek_export.runtime.graph import NO_INITIALIZERS, TOKEN_INPUTS, GraphSession
 
 VerifyMode = Literal["greedy", "rejection"]
 
@@ -56,6 +57,7 @@ class ModelSession(GraphSession):
         model_path: ``model.onnx`` 的路径；权重是旁边的外部数据，所以必须给路径而不是字节。
         threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
         max_positions: 模型的 max_position_embeddings，缓存容量的上限。
+        initializers: 不在文件里的权重，见 :class:`GraphSession`。
 
     Attributes:
         verify_mode: 图里带的是哪种草稿验证；普通 bundle 为 ``None``。
@@ -65,9 +67,14 @@ class ModelSession(GraphSession):
     """
 
     def __init__(
-        self, model_path: str | os.PathLike[str], *, threads: int | None = None, max_positions: int
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        max_positions: int,
+        initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
     ) -> None:
-        super().__init__(model_path, threads=threads, max_positions=max_positions)
+        super().__init__(model_path, threads=threads, max_positions=max_positions, initializers=initializers)
         self.verify_mode: VerifyMode | None = None
         extra: tuple[str, ...] = ()
         if "draft_ids" in self._input_types:

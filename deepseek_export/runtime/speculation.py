@@ -1,11 +1,16 @@
-"""投机解码的统计，以及接受率太低时的止损线。"""
+"""投机解码的统计，以及不划算时的止损线。
+
+止损线有两种：:class:`MeasuredFloor` 比实测的时间，:class:`SpeculativeFloor` 只看接受率。前者准，但何时停下取决于机器的快慢；
+``rejection`` 的输出与随机数用在哪一轮有关，要靠后者才能凭种子复现。
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +18,47 @@ from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.errors import DsxError
 
 DEFAULT_WINDOW = 32
+
+
+@dataclass(frozen=True)
+class Round:
+    """解码的一轮：起草（可以没有）加一次主模型调用。
+
+    Attributes:
+        drafts: 这一轮每行起草了几个；0 就是普通解码的一步。
+        rows: 还没结束的行数。
+        accepted: 这些行一共接受了几个草稿。
+        tokens: 这些行一共产出几个 token。
+        seconds: 用时。
+    """
+
+    drafts: int
+    rows: int
+    accepted: int
+    tokens: int
+    seconds: float
+
+
+class Watch(Protocol):
+    """一次生成里盯着止损线的状态。"""
+
+    @property
+    def wants_plain(self) -> bool:
+        """下一轮要不要先不起草。"""
+
+    def add(self, latest: Round) -> str | None:
+        """记下一轮；该停了就给出一句说明，否则 ``None``。"""
+
+
+class Floor(Protocol):
+    """止损线：什么时候不再投机。"""
+
+    @property
+    def max_plain_rounds(self) -> int:
+        """两次起草之间至多插几轮普通解码；草稿模型之后要补算这么多行。"""
+
+    def watch(self, num_draft_tokens: int) -> Watch:
+        """为一次生成开始盯。"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +76,7 @@ class SpeculationStats:
         tokens_per_call: 每个行次平均产出几个 token；普通解码是 1。
         main_calls: 主模型调用次数。
         draft_calls: 草稿模型调用次数。
-        fell_back: 是否因为接受率太低而中途改回普通解码。
+        fell_back: 是否因为不划算而中途改回普通解码。
     """
 
     num_draft_tokens: int
@@ -50,7 +96,7 @@ class SpeculationStats:
 
 @dataclass(frozen=True)
 class SpeculativeFloor:
-    """止损线：最近 ``window`` 次主模型调用平均接受的草稿数低于它，余下的就不再投机。
+    """止损线：最近 ``window`` 次主模型调用平均接受的草稿数低于它，余下的就不再投机；不看时间。
 
     Args:
         min_acceptance: 每次调用平均至少接受几个草稿才划算，有限且不小于 0。
@@ -71,6 +117,13 @@ class SpeculativeFloor:
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
             raise refused("window", self.window, "不小于 1 的整数")
 
+    @property
+    def max_plain_rounds(self) -> int:
+        return 0
+
+    def watch(self, num_draft_tokens: int) -> Watch:
+        return _AcceptanceWatch(self, num_draft_tokens)
+
     @classmethod
     def from_config(cls, config: ModelConfig, num_draft_tokens: int) -> SpeculativeFloor:
         """由模型的尺寸估出盈亏点。
@@ -84,28 +137,95 @@ class SpeculativeFloor:
         return cls(num_draft_tokens * draft / (sum(layers) + head))
 
 
-class FloorWatch:
+class _AcceptanceWatch:
     """照着 :class:`SpeculativeFloor` 盯住最近的调用。"""
 
-    def __init__(self, floor: SpeculativeFloor) -> None:
+    wants_plain = False
+
+    def __init__(self, floor: SpeculativeFloor, num_draft_tokens: int) -> None:
         self._floor = floor
-        self._recent: deque[tuple[int, int]] = deque(maxlen=floor.window)
+        self._full = num_draft_tokens
+        self._recent: deque[Round] = deque(maxlen=floor.window)
 
-    def add(self, accepted: int, rows: int) -> None:
-        """记下一次带足草稿的调用：``rows`` 行一共接受了 ``accepted`` 个。"""
-        self._recent.append((accepted, rows))
-
-    def verdict(self) -> str | None:
-        """跌破止损线时给出一句说明，否则 ``None``。"""
+    def add(self, latest: Round) -> str | None:
+        if latest.drafts != self._full:
+            return None
+        self._recent.append(latest)
         if len(self._recent) < self._floor.window:
             return None
-        mean = sum(accepted for accepted, _ in self._recent) / sum(rows for _, rows in self._recent)
+        mean = sum(r.accepted for r in self._recent) / sum(r.rows for r in self._recent)
         if mean >= self._floor.min_acceptance:
             return None
         return (
             f"最近 {self._floor.window} 次调用平均只接受 {mean:.2f} 个草稿，低于止损线 "
             f"{self._floor.min_acceptance:.2f}，余下的改用普通解码"
         )
+
+
+@dataclass(frozen=True)
+class MeasuredFloor:
+    """止损线：实测每个 token 的用时，投机不比普通解码快就不再投机。
+
+    投机 ``window`` 轮，再普通解码 ``probe`` 轮，比两边每个 token 的秒数。赢了接着投机，下一次隔两倍的轮数再比，
+    所以一直划算时，比较本身的开销趋近于零；输了余下的都用普通解码。
+
+    Args:
+        window: 第一次比较之前投机几轮。
+        probe: 用来比较的普通解码轮数。
+
+    Raises:
+        DsxError: ``DSX-E516``，取值不在允许范围内。
+    """
+
+    window: int = 16
+    probe: int = 4
+
+    def __post_init__(self) -> None:
+        for key, value in (("window", self.window), ("probe", self.probe)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise refused(key, value, "不小于 1 的整数")
+
+    @property
+    def max_plain_rounds(self) -> int:
+        return self.probe
+
+    def watch(self, num_draft_tokens: int) -> Watch:
+        return _CostWatch(self, num_draft_tokens)
+
+
+class _CostWatch:
+    """照着 :class:`MeasuredFloor` 盯住用时。"""
+
+    def __init__(self, floor: MeasuredFloor, num_draft_tokens: int) -> None:
+        self._floor = floor
+        self._full = num_draft_tokens
+        self._window = floor.window
+        self._drafted: list[Round] = []
+        self._plain: list[Round] = []
+
+    @property
+    def wants_plain(self) -> bool:
+        return len(self._drafted) >= self._window
+
+    def add(self, latest: Round) -> str | None:
+        if latest.drafts == self._full:
+            self._drafted.append(latest)
+        elif latest.drafts == 0:
+            self._plain.append(latest)
+        if len(self._plain) < self._floor.probe:
+            return None
+        drafted, plain = _seconds_per_token(self._drafted), _seconds_per_token(self._plain)
+        self._window *= 2
+        self._drafted, self._plain = [], []
+        if drafted < plain:
+            return None
+        return f"实测投机解码每个 token {drafted * 1e3:.3g} ms，普通解码 {plain * 1e3:.3g} ms，余下的改用普通解码"
+
+
+def _seconds_per_token(rounds: list[Round]) -> float:
+    """用时取中位数：刚换形状的头一轮要分配缓冲区，不该算进去。"""
+    seconds = statistics.median(r.seconds for r in rounds)
+    return seconds * len(rounds) / sum(r.tokens for r in rounds)
 
 
 class Tally:

@@ -19,7 +19,7 @@ from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import SamplingParams, unusable_logits
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
-from deepseek_export.runtime.speculation import FloorWatch, SpeculativeFloor, Tally, refused
+from deepseek_export.runtime.speculation import Floor, Round, Tally, refused
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 MAX_DRAFT_TOKENS = 8
@@ -55,7 +55,7 @@ class SpeculativeGenerator(Generator):
         num_draft_tokens: 每次调用至多验证几个草稿，1 到 8；多于模块数时最后一个模块递归。
         verify_mode: 必须与主模型图里的一致。
         prefill_chunk: prefill 每块的长度。
-        floor: 接受率的止损线；``None`` 表示一直投机。
+        floor: 止损线；``None`` 表示一直投机。
 
     Raises:
         DsxError: ``DSX-E516``，``num_draft_tokens`` 或 ``drafts`` 不在允许范围内；``DSX-E508``，
@@ -71,7 +71,7 @@ class SpeculativeGenerator(Generator):
         num_draft_tokens: int,
         verify_mode: VerifyMode,
         prefill_chunk: int = 512,
-        floor: SpeculativeFloor | None = None,
+        floor: Floor | None = None,
     ) -> None:
         super().__init__(session, tokenizer, eos_token_ids, prefill_chunk)
         whole = isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool)
@@ -144,7 +144,8 @@ class SpeculativeGenerator(Generator):
         if self.verify_mode == "rejection":
             chance = RowChance(params, batch, most, self.session.vocab_size)
         # 只要一个 token 时没有可投机的，草稿的缓存也不必建。
-        drafter = Drafter(self.drafts, most, tokens, lens, chance) if out.remaining.max() > 1 else None
+        plain = 0 if self.floor is None else self.floor.max_plain_rounds
+        drafter = Drafter(self.drafts, most, tokens, lens, chance, plain) if out.remaining.max() > 1 else None
         return _Run(
             tokens=tokens,
             newest=lens.copy(),
@@ -173,16 +174,17 @@ class SpeculativeGenerator(Generator):
     def _decode_rounds(self, run: _Run) -> tuple[tuple[str, ...], int]:
         """起草、验证、收下，直到每行都结束；返回说明与草稿模型的调用次数。"""
         out = run.out
-        watch = None if self.floor is None else FloorWatch(self.floor)
+        watch = None if self.floor is None else self.floor.watch(self.num_draft_tokens)
         notes: tuple[str, ...] = ()
         draft_calls = 0
         while out.active.any():
+            began = perf_counter()
             active = out.active.copy()
-            drafts = self._propose(run)
+            drafts = self._propose(run, watch is not None and watch.wants_plain)
             num_drafts = drafts.shape[1]
             got = self._verify(run, drafts)
             accepted = np.where(active, got.num_accepted, 0)
-            kept = 0
+            kept = produced = 0
             for row in np.flatnonzero(active).tolist():
                 count = int(accepted[row])
                 new = [*drafts[row, :count].tolist(), int(got.next_id[row])]
@@ -193,24 +195,24 @@ class SpeculativeGenerator(Generator):
                 # 被截断的行只算到截断处，后面的草稿对不对已经无所谓。
                 cut = taken < len(new)
                 run.tally.add(taken if cut else num_drafts, min(count, taken), taken)
-                kept += min(count, taken)
+                kept, produced = kept + min(count, taken), produced + taken
             run.tally.main_calls += 1
             if run.drafter is None:
                 continue
             draft_calls = run.drafter.calls
             run.drafter.observe(got.hidden, np.where(active, accepted + 1, 0))
-            if watch is not None and num_drafts == self.num_draft_tokens:
-                watch.add(kept, int(active.sum()))
-                verdict = watch.verdict()
+            if watch is not None:
+                seconds = perf_counter() - began
+                verdict = watch.add(Round(num_drafts, int(active.sum()), kept, produced, seconds))
                 if verdict is not None and out.active.any():
                     run.drafter, notes = None, (verdict,)
         return notes, draft_calls
 
-    def _propose(self, run: _Run) -> np.ndarray:
+    def _propose(self, run: _Run, plain: bool) -> np.ndarray:
         """这一轮的草稿 ``[B, K]``；K 随剩余的长度收缩，可以为 0。"""
         active = run.out.active
         wanted = int(run.out.remaining[active].max()) - 1
-        if run.drafter is None or wanted == 0:
+        if run.drafter is None or wanted == 0 or plain:
             return np.empty((len(active), 0), np.int64)
         room = self.session.max_positions - 1 - int(run.newest[active].max())
         return run.drafter.propose(run.newest, active, min(self.num_draft_tokens, wanted, room))

@@ -12,7 +12,7 @@ import deepseek_export
 from deepseek_export.api import CompiledModel
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
-from deepseek_export.runtime import SpeculativeFloor
+from deepseek_export.runtime import MeasuredFloor, SpeculativeFloor
 from tests.contract.test_mtp_contract import SMALL
 
 pytestmark = pytest.mark.contract
@@ -29,6 +29,7 @@ def model(request, tmp_path_factory) -> CompiledModel:
     )
     loaded = deepseek_export.load(folder / "out")
     assert loaded.speculative is not None
+    assert isinstance(loaded.speculative.floor, MeasuredFloor)
     loaded.speculative.floor = None
     return loaded
 
@@ -52,6 +53,9 @@ def test_low_acceptance_falls_back_and_says_so(model: CompiledModel):
     """MTP-4：接受率低于界限就改回普通解码，输出不变，结果里有说明；关掉界限则一直投机。"""
     assert model.speculative is not None
     model.speculative.num_draft_tokens = 3
+    kept = model.generate([[1, 2, 3]], 40, ignore_eos=True)
+    assert kept.speculation is not None
+    assert not kept.speculation.fell_back
     model.speculative.floor = SpeculativeFloor(min_acceptance=2.5, window=4)
     try:
         fallen = model.generate([[1, 2, 3]], 40, ignore_eos=True)
@@ -60,9 +64,6 @@ def test_low_acceptance_falls_back_and_says_so(model: CompiledModel):
     assert fallen.speculation is not None
     assert fallen.speculation.fell_back
     assert "普通解码" in fallen.notes[0]
-    kept = model.generate([[1, 2, 3]], 40, ignore_eos=True)
-    assert kept.speculation is not None
-    assert not kept.speculation.fell_back
     assert kept.token_ids == fallen.token_ids
 
 
@@ -76,6 +77,8 @@ def test_rejection_bundle_samples_and_verifies(tmp_path: Path):
     assert report.passed, report.first_failure
     assert any("rejection" in note for note in report.notes)
     model = deepseek_export.load(tmp_path / "out")
+    assert model.speculative is not None
+    assert isinstance(model.speculative.floor, SpeculativeFloor)
     first = model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
     assert first == model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
     assert [len(ids) for ids in first] == [12, 12]

@@ -99,7 +99,7 @@ def test_broken_checkpoints(name, plain, tmp_path):
         (["--set", "mla.form=absorb"], "DSX-E004"),
         (["-p", "./nothing.toml"], "DSX-E005"),
         (["-p", "full"], "DSX-E119"),
-        (["-p", "mla", "--target", "tensorrt"], "DSX-E301"),
+        (["-p", "mla", "--target", "tpu"], "DSX-E301"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -48,7 +48,7 @@ def test_commands_run_in_order(workspace: Path):
 
 
 def test_python_blocks_run(workspace: Path):
-    """Python 代码块各在新进程里跑（在上一个测试导出的 OUT 上）。"""
+    """Python 代码块各在新进程里跑（在上一个测试导出的 OUT 上）；HF-9 的 pipeline 也在其中。"""
     for block in blocks("README.md", "python"):
         done = subprocess.run(
             [sys.executable, "-c", block], cwd=workspace, capture_output=True, text=True, check=False

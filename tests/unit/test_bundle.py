@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,31 @@ class TestAtomicDirectory:
         assert not dead.exists()
         assert alive.exists()
 
+    def test_half_written_weights_of_a_dead_process_are_handed_over(self, tmp_path: Path):
+        """EXPORT-24：被杀的导出写了一半的权重连同日志移进新的临时目录；成功之后不留日志。"""
+        dead = tmp_path / ".out.tmp-999999999"
+        (dead / "weights").mkdir(parents=True)
+        (dead / "weights/model.safetensors").write_bytes(b"half")
+        (dead / ".resume.json").write_text("{}")
+        (dead / "model.onnx").write_text("stale")
+        with atomic_directory(tmp_path / "out", overwrite=False) as directory:
+            assert (directory / "weights/model.safetensors").read_bytes() == b"half"
+            assert sorted(path.name for path in directory.iterdir()) == [".resume.json", "weights"]
+            assert not dead.exists()
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["weights"]
+
+    def test_space_of_half_written_weights_is_not_asked_for_twice(self, tmp_path: Path):
+        """磁盘预检把能接着写的部分算在内。"""
+        free = shutil.disk_usage(tmp_path).free
+        needed = free + (1 << 40)
+        assert code_of(check_free_space, tmp_path / "out", needed) == "DSX-E404"
+        dead = tmp_path / ".out.tmp-999999999"
+        (dead / "weights").mkdir(parents=True)
+        (dead / ".resume.json").write_text("{}")
+        with (dead / "weights/model.safetensors").open("wb") as file:
+            file.truncate((1 << 40) + (1 << 32))
+        check_free_space(tmp_path / "out", needed)
+
     def test_unwritable_parent(self, tmp_path: Path):
         (tmp_path / "file").write_text("not a directory")
 
@@ -222,7 +248,7 @@ def test_packed_export_memory_is_bounded_by_one_tensor(tmp_path: Path):
     largest = max(spec_bytes(checkpoint, recipe) for recipe in recipes.values())
     assert total > 500e6
     gauge, before = _AnonymousMemory(), anonymous_memory()
-    write_packed(tmp_path / "weights.safetensors", recipes, checkpoint.store, gauge)
+    write_packed(tmp_path, recipes, checkpoint.store, gauge)
     assert gauge.peak - before < 8 * largest + 30e6
 
 

@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import click
 import ml_dtypes
 import numpy as np
 import pytest
@@ -227,11 +228,48 @@ def test_demo_is_deterministic_and_its_tokenizer_round_trips(tmp_path: Path):
     assert tokenizer(text, add_special_tokens=False)["input_ids"][:2] == [0, 2]
 
 
+def maker() -> click.Command:
+    """``tools/make_checkpoint.py`` 的命令。"""
+    return runpy.run_path(str(Path(__file__).parents[2] / "tools/make_checkpoint.py"))["main"]
+
+
+@pytest.mark.parametrize(("like", "shards", "mtp"), [("deepseek-v3", 11, True), ("v2-lite", 1, False)])
+def test_published_shapes_without_the_disk(tmp_path: Path, like: str, shards: int, mtp: bool):
+    """--like：宽度、dtype、分片、MTP 层都是发布时的；--sparse-files 不占磁盘，读出来全零。"""
+    arguments = ["--like", like, "--layers", "4", "--sparse-files", str(tmp_path)]
+    assert CliRunner().invoke(maker(), arguments).exit_code == 0
+    checkpoint = Checkpoint.open(tmp_path)
+    config, store = checkpoint.config, checkpoint.store
+    assert config.num_hidden_layers == 4
+    assert (len(store.files), bool(checkpoint.mtp_tensors)) == (shards, mtp)
+    assert sum(file.stat().st_size for file in store.files) > 4e9
+    assert sum(file.stat().st_blocks * 512 for file in store.files) < 10e6
+    expert = f"model.layers.3.mlp.experts.{config.n_routed_experts - 1}.down_proj.weight"
+    assert store[expert].shape == (config.hidden_size, config.moe_intermediate_size)
+    assert store[expert].dtype == ("F8_E4M3" if like == "deepseek-v3" else "BF16")
+    assert not store.read_rows(expert, 0, 2).any()
+
+
+def test_maker_refuses_contradicting_options(tmp_path: Path):
+    for arguments in (
+        ["--demo", "--like", "v2-lite"],
+        ["--demo", "--layers", "2"],
+        ["--demo", "--sparse-files"],
+    ):
+        assert CliRunner().invoke(maker(), [*arguments, str(tmp_path / "x")]).exit_code == 2
+
+
+def test_shards_are_about_equal_in_bytes(tmp_path: Path):
+    files = Checkpoint.open(write_checkpoint(tmp_path, DEMO_CONFIG, shards=5)).store.files
+    sizes = [file.stat().st_size for file in files]
+    assert len(sizes) == 5
+    assert max(sizes) < 2 * min(sizes)
+
+
 def test_command_line(tmp_path: Path):
     config = tmp_path / "c.json"
     config.write_text(json.dumps(TINY))
-    tool = Path(__file__).parents[2] / "tools" / "make_checkpoint.py"
-    main, run = runpy.run_path(str(tool))["main"], CliRunner().invoke
+    main, run = maker(), CliRunner().invoke
     assert run(main, ["--config", str(config), "--shards", "2", "--mtp", str(tmp_path / "m")]).exit_code == 0
     assert Checkpoint.open(tmp_path / "m").mtp_tensors
     assert run(main, [str(tmp_path / "n")]).exit_code == 2

@@ -19,9 +19,10 @@ from deepseek_export.errors import DsxError
 
 pytestmark = pytest.mark.unit
 
-# 官方 config.json 的内容；V3 去掉了 FP8 的 quantization_config。
+# V3、V2 是官方 config.json 的内容，V3 去掉了 FP8 的 quantization_config；其余家族只留推理用得到的字段。
 _PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
 V3, V2_LITE, V2 = (_PUBLISHED[name] for name in ("V3", "V2_LITE", "V2"))
+KIMI, GLM, YOUTU, MINICPM = (_PUBLISHED[name] for name in ("KIMI_K2", "GLM_4_7_FLASH", "YOUTU", "MINICPM3"))
 
 
 def _yarn(mscale: float) -> dict[str, Any]:
@@ -70,6 +71,86 @@ def test_v2_defaults_follow_transformers():
     drop = ("topk_method", "scoring_func", "n_group", "topk_group", "norm_topk_prob")
     config = parse_model_config(edit(V2_LITE, *drop), "x")
     assert (config.topk_method, config.scoring_func, config.norm_topk_prob) == ("greedy", "softmax", False)
+
+
+def test_published_kimi_and_glm():
+    """V3 的路由与注意力，数值不同；GLM 不写 mlp_layer_types 时第一层 dense。"""
+    kimi, glm = parse_model_config(KIMI, "kimi"), parse_model_config(GLM, "glm")
+    for config in (kimi, glm):
+        assert (config.rope_layout, config.group_score, config.n_group) == ("deinterleaved", "top2_sum", 1)
+        assert config.latent_cache_values == 576
+    assert (kimi.num_moe_layers, kimi.n_routed_experts, kimi.num_mtp_layers) == (60, 384, 0)
+    assert (glm.num_moe_layers, glm.v_head_dim, glm.num_mtp_layers) == (46, 256, 1)
+
+
+def test_published_dense_families():
+    """没有 MoE：一层都不是；MiniCPM3 省略的字段取配置类的缺省，v_head_dim 由宽度推出。"""
+    youtu, mini = parse_model_config(YOUTU, "youtu"), parse_model_config(MINICPM, "minicpm3")
+    for config in (youtu, mini):
+        assert (config.num_moe_layers, config.n_routed_experts, config.tie_word_embeddings) == (0, 0, True)
+        assert not any(config.is_moe_layer(i) for i in range(config.num_hidden_layers + 1))
+    assert (youtu.rope_layout, youtu.embed_scale, youtu.logits_divisor) == ("deinterleaved", 1.0, 1.0)
+    assert (mini.rope_layout, mini.v_head_dim, mini.attention_bias) == ("half", 64, False)
+    assert (mini.embed_scale, mini.logits_divisor) == (12.0, 10.0)
+    assert mini.residual_scale == pytest.approx(1.4 / math.sqrt(62))
+    plain = parse_model_config(edit(MINICPM, scale_depth=None, dim_model_base=None), "x")
+    assert (plain.residual_scale, plain.logits_divisor) == (1.0, 1.0)
+
+
+def _longrope(**changes: Any) -> dict[str, Any]:
+    factors = [1.0 + i / 10 for i in range(16)]
+    scaling = {"type": "longrope", "short_factor": factors, "long_factor": [f + 1 for f in factors]}
+    return edit(MINICPM, rope_scaling=scaling | {"original_max_position_embeddings": 32768} | changes)
+
+
+def test_longrope_that_never_switches():
+    """长度到不了原始长度，或长短两套因子相同：结果与长度无关，收下。"""
+    rope = parse_model_config(_longrope(), "x").rope
+    assert (rope.rope_type, rope.short_factor[1], rope.cos_sin_scale) == ("longrope", 1.1, 1.0)
+    same = _longrope()["rope_scaling"]["short_factor"]
+    rope = parse_model_config(_longrope(long_factor=same, original_max_position_embeddings=8192), "x").rope
+    assert rope.cos_sin_scale == pytest.approx(math.sqrt(1 + math.log(4) / math.log(8192)))
+    assert parse_model_config(_longrope(attention_factor=1.5), "x").rope.cos_sin_scale == 1.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"original_max_position_embeddings": 8192},
+        {"short_factor": [1.0] * 15},
+        {"short_factor": 1.0},
+        {"long_factor": [0.0] * 16},
+        {"factor": -1.0},
+        {"mscale": 1.0},
+    ],
+)
+def test_longrope_refused(change):
+    refused("DSX-E107", _longrope(**change))
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "code"),
+    [
+        (GLM, {"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 45}, "DSX-E105"),
+        (GLM, {"mlp_layer_types": ["dense"] * 3}, "DSX-E105"),
+        (GLM, {"mlp_layer_types": "dense"}, "DSX-E105"),
+        (GLM, {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 45}, "DSX-E105"),
+        (GLM, {"first_k_dense_replace": 2}, "DSX-E105"),
+        (GLM, {"partial_rotary_factor": 0.5}, "DSX-E105"),
+        (V3, {"mlp_layer_types": None}, "DSX-E104"),
+        (YOUTU, {"n_routed_experts": 8}, "DSX-E104"),
+        (YOUTU, {"scale_emb": 12}, "DSX-E104"),
+        (MINICPM, {"num_nextn_predict_layers": 1}, "DSX-E104"),
+        (MINICPM, {"scale_emb": 0}, "DSX-E105"),
+        (MINICPM, {"num_attention_heads": 48, "num_key_value_heads": 48}, "DSX-E105"),
+    ],
+)
+def test_families_refuse_what_they_do_not_have(base, change, code):
+    refused(code, edit(base, **change))
+
+
+def test_missing_scale_is_not_guessed():
+    refused("DSX-E106", edit(MINICPM, "scale_depth"))
 
 
 def test_both_rope_spellings_agree():
@@ -214,9 +295,41 @@ def test_conflicting_rope_spellings():
     refused("DSX-E107", edit(V3, rope_parameters=_yarn(0.5)))
 
 
-def test_quantization_names_the_method():
-    assert "fp8" in refused("DSX-E108", edit(V3, quantization_config={"quant_method": "fp8"})).what
-    parse_model_config(edit(V3, quantization_config=None), "x")
+def test_published_fp8_blocks_are_read():
+    assert parse_model_config(V3, "x").weight_block_size == (128, 128)
+    published = V3["quantization_config"] | {"scale_fmt": "ue8m0", "modules_to_not_convert": ["lm_head"]}
+    config = parse_model_config(edit(V3, quantization_config=published), "x")
+    assert config.weight_block_size == (128, 128)
+    assert parse_model_config(edit(V3, quantization_config=None), "x").weight_block_size is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quant_method": "gptq"},
+        {"quant_method": ["fp8"]},
+        {"quant_method": None},
+        {"fmt": "e5m2"},
+        {"activation_scheme": "static"},
+        {"scale_fmt": "e4m3"},
+        {"weight_block_size": None},
+        {"weight_block_size": [128]},
+        {"weight_block_size": [128, 0]},
+        {"weight_block_size": [128, True]},
+        {"weight_block_size": [128, 1 << 30]},
+        {"modules_to_not_convert": "lm_head"},
+        {"modules_to_not_convert": [1]},
+        {"group_size": 128},
+    ],
+)
+def test_any_other_quantization_is_refused_by_name(change):
+    error = refused("DSX-E108", edit(V3, quantization_config=V3["quantization_config"] | change))
+    assert next(iter(change)) in str(error)
+
+
+@pytest.mark.parametrize("value", ["awq", ["fp8"], 1, {}])
+def test_quantization_that_is_not_a_table_of_fp8(value):
+    refused("DSX-E108", edit(V3, quantization_config=value))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from deepseek_export.passes import (
     pipelines,
 )
 from deepseek_export.passes.legality import check_legality
-from deepseek_export.passes.pipelines import Step
+from deepseek_export.passes.pipelines import TENSORRT_TARGETS, Step
 from deepseek_export.profile import resolve_profile
 from tests.models import TOLERANCE, distance, model_config, ort_session
 
@@ -68,7 +68,7 @@ def names(values) -> list[str]:
 )
 def test_whole_model_is_equal_before_and_after(variant, fused, saved):
     checkpoint = saved(variant)[1]
-    portable, ort = (lowered(variant, "mla+moe", target) for target in PIPELINES)
+    portable, ort = (lowered(variant, "mla+moe", target) for target in ("portable", "ort-cpu"))
     layers, all_layers = model_config(variant).num_moe_layers, model_config(variant).num_hidden_layers
     assert [r.count for r in ort.results] == ([layers, 0, all_layers] if fused else [0, layers, all_layers])
     assert len(ort.fallbacks) == (0 if fused else 1)
@@ -95,6 +95,40 @@ def test_whole_model_is_equal_before_and_after(variant, fused, saved):
             assert distance(got, want) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("target", PIPELINES)
+def test_oversized_experts_are_split_in_the_whole_model(target, saved):
+    """MOE-20：把上限降到 9 个专家（12 个要拆成两组），整个模型在每个目标上都与不拆的相等；没有拆的不留记录。"""
+    checkpoint, config = saved("v3")[1], model_config("v3")
+    arguments = (captured("v3", "mla+moe"), config, resolve_profile("mla+moe"), "float32", target)
+    limit = 9 * config.hidden_size * config.moe_intermediate_size
+    whole, split = lower(*arguments), lower(*arguments, max_elements=limit)
+    assert "split-experts" not in [r.name for r in whole.results]
+    assert (split.results[0].name, split.results[0].count) == ("split-experts", config.num_moe_layers)
+    counts = [node.op_type for node in split.proto.graph.node]
+    assert counts.count("MoeExperts") == 2 * config.num_moe_layers
+    # TensorRT 的路由展开成原生算子，其余目标原样留着。
+    assert counts.count("MoeGate") == (0 if target in TENSORRT_TARGETS else config.num_moe_layers)
+    onnx.checker.check_model(split.proto)
+    feeds = {"input_ids": np.arange(40)[None], "past_lens": np.zeros(1, np.int64)}
+    feeds["logits_positions"] = np.arange(40)[None]
+    cache = np.zeros((1, 1, 48, config.latent_cache_values), np.float32)
+    feeds |= {f"kv_cache.{i}": cache for i in range(config.num_hidden_layers)}
+    outs = []
+    for model in (split, whole):
+        weights = {name: load_array(name, recipe, checkpoint.store) for name, recipe in model.weights.items()}
+        outs.append(ort_session(model.proto).run(["logits"], {**feeds, **weights})[0])
+    assert distance(outs[0], outs[1]) < TOLERANCE[torch.float32]
+
+
+def test_a_weight_too_big_to_split_is_refused_by_code():
+    """MOE-20：baseline 的专家在一个普通 MatMul 里，拆不了：DSX-E410，点名权重与元素数。"""
+    config, profile = model_config("v3"), resolve_profile("baseline")
+    with pytest.raises(DsxError) as error:
+        lower(captured("v3", "baseline"), config, profile, "float32", "portable", max_elements=12_000)
+    assert error.value.code == "DSX-E410"
+    assert "experts.*.gate_proj" in error.value.what
+
+
 def test_lowering_is_deterministic_and_leaves_the_captured_model_alone():
     source = captured("v3", "mla+moe")
     before = source.proto.SerializeToString(), dict(source.weights), sorted(source.functions)
@@ -114,9 +148,13 @@ def test_lowered_model_is_self_consistent(target):
     )
     assert names(model.proto.graph.input)[-len(model.weights) :] == list(model.weights)
     domains = {opset.domain for opset in model.proto.opset_import}
-    assert domains == ({"", "dsx"} if target == "portable" else {"", "dsx", "com.microsoft"})
-    bodies = {"MlaAttention"} if target == "ort-cpu" else {"MlaAttention", "MoeGate", "MoeExperts"}
-    assert {function.name for function in model.proto.functions} == bodies
+    assert domains == ({"", "dsx", "com.microsoft"} if target == "ort-cpu" else {"", "dsx"})
+    bodies = {
+        "portable": {"MlaAttention", "MoeGate", "MoeExperts"},
+        "ort-cpu": {"MlaAttention"},
+        "tensorrt": {"LatentAttention", "MoeExperts"},
+    }
+    assert {function.name for function in model.proto.functions} == bodies[target.removesuffix("-rtx")]
     # 下沉之后对齐校验仍能按名字找到每个 MoeExperts 的输入与输出。
     values = {name for node in model.proto.graph.node for name in (*node.input, *node.output)}
     for site in captured("v3", "mla+moe").sites:
@@ -125,10 +163,11 @@ def test_lowered_model_is_self_consistent(target):
 
 
 def test_baseline_has_nothing_to_lower():
-    portable, ort = (lowered("v3", "baseline", target) for target in PIPELINES)
-    assert [(r.changed, r.count, r.refused) for r in ort.results] == [(False, 0, ())] * 3
-    assert portable.proto.graph == ort.proto.graph
-    assert {opset.domain for opset in ort.proto.opset_import} == {""}
+    portable, *others = (lowered("v3", "baseline", target) for target in PIPELINES)
+    for model in others:
+        assert {(r.changed, r.count, r.refused) for r in model.results} == {(False, 0, ())}
+        assert portable.proto.graph == model.proto.graph
+        assert {opset.domain for opset in model.proto.opset_import} == {""}
 
 
 def test_float16_falls_back_loudly():
@@ -140,12 +179,12 @@ def test_float16_falls_back_loudly():
     assert "float16" in line
 
 
-@pytest.mark.parametrize(("target", "says"), [("tensorrt", "不在这一版"), ("tpu", "不存在")])
-def test_unknown_target_lists_the_targets(target, says):
-    with pytest.raises(DsxError, match=r"portable、ort-cpu") as caught:
-        lowered("v3", "mla+moe", target)
+def test_unknown_target_lists_the_targets():
+    with pytest.raises(
+        DsxError, match=r"'tpu' 不存在\n.*portable、ort-cpu、tensorrt、tensorrt-rtx"
+    ) as caught:
+        lowered("v3", "mla+moe", "tpu")
     assert caught.value.code == "DSX-E301"
-    assert says in caught.value.what
 
 
 def test_wrong_count_after_capture_names_capture():

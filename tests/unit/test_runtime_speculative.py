@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.runtime import (
     Generator,
+    MeasuredFloor,
     SamplingParams,
     SpeculativeFloor,
     SpeculativeGenerator,
 )
-from deepseek_export.runtime.speculation import Tally
+from deepseek_export.runtime.speculation import Round, Tally, Watch
 from tests.unit.test_runtime_speculative_toy import (
     LIMIT,
     build,
@@ -166,6 +168,63 @@ def test_floor(tmp_path: Path) -> None:
     assert result.speculation is not None
     assert not result.speculation.fell_back
     assert result.notes == ()
+
+
+@dataclass(frozen=True)
+class _Priced(MeasuredFloor):
+    """用定好的价钱代替秒表：普通一轮 1 秒，带草稿的一轮 ``drafted`` 秒。"""
+
+    drafted: float = 1.0
+
+    def watch(self, num_draft_tokens: int) -> Watch:
+        inner, price = super().watch(num_draft_tokens), self.drafted
+
+        class Priced:
+            wants_plain = property(lambda _: inner.wants_plain)
+
+            def add(self, latest: Round) -> str | None:
+                return inner.add(replace(latest, seconds=price if latest.drafts else 1.0))
+
+        return Priced()
+
+
+def test_measured_floor(tmp_path: Path) -> None:
+    """MTP-4：全中的 2 个草稿值 3 个 token：一轮贵过 3 步就停，不到 3 步就一直投机；停与不停输出都不变。"""
+    toy = markov()
+    steps = 90
+    want = [toy.greedy(prompt, steps) for prompt in RAGGED]
+    for modules, price, stops in ((1, 3.1, True), (2, 3.1, True), (1, 2.9, False), (2, 2.9, False)):
+        floor = _Priced(window=4, probe=3, drafted=price)
+        result = build(tmp_path, toy, make_drafts(toy, modules, mix=0), 2, floor=floor).generate(
+            RAGGED, steps
+        )
+        assert result.token_ids == want
+        stats = result.speculation
+        assert stats is not None
+        assert stats.fell_back is stops
+        if stops:
+            assert "每个 token 129 ms，普通解码 125 ms" in result.notes[0]
+            assert stats.draft_calls == 4 * 2
+            assert stats.main_calls == 4 + (steps - 1 - 4 * 3)
+        else:
+            # 补算了普通解码那几行之后草稿仍然全中：投机 4、8、15 轮，中间各比一次，末尾一轮只要 1 个草稿。
+            assert stats.acceptance == [1.0, 1.0]
+            assert stats.main_calls == 4 + 3 + 8 + 3 + 15 + 1
+            assert stats.draft_calls == (4 + 8 + 15) * 2 + modules
+
+
+def test_measured_floor_ignores_the_slow_first_round() -> None:
+    watch = MeasuredFloor(window=3, probe=3).watch(2)
+    for seconds in (9.0, 1.0, 1.0):
+        assert not watch.wants_plain
+        assert watch.add(Round(2, 1, 1, 2, seconds)) is None
+    assert watch.add(Round(1, 1, 1, 2, 9.0)) is None  # 末尾收缩了的草稿不算
+    assert watch.wants_plain
+    assert watch.add(Round(0, 1, 0, 1, 7.0)) is None
+    assert watch.add(Round(0, 1, 0, 1, 0.4)) is None
+    verdict = watch.add(Round(0, 1, 0, 1, 0.4))
+    assert verdict is not None
+    assert "500 ms，普通解码 400 ms" in verdict
 
 
 def test_floor_from_config() -> None:

@@ -16,7 +16,13 @@ from deepseek_export import api
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.cli.main import main
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime import ModelSession, SamplingParams, SpeculativeFloor, SpeculativeGenerator
+from deepseek_export.runtime import (
+    MeasuredFloor,
+    ModelSession,
+    SamplingParams,
+    SpeculativeFloor,
+    SpeculativeGenerator,
+)
 from tests.unit.test_runtime_speculative_toy import LIMIT, build, make_drafts, save_draft, save_main
 from tests.unit.test_runtime_toy import make_toy, save_toy
 
@@ -51,6 +57,9 @@ def test_refused_construction(tmp_path: Path) -> None:
     for floor in ((-1.0, 4), (float("nan"), 4), (0.5, 0)):
         with pytest.raises(DsxError, match="DSX-E516"):
             SpeculativeFloor(*floor)
+    for sizes in ((0, 4), (16, 0), (True, 4), (16, 1.5)):
+        with pytest.raises(DsxError, match="DSX-E516"):
+            MeasuredFloor(*sizes)  # type: ignore[arg-type]
     with pytest.raises(DsxError, match="DSX-E508"):
         SpeculativeGenerator(good.session, good.drafts, None, (), 1, "rejection")
     with pytest.raises(DsxError, match="DSX-E508"):
@@ -85,7 +94,8 @@ def _compiled(folder: Path, with_drafts: bool = True) -> api.CompiledModel:
     )
     drafts = [folder / "mtp.onnx"] if with_drafts else []
     mtp = SimpleNamespace(enabled=with_drafts, num_draft_tokens=2, verify="greedy")
-    manifest = SimpleNamespace(model=config, profile=SimpleNamespace(mtp=mtp))
+    weights = SimpleNamespace(mode="packed", recipes={})
+    manifest = SimpleNamespace(model=config, profile=SimpleNamespace(mtp=mtp), weights=weights)
     bundle: Any = SimpleNamespace(
         path=folder, model_path=folder / "model.onnx", draft_paths=drafts, manifest=manifest
     )
@@ -128,3 +138,4 @@ def test_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert model.speculative is not None
     model.speculative.floor = SpeculativeFloor(8.0, window=1)
     assert call()[1].count("止损线") == 1
+    assert "止损线" not in call("--no-floor")[1]

@@ -1,0 +1,70 @@
+"""按引用的 bundle → 打包的 bundle：原地、原子，被杀之后能接着写。"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx
+
+from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.bundle.disk import (
+    WEIGHTS_FOLDER,
+    atomic_directory,
+    check_free_space,
+    disk_errors,
+    hash_files,
+    write_json,
+)
+from deepseek_export.bundle.graph import check_onnx, point_at
+from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
+from deepseek_export.bundle.reference import open_referenced
+from deepseek_export.errors import DsxError
+from deepseek_export.progress import Progress
+
+
+def pack_bundle(path: Path | str, progress: Progress | None = None) -> Bundle:
+    """把按引用的 bundle 变成自包含的：结果与一开始就用 ``--weights packed`` 导出的逐字节相同。
+
+    Args:
+        path: bundle 目录；成功之后换成打包的，中途失败则保持原样。
+        progress: 进度。
+
+    Raises:
+        DsxError: ``DSX-E409`` 已经是打包的；``DSX-E408`` 检查点与导出时不同；``DSX-E404`` 磁盘空间不足；其余见 ``Bundle.open``、
+            ``write_packed``。
+    """
+    progress = progress or Progress()
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    if manifest.weights.mode == "packed":
+        raise DsxError("DSX-E409", f"{path} 的权重已经在自己的文件里", "不必再打包，直接用")
+    store, recipes = open_referenced(bundle), manifest.weights.recipes
+    check_free_space(bundle.path, sum(recipe.nbytes for recipe in recipes.values()))
+    graphs = {graph.file for graph in manifest.graphs}
+    with atomic_directory(bundle.path, overwrite=True) as directory:
+        packed = write_packed(directory, recipes, store, progress)
+        progress.start("写计算图并检查")
+        for name in graphs:
+            model = onnx.load(bundle.path / name, load_external_data=False)
+            for tensor in model.graph.initializer:
+                if tensor.name in packed.slots:
+                    point_at(tensor, packed.slots[tensor.name])
+            with disk_errors(directory):
+                onnx.save(model, directory / name)
+            check_onnx(directory / name)
+        with disk_errors(directory):
+            for source in bundle.path.iterdir():
+                if source.is_dir() and source.name != WEIGHTS_FOLDER:
+                    shutil.copytree(source, directory / source.name)
+                elif source.is_file() and source.name not in {*graphs, "manifest.json"}:
+                    shutil.copyfile(source, directory / source.name)
+            # engines/、reports/ 不归 manifest 的 files 管，只对导出时记下的那些文件算哈希。
+            kept = {name for name in manifest.files if not name.startswith(f"{WEIGHTS_FOLDER}/")}
+            others = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()]
+            files = hash_files(directory, [name for name in others if name not in kept], progress)
+            weights = manifest.weights.model_copy(update={"mode": "packed", "files": [WEIGHTS_FILE]})
+            files = dict(sorted((files | {WEIGHTS_FILE: packed.entry}).items()))
+            updated = manifest.model_copy(update={"weights": weights, "files": files})
+            write_json(directory / "manifest.json", updated.model_dump(mode="json"))
+    return Bundle.open(bundle.path)

@@ -1,0 +1,146 @@
+"""按引用的权重：不写权重文件，initializer 直接指进检查点自己的 safetensors。
+
+指得进去的（原样、dtype 相同）写明文件与偏移；其余（叠放专家、转 dtype、反量化）指向说明文件 :data:`BY_RECIPE_FILE`，加载时按
+manifest 里的配方逐个生成。那个文件装不下它们声明的长度，所以绕过 dsx 直接打开时 ONNX Runtime 会报错，而不是读到别的东西。
+
+检查点的文件以硬链接放进 ``weights/``：ONNX Runtime 拒绝指向目录外的符号链接，硬链接则与普通文件无异，检查点挪走之后 bundle 也还能用。
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.bundle.disk import WEIGHTS_FOLDER
+from deepseek_export.bundle.graph import Slot, external_location
+from deepseek_export.bundle.packed import TAGS
+from deepseek_export.checkpoint import TensorStore
+from deepseek_export.checkpoint.recipe import Recipe, load_array
+from deepseek_export.checkpoint.store import INDEX_NAME
+from deepseek_export.errors import DsxError
+
+BY_RECIPE_FILE = f"{WEIGHTS_FOLDER}/by-recipe.txt"
+
+_BY_RECIPE_TEXT = """\
+指向这个文件的 initializer 没有现成的字节：dsx 加载时按 manifest.json 里 weights.recipes 的配方，从旁边的 safetensors 生成。
+绕过 dsx 直接加载会报“超出文件长度”；要一个不依赖 dsx 的文件夹，先运行 dsx pack。
+"""
+#: 换个文件系统、没有权限、文件系统不支持、链接数用完。
+_CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EMLINK}
+
+
+def reference_slots(recipes: Mapping[str, Recipe], store: TensorStore) -> dict[str, Slot]:
+    """每个 initializer 指向哪里。
+
+    Args:
+        recipes: initializer 名 → 配方，已经过 ``bind_recipes``。
+        store: 检查点张量。
+    """
+    return {name: _slot(recipe, store) for name, recipe in recipes.items()}
+
+
+def _slot(recipe: Recipe, store: TensorStore) -> Slot:
+    if recipe.op == "copy":
+        spec = store[recipe.sources[0]]
+        if (spec.dtype, spec.shape) == (TAGS[recipe.dtype], recipe.shape):
+            return Slot(f"{WEIGHTS_FOLDER}/{spec.file.name}", spec.offset, spec.nbytes)
+    return Slot(BY_RECIPE_FILE, 0, recipe.nbytes)
+
+
+def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:
+    """把检查点的全部 safetensors 硬链接进 bundle，连同索引与说明文件。
+
+    Args:
+        store: 检查点张量。
+        directory: bundle 目录，还没有 ``weights/``。
+
+    Returns:
+        硬链接的文件，相对 ``directory`` 的路径。
+
+    Raises:
+        DsxError: ``DSX-E407``，链接不了，多半是不在同一个文件系统。
+    """
+    folder = directory / WEIGHTS_FOLDER
+    folder.mkdir()
+    for file in store.files:
+        try:
+            os.link(file.resolve(), folder / file.name)  # 检查点里可能是符号链接（HF 缓存），要链到真文件
+        except OSError as error:
+            if error.errno not in _CANNOT_LINK:
+                raise
+            raise DsxError(
+                "DSX-E407",
+                f"{file} 链接到 {folder}：{error.strerror}",
+                "把 -o 放到检查点所在的文件系统，并确认检查点文件归自己所有；或改用 --weights packed",
+            ) from error
+    if (store.directory / INDEX_NAME).is_file():
+        shutil.copyfile(store.directory / INDEX_NAME, folder / INDEX_NAME)
+    (directory / BY_RECIPE_FILE).write_text(_BY_RECIPE_TEXT, encoding="utf-8")
+    return [f"{WEIGHTS_FOLDER}/{file.name}" for file in store.files]
+
+
+def open_referenced(bundle: Bundle) -> TensorStore:
+    """打开按引用的 bundle 里的检查点，并核对指纹。
+
+    Raises:
+        DsxError: ``DSX-E408``，检查点与导出时不同；``DSX-E110`` / ``DSX-E118``，文件坏了。
+    """
+    store = TensorStore.open(bundle.path / WEIGHTS_FOLDER)
+    recorded = {entry["name"]: entry for entry in bundle.manifest.source.fingerprint["files"]}
+    for entry in store.fingerprint()["files"]:
+        if recorded.pop(entry["name"], None) != entry:
+            raise _changed(bundle, entry["name"])
+    if recorded:
+        raise _changed(bundle, next(iter(recorded)))
+    return store
+
+
+def _changed(bundle: Bundle, name: str) -> DsxError:
+    return DsxError(
+        "DSX-E408",
+        f"{bundle.path / WEIGHTS_FOLDER / name} 的大小或文件头与导出时不同",
+        "检查点被改过：从原来的检查点重新导出；想不受检查点影响，用 --weights packed 或 dsx pack",
+    )
+
+
+class BundleWeights:
+    """加载一个 bundle 时要由 dsx 生成的 initializer；几张图共用的只生成一次、共用一份内存。
+
+    打包的 bundle 没有这样的 initializer，``arrays`` 总是空的，也不碰任何文件。
+
+    Args:
+        bundle: 打开的 bundle。
+
+    Raises:
+        DsxError: 同 :func:`open_referenced`。
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._recipes = bundle.manifest.weights.recipes
+        self._store = open_referenced(bundle) if bundle.manifest.weights.mode == "reference" else None
+        self._made: dict[str, np.ndarray] = {}
+
+    def arrays(self, model: Path | onnx.ModelProto) -> dict[str, np.ndarray]:
+        """一张图里要生成的 initializer：名字 → 内容，逐个生成。
+
+        Args:
+            model: ONNX 文件，或还没加载外部数据的模型。
+
+        Raises:
+            DsxError: ``DSX-E115`` / ``DSX-E116``，权重有问题。
+        """
+        if self._store is None:
+            return {}
+        proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
+        names = [t.name for t in proto.graph.initializer if external_location(t) == BY_RECIPE_FILE]
+        for name in names:
+            if name not in self._made:
+                self._made[name] = load_array(name, self._recipes[name], self._store)
+        return {name: self._made[name] for name in names}

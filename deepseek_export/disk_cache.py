@@ -1,0 +1,81 @@
+"""磁盘缓存：算起来要好几秒、而结果由输入完全决定的东西（捕获的计算图），下次不必重算。
+
+缓存只影响快慢，不影响结果：键是全部输入的摘要，条目自带 sha256，读到损坏的当作没有；目录不可写就不存。
+位置是 ``$XDG_CACHE_HOME/dsx``（缺省 ``~/.cache/dsx``），整个删掉随时可以；``DSX_NO_CACHE=1`` 既不读也不写。
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+#: 一类条目至多留这么多个，再多就删最久没用过的。
+MAX_ENTRIES = 512
+
+
+class DiskCache:
+    """一类条目的缓存。
+
+    Args:
+        kind: 子目录的名字。
+        max_entries: 至多留几个条目。
+    """
+
+    def __init__(self, kind: str, max_entries: int = MAX_ENTRIES) -> None:
+        self._kind = kind
+        self._max_entries = max_entries
+
+    @property
+    def directory(self) -> Path | None:
+        """条目所在的目录，不一定存在；缓存关掉时为 ``None``。"""
+        if os.environ.get("DSX_NO_CACHE", "0") != "0":
+            return None
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(root) / "dsx" / self._kind
+
+    def get(self, key: str) -> bytes | None:
+        """``key`` 的内容；没有、读不了、损坏都是 ``None``。
+
+        Args:
+            key: 全部输入的十六进制摘要。
+        """
+        if self.directory is None:
+            return None
+        path = self.directory / key
+        try:
+            digest, _, content = path.read_bytes().partition(b"\n")
+            path.touch()  # 删旧条目时看的是最近一次用到的时间
+        except OSError:
+            return None
+        return content if digest == _digest(content) else None
+
+    def put(self, key: str, content: bytes) -> None:
+        """存下 ``content``；写到一半被杀掉也不留半个条目。"""
+        directory = self.directory
+        if directory is None:
+            return
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptor, scratch = tempfile.mkstemp(dir=directory, prefix=".")
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(_digest(content) + b"\n" + content)
+                os.replace(scratch, directory / key)
+            except BaseException:
+                os.unlink(scratch)
+                raise
+            self._prune(directory)
+
+    def _prune(self, directory: Path) -> None:
+        entries = [path for path in directory.iterdir() if not path.name.startswith(".")]
+        if len(entries) > self._max_entries:
+            entries.sort(key=lambda path: path.stat().st_mtime)
+            for path in entries[: -self._max_entries]:
+                path.unlink(missing_ok=True)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()

@@ -1,0 +1,143 @@
+"""``apply`` 与 ``restore``：在加载好的 transformers 模型上逐项打开优化，也能原样退回去。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+
+from deepseek_export.errors import DsxError
+from deepseek_export.integration.attention import AbsorbedV2Attention, AbsorbedV3Attention
+from deepseek_export.integration.compat import require_model
+from deepseek_export.integration.experts import SparseV2Experts, SparseV3Experts
+from deepseek_export.profile import OptimizationProfile, resolve_profile
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
+    v2.DeepseekV2Attention: AbsorbedV2Attention,
+    v3.DeepseekV3Attention: AbsorbedV3Attention,
+}
+EXPERTS: dict[type[nn.Module], type[nn.Module]] = {
+    v2.DeepseekV2Experts: SparseV2Experts,
+    v3.DeepseekV3Experts: SparseV3Experts,
+}
+_ORIGINALS = {replaced: original for original, replaced in (ATTENTION | EXPERTS).items()}
+_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def apply(model: Model, profile: str | Path | OptimizationProfile) -> Model:
+    """把方案里打开的优化装到模型上，就地进行，不复制任何参数。
+
+    - ``mla``：解码走 absorb，不再每步展开整个缓存；``mla.form=auto`` 时 prefill 与训练仍是 transformers 自己的代码；
+    - ``moe``：只算有 token 的专家。
+
+    state_dict、缓存的内容、``save_pretrained``、梯度都不变。对装过的模型再调用就是换方案；方案全部关闭等于 :func:`restore`。
+    检查都在动手之前：报错时模型原样不动。
+
+    Args:
+        model: ``DeepseekV2ForCausalLM`` 或 ``DeepseekV3ForCausalLM``。
+        profile: 方案名（``mla+moe``）、TOML 文件或方案对象。
+
+    Returns:
+        同一个模型对象。
+
+    Raises:
+        DsxError: ``DSX-E803`` 模型类；``DSX-E804`` 模型现在的状态不能替换；``DSX-E805`` 方案里有这里做不到的设置；
+            方案本身的错见 :func:`~deepseek_export.profile.resolve_profile`。
+    """
+    resolved = resolve_profile(profile)
+    require_model(model)
+    _check_profile(resolved)
+    attention = _targets(model, ATTENTION) if resolved.mla.enabled and resolved.mla.form != "naive" else []
+    experts = _targets(model, EXPERTS) if resolved.moe.enabled else []
+    for name, module in attention:
+        _check_attention(name, module)
+    for name, module in experts:
+        _check_experts(name, module)
+    restore(model)
+    for _, module in attention:
+        module.__class__ = ATTENTION[type(module)]
+        module.dsx_form = resolved.mla.form
+    for _, module in experts:
+        module.__class__ = EXPERTS[type(module)]
+    return model
+
+
+def restore(model: Model) -> Model:
+    """撤掉 :func:`apply` 装上的一切，回到 transformers 自己的代码；没装过的模型原样返回。
+
+    Returns:
+        同一个模型对象。
+
+    Raises:
+        DsxError: ``DSX-E803``，模型类不支持。
+    """
+    require_model(model)
+    for module in model.modules():
+        original = _ORIGINALS.get(type(module))
+        if original is not None:
+            module.__class__ = original
+            vars(module).pop("dsx_form", None)
+    return model
+
+
+def _targets(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> list[tuple[str, Any]]:
+    """要替换的模块及其名字；已经替换过的也算。"""
+    kinds = {*table, *table.values()}
+    return [(name, module) for name, module in model.named_modules() if type(module) in kinds]
+
+
+def _check_profile(profile: OptimizationProfile) -> None:
+    if profile.mla.cache_dtype != "model":
+        raise DsxError(
+            "DSX-E805",
+            f"mla.cache_dtype={profile.mla.cache_dtype}：缓存是 transformers 的，dtype 跟着模型走",
+            "去掉这个设置；要换缓存 dtype，用 dsx export",
+        )
+    if profile.fallback.on_drift != "refuse":
+        raise DsxError(
+            "DSX-E805",
+            f"fallback.on_drift={profile.fallback.on_drift}：apply 不做导出时的校验，没有什么可退",
+            "去掉这个设置",
+        )
+
+
+def _check_attention(name: str, module: Any) -> None:
+    _check_forward(name, module)
+    implementation = module.config._attn_implementation
+    if implementation not in _ATTENTION_IMPLEMENTATIONS:
+        raise _state(
+            f"attention 实现是 {implementation}，absorb 只认 {'、'.join(_ATTENTION_IMPLEMENTATIONS)} 的遮罩",
+            'model.set_attn_implementation("sdpa")',
+        )
+    # absorb 直接用 kv_b_proj 的权重，绕过了它的 forward：量化层、LoRA 的效果会悄悄丢掉。
+    if type(module.kv_b_proj) is not nn.Linear:
+        kind = type(module.kv_b_proj).__name__
+        raise _state(f"{name}.kv_b_proj 是 {kind}，不是普通的 nn.Linear", "先反量化，或合并 LoRA")
+
+
+def _check_experts(name: str, module: Any) -> None:
+    _check_forward(name, module)
+    if getattr(module, "_is_expert_parallel", False):
+        raise _state(f"{name} 的专家分布在多个进程上", "不用 expert parallel 加载，或只打开 mla")
+    for weight in (module.gate_up_proj, module.down_proj):
+        if not weight.is_floating_point() or weight.itemsize < 2:
+            raise _state(f"{name} 的权重是 {weight.dtype}", "先反量化成 bfloat16")
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    """accelerate 等把包装过的 forward 挂在实例上，替换类之后它仍会调用旧的。"""
+    if "forward" in vars(module):
+        raise _state(
+            f"{name} 的 forward 被别的库包装过（例如 accelerate 的 offload）",
+            "不用 device_map / offload 加载",
+        )
+
+
+def _state(what: str, todo: str) -> DsxError:
+    return DsxError("DSX-E804", what, todo)

@@ -1,0 +1,81 @@
+"""测过的 transformers 版本、支持的模型类，以及各版本之间的差别。"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.config import parse_model_config
+from deepseek_export.errors import DsxError
+from deepseek_export.parity.oracle import MIN_TRANSFORMERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: 契约测试跑过的最新一版；nox 的 ``test_newest_transformers`` 会越过它去跑最新的发布版。
+MAX_TRANSFORMERS = (5, 24)
+#: 设成非空就不检查上限：给上面那个 nox 会话，也给愿意自担风险的人。
+UNTESTED = "DSX_UNTESTED_TRANSFORMERS"
+MODEL_CLASSES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+
+
+def require_transformers() -> None:
+    """没有能用的 transformers 就拒绝。
+
+    Raises:
+        DsxError: ``DSX-E801`` 没装；``DSX-E802`` 版本不在测过的范围内。
+    """
+    low, high = (".".join(map(str, version)) for version in (MIN_TRANSFORMERS, MAX_TRANSFORMERS))
+    install = f"pip install 'transformers>={low},<{MAX_TRANSFORMERS[0]}.{MAX_TRANSFORMERS[1] + 1}'"
+    try:
+        version = metadata.version("transformers")
+    except metadata.PackageNotFoundError as error:
+        raise DsxError("DSX-E801", "apply、restore、DsxForCausalLM 都要用到它", install) from error
+    parts = version.split(".")
+    found = (int(parts[0]), int(parts[1]))
+    if found < MIN_TRANSFORMERS or (found > MAX_TRANSFORMERS and not os.environ.get(UNTESTED)):
+        todo = f"{install}；要用更新的版本，自担风险可设 {UNTESTED}=1"
+        raise DsxError("DSX-E802", f"装的是 {version}，测过的是 {low} 到 {high}", todo)
+
+
+def require_model(model: Any) -> ModelConfig:
+    """确认是支持的模型对象，并给出它的类型化配置。
+
+    按类的全名比较，子类也拒绝：它可能改过 forward，而 dsx 无从知道。
+
+    Raises:
+        DsxError: ``DSX-E803`` 模型类不支持；``DSX-E103`` 到 ``DSX-E109`` 它的 config 里有 dsx 不支持的内容。
+    """
+    import transformers
+
+    kind = type(model)
+    if kind not in [getattr(transformers, name) for name in MODEL_CLASSES]:
+        raise DsxError(
+            "DSX-E803",
+            f"得到的是 {kind.__module__}.{kind.__qualname__}",
+            f"支持 {'、'.join(MODEL_CLASSES)}；PEFT 等包装过的模型请先取出里面的 transformers 模型",
+        )
+    return model_config(model)
+
+
+def model_config(model: PreTrainedModel) -> ModelConfig:
+    """transformers 模型的 config → dsx 的 :class:`ModelConfig`，dtype 取权重的。"""
+    data = json.loads(model.config.to_json_string(use_diff=False))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return parse_model_config(
+        {**data, "dtype": dtype, "torch_dtype": dtype}, f"{type(model).__name__} 的 config"
+    )
+
+
+@functools.cache
+def cache_name() -> str:
+    """forward 的缓存参数叫什么，输出里的字段同名：5.24 前后由 ``past_key_values`` 改成了 ``cache``。"""
+    from transformers import DeepseekV3ForCausalLM
+
+    parameters = inspect.signature(DeepseekV3ForCausalLM.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"

@@ -1,0 +1,115 @@
+"""在 CUDA 流上启动一个 :class:`~deepseek_export.kernels.program.Program`；需要 ``cuda-bindings`` 与 NVIDIA 驱动。
+
+装载在构造时完成；:meth:`Launcher.enqueue` 只启动 kernel，不分配、不同步，所以可以录进 CUDA graph。
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from deepseek_export.errors import DsxError
+from deepseek_export.kernels.program import BoundLaunch, CompiledKernel, Program
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Launcher:
+    """装载好的程序。
+
+    Args:
+        program: 要启动的程序；它的 SM 必须是当前设备的。
+
+    Raises:
+        DsxError: ``DSX-E906``，没有 cuda-bindings、没有驱动，或当前线程没有 CUDA 上下文。
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._driver = _load_driver()
+        kernels = {launch.kernel for variant in program.variants for launch in variant.launches}
+        self._functions = {kernel: self._load(kernel) for kernel in kernels}
+        self._bind = functools.lru_cache(maxsize=256)(program.bind)  # 解码的每一步形状都相同
+
+    def enqueue(
+        self, shapes: Shapes, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
+    ) -> None:
+        """依次启动；参数除 ``shapes`` 外都是地址。
+
+        Args:
+            shapes: 各输入的形状。
+            inputs, outputs: 各张量的设备地址，16 字节对齐。
+            workspace: 至少 ``program.workspace(shapes)`` 字节，256 字节对齐；不需要时可为 0。
+            stream: ``CUstream``。
+        """
+        for launch in self._bind(shapes):
+            kernel = launch.kernel
+            self._check(
+                self._driver.cuLaunchKernel(
+                    self._functions[kernel],
+                    *launch.grid,
+                    kernel.threads,
+                    1,
+                    1,
+                    kernel.shared,
+                    stream,
+                    pack_arguments(launch, inputs, outputs, workspace),
+                    0,
+                )
+            )
+
+    def _load(self, kernel: CompiledKernel) -> Any:
+        driver = self._driver
+        (library,) = self._check(driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0))
+        (handle,) = self._check(driver.cuLibraryGetKernel(library, kernel.entry.encode()))
+        (device,) = self._check(driver.cuCtxGetDevice())
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._check(driver.cuKernelSetAttribute(attribute, kernel.shared, handle, device))
+        (function,) = self._check(driver.cuKernelGetFunction(handle))
+        return function
+
+    def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
+        status, *values = result
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{self.program.op}（sm{self.program.sm}）：CUDA 驱动报告 {status.name}")
+        return tuple(values)
+
+
+def pack_arguments(
+    launch: BoundLaunch, inputs: Sequence[int], outputs: Sequence[int], workspace: int
+) -> tuple[tuple[int | float | None, ...], tuple[Any, ...]]:
+    """``cuLaunchKernel`` 的 ``kernelParams``：值与 C 类型，末尾补上 scratch 的空指针。"""
+    values: list[int | float | None] = []
+    types: list[Any] = []
+    for kind, value in launch.arguments:
+        match kind:
+            case "int32":
+                values.append(value)
+                types.append(ctypes.c_int32)
+            case "float32":
+                values.append(value)
+                types.append(ctypes.c_float)
+            case "workspace":
+                values.append(workspace + int(value))
+                types.append(ctypes.c_void_p)
+            case _:
+                values.append((inputs if kind == "input" else outputs)[int(value)])
+                types.append(ctypes.c_void_p)
+    scratch = launch.kernel.scratch
+    return (*values, *[0] * scratch), (*types, *[ctypes.c_void_p] * scratch)
+
+
+def _load_driver() -> Any:
+    todo = "在装有 NVIDIA 驱动的机器上运行，并 pip install -U 'deepseek-export[kernels]'"
+    try:
+        from cuda.bindings import driver
+
+        (status,) = driver.cuInit(0)
+    except (ImportError, RuntimeError) as error:
+        # 没有驱动时 cuda-bindings 抛 RuntimeError 的子类。
+        raise DsxError("DSX-E906", str(error), todo) from error
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DsxError("DSX-E906", f"cuInit 返回 {status.name}", todo)
+    return driver

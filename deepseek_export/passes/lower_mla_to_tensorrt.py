@@ -1,0 +1,264 @@
+"""``MlaAttention`` → TensorRT 的原生层，加上一个插件核 ``LatentAttention``。"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import torch
+from onnx import helper
+
+from deepseek_export.capture.bodies import latent_attention_body
+from deepseek_export.errors import DsxError
+from deepseek_export.ops.table import (
+    DOMAIN,
+    LATENT_ATTENTION,
+    MLA_ATTENTION,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+)
+from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult
+from deepseek_export.passes.emitter import Emitter
+
+#: 一次至多多少个新 token 走插件核；再多就是 prefill。投机解码验证 K 个草稿时 S = K+1。
+MAX_DECODE_TOKENS = 8
+
+#: 原生融合注意力核的宽度上限与步长（TensorRT-RTX 1.7，SM80、SM89、SM120 实测）。
+_MAX_HEAD_WIDTH, _HEAD_WIDTH_STEP = 256, 8
+
+_TORCH_DTYPES: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+}
+
+
+class LowerMlaToTensorrtPass(Pass):
+    """每个 ``MlaAttention`` 变成缓存写入加一条或两条注意力路径。
+
+    改写：
+
+    1. 缓存写入：``kv_cache_out = TensorScatter(kv_cache, [c_kv, k_pe], past_lens)``，TensorRT 认作 KV_CACHE_UPDATE，原地执行。
+    2. ``mla.form=absorb``：解码路径。W_UK、W_UV 的吸收是按头分批的原生 MatMul，中间是 ``LatentAttention``。
+    3. ``mla.form=naive``：prefill 路径。缓存展开成每头的 K、V，V 补零到与 K 同宽（原生注意力要求 Q、K、V 等宽），再用标准
+       ``Attention``，最后切回 ``v_head_dim`` 列。
+    4. ``mla.form=auto``：两条都在，S <= 8 走解码，否则走 prefill。不用 ``If``：它在 TensorRT 里带一次设备到主机的拷贝，而且
+       分支里不能有插件。另一条路径的结果切成 0 行；每个优化配置的 S 都在分界的同一侧，编译器因此把走不到的那条整条删掉。
+       ``Attention`` 自己至少算一行（ONNX Runtime 不接受空的 query），切成 0 行的是它的结果。
+
+    不改写：
+
+    5. 没有 ``MlaAttention``（MLA 关闭）。
+
+    拒绝编译（``DSX-E320``）：
+
+    6. 情形 3、4 里 Q、K 的宽度 ``qk_nope_head_dim + qk_rope_head_dim`` 或 ``v_head_dim`` 超过 256，没有原生核。
+
+    名字：全部输入、``o``、``kv_cache_out`` 保留。
+    """
+
+    name: ClassVar[str] = "lower-mla-to-tensorrt"
+
+    def call(self, module: GraphModule) -> PassResult:
+        """见类说明。"""
+        sites = module.find(MLA_ATTENTION.name)
+        # 情形 5。
+        if not sites:
+            return PassResult(name=self.name, changed=False, count=0)
+        constants: dict[str, gs.Constant] = {}
+        for node in sites:
+            emit = Emitter(node.name.rpartition("/")[0], constants)
+            _Rewrite(module, node, emit).run()
+            module.replace(node, emit.nodes)
+        if module.mla_form != "naive":
+            q, cache, _ = module.find(LATENT_ATTENTION.name)[0].inputs
+            module.functions[LATENT_ATTENTION.name] = latent_attention_body(
+                module.config, _TORCH_DTYPES[_onnx_type(q)], _TORCH_DTYPES[_onnx_type(cache)]
+            )
+        return PassResult(name=self.name, changed=True, count=len(sites))
+
+    def ensures(self, module: GraphModule) -> None:
+        if left := module.find(MLA_ATTENTION.name):
+            raise PassError(f"还剩 {[node.name for node in left]}")
+
+
+class _Rewrite:
+    """一处改写。"""
+
+    def __init__(self, module: GraphModule, node: gs.Node, emit: Emitter) -> None:
+        self.form, self.config, self.emit = module.mla_form, module.config, emit
+        self.scale = node.attrs["scale"]
+        ports = dict(zip((port.name for port in MLA_ATTENTION.inputs), node.inputs, strict=True))
+        self.q_nope, self.q_pe = ports["q_nope"], ports["q_pe"]
+        self.c_kv, self.k_pe = ports["c_kv"], ports["k_pe"]
+        self.cache, self.past_lens, self.w_kv_b = ports["kv_cache"], ports["past_lens"], ports["w_kv_b"]
+        self.o, self.cache_out = node.outputs
+        c = self.config
+        self.H, self.r = c.num_attention_heads, c.kv_lora_rank
+        self.dn, self.dr, self.dv = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+
+    def run(self) -> None:
+        """情形 1，再按 ``mla.form`` 走 2、3 或 4。"""
+        self._write_cache()
+        if self.form == "absorb":
+            self._decode(self.q_nope, self.q_pe, self.o)
+        elif self.form == "naive":
+            self._prefill(self.q_nope, self.q_pe, self.cache_out, self.o)
+        else:
+            self._both()
+
+    def _write_cache(self) -> None:
+        emit = self.emit
+        rows = emit("Concat", [self.c_kv, self.k_pe], "mla/rows", self.c_kv, axis=-1)
+        rows = emit("Unsqueeze", [rows, emit.ints(1)], "mla/new", self.c_kv)
+        if self.cache.dtype != self.c_kv.dtype:
+            rows = emit("Cast", [rows], "mla/new_cast", self.cache, to=_onnx_type(self.cache))
+        emit.add("TensorScatter", [self.cache, rows, self.past_lens], "mla/TensorScatter", [self.cache_out])
+
+    def _both(self) -> None:
+        """情形 4：两条路径各取 ``S`` 行或 0 行。"""
+        emit, zero, axis = self.emit, self.emit.ints(0), self.emit.ints(1)
+        one, limit = emit.ints(1), emit.ints(MAX_DECODE_TOKENS)
+        S = emit("Shape", [self.q_nope], "mla/S", np.int64, [1], start=1, end=2)
+        T = emit("Shape", [self.cache], "mla/T", np.int64, [1], start=2, end=3)
+        flags = {}
+        for path, op in (("decode", "LessOrEqual"), ("prefill", "Greater")):
+            flag = emit(op, [S, limit], f"mla/is_{path}", np.bool_, [1])
+            flags[path] = emit("Cast", [flag], f"mla/{path}_flag", np.int64, [1], to=onnx.TensorProto.INT64)
+        decode_rows = emit("Mul", [S, flags["decode"]], "mla/decode_rows", np.int64, [1])
+        prefill_rows = emit("Mul", [S, flags["prefill"]], "mla/prefill_rows", np.int64, [1])
+        cache_rows = emit("Mul", [T, flags["prefill"]], "mla/prefill_cache_rows", np.int64, [1])
+        attention_rows = emit("Max", [prefill_rows, one], "mla/attention_rows", np.int64, [1])
+        attention_keys = emit("Max", [cache_rows, one], "mla/attention_keys", np.int64, [1])
+
+        def head(path: str, rows: gs.Tensor) -> tuple[gs.Variable, gs.Variable]:
+            q_nope = emit("Slice", [self.q_nope, zero, rows, axis], f"mla/{path}_q_nope", self.q_nope)
+            return q_nope, emit("Slice", [self.q_pe, zero, rows, axis], f"mla/{path}_q_pe", self.q_pe)
+
+        keys = [self.cache_out, zero, attention_keys, emit.ints(2)]
+        cache = emit("Slice", keys, "mla/prefill_cache", self.cache)
+        o_decode, o_prefill = (
+            gs.Variable(f"{emit.scope}/mla/o_{path}", self.o.dtype) for path in ("decode", "prefill")
+        )
+        self._decode(*head("decode", decode_rows), o_decode)
+        self._prefill(*head("prefill", attention_rows), cache, o_prefill, prefill_rows)
+        emit.add("Concat", [o_decode, o_prefill], "mla/join", [self.o], axis=1)
+
+    def _decode(self, q_nope: gs.Tensor, q_pe: gs.Tensor, o: gs.Variable) -> None:
+        """情形 2：``q = [q_nope W_UK, q_pe]``，``o = LatentAttention(q) W_UVᵀ``。"""
+        emit, H, r = self.emit, self.H, self.r
+        heads = emit("Reshape", [self.w_kv_b, emit.ints(H, self.dn + self.dv, r)], "mla/w_heads", self.w_kv_b)
+        w_uk, w_uv = emit.split(heads, (self.dn, self.dv), ("mla/w_uk", "mla/w_uv"), axis=1)
+        w_uv = emit("Transpose", [w_uv], "mla/w_uv_t", w_uv, [H, r, self.dv], perm=[0, 2, 1])
+        outer = emit("Shape", [q_pe], "mla/decode_BS", np.int64, [2], start=0, end=2)
+        q_latent = self._per_head(q_nope, w_uk, outer, self.dn, r, "absorb_q")
+        q = emit("Concat", [q_latent, q_pe], "mla/q", q_pe, ["B", "Sd", H, r + self.dr], axis=-1)
+        context = emit(
+            LATENT_ATTENTION.name,
+            [q, self.cache_out, self.past_lens],
+            LATENT_ATTENTION.name,
+            q_pe,
+            ["B", "Sd", H, r],
+            domain=DOMAIN,
+            scale=self.scale,
+            kv_lora_rank=r,
+            plugin_namespace=PLUGIN_NAMESPACE,
+            plugin_version=PLUGIN_VERSION,
+        )
+        self._per_head(context, w_uv, outer, r, self.dv, "absorb_o", o)
+
+    def _per_head(
+        self,
+        x: gs.Tensor,
+        weight: gs.Tensor,
+        outer: gs.Tensor,
+        inner: int,
+        width: int,
+        name: str,
+        out: gs.Variable | None = None,
+    ) -> gs.Variable:
+        """``x [B, S, H, inner]`` 逐头乘 ``weight [H, inner, width]``。B、S 并成一维、批在头上，权重不必沿 B 复制。"""
+        emit = self.emit
+        flat = emit("Reshape", [x, emit.ints(-1, self.H, inner)], f"mla/{name}_flat", x)
+        by_head = emit("Transpose", [flat], f"mla/{name}_by_head", x, perm=[1, 0, 2])
+        product = emit("MatMul", [by_head, weight], f"mla/{name}", x)
+        product = emit("Transpose", [product], f"mla/{name}_by_token", x, perm=[1, 0, 2])
+        shape = emit("Concat", [outer, emit.ints(self.H, width)], f"mla/{name}_shape", np.int64, [4], axis=0)
+        if out is None:
+            return emit("Reshape", [product, shape], f"mla/{name}_out", x, allowzero=1)
+        emit.add("Reshape", [product, shape], f"mla/{name}_out", [out], allowzero=1)
+        return out
+
+    def _prefill(
+        self,
+        q_nope: gs.Tensor,
+        q_pe: gs.Tensor,
+        cache: gs.Tensor,
+        o: gs.Variable,
+        rows: gs.Tensor | None = None,
+    ) -> None:
+        """情形 3；``rows`` 是要留下的行数，``None`` 为全部。"""
+        emit, H = self.emit, self.H
+        width = self.dn + self.dr
+        padded = -(-max(width, self.dv) // _HEAD_WIDTH_STEP) * _HEAD_WIDTH_STEP
+        if padded > _MAX_HEAD_WIDTH:
+            # 情形 6。
+            raise DsxError(
+                "DSX-E320",
+                f"{emit.scope}：qk_nope_head_dim + qk_rope_head_dim = {width}、v_head_dim = {self.dv}，"
+                f"原生融合注意力至多 {_MAX_HEAD_WIDTH} 列",
+                "用 --set mla.form=absorb，只走插件核",
+            )
+        q = emit("Concat", [q_nope, q_pe], "mla/q_heads", q_nope, axis=-1)
+        q = emit("Transpose", [self._pad(q, padded - width, "q")], "mla/Q", q, perm=[0, 2, 1, 3])
+        latent = emit("Squeeze", [cache, emit.ints(1)], "mla/latent", cache)
+        if cache.dtype != q_nope.dtype:
+            latent = emit("Cast", [latent], "mla/latent_cast", q_nope, to=_onnx_type(q_nope))
+        c_kv, k_pe = emit.split(latent, (self.r, self.dr), ("mla/c_kv", "mla/k_pe"), axis=2)
+        w = emit("Transpose", [self.w_kv_b], "mla/w_kv_b_t", self.w_kv_b, perm=[1, 0])
+        kv = emit("MatMul", [c_kv, w], "mla/expand", q)
+        kv = emit("Reshape", [kv, emit.ints(0, 0, H, self.dn + self.dv)], "mla/kv_heads", q)
+        kv = emit("Transpose", [kv], "mla/kv", q, perm=[0, 2, 1, 3])
+        k_nope, v = emit.split(kv, (self.dn, self.dv), ("mla/k_nope", "mla/v"), axis=3)
+        k_pe = emit("Unsqueeze", [k_pe, emit.ints(1)], "mla/k_pe_one_head", q)
+        k_pe = emit("Expand", [k_pe, emit.ints(1, H, 1, 1)], "mla/k_pe_heads", q)
+        k = emit("Concat", [k_nope, k_pe], "mla/k", q, axis=-1)
+        k, v = self._pad(k, padded - width, "k"), self._pad(v, padded - self.dv, "v")
+        attended = emit(
+            "Attention", [q, k, v, self._mask(q_pe, latent)], "mla/Attention", q, scale=self.scale
+        )
+        if padded > self.dv:
+            columns = [emit.ints(0), emit.ints(self.dv), emit.ints(3)]
+            attended = emit("Slice", [attended, *columns], "mla/attended", q)
+        if rows is not None:
+            kept = [emit.ints(0), rows, emit.ints(2)]
+            attended = emit("Slice", [attended, *kept], "mla/attended_rows", q)
+        emit.add("Transpose", [attended], "mla/o_by_token", [o], perm=[0, 2, 1, 3])
+
+    def _pad(self, tensor: gs.Tensor, columns: int, name: str) -> gs.Tensor:
+        """末维补 ``columns`` 列零。"""
+        if not columns:
+            return tensor
+        return self.emit("Pad", [tensor, self.emit.ints(*[0] * 7, columns)], f"mla/{name}_padded", tensor)
+
+    def _mask(self, rows: gs.Tensor, keys: gs.Tensor) -> gs.Tensor:
+        """[B, 1, S, T] bool，True 表示看得见：``j <= past_lens[b] + i``。"""
+        emit = self.emit
+        positions = []
+        for name, tensor in (("row", rows), ("key", keys)):
+            count = emit("Shape", [tensor], f"mla/{name}_count", np.int64, [1], start=1, end=2)
+            count = emit("Squeeze", [count, emit.ints(0)], f"mla/{name}_count_0d", np.int64, [])
+            positions.append(
+                emit("Range", [emit.int0d(0), count, emit.int0d(1)], f"mla/{name}_positions", np.int64)
+            )
+        past = emit("Unsqueeze", [self.past_lens, emit.ints(1)], "mla/past", np.int64)
+        last = emit("Add", [past, positions[0]], "mla/last_visible", np.int64)
+        last = emit("Unsqueeze", [last, emit.ints(1, 3)], "mla/last_visible_4d", np.int64)
+        return emit("LessOrEqual", [positions[1], last], "mla/visible", np.bool_)
+
+
+def _onnx_type(tensor: gs.Tensor) -> int:
+    """ONNX 的类型编号；graph-surgeon 里 numpy 没有的类型（bfloat16）本来就是编号。"""
+    return tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(tensor.dtype)

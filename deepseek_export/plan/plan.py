@@ -1,0 +1,330 @@
+"""``dsx plan``：权重、缓存、导出的内存与磁盘、放不放得下、怎么切、每秒多少 token 的上界。
+
+全是算术：权重的字节数来自 safetensors 文件头，其余由 config.json 推出。每个估算的假设都写在结果的 ``assumptions`` 里。
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from deepseek_export.checkpoint import Checkpoint, require_mtp
+from deepseek_export.errors import DsxError
+from deepseek_export.plan.gpus import GPUS, Gpu
+from deepseek_export.plan.shape import PARTS, ModelShape, Part, part_of
+from deepseek_export.profile import OptimizationProfile
+
+WeightKind = Literal["stored", "float32", "float16", "int8", "int4"]
+Split = Literal["single", "tensor", "expert", "pipeline"]
+
+#: 每个参数的字节数；量化的按块 32、float32 的 scale 计。
+_BYTES: dict[WeightKind, float] = {"float32": 4.0, "float16": 2.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}
+_QUANTIZED = ("int8", "int4")
+_CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+#: 显存里留给激活、工作区与碎片的比例。
+RESERVE = 0.10
+#: 捕获与改图的内存，与模型大小无关：演示检查点的导出峰值（README）。
+_EXPORT_BASE = 460 << 20
+#: 权重之外的文件（图、tokenizer、报告）；与导出前的磁盘预检相同。
+_HEADROOM = 64 << 20
+DEFAULT_CONTEXT = 4096
+_EXPORT_DTYPES: tuple[Literal["float32", "float16"], ...] = ("float32", "float16")
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredWeights(_Entry):
+    """检查点里一种 dtype 的张量。"""
+
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+class CachePlan(_Entry):
+    """KV 缓存：潜向量与展开的各多大；``used`` 是方案实际用的那一种。"""
+
+    dtype: str
+    used: Literal["latent", "expanded"]
+    latent_bytes_per_token: int
+    expanded_bytes_per_token: int
+    latent_bytes: int
+    expanded_bytes: int
+
+
+class ExportPlan(_Entry):
+    """导出成一个 packed bundle 要多少磁盘与内存。"""
+
+    dtype: Literal["float32", "float16"]
+    disk_bytes: int
+    peak_ram_bytes: int
+    largest_tensor: str
+
+
+class SplitPlan(_Entry):
+    """``gpus`` 块卡按一种方式切：最满的那块卡放多少，放不放得下。"""
+
+    split: Split
+    gpus: int
+    weight_bytes: int
+    cache_bytes: int
+    fits: bool
+
+
+class GpuPlan(_Entry):
+    """在一种 GPU 上：请求的卡数怎么切得下，至少要几块，速度的上界。"""
+
+    gpu: str
+    title: str
+    usable_bytes: int
+    requested: list[SplitPlan]
+    smallest: SplitPlan | None
+    decode_tokens_per_second: float | None
+    decode_bound: Literal["memory", "compute"] | None
+    prefill_tokens_per_second: float | None
+
+
+class Plan(_Entry):
+    """全部估算。"""
+
+    checkpoint: str
+    family: str
+    layers: int
+    moe_layers: int
+    mtp_modules: int
+    profile: str
+    weights: WeightKind
+    batch: int
+    context: int
+    parameters: int
+    active_parameters: int
+    stored: list[StoredWeights]
+    weight_bytes: dict[WeightKind, int]
+    cache: CachePlan
+    export: list[ExportPlan]
+    gpus: list[GpuPlan]
+    assumptions: list[str]
+
+
+def make_plan(
+    checkpoint: Path | str,
+    profile: OptimizationProfile,
+    *,
+    gpus: Sequence[str] = (),
+    count: int = 1,
+    batch: int = 1,
+    context: int | None = None,
+    weights: WeightKind = "stored",
+) -> Plan:
+    """估算；只读 config.json 与 safetensors 文件头。
+
+    Args:
+        checkpoint: 检查点目录。
+        profile: 优化方案，决定缓存的形式与每步跑哪些专家。
+        gpus: :data:`~deepseek_export.plan.gpus.GPUS` 里的名字。
+        count: 每种 GPU 有几块。
+        batch: 同时生成的序列数。
+        context: 每条序列的长度；缺省 4096，模型不到就取它的最大长度。
+        weights: 权重在显存里的 dtype；``stored`` 是检查点里的原样。
+
+    Raises:
+        DsxError: 1xx 检查点；``DSX-E119`` 方案打开了 MTP 而检查点没有；``DSX-E703`` 不认识的 GPU；
+            ``DSX-E704`` 长度超过 max_position_embeddings。
+    """
+    unknown = [name for name in gpus if name not in GPUS]
+    if unknown:
+        raise DsxError("DSX-E703", f"没有叫 {unknown[0]!r} 的 GPU", f"认识的 GPU：{'、'.join(GPUS)}")
+    source = Checkpoint.open(checkpoint)
+    config = source.config
+    limit = config.max_position_embeddings
+    context = min(DEFAULT_CONTEXT, limit) if context is None else context
+    if context > limit:
+        raise DsxError(
+            "DSX-E704", f"--context {context} 超过模型的最大长度 {limit}", f"给不超过 {limit} 的 --context"
+        )
+    modules = require_mtp(source) if profile.mtp.enabled else 0
+    shape = ModelShape.build(config, profile, modules)
+    used = _used(source, modules)
+    kinds: dict[WeightKind, dict[Part, float]] = {kind: _parts(shape, kind) for kind in _BYTES}
+    kinds["stored"] = _stored_parts(source, used)
+    cache_dtype = config.dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
+    cache = _cache(shape, cache_dtype, batch * context)
+    estimate = _Estimate(shape, kinds[weights], cache, batch, context)
+    totals = {kind: round(sum(parts.values())) for kind, parts in kinds.items()}
+    return Plan(
+        checkpoint=str(checkpoint),
+        family=config.family,
+        layers=config.num_hidden_layers,
+        moe_layers=config.num_moe_layers,
+        mtp_modules=modules,
+        profile=profile.name,
+        weights=weights,
+        batch=batch,
+        context=context,
+        parameters=shape.total,
+        active_parameters=shape.active,
+        stored=_stored(source, used),
+        weight_bytes=totals,
+        cache=cache,
+        export=[_export(source, totals, dtype) for dtype in _EXPORT_DTYPES],
+        gpus=[estimate.on(name, GPUS[name], count) for name in gpus],
+        assumptions=_ASSUMPTIONS + _GPU_ASSUMPTIONS if gpus else _ASSUMPTIONS,
+    )
+
+
+def _used(source: Checkpoint, modules: int) -> list[str]:
+    """要用的张量：没有打开 MTP 时不含 MTP 层，主干的副本也不算。"""
+    mtp, copies = set(source.mtp_tensors), (".embed_tokens.weight", ".shared_head.head.weight")
+    skipped = {name for name in mtp if not modules or name.endswith(copies)} | set(source.ignored)
+    return [name for name in source.store if name not in skipped]
+
+
+def _stored(source: Checkpoint, used: list[str]) -> list[StoredWeights]:
+    tensors: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for name in used:
+        spec = source.store[name]
+        tensors[spec.dtype] += 1
+        total[spec.dtype] += spec.nbytes
+    return [StoredWeights(dtype=dtype, tensors=tensors[dtype], bytes=total[dtype]) for dtype in sorted(total)]
+
+
+def _stored_parts(source: Checkpoint, used: list[str]) -> dict[Part, float]:
+    parts: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
+    for name in used:
+        spec = source.store[name]
+        parts[part_of(name, spec.shape)] += spec.nbytes
+    return parts
+
+
+def _parts(shape: ModelShape, kind: WeightKind) -> dict[Part, float]:
+    """各部分换成 ``kind`` 之后的字节数；量化时词嵌入、norm、router 与 absorb 用的 kv_b 仍是 float32，与词嵌入共享的 lm_head 另存一份。"""
+    parts = {part: count * _BYTES[kind] for part, count in shape.parameters.items()}
+    if kind in _QUANTIZED:
+        kept: tuple[Part, ...] = ("embed", "small", "kv_b") if shape.latent else ("embed", "small")
+        parts |= {part: shape.parameters[part] * _BYTES["float32"] for part in kept}
+        if shape.config.tie_word_embeddings:
+            parts["head"] = shape.parameters["embed"] * _BYTES[kind]
+    return parts
+
+
+def _cache(shape: ModelShape, dtype: str, tokens: int) -> CachePlan:
+    latent, expanded = (shape.cache_values(kind) * _CACHE_BYTES[dtype] for kind in (True, False))
+    return CachePlan(
+        dtype=dtype,
+        used="latent" if shape.latent else "expanded",
+        latent_bytes_per_token=latent,
+        expanded_bytes_per_token=expanded,
+        latent_bytes=latent * tokens,
+        expanded_bytes=expanded * tokens,
+    )
+
+
+def _export(
+    source: Checkpoint, totals: dict[WeightKind, int], dtype: Literal["float32", "float16"]
+) -> ExportPlan:
+    """峰值：与模型无关的底数，加最大的一个张量：映射的原文、转换后的一份、查 NaN 的掩码（每个元素一字节）。"""
+    largest = max((source.store[name] for name in source.store), key=lambda spec: math.prod(spec.shape))
+    elements = math.prod(largest.shape)
+    return ExportPlan(
+        dtype=dtype,
+        disk_bytes=totals[dtype] + _HEADROOM,
+        peak_ram_bytes=_EXPORT_BASE + largest.nbytes + elements * (round(_BYTES[dtype]) + 1),
+        largest_tensor=largest.name,
+    )
+
+
+_ASSUMPTIONS = [
+    "packed 导出逐张量写：峰值内存是捕获的底数加最大的一个张量（映射的原文、转换后的一份、查 NaN 的掩码）",
+    "int8、int4 按块 32、float32 的 scale 计；词嵌入、norm、router 与 absorb 用的 kv_b 不量化，按 float32 计",
+    "TensorRT 引擎构建的内存与磁盘没有实测，不估",
+]
+_GPU_ASSUMPTIONS = [
+    f"显存留出 {RESERVE:.0%} 给激活、工作区与碎片；GB 按十进制",
+    "tensor：头与列均分，潜缓存每卡一份（MLA 只有一个 KV 头），展开的缓存按头均分；"
+    "expert：专家均分，其余每卡一份，batch 按卡分；pipeline：按层均分，词嵌入与 lm_head 各在一端",
+    "速度是 roofline 上界：每步把用到的权重与缓存各读一遍，带宽与算力都取峰值，不计通信与 kernel 开销；"
+    "batch 里命中的专家数按均匀路由估计；pipeline 一步要走完各段，单个 batch 只有一块卡的带宽；投机解码不计",
+]
+
+
+class _Estimate:
+    """同一个模型、同一组 batch 与 context，在不同 GPU 上各算一遍。"""
+
+    def __init__(
+        self, shape: ModelShape, parts: dict[Part, float], cache: CachePlan, batch: int, context: int
+    ) -> None:
+        self.shape, self.parts, self.batch, self.context = shape, parts, batch, context
+        self.cache_bytes = cache.latent_bytes if shape.latent else cache.expanded_bytes
+        self.total = sum(parts.values())
+
+    def on(self, name: str, gpu: Gpu, count: int) -> GpuPlan:
+        usable = int(gpu.memory * (1 - RESERVE))
+        requested = list(self._splits(count, usable))
+        fitting = [split for n in _COUNTS for split in self._splits(n, usable) if split.fits]
+        smallest = min(fitting, key=lambda s: (s.gpus, s.weight_bytes + s.cache_bytes), default=None)
+        chosen = [split for split in requested if split.fits]
+        decode = [self._decode(gpu, split) for split in chosen]
+        best = max(decode, key=lambda pair: pair[0], default=None)
+        return GpuPlan(
+            gpu=name,
+            title=gpu.title,
+            usable_bytes=usable,
+            requested=requested,
+            smallest=smallest,
+            decode_tokens_per_second=best and best[0],
+            decode_bound=best and best[1],
+            prefill_tokens_per_second=self._prefill(gpu, count) if chosen else None,
+        )
+
+    def _splits(self, n: int, usable: int) -> Iterator[SplitPlan]:
+        """``n`` 块卡的每一种切法里最满的那块卡；切不开的（头数、专家数、层数不够）不列。"""
+        c, parts, shape = self.shape.config, self.parts, self.shape
+
+        def split(kind: Split, weights: float, cache: float) -> SplitPlan:
+            weight_bytes, cache_bytes = math.ceil(weights), math.ceil(cache)
+            fits = weight_bytes + cache_bytes <= usable
+            return SplitPlan(
+                split=kind, gpus=n, weight_bytes=weight_bytes, cache_bytes=cache_bytes, fits=fits
+            )
+
+        if n == 1:
+            yield split("single", self.total, self.cache_bytes)
+            return
+        if c.num_attention_heads % n == 0:
+            weights = parts["small"] + (self.total - parts["small"]) / n
+            yield split("tensor", weights, self.cache_bytes / (1 if shape.latent else n))
+        if parts["experts"] and c.n_routed_experts % n == 0:
+            rows = math.ceil(self.batch / n) / self.batch
+            weights = self.total - parts["experts"] * (1 - 1 / n)
+            yield split("expert", weights, self.cache_bytes * rows)
+        if n <= shape.cached_layers:
+            rows = math.ceil(shape.cached_layers / n) / shape.cached_layers
+            ends = max(parts["embed"], parts["head"])
+            inner = self.total - parts["embed"] - parts["head"]
+            yield split("pipeline", inner * rows + ends, self.cache_bytes * rows)
+
+    def _decode(self, gpu: Gpu, split: SplitPlan) -> tuple[float, Literal["memory", "compute"]]:
+        """一步给每条序列一个 token：带宽与算力各要多久，取慢的。"""
+        shape, parts = self.shape, self.parts
+        weights = self.total - parts["experts"] * (1 - shape.experts_read(self.batch))
+        if parts["head"]:  # 另有 lm_head 时，词嵌入只查几行
+            weights -= parts["embed"]
+        copies = split.gpus if split.split == "tensor" and shape.latent else 1
+        n = 1 if split.split == "pipeline" else split.gpus
+        memory = (weights + self.cache_bytes * copies) / (gpu.bandwidth * n)
+        flops = self.batch * (2.0 * shape.active + shape.attention_flops(self.context))
+        compute = flops / (gpu.flops * n)
+        return self.batch / max(memory, compute), "memory" if memory >= compute else "compute"
+
+    def _prefill(self, gpu: Gpu, count: int) -> float:
+        """长 prompt 受算力限制；注意力按平均长度 ``context / 2`` 计。"""
+        return gpu.flops * count / (2.0 * self.shape.active + self.shape.attention_flops(self.context // 2))

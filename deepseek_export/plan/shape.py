@@ -1,0 +1,95 @@
+"""一个模型有多少参数、每个 token 用到多少、缓存多大：全部由 config.json 算出。"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from deepseek_export.checkpoint import ModelConfig, expected_mtp_tensors, expected_tensors
+from deepseek_export.profile import OptimizationProfile
+
+#: 参数按用法来分：``embed`` 只查表，``kv_b`` 在 absorb 形式里保持浮点，``experts`` 只读被选中的，``small`` 是 router 与一维的张量。
+Part = Literal["embed", "head", "layers", "kv_b", "experts", "small"]
+PARTS: tuple[Part, ...] = ("embed", "head", "layers", "kv_b", "experts", "small")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """参数个数与每个 token 的代价。
+
+    Attributes:
+        config: 模型配置。
+        parameters: 各部分的参数个数；打开 MTP 时含 MTP 模块（词嵌入与 lm_head 只算主模型的一份）。
+        cached_layers: 有缓存的层数；打开 MTP 时含 MTP 模块。
+        latent: 缓存的是潜向量（``mla.enabled``），还是逐头 K/V。
+        sparse: 只跑被选中的专家（``moe.enabled``），还是全部。
+    """
+
+    config: ModelConfig
+    parameters: Mapping[Part, int]
+    cached_layers: int
+    latent: bool
+    sparse: bool
+
+    @classmethod
+    def build(cls, config: ModelConfig, profile: OptimizationProfile, modules: int) -> ModelShape:
+        """``modules`` 是检查点里的 MTP 模块数，``profile`` 没有打开 MTP 时不算。"""
+        modules = modules if profile.mtp.enabled else 0
+        shapes = expected_tensors(config)
+        for index in range(modules):
+            shapes |= {
+                name: shape
+                for name, shape in expected_mtp_tensors(config, index).items()
+                if not name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+            }
+        parameters: dict[Part, int] = dict.fromkeys(PARTS, 0)
+        for name, shape in shapes.items():
+            parameters[part_of(name, shape)] += math.prod(shape)
+        layers = config.num_hidden_layers + modules
+        return cls(config, parameters, layers, profile.mla.enabled, profile.moe.enabled)
+
+    @property
+    def total(self) -> int:
+        """全部参数。"""
+        return sum(self.parameters.values())
+
+    def experts_read(self, batch: int) -> float:
+        """一步解码里平均有多大比例的路由专家被读到（假设路由均匀、各 token 独立）。"""
+        c = self.config
+        if not self.parameters["experts"] or not self.sparse:
+            return 1.0
+        return 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** batch
+
+    @property
+    def active(self) -> int:
+        """每个 token 参与矩阵乘的参数；词嵌入只是查表，不算。"""
+        c = self.config
+        lookup = 0 if c.tie_word_embeddings else self.parameters["embed"]
+        share = c.num_experts_per_tok / c.n_routed_experts if self.sparse and c.n_routed_experts else 1.0
+        return self.total - lookup - round(self.parameters["experts"] * (1 - share))
+
+    def cache_values(self, latent: bool) -> int:
+        """每个 token 在所有层里缓存的元素数。"""
+        c = self.config
+        return self.cached_layers * (c.latent_cache_values if latent else c.expanded_cache_values)
+
+    def attention_flops(self, context: int) -> float:
+        """一个新 token 对 ``context`` 个已缓存的 token 做注意力的浮点次数；潜缓存按 absorb 形式算。"""
+        c = self.config
+        width = c.latent_cache_values + c.kv_lora_rank if self.latent else c.qk_head_dim + c.v_head_dim
+        return 2.0 * self.cached_layers * c.num_attention_heads * context * width
+
+
+def part_of(name: str, shape: tuple[int, ...]) -> Part:
+    """一个检查点张量算在哪一部分。"""
+    if name == "model.embed_tokens.weight":
+        return "embed"
+    if name == "lm_head.weight":
+        return "head"
+    if len(shape) == 1 or name.endswith(".mlp.gate.weight"):
+        return "small"
+    if ".mlp.experts." in name:
+        return "experts"
+    return "kv_b" if ".kv_b_proj." in name else "layers"

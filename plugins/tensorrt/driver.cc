@@ -1,0 +1,139 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+namespace dsx {
+namespace {
+
+struct Driver {
+    decltype(&cuGetErrorName) get_error_name = nullptr;
+    decltype(&cuCtxGetCurrent) ctx_get_current = nullptr;
+    decltype(&cuCtxGetDevice) ctx_get_device = nullptr;
+    decltype(&cuLibraryLoadData) library_load_data = nullptr;
+    decltype(&cuLibraryUnload) library_unload = nullptr;
+    decltype(&cuLibraryGetKernel) library_get_kernel = nullptr;
+    decltype(&cuKernelSetAttribute) kernel_set_attribute = nullptr;
+    decltype(&cuKernelGetFunction) kernel_get_function = nullptr;
+    decltype(&cuLaunchKernel) launch_kernel = nullptr;
+};
+
+template <typename Function>
+void resolve(void* library, char const* name, Function& function) {
+    function = reinterpret_cast<Function>(dlsym(library, name));
+    if (function == nullptr) {
+        throw std::runtime_error(std::string("dsx: CUDA 驱动太旧，没有 ") + name + "（需要 12.0 以上）");
+    }
+}
+
+Driver const& driver() {
+    static Driver const loaded = [] {
+        void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+        if (library == nullptr) {
+            throw std::runtime_error(std::string("dsx: 没有 NVIDIA 驱动：") + dlerror());
+        }
+        Driver d;
+        resolve(library, "cuGetErrorName", d.get_error_name);
+        resolve(library, "cuCtxGetCurrent", d.ctx_get_current);
+        resolve(library, "cuCtxGetDevice", d.ctx_get_device);
+        resolve(library, "cuLibraryLoadData", d.library_load_data);
+        resolve(library, "cuLibraryUnload", d.library_unload);
+        resolve(library, "cuLibraryGetKernel", d.library_get_kernel);
+        resolve(library, "cuKernelSetAttribute", d.kernel_set_attribute);
+        resolve(library, "cuKernelGetFunction", d.kernel_get_function);
+        resolve(library, "cuLaunchKernel", d.launch_kernel);
+        return d;
+    }();
+    return loaded;
+}
+
+void check(CUresult status, std::string const& what) {
+    if (status == CUDA_SUCCESS) {
+        return;
+    }
+    char const* name = nullptr;
+    driver().get_error_name(status, &name);
+    throw std::runtime_error("dsx: " + what + "：" + (name != nullptr ? name : "未知的 CUDA 错误"));
+}
+
+}  // namespace
+
+LoadedImage::LoadedImage(Program const& program, std::string const& image) : kernels_(program.kernels) {
+    CUdevice device = 0;
+    check(driver().ctx_get_device(&device), "取当前设备");
+    for (auto const& kernel : kernels_) {
+        CUlibrary library = nullptr;
+        check(driver().library_load_data(
+                  &library, image.data() + kernel.offset, nullptr, nullptr, 0, nullptr, nullptr, 0),
+            "装载 " + kernel.entry + "（sm" + std::to_string(program.sm) + "）");
+        libraries_.emplace_back(library);
+        CUkernel handle = nullptr;
+        check(driver().library_get_kernel(&handle, library, kernel.entry.c_str()), "查找 " + kernel.entry);
+        check(driver().kernel_set_attribute(
+                  CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared, handle, device),
+            "为 " + kernel.entry + " 设置共享内存");
+        CUfunction function = nullptr;
+        check(driver().kernel_get_function(&function, handle), "取 " + kernel.entry);
+        functions_.push_back(function);
+    }
+}
+
+void LoadedImage::Unload::operator()(CUlibrary library) const noexcept { driver().library_unload(library); }
+
+std::shared_ptr<LoadedImage const> LoadedImage::shared(Program const& program, std::string const& image) {
+    static std::mutex mutex;
+    static std::map<std::pair<CUcontext, std::string>, std::weak_ptr<LoadedImage const>> loaded;
+    CUcontext context = nullptr;
+    check(driver().ctx_get_current(&context), "取当前上下文");
+    std::lock_guard<std::mutex> const lock(mutex);
+    auto& known = loaded[{context, image}];
+    auto result = known.lock();
+    if (!result) {
+        result.reset(new LoadedImage(program, image));
+        known = result;
+    }
+    return result;
+}
+
+void LoadedImage::launch(BoundLaunch const& launch, void const* const* inputs, void* const* outputs, void* workspace,
+    CUstream stream) const {
+    // kernelParams 是指向各参数值的指针；值都放得进 8 字节。
+    constexpr size_t kMost = 32;
+    Kernel const& kernel = kernels_[launch.kernel];
+    size_t const count = launch.arguments.size();
+    if (count + static_cast<size_t>(kernel.scratch) > kMost) {
+        throw std::runtime_error("dsx: " + kernel.entry + " 的参数太多");
+    }
+    union Value {
+        void const* pointer;
+        int32_t integer;
+        float number;
+    } values[kMost];
+    void* pointers[kMost];
+    for (size_t i = 0; i < count; ++i) {
+        BoundArgument const& argument = launch.arguments[i];
+        switch (argument.kind) {
+        case Argument::Kind::kInput: values[i].pointer = inputs[argument.value]; break;
+        case Argument::Kind::kOutput: values[i].pointer = outputs[argument.value]; break;
+        case Argument::Kind::kWorkspace: values[i].pointer = static_cast<char*>(workspace) + argument.value; break;
+        case Argument::Kind::kInt32: values[i].integer = static_cast<int32_t>(argument.value); break;
+        case Argument::Kind::kFloat32: values[i].number = argument.number; break;
+        }
+        pointers[i] = &values[i];
+    }
+    for (size_t i = count; i < count + static_cast<size_t>(kernel.scratch); ++i) {
+        values[i].pointer = nullptr;
+        pointers[i] = &values[i];
+    }
+    check(driver().launch_kernel(functions_[launch.kernel], launch.grid[0], launch.grid[1], launch.grid[2],
+              static_cast<unsigned>(kernel.threads), 1, 1, static_cast<unsigned>(kernel.shared), stream, pointers,
+              nullptr),
+        "启动 " + kernel.entry);
+}
+
+}  // namespace dsx

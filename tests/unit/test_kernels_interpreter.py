@@ -1,0 +1,248 @@
+"""Triton kernel 的语义：在 Triton 的解释器里运行，与 ``ops/`` 的参考实现比。
+
+解释器须在导入 triton 之前用环境变量打开，之后本进程就不能再编译；所以平时本文件只有一个测试，它在子进程里用解释器把本文件
+再跑一遍。解释器的 bf16 点积是错的，这里只用 float32 与 float16。
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.unit
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_in_interpreter():
+        """子进程里的全部测试通过。"""
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+else:
+    from deepseek_export.kernels import grouped_swiglu as experts_kernels
+    from deepseek_export.kernels import latent_attention as attention_kernels
+    from deepseek_export.kernels.table import LaunchPlan, grouped_swiglu_plan, latent_attention_plan
+    from deepseek_export.ops.latent_attention import latent_attention
+    from deepseek_export.ops.moe_experts import moe_experts
+    from deepseek_export.parity.measures import measure
+    from deepseek_export.parity.tolerances import TOLERANCES
+
+    MODULES = {"latent_attention": attention_kernels, "grouped_swiglu": experts_kernels}
+    #: 参数类型 → 张量 dtype；``*fp16`` 换成正在测试的 dtype（编译只收两字节的，解释器里也测 float32）。
+    DTYPES = {"*fp32": torch.float32, "*i32": torch.int32, "*i64": torch.int64}
+    CANARY = 64
+
+    def run(plan: LaunchPlan, inputs, output):
+        """按启动计划在解释器里执行：workspace 预先填满 NaN，每一块后面有哨兵，越界写会露馅。"""
+        sizes = {}
+        for tensor, value in zip(plan.inputs, inputs, strict=True):
+            assert len(tensor.dims) == value.dim()
+            for name, size in zip(tensor.dims, value.shape, strict=True):
+                assert size == (int(name) if name.isdigit() else sizes.setdefault(name, size))
+        variant = next(v for v in plan.variants if v.when.evaluate(sizes))
+        regions = {}
+        for launch in variant.launches:
+            for (_, kind), argument in zip(launch.kernel.signature, launch.arguments, strict=True):
+                if argument.kind == "workspace":
+                    regions[argument.value.evaluate(sizes)] = kind
+        ends = [*sorted(regions)[1:], variant.workspace.evaluate(sizes)]
+        workspace = {}
+        for start, end in zip(sorted(regions), ends, strict=True):
+            kind = regions[start]
+            count = (end - start) // (2 if kind == "*fp16" else 4)
+            value = torch.empty(count + CANARY, dtype=DTYPES.get(kind, output.dtype))
+            workspace[start] = value.fill_(float("nan") if value.is_floating_point() else -(2**31))
+        guards = {start: value[-CANARY:].clone() for start, value in workspace.items()}
+        for launch in variant.launches:
+            grid = tuple(axis.evaluate(sizes) for axis in launch.grid)
+            if 0 in grid:
+                continue
+            values = {"input": inputs, "output": [output]}
+            arguments = [
+                values[a.kind][a.value]
+                if a.kind in values
+                else workspace[a.value.evaluate(sizes)]
+                if a.kind == "workspace"
+                else a.value.evaluate(sizes)
+                if a.kind == "int32"
+                else a.value
+                for a in launch.arguments
+            ]
+            kernel = getattr(MODULES[launch.kernel.module], launch.kernel.function)
+            kernel[grid](*arguments, **dict(launch.kernel.constants))
+        for start, value in workspace.items():
+            assert torch.equal(value[-CANARY:].nan_to_num(7), guards[start].nan_to_num(7)), "越界写"
+        return output
+
+    def poisoned(*shape, dtype):
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    def assert_close(got, want):
+        name = str(want.dtype).removeprefix("torch.")
+        m = measure(got.float().numpy(), want.float().numpy())
+        assert TOLERANCES["op", name].accepts(m), m
+
+    # ------------------------------------------------------------ LatentAttention
+
+    def attention_inputs(B, S, H, r, dr, T, past, dtype, cache_dtype=None, seed=0):
+        """看不见的缓存行是 NaN：读到就会露馅。"""
+        g = torch.Generator().manual_seed(seed)
+        q = torch.randn(B, S, H, r + dr, generator=g).to(dtype)
+        cache = torch.randn(B, 1, T, r + dr, generator=g)
+        for b, length in enumerate(past):
+            cache[b, :, length + S :] = float("nan")
+        return q, cache.to(cache_dtype or dtype), torch.tensor(past, dtype=torch.int64)
+
+    def check_attention(B, S, H, r, dr, T, past, dtype, cache_dtype=None, sm=89, seed=0):
+        q, cache, past_lens = attention_inputs(B, S, H, r, dr, T, past, dtype, cache_dtype, seed)
+        scale = (r + dr) ** -0.5
+        names = {torch.float16: "float16", torch.float32: "float32", None: None}
+        plan = latent_attention_plan(sm, H, r, dr, scale, "float16", names[cache_dtype])
+        got = run(plan, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype))
+        want = latent_attention(q, cache.nan_to_num(0), past_lens, scale, r)
+        assert_close(got, want)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize(
+        ("S", "past"),
+        [(1, [0]), (1, [0, 1, 95, 63]), (2, [31, 32, 0]), (3, [0, 0]), (5, [64, 3]), (8, [0, 88, 17])],
+    )
+    def test_attention(S, past, dtype):
+        """一个 token、空缓存、长度不等、S 从 1 到 8；H 与宽度都不是 2 的幂。"""
+        check_attention(len(past), S, 6, 40, 12, 96, past, dtype)
+
+    def test_attention_v2_lite_shape():
+        """发布模型的宽度（H=16，512+64）。"""
+        check_attention(1, 1, 16, 512, 64, 80, [70], torch.float16)
+
+    def test_attention_more_rows_than_a_block():
+        """S*H 超过最大的行块。"""
+        check_attention(1, 3, 24, 32, 16, 40, [30], torch.float32)
+
+    def test_attention_wide_cache():
+        """``mla.cache_dtype=float32``：缓存比 query 宽。"""
+        check_attention(2, 2, 6, 40, 12, 96, [90, 3], torch.float16, torch.float32)
+
+    def test_attention_without_visible_keys():
+        """有效长度不大于 0 的序列得到零而不是 NaN，不影响同一批的其它序列。"""
+        q, cache, _ = attention_inputs(3, 2, 6, 40, 12, 96, [5, 5, 90], torch.float32)
+        past_lens = torch.tensor([-2, -1, 90])
+        plan = latent_attention_plan(89, 6, 40, 12, 0.1, "float16")
+        got = run(plan, (q, cache, past_lens), poisoned(3, 2, 6, 40, dtype=torch.float32))
+        assert not got[0].any()
+        assert not got[1, 0].any()
+        assert torch.equal(got[1, 1], cache[1, 0, 0, :40].expand(6, -1)), "只看得见一个 key"
+        assert_close(got[2:], latent_attention(q[2:], cache[2:].nan_to_num(0), past_lens[2:], 0.1, 40))
+
+    def test_attention_of_nothing():
+        """S 为 0 时什么也不启动。"""
+        inputs = attention_inputs(2, 0, 6, 40, 12, 32, [3, 4], torch.float32)
+        plan = latent_attention_plan(89, 6, 40, 12, 0.1, "float16")
+        assert run(plan, inputs, poisoned(2, 0, 6, 40, dtype=torch.float32)).shape == (2, 0, 6, 40)
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.data())
+    def test_attention_any_shape(data):
+        """任意小形状、任意 SM 的块。"""
+        draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+        B, S, H, r, dr = draw(1, 3), draw(1, 8), draw(1, 9), draw(1, 33), draw(1, 17)
+        T = draw(S, 140)
+        past = [draw(0, T - S) for _ in range(B)]
+        sm = data.draw(st.sampled_from([80, 90, 120]))
+        check_attention(B, S, H, r, dr, T, past, torch.float32, sm=sm, seed=draw(0, 99))
+
+    # ------------------------------------------------------------ MoeExperts
+
+    def experts_inputs(N, D, E, inner, k, dtype, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        ids = torch.stack([torch.randperm(E, generator=g)[:k] for _ in range(N)]) if N else torch.zeros(0, k)
+        weights = [
+            torch.randn(E, *s, generator=g) * s[1] ** -0.5 for s in ((inner, D), (inner, D), (D, inner))
+        ]
+        x = torch.randn(N, D, generator=g)
+        return (
+            x.to(dtype),
+            ids.to(torch.int32),
+            torch.rand(N, k, generator=g),
+            *(w.to(dtype) for w in weights),
+        )
+
+    def run_experts(inputs, sm=89):
+        x, ids, _, w_gate, *_ = inputs
+        E, inner, D = w_gate.shape
+        plan = grouped_swiglu_plan(sm, E, ids.shape[1], D, inner, "float16")
+        return run(plan, inputs, poisoned(*x.shape, dtype=x.dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize(
+        ("N", "D", "E", "inner", "k"), [(1, 48, 12, 28, 4), (9, 48, 12, 28, 4), (70, 40, 2, 20, 1)]
+    )
+    def test_experts(N, D, E, inner, k, dtype):
+        """一个 token、解码与 prefill 的变体；宽度不是 2 的幂。"""
+        inputs = experts_inputs(N, D, E, inner, k, dtype)
+        assert_close(run_experts(inputs), moe_experts(*inputs))
+
+    def test_experts_large_variant():
+        """每个专家的 token 装满大块时换大块。"""
+        inputs = experts_inputs(150, 24, 2, 20, 2, torch.float32)
+        assert_close(run_experts(inputs), moe_experts(*inputs))
+
+    def test_experts_without_tokens_are_not_read():
+        """没有 token 的专家的权重全是 NaN，结果不变；全部 token 挤在一个专家也行。"""
+        inputs = list(experts_inputs(40, 32, 9, 16, 1, torch.float32))
+        inputs[1] = torch.full((40, 1), 6, dtype=torch.int32)
+        want = moe_experts(*inputs)
+        for w in inputs[3:]:
+            w[torch.arange(9) != 6] = float("nan")
+        assert_close(run_experts(inputs), want)
+
+    def test_no_tokens():
+        """N=0 不产生任何写入。"""
+        assert run_experts(experts_inputs(0, 32, 4, 16, 2, torch.float32)).shape == (0, 32)
+
+    def test_ids_outside_the_range_contribute_nothing():
+        """[0, E) 之外的编号与没有这一对相同。"""
+        inputs = list(experts_inputs(7, 32, 5, 16, 2, torch.float32))
+        inputs[1][::2, 1], inputs[1][1::2, 0] = -1, 5
+        assert_close(run_experts(inputs), moe_experts(*inputs))
+
+    def test_order_of_accumulation_is_fixed():
+        """按槽位次序相加：与逐槽位 float32 累加逐位相同，所以同样的输入总得到同样的结果。"""
+        inputs = experts_inputs(13, 32, 6, 16, 4, torch.float16)
+        x, ids, weights, *w = inputs
+        want = torch.zeros(13, 32)
+        for j in range(4):
+            one = run_experts((x, ids[:, j : j + 1].contiguous(), torch.ones(13, 1), *w))
+            want += weights[:, j : j + 1] * one.float()
+        assert torch.equal(run_experts(inputs), want.half())
+
+    def test_sort_is_stable():
+        """排序稳定，起点是计数的前缀和，编号不在范围内的不参与。"""
+        g = np.random.default_rng(0)
+        ids = torch.from_numpy(g.integers(-1, 8, 2500).astype(np.int32))
+        order, offsets = torch.full((2500,), -7, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
+        experts_kernels.sort_pairs[(8,)](ids, order, offsets, 2500, 7, BLOCK=1024)
+        valid = torch.where((ids >= 0) & (ids < 7), ids, 99)
+        total = int((valid < 99).sum())
+        assert torch.equal(order[:total], torch.sort(valid, stable=True)[1][:total].int())
+        assert (order[total:] == -7).all()
+        assert offsets.tolist() == [int((valid < e).sum()) for e in range(8)]
+
+    @settings(max_examples=15, deadline=None)
+    @given(st.data())
+    def test_experts_any_shape(data):
+        """任意小形状，含 N=0 与 k=E。"""
+        draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+        N, D, E, inner = draw(0, 20), draw(1, 40), draw(1, 8), draw(1, 40)
+        inputs = experts_inputs(N, D, E, inner, draw(1, E), torch.float32, seed=draw(0, 99))
+        assert_close(run_experts(inputs, data.draw(st.sampled_from([80, 90, 120]))), moe_experts(*inputs))

@@ -1,0 +1,129 @@
+"""kernels/launcher.py：参数怎样打包、怎样调用驱动。真正的启动由 perf/gpu/run.py 在有 GPU 的机器上核对。"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deepseek_export.errors import DsxError
+from deepseek_export.kernels import launcher as module
+from deepseek_export.kernels.expression import Expression, symbol
+from deepseek_export.kernels.launcher import Launcher, pack_arguments
+from deepseek_export.kernels.program import Argument, CompiledKernel, Launch, Program, Tensor, Variant
+
+pytestmark = pytest.mark.unit
+
+N, ONE = symbol("N"), Expression.of(1)
+FIRST = CompiledKernel("first", b"\x7fELF-1", 128, 98304, 2)
+SECOND = CompiledKernel("second", b"\x7fELF-2", 64, 0, 0)
+PROGRAM = Program(
+    "Toy",
+    90,
+    (Tensor("float16", ("N", "8")),),
+    (Tensor("float16", ("N", "8")),),
+    (
+        Variant(
+            ONE,
+            N * 256,
+            (
+                Launch(
+                    FIRST,
+                    (N.ceil(2), ONE, ONE),
+                    (
+                        Argument("input", 0),
+                        Argument("workspace", N * 64),
+                        Argument("float32", 0.125),
+                        Argument("int32", N),
+                    ),
+                ),
+                Launch(SECOND, (N, ONE, ONE), (Argument("workspace", N * 64), Argument("output", 0))),
+            ),
+        ),
+    ),
+)
+
+
+class Recorder:
+    """记录调用的驱动；状态总是 ``status``。"""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"))
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="max-shared")
+
+    def __init__(self):
+        self.calls, self.status = [], self.CUresult.CUDA_SUCCESS
+
+    def __getattr__(self, name):
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def call(*arguments):
+            self.calls.append((name, arguments))
+            return (self.status,) if name == "cuLaunchKernel" else (self.status, (name, *arguments))
+
+        return call
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(module, "_load_driver", lambda: recorder)
+    return recorder
+
+
+def test_pack_arguments():
+    """指针、workspace 偏移、标量各是什么 C 类型；末尾补 scratch 的空指针。"""
+    first, second = PROGRAM.bind([(4, 8)])
+    assert pack_arguments(first, [0x1000], [0x2000], 0x3000) == (
+        (0x1000, 0x3000 + 256, 0.125, 4, 0, 0),
+        (
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_float,
+            ctypes.c_int32,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        ),
+    )
+    assert pack_arguments(second, [0x1000], [0x2000], 0x3000)[0] == (0x3100, 0x2000)
+
+
+def test_loading_raises_the_shared_memory_limit(driver):
+    """每个 kernel 装载一次，并设好动态共享内存。"""
+    Launcher(PROGRAM)
+    loaded = [arguments[0] for name, arguments in driver.calls if name == "cuLibraryLoadData"]
+    assert sorted(loaded) == [FIRST.cubin, SECOND.cubin]
+    limits = {arguments[1] for name, arguments in driver.calls if name == "cuKernelSetAttribute"}
+    assert limits == {98304, 0}
+
+
+def test_enqueue_only_launches(driver):
+    """只调用 cuLaunchKernel：不分配、不同步；次序、网格、线程数、共享内存、流都对；没有 token 就不启动。"""
+    launcher = Launcher(PROGRAM)
+    driver.calls.clear()
+    launcher.enqueue(((5, 8),), [0x1000], [0x2000], 0x3000, 77)
+    assert [name for name, _ in driver.calls] == ["cuLaunchKernel"] * 2
+    first, second = (arguments for _, arguments in driver.calls)
+    assert first[1:9] == (3, 1, 1, 128, 1, 1, 98304, 77)
+    assert second[1:9] == (5, 1, 1, 64, 1, 1, 0, 77)
+    driver.calls.clear()
+    launcher.enqueue(((0, 8),), [0x1000], [0x2000], 0x3000, 77)
+    assert not driver.calls
+
+
+def test_driver_failure_names_the_program(driver):
+    """驱动报错时说是哪个算子。"""
+    launcher = Launcher(PROGRAM)
+    driver.status = SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
+    with pytest.raises(RuntimeError, match="Toy（sm90）：CUDA 驱动报告 CUDA_ERROR_INVALID_VALUE"):
+        launcher.enqueue(((5, 8),), [0x1000], [0x2000], 0x3000, 77)
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="这台机器有 NVIDIA 驱动")
+def test_without_a_driver():
+    """DSX-E906：只有一行说明，没有 traceback。"""
+    with pytest.raises(DsxError, match="DSX-E906") as caught:
+        Launcher(PROGRAM)
+    assert "\n" not in caught.value.what

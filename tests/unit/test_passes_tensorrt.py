@@ -1,0 +1,155 @@
+"""TensorRT 的下沉：结果不变、每处各有什么节点、名字带模块路径、拒绝什么。"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek_export.capture import capture_model
+from deepseek_export.capture.bodies import latent_attention_body
+from deepseek_export.checkpoint.recipe import load_array
+from deepseek_export.errors import DsxError
+from deepseek_export.ops.latent_attention import latent_attention
+from deepseek_export.passes import GraphModule, PassError, lower
+from deepseek_export.passes.inline_bodies import InlineMoeGatePass
+from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS, LowerMlaToTensorrtPass
+from deepseek_export.profile import resolve_profile
+from tests.models import TOLERANCE, distance, model_config, one_node_model, ort_session
+
+pytestmark = pytest.mark.unit
+
+SCALE = 0.2
+
+
+@functools.cache
+def captured(variant: str, dtype: str = "float32"):
+    return capture_model(model_config(variant), resolve_profile("mla+moe"), dtype)
+
+
+def module_of(form: str = "auto") -> GraphModule:
+    return GraphModule.from_captured(captured("v3"), model_config("v3"), "float32", form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_latent_attention_body_equals_the_reference(dtype):
+    """TRT-2：函数体与 eager 一致：空缓存、长度不等；query 为空（走 prefill 路径时）得到空的结果。"""
+    c = model_config("v3")
+    body = latent_attention_body(c, dtype, dtype)
+    rng = np.random.default_rng(0)
+    H, r, width = c.num_attention_heads, c.kv_lora_rank, c.latent_cache_values
+    number = {torch.float32: np.float32, torch.float16: np.float16}[dtype]
+    session = None
+    for B, S, T, past in ((1, 1, 8, (0,)), (2, 8, 40, (0, 31)), (3, 0, 16, (1, 2, 3))):
+        feeds = {
+            "q": rng.standard_normal((B, S, H, width)).astype(number),
+            "kv_cache": rng.standard_normal((B, 1, T, width)).astype(number),
+            "past_lens": np.array(past, np.int64),
+        }
+        if session is None:
+            model = one_node_model(body, feeds, {"context": number}, scale=SCALE, kv_lora_rank=r)
+            session = ort_session(model)
+        (got,) = session.run(None, feeds)
+        if S == 0:
+            assert got.shape == (B, 0, H, r)
+            continue
+        want = latent_attention(*map(torch.from_numpy, feeds.values()), SCALE, r)
+        assert distance(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("v3", "float32"), ("v2-group", "float16")])
+def test_whole_model_is_equal_on_both_sides_of_the_split(variant, dtype, saved):
+    """TRT-2：下沉之后的图在 ONNX Runtime 上与 portable 相等，S 在分界两侧都比，长度不等。"""
+    config, store = model_config(variant), saved(variant)[1].store
+    models = [
+        lower(captured(variant, dtype), config, resolve_profile("mla+moe"), dtype, target)
+        for target in ("portable", "tensorrt-rtx")
+    ]
+    weights = {name: load_array(name, recipe, store) for name, recipe in models[0].weights.items()}
+    assert models[0].weights == models[1].weights
+    rng = np.random.default_rng(1)
+    shape = (2, 1, 64, config.latent_cache_values)
+    for S in (1, MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1, 30):
+        feeds = {
+            "input_ids": rng.integers(0, config.vocab_size, (2, S)),
+            "past_lens": np.array([0, 17], np.int64),
+            "logits_positions": np.broadcast_to(np.arange(S), (2, S)).copy(),
+            **weights,
+        }
+        for layer in range(config.num_hidden_layers):
+            feeds[f"kv_cache.{layer}"] = (0.3 * rng.standard_normal(shape)).astype(dtype)
+        want, got = (ort_session(model.proto).run(None, feeds) for model in models)
+        limit = TOLERANCE[{"float32": torch.float32, "float16": torch.float16}[dtype]]
+        assert max(map(distance, got, want)) < limit
+
+
+@pytest.mark.parametrize(
+    ("form", "present"),
+    [
+        ("auto", {"TensorScatter", "LatentAttention", "Attention"}),
+        ("absorb", {"TensorScatter", "LatentAttention"}),
+        ("naive", {"TensorScatter", "Attention"}),
+    ],
+)
+def test_each_form_emits_its_own_path(form, present):
+    """TRT-1：每层一次缓存写入；解码路径一个插件核，prefill 路径一个原生注意力，auto 两条都有。"""
+    module = module_of(form)
+    result = LowerMlaToTensorrtPass()(module)
+    layers = module.config.num_hidden_layers
+    assert (result.changed, result.count) == (True, layers)
+    counts = Counter(node.op for node in module.graph.nodes)
+    assert {op: counts[op] for op in ("TensorScatter", "LatentAttention", "Attention")} == {
+        op: layers if op in present else 0 for op in ("TensorScatter", "LatentAttention", "Attention")
+    }
+    assert ("LatentAttention" in module.functions) == ("LatentAttention" in present)
+    again = LowerMlaToTensorrtPass()(module)
+    assert (again.changed, again.count) == (False, 0)
+
+
+def test_native_attention_is_padded_to_one_width():
+    """TRT-1：V 补零到与 Q、K 同宽（8 的倍数），结果切回 v_head_dim。"""
+    module = module_of()
+    LowerMlaToTensorrtPass()(module)
+    c = module.config
+    pads = {n.name.rpartition("/")[2]: int(n.inputs[1].values[-1]) for n in module.find("Pad", domain="")}
+    assert pads == {"v_padded": c.qk_head_dim - c.v_head_dim}
+    assert c.qk_head_dim % 8 == 0
+
+
+def test_too_wide_heads_are_refused_unless_absorbed():
+    wide = {"qk_nope_head_dim": 250}
+    for form in ("auto", "naive"):
+        module = module_of(form)
+        module.config = dataclasses.replace(module.config, **wide)
+        with pytest.raises(DsxError, match="= 266") as caught:
+            LowerMlaToTensorrtPass()(module)
+        assert caught.value.code == "DSX-E320"
+    module = module_of("absorb")
+    module.config = dataclasses.replace(module.config, **wide)
+    assert LowerMlaToTensorrtPass()(module).count == module.config.num_hidden_layers
+
+
+def test_inlined_router_keeps_the_module_path():
+    """每层的 router 节点都带自己的模块路径，两层之间没有同名的值。"""
+    module = module_of()
+    before = module.find("MoeGate")
+    ports = [[t.name for t in (*node.inputs, *node.outputs)] for node in before]
+    result = InlineMoeGatePass()(module)
+    assert (result.changed, result.count) == (True, module.config.num_moe_layers)
+    names = [node.name for node in module.graph.nodes]
+    assert len(names) == len(set(names))
+    for layer in (1, 2):
+        assert any(name.startswith(f"layers.{layer}.mlp/MoeGate/gate/TopK") for name in names)
+    values = {t.name for node in module.graph.nodes for t in (*node.inputs, *node.outputs)}
+    assert {name for group in ports for name in group} <= values
+    again = InlineMoeGatePass()(module)
+    assert (again.changed, again.count) == (False, 0)
+
+
+def test_passes_check_their_own_result():
+    with pytest.raises(PassError, match="还剩"):
+        LowerMlaToTensorrtPass().ensures(module_of())

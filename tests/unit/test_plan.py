@@ -1,0 +1,161 @@
+"""plan/：全部数字由配置与文件头推出，逐项对照手算；只读文件头，不加载 torch。"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint
+from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.cli.main import cli
+from deepseek_export.errors import DsxError
+from deepseek_export.plan import GPUS, make_plan
+from deepseek_export.plan.plan import RESERVE
+from deepseek_export.profile import resolve_profile
+
+pytestmark = pytest.mark.unit
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+ON, OFF = resolve_profile("mla+moe"), resolve_profile("baseline")
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory) -> Path:
+    """DeepSeek-V3 发布的样子：61 层、256 个专家、FP8、一个 MTP 模块、163 个分片；不占磁盘。"""
+    out = tmp_path_factory.mktemp("v3") / "ckpt"
+    return write_checkpoint(out, PUBLISHED["V3"], mtp=True, shards=163, sparse=True)
+
+
+@pytest.fixture(scope="module")
+def minicpm(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("mini") / "ckpt"
+    return write_checkpoint(out, PUBLISHED["MINICPM3"], shards=2, sparse=True)
+
+
+def test_deepseek_v3(v3: Path):
+    """EXPORT-31：671B 参数、每 token 37B、每 token 缓存 70,272 字节（展开 4,997,120），与公开的数一致。"""
+    plan = make_plan(v3, ON, batch=2, context=8192)
+    assert (plan.parameters // 10**9, plan.active_parameters // 10**8) == (671, 366)
+    stored = {entry.dtype: entry.bytes for entry in plan.stored}
+    assert plan.weight_bytes["stored"] == sum(stored.values())
+    assert stored["F8_E4M3"] + stored["BF16"] // 2 == pytest.approx(plan.parameters, rel=1e-6)
+    assert stored["F32"] == pytest.approx(stored["F8_E4M3"] * 4 / 128**2, rel=0.03)  # 每 128×128 块一个 scale
+    assert (plan.cache.latent_bytes_per_token, plan.cache.expanded_bytes_per_token) == (70_272, 4_997_120)
+    assert (plan.cache.used, plan.cache.latent_bytes) == ("latent", 70_272 * 2 * 8192)
+    assert plan.weight_bytes["float32"] == 4 * plan.parameters
+    assert plan.export[0].disk_bytes > plan.weight_bytes["float32"]
+    assert plan.export[0].largest_tensor in ("lm_head.weight", "model.embed_tokens.weight")
+    assert plan.gpus == []
+
+
+def test_mtp_counts_only_when_it_is_on(v3: Path):
+    """EXPORT-31：full 另算 MTP 模块的权重与缓存，词嵌入与 lm_head 的副本不算。"""
+    off, on = make_plan(v3, ON), make_plan(v3, resolve_profile("full"))
+    assert (off.mtp_modules, on.mtp_modules) == (0, 1)
+    assert on.cache.latent_bytes_per_token == off.cache.latent_bytes_per_token * 62 // 61
+    assert 11.0e9 < on.parameters - off.parameters < 12.0e9  # 公开的说明写的是 11.5B
+
+
+def test_profile_decides_what_is_read(v3: Path):
+    """EXPORT-31：关掉 MoE 每个专家都读、都算；关掉 MLA 缓存是展开的。"""
+    plan = make_plan(v3, OFF)
+    assert plan.cache.used == "expanded"
+    assert plan.active_parameters == plan.parameters - PUBLISHED["V3"]["vocab_size"] * 7168
+
+
+def test_splits_on_gpus(v3: Path):
+    """EXPORT-31：潜缓存在张量并行下每卡一份，在专家与流水并行下分开；至少几块卡由最小的可行切法给出。"""
+    plan = make_plan(v3, ON, gpus=["h200", "rtx4090"], count=16, batch=32, context=8192)
+    h200, rtx = plan.gpus
+    splits = {split.split: split for split in h200.requested}
+    assert splits.keys() == {"tensor", "expert", "pipeline"}
+    cache = plan.cache.latent_bytes
+    assert splits["tensor"].cache_bytes == cache
+    assert splits["expert"].cache_bytes == cache // 16
+    assert splits["pipeline"].cache_bytes == -(-cache * 4 // 61)
+    assert splits["tensor"].weight_bytes < splits["expert"].weight_bytes
+    assert h200.usable_bytes == int(GPUS["h200"].memory * (1 - RESERVE))
+    for split in (*h200.requested, *rtx.requested):
+        usable = h200.usable_bytes if split in h200.requested else rtx.usable_bytes
+        assert split.fits == (split.weight_bytes + split.cache_bytes <= usable)
+    assert h200.smallest is not None
+    assert h200.smallest.fits
+    assert h200.smallest.gpus == 8
+    assert h200.decode_tokens_per_second is not None
+    assert rtx.decode_tokens_per_second is None
+    expanded = make_plan(v3, resolve_profile("moe"), gpus=["h200"], count=16, batch=32, context=8192).gpus[0]
+    tensor = next(split for split in expanded.requested if split.split == "tensor")
+    assert tensor.cache_bytes == -(-plan.cache.expanded_bytes // 16)
+
+
+def test_roofline_is_bandwidth_at_batch_one(minicpm: Path):
+    """EXPORT-31：batch 1 受带宽限制，上界就是带宽除以每步要读的字节：权重（共享的词嵌入也要读）加缓存。"""
+    plan = make_plan(minicpm, resolve_profile("mla"), gpus=["rtx4090"], context=1024)
+    gpu = plan.gpus[0]
+    assert [split.split for split in gpu.requested] == ["single"]
+    read = plan.weight_bytes["stored"] + plan.cache.latent_bytes
+    assert gpu.decode_bound == "memory"
+    assert gpu.decode_tokens_per_second == pytest.approx(GPUS["rtx4090"].bandwidth / read)
+    big = make_plan(minicpm, resolve_profile("mla"), gpus=["rtx4090"], batch=4096, context=1).gpus[0]
+    assert big.decode_bound == "compute"
+
+
+def test_quantised_weights_keep_what_dsx_keeps(minicpm: Path):
+    """EXPORT-31：int8、int4 里词嵌入与 absorb 用的 kv_b 仍是 float32，共享的 lm_head 另存一份量化的。"""
+    c, plan = PUBLISHED["MINICPM3"], make_plan(minicpm, resolve_profile("mla"))
+    embed = c["vocab_size"] * c["hidden_size"]
+    kv_b = c["num_hidden_layers"] * c["num_attention_heads"] * (64 + 64) * c["kv_lora_rank"]
+    for kind, each in (("int8", 1.125), ("int4", 0.625)):
+        rest = plan.parameters - embed - kv_b
+        extra = plan.weight_bytes[kind] - 4 * (embed + kv_b) - each * (rest + embed)
+        assert 0 < extra < 0.001 * plan.weight_bytes[kind]  # 只剩 norm
+
+
+def test_plan_matches_an_export(tmp_path: Path):
+    """EXPORT-31：float32 的权重字节数与真实导出的配方逐字节相同。"""
+    from deepseek_export.checkpoint import Checkpoint
+    from deepseek_export.checkpoint.recipe import weight_recipes
+
+    path = write_checkpoint(tmp_path / "ckpt", DEMO_CONFIG)
+    recipes = weight_recipes(Checkpoint.open(path).config, "float32").values()
+    assert make_plan(path, ON).weight_bytes["float32"] == sum(recipe.nbytes for recipe in recipes)
+
+
+def test_refusals(minicpm: Path):
+    with pytest.raises(DsxError) as error:
+        make_plan(minicpm, ON, gpus=["gtx1080"])
+    assert error.value.code == "DSX-E703"
+    assert "gtx1080" in error.value.what
+    with pytest.raises(DsxError) as error:
+        make_plan(minicpm, ON, context=32769)
+    assert error.value.code == "DSX-E704"
+    with pytest.raises(DsxError) as error:
+        make_plan(minicpm, resolve_profile("full"))
+    assert error.value.code == "DSX-E119"
+
+
+def test_command_prints_a_table(v3: Path):
+    arguments = ["plan", str(v3), "-p", "full", "--gpu", "h200, rtx4090", "--gpus", "16"]
+    arguments += ["--batch", "32", "--context", "8192"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    for text in ("682,636,487,424", "至少 8 块", "128 块也不够", "受带宽限制", "假设："):
+        assert text in result.output
+
+
+def test_command_needs_no_torch():
+    """EXPORT-31：只读文件头，不加载 torch；--json 是一个对象。"""
+    code = (
+        "import sys\nfrom deepseek_export.cli.main import cli\n"
+        f"cli.main(['plan', {str(CHECKPOINT)!r}, '--gpu', 'h100', '--json'], standalone_mode=False)\n"
+        "assert not {'torch', 'onnx', 'onnxruntime'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    data = json.loads(done.stdout.splitlines()[-1])
+    assert data["gpus"][0]["gpu"] == "h100"
+    assert data["context"] == 2048
