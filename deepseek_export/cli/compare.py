@@ -16,6 +16,9 @@ from deepseek_export.cli.progress import open_progress
 if TYPE_CHECKING:
     from deepseek_export.parity import ComparisonReport, Culprit
 
+#: 同一段的节点多于这些就只说头尾。
+_LISTED = 6
+
 
 @click.command("compare", cls=Command, short_help="逐块比较，存成 Polygraphy 的格式")
 @bundle_argument
@@ -144,9 +147,15 @@ def _culprit_rows(culprit: Culprit) -> list[tuple[str, str]]:
         return [*rows, ("节点", together)]
     *others, node = culprit.nodes
     rows += [("节点", f"{node.name}（{node.op}）"), ("输出", culprit.value)]
-    rows += [("同一段", f"{other.name}（{other.op}）") for other in others]
+    if len(others) > _LISTED:
+        # 下沉换上的一整段，中间没有 PyTorch 的值可比
+        rows.append(("同一段", f"{others[0].name} 到 {others[-1].name}，共 {len(others)} 个节点"))
+    else:
+        rows += [("同一段", f"{other.name}（{other.op}）") for other in others]
     rows += failure_rows(culprit.case)
     rows += [("原因", cause) for cause in culprit.causes]
     if not culprit.causes:
-        rows.append(("原因", "权重、属性、常量、接线都与捕获时相同：是下沉换上的节点，或后端的 kernel"))
+        rows.append(
+            ("原因", "权重、属性、常量、接线都与捕获时相同：是函数体、下沉换上的节点，或后端的 kernel")
+        )
     return rows

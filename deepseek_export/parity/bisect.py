@@ -9,7 +9,7 @@ PyTorch 比。于是不必二分，一次运行就看完；一段不对，毛病
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def bisect_block(
         culprit.nodes = [_entry(node) for node in guilty]
         for node in guilty:
             culprit.causes += _node_changes(graph, place, node)
-            culprit.causes += _weight_changes(graph, bundle, checkpoint, node)
+        culprit.causes += _weight_changes(graph, bundle, checkpoint, guilty)
         break
     return culprit
 
@@ -221,12 +221,12 @@ def _text(value: Any) -> str:
 
 
 def _weight_changes(
-    graph: ModelGraph, bundle: Bundle, checkpoint: Checkpoint, node: onnx.NodeProto
+    graph: ModelGraph, bundle: Bundle, checkpoint: Checkpoint, nodes: Sequence[onnx.NodeProto]
 ) -> list[str]:
     """与检查点（按配方现算）不同的权重。"""
     recipes: Mapping[str, Any] = bundle.manifest.weights.recipes
     changes = []
-    for name in dict.fromkeys(node.input):
+    for name in dict.fromkeys(name for node in nodes for name in node.input):
         if name in recipes and name in graph.initializers:
             found, want = graph.array(name), load_array(name, recipes[name], checkpoint.store)
             if not np.array_equal(found, want):

@@ -181,6 +181,15 @@ class TestCompare:
         assert inputs[0]["kv_cache.1"].dtype == np.float32
         assert not any("layers.2" in name for name in inputs[0])
 
+    def test_weights_by_reference(self, v3_checkpoint: Path, tmp_path: Path):
+        """PARITY-8：按引用的 bundle 也一样，存下的目录自带权重，不靠检查点。"""
+        bundle = deepseek_export.export(v3_checkpoint, tmp_path / "by", "mla+moe", weights="reference")
+        report = deepseek_export.compare(bundle.path, folder=tmp_path / "out")
+        assert report.passed, report.first_failure
+        shutil.rmtree(bundle.path)
+        process = run_polygraphy(report.commands["model.onnx"])
+        assert process.returncode == 0, process.stdout
+
     def test_only_the_bad_block_fails(self, v3_bundle: Bundle, tmp_path: Path):
         """PARITY-9：第 1 层的权重错了，只有那一块不过，后面的块不受牵连；报告给出坐标与那里的两个值，命令返回 1。"""
         name = "model.layers.1.self_attn.o_proj.weight"
