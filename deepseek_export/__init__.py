@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deepseek_export.api import CompiledModel, compare, export, load, verify
+    from deepseek_export.api import CompiledModel, compare, export, load, pack, verify
+    from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
     from deepseek_export.integration.apply import apply, restore
     from deepseek_export.integration.causal_lm import DsxForCausalLM
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "export": "deepseek_export.api",
     "load": "deepseek_export.api",
+    "pack": "deepseek_export.api",
     "verify": "deepseek_export.api",
     "compare": "deepseek_export.api",
+    "Quantization": "deepseek_export.checkpoint.weight_only",
     "make_plan": "deepseek_export.plan",
     "apply": "deepseek_export.integration.apply",
     "restore": "deepseek_export.integration.apply",
@@ -41,11 +44,13 @@ __all__ = [
     "DsxError",
     "DsxForCausalLM",
     "OptimizationProfile",
+    "Quantization",
     "apply",
     "compare",
     "export",
     "load",
     "make_plan",
+    "pack",
     "restore",
     "verify",
 ]

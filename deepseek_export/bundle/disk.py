@@ -25,9 +25,6 @@ WEIGHTS_FOLDER, JOURNAL_FILE = "weights", ".resume.json"
 #: 权重之外的文件（图、tokenizer、报告）至多这么大，预检时一并留出。
 _HEADROOM = 64 << 20
 
-#: bundle 的自述；没有它的目录不是 bundle。
-MANIFEST = "manifest.json"
-
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -66,27 +63,28 @@ def check_free_space(out: Path, needed: int) -> None:
         )
 
 
-def check_output(out: Path, overwrite: bool, marker: str = MANIFEST) -> None:
+def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> None:
     """输出目录能不能用。
 
     Args:
         out: 最终目录。
-        overwrite: 允许替换已有的。
-        marker: 同类的目录里一定有的文件；没有它的目录任何时候都不替换。
+        overwrite: 允许替换已有的产物。
+        marker: 有这个文件的目录才是 dsx 的产物。
 
     Raises:
-        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是同类。
+        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 dsx 的产物（任何时候都不替换）。
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
         raise DsxError("DSX-E401", f"{out} 已存在", "换一个 -o，或加 --overwrite 替换它")
     if not (out / marker).is_file():
-        raise DsxError("DSX-E401", f"{out} 已存在，里面没有 {marker}，不是 dsx 写的，不会替换它", "换一个 -o")
+        what = f"{out} 已存在，里面没有 {marker}，不是 dsx 的产物，不会替换它"
+        raise DsxError("DSX-E401", what, "换一个 -o，或把它移开")
 
 
 @contextlib.contextmanager
-def atomic_directory(out: Path, overwrite: bool, marker: str = MANIFEST) -> Iterator[Path]:
+def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") -> Iterator[Path]:
     """在旁边的临时目录里写，全部完成后改名。
 
     中途出错（含 Ctrl-C）则删除临时目录；进程被 SIGKILL 时残留的临时目录由下一次导出清掉，其中写了一半的权重连同日志移进新的临时
@@ -94,7 +92,7 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = MANIFEST) -> Iter
 
     Args:
         out: 最终目录。
-        overwrite: 允许替换已有的。
+        overwrite: 允许替换已有的产物。
         marker: 见 :func:`check_output`。
 
     Yields:
@@ -107,9 +105,15 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = MANIFEST) -> Iter
     check_output(out, overwrite, marker)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        leftovers = _stale(out)
         temporary = out.parent / f"{_prefix(out)}{os.getpid()}"
+        if temporary in leftovers:  # 被杀的进程碰巧与这一个同号，容器里很常见
+            moved = temporary.with_name(f"{temporary.name}.old")
+            shutil.rmtree(moved, ignore_errors=True)
+            temporary.rename(moved)
+            leftovers = _stale(out)
         temporary.mkdir()
-        for stale in _stale(out):
+        for stale in leftovers:
             if (stale / JOURNAL_FILE).is_file() and not (temporary / JOURNAL_FILE).exists():
                 for name in (WEIGHTS_FOLDER, JOURNAL_FILE):
                     (stale / name).rename(temporary / name)
@@ -160,7 +164,7 @@ def _prefix(out: Path) -> str:
 
 
 def _stale(out: Path) -> list[Path]:
-    """``out`` 的、进程已经不在的临时目录。"""
+    """``out`` 的、进程已经不在的临时目录；在建立自己的之前调用，所以与自己同号的也是别人留下的。"""
     prefix = _prefix(out)
     return [
         path
@@ -173,6 +177,8 @@ def _alive(pid: str) -> bool:
     pid = pid.removesuffix(".old")
     if not pid.isdigit():
         return True
+    if int(pid) == os.getpid():
+        return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from importlib import metadata
@@ -16,6 +15,7 @@ from deepseek_export.cli.console import console, echo_json, facts, size, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import json_option
 from deepseek_export.disk_cache import DiskCache
+from deepseek_export.machine import cores, cpu_flags, memory_bytes
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
@@ -34,8 +34,8 @@ PACKAGES = (
     Package("onnxruntime", None, "运行 bundle"),
     Package("onnxscript", None, "torch.export → ONNX"),
     Package("transformers", "hf", "dsx verify 的基准"),
-    Package("tensorrt", "tensorrt", "TensorRT 引擎，这一版还用不到"),
-    Package("tensorrt_rtx", "rtx", "TensorRT-RTX 引擎，这一版还用不到"),
+    Package("tensorrt", "tensorrt", "TensorRT 引擎，在目标 GPU 上建"),
+    Package("tensorrt_rtx", "rtx", "TensorRT-RTX 引擎，不用 GPU 也能建"),
 )
 #: 目标 → 状态；与 passes 的流水线一致由测试保证（导入 passes 会带进 torch）。
 TARGETS = {
@@ -48,19 +48,30 @@ CPU_LIBRARY = "不在这一版；dsx 算子走 ONNX 函数体"
 _READY = "可用"
 
 
-@click.command("doctor", cls=Command, short_help="看这台机器的环境")
+@click.command("doctor", cls=Command, short_help="看这台机器的环境，或一个 bundle 缺什么插件")
+@click.argument("bundle", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
 @json_option
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
-    """检查 Python、CPU、内存、依赖的版本，以及能编译到哪些目标。
+def command(ctx: click.Context, bundle: Path | None, as_json: bool) -> None:
+    """检查 Python、CPU、内存、依赖的版本，以及能编译到哪些目标；给出 OUT 时另看它的插件。
 
-    只读安装信息，不加载 torch。必需的依赖缺少或太旧时退出码是 1。
+    不给 OUT 时只读安装信息；给了则逐个列出插件节点、需要的 creator、在已装的 TensorRT 里登记得上没有，缺什么、怎么装。都不加载
+    torch。必需的依赖缺少或太旧、或有插件登记不上时，退出码是 1。
     """
     found = diagnose()
+    if bundle is not None:
+        from deepseek_export.cli.bundle_plugins import diagnose_bundle
+
+        found["bundle"] = diagnose_bundle(bundle)
+        found["ok"] = found["ok"] and found["bundle"]["ok"]
     if as_json:
         echo_json(found)
     else:
         _print(found)
+        if bundle is not None:
+            from deepseek_export.cli.bundle_plugins import print_bundle
+
+            print_bundle(found["bundle"])
     ctx.exit(0 if found["ok"] else 1)
 
 
@@ -68,15 +79,15 @@ def diagnose() -> dict[str, Any]:
     """全部检查结果；``--json`` 输出的就是它。"""
     floors = _floors()
     packages = [_package(package, floors.get(_normal(package.name))) for package in PACKAGES]
-    flags = _cpu_flags()
+    flags = cpu_flags()
     traces = DiskCache("traces").directory
     return {
         "ok": all(p["status"] == "ok" for p in packages if p["extra"] is None),
         "dsx": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": {"cores": _cores(), "flags": None if flags is None else {f: f in flags for f in CPU_FLAGS}},
-        "memory_bytes": _memory(),
+        "cpu": {"cores": cores(), "flags": None if flags is None else {f: f in flags for f in CPU_FLAGS}},
+        "memory_bytes": memory_bytes(),
         "packages": packages,
         "targets": {name: state.startswith(_READY) for name, state in TARGETS.items()},
         "cpu_library": False,
@@ -85,13 +96,21 @@ def diagnose() -> dict[str, Any]:
 
 
 def _package(package: Package, floor: str | None) -> dict[str, Any]:
-    try:
-        version: str | None = metadata.version(package.name)
-    except metadata.PackageNotFoundError:
-        version = None
+    version = _version(package.name)
     old = version is not None and floor is not None and _numbers(version) < _numbers(floor)
     status = "missing" if version is None else "old" if old else "ok"
     return {**package._asdict(), "version": version, "required": floor, "status": status}
+
+
+def _version(name: str) -> str | None:
+    """已安装的版本；TensorRT 的轮子名字带着 CUDA 的版本。"""
+    names = (name, f"{name}_cu13") if name.startswith("tensorrt") else (name,)
+    for candidate in names:
+        try:
+            return metadata.version(candidate)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _floors() -> dict[str, str]:
@@ -114,28 +133,6 @@ def _normal(name: str) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
-def _cores() -> int:
-    """这个进程能用的核数。"""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str] | None:
-    """Linux 的 CPU 标志；别的系统不知道。"""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
-    return set(match[1].split()) if match else None
 
 
 def _print(found: dict[str, Any]) -> None:

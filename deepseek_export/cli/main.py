@@ -24,8 +24,18 @@ COMMANDS = MappingProxyType(
     {
         name: f"deepseek_export.cli.{name}"
         for name in (
-            *("plan", "export", "verify", "compare", "generate", "inspect", "pack"),
-            *("demo", "profiles", "doctor"),
+            "plan",
+            "export",
+            "verify",
+            "compare",
+            "build",
+            "generate",
+            "inspect",
+            "bench",
+            "pack",
+            "demo",
+            "profiles",
+            "doctor",
         )
     }
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepseek_export.parity.bisect import Culprit
     from deepseek_export.parity.compare import BlockCase, ComparisonReport, compare_bundle
-    from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
+    from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport, QuantLoss
     from deepseek_export.parity.verify import verify_bundle
 
 _EXPORTS = {
@@ -22,6 +22,7 @@ _EXPORTS = {
     "Culprit": "deepseek_export.parity.bisect",
     "Level": "deepseek_export.parity.report",
     "ParityReport": "deepseek_export.parity.report",
+    "QuantLoss": "deepseek_export.parity.report",
     "compare_bundle": "deepseek_export.parity.compare",
     "verify_bundle": "deepseek_export.parity.verify",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "Culprit",
     "Level",
     "ParityReport",
+    "QuantLoss",
     "compare_bundle",
     "verify_bundle",
 ]

@@ -37,22 +37,28 @@ def run_onnxruntime(model: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> l
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType({"ort": run_onnxruntime})
 
-#: 说得出名字、这一版还跑不了的后端，与原因。
-_UNAVAILABLE = MappingProxyType({"trt": "这一版 dsx 没有 TensorRT 运行时"})
+#: 说得出名字、这里跑不了的后端：原因，与改用什么。
+_UNAVAILABLE = MappingProxyType(
+    {
+        "trt": (
+            "引擎里没有块的边界，这一版不为断开的图另建引擎",
+            "去掉 trt；整个模型用 dsx verify --backend trt 比",
+        )
+    }
+)
 
 
 def open_backends(names: Sequence[str]) -> dict[str, Backend]:
     """按名字取后端，保持次序；一个不可用就整个拒绝，不悄悄少比一个。
 
     Raises:
-        DsxError: ``DSX-E613`` 没有这个后端；``DSX-E614`` 后端现在不能用。
+        DsxError: ``DSX-E613`` 没有这个后端；``DSX-E614`` 后端不能逐块跑。
     """
     available = "、".join(BACKENDS)
     for name in names:
         if name in _UNAVAILABLE:
-            raise DsxError(
-                "DSX-E614", f"后端 {name}：{_UNAVAILABLE[name]}", f"现在可用的后端：{available}；去掉 {name}"
-            )
+            reason, todo = _UNAVAILABLE[name]
+            raise DsxError("DSX-E614", f"后端 {name}：{reason}", f"{todo}；这里可用的后端：{available}")
         if name not in BACKENDS:
             raise DsxError("DSX-E613", f"后端 {name!r} 不存在", f"可用的后端：{available}")
     return {name: BACKENDS[name] for name in names}

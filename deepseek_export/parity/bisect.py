@@ -27,12 +27,12 @@ from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.parity.arrays import to_numpy, to_torch, widened
 from deepseek_export.parity.backends import Backend
-from deepseek_export.parity.blocks import Block, Output
+from deepseek_export.parity.blocks import Block, Key, Output
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
-from deepseek_export.parity.report import Case, compare
+from deepseek_export.parity.report import Case
 from deepseek_export.parity.subgraph import ModelGraph, feeds_for
-from deepseek_export.parity.tolerances import TOLERANCES, Dtype
+from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.reference import DraftModel, Forms, ReferenceModel
 from deepseek_export.reference.weights import TORCH_DTYPES
 
@@ -101,21 +101,21 @@ def bisect_block(
     nodes = graph.upstream([output.value for output in block.outputs], block.feeds)
     marked = [name for node in nodes for name in node.output if name in values and name in graph.values]
     model = graph.cut(dict.fromkeys([*block.feeds, *marked]), marked)
-    outputs = [_output(name, widened(values[name]), bundle.manifest.dtype) for name in marked]
+    key: Key = ("op", bundle.manifest.dtype, bundle.manifest.quant)
+    outputs = [_output(name, widened(values[name]), key) for name in marked]
     feeds = feeds_for(model, {**block.feeds, **values})
     iteration = Iteration(feeds, {output.value: output.want for output in outputs})
     save_comparison(folder, model, graph, [iteration])
-    default = TOLERANCES["op", bundle.manifest.dtype].max_abs
     culprit = Culprit(
         graph=entry.file,
         block=block.name,
         phase=block.phase,
         checked=len(marked),
-        command=polygraphy_command(out / GRAPH, out, default, outputs),
+        command=polygraphy_command(out / GRAPH, out, tolerance(*key).max_abs, outputs),
     )
     (got,) = run(folder / GRAPH, [feeds])
     for output in outputs:
-        case = compare("op", f"{output.label} ({block.phase})", *output.key, got[output.value], output.want)
+        case = output.compare("op", f"{output.label} ({block.phase})", got[output.value])
         if case.passed:
             continue
         guilty = graph.upstream([output.value], {*block.feeds, *marked})
@@ -128,9 +128,11 @@ def bisect_block(
     return culprit
 
 
-def _output(name: str, want: np.ndarray, dtype: Dtype) -> Output:
+def _output(name: str, want: np.ndarray, key: Key) -> Output:
     """整数与布尔（例如选中的专家）没有舍入，按 float32 的容差就是要求相等。"""
-    return Output(name, name, want, ("op", dtype if np.issubdtype(want.dtype, np.floating) else "float32"))
+    return Output(
+        name, name, want, key if np.issubdtype(want.dtype, np.floating) else ("op", "float32", None)
+    )
 
 
 def _locate(
@@ -174,7 +176,7 @@ def _pytorch_values(place: Place, module: nn.Module, block: Block) -> dict[str, 
     computed = program.evaluate(known, [local[output.value] for output in block.outputs])
     values = {name: to_numpy(computed[own].contiguous()) for name, own in local.items() if own in computed}
     for output in block.outputs:
-        case = compare("block", output.label, *output.key, values[output.value], output.want)
+        case = output.compare("block", output.label, values[output.value])
         assert case.passed, f"捕获的程序与参考实现不一致：{output.label}"
     return values
 
@@ -196,7 +198,7 @@ def _node_changes(graph: ModelGraph, place: Place, node: onnx.NodeProto) -> list
     """与捕获时的同名节点不同的属性、常量、接线；下沉时换掉的节点没有同名的，查不出。"""
     names = {place.node(index): traced for index, traced in enumerate(place.block.nodes)}
     traced = names.get(node.name)
-    if traced is None:
+    if traced is None or (traced.op_type, len(traced.input)) != (node.op_type, len(node.input)):
         return []
     changes = []
     mine, captured = _attributes(node), _attributes(traced)

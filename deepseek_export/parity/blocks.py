@@ -15,17 +15,22 @@ from torch import Tensor
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
+from deepseek_export.checkpoint.weight_only import QuantKind
 from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.measures import measure
-from deepseek_export.parity.report import Case, compare
+from deepseek_export.parity.report import Case, Level, compare
 from deepseek_export.parity.routing import router_margin
 from deepseek_export.parity.subgraph import ModelGraph
-from deepseek_export.parity.tolerances import ROUTER_MARGIN, TOLERANCES, Dtype, Quantity
+from deepseek_export.parity.tolerances import ROUTER_MARGIN, Dtype, Quantity, Tolerance, tolerance
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
 
 _CAPACITY_SLACK = 3
 PHASES = ("prefill", "decode")
+
+
+#: 容差表的键：量、dtype、权重量化。
+Key = tuple[Quantity, Dtype, QuantKind | None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,17 @@ class Output:
     label: str
     value: str
     want: np.ndarray
-    key: tuple[Quantity, Dtype]
+    key: Key
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """这个输出的容差。"""
+        return tolerance(*self.key)
+
+    def compare(self, level: Level, name: str, got: np.ndarray) -> Case:
+        """量一次、对照容差表。"""
+        quantity, dtype, quant = self.key
+        return compare(level, name, quantity, dtype, got, self.want, quant)
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Block:
         """
         for output in self.outputs:
             name = f"{output.label} ({self.phase})"
-            case = compare("block", name, *output.key, got[output.value], output.want)
+            case = output.compare("block", name, got[output.value])
             if not case.passed and self.margin is not None:
                 case = _without_flipped(case, output, got[output.value], self.margin)
             yield case
@@ -81,12 +96,12 @@ class Block:
 
 def _without_flipped(case: Case, output: Output, got: np.ndarray, margin: np.ndarray) -> Case:
     """把路由近平局、且确实换了专家的行挑出来单独计数，其余行仍按容差要求。"""
-    limit = TOLERANCES[output.key].limit(measure(got, output.want).scale)
+    limit = output.tolerance.limit(measure(got, output.want).scale)
     error = np.abs(got.astype(np.float64) - output.want).max(-1)
     flipped = ~(error <= limit) & (margin < ROUTER_MARGIN[output.key[1]])
     if not flipped.any() or flipped.all():
         return case
-    kept = compare("block", case.name, *output.key, got[~flipped], output.want[~flipped])
+    kept = replace(output, want=output.want[~flipped]).compare("block", case.name, got[~flipped])
     kept.near_ties = int(flipped.sum())
     return kept
 
@@ -172,7 +187,7 @@ class _Step:
             names.layer_output(self.manifest.model.num_hidden_layers - 1): self.x.numpy(),
             names.LOGITS_POSITIONS: positions.numpy(),
         }
-        key: tuple[Quantity, Dtype] = ("block", self.manifest.dtype)
+        key = block_key(self.manifest)
         outputs = (
             Output("head", names.LOGITS, logits.numpy(), key),
             Output("hidden", names.HIDDEN, hidden.numpy(), key),
@@ -186,7 +201,7 @@ def embed_block(
     """词嵌入与 cos/sin；``prefix`` 是名字的前缀，主模型为空。"""
     labels, values = ("embed", "rope cos", "rope sin"), (names.EMBED_X, names.EMBED_COS, names.EMBED_SIN)
     outputs = tuple(
-        Output(f"{prefix}{label}", value, tensor.numpy(), ("block", manifest.dtype))
+        Output(f"{prefix}{label}", value, tensor.numpy(), block_key(manifest))
         for label, value, tensor in zip(labels, values, want, strict=True)
     )
     return Block(f"{prefix}embed", phase, feeds, outputs)
@@ -243,15 +258,20 @@ def mlp_block(
         margin: 见 :func:`~deepseek_export.parity.routing.router_margin`。
     """
     source = names.attn_residual(layer)
-    output = Output(f"{prefix}mlp", names.layer_output(layer), x.numpy(), ("block", manifest.dtype))
+    output = Output(f"{prefix}mlp", names.layer_output(layer), x.numpy(), block_key(manifest))
     return Block(f"{prefix}mlp", phase, {**feeds, source: residual.numpy()}, (output,), margin, source)
 
 
-def _attention_key(manifest: Manifest) -> tuple[Quantity, Dtype]:
-    """缓存比模型窄时，两侧会把几乎相等的数舍入到相邻的两个值，容差以缓存的 dtype 为准。"""
-    if manifest.cache.dtype in (manifest.dtype, "float32"):
-        return "block", manifest.dtype
-    return "narrow_cache", manifest.cache.dtype
+def block_key(manifest: Manifest) -> Key:
+    """一个块的容差。"""
+    return "block", manifest.dtype, manifest.quant
+
+
+def _attention_key(manifest: Manifest) -> Key:
+    """缓存比模型窄时，两侧会把几乎相等的数舍入到相邻的两个值，容差以缓存的 dtype 为准；量化的容差本来就宽得多。"""
+    if manifest.quant is not None or manifest.cache.dtype in (manifest.dtype, "float32"):
+        return block_key(manifest)
+    return "narrow_cache", manifest.cache.dtype, None
 
 
 def spread_near_ties(block: Block) -> tuple[Block, int]:

@@ -22,13 +22,13 @@ from deepseek_export.errors import DsxError
 from deepseek_export.parity.arrays import widened
 from deepseek_export.parity.backends import Backend, open_backends
 from deepseek_export.parity.bisect import Culprit, bisect_block
-from deepseek_export.parity.blocks import PHASES, Block, main_blocks, spread_near_ties
+from deepseek_export.parity.blocks import PHASES, Block, block_key, main_blocks, spread_near_ties
 from deepseek_export.parity.draft import draft_blocks, draft_runs
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
 from deepseek_export.parity.report import Case
 from deepseek_export.parity.source import block_rows, environment, open_source
 from deepseek_export.parity.subgraph import ModelGraph, feeds_for
-from deepseek_export.parity.tolerances import TOLERANCES, Dtype
+from deepseek_export.parity.tolerances import Dtype, tolerance
 from deepseek_export.progress import Progress
 from deepseek_export.reference import DraftModel, Forms, ReferenceModel, load_draft, load_reference
 
@@ -133,7 +133,9 @@ def compare_bundle(
     checkpoint = open_source(bundle, against)
     out = Path(folder) if folder is not None else bundle.path / FOLDER
     progress.start("加载参考模型")
-    model = load_reference(checkpoint, Forms.for_reference(manifest.profile), manifest.dtype)
+    model = load_reference(
+        checkpoint, Forms.for_reference(manifest.profile), manifest.dtype, manifest.formats
+    )
     cases: list[BlockCase] = []
     commands: dict[str, str] = {}
     culprit = None
@@ -205,7 +207,7 @@ def _reference(
     if entry.role == "main":
         return model, list(main_blocks(manifest, model, rows))
     index = manifest.drafts.index(entry)
-    drafts = [load_draft(checkpoint, i, model, manifest.dtype) for i in range(index + 1)]
+    drafts = [load_draft(checkpoint, i, model, manifest.dtype, manifest.formats) for i in range(index + 1)]
     *_, run = draft_runs(manifest, model, drafts, rows)
     return run.draft, list(draft_blocks(manifest, run))
 
@@ -272,6 +274,6 @@ class _Comparison:
 
     def command(self, folder: Path) -> str:
         """复现命令。"""
-        default = TOLERANCES["block", self.bundle.manifest.dtype].max_abs
+        default = tolerance(*block_key(self.bundle.manifest)).max_abs
         outputs = [output for block in self.blocks for output in block.outputs]
         return polygraphy_command(folder / GRAPH, folder, default, outputs)

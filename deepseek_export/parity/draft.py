@@ -21,6 +21,7 @@ from deepseek_export.parity.blocks import (
     Output,
     attention_block,
     block_cases,
+    block_key,
     embed_block,
     mlp_block,
 )
@@ -106,7 +107,7 @@ def draft_cases(
         levels: 含 ``block`` 则逐块比，含 ``model`` 则比整张图的 logits。
         on_case: 每个模块开始前调用。
     """
-    dtype = bundle.manifest.dtype
+    dtype, quant = bundle.manifest.dtype, bundle.manifest.quant
     for run in runs:
         on_case(run.entry.file)
         graph = ModelGraph(bundle, run.entry.file)
@@ -123,7 +124,7 @@ def draft_cases(
                 feeds[names.cache_input(tensor.name, 0)] = to_numpy(cache)
             outputs = (names.LOGITS, names.HIDDEN)
             for name, got, want in zip(outputs, graph.run(feeds, outputs), run.reference(), strict=True):
-                yield compare("model", f"{run.entry.file} {name}", "logits", dtype, got, want.numpy())
+                yield compare("model", f"{run.entry.file} {name}", "logits", dtype, got, want.numpy(), quant)
 
 
 @torch.no_grad()
@@ -145,7 +146,7 @@ def _phase(manifest: Manifest, run: DraftRun, phase: str, rows: slice, past: Ten
     logits, _ = draft.head(hidden, positions)
 
     def simple(label: str, extra: dict[str, Tensor], value: str, want: Tensor) -> Block:
-        output = Output(f"{prefix}{label}", value, want.numpy(), ("block", manifest.dtype))
+        output = Output(f"{prefix}{label}", value, want.numpy(), block_key(manifest))
         fed = {name: tensor.numpy() for name, tensor in extra.items()}
         return Block(f"{prefix}{label}", phase, {**feeds, **fed}, (output,))
 

@@ -93,7 +93,7 @@ def polygraphy_command(model: Path, folder: Path, default: float, outputs: Itera
     """
     limits: dict[str, float] = {}
     for output in outputs:
-        limit = TOLERANCES[output.key].limit(rms(output.want))
+        limit = output.tolerance.limit(rms(output.want))
         limits[output.value] = max(limit, limits.get(output.value, 0.0))
     tolerances = [f"{default:g}"]
     tolerances += [f"{name}:{limit:.4g}" for name, limit in limits.items() if limit != default]

@@ -227,7 +227,7 @@ class TestCompare:
         assert report.first_failure.case.note == "形状是 [48, 211]，应为 [2, 24, 211]"
 
     def test_backends_are_refused_by_name(self, v3_bundle: Bundle, tmp_path: Path):
-        """PARITY-10：不存在的、现在不能用的后端，以及不存在的块，都在干活之前带码拒绝；不少比，也不碰别人的目录。"""
+        """PARITY-10：不存在的、不能逐块跑的后端，以及不存在的块，都在干活之前带码拒绝；不少比，也不碰别人的目录。"""
         mine = tmp_path / "mine"
         mine.mkdir()
         (mine / "thesis.tex").write_text("")

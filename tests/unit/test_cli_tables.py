@@ -9,6 +9,7 @@ from importlib import metadata
 import click
 import pytest
 
+from deepseek_export import machine
 from deepseek_export.cli import compare, demo, doctor, inspect, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
 from deepseek_export.parity import LEVELS, Case, Culprit, ParityReport
@@ -118,18 +119,18 @@ def test_a_culprit_in_a_lowered_segment_names_both_ends():
     assert rows[-3:] == [("说明", "形状是 [1]，应为 [2]"), ("原因", "甲"), ("原因", "乙")]
 
 
-def test_doctor_reads_cpu_flags_and_survives_their_absence(tmp_path):
+def test_cpu_flags_are_read_and_may_be_absent(tmp_path):
     path = tmp_path / "cpuinfo"
     path.write_text("processor : 0\nflags\t\t: fpu avx2 amx_tile\n")
-    assert doctor._cpu_flags(path) == {"fpu", "avx2", "amx_tile"}
-    assert doctor._cpu_flags(tmp_path / "none") is None
+    assert machine.cpu_flags(path) == {"fpu", "avx2", "amx_tile"}
+    assert machine.cpu_flags(tmp_path / "none") is None
     path.write_text("")
-    assert doctor._cpu_flags(path) is None
+    assert machine.cpu_flags(path) is None
 
 
 def test_doctor_reports_missing_and_old_packages(monkeypatch, capsys):
     def version(name):
-        if name in ("tensorrt", "transformers"):
+        if name.startswith("tensorrt") or name == "transformers":
             raise metadata.PackageNotFoundError(name)
         return "2.1.0+cpu" if name == "torch" else "99"
 
