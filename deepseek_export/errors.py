@@ -89,6 +89,10 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E604": "校验用的 prompt 不可用",
         "DSX-E605": "校验不过",
         "DSX-E606": "测困惑度的文本不可用",
+        "DSX-E613": "没有这个比较后端",
+        "DSX-E614": "比较后端在这里不能用",
+        "DSX-E615": "没有这个块",
+        "DSX-E616": "比较后端执行失败",
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
