@@ -4,10 +4,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_DIR ?= build/demo
+# 不安静的机器上：make perf-check PERF_FLAGS=--no-time
+PERF_FLAGS ?=
 SOURCES := deepseek_export tests tools perf noxfile.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo plugins test test-all graphs lint format clean
+.PHONY: help demo plugins test test-all graphs perf perf-check lint format clean
 
 help: ## 显示这份说明
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -32,6 +34,12 @@ test-all: lint plugins ## 同上，加上 slow
 graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py
 	$(RUN) -m tools.make_engine_graphs
+
+perf: $(STAMP) ## 完整的性能测量（要安静的机器，一个多小时），追加进 perf/results，报告在 build/perf-report
+	$(RUN) -m perf run
+
+perf-check: $(STAMP) ## 缩小的性能测量（五分钟以内），对照 perf/gates.toml
+	$(RUN) -m perf check $(PERF_FLAGS)
 
 lint: $(STAMP) ## ruff、mypy、import-linter
 	$(RUN) -m ruff check $(SOURCES)
