@@ -13,7 +13,7 @@ from deepseek_export.errors import ERRORS, DsxError
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENT = re.compile(r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|KERNEL)-\d+\b")
+REQUIREMENT = re.compile(r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|CPU|KERNEL)-\d+\b")
 
 
 def python_sources(*folders: str) -> list[Path]:
