@@ -29,8 +29,9 @@ test: lint plugins ## 静态检查与测试（不含 slow），覆盖率至少 9
 test-all: lint plugins ## 同上，加上 slow
 	$(RUN) -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
-graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图清单
+graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py
+	$(RUN) -m tools.make_engine_graphs
 
 lint: $(STAMP) ## ruff、mypy、import-linter
 	$(RUN) -m ruff check $(SOURCES)

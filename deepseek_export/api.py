@@ -16,6 +16,7 @@ from deepseek_export.parity.verify import DEFAULT_STEPS
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import (
+    Backend,
     BundleTokenizer,
     GenerationResult,
     Generator,
@@ -51,7 +52,7 @@ def export(
         out: 输出目录；要么完整出现，要么不出现。
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
-        dtype: ``float32`` 或 ``float16``。
+        dtype: ``float32``、``float16``，TensorRT 的目标另有 ``bfloat16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
@@ -91,6 +92,7 @@ def export(
                 resolved,
                 target=target,
                 dtype=dtype,
+                quantization=quantization,
                 overwrite=overwrite,
                 check=check,
                 progress=progress,
@@ -152,13 +154,15 @@ class CompiledModel:
         speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
         self.bundle = bundle
         config = bundle.manifest.model
         self.tokenizer = BundleTokenizer.load(bundle.path)
         weights = BundleWeights(bundle)
-        self.session = open_session(bundle, weights, threads)
-        self.generator = Generator(self.session, self.tokenizer, config.eos_token_ids)
+        self.session = open_session(bundle, weights, threads, backend)
+        self.generator = Generator(
+            self.session, self.tokenizer, config.eos_token_ids, self.session.prefill_chunk
+        )
         self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
 
     @property
@@ -227,17 +231,19 @@ class CompiledModel:
         return self.speculative
 
 
-def load(bundle: Path | str, threads: int | None = None) -> CompiledModel:
+def load(bundle: Path | str, threads: int | None = None, backend: Backend = "ort") -> CompiledModel:
     """加载 bundle，准备生成。
 
     Args:
         bundle: ``export`` 的输出目录。
         threads: 线程数；缺省由 ONNX Runtime 决定。
+        backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
 
     Raises:
-        DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败。
+        DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
+            引擎用不了。
     """
-    return CompiledModel(Bundle.open(bundle), threads)
+    return CompiledModel(Bundle.open(bundle), threads, backend)
 
 
 def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
@@ -254,6 +260,7 @@ def verify(
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
     text: Path | str | None = None,
+    backend: Backend = "ort",
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
@@ -265,5 +272,6 @@ def verify(
         steps=steps,
         seed=seed,
         text=text,
+        backend=backend,
         progress=progress,
     )

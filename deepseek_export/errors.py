@@ -50,6 +50,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E312": "--keep 什么也没有匹配到",
         "DSX-E313": "没有可以量化的权重",
         "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
+        "DSX-E321": "bfloat16 只能在 TensorRT 上运行",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
         "DSX-E402": "bundle 不完整",
@@ -94,6 +95,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E703": "不认识的 GPU",
         "DSX-E704": "估算的长度超出模型的最大长度",
         "DSX-E705": "量化的选项没有配 --quant",
+        "DSX-E710": "基准测试的长度超出模型的最大长度",
+        "DSX-E711": "对照的 bundle 来自别的检查点",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",
@@ -119,7 +122,10 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E915": "插件没有留在引擎里",
         "DSX-E916": "插件内部出错",
         "DSX-E917": "引擎与这里不符",
+        "DSX-E918": "没有可用的 GPU",
         "DSX-E919": "--profile-shapes 写得不对",
+        "DSX-E920": "没有这种 GPU 的引擎",
+        "DSX-E921": "形状超出引擎的优化配置",
     }
 )
 

@@ -132,7 +132,7 @@ def export_bundle(
     progress = progress or Progress()
     out = Path(out)
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
-    check_target(target)
+    check_target(target, dtype)
     if quantization is not None:
         check_quantization(target, dtype)
     check_output(out, overwrite)
@@ -264,7 +264,7 @@ def _manifest(
     config = source.config
     caches = cache_tensors(config, Forms.for_capture(profile))
     islands: Counter[str] = Counter()
-    if dtype == "float16":
+    if dtype != "float32":
         for graph in graphs:
             islands.update(float32_islands(graph.model))
     return Manifest(

@@ -146,7 +146,7 @@ class Manifest(_Entry):
     schema_version: Literal[1]
     dsx_version: str
     target: str
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "bfloat16"]
     profile: OptimizationProfile
     model: ModelConfig
     source: SourceEntry

@@ -15,6 +15,9 @@ from deepseek_export.engine.flavour import FLAVOURS, choose, parse_arch
 
 if TYPE_CHECKING:
     from deepseek_export.engine.build import BuiltEngine
+    from deepseek_export.engine.layers import EngineLayer
+
+_SHOWN = 8
 
 
 @click.command("build", cls=Command, short_help="为指定的 SM 建 TensorRT 引擎")
@@ -99,6 +102,7 @@ def _print(engine: BuiltEngine) -> None:
             f"B {':'.join(map(str, shapes.batch))}，prefill S {shapes.prefill}，缓存容量 {shapes.capacity}",
         ),
         ("大小", "，".join(f"{plan} {size(entry.bytes)}" for plan, entry in record.plans.items())),
+        *((f"{plan} 解码的插件层", _names(found["decode"])) for plan, found in engine.layers.items()),
         (
             "用时",
             f"{sum(entry.seconds for entry in record.plans.values()):.1f} s，"
@@ -106,6 +110,12 @@ def _print(engine: BuiltEngine) -> None:
         ),
     ]
     out.print(facts("", rows))
+
+
+def _names(layers: list[EngineLayer]) -> str:
+    names = [layer.onnx[0] for layer in layers if layer.op]
+    more = f" 等 {len(names)} 个" if len(names) > _SHOWN else ""
+    return "、".join(names[:_SHOWN]) + more or "没有"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from importlib import metadata
@@ -18,6 +17,7 @@ from deepseek_export.cli.options import json_option
 from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
+from deepseek_export.machine import cores, cpu_flags, memory_bytes
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
@@ -80,15 +80,15 @@ def diagnose() -> dict[str, Any]:
     """全部检查结果；``--json`` 输出的就是它。"""
     floors = _floors()
     packages = [_package(package, floors.get(_normal(package.name))) for package in PACKAGES]
-    flags = _cpu_flags()
+    flags = cpu_flags()
     traces = DiskCache("traces").directory
     return {
         "ok": all(p["status"] == "ok" for p in packages if p["extra"] is None),
         "dsx": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": {"cores": _cores(), "flags": None if flags is None else {f: f in flags for f in CPU_FLAGS}},
-        "memory_bytes": _memory(),
+        "cpu": {"cores": cores(), "flags": None if flags is None else {f: f in flags for f in CPU_FLAGS}},
+        "memory_bytes": memory_bytes(),
         "packages": packages,
         "targets": {name: state.startswith(_READY) for name, state in TARGETS.items()},
         "cpu_library": _cpu_library(),
@@ -124,7 +124,8 @@ def _package(package: Package, floor: str | None) -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     """已安装的版本；TensorRT 的轮子名字带着 CUDA 的版本。"""
-    for candidate in (name, f"{name}_cu13"):
+    names = (name, f"{name}_cu13") if name.startswith("tensorrt") else (name,)
+    for candidate in names:
         try:
             return metadata.version(candidate)
         except metadata.PackageNotFoundError:
@@ -152,28 +153,6 @@ def _normal(name: str) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
-def _cores() -> int:
-    """这个进程能用的核数。"""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str] | None:
-    """Linux 的 CPU 标志；别的系统不知道。"""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
-    return set(match[1].split()) if match else None
 
 
 def _print(found: dict[str, Any]) -> None:

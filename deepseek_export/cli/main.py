@@ -30,6 +30,7 @@ COMMANDS = MappingProxyType(
             "build",
             "generate",
             "inspect",
+            "bench",
             "pack",
             "demo",
             "profiles",

@@ -9,7 +9,7 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import backend_option, bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _MEANINGS = {
     type=click.Path(path_type=Path),
     help="在这个文件的文本上比困惑度；只用于 --quant 导出的 bundle。",
 )
+@backend_option
 @json_option
 @click.pass_context
 def command(
@@ -57,6 +58,7 @@ def command(
     steps: int,
     seed: int,
     text: Path | None,
+    backend: Any,
     as_json: bool,
 ) -> None:
     """逐级比对 bundle OUT 与 PyTorch：算子、每一层、logits、greedy 续写的 token。
@@ -76,6 +78,7 @@ def command(
             steps=steps,
             seed=seed,
             text=text,
+            backend=backend,
             progress=progress,
         )
     summary = _summary(report)

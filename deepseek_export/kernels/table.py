@@ -17,9 +17,6 @@ from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.program import Argument, Tensor
 from deepseek_export.ops.table import LATENT_ATTENTION, MOE_EXPERTS, OpSpec
 
-#: 有启动计划的算子，也就是插件的全部名字。
-PLANNED_OPS = (LATENT_ATTENTION.name, MOE_EXPERTS.name)
-
 KernelDtype = Literal["float16", "bfloat16"]
 
 _BYTES: Mapping[str, int] = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4})

@@ -27,7 +27,8 @@ from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_draft, load_reference
-from deepseek_export.runtime import BundleTokenizer, Generator, open_session, open_speculative
+from deepseek_export.runtime import Backend, BundleTokenizer, Generator, open_session, open_speculative
+from deepseek_export.runtime.cuda import require_gpu
 
 #: 有 tokenizer 时用真文本：中文、英文、代码，长度不等。
 DEFAULT_PROMPTS = (
@@ -50,6 +51,7 @@ def verify_bundle(
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
     text: Path | str | None = None,
+    backend: Backend = "ort",
     progress: Progress | None = None,
 ) -> ParityReport:
     """验证一个 bundle 与 PyTorch 相等；权重量化过的，另量它比未量化的差多少。
@@ -62,6 +64,7 @@ def verify_bundle(
         steps: tokens 层续写的长度。
         seed: 随机输入的种子。
         text: 在这个文件的文本上比困惑度；只用于权重量化过的 bundle。
+        backend: model、tokens 两级在哪里运行；``trt`` 时 op、block 两级仍在 ONNX Runtime 上比，引擎里没有它们的边界。
         progress: 进度。
 
     Returns:
@@ -72,6 +75,9 @@ def verify_bundle(
             ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过。
     """
     progress = progress or Progress()
+    bundle.check_runs_on_onnxruntime()
+    if backend == "trt":
+        require_gpu()  # 前面的层级要好几分钟，不该跑完才说没有 GPU
     manifest = bundle.manifest
     bundle.check_hashes(progress)
     checkpoint = _open_source(bundle, against)
@@ -116,8 +122,8 @@ def verify_bundle(
             progress.note(line)
         notes += missing
         weights = BundleWeights(bundle)
-        session = open_session(bundle, weights)
-        generator = Generator(session, tokenizer, ())
+        session = open_session(bundle, weights, backend=backend)
+        generator = Generator(session, tokenizer, (), session.prefill_chunk)
         advance = lambda name: progress.advance(0, name)  # noqa: E731
         if "model" in levels:
             progress.start("校验 model")

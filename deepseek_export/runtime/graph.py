@@ -57,10 +57,13 @@ class GraphSession:
         hidden_size: ``hidden`` 输出的宽度 D；没有这个输出时为 ``None``。
         cache_spec: 模型要的缓存。
         max_positions: 同参数。
+        prefill_chunk: prefill 每块宜取的长度。
 
     Raises:
         DsxError: ``DSX-E507``，加载失败，附 ONNX Runtime 原话；``DSX-E508``，输入输出与约定不符。
     """
+
+    prefill_chunk = 512
 
     def __init__(
         self,
@@ -73,7 +76,8 @@ class GraphSession:
     ) -> None:
         self.max_positions = max_positions
         self._initializers = initializers  # ORT 只借用内存，要与会话同寿
-        self._session = _load(Path(model_path), threads, initializers, library)
+        self._library = library
+        self._session = self._open(Path(model_path), threads, initializers)
         self.cache_spec = CacheSpec.from_session(self._session)
         self._input_types = {node.name: node.type for node in self._session.get_inputs()}
         self._outputs = {node.name: node for node in self._session.get_outputs()}
@@ -110,14 +114,21 @@ class GraphSession:
         value = int(ids[tuple(at)])
         raise DsxError("DSX-E509", f"{where}{at.tolist()} = {value}，不在 [0, {self.vocab_size}) 内", todo)
 
+    def _open(
+        self, path: Path, threads: int | None, initializers: Mapping[str, np.ndarray]
+    ) -> ort.InferenceSession:
+        return _load(path, threads, initializers, self._library)
+
+    def _make_binding(self, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]) -> CallBinding:
+        return CallBinding(self._session, inputs, outputs)
+
     def _binding(self, caches: CacheBuffers, outputs: tuple[str, ...]) -> CallBinding:
         """``caches`` 上取 ``outputs`` 这几个输出的绑定；同一组输出反复用同一个。"""
         made = self._bindings.setdefault(caches, {})
         if outputs not in made:
             cached = {tensor.name for tensor in self.cache_spec.tensors}
             types = {name: kind for name, kind in self._input_types.items() if name not in cached}
-            made[outputs] = CallBinding(
-                self._session,
+            made[outputs] = self._make_binding(
                 {name: _DTYPES[kind] for name, kind in types.items()},
                 {name: _DTYPES[self._outputs[name].type] for name in outputs},
             )

@@ -26,7 +26,7 @@ namespace {
 
 using namespace nvinfer1;
 
-// 与 deepseek_export/kernels/table.py 的 PLANNED_OPS 相同（tests/unit/test_plugins_tensorrt.py 核对）。
+// 与 deepseek_export/engine/plugins.py 的 PLUGIN_OPS 相同（tests/unit/test_plugins_tensorrt.py 核对）。
 constexpr std::array<char const*, 2> kOps{"LatentAttention", "MoeExperts"};
 constexpr char const* kNamespace = "dsx";
 constexpr char const* kVersion = "1";

@@ -19,6 +19,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.cli import doctor
 from deepseek_export.cli.build import command as build_command
 from deepseek_export.cli.bundle_plugins import diagnose_bundle
+from deepseek_export.cli.main import cli
 from deepseek_export.engine import plugins as plugin_module
 from deepseek_export.engine.build import build_engine, build_plan, check_plugins
 from deepseek_export.engine.flavour import choose, device_sm, load
@@ -30,6 +31,7 @@ from deepseek_export.kernels.compile import compile_plan
 from deepseek_export.kernels.table import latent_attention_plan
 from deepseek_export.ops.table import LATENT_ATTENTION
 from deepseek_export.progress import Progress
+from deepseek_export.runtime.tensorrt import find_engine
 from tools.make_engine_graphs import (
     ARCHES,
     ENGINE_GRAPHS,
@@ -332,6 +334,28 @@ def test_doctor_prints_the_plugins(bundle, built):
     assert json.loads(result.output)["bundle"]["path"] == str(bundle.path)
 
 
+@pytest.mark.skipif(device_sm() is not None, reason="这台机器有 GPU")
+def test_without_a_gpu_the_backend_is_refused(bundle):
+    """TRT-9：没有 GPU 时 generate、verify、load 各以同一个码一行拒绝，不先跑别的。"""
+    refused("DSX-E918", deepseek_export.load, bundle.path, None, "trt")
+    refused("DSX-E918", lambda: deepseek_export.verify(bundle.path, backend="trt"))
+    result = CliRunner().invoke(cli, ["generate", str(bundle.path), "--ids", "1,2", "--backend", "trt"])
+    assert result.exit_code == 1
+    assert "DSX-E918" in result.output
+
+
+def test_engine_is_found_by_arch_and_checked(bundle, built, folder):
+    """TRT-6：按当前的 SM 找引擎；没有的、与 bundle 不符的各有自己的码。"""
+    directory, record = find_engine(bundle, 89)
+    assert (directory, record.directory) == (built[0].path, "rtx-sm89")
+    refused("DSX-E920", find_engine, bundle, 86)
+    moved = folder / "changed"
+    shutil.copytree(bundle.path, moved)
+    manifest = moved / "manifest.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert "bundle 的哈希" in refused("DSX-E917", find_engine, Bundle.open(moved), 89).what
+
+
 def test_build_command(bundle):
     """TRT-3：``dsx build`` 打印每个配置的插件层；写法不对的 --arch 在动工之前拒绝。"""
     arguments = [str(bundle.path), "--arch", "sm80", "--profile-shapes", "T=256"]
@@ -349,6 +373,22 @@ def test_lowered_float16_bundle_passes_parity_on_onnxruntime(bundle, folder):
     out = folder / "tensorrt-out"
     options = {"target": "tensorrt-rtx", "dtype": "float16"}
     assert_parity(deepseek_export.export(bundle.manifest.source.path, out, "mla+moe", **options))
+
+
+def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(bundle, folder):
+    """TRT-11：bfloat16 的图下沉、建成引擎，插件一个不少；ONNX Runtime 上按码拒绝。"""
+    source, options = bundle.manifest.source.path, {"dtype": "bfloat16"}
+    refused("DSX-E321", lambda: deepseek_export.export(source, folder / "no", "mla+moe", **options))
+    options["target"] = "tensorrt-rtx"
+    made = deepseek_export.export(source, folder / "bfloat16", "mla+moe", **options)
+    assert made.manifest.dtype == "bfloat16"
+    assert made.manifest.float32_islands["RMSNormalization"] > 0
+    assert made.manifest.float32_islands["TopK"] > 0
+    refused("DSX-E321", deepseek_export.verify, made.path)
+    refused("DSX-E321", deepseek_export.load, made.path)
+    config = made.manifest.model
+    layers = build_for(made, 89).layers["model.plan"]
+    assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers)
 
 
 def test_listings_are_recorded_for_every_arch_and_nothing_else():

@@ -250,3 +250,15 @@ def test_demo_runs_the_whole_tour(tmp_path):
     assert "全部通过" in process.stdout
     assert "token" in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["demo-full"]
+
+
+def test_bench_prints_tables_and_refuses_a_context_that_does_not_fit(tiny_bundle):
+    small = ("--prompt-len", 8, "--new-tokens", 4, "--depth", 100, "--runs", 1, "--threads", 1)
+    process = dsx("bench", tiny_bundle, *small)
+    assert process.returncode == 0, process.stderr
+    for expected in ("逐个 token", "实测的缓存", f"{tiny_bundle}/reports/bench.json"):
+        assert expected in process.stdout
+    assert "\x1b" not in process.stdout + process.stderr
+    process = dsx("bench", tiny_bundle, "--depth", 129, "--json")
+    assert process.returncode == 1
+    assert last_json(process)["error"]["code"] == "DSX-E710"

@@ -9,6 +9,7 @@ from importlib import metadata
 import click
 import pytest
 
+from deepseek_export import machine
 from deepseek_export.cli import demo, doctor, inspect, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
 from deepseek_export.parity import LEVELS, Case, ParityReport
@@ -94,13 +95,13 @@ def test_a_failing_report_names_level_case_and_coordinate(capsys):
         assert expected in text
 
 
-def test_doctor_reads_cpu_flags_and_survives_their_absence(tmp_path):
+def test_cpu_flags_are_read_and_may_be_absent(tmp_path):
     path = tmp_path / "cpuinfo"
     path.write_text("processor : 0\nflags\t\t: fpu avx2 amx_tile\n")
-    assert doctor._cpu_flags(path) == {"fpu", "avx2", "amx_tile"}
-    assert doctor._cpu_flags(tmp_path / "none") is None
+    assert machine.cpu_flags(path) == {"fpu", "avx2", "amx_tile"}
+    assert machine.cpu_flags(tmp_path / "none") is None
     path.write_text("")
-    assert doctor._cpu_flags(path) is None
+    assert machine.cpu_flags(path) is None
 
 
 def test_doctor_reports_missing_and_old_packages(monkeypatch, capsys):

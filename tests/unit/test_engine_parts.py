@@ -13,6 +13,7 @@ from deepseek_export.engine.layers import EngineLayer, layer_counts, missing_plu
 from deepseek_export.engine.record import RECORD_FILE, EngineRecord, PlanEntry
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
+from deepseek_export.runtime.tensorrt import select_profile
 
 pytestmark = pytest.mark.unit
 
@@ -142,3 +143,23 @@ def test_full_tensorrt_builds_only_for_the_present_gpu(monkeypatch):
     monkeypatch.setattr(flavours, "device_sm", lambda: 90)
     flavours.select_arch(FLAVOURS["tensorrt"], None, None, 90)
     refused("DSX-E912", flavours.select_arch, FLAVOURS["tensorrt"], None, None, 89)
+
+
+def test_shapes_choose_the_profile():
+    """TRT-9：放得下的第一个配置；哪个都放不下就拒绝，列出允许的范围。"""
+    entry = (
+        record()
+        .plans["model.plan"]
+        .model_copy(
+            update={
+                "profiles": {
+                    "decode": {"B": (1, 1, 4), "S": (1, 1, 8)},
+                    "prefill": {"B": (1, 1, 4), "S": (9, 64, 128)},
+                }
+            }
+        )
+    )
+    assert select_profile(entry, {"B": 2, "S": 8}) == "decode"
+    assert select_profile(entry, {"B": 2, "S": 9}) == "prefill"
+    error = refused("DSX-E921", select_profile, entry, {"B": 5, "S": 1})
+    assert "B=1..4" in error.what

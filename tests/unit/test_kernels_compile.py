@@ -107,48 +107,55 @@ def test_corrupt_cache_entry_is_rebuilt(empty_cache):
     assert path.read_bytes() == good
 
 
-def test_program_text_round_trip():
+@pytest.fixture(scope="module")
+def programs():
+    """小形状的两个程序；与 test_plugins_tensorrt 用的相同，编译结果共用缓存。"""
+    return (
+        compile_plan(latent_attention_plan(89, 8, 64, 16, 0.1, "float16")),
+        compile_plan(grouped_swiglu_plan(89, 8, 2, 32, 48, "float16")),
+    )
+
+
+def test_program_text_round_trip(programs):
     """KERNEL-5：程序 → 文本与 image → 程序，一字不差；同一个 kernel 的机器码只存一份。"""
-    program = compile_plan(plans(90)[1])
-    text, image = program.to_text(), program.image
-    assert Program.from_text(text, image) == program
-    launches = [launch for v in program.variants for launch in v.launches]
+    for program in programs:
+        assert Program.from_text(program.to_text(), program.image) == program
+    launches = [launch for v in programs[1].variants for launch in v.launches]
     assert (len(launches), len({launch.kernel for launch in launches})) == (8, 6)
-    assert len(image) == sum(len(k.cubin) for k in {launch.kernel for launch in launches})
+    assert len(programs[1].image) == sum(len(k.cubin) for k in {launch.kernel for launch in launches})
 
 
-def test_program_refuses_foreign_text():
-    """别的版本、截断的 image。"""
-    program = compile_plan(plans(90)[1])
-    with pytest.raises(ValueError, match="dsx-program 1"):
-        Program.from_text(program.to_text().replace("dsx-program 1", "dsx-program 2"), program.image)
-    with pytest.raises(ValueError, match="image"):
-        Program.from_text(program.to_text(), program.image[:-1])
-    with pytest.raises(ValueError, match="image"):
-        Program.from_text(program.to_text(), program.image + b"x")
-    with pytest.raises(ValueError, match="不认识的行"):
-        Program.from_text(program.to_text() + "cluster 2\n", program.image)
-    with pytest.raises(ValueError, match="不认识的参数"):
-        Program.from_text(program.to_text() + "argument int64 1\n", program.image)
+def test_program_refuses_foreign_text(programs):
+    """别的版本、截断的 image、不认识的行与参数。"""
+    text, image = programs[0].to_text(), programs[0].image
+    for changed, given_image, message in (
+        (text.replace("dsx-program 1", "dsx-program 2"), image, "dsx-program 1"),
+        (text, image[:-1], "image 只有"),
+        (text, image + b"x", "程序只用到"),
+        (text + "cluster 2\n", image, "不认识的行"),
+        (text + "argument int64 1\n", image, "不认识的参数"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Program.from_text(changed, given_image)
 
 
-def test_bind():
+def test_bind(programs):
     """代入形状：选对变体，网格、workspace 的偏移与整数参数已求值；没有 token 时只剩必要的启动。"""
-    weights = [(256, 2048, 7168), (256, 2048, 7168), (256, 7168, 2048)]
-    program = compile_plan(plans(90)[1])
+    weights = [(8, 48, 32), (8, 48, 32), (8, 32, 48)]
+    program = programs[1]
 
     def shapes(n):
-        return [(n, 7168), (n, 8), (n, 8), *weights]
+        return [(n, 32), (n, 2), (n, 2), *weights]
 
     small, large = program.bind(shapes(4)), program.bind(shapes(4096))
     assert [launch.kernel.entry for launch in small] == ["sort_pairs", "gate_up", "down", "combine"]
     assert small[1].kernel != large[1].kernel
-    assert small[0].grid == (257, 1, 1)
-    assert small[1].grid == ((4 * 8 // 16 + 32) * 64, 1, 1)
+    assert small[0].grid == (8 + 1, 1, 1)
+    assert small[1].grid == ((4 * 2 // 16 + 8) * 2, 1, 1)
     assert program.workspace(shapes(4)) < program.workspace(shapes(4096))
     assert [launch.kernel.entry for launch in program.bind(shapes(0))] == ["sort_pairs"]
     with pytest.raises(ValueError, match="维 N 应为 4"):
-        program.bind([(4, 7168), (5, 8), (4, 8), *weights])
+        program.bind([(4, 32), (5, 2), (4, 2), *weights])
     with pytest.raises(ValueError, match="个数或秩"):
         program.bind(shapes(4)[:-1])
 

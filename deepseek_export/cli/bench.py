@@ -1,0 +1,138 @@
+"""``dsx bench``。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deepseek_export.cli.console import console, echo_json, facts, size, table
+from deepseek_export.cli.formatting import Command
+from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.progress import open_progress
+
+if TYPE_CHECKING:
+    from deepseek_export.bench import BenchReport, Spread
+
+_COUNT = click.IntRange(min=1)
+_NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "speculative": "投机"}
+
+
+@click.command("bench", cls=Command, short_help="在这台机器上测 bundle 的速度与内存")
+@bundle_argument
+@click.option(
+    "--against",
+    metavar="OUT2",
+    type=click.Path(path_type=Path),
+    help="同一个检查点的另一个 bundle，交替地测。",
+)
+@click.option("--batch", type=_COUNT, default=1, show_default=True, help="一批几条。")
+@click.option("--prompt-len", type=_COUNT, default=256, show_default=True, help="随机提示词的长度。")
+@click.option(
+    "-P", "--prompt", "prompts", metavar="TEXT", multiple=True, help="用文本代替随机的提示词，可重复。"
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="每条生成多少个 token。"
+)
+@click.option(
+    "--depth",
+    "depths",
+    type=_COUNT,
+    multiple=True,
+    help="在这个上下文长度上测一步，可重复；缺省 256、1024、4096、8192 里模型放得下的。",
+)
+@click.option("--runs", type=_COUNT, default=5, show_default=True, help="每种跑几遍，另有一遍预热。")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="随机种子。")
+@click.option("--threads", type=_COUNT, help="线程数；缺省由 ONNX Runtime 决定。")
+@json_option
+def command(
+    bundle: Path, against: Path | None, prompts: tuple[str, ...], as_json: bool, **scenario: Any
+) -> None:
+    """测 bundle OUT：prefill、解码、各上下文长度的一步，以及进程的内存。
+
+    每个数是几遍的中位数与范围；要比的几种跑法在同一次运行里交替进行，机器变快变慢时一起变。内存是单独的进程实测的，与按形状算的缓存大小并列。
+    带 MTP 的 bundle 同时测投机解码，接受率要用 -P 给真的文本才有意义。结果写进 OUT/reports/bench.json。
+
+    \b
+    例：
+      dsx bench OUT
+      dsx bench OUT --against BASELINE --depth 1024 --depth 8192 --threads 2
+      dsx bench SPEC -P "床前明月光" --batch 8
+    """
+    with open_progress(as_json) as progress:
+        progress.start("加载 onnxruntime")
+        from deepseek_export.bench import Scenario, bench_bundle
+
+        report = bench_bundle(
+            bundle,
+            against=against,
+            scenario=Scenario(**scenario),
+            prompts=prompts or None,
+            progress=progress,
+        )
+    if as_json:
+        echo_json(report.model_dump(mode="json"))
+        return
+    _print(report)
+    click.echo(f"\n报告    {bundle / 'reports/bench.json'}")
+
+
+def _print(report: BenchReport) -> None:
+    out = console()
+    cpu, scenario = report.environment["cpu"], report.scenario
+    out.print(
+        facts(
+            f"{report.subjects['bundle'].path}：batch {scenario.batch}，{scenario.runs} 遍",
+            [
+                (
+                    "机器",
+                    f"{cpu['model'] or cpu['machine']}，{cpu['cores']} 核，线程 {scenario.threads or '自动'}",
+                ),
+                *(
+                    (_NAMES[name], f"{s.path}（{s.profile}，{s.target}，{s.dtype}）")
+                    for name, s in report.subjects.items()
+                ),
+            ],
+        )
+    )
+    made = table(
+        "生成", "跑法", "prefill", "每个 token", "token/s", right=("prefill", "每个 token", "token/s")
+    )
+    for name, way in report.ways.items():
+        rate = f"{1 / way.token_s.median:.1f}"
+        made.add_row(_name(name), _milliseconds(way.prefill_s), _milliseconds(way.token_s), rate)
+    out.print(made)
+    made = table("一步", "上下文", *map(_name, report.subjects), right=map(_name, report.subjects))
+    for depth in report.depths:
+        made.add_row(str(depth.context), *(_milliseconds(depth.step_s[name]) for name in report.subjects))
+    out.print(made)
+    columns = ("算出的缓存", "实测的缓存", "加载后", "解码时", "峰值")
+    made = table(f"内存（上下文 {max(scenario.depths)}）", "", *columns, right=columns)
+    for name, subject in report.subjects.items():
+        if subject.memory is None:
+            made.add_row(_name(name), *["未知"] * len(columns))
+            continue
+        m = subject.memory
+        values = (m.cache_computed, m.cache_resident, m.loaded, m.resident, m.peak)
+        made.add_row(_name(name), *map(size, values))
+    out.print(made)
+    if report.ratios:
+        made = table("比值（小于 1 是前者快）", "", "中位数", "范围", right=("中位数", "范围"))
+        for ratio in report.ratios:
+            value = ratio.value
+            what = ratio.what.replace("depth", "上下文").replace("decode", "解码")
+            name = f"{what}：{_name(ratio.numerator)} / {_name(ratio.denominator)}"
+            made.add_row(name, f"{value.median:.3f}", f"{value.low:.3f}–{value.high:.3f}")
+        out.print(made)
+    for name, way in report.ways.items():
+        for line in way.notes:
+            click.echo(f"注意：{_name(name)}：{line}")
+
+
+def _name(name: str) -> str:
+    return " ".join(_NAMES.get(part, part) for part in name.split("/"))
+
+
+def _milliseconds(spread: Spread) -> str:
+    return f"{spread.median * 1e3:.2f} ms（{spread.low * 1e3:.2f}–{spread.high * 1e3:.2f}）"

@@ -1,0 +1,63 @@
+"""这台机器与这个进程：CPU、内存、进程占了多少。只用标准库，``dsx doctor`` 与基准测试共用。"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+_PROC = Path("/proc")
+
+
+class ProcessMemory(NamedTuple):
+    """一个进程的物理内存，字节；映射进来的文件页也算。
+
+    Attributes:
+        resident: 现在占多少（VmRSS）。
+        peak: 从启动到现在最多占过多少（VmHWM）。不用 ``getrusage`` 的 ``ru_maxrss``：它会从父进程继承，子进程比父进程小时就读错。
+    """
+
+    resident: int
+    peak: int
+
+
+def process_memory(status: Path = _PROC / "self/status") -> ProcessMemory | None:
+    """读本进程的内存；没有 ``/proc`` 的系统不知道。"""
+    text = _read(status)
+    found = dict(re.findall(r"^(VmRSS|VmHWM):\s*(\d+) kB$", text, re.MULTILINE))
+    if len(found) != 2:
+        return None
+    return ProcessMemory(int(found["VmRSS"]) * 1024, int(found["VmHWM"]) * 1024)
+
+
+def cores() -> int:
+    """这个进程能用的核数。"""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int | None:
+    """物理内存总量；有的系统不知道。"""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def cpu_flags(cpuinfo: Path = _PROC / "cpuinfo") -> set[str] | None:
+    """Linux 的 CPU 标志；别的系统不知道。"""
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", _read(cpuinfo), re.MULTILINE)
+    return set(match[1].split()) if match else None
+
+
+def cpu_model(cpuinfo: Path = _PROC / "cpuinfo") -> str | None:
+    """Linux 的 CPU 型号；别的系统（和不写型号的 ARM 内核）不知道。"""
+    match = re.search(r"^model name\s*:\s*(.*)$", _read(cpuinfo), re.MULTILINE)
+    return match[1].strip() if match else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,149 @@
+"""``dsx bench`` 的统计、环境与报告。"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from deepseek_export import api, machine
+from deepseek_export.bench import Scenario, Spread, bench_bundle, environment, interleaved, paired_ratio
+from deepseek_export.bench.depth import DepthDecoder, fill_caches
+from deepseek_export.bench.memory import measure
+from deepseek_export.cli import bench as cli
+from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, CacheTensor
+
+pytestmark = pytest.mark.unit
+
+SMALL = Scenario(batch=2, prompt_len=6, new_tokens=4, depths=(20, 300), runs=2, threads=1)
+
+
+@pytest.fixture(scope="module")
+def speculative(tmp_path_factory):
+    """演示检查点的 ``full``，与 ``dsx demo`` 导出的相同。"""
+    return api.export(
+        CHECKPOINT,
+        tmp_path_factory.mktemp("bench") / "out",
+        "full",
+        target="ort-cpu",
+        overrides=["mtp.num_draft_tokens=3"],
+    )
+
+
+def test_spread_and_paired_ratio():
+    spread = Spread.of([3, 1, 2])
+    assert (spread.median, spread.low, spread.high, spread.samples) == (2, 1, 3, (3, 1, 2))
+    assert spread.scaled(10).samples == (30, 10, 20)
+    # 机器在第三对里慢了一倍：逐对之比不变。
+    ratio = paired_ratio(Spread.of([1, 1, 2]), Spread.of([4, 4, 8]))
+    assert ratio.samples == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match="shorter"):
+        paired_ratio(spread, Spread.of([1, 2]))
+
+
+def test_interleaved_rotates_who_goes_first_and_drops_the_warm_up():
+    order = []
+
+    def contender(name):
+        return lambda: order.append(name) or len(order)
+
+    results = interleaved({name: contender(name) for name in "abc"}, runs=3, warmup=1)
+    assert "".join(order) == "cab" + "abc" + "bca" + "cab"
+    assert results == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
+
+
+def test_environment_names_the_machine(tmp_path):
+    found = environment(2)
+    assert found["threads"] == 2
+    assert found["cpu"]["cores"] == machine.cores()
+    assert found["libraries"]["onnxruntime"]
+    assert found["git"] is None
+    assert environment(None, tmp_path)["git"] is None  # 不是 git 检出
+    json.dumps(found)
+
+
+def test_process_memory(tmp_path):
+    found = machine.process_memory()
+    assert found is not None
+    assert 0 < found.resident <= found.peak
+    status = tmp_path / "status"
+    assert machine.process_memory(status) is None
+    status.write_text("VmHWM:\t 20 kB\nVmRSS:\t 10 kB\n")
+    assert machine.process_memory(status) == (10240, 20480)
+
+
+def test_depth_decoder_fills_exactly_the_context(exported):
+    session = api.load(exported("v3-yarn", "mla+moe").path, 1).session
+    decoder = DepthDecoder(session, 2, 300, seed=1)
+    array = decoder.caches.array("kv_cache.0")
+    assert np.all(np.abs(array[:, :, :299]).sum(axis=-1) > 0)
+    assert np.all(array[:, :, 299:] == 0)
+    assert decoder.step() > 0
+    assert np.all(np.abs(array[:, :, 299]).sum(axis=-1) > 0)  # 这一步的 token 写在末尾
+    assert np.all(array[:, :, 300:] == 0)
+
+
+def test_computed_cache_is_what_the_process_really_takes():
+    """填满之后进程多占的物理内存，与按形状算的相差不到一成。"""
+    spec = CacheSpec((CacheTensor("kv_cache.0", "kv_cache_out.0", np.dtype(np.float16), 1, 576),))
+    before = machine.process_memory()
+    caches = CacheBuffers(spec, 4, 8192, 8192)
+    fill_caches(caches, 8192, seed=0)
+    after = machine.process_memory()
+    assert before is not None
+    assert after is not None
+    assert 0.9 < (after.resident - before.resident) / caches.nbytes < 1.1
+
+
+def test_memory_sample(exported):
+    sample = measure(exported("v3-yarn", "mla+moe").path, batch=1, context=300, threads=1)
+    assert sample.cache_computed == 3 * 512 * (40 + 16) * 4
+    assert 0 < sample.loaded <= sample.peak
+    assert sample.resident <= sample.peak
+
+
+def test_bench_writes_its_report(exported, capsys):
+    """被测与对照交替；报告写进 bundle，能原样读回，也能印成表。"""
+    ours, base = exported("v3-yarn", "mla+moe"), exported("v3-yarn", "baseline")
+    report = bench_bundle(ours.path, against=base.path, scenario=SMALL)
+    written = json.loads((ours.path / "reports/bench.json").read_text())
+    assert type(report).model_validate(written) == report
+    assert set(report.ways) == {"bundle/plain", "against/plain"}
+    assert [depth.context for depth in report.depths] == [20, 300]
+    assert len(report.ratios) == 4
+    assert all(len(ratio.value.samples) == SMALL.runs for ratio in report.ratios)
+    memory = {name: subject.memory for name, subject in report.subjects.items()}
+    assert memory["bundle"].cache_computed < memory["against"].cache_computed
+    cli._print(report)
+    text = capsys.readouterr().out
+    for expected in ("逐个 token", "对照", "实测的缓存", "上下文 300", "机器"):
+        assert expected in text
+
+
+def test_bench_measures_speculation_and_survives_unknown_memory(speculative, monkeypatch, capsys):
+    """带草稿模型时两种解码都测；系统不给进程内存时写「未知」。"""
+    monkeypatch.setattr("deepseek_export.bench.memory.process_memory", lambda: None)
+    report = bench_bundle(speculative.path, scenario=SMALL, prompts=["床前明月光"])
+    assert set(report.ways) == {"bundle/plain", "bundle/speculative"}
+    assert report.ways["bundle/speculative"].speculation["main_calls"] > 0
+    ratios = [(ratio.what, ratio.numerator, ratio.denominator) for ratio in report.ratios]
+    assert ratios == [("decode", "bundle/speculative", "bundle/plain")]
+    cli._print(report)
+    text = capsys.readouterr().out
+    assert "未知" in text
+    assert "解码：被测 投机 / 被测 逐个 token" in text
+
+
+def test_bench_refuses_what_would_not_be_the_scenario(exported, speculative):
+    bundle = exported("v3-yarn", "mla+moe")
+    for changes in ({"prompt_len": 510}, {"depths": (513,)}):
+        with pytest.raises(DsxError) as caught:
+            bench_bundle(bundle.path, scenario=SMALL.model_copy(update=changes))
+        assert caught.value.code == "DSX-E710"
+        assert "512" in caught.value.what
+    with pytest.raises(DsxError) as caught:
+        bench_bundle(bundle.path, against=speculative.path, scenario=SMALL)
+    assert caught.value.code == "DSX-E711"
