@@ -76,7 +76,8 @@ class GraphSession:
     ) -> None:
         self.max_positions = max_positions
         self._initializers = initializers  # ORT 只借用内存，要与会话同寿
-        self._session = self._open(Path(model_path), threads, initializers, library)
+        self._library = library
+        self._session = self._open(Path(model_path), threads, initializers)
         self.cache_spec = CacheSpec.from_session(self._session)
         self._input_types = {node.name: node.type for node in self._session.get_inputs()}
         self._outputs = {node.name: node for node in self._session.get_outputs()}
@@ -118,9 +119,8 @@ class GraphSession:
         path: Path,
         threads: int | None,
         initializers: Mapping[str, np.ndarray],
-        library: CpuLibrary | None,
     ) -> ort.InferenceSession:
-        return _load(path, threads, initializers, library)
+        return _load(path, threads, initializers, self._library)
 
     def _make_binding(self, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]) -> CallBinding:
         return CallBinding(self._session, inputs, outputs)

@@ -29,8 +29,9 @@ def open_session(
         backend: ``ort`` 是 ONNX Runtime CPU，``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
 
     Raises:
-        DsxError: ``DSX-E507`` / ``DSX-E508``，加载失败或不符合约定；``DSX-E115`` / ``DSX-E116``，权重有问题；
-            ``DSX-E520`` / ``DSX-E521``，C++ 算子库用不了；``DSX-E918`` 没有 GPU；``DSX-E920`` 没有引擎；``DSX-E917`` 引擎与这里不符。
+        DsxError: ``DSX-E507`` / ``DSX-E508``，加载失败或不符合约定；``DSX-E115`` / ``DSX-E116``，权重有问题；``DSX-E918``
+            没有 GPU；``DSX-E920`` 没有引擎；``DSX-E917`` 引擎与这里不符；``DSX-E520`` / ``DSX-E521``
+            C++ 算子库用不了。
     """
     if backend == "trt":
         directory, _ = find_engine(bundle, require_gpu())
