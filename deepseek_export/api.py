@@ -1,4 +1,4 @@
-"""Python 接口：``export``、``load``、``pack``、``verify``。命令行只是它们的一层薄壳。"""
+"""Python 接口：``export``、``load``、``pack``、``verify``、``compare``。命令行只是它们的一层薄壳。"""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from deepseek_export.bundle.disk import check_output
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
-from deepseek_export.parity import LEVELS, Level, ParityReport, verify_bundle
+from deepseek_export.parity import (
+    LEVELS,
+    ComparisonReport,
+    Level,
+    ParityReport,
+    compare_bundle,
+    verify_bundle,
+)
 from deepseek_export.parity.verify import DEFAULT_STEPS
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
@@ -52,7 +59,7 @@ def export(
         out: 输出目录；要么完整出现，要么不出现。
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
-        dtype: ``float32`` 或 ``float16``。
+        dtype: ``float32``、``float16``，TensorRT 的目标另有 ``bfloat16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
@@ -92,6 +99,7 @@ def export(
                 resolved,
                 target=target,
                 dtype=dtype,
+                quantization=quantization,
                 overwrite=overwrite,
                 check=check,
                 progress=progress,
@@ -272,5 +280,29 @@ def verify(
         seed=seed,
         text=text,
         backend=backend,
+        progress=progress,
+    )
+
+
+def compare(
+    bundle: Path | str,
+    against: Path | str | None = None,
+    *,
+    backends: Sequence[str] = ("ort",),
+    blocks: Sequence[str] = (),
+    bisect: bool = False,
+    folder: Path | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ComparisonReport:
+    """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
+    return compare_bundle(
+        Bundle.open(bundle),
+        against,
+        backends=backends,
+        blocks=blocks,
+        bisect=bisect,
+        folder=folder,
+        seed=seed,
         progress=progress,
     )

@@ -50,6 +50,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E312": "--keep 什么也没有匹配到",
         "DSX-E313": "没有可以量化的权重",
         "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
+        "DSX-E321": "bfloat16 只能在 TensorRT 上运行",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
         "DSX-E402": "bundle 不完整",
@@ -79,6 +80,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E515": "采样方式与投机解码不相容",
         "DSX-E516": "投机解码的参数取值不允许",
         "DSX-E517": "bundle 不支持投机解码",
+        "DSX-E520": "C++ 算子库装载不了",
+        "DSX-E521": "指令集在这台机器上不能用",
         # 6xx：对齐校验
         "DSX-E601": "找不到对照的检查点",
         "DSX-E602": "对照的检查点与导出时不同",
@@ -86,6 +89,10 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E604": "校验用的 prompt 不可用",
         "DSX-E605": "校验不过",
         "DSX-E606": "测困惑度的文本不可用",
+        "DSX-E613": "没有这个比较后端",
+        "DSX-E614": "比较后端在这里不能用",
+        "DSX-E615": "没有这个块",
+        "DSX-E616": "比较后端执行失败",
         # 7xx：命令行
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
