@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deepseek_export.api import CompiledModel, export, load, pack, verify
+    from deepseek_export.api import CompiledModel, compare, export, load, pack, verify
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
     from deepseek_export.integration.apply import apply, restore
@@ -28,6 +28,7 @@ _EXPORTS = {
     "load": "deepseek_export.api",
     "pack": "deepseek_export.api",
     "verify": "deepseek_export.api",
+    "compare": "deepseek_export.api",
     "Quantization": "deepseek_export.checkpoint.weight_only",
     "make_plan": "deepseek_export.plan",
     "apply": "deepseek_export.integration.apply",
@@ -45,6 +46,7 @@ __all__ = [
     "OptimizationProfile",
     "Quantization",
     "apply",
+    "compare",
     "export",
     "load",
     "make_plan",

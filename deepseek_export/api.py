@@ -1,4 +1,4 @@
-"""Python 接口：``export``、``load``、``pack``、``verify``。命令行只是它们的一层薄壳。"""
+"""Python 接口：``export``、``load``、``pack``、``verify``、``compare``。命令行只是它们的一层薄壳。"""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from deepseek_export.bundle.disk import check_output
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
-from deepseek_export.parity import LEVELS, Level, ParityReport, verify_bundle
+from deepseek_export.parity import (
+    LEVELS,
+    ComparisonReport,
+    Level,
+    ParityReport,
+    compare_bundle,
+    verify_bundle,
+)
 from deepseek_export.parity.verify import DEFAULT_STEPS
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
@@ -92,6 +99,7 @@ def export(
                 resolved,
                 target=target,
                 dtype=dtype,
+                quantization=quantization,
                 overwrite=overwrite,
                 check=check,
                 progress=progress,
@@ -272,5 +280,29 @@ def verify(
         seed=seed,
         text=text,
         backend=backend,
+        progress=progress,
+    )
+
+
+def compare(
+    bundle: Path | str,
+    against: Path | str | None = None,
+    *,
+    backends: Sequence[str] = ("ort",),
+    blocks: Sequence[str] = (),
+    bisect: bool = False,
+    folder: Path | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ComparisonReport:
+    """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
+    return compare_bundle(
+        Bundle.open(bundle),
+        against,
+        backends=backends,
+        blocks=blocks,
+        bisect=bisect,
+        folder=folder,
+        seed=seed,
         progress=progress,
     )

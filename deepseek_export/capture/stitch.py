@@ -23,7 +23,8 @@ from deepseek_export.capture.bodies import (
     moe_gate_body,
     spec_accept_body,
 )
-from deepseek_export.capture.trace import OPSET, TracedGraph
+from deepseek_export.capture.places import EMBED_PORTS, Place, head_ports, layer_ports, mtp_ports
+from deepseek_export.capture.trace import OPSET
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe, mtp_recipes, weight_recipes
 from deepseek_export.ops.table import (
@@ -44,21 +45,6 @@ _ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
-}
-
-
-#: 块的端口里直接用契约名、不加前缀的值。
-_SHARED_VALUES = {
-    *(
-        names.INPUT_IDS,
-        names.PAST_LENS,
-        names.LOGITS_POSITIONS,
-        names.LOGITS,
-        names.HIDDEN,
-        names.PREV_HIDDEN,
-    ),
-    *(names.DRAFT_IDS, names.DRAFT_PROBS, names.UNIFORM, names.TEMPERATURE),
-    *(names.NUM_ACCEPTED, names.NEXT_ID, names.DRAFT_ID),
 }
 
 
@@ -157,29 +143,19 @@ class _Stitcher:
         traced["head"] = blocks.head_block(c, self.dtype)
         functions = self._bodies(c.num_moe_layers > 0)
         self.on_step("stitch")
-        self._place(
-            traced["embed"], "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN}
-        )
+        caches = [cache for cache, _ in self.caches]
+        self._place(Place(traced["embed"], "embed", EMBED_PORTS))
         for i in range(c.num_hidden_layers):
-            ports = {
-                "x_in": names.layer_output(i - 1),
-                "cos": names.EMBED_COS,
-                "sin": names.EMBED_SIN,
-                "attn_residual": names.attn_residual(i),
-                "x": names.layer_output(i),
-            }
-            for cache, _ in self.caches:
-                ports[cache] = names.cache_input(cache, i)
-                ports[f"{cache}_out"] = names.cache_output(cache, i)
             kind = "moe layer" if c.is_moe_layer(i) else "dense layer"
-            self._place(traced[kind], f"layers.{i}", ports, layer=i)
-        self._place(traced["head"], "head", {"x_in": names.layer_output(c.num_hidden_layers - 1)})
+            self._place(Place(traced[kind], f"layers.{i}", layer_ports(i, caches)), layer=i)
+        self._place(Place(traced["head"], "head", head_ports(c.num_hidden_layers)))
         inputs, outputs = self._contract_values(c.num_hidden_layers)
         if self.profile.mtp.enabled:
             mode = self.profile.mtp.verify
             self.on_step("spec accept")
             functions[blocks.accept_spec(mode).name] = spec_accept_body(c, self.dtype, mode)
-            self._place(blocks.accept_block(c, self.dtype, mode), "accept", {"target_logits": names.LOGITS})
+            accept = blocks.accept_block(c, self.dtype, mode)
+            self._place(Place(accept, "accept", {"target_logits": names.LOGITS}))
             inputs[3:3] = self._accept_inputs(mode)
             outputs[2:2] = [
                 helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["B"])
@@ -200,19 +176,9 @@ class _Stitcher:
         block = blocks.mtp_block(c, index, self.forms, self.dtype, self.cache_dtype)
         head = blocks.draft_head_block(c, self.dtype)
         functions = self._bodies(c.is_moe_layer(layer))
-        self._place(embed, "embed", {"x": names.EMBED_X, "cos": names.EMBED_COS, "sin": names.EMBED_SIN})
-        ports = {
-            "embedding": names.EMBED_X,
-            "cos": names.EMBED_COS,
-            "sin": names.EMBED_SIN,
-            "combined": names.COMBINED,
-            "attn_residual": names.attn_residual(layer),
-            "x": names.layer_output(layer),
-        }
-        for cache, _ in self.caches:
-            ports |= {cache: names.cache_input(cache, 0), f"{cache}_out": names.cache_output(cache, 0)}
-        self._place(block, "mtp", ports, layer=layer)
-        self._place(head, "head", {})
+        self._place(Place(embed, "embed", EMBED_PORTS))
+        self._place(Place(block, "mtp", mtp_ports(layer, [cache for cache, _ in self.caches])), layer=layer)
+        self._place(Place(head, "head", {}))
         own = mtp_recipes(c, index, self.dtype_name)
         used = {name for node in self.nodes for name in node.input}
         self.recipes = {name: recipe for name, recipe in (self.recipes | own).items() if name in used}
@@ -249,27 +215,22 @@ class _Stitcher:
             functions[MOE_EXPERTS.name] = moe_experts_body(self.config, self.dtype)
         return functions
 
-    def _place(
-        self, block: TracedGraph, prefix: str, ports: dict[str, str], layer: int | None = None
-    ) -> None:
+    def _place(self, place: Place, layer: int | None = None) -> None:
         """实例化一个块：端口接到 ``ports``，权重接到检查点名，其余值加前缀。"""
-        weights = {
-            name: self.parameter_name(f"{prefix}.{name}")
-            for name in block.inputs
-            if name not in ports and name not in _SHARED_VALUES
-        }
-        constants = {name: _constant_name(tensor) for name, tensor in block.constants.items()}
-        table = {**ports, **weights, **constants}
+        block = place.block
+        weights = {name: self.parameter_name(f"{place.prefix}.{name}") for name in place.weights}
+        constants = {name: constant_name(tensor) for name, tensor in block.constants.items()}
+        table = weights | constants
 
         def rename(name: str) -> str:
-            return table.get(name) or (name if name in _SHARED_VALUES else f"{prefix}/{name}")
+            return table.get(name) or place.value(name)
 
         placed = block.renamed(rename)
         self.constants.update(placed.constants)
         for name, info in placed.value_info.items():
             self.value_info.setdefault(name, info)
-        for index, (node, scope) in enumerate(zip(placed.nodes, placed.scopes, strict=True)):
-            node.name = f"{'.'.join(filter(None, (prefix, scope)))}/{node.op_type}_{index}"
+        for index, node in enumerate(placed.nodes):
+            node.name = place.node(index)
             if node.domain == DOMAIN and layer is not None:
                 self.sites.append(OpSite(layer, node.op_type, tuple(node.input), tuple(node.output)))
         self.nodes.extend(placed.nodes)
@@ -320,7 +281,7 @@ class _Stitcher:
         return model
 
 
-def _constant_name(tensor: onnx.TensorProto) -> str:
+def constant_name(tensor: onnx.TensorProto) -> str:
     """按内容命名：各层的相同常量合并成一个。"""
     content = tensor.raw_data + bytes(str((tensor.data_type, list(tensor.dims))), "ascii")
     return f"constants/{hashlib.sha256(content).hexdigest()[:12]}"

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from deepseek_export.capture.aten import AtenProgram
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.ops.registry import TRANSLATIONS
 
@@ -63,6 +64,7 @@ class TracedGraph:
         inputs, outputs: 值的名字。
         constants: 名字 → 小常量（形状、频率等）。
         value_info: 名字 → 类型与形状，含输入、输出、中间值。
+        retrace: 重新追踪一次，得到翻译成这些节点的 PyTorch 程序；磁盘缓存里只有 ONNX 这一侧。
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -71,6 +73,7 @@ class TracedGraph:
     outputs: tuple[str, ...]
     constants: Mapping[str, onnx.TensorProto]
     value_info: Mapping[str, onnx.ValueInfoProto]
+    retrace: Callable[[], AtenProgram] | None = field(default=None, compare=False, repr=False)
 
     def renamed(self, rename: Callable[[str], str]) -> TracedGraph:
         """每个值名过一遍 ``rename``，得到一份互不共享的副本。"""
@@ -194,10 +197,11 @@ def trace(
     digest = hashlib.sha256(whole.encode()).hexdigest()
     known = _CACHE.get(digest)
     if known is not None:
-        return TracedGraph.from_bytes(known)
-    graph = _trace(build(), inputs, outputs)
-    _CACHE.put(digest, graph.to_bytes())
-    return graph
+        graph = TracedGraph.from_bytes(known)
+    else:
+        graph, _ = _trace(build(), inputs, outputs)
+        _CACHE.put(digest, graph.to_bytes())
+    return replace(graph, retrace=functools.cache(lambda: _trace(build(), inputs, outputs)[1]))
 
 
 @functools.cache
@@ -212,7 +216,9 @@ def _environment() -> str:
     return f"{platform.python_version()} {libraries} {digest.hexdigest()}"
 
 
-def _trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Sequence[str]) -> TracedGraph:
+def _trace(
+    target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Sequence[str]
+) -> tuple[TracedGraph, AtenProgram]:
     module = target if isinstance(target, nn.Module) else _Function(target)
     functional = _Functional(module)
     specs = list(inputs.values())
@@ -239,7 +245,9 @@ def _trace(target: nn.Module | Callable, inputs: Mapping[str, Spec], outputs: Se
     graph = ir.to_proto(onnx_program.model).graph
     _name_dims(graph, specs)
     scopes = tuple(_scope(node) for node in onnx_program.model.graph)
-    return _extract(graph, scopes, [*inputs, *functional.names], list(outputs))
+    decomposed = onnx_program.exported_program
+    assert decomposed is not None
+    return _extract(graph, scopes, decomposed, [*inputs, *functional.names], list(outputs))
 
 
 def _name_dims(graph: onnx.GraphProto, specs: Sequence[Spec]) -> None:
@@ -256,8 +264,12 @@ def _name_dims(graph: onnx.GraphProto, specs: Sequence[Spec]) -> None:
 
 
 def _extract(
-    proto: onnx.GraphProto, scopes: tuple[str, ...], inputs: list[str], outputs: list[str]
-) -> TracedGraph:
+    proto: onnx.GraphProto,
+    scopes: tuple[str, ...],
+    program: torch.export.ExportedProgram,
+    inputs: list[str],
+    outputs: list[str],
+) -> tuple[TracedGraph, AtenProgram]:
     """GraphProto → :class:`TracedGraph`，输入输出改成给定的名字，其余值的名字原样保留。"""
     names = {value.name: name for value, name in zip(proto.input, inputs, strict=True)}
     for value, name in zip(proto.output, outputs, strict=True):
@@ -277,7 +289,12 @@ def _extract(
         node.ClearField("doc_string")
     reserved = {*inputs, *outputs}
     # 中间值碰巧与端口同名时让开（如 Cos 的输出名 cos，而端口 cos 是 Cast 之后的值）。
-    return graph.renamed(lambda name: names.get(name) or (f"{name}_inner" if name in reserved else name))
+
+    def rename(name: str) -> str:
+        return names.get(name) or (f"{name}_inner" if name in reserved else name)
+
+    present = {value.name for value in proto.input} | {name for node in proto.node for name in node.output}
+    return graph.renamed(rename), AtenProgram.of(program, {name: rename(name) for name in present})
 
 
 def _inline(tensor: onnx.TensorProto) -> onnx.TensorProto:

@@ -27,6 +27,7 @@ COMMANDS = MappingProxyType(
             "plan",
             "export",
             "verify",
+            "compare",
             "build",
             "generate",
             "inspect",
@@ -79,6 +80,7 @@ def cli() -> None:
       dsx plan CKPT --gpu h100               动工之前：多大、放不放得下、多快
       dsx export CKPT -p mla+moe -o OUT      编译自己的检查点
       dsx verify OUT                         与 PyTorch 逐层比对
+      dsx compare OUT                        逐块比较，存成 Polygraphy 的格式
       dsx generate OUT -P "床前明月光"       生成
     """
 

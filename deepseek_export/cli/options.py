@@ -45,4 +45,10 @@ backend_option = click.option(
 )
 # 路径是否存在由 api 检查，好给出带码的错误。
 bundle_argument = click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
+against_option = click.option(
+    "--against", metavar="CKPT", type=click.Path(path_type=Path), help="对照的检查点；缺省取导出时的那一个。"
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="随机输入的种子。"
+)
 checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))

@@ -9,11 +9,18 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import backend_option, bundle_argument, json_option
+from deepseek_export.cli.measures import COLUMNS, cells, failure_rows, worst
+from deepseek_export.cli.options import (
+    against_option,
+    backend_option,
+    bundle_argument,
+    json_option,
+    seed_option,
+)
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
-    from deepseek_export.parity import Case, ParityReport, QuantLoss
+    from deepseek_export.parity import ParityReport, QuantLoss
 
 LEVELS = ("op", "block", "model", "tokens")
 _MEANINGS = {
@@ -27,9 +34,7 @@ _MEANINGS = {
 
 @click.command("verify", cls=Command, short_help="证明 bundle 与 PyTorch 相等")
 @bundle_argument
-@click.option(
-    "--against", metavar="CKPT", type=click.Path(path_type=Path), help="对照的检查点；缺省取导出时的那一个。"
-)
+@against_option
 @click.option(
     "--level", "levels", type=click.Choice(LEVELS), multiple=True, help="只比这一级，可重复；缺省全部。"
 )
@@ -39,7 +44,7 @@ _MEANINGS = {
 @click.option(
     "--steps", type=click.IntRange(min=1), default=64, show_default=True, help="tokens 级续写多少个 token。"
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="随机输入的种子。")
+@seed_option
 @click.option(
     "--text",
     metavar="FILE",
@@ -99,7 +104,10 @@ def _summary(report: ParityReport) -> dict[str, Any]:
         "target": report.target,
         "dtype": report.dtype,
         "oracle": report.oracle,
-        "levels": [_level(level, [c for c in report.cases if c.level == level]) for level in report.levels],
+        "levels": [
+            {"level": level, **worst([case for case in report.cases if case.level == level])}
+            for level in report.levels
+        ],
         "first_failure": None if failure is None else failure.model_dump(mode="json"),
         "notes": report.notes,
         "loss": None if report.loss is None else report.loss.model_dump(mode="json"),
@@ -108,33 +116,15 @@ def _summary(report: ParityReport) -> dict[str, Any]:
     }
 
 
-def _level(level: str, cases: list[Case]) -> dict[str, Any]:
-    """一级的汇总；三个量各取最差的。"""
-    measures = [case.measure for case in cases if case.measure is not None]
-    return {
-        "level": level,
-        "cases": len(cases),
-        "failed": sum(not case.passed for case in cases),
-        "near_ties": sum(case.near_ties for case in cases),
-        "max_abs": max((m.max_abs for m in measures), default=None),
-        "calc_diff": max((m.calc_diff for m in measures), default=None),
-        "norm_ratio": max((m.norm_ratio for m in measures), key=lambda ratio: abs(ratio - 1), default=None),
-    }
-
-
 def _print(report: ParityReport, summary: dict[str, Any]) -> None:
     out = console()
-    numbers = ("项数", "最大绝对差", "calc_diff", "|范数比 - 1|", "近平局")
+    numbers = ("项数", *COLUMNS)
     made = table(
         f"{report.bundle}（{report.profile}，{report.target}，{report.dtype}）对 {report.oracle}",
         *("层级", "比什么", *numbers, "结果"),
         right=numbers,
     )
     for row in summary["levels"]:
-        drift = None if row["norm_ratio"] is None else abs(row["norm_ratio"] - 1)
-        measures = [
-            "-" if value is None else f"{value:.2e}" for value in (row["max_abs"], row["calc_diff"], drift)
-        ]
         failed = f"{row['failed']} 项不过"
         verdict, style = ("没有可比的", "dim") if not row["cases"] else ("通过", "green")
         if row["failed"]:
@@ -143,8 +133,7 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
             row["level"],
             _MEANINGS[row["level"]],
             str(row["cases"]),
-            *measures,
-            str(row["near_ties"]),
+            *cells(row),
             verdict,
         )
         made.rows[-1].style = style if row["failed"] else ""
@@ -156,7 +145,8 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
         out.print(facts("权重量化的损失（对未量化的基准）", _loss_rows(report.loss)))
     failure = report.first_failure
     if failure is not None:
-        out.print(facts("第一处不通过", _failure_rows(failure)))
+        where = [("层级", failure.level), ("哪一项", failure.name)]
+        out.print(facts("第一处不通过", [*where, *failure_rows(failure)]))
     click.echo(f"\n结论    {'全部通过' if report.passed else '不通过'}")
     click.echo(f"报告    {summary['report']}")
     if report.polygraphy is not None:
@@ -177,21 +167,4 @@ def _loss_rows(loss: QuantLoss) -> list[tuple[str, str]]:
                 f"{p.bundle:.4g}，未量化 {p.unquantized:.4g}（{change}），{p.tokens} 个 token",
             )
         )
-    return rows
-
-
-def _failure_rows(case: Case) -> list[tuple[str, str]]:
-    rows = [("层级", case.level), ("哪一项", case.name)]
-    if case.note:
-        rows.append(("说明", case.note))
-    if case.measure is not None and case.tolerance is not None:
-        m, limit = case.measure, case.tolerance
-        rows += [
-            (
-                "最大绝对差",
-                f"{m.max_abs:.3e}（限 {limit.max_abs * max(1.0, m.scale):.1e}），坐标 {list(m.coordinate)}",
-            ),
-            ("calc_diff", f"{m.calc_diff:.3e}（限 {limit.calc_diff:.1e}）"),
-            ("范数比", f"{m.norm_ratio:.6f}（限 1 ± {limit.norm:.1e}）"),
-        ]
     return rows

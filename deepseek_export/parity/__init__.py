@@ -9,19 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepseek_export.parity.bisect import Culprit
+    from deepseek_export.parity.compare import BlockCase, ComparisonReport, compare_bundle
     from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport, QuantLoss
     from deepseek_export.parity.verify import verify_bundle
 
 _EXPORTS = {
     "LEVELS": "deepseek_export.parity.report",
+    "BlockCase": "deepseek_export.parity.compare",
     "Case": "deepseek_export.parity.report",
+    "ComparisonReport": "deepseek_export.parity.compare",
+    "Culprit": "deepseek_export.parity.bisect",
     "Level": "deepseek_export.parity.report",
     "ParityReport": "deepseek_export.parity.report",
     "QuantLoss": "deepseek_export.parity.report",
+    "compare_bundle": "deepseek_export.parity.compare",
     "verify_bundle": "deepseek_export.parity.verify",
 }
 
-__all__ = ["LEVELS", "Case", "Level", "ParityReport", "QuantLoss", "verify_bundle"]
+__all__ = [
+    "LEVELS",
+    "BlockCase",
+    "Case",
+    "ComparisonReport",
+    "Culprit",
+    "Level",
+    "ParityReport",
+    "QuantLoss",
+    "compare_bundle",
+    "verify_bundle",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,144 +1,306 @@
-"""block 层：每个块单独比，输入一律取参考模型的（teacher forcing），所以第一处不通过就是出错的那一块。"""
+"""block 层：每个块单独比，输入一律取参考模型的（teacher forcing），所以第一处不通过就是出错的那一块。
+
+:class:`Block` 只描述「喂什么、应得什么」，不管由谁来跑：``dsx verify`` 逐块截图执行，``dsx compare`` 存成 Polygraphy 的格式
+交给各个后端。
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
 from deepseek_export.checkpoint.weight_only import QuantKind
+from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.measures import measure
-from deepseek_export.parity.report import Case, compare
+from deepseek_export.parity.report import Case, Level, compare
 from deepseek_export.parity.routing import router_margin
-from deepseek_export.parity.subgraph import ModelGraph
-from deepseek_export.parity.tolerances import ROUTER_MARGIN, Dtype, tolerance
+from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
+from deepseek_export.parity.tolerances import ROUTER_MARGIN, Dtype, Quantity, Tolerance, tolerance
 from deepseek_export.reference import ReferenceModel
+from deepseek_export.reference.model import DecoderLayer
 
 _CAPACITY_SLACK = 3
+PHASES = ("prefill", "decode")
 
 
-@torch.no_grad()
-def block_cases(
-    bundle: Bundle,
-    model: ReferenceModel,
-    graph: ModelGraph,
-    rows: Sequence[Sequence[int]],
-    on_case: Callable[[str], None],
-) -> Iterator[Case]:
-    """嵌入、每层的注意力与前馈、输出头；各在 prefill 与其后的一步解码上比一次。
+#: 容差表的键：量、dtype、权重量化。
+Key = tuple[Quantity, Dtype, QuantKind | None]
 
-    Args:
-        bundle: 被验证的 bundle。
-        model: 同 profile、同 dtype 的参考模型。
-        graph: bundle 的图。
-        rows: 等长的 token 序列；前 len-1 个做 prefill，最后一个做解码。
-        on_case: 每个块开始前调用。
+
+@dataclass(frozen=True)
+class Output:
+    """一个块的一个输出。
+
+    Attributes:
+        label: 报告里的名字，例如 ``layers.3.self_attn``。
+        value: 图里的值名。
+        want: 参考模型给出的值。
+        key: 容差表的键。
     """
-    ids = torch.tensor([list(row) for row in rows])
-    B, S = ids.shape[0], ids.shape[1] - 1
-    phases = (
-        ("prefill", ids[:, :S], torch.zeros(B, dtype=torch.int64)),
-        ("decode", ids[:, S:], torch.full((B,), S)),
-    )
-    steps = [_Step(bundle, graph, *phase) for phase in phases]
-    cache_dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    caches = model.empty_caches(B, S + _CAPACITY_SLACK, cache_dtype[bundle.manifest.cache.dtype])
-    on_case("embed")
-    for step in steps:
-        yield from step.embed(model)
-    for i, layer in enumerate(model.layers):
-        on_case(f"layers.{i}")
-        cache = caches[i]
-        for step in steps:
-            cache = yield from step.layer(i, layer, cache, model.config)
-    on_case("head")
-    for step in steps:
-        yield from step.head(model)
+
+    label: str
+    value: str
+    want: np.ndarray
+    key: Key
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """这个输出的容差。"""
+        return tolerance(*self.key)
+
+    def compare(self, level: Level, name: str, got: np.ndarray) -> Case:
+        """量一次、对照容差表。"""
+        quantity, dtype, quant = self.key
+        return compare(level, name, quantity, dtype, got, self.want, quant)
 
 
-class _Step:
-    """一个阶段（prefill 或 decode）：拿着参考模型的当前激活，一块一块往前走。"""
+@dataclass(frozen=True)
+class Block:
+    """一个块在一个阶段里的输入与应有的输出，都来自参考模型。
 
-    def __init__(self, bundle: Bundle, graph: ModelGraph, name: str, ids, past_lens) -> None:
-        self.manifest, self.graph, self.name = bundle.manifest, graph, name
-        self.dtype, self.quant = bundle.manifest.dtype, bundle.manifest.quant
-        self.ids, self.past_lens = ids, past_lens
-        self.feeds: dict[str, np.ndarray] = {names.PAST_LENS: past_lens.numpy()}
+    Attributes:
+        name: 块名，例如 ``layers.3.mlp``；草稿模型的前面带图的文件名。
+        phase: ``prefill`` 或其后一步的 ``decode``。
+        feeds: 图里的值名 → 参考模型的值。
+        outputs: 块的输出。
+        margin: 前馈块才有：每个 token 的路由离换一个专家有多远，[B, S]。
+        residual: 前馈块才有：哪个输入是它每个 token 独立使用的残差。
+    """
 
-    def embed(self, model: ReferenceModel) -> Iterator[Case]:
-        self.x, self.cos, self.sin = model.embed(self.ids, self.past_lens)
-        outputs = [names.EMBED_X, names.EMBED_COS, names.EMBED_SIN]
-        feeds = {names.INPUT_IDS: self.ids.numpy(), **self.feeds}
-        got = self.graph.run(feeds, outputs)
-        for name, a, b in zip(
-            ("embed", "rope cos", "rope sin"), got, (self.x, self.cos, self.sin), strict=True
-        ):
-            yield compare("block", f"{name} ({self.name})", "block", self.dtype, a, b.numpy(), self.quant)
-        self.feeds |= {names.EMBED_COS: self.cos.numpy(), names.EMBED_SIN: self.sin.numpy()}
+    name: str
+    phase: str
+    feeds: Mapping[str, np.ndarray]
+    outputs: tuple[Output, ...]
+    margin: np.ndarray | None = None
+    residual: str = ""
 
-    def layer(self, i: int, layer, caches, config):
-        """返回参考模型更新后的缓存。"""
-        residual, x, *updated = layer(self.x, self.cos, self.sin, self.past_lens, *caches)
-        feeds = {**self.feeds, names.layer_output(i - 1): self.x.numpy()}
-        outputs, want = [names.attn_residual(i)], [residual]
-        for tensor, old, new in zip(self.manifest.cache.tensors, caches, updated, strict=True):
-            feeds[names.cache_input(tensor.name, i)] = to_numpy(old)
-            if old.dtype != torch.bfloat16:  # ONNX Runtime 读不出 bfloat16 的输出
-                outputs.append(names.cache_output(tensor.name, i))
-                want.append(new)
-        labels = ["self_attn", *(output.split(".")[0] for output in outputs[1:])]
-        for label, a, b in zip(labels, self.graph.run(feeds, outputs), want, strict=True):
-            yield compare(
-                "block", f"layers.{i}.{label} ({self.name})", "block", self.dtype, a, b.numpy(), self.quant
-            )
+    def cases(self, got: Mapping[str, np.ndarray]) -> Iterator[Case]:
+        """逐个输出与参照比。
 
-        feeds[names.attn_residual(i)] = residual.numpy()
-        (got,) = self.graph.run(feeds, [names.layer_output(i)])
-        margin = router_margin(layer, residual, config).numpy()
-        yield mlp_case(f"layers.{i}.mlp ({self.name})", self.dtype, got, x.numpy(), margin, self.quant)
-        self.x = x
-        return tuple(updated)
-
-    def head(self, model: ReferenceModel) -> Iterator[Case]:
-        positions = torch.arange(self.x.shape[1]).expand(self.x.shape[0], -1)
-        want = model.head(self.x, positions)
-        feeds = {
-            names.layer_output(self.manifest.model.num_hidden_layers - 1): self.x.numpy(),
-            names.LOGITS_POSITIONS: positions.numpy(),
-        }
-        got = self.graph.run(feeds, [names.LOGITS, names.HIDDEN])
-        for name, a, b in zip(("head", "hidden"), got, want, strict=True):
-            yield compare("block", f"{name} ({self.name})", "block", self.dtype, a, b.numpy(), self.quant)
+        Args:
+            got: 值名 → 被验证的一方算出的值。
+        """
+        for output in self.outputs:
+            name = f"{output.label} ({self.phase})"
+            case = output.compare("block", name, got[output.value])
+            if not case.passed and self.margin is not None:
+                case = _without_flipped(case, output, got[output.value], self.margin)
+            yield case
 
 
-def mlp_case(
-    name: str,
-    dtype: Dtype,
-    got: np.ndarray,
-    want: np.ndarray,
-    margin: np.ndarray,
-    quant: QuantKind | None = None,
-) -> Case:
-    """先整体比；不过时，把路由近平局的行挑出来单独计数，其余行仍按容差要求。"""
-    case = compare("block", name, "block", dtype, got, want, quant)
-    if case.passed:
-        return case
-    limit = tolerance("block", dtype, quant).max_abs * max(1.0, measure(got, want).scale)
-    flipped = (np.abs(got.astype(np.float64) - want).max(-1) > limit) & (margin < ROUTER_MARGIN[dtype])
+def _without_flipped(case: Case, output: Output, got: np.ndarray, margin: np.ndarray) -> Case:
+    """把路由近平局、且确实换了专家的行挑出来单独计数，其余行仍按容差要求。"""
+    limit = output.tolerance.limit(measure(got, output.want).scale)
+    error = np.abs(got.astype(np.float64) - output.want).max(-1)
+    flipped = ~(error <= limit) & (margin < ROUTER_MARGIN[output.key[1]])
     if not flipped.any() or flipped.all():
         return case
-    kept = compare("block", name, "block", dtype, got[~flipped], want[~flipped], quant)
+    kept = replace(output, want=output.want[~flipped]).compare("block", case.name, got[~flipped])
     kept.near_ties = int(flipped.sum())
     return kept
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """张量 → ndarray；bfloat16 用 ml_dtypes。"""
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
+def block_cases(graph: ModelGraph, blocks: Iterable[Block], on_case: Callable[[str], None]) -> Iterator[Case]:
+    """逐块截图、在 ONNX Runtime 上执行、与参照比。
 
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    Args:
+        graph: 被验证的图。
+        blocks: 这张图的块。
+        on_case: 每个块比完后调用。
+    """
+    for block in blocks:
+        values = [output.value for output in block.outputs]
+        yield from block.cases(dict(zip(values, graph.run(block.feeds, values), strict=True)))
+        on_case(block.name)
+
+
+def main_block_count(manifest: Manifest) -> int:
+    """:func:`main_blocks` 一共给出多少个。"""
+    return len(PHASES) * 2 * (manifest.model.num_hidden_layers + 1)
+
+
+@torch.no_grad()
+def main_blocks(manifest: Manifest, model: ReferenceModel, rows: Sequence[Sequence[int]]) -> Iterator[Block]:
+    """主模型的块：嵌入、每层的注意力与前馈、输出头；各有 prefill 与其后的一步解码。
+
+    Args:
+        manifest: bundle 的 manifest。
+        model: 同 profile、同 dtype 的参考模型。
+        rows: 等长的 token 序列；前 len-1 个做 prefill，最后一个做解码。
+    """
+    ids = torch.tensor([list(row) for row in rows])
+    B, S = ids.shape[0], ids.shape[1] - 1
+    starts = (torch.zeros(B, dtype=torch.int64), torch.full((B,), S))
+    steps = [
+        _Step(manifest, model, *step) for step in zip(PHASES, (ids[:, :S], ids[:, S:]), starts, strict=True)
+    ]
+    caches = model.empty_caches(B, S + _CAPACITY_SLACK, getattr(torch, manifest.cache.dtype))
+    for step in steps:
+        yield step.embed()
+    for i, cache in enumerate(caches):
+        for step in steps:
+            cache = yield from step.layer(i, cache)
+    for step in steps:
+        yield step.head()
+
+
+class _Step:
+    """一个阶段：拿着参考模型的当前激活，一块一块往前走。"""
+
+    def __init__(self, manifest: Manifest, model: ReferenceModel, phase: str, ids, past_lens) -> None:
+        self.manifest, self.model, self.phase = manifest, model, phase
+        self.past_lens = past_lens
+        self.x, self.cos, self.sin = model.embed(ids, past_lens)
+        self.ids = ids
+        self.feeds = {names.PAST_LENS: past_lens.numpy()}
+
+    def embed(self) -> Block:
+        feeds = {names.INPUT_IDS: self.ids.numpy(), **self.feeds}
+        block = embed_block(self.manifest, "", self.phase, feeds, (self.x, self.cos, self.sin))
+        self.feeds |= {names.EMBED_COS: self.cos.numpy(), names.EMBED_SIN: self.sin.numpy()}
+        return block
+
+    def layer(self, i: int, caches):
+        """返回参考模型更新后的缓存。"""
+        layer = self.model.layers[i]
+        assert isinstance(layer, DecoderLayer)
+        residual, x, *updated = layer(self.x, self.cos, self.sin, self.past_lens, *caches)
+        feeds = {**self.feeds, names.layer_output(i - 1): self.x.numpy()}
+        yield attention_block(
+            self.manifest, f"layers.{i}.", self.phase, feeds, (i, i), residual, caches, updated
+        )
+        margin = router_margin(layer, residual, self.model.config).numpy()
+        yield mlp_block(self.manifest, f"layers.{i}.", self.phase, feeds, i, residual, x, margin)
+        self.x = x
+        return tuple(updated)
+
+    def head(self) -> Block:
+        positions = torch.arange(self.x.shape[1]).expand(self.x.shape[0], -1)
+        logits, hidden = self.model.head(self.x, positions)
+        feeds = {
+            names.layer_output(self.manifest.model.num_hidden_layers - 1): self.x.numpy(),
+            names.LOGITS_POSITIONS: positions.numpy(),
+        }
+        key = block_key(self.manifest)
+        outputs = (
+            Output("head", names.LOGITS, logits.numpy(), key),
+            Output("hidden", names.HIDDEN, hidden.numpy(), key),
+        )
+        return Block("head", self.phase, feeds, outputs)
+
+
+def embed_block(
+    manifest: Manifest, prefix: str, phase: str, feeds: Mapping[str, np.ndarray], want: Sequence[Tensor]
+) -> Block:
+    """词嵌入与 cos/sin；``prefix`` 是名字的前缀，主模型为空。"""
+    labels, values = ("embed", "rope cos", "rope sin"), (names.EMBED_X, names.EMBED_COS, names.EMBED_SIN)
+    outputs = tuple(
+        Output(f"{prefix}{label}", value, tensor.numpy(), block_key(manifest))
+        for label, value, tensor in zip(labels, values, want, strict=True)
+    )
+    return Block(f"{prefix}embed", phase, feeds, outputs)
+
+
+def attention_block(
+    manifest: Manifest,
+    prefix: str,
+    phase: str,
+    feeds: Mapping[str, np.ndarray],
+    where: tuple[int, int],
+    residual: Tensor,
+    caches: Sequence[Tensor],
+    updated: Sequence[Tensor],
+) -> Block:
+    """一层的注意力：输出是残差与更新后的缓存。
+
+    Args:
+        manifest: bundle 的 manifest。
+        prefix: 名字的前缀，例如 ``layers.3.``。
+        phase: 阶段。
+        feeds: 缓存之外的输入。
+        where: 层号，以及这一层的缓存在图里的编号。
+        residual: 参考模型在注意力之后的残差。
+        caches, updated: 参考模型这一层更新前后的缓存。
+    """
+    layer, index = where
+    key = _attention_key(manifest)
+    feeds, outputs = (
+        dict(feeds),
+        [Output(f"{prefix}self_attn", names.attn_residual(layer), residual.numpy(), key)],
+    )
+    for tensor, old, new in zip(manifest.cache.tensors, caches, updated, strict=True):
+        feeds[names.cache_input(tensor.name, index)] = to_numpy(old)
+        value = names.cache_output(tensor.name, index)
+        outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key))
+    return Block(f"{prefix}self_attn", phase, feeds, tuple(outputs))
+
+
+def mlp_block(
+    manifest: Manifest,
+    prefix: str,
+    phase: str,
+    feeds: Mapping[str, np.ndarray],
+    layer: int,
+    residual: Tensor,
+    x: Tensor,
+    margin: np.ndarray,
+) -> Block:
+    """一层的前馈（含残差）；参数同 :func:`attention_block`。
+
+    Args:
+        x: 参考模型这一层的输出。
+        margin: 见 :func:`~deepseek_export.parity.routing.router_margin`。
+    """
+    source = names.attn_residual(layer)
+    output = Output(f"{prefix}mlp", names.layer_output(layer), x.numpy(), block_key(manifest))
+    return Block(f"{prefix}mlp", phase, {**feeds, source: residual.numpy()}, (output,), margin, source)
+
+
+def block_key(manifest: Manifest) -> Key:
+    """一个块的容差。"""
+    return "block", manifest.dtype, manifest.quant
+
+
+def _attention_key(manifest: Manifest) -> Key:
+    """注意力块的容差；量化的容差本来就宽得多。
+
+    缓存比模型窄时，两侧会把几乎相等的数舍入到相邻的两个值，以缓存的 dtype 为准；算子库连乘数都舍入到 bfloat16 时还要再宽。
+    """
+    dtype = attention_dtype(manifest)
+    if dtype != manifest.dtype:
+        return "block", dtype, None
+    if manifest.quant is not None or manifest.cache.dtype in (manifest.dtype, "float32"):
+        return block_key(manifest)
+    return "narrow_cache", manifest.cache.dtype, None
+
+
+def spread_near_ties(block: Block) -> tuple[Block, int]:
+    """把路由近平局的行换成离平局最远的那一行，使结果不取决于谁的末位误差。
+
+    前馈对每个 token 独立，输入又是直接喂的，换行不影响别的行。Polygraphy 只会逐元素比，不认得近平局。
+
+    Returns:
+        换过的块，与换掉的行数。
+    """
+    if block.margin is None:
+        return block, 0
+    (output,) = block.outputs
+    ties = block.margin < ROUTER_MARGIN[output.key[1]]
+    if not ties.any():
+        return block, 0
+    best = np.unravel_index(int(block.margin.argmax()), block.margin.shape)
+
+    def spread(array: np.ndarray) -> np.ndarray:
+        copy = array.copy()
+        copy[ties] = array[best]
+        return copy
+
+    feeds = {**block.feeds, block.residual: spread(block.feeds[block.residual])}
+    outputs = (replace(output, want=spread(output.want)),)
+    return replace(block, feeds=feeds, outputs=outputs, margin=spread(block.margin)), int(ties.sum())

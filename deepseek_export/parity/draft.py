@@ -6,15 +6,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import names
-from deepseek_export.parity.blocks import mlp_case, to_numpy
+from deepseek_export.parity.arrays import to_numpy
+from deepseek_export.parity.blocks import (
+    PHASES,
+    Block,
+    Output,
+    attention_block,
+    block_cases,
+    block_key,
+    embed_block,
+    mlp_block,
+)
 from deepseek_export.parity.report import Case, Level, compare
 from deepseek_export.parity.routing import router_margin
 from deepseek_export.parity.subgraph import ModelGraph
@@ -23,12 +33,69 @@ from deepseek_export.reference import DraftModel, ReferenceModel
 _SLACK = 3
 
 
+@dataclass(frozen=True)
+class DraftRun:
+    """一个 MTP 模块的输入：参考模型给出的 hidden 与错开的 token。
+
+    Attributes:
+        entry: manifest 里的这张图。
+        draft: 参考实现。
+        tokens: [B, S]，第 i 行是 token ``i+index+1``。
+        hidden: [B, S, D]，主模型或前一个模块的 hidden。
+        caches: 全零缓存。
+    """
+
+    entry: GraphEntry
+    draft: DraftModel
+    tokens: Tensor
+    hidden: Tensor
+    caches: tuple[Tensor, ...]
+
+    @property
+    def past(self) -> Tensor:
+        """全零的 past_lens。"""
+        return torch.zeros(self.tokens.shape[0], dtype=torch.int64)
+
+    @property
+    def positions(self) -> Tensor:
+        """取全部行的 logits。"""
+        return torch.arange(self.tokens.shape[1]).expand(self.tokens.shape[0], -1)
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """参考实现整个跑一遍：logits 与 hidden。"""
+        logits, hidden, _ = self.draft(self.tokens, self.hidden, self.past, self.positions, self.caches)
+        return logits, hidden
+
+
+@torch.no_grad()
+def draft_runs(
+    manifest: Manifest, model: ReferenceModel, drafts: Sequence[DraftModel], rows: Sequence[Sequence[int]]
+) -> Iterator[DraftRun]:
+    """逐个 MTP 模块准备输入；后一个模块的 hidden 是前一个的输出。
+
+    Args:
+        manifest: bundle 的 manifest。
+        model: 主模型的参考实现，提供 hidden。
+        drafts: 各 MTP 模块的参考实现。
+        rows: 等长的 token 序列。
+    """
+    ids = torch.tensor([list(row) for row in rows])
+    B, total = ids.shape
+    length = total - len(drafts)
+    cache_dtype = getattr(torch, manifest.cache.dtype)
+    past, positions = torch.zeros(B, dtype=torch.int64), torch.zeros((B, 1), dtype=torch.int64)
+    _, hidden, _ = model(ids[:, :length], past, positions, model.empty_caches(B, length, cache_dtype))
+    for draft, entry in zip(drafts, manifest.drafts, strict=True):
+        tokens = ids[:, draft.index + 1 : draft.index + 1 + length]
+        run = DraftRun(entry, draft, tokens, hidden, model.empty_caches(B, length + _SLACK, cache_dtype)[0])
+        yield run
+        _, hidden = run.reference()
+
+
 @torch.no_grad()
 def draft_cases(
     bundle: Bundle,
-    model: ReferenceModel,
-    drafts: Sequence[DraftModel],
-    rows: Sequence[Sequence[int]],
+    runs: Iterator[DraftRun],
     levels: Sequence[Level],
     on_case: Callable[[str], None],
 ) -> Iterator[Case]:
@@ -36,88 +103,62 @@ def draft_cases(
 
     Args:
         bundle: 被验证的 bundle。
-        model: 主模型的参考实现，提供 hidden。
-        drafts: 各 MTP 模块的参考实现。
-        rows: 等长的 token 序列。
+        runs: :func:`draft_runs` 的结果。
         levels: 含 ``block`` 则逐块比，含 ``model`` 则比整张图的 logits。
         on_case: 每个模块开始前调用。
     """
-    ids = torch.tensor([list(row) for row in rows])
-    B, total = ids.shape
-    length = total - len(drafts)
-    past = torch.zeros(B, dtype=torch.int64)
-    cache_dtype = getattr(torch, bundle.manifest.cache.dtype)
-    positions = torch.zeros((B, 1), dtype=torch.int64)
-    _, hidden, _ = model(ids[:, :length], past, positions, model.empty_caches(B, length, cache_dtype))
-    for draft, entry in zip(drafts, bundle.manifest.drafts, strict=True):
-        on_case(entry.file)
-        graph = ModelGraph(bundle, entry.file)
-        tokens = ids[:, draft.index + 1 : draft.index + 1 + length]
-        caches = model.empty_caches(B, length + _SLACK, cache_dtype)[0]
-        logits, output, _ = draft(tokens, hidden, past, torch.arange(length).expand(B, -1), caches)
+    dtype, quant = bundle.manifest.dtype, bundle.manifest.quant
+    for run in runs:
+        on_case(run.entry.file)
+        graph = ModelGraph(bundle, run.entry.file)
         if "block" in levels:
-            yield from _blocks(bundle, graph, entry, draft, tokens, hidden, caches)
+            yield from block_cases(graph, draft_blocks(bundle.manifest, run), lambda name: None)
         if "model" in levels:
-            step = _feeds(bundle, tokens, past, caches) | {
-                names.PREV_HIDDEN: hidden.numpy(),
-                names.LOGITS_POSITIONS: torch.arange(length).expand(B, -1).numpy(),
+            feeds = {
+                names.INPUT_IDS: run.tokens.numpy(),
+                names.PAST_LENS: run.past.numpy(),
+                names.PREV_HIDDEN: run.hidden.numpy(),
+                names.LOGITS_POSITIONS: run.positions.numpy(),
             }
-            got = graph.run(step, [names.LOGITS, names.HIDDEN])
-            dtype, quant = bundle.manifest.dtype, bundle.manifest.quant
-            for name, a, b in zip(("logits", "hidden"), got, (logits, output), strict=True):
-                yield compare("model", f"{entry.file} {name}", "logits", dtype, a, b.numpy(), quant)
-        hidden = output
+            for tensor, cache in zip(bundle.manifest.cache.tensors, run.caches, strict=True):
+                feeds[names.cache_input(tensor.name, 0)] = to_numpy(cache)
+            outputs = (names.LOGITS, names.HIDDEN)
+            for name, got, want in zip(outputs, graph.run(feeds, outputs), run.reference(), strict=True):
+                yield compare("model", f"{run.entry.file} {name}", "logits", dtype, got, want.numpy(), quant)
 
 
-def _blocks(
-    bundle: Bundle,
-    graph: ModelGraph,
-    entry: GraphEntry,
-    draft: DraftModel,
-    tokens: Tensor,
-    hidden: Tensor,
-    caches,
-) -> Iterator[Case]:
-    """前 length-1 行做 prefill，最后一行做解码。"""
-    last = tokens.shape[1] - 1
-    for phase, rows, start in (("prefill", slice(0, last), 0), ("decode", slice(last, None), last)):
-        past = torch.full((tokens.shape[0],), start, dtype=torch.int64)
-        caches = yield from _phase(
-            bundle, graph, entry, draft, phase, tokens[:, rows], hidden[:, rows], past, caches
-        )
+@torch.no_grad()
+def draft_blocks(manifest: Manifest, run: DraftRun) -> Iterator[Block]:
+    """一个 MTP 模块的块：嵌入、合并、注意力、前馈、最终 norm、输出头；前 S-1 行做 prefill，最后一行做解码。"""
+    last = run.tokens.shape[1] - 1
+    caches: Sequence[Tensor] = run.caches
+    for phase, rows, start in zip(PHASES, (slice(0, last), slice(last, None)), (0, last), strict=True):
+        caches = yield from _phase(manifest, run, phase, rows, run.past + start, caches)
 
 
-def _phase(bundle, graph, entry, draft: DraftModel, phase: str, tokens, hidden, past, caches):
-    """一个阶段里逐块比较；返回参考模型更新后的缓存。"""
-    dtype, quant, layer = bundle.manifest.dtype, bundle.manifest.quant, entry.layers[0]
+def _phase(manifest: Manifest, run: DraftRun, phase: str, rows: slice, past: Tensor, caches):
+    """一个阶段的块；返回参考模型更新后的缓存。"""
+    draft, layer, prefix = run.draft, run.entry.layers[0], f"{run.entry.file} "
+    tokens, prev = run.tokens[:, rows], run.hidden[:, rows]
     x, cos, sin = draft.embed(tokens, past)
-    combined, residual, out, final, *updated = draft.mtp(x, hidden, cos, sin, past, *caches)
+    combined, residual, out, hidden, *updated = draft.mtp(x, prev, cos, sin, past, *caches)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-    logits, _ = draft.head(final, positions)
+    logits, _ = draft.head(hidden, positions)
 
-    def case(name: str, feeds: dict[str, np.ndarray], output: str, want: Tensor) -> Case:
-        (got,) = graph.run(feeds, [output])
-        return compare("block", f"{entry.file} {name} ({phase})", "block", dtype, got, want.numpy(), quant)
+    def simple(label: str, extra: dict[str, Tensor], value: str, want: Tensor) -> Block:
+        output = Output(f"{prefix}{label}", value, want.numpy(), block_key(manifest))
+        fed = {name: tensor.numpy() for name, tensor in extra.items()}
+        return Block(f"{prefix}{label}", phase, {**feeds, **fed}, (output,))
 
-    feeds = _feeds(bundle, tokens, past, caches)
-    yield case("embed", feeds, names.EMBED_X, x)
-    feeds |= {names.EMBED_X: x.numpy(), names.EMBED_COS: cos.numpy(), names.EMBED_SIN: sin.numpy()}
-    yield case("eh_proj", {**feeds, names.PREV_HIDDEN: hidden.numpy()}, names.COMBINED, combined)
-    feeds[names.COMBINED] = combined.numpy()
-    yield case("self_attn", feeds, names.attn_residual(layer), residual)
-    feeds[names.attn_residual(layer)] = residual.numpy()
-    (got,) = graph.run(feeds, [names.layer_output(layer)])
-    margin = router_margin(draft.mtp, residual, draft.config).numpy()
-    yield mlp_case(f"{entry.file} mlp ({phase})", dtype, got, out.numpy(), margin, quant)
-    feeds[names.layer_output(layer)] = out.numpy()
-    yield case("hidden", feeds, names.HIDDEN, final)
-    feeds |= {names.HIDDEN: final.numpy(), names.LOGITS_POSITIONS: positions.numpy()}
-    yield case("head", feeds, names.LOGITS, logits)
-    return tuple(updated)
-
-
-def _feeds(bundle: Bundle, tokens: Tensor, past: Tensor, caches) -> dict[str, np.ndarray]:
     feeds = {names.INPUT_IDS: tokens.numpy(), names.PAST_LENS: past.numpy()}
-    for tensor, cache in zip(bundle.manifest.cache.tensors, caches, strict=True):
-        feeds[names.cache_input(tensor.name, 0)] = to_numpy(cache)
-    return feeds
+    yield embed_block(manifest, prefix, phase, feeds, (x, cos, sin))
+    feeds |= {names.EMBED_X: x.numpy(), names.EMBED_COS: cos.numpy(), names.EMBED_SIN: sin.numpy()}
+    yield simple("eh_proj", {names.PREV_HIDDEN: prev}, names.COMBINED, combined)
+    feeds[names.COMBINED] = combined.numpy()
+    yield attention_block(manifest, prefix, phase, feeds, (layer, 0), residual, caches, updated)
+    margin = router_margin(draft.mtp, residual, draft.config).numpy()
+    yield mlp_block(manifest, prefix, phase, feeds, layer, residual, out, margin)
+    yield simple("hidden", {names.layer_output(layer): out}, names.HIDDEN, hidden)
+    head = {names.HIDDEN: hidden, names.LOGITS_POSITIONS: positions}
+    yield simple("head", head, names.LOGITS, logits)
+    return tuple(updated)

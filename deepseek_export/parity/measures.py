@@ -23,6 +23,7 @@ class Measure:
         norm_ratio: ``|got| / |want|``。
         scale: ``want`` 的均方根，最大绝对差以它为尺。
         count: 元素个数。
+        got, want: 最大绝对差那一处的两个值；没有元素时都是 0。
     """
 
     max_abs: float
@@ -31,6 +32,8 @@ class Measure:
     norm_ratio: float
     scale: float
     count: int
+    got: float
+    want: float
 
     @property
     def relative(self) -> float:
@@ -48,19 +51,22 @@ def measure(got: np.ndarray, want: np.ndarray) -> Measure:
         raise ValueError(f"形状不同：{got.shape} 与 {want.shape}")
     x, y = got.astype(np.float64), want.astype(np.float64)
     if x.size == 0:
-        return Measure(0.0, (), 0.0, 1.0, 0.0, 0)
+        return Measure(0.0, (), 0.0, 1.0, 0.0, 0, 0.0, 0.0)
     gap = np.abs(x - y)
     gap[~np.isfinite(gap)] = np.inf
     gap[(x == y) | (np.isnan(x) & np.isnan(y))] = 0.0  # 同为 inf 或同为 NaN 不算差
     where = tuple(int(i) for i in np.unravel_index(int(gap.argmax()), gap.shape))
+    values = float(x[where]), float(y[where])
     if not np.isfinite(gap).all():
-        return Measure(float("inf"), where, float("inf"), float("inf"), _rms(y), x.size)
+        return Measure(float("inf"), where, float("inf"), float("inf"), rms(y), x.size, *values)
     xx, yy, xy = float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
     calc_diff = 0.0 if xx + yy == 0 else max(0.0, 1 - 2 * xy / (xx + yy))
     ratio = 1.0 if xx == yy else float(np.sqrt(xx / yy)) if yy else float("inf")
-    return Measure(float(gap[where]), where, calc_diff, ratio, _rms(y), x.size)
+    return Measure(float(gap[where]), where, calc_diff, ratio, rms(y), x.size, *values)
 
 
-def _rms(y: np.ndarray) -> float:
+def rms(array: np.ndarray) -> float:
+    """有限元素的均方根，用 float64 计算。"""
+    y = array.astype(np.float64)
     finite = y[np.isfinite(y)]
     return float(np.sqrt((finite * finite).mean())) if finite.size else 0.0

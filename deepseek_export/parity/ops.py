@@ -22,8 +22,9 @@ from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
+from deepseek_export.parity.arrays import to_torch
 from deepseek_export.parity.report import Case, compare
-from deepseek_export.parity.subgraph import ModelGraph
+from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
 
 #: (B, S, T, past_lens)：空缓存、解码、MTP 校验式的小 S、长 prefill（auto 走 naive）、长度不等、容量恰好用满。
 _MLA_SHAPES = (
@@ -90,14 +91,14 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
         arrays["kv_cache"] = rng.standard_normal((B, 1, T, width)).astype(cache_dtype)
         arrays["past_lens"] = np.array(past, np.int64)
         (got,) = call({ports[name]: array for name, array in arrays.items()}, outputs)
-        tensors = {name: _torch(array) for name, array in arrays.items()}
+        tensors = {name: to_torch(array) for name, array in arrays.items()}
         form = manifest.profile.mla.form
         want, _ = mla_attention(**tensors, w_kv_b=w_kv_b, scale=c.softmax_scale, form=form)
         yield compare(
             "op",
             f"layers.{site.layer} MlaAttention B={B} S={S} T={T}",
             "op",
-            manifest.dtype,
+            attention_dtype(manifest),
             got,
             want.numpy(),
             manifest.quant,
@@ -128,9 +129,3 @@ def _moe_cases(bundle, graph, gate: OpSite, site: OpSite, weight, rng) -> Iterat
             want.numpy(),
             manifest.quant,
         )
-
-
-def _torch(array: np.ndarray) -> torch.Tensor:
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)

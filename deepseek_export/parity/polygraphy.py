@@ -3,34 +3,116 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
+from onnx import TensorProto
 from polygraphy.comparator import RunResults
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.disk import check_free_space, disk_errors
 from deepseek_export.capture import names
+from deepseek_export.parity.blocks import Output
+from deepseek_export.parity.measures import rms
+from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.reference import ReferenceModel
 
 FOLDER = "reports/polygraphy"
+GRAPH, WEIGHTS, INPUTS, OUTPUTS = "graph.onnx", "weights.bin", "inputs.json", "outputs.json"
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """一次前向：输入名 → 数组，输出名 → PyTorch 的结果。"""
+
+    feeds: Mapping[str, np.ndarray]
+    want: Mapping[str, np.ndarray]
+
+
+def save_comparison(
+    folder: Path, model: onnx.ModelProto, graph: ModelGraph, iterations: Sequence[Iteration]
+) -> None:
+    """一个自足的目录：截好的图、它用到的权重、输入与参照。
+
+    Args:
+        folder: 新建的目录。
+        model: :meth:`~deepseek_export.parity.subgraph.ModelGraph.cut` 的结果。
+        graph: ``model`` 从它截得，权重的内容从它取。
+        iterations: 每次前向。
+    """
+    with disk_errors(folder):
+        folder.mkdir()
+        _pack_weights(model, graph, folder)
+        onnx.save(model, folder / GRAPH)
+        save_iterations(folder, iterations)
+
+
+def _pack_weights(model: onnx.ModelProto, graph: ModelGraph, folder: Path) -> None:
+    """把 ``model`` 用到的外部权重逐个写进 ``folder``，并改指过去。
+
+    链接都不行：ONNX Runtime 不认符号链接与目录之外的路径；多一个硬链接，onnx 就不肯再读 bundle 自己的那个文件。
+    """
+    external = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    lengths = [int(entry.value) for t in external for entry in t.external_data if entry.key == "length"]
+    check_free_space(folder, sum(lengths))
+    with (folder / WEIGHTS).open("wb") as packed:
+        for tensor in external:
+            offset = packed.tell()
+            graph.array(tensor.name).tofile(packed)
+            packed.flush()
+            length = packed.tell() - offset
+            del tensor.external_data[:]
+            for key, text in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
+                tensor.external_data.add(key=key, value=text)
+
+
+def save_iterations(folder: Path, iterations: Sequence[Iteration]) -> None:
+    """写 ``inputs.json`` 与 ``outputs.json``。"""
+    results = RunResults()
+    results.add([dict(iteration.want) for iteration in iterations], runner_name="pytorch")
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        save_json([dict(iteration.feeds) for iteration in iterations], str(folder / INPUTS))
+        results.save(str(folder / OUTPUTS))
+
+
+def polygraphy_command(model: Path, folder: Path, default: float, outputs: Iterable[Output] = ()) -> str:
+    """复现命令，可直接粘贴。
+
+    Args:
+        model: ONNX 文件。
+        folder: :func:`save_iterations` 写的目录。
+        default: 最大绝对差的上限。
+        outputs: 各自有上限的输出；与 ``default`` 不同的才写进命令，同一个值在几次前向里上限不同时取大的。
+    """
+    limits: dict[str, float] = {}
+    for output in outputs:
+        limit = output.tolerance.limit(rms(output.want))
+        limits[output.value] = max(limit, limits.get(output.value, 0.0))
+    tolerances = [f"{default:g}"]
+    tolerances += [f"{name}:{limit:.4g}" for name, limit in limits.items() if limit != default]
+    words = ["polygraphy", "run", str(model), "--onnxrt"]
+    words += ["--load-inputs", str(folder / INPUTS), "--load-outputs", str(folder / OUTPUTS)]
+    return shlex.join([*words, "--atol", *tolerances, "--rtol", "0"])
 
 
 @torch.no_grad()
-def save_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequence[int]]) -> str | None:
-    """写 ``inputs.json`` 与 ``outputs.json``。
+def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequence[int]]) -> str | None:
+    """整个主模型的一次 prefill：存进 bundle 的 ``reports/polygraphy/``。
 
     Args:
-        bundle: 写进它的 ``reports/polygraphy/``。
+        bundle: 被验证的 bundle。
         model: 参考模型，给出参照的 logits 与 hidden。
-        rows: 等长的 token 序列，做一次 prefill。
+        rows: 等长的 token 序列。
 
     Returns:
-        可直接粘贴的命令；缓存是 bfloat16（Polygraphy 存不了）或权重按引用（Polygraphy 不会按配方生成）时为 ``None``。
+        复现命令；缓存是 bfloat16（Polygraphy 存不了）或权重按引用（Polygraphy 不会按配方生成）时为 ``None``。
     """
     if bundle.manifest.cache.dtype == "bfloat16" or bundle.manifest.weights.mode == "reference":
         return None
@@ -50,19 +132,7 @@ def save_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[Sequen
         for tensor, cache in zip(bundle.manifest.cache.tensors, layer, strict=True):
             feeds[names.cache_input(tensor.name, i)] = cache.numpy()
     logits, hidden, _ = model(ids, past, positions, caches)
-    results = RunResults()
-    results.add([{names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}], runner_name="pytorch")
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        save_json([feeds], str(folder / "inputs.json"))
-        results.save(str(folder / "outputs.json"))
+    want = {names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}
+    save_iterations(folder, [Iteration(feeds, want)])
     limit = TOLERANCES["logits", bundle.manifest.dtype].max_abs
-    return polygraphy_command(bundle.path, limit)
-
-
-def polygraphy_command(bundle: Path, limit: float) -> str:
-    """复现命令；容差取自容差表。"""
-    model, folder = shlex.quote(str(bundle / "model.onnx")), shlex.quote(str(bundle / FOLDER))
-    return (
-        f"polygraphy run {model} --onnxrt --load-inputs {folder}/inputs.json "
-        f"--load-outputs {folder}/outputs.json --atol {limit:g} --rtol 0"
-    )
+    return polygraphy_command(bundle.model_path, folder, limit)

@@ -114,7 +114,10 @@ def compare(
     want: Any,
     quant: QuantKind | None = None,
 ) -> Case:
-    """量一次、对照容差表，得到一条 :class:`Case`。"""
+    """量一次、对照容差表，得到一条 :class:`Case`；形状不同就是不通过，没有可量的。"""
+    if got.shape != want.shape:
+        note = f"形状是 {list(got.shape)}，应为 {list(want.shape)}"
+        return Case(level=level, name=name, passed=False, note=note)
     m, limit = measure(got, want), tolerance(quantity, dtype, quant)
     note = "" if limit.accepts(m) else f"最大差在 {list(m.coordinate)}"
     return Case(level=level, name=name, passed=limit.accepts(m), measure=m, tolerance=limit, note=note)

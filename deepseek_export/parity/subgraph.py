@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
 
-from deepseek_export.bundle import Bundle, BundleWeights
-from deepseek_export.runtime.cache import ort_value
-from deepseek_export.runtime.graph import give_initializers
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest
+from deepseek_export.bundle.graph import external_location
+from deepseek_export.cpu_library import library_for
+from deepseek_export.parity.arrays import widened
+from deepseek_export.parity.tolerances import Dtype
+from deepseek_export.runtime.graph import give_initializers, use_library
 
 #: 从内存里的模型建 session 时，外部权重相对哪个目录。
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+#: 断开之后，由外面喂的那一份值的名字前缀。
+_FED = "pytorch/"
+
+
+def attention_dtype(manifest: Manifest) -> Dtype:
+    """注意力的结果按哪个 dtype 的容差比：一般是模型的 dtype；算子库把乘数舍入到 bfloat16 时是 bfloat16。"""
+    library = library_for(manifest.target)
+    rounded = library is not None and library.rounds_to_bfloat16(manifest.cache.dtype)
+    # 量化的容差已经比 bfloat16 宽。
+    return "bfloat16" if rounded and manifest.quant is None else manifest.dtype
 
 
 class ModelGraph:
@@ -26,7 +41,8 @@ class ModelGraph:
     """
 
     def __init__(self, bundle: Bundle, file: str | None = None) -> None:
-        self.folder = bundle.path
+        self.folder: Path = bundle.path
+        self._library = library_for(bundle.manifest.target)
         self._weights = BundleWeights(bundle)
         path = bundle.model_path if file is None else bundle.path / file
         self.model = onnx.shape_inference.infer_shapes(
@@ -34,57 +50,83 @@ class ModelGraph:
         )
 
     @cached_property
-    def _producers(self) -> dict[str, onnx.NodeProto]:
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        """值名 → 产生它的节点。"""
         return {name: node for node in self.model.graph.node for name in node.output if name}
 
     @cached_property
-    def _values(self) -> dict[str, onnx.ValueInfoProto]:
+    def values(self) -> dict[str, onnx.ValueInfoProto]:
+        """值名 → 类型与形状。"""
         graph = self.model.graph
         return {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}
 
     @cached_property
-    def _initializers(self) -> dict[str, onnx.TensorProto]:
+    def initializers(self) -> dict[str, onnx.TensorProto]:
+        """权重与常量；数据在外部文件里的不读。"""
         return {tensor.name: tensor for tensor in self.model.graph.initializer}
 
-    def has_value(self, name: str) -> bool:
-        """图里还有这个值吗（下沉可能把它融掉）。"""
-        return name in self._producers or name in self._values
+    def array(self, name: str) -> np.ndarray:
+        """一个权重或常量的内容；按引用的 bundle 里没有现成字节的，按配方生成。"""
+        tensor = self.initializers[name]
+        location = external_location(tensor)
+        if location is None:
+            return numpy_helper.to_array(tensor)
+        made = self._weights.arrays(onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])))
+        if name in made:
+            return made[name]
+        # 不用 onnx 自己的读法：它拒绝有多个硬链接的文件，而按引用的权重正是硬链接
+        offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+        dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.fromfile(self.folder / location, dtype, count, offset=offset).reshape(shape)
 
-    def cut(self, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-        """截取从 ``inputs`` 到 ``outputs`` 的子图。
-
-        Args:
-            inputs: 允许作为子图输入的值；用不到的不会出现在结果里。
-            outputs: 子图的输出。
+    def upstream(self, outputs: Sequence[str], stop: Collection[str]) -> list[onnx.NodeProto]:
+        """从 ``stop`` 算到 ``outputs`` 要经过的节点，按图里的次序；``outputs`` 自己总要算，即使它也在 ``stop`` 里。
 
         Raises:
-            KeyError: 从 ``inputs`` 出发算不出 ``outputs``（dsx 的缺陷）。
+            KeyError: 从 ``stop`` 出发算不出 ``outputs``（dsx 的缺陷）。
         """
-        allowed, needed, nodes, used = set(inputs), list(outputs), {}, set()
-        seen: set[str] = set()
-        while needed:
-            name = needed.pop()
-            if name in seen or not name:
+        known = {*stop, *self.initializers}
+        found: dict[int, onnx.NodeProto] = {}
+        pending = [self.producers[name] for name in outputs]
+        while pending:
+            node = pending.pop()
+            if id(node) in found:
                 continue
-            seen.add(name)
-            if name in allowed or name in self._initializers:
-                used.add(name)
-                continue
-            node = self._producers[name]
-            nodes[id(node)] = node
-            needed.extend(node.input)
-        graph = onnx.helper.make_graph(
-            [node for node in self.model.graph.node if id(node) in nodes],
-            "cut",
-            [self._values[name] for name in inputs if name in used],
-            [self._values[name] for name in outputs],
-            initializer=[tensor for name, tensor in self._initializers.items() if name in used],
+            found[id(node)] = node
+            pending += [self.producers[name] for name in node.input if name and name not in known]
+        return [node for node in self.model.graph.node if id(node) in found]
+
+    def cut(self, inputs: Collection[str], outputs: Sequence[str]) -> onnx.ModelProto:
+        """截取从 ``inputs`` 到 ``outputs`` 的子图，在 ``inputs`` 处断开。
+
+        一个值可以既是断点又是输出：下游用外面喂的 ``pytorch/<名字>``，输出仍由它自己的节点算出。于是一次就能把相邻的许多块
+        各自单独跑完（teacher forcing），上游的错误不会传到下游。bfloat16 的输入输出在边上转成 float32（无损），因为 numpy 没有
+        bfloat16。
+
+        Args:
+            inputs: 断开的值；用不到的不会出现在结果里。
+            outputs: 子图的输出。
+        """
+        model = helper.make_model(
+            onnx.GraphProto(name="cut"),
+            opset_imports=self.model.opset_import,
+            ir_version=self.model.ir_version,
         )
-        cut = onnx.helper.make_model(
-            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
+        model.functions.extend(self.model.functions)
+        graph = model.graph
+        graph.node.extend(self.upstream(outputs, inputs))
+        used = {name for node in graph.node for name in node.input}
+        graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
+        fed = {name: _FED + name for name in inputs if name in used and name in outputs}
+        graph.input.extend(
+            _renamed(self.values[name], fed.get(name, name)) for name in inputs if name in used
         )
-        cut.functions.extend(self.model.functions)
-        return cut
+        graph.output.extend(self.values[name] for name in outputs)
+        for node in graph.node:
+            node.input[:] = [fed.get(name, name) for name in node.input]
+        _widen_bfloat16(graph)
+        return model
 
     def run(
         self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], model: onnx.ModelProto | None = None
@@ -98,27 +140,54 @@ class ModelGraph:
         """
         return self.session(model or self.cut(list(feeds), outputs))(feeds, outputs)
 
-    def session(self, model: onnx.ModelProto):
-        """子图 → 可反复调用的函数 ``(feeds, outputs) -> list[np.ndarray]``；不能要 bfloat16 的输出。"""
+    def session(
+        self, model: onnx.ModelProto
+    ) -> Callable[[Mapping[str, np.ndarray], Sequence[str]], list[np.ndarray]]:
+        """截好的子图 → 可反复调用的函数 ``(feeds, outputs) -> list[np.ndarray]``。"""
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.folder.resolve()))
         initializers = self._weights.arrays(model)
         give_initializers(options, initializers)
+        use_library(options, self._library)
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         run_options = ort.RunOptions()
         run_options.log_severity_level = 4
-        names = {value.name for value in session.get_inputs()}
 
         def call(feeds: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-            # OrtValue 只借用 numpy 的内存：used 要活到运行结束。
-            used = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name in names}
-            binding = session.io_binding()
-            for name, array in used.items():
-                binding.bind_ortvalue_input(name, ort_value(array))
-            for name in outputs:
-                binding.bind_output(name)
-            session.run_with_iobinding(binding, run_options)
-            return [value.numpy() for value in binding.get_outputs()]
+            return session.run(list(outputs), feeds_for(model, feeds), run_options)
 
         return call
+
+
+def feeds_for(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``cut`` 出来的模型的输入：按它的输入名挑出来，bfloat16 转成 float32。"""
+    arrays = {}
+    for value in model.graph.input:
+        arrays[value.name] = widened(feeds[value.name.removeprefix(_FED)])
+    return arrays
+
+
+def _renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    return copy
+
+
+def _widen_bfloat16(graph: onnx.GraphProto) -> None:
+    """输入输出里的 bfloat16 换成 float32，名字不变；图里面仍是 bfloat16。"""
+    narrow = TensorProto.BFLOAT16
+    inputs = {v.name: f"{v.name}/bfloat16" for v in graph.input if v.type.tensor_type.elem_type == narrow}
+    outputs = {v.name: f"{v.name}/bfloat16" for v in graph.output if v.type.tensor_type.elem_type == narrow}
+    for node in graph.node:
+        node.input[:] = [inputs.get(name) or outputs.get(name, name) for name in node.input]
+        node.output[:] = [outputs.get(name, name) for name in node.output]
+    for value in (*graph.input, *graph.output):
+        if value.name in inputs or value.name in outputs:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    before = [helper.make_node("Cast", [wide], [name], to=narrow) for wide, name in inputs.items()]
+    after = [helper.make_node("Cast", [name], [wide], to=TensorProto.FLOAT) for wide, name in outputs.items()]
+    nodes = [*before, *graph.node, *after]
+    del graph.node[:]
+    graph.node.extend(nodes)

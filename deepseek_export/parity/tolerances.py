@@ -13,7 +13,7 @@ from typing import Literal
 from deepseek_export.checkpoint.weight_only import QuantKind
 from deepseek_export.parity.measures import Measure
 
-Quantity = Literal["op", "block", "logits", "logits_after_near_tie", "loss", "loss_all"]
+Quantity = Literal["op", "block", "narrow_cache", "logits", "logits_after_near_tie", "loss", "loss_all"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -33,10 +33,14 @@ class Tolerance:
     norm: float
     reason: str
 
+    def limit(self, scale: float) -> float:
+        """最大绝对差的上限；``scale`` 是参照值的均方根。"""
+        return self.max_abs * max(1.0, scale)
+
     def accepts(self, m: Measure) -> bool:
         """三个量都在限内。"""
         return (
-            m.max_abs <= self.max_abs * max(1.0, m.scale)
+            m.max_abs <= self.limit(m.scale)
             and m.calc_diff <= self.calc_diff
             and abs(m.norm_ratio - 1) <= self.norm
         )
@@ -56,6 +60,24 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
         ("block", "float32"): Tolerance(2e-5, 1e-10, 1e-5, "一个注意力或前馈块：三到五次矩阵乘，约 2e-6"),
         ("block", "float16"): Tolerance(
             2e-2, 2e-5, 4e-3, "一个块内的 float16 舍入累计；残差流的均方根约为 1"
+        ),
+        ("block", "bfloat16"): Tolerance(
+            1.6e-1,
+            2e-4,
+            3.2e-2,
+            "缓存是 bfloat16 且算子库直接乘 bfloat16 的注意力块：相对 float16 同 op 一行那样放宽",
+        ),
+        ("narrow_cache", "float16"): Tolerance(
+            5e-3,
+            1e-6,
+            1e-4,
+            "float32 模型的 float16 缓存：几乎相等的数舍入到相邻两值，差 2^-10 乘以均方根的几倍",
+        ),
+        ("narrow_cache", "bfloat16"): Tolerance(
+            4e-2,
+            2e-5,
+            4e-3,
+            "bfloat16 缓存：同上，相邻两值差 2^-7 乘以均方根的几倍；也容得下 float16 模型的舍入",
         ),
         ("logits", "float32"): Tolerance(1e-4, 1e-9, 1e-4, "整个模型逐层累计；发布承诺 1e-4，实测约 5e-6"),
         ("logits", "float16"): Tolerance(

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
-import torch
 
 from deepseek_export.bundle import Bundle, BundleWeights
-from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.bundle.disk import write_json
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.blocks import block_cases
-from deepseek_export.parity.draft import draft_cases
+from deepseek_export.parity.blocks import block_cases, main_block_count, main_blocks
+from deepseek_export.parity.draft import draft_cases, draft_runs
 from deepseek_export.parity.loss import loss_cases, read_passage
 from deepseek_export.parity.model import model_cases
 from deepseek_export.parity.ops import op_cases
 from deepseek_export.parity.oracle import ReferenceOracle, make_oracle
-from deepseek_export.parity.polygraphy import save_comparison
+from deepseek_export.parity.polygraphy import save_model_comparison
 from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
+from deepseek_export.parity.source import block_rows, environment, open_source
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
@@ -38,7 +34,6 @@ DEFAULT_PROMPTS = (
 )
 _RANDOM_LENGTHS = (29, 16, 5)
 _MAX_PROMPT = 96
-_BLOCK_ROWS, _BLOCK_TOKENS = 2, 25
 DEFAULT_STEPS = 64
 
 
@@ -80,7 +75,7 @@ def verify_bundle(
         require_gpu()  # 前面的层级要好几分钟，不该跑完才说没有 GPU
     manifest = bundle.manifest
     bundle.check_hashes(progress)
-    checkpoint = _open_source(bundle, against)
+    checkpoint = open_source(bundle, against)
     levels = [level for level in LEVELS if level in levels]
     tokenizer = BundleTokenizer.load(bundle.path)
     rows = _rows(bundle, tokenizer, prompts, steps, seed)
@@ -99,20 +94,19 @@ def verify_bundle(
             cases += op_cases(bundle, checkpoint, entry, opened, seed, lambda name: progress.advance(0, name))
         if not cases:
             notes.append("op 层没有可比的：这个方案没有 dsx:: 算子")
-    rng = np.random.default_rng(seed)
-    block_rows = rng.integers(0, manifest.model.vocab_size, (_BLOCK_ROWS, _BLOCK_TOKENS)).tolist()
+    tokens = block_rows(manifest, seed)
     if "block" in levels:
-        progress.start("校验 block", manifest.model.num_hidden_layers + 2)
-        cases += block_cases(bundle, model, graph, block_rows, lambda name: progress.advance(1, name))
+        progress.start("校验 block", main_block_count(manifest))
+        blocks = main_blocks(manifest, model, tokens)
+        cases += block_cases(graph, blocks, lambda name: progress.advance(1, name))
     if manifest.drafts and ("block" in levels or "model" in levels):
         progress.start("校验 MTP 草稿模型", len(manifest.drafts))
         drafts = [
             load_draft(checkpoint, i, model, manifest.dtype, manifest.formats)
             for i in range(len(manifest.drafts))
         ]
-        cases += draft_cases(
-            bundle, model, drafts, block_rows, levels, lambda name: progress.advance(1, name)
-        )
+        runs = draft_runs(manifest, model, drafts, tokens)
+        cases += draft_cases(bundle, runs, levels, lambda name: progress.advance(1, name))
     oracle_name, loss = "dsx reference", None
     if "model" in levels or "tokens" in levels:
         progress.start("加载基准与 bundle")
@@ -158,36 +152,17 @@ def verify_bundle(
         target=manifest.target,
         dtype=manifest.dtype,
         oracle=oracle_name,
-        environment=_environment(),
+        environment=environment(),
         levels=list(levels),
         cases=cases,
         notes=notes,
         loss=loss,
-        polygraphy=None if manifest.quantization else save_comparison(bundle, model, block_rows),
+        polygraphy=None if manifest.quantization else save_model_comparison(bundle, model, tokens),
     )
     path = bundle.path / "reports/parity.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report.to_json())
     return report
-
-
-def _open_source(bundle: Bundle, against: Path | str | None) -> Checkpoint:
-    source = bundle.manifest.source
-    path = Path(against) if against is not None else Path(source.path)
-    if not path.is_dir():
-        raise DsxError(
-            "DSX-E601",
-            f"检查点 {path} 不存在（manifest 记的出处是 {source.path}）",
-            "用 --against 指定检查点目录",
-        )
-    checkpoint = Checkpoint.open(path)
-    if checkpoint.config != bundle.manifest.model or checkpoint.store.fingerprint() != source.fingerprint:
-        raise DsxError(
-            "DSX-E602",
-            f"{path} 与导出时的检查点不是同一个（config 或张量头部不同）",
-            "给对检查点，或重新导出",
-        )
-    return checkpoint
 
 
 def _rows(bundle, tokenizer, prompts, steps: int, seed: int) -> list[list[int]]:
@@ -212,13 +187,3 @@ def _rows(bundle, tokenizer, prompts, steps: int, seed: int) -> list[list[int]]:
     if not all(rows):
         raise DsxError("DSX-E604", "有一条 prompt 编码后是空的", "换一条不为空的 --prompt")
     return rows
-
-
-def _environment() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }

@@ -16,6 +16,7 @@ from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.spec_accept import spec_accept, spec_accept_rejection
 from deepseek_export.reference import Forms, load_draft, load_reference
+from tests.bundles import edit_weight, run_polygraphy, tampered
 
 pytestmark = pytest.mark.contract
 
@@ -125,6 +126,24 @@ def test_embedding_and_head_are_shared(checkpoint: Checkpoint):
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Checkpoint, tmp_path_factory):
     return deepseek_export.export(checkpoint.path, tmp_path_factory.mktemp("full") / "out", "full")
+
+
+def test_compare_covers_the_draft(bundle, tmp_path: Path):
+    """PARITY-8、PARITY-11：草稿模型的每个块也比；它的权重改坏了，定位到它的节点；命令原样执行。"""
+    good = deepseek_export.compare(bundle.path, blocks=["mtp.onnx"], folder=tmp_path / "good")
+    assert good.passed, good.first_failure
+    parts = ("embed", "eh_proj", "self_attn", "mlp", "hidden", "head")
+    assert list(dict.fromkeys(row.block for row in good.cases)) == [f"mtp.onnx {part}" for part in parts]
+    process = run_polygraphy(good.commands["mtp.onnx"])
+    assert process.returncode == 0, process.stdout
+
+    name = "model.layers.2.eh_proj.weight"
+    bad = tampered(bundle, tmp_path, edit_weight(bundle, name, lambda w: w * 1.01, "mtp.onnx"))
+    report = deepseek_export.compare(bad.path, blocks=["2"], bisect=True)
+    assert {row.block for row in report.cases if not row.case.passed} == {"mtp.onnx eh_proj"}
+    assert report.culprit is not None
+    assert (report.culprit.value, report.culprit.nodes[-1].op) == ("mtp/combined", "MatMul")
+    assert report.culprit.causes[0].startswith(f"权重 {name} 与检查点不同")
 
 
 def test_bundle_has_a_draft_graph_sharing_the_weights(bundle):

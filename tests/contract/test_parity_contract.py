@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,52 +11,23 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from polygraphy.comparator import RunResults
+from polygraphy.json import load_json
+from polygraphy.logger import G_LOGGER
 
 import deepseek_export
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS
+from deepseek_export.parity.backends import run_onnxruntime
+from deepseek_export.parity.bisect import bisect_block
+from deepseek_export.parity.blocks import main_blocks
+from deepseek_export.parity.source import block_rows
+from deepseek_export.reference import Forms, load_reference
+from tests.bundles import edit_model, edit_weight, find_node, run_polygraphy, set_float, tampered
 from tests.models import VARIANTS, build_model, save_checkpoint
 
 pytestmark = pytest.mark.contract
-
-
-def tampered(bundle: Bundle, tmp_path: Path, change) -> Bundle:
-    """拷贝一份 bundle，改模型或权重，再把 manifest 的哈希补对（模拟编译器的缺陷，而不是文件损坏）。"""
-    target = tmp_path / "bad"
-    shutil.copytree(bundle.path, target)
-    change(target)
-    manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
-    for name in manifest["files"]:
-        path = target / name
-        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    (target / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
-    return Bundle.open(target)
-
-
-def edit_model(change):
-    def apply(folder: Path) -> None:
-        model = onnx.load(folder / "model.onnx", load_external_data=False)
-        change(model)
-        onnx.save(model, folder / "model.onnx")
-
-    return apply
-
-
-def edit_weight(bundle: Bundle, name: str, change):
-    def apply(folder: Path) -> None:
-        model = onnx.load(bundle.model_path, load_external_data=False)
-        tensor = next(t for t in model.graph.initializer if t.name == name)
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        with (folder / where["location"]).open("r+b") as file:
-            file.seek(int(where["offset"]))
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            array = np.frombuffer(file.read(int(where["length"])), dtype).reshape(tuple(tensor.dims)).copy()
-            file.seek(int(where["offset"]))
-            file.write(np.ascontiguousarray(change(array)).tobytes())
-
-    return apply
 
 
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
@@ -93,11 +62,12 @@ def test_both_forms_and_dtypes_pass(exported, form: str, dtype: str):
 
 @pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
 def test_narrow_cache_is_measured(exported, cache_dtype: str):
-    """PARITY-2：窄缓存能导出、能运行；op 与 block 层按同样的窄缓存比，仍在 float32 容差之内。"""
+    """PARITY-2：窄缓存能导出、能运行；op 层喂同样的窄缓存，仍在 float32 容差之内；block 层按窄缓存的容差（末位可能舍入到邻值）。"""
     bundle = exported("v3-yarn", "mla", overrides=(f"mla.cache_dtype={cache_dtype}",))
     assert bundle.manifest.cache.bytes_per_token == 56 * 3 * 2
-    report = deepseek_export.verify(bundle.path, levels=["op"])
+    report = deepseek_export.verify(bundle.path, levels=["op", "block"])
     assert report.passed, report.first_failure
+    assert any("kv_cache_out" in case.name for case in report.cases)
     model = deepseek_export.load(bundle.path)
     assert len(model.generate([[1, 2, 3], [4]], 5).token_ids[0]) == 5
 
@@ -116,13 +86,8 @@ class TestDefectsAreCaught:
     def test_missing_mscale_square(self, v3_bundle: Bundle, tmp_path: Path):
         """softmax scale 漏乘 YaRN 的 mscale 平方（只在第 1 层）。"""
 
-        def change(model):
-            node = next(
-                n for n in model.graph.node if n.op_type == "MlaAttention" and n.name.startswith("layers.1")
-            )
-            next(a for a in node.attribute if a.name == "scale").f = 40**-0.5
-
-        self.check(tampered(v3_bundle, tmp_path, edit_model(change)), "block", "layers.1.self_attn")
+        change = edit_model(lambda m: set_float(find_node(m, "MlaAttention", "layers.1"), "scale", 40**-0.5))
+        self.check(tampered(v3_bundle, tmp_path, change), "block", "layers.1.self_attn")
 
     def test_swapped_experts(self, v3_bundle: Bundle, tmp_path: Path):
         """最后一层的两个专家互换。"""
@@ -140,11 +105,9 @@ class TestDefectsAreCaught:
     def test_wrong_norm_epsilon(self, v3_bundle: Bundle, tmp_path: Path):
         """kv_a_layernorm 用了大得多的 eps。"""
 
-        def change(model):
-            node = next(n for n in model.graph.node if "layers.0.self_attn.kv_a_layernorm" in n.name)
-            next(a for a in node.attribute if a.name == "epsilon").f = 1e-2
-
-        self.check(tampered(v3_bundle, tmp_path, edit_model(change)), "block", "layers.0.self_attn")
+        scope = "layers.0.self_attn.kv_a_layernorm"
+        change = edit_model(lambda m: set_float(find_node(m, "RMSNormalization", scope), "epsilon", 1e-2))
+        self.check(tampered(v3_bundle, tmp_path, change), "block", "layers.0.self_attn")
 
     def test_wrong_frequencies(self, v3_bundle: Bundle, tmp_path: Path):
         """RoPE 频率错了。"""
@@ -167,18 +130,201 @@ def test_polygraphy_repeats_the_comparison(v3_bundle: Bundle, tmp_path: Path):
     shutil.copytree(v3_bundle.path, folder)
     report = deepseek_export.verify(folder, levels=["block"])
     assert report.polygraphy is not None
-    assert run_polygraphy(report.polygraphy) == 0
+    assert run_polygraphy(report.polygraphy).returncode == 0
     edit_weight(v3_bundle, "lm_head.weight", lambda w: w * 1.01)(folder)
-    assert run_polygraphy(report.polygraphy) == 1
+    assert run_polygraphy(report.polygraphy).returncode == 1
 
 
-def run_polygraphy(command: str) -> int:
-    program, *arguments = shlex.split(command)
-    assert program == "polygraphy"
-    script = "import sys; from polygraphy.tools import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, check=False
-    ).returncode
+class TestCompare:
+    """PARITY-8 到 PARITY-11：``dsx compare``。"""
+
+    @pytest.fixture(scope="class")
+    def good(self, v3_bundle: Bundle, tmp_path_factory):
+        """好 bundle 的比较，存在自己的目录里。"""
+        folder = tmp_path_factory.mktemp("compare") / "out"
+        return deepseek_export.compare(v3_bundle.path, folder=folder)
+
+    def test_every_block_agrees_and_the_command_repeats_it(self, good, v3_bundle: Bundle):
+        """PARITY-8：每个块、prefill 与解码都一致；存下的是 Polygraphy 的格式，打印的命令原样执行返回 0。"""
+        assert good.passed, good.first_failure
+        names = ["embed", *(f"layers.{i}.{part}" for i in range(3) for part in ("self_attn", "mlp")), "head"]
+        assert list(dict.fromkeys(row.block for row in good.cases)) == names
+        assert {row.phase for row in good.cases} == {"prefill", "decode"}
+        folder = Path(good.folder)
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            inputs = load_json(str(folder / "model/inputs.json"))
+            (runner,) = RunResults.load(str(folder / "model/outputs.json"))
+        assert runner[0] == "pytorch"
+        assert len(inputs) == len(runner[1]) == 2
+        assert inputs[1]["pytorch/layers.1/x"].shape == (2, 1, v3_bundle.manifest.model.hidden_size)
+        process = run_polygraphy(good.commands["model.onnx"])
+        assert process.returncode == 0, process.stdout
+        assert "layers.2/x" in process.stdout
+
+    def test_float16_too(self, exported, tmp_path: Path):
+        """PARITY-8：float16 同样；路由近平局的行换成不平局的，所以 Polygraphy 不会把它当错。"""
+        bundle = exported("v3-yarn", "mla+moe", dtype="float16", overrides=("mla.form=naive",))
+        report = deepseek_export.compare(bundle.path, folder=tmp_path / "out")
+        assert report.passed, report.first_failure
+        assert sum(row.case.near_ties for row in report.cases) > 0
+        process = run_polygraphy(report.commands["model.onnx"])
+        assert process.returncode == 0, process.stdout
+
+    def test_bfloat16_cache_is_saved_as_float32(self, exported, tmp_path: Path):
+        """PARITY-8：Polygraphy 存不了 bfloat16，边上无损地转成 float32；只比一层时只写一层。"""
+        bundle = exported("v3-yarn", "mla", overrides=("mla.cache_dtype=bfloat16",))
+        report = deepseek_export.compare(bundle.path, blocks=["1"], folder=tmp_path / "out")
+        assert report.passed, report.first_failure
+        assert {row.block for row in report.cases} == {"layers.1.self_attn", "layers.1.mlp"}
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):
+            inputs = load_json(str(tmp_path / "out/model/inputs.json"))
+        assert inputs[0]["kv_cache.1"].dtype == np.float32
+        assert not any("layers.2" in name for name in inputs[0])
+
+    def test_weights_by_reference(self, v3_checkpoint: Path, tmp_path: Path):
+        """PARITY-8：按引用的 bundle 也一样，存下的目录自带权重，不靠检查点。"""
+        bundle = deepseek_export.export(v3_checkpoint, tmp_path / "by", "mla+moe", weights="reference")
+        report = deepseek_export.compare(bundle.path, folder=tmp_path / "out")
+        assert report.passed, report.first_failure
+        shutil.rmtree(bundle.path)
+        process = run_polygraphy(report.commands["model.onnx"])
+        assert process.returncode == 0, process.stdout
+
+    def test_only_the_bad_block_fails(self, v3_bundle: Bundle, tmp_path: Path):
+        """PARITY-9：第 1 层的权重错了，只有那一块不过，后面的块不受牵连；报告给出坐标与那里的两个值，命令返回 1。"""
+        name = "model.layers.1.self_attn.o_proj.weight"
+        bad = tampered(v3_bundle, tmp_path, edit_weight(v3_bundle, name, lambda w: w * 1.01))
+        report = deepseek_export.compare(bad.path)
+        assert {row.block for row in report.cases if not row.case.passed} == {"layers.1.self_attn"}
+        failure = report.first_failure
+        assert failure is not None
+        m = failure.case.measure
+        assert m is not None
+        assert len(m.coordinate) == 3
+        assert abs(m.got - m.want) == pytest.approx(m.max_abs)
+        saved = json.loads((bad.path / "reports/compare/compare.json").read_text(encoding="utf-8"))
+        assert saved["passed"] is False
+        process = run_polygraphy(report.commands["model.onnx"])
+        assert process.returncode == 1
+        assert "FAILED" in process.stdout
+
+    def test_a_wrong_shape_is_a_failure(self, v3_bundle: Bundle, tmp_path: Path):
+        """PARITY-9：连形状都不对时报告两个形状。"""
+
+        def change(model):
+            node = next(n for n in model.graph.node if "logits" in n.output)
+            node.output[0] = "logits_3d"
+            model.graph.node.append(
+                onnx.helper.make_node("Flatten", ["logits_3d"], ["logits"], name="head/Flatten", axis=2)
+            )
+            shape = next(v for v in model.graph.output if v.name == "logits").type.tensor_type.shape
+            del shape.dim[0]
+            shape.dim[0].dim_param = "BL"
+
+        bad = tampered(v3_bundle, tmp_path, edit_model(change))
+        report = deepseek_export.compare(bad.path, blocks=["head"], folder=tmp_path / "out")
+        assert report.first_failure is not None
+        assert report.first_failure.case.note == "形状是 [48, 211]，应为 [2, 24, 211]"
+
+    def test_backends_are_refused_by_name(self, v3_bundle: Bundle, tmp_path: Path):
+        """PARITY-10：不存在的、不能逐块跑的后端，以及不存在的块，都在干活之前带码拒绝；不少比，也不碰别人的目录。"""
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        (mine / "thesis.tex").write_text("")
+        for options, code in (
+            ({"backends": ["ort", "onnxruntime"]}, "DSX-E613"),
+            ({"backends": ["ort", "trt"]}, "DSX-E614"),
+            ({"blocks": ["3"]}, "DSX-E615"),
+            ({"folder": mine}, "DSX-E401"),
+        ):
+            with pytest.raises(DsxError) as error:
+                deepseek_export.compare(v3_bundle.path, **{"folder": tmp_path / "out", **options})
+            assert error.value.code == code
+        assert (mine / "thesis.tex").is_file()
+        assert not (tmp_path / "out").exists()
+
+    def test_a_graph_the_backend_cannot_run(self, v3_bundle: Bundle, tmp_path: Path):
+        """PARITY-10：后端跑不动时附它的原话，不留半个目录。"""
+
+        def change(model):
+            find_node(model, "MatMul", "head").op_type = "NoSuchOp"
+
+        bad = tampered(v3_bundle, tmp_path, edit_model(change))
+        with pytest.raises(DsxError) as error:
+            deepseek_export.compare(bad.path, blocks=["head"], folder=tmp_path / "out")
+        assert error.value.code == "DSX-E616"
+        assert "NoSuchOp" in error.value.what
+        assert not (tmp_path / "out").exists()
+
+    def bisect(self, bundle: Bundle, tmp_path: Path, change):
+        bad = tampered(bundle, tmp_path, change)
+        report = deepseek_export.compare(bad.path, bisect=True, folder=tmp_path / "out")
+        assert report.culprit is not None
+        return report.culprit
+
+    def test_bisect_names_the_attribute(self, v3_bundle: Bundle, tmp_path: Path):
+        """PARITY-11：改坏一个属性，定位到那个节点，并说出属性原来是多少；逐节点的命令原样执行返回 1。"""
+        scope = "layers.0.self_attn.kv_a_layernorm"
+        change = edit_model(lambda m: set_float(find_node(m, "RMSNormalization", scope), "epsilon", 1e-2))
+        culprit = self.bisect(v3_bundle, tmp_path, change)
+        assert (culprit.graph, culprit.block) == ("model.onnx", "layers.0.self_attn")
+        assert [node.name for node in culprit.nodes] == [f"{scope}/RMSNormalization_14"]
+        assert culprit.causes == [f"{scope}/RMSNormalization_14 的属性 epsilon 是 0.01，捕获时是 1e-06"]
+        assert culprit.case is not None
+        assert not culprit.case.passed
+        process = run_polygraphy(culprit.command)
+        assert process.returncode == 1
+        assert "layers.0/rms_norm_2" in process.stdout
+
+    @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+    def test_bisect_names_the_weight(self, exported, target: str, tmp_path: Path):
+        """PARITY-11：改坏一个权重，定位到用它的节点（下沉之后是替换它的那几个），并说出哪个元素与检查点不同。"""
+        bundle = exported("v3-yarn", "mla+moe", target)
+        name = "model.layers.1.mlp.experts.*.down_proj.weight"
+        culprit = self.bisect(
+            bundle, tmp_path, edit_weight(bundle, name, lambda w: w[[1, 0, *range(2, len(w))]])
+        )
+        assert (culprit.block, culprit.value) == ("layers.1.mlp", "layers.1/moe_experts")
+        ops = {
+            "portable": ["dsx::MoeExperts"],
+            "ort-cpu": ["com.microsoft::MoEGroupRouter", "com.microsoft::MoE"],
+        }
+        assert [node.op for node in culprit.nodes][: len(ops[target])] == ops[target]
+        (cause,) = culprit.causes
+        assert cause.startswith(f"权重 {name} 与检查点不同：[")
+
+    def test_bisect_names_the_wiring_and_the_constant(self, v3_bundle: Bundle, tmp_path: Path):
+        """PARITY-11：接错输入、换了常量也说得出。"""
+
+        def rewire(model):
+            find_node(model, "Add", "layers.2/").input[0] = "embed/x"
+
+        (cause,) = self.bisect(v3_bundle, tmp_path / "a", edit_model(rewire)).causes
+        assert cause.endswith("的第 0 个输入接的是 embed/x，捕获时是 layers.1/x")
+
+        def rescale(model):
+            node = find_node(model, "Mul", "embed")
+            (name,) = set(node.input) & {tensor.name for tensor in model.graph.initializer}
+            tensor = next(t for t in model.graph.initializer if t.name == name)
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 1.01, name))
+
+        culprit = self.bisect(v3_bundle, tmp_path / "b", edit_model(rescale))
+        assert culprit.block == "embed"
+        (cause,) = culprit.causes
+        assert "与捕获时的常量不同" in cause
+
+    def test_bisect_accuses_no_healthy_node(self, v3_bundle: Bundle, saved, tmp_path: Path):
+        """PARITY-11：好的 bundle 里每个块、每个节点单独都对，如实说没有元凶（整块才错时就是这个结果）。"""
+        manifest, checkpoint = v3_bundle.manifest, saved("v3-yarn")[1]
+        model = load_reference(checkpoint, Forms.for_reference(manifest.profile))
+        blocks = list(main_blocks(manifest, model, block_rows(manifest, 0)))
+        for i, block in enumerate(blocks):
+            folder = tmp_path / str(i)
+            options = (v3_bundle, checkpoint, manifest.main, model, block, run_onnxruntime, folder, folder)
+            culprit = bisect_block(*options)
+            assert culprit.case is None, culprit
+            assert (culprit.value, culprit.nodes, culprit.causes) == ("", [], [])
+            assert culprit.checked >= 5
 
 
 def test_checkpoint_must_be_the_one_exported(saved, v3_bundle: Bundle, tmp_path: Path):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from deepseek_export import __version__
+from deepseek_export.bundle import Bundle
 from deepseek_export.cli.main import COMMANDS
-from tests.integration.cli import DSX, dsx, environment, last_json
+from tests.bundles import edit_weight, run_polygraphy, tampered
+from tests.integration.cli import DSX, assert_refused, dsx, environment, last_json
 
 pytestmark = pytest.mark.integration
 
@@ -132,28 +131,49 @@ def test_verify_prints_every_level(tiny, tiny_bundle, demo_bundle):
     assert [level["level"] for level in summary["levels"]] == ["block"]
 
 
-def test_verify_finds_a_changed_weight(tiny_bundle, tmp_path):
-    """权重改了一处、哈希也跟着改：只有比数才看得出来。"""
-    bundle = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle, bundle)
-    path = bundle / "weights/model.safetensors"
-    data = bytearray(path.read_bytes())
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    start = (
-        8
-        + int.from_bytes(data[:8], "little")
-        + header["model.layers.1.self_attn.o_proj.weight"]["data_offsets"][0]
-    )
-    data[start : start + 256] = bytes(256)
-    path.write_bytes(data)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"]["weights/model.safetensors"]["sha256"] = hashlib.sha256(data).hexdigest()
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+def test_a_changed_weight_is_found(tiny_bundle, tmp_path):
+    """权重改了一处、哈希也跟着改：只有比数才看得出来；compare 说到节点，打印的命令原样执行。"""
+    good = Bundle.open(tiny_bundle)
+
+    def change(weight):
+        weight[:4] = 0
+        return weight
+
+    name = "model.layers.1.self_attn.o_proj.weight"
+    bundle = tampered(good, tmp_path, edit_weight(good, name, change)).path
     process = dsx("verify", bundle, "--level", "block")
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
     for expected in ("第一处不通过", "layers.1.self_attn", "坐标 [", "结论    不通过"):
         assert expected in process.stdout
+
+    process = dsx("compare", bundle, "--bisect")
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    assert "\x1b" not in process.stdout + process.stderr
+    for expected in (
+        "第一个不对的块",
+        "第一个不对的节点",
+        "layers.1.self_attn.o_proj/MatMul",
+        f"权重 {name} 与检查点不同",
+        "结论    不一致",
+    ):
+        assert expected in process.stdout
+    (command,) = (line for line in process.stdout.splitlines() if line.startswith("复现"))
+    assert run_polygraphy(command.removeprefix("复现").strip()).returncode == 1
+
+
+def test_compare_json(tiny_bundle, tmp_path):
+    out = tmp_path / "saved"
+    process = dsx("compare", tiny_bundle, "--block", "0", "--block", "head", "--save", out, "--json")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stderr == ""
+    summary = last_json(process)
+    assert summary["passed"]
+    assert [row["block"] for row in summary["blocks"]] == ["layers.0.self_attn", "layers.0.mlp", "head"]
+    assert summary["report"] == str(out / "compare.json")
+    assert list(summary["polygraphy"]) == ["model.onnx"]
+    assert_refused(dsx("compare", tiny_bundle, "--backend", "ort,trt"), "DSX-E614")
 
 
 def test_inspect(tiny_bundle, demo_bundle):

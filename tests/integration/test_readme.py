@@ -56,6 +56,23 @@ def test_python_blocks_run(workspace: Path):
         assert done.returncode == 0, done.stderr
 
 
+def test_the_compare_walkthrough_is_true(workspace: Path):
+    """docs/compare.md 植入的错真的被找到，节点与原因同文档；用 README 导出的 OUT。"""
+    (plant,) = blocks("docs/compare.md", "python")
+    subprocess.run([sys.executable, "-c", plant], cwd=workspace, check=True)
+    line = blocks("docs/compare.md", "bash")[-1]
+    program, *arguments = shlex.split(line)
+    assert program == "dsx"
+    command = [sys.executable, "-m", "deepseek_export.cli.main", *arguments]
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    (report,) = (block for block in blocks("docs/compare.md", "text") if "第一个不对的节点" in block)
+    shown = [row.strip() for row in report.splitlines() if row.strip().startswith(("块 ", "节点", "原因"))]
+    assert len(shown) == 3
+    for row in shown:
+        assert row in done.stdout
+
+
 def test_english_readme_has_the_same_code():
     """两份 README 的命令与代码逐字相同。"""
     for language in ("bash", "python", "text"):
@@ -65,7 +82,9 @@ def test_english_readme_has_the_same_code():
         assert chinese == english
 
 
-@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "specs/README.md", "plugins/README.md"])
+@pytest.mark.parametrize(
+    "name", [*READMES, "CONTRIBUTING.md", "specs/README.md", "plugins/README.md", "docs/compare.md"]
+)
 def test_links_exist(name: str):
     text = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):

@@ -10,9 +10,10 @@ import click
 import pytest
 
 from deepseek_export import machine
-from deepseek_export.cli import demo, doctor, inspect, progress, verify
+from deepseek_export.cli import compare, demo, doctor, inspect, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
-from deepseek_export.parity import LEVELS, Case, ParityReport
+from deepseek_export.parity import LEVELS, Case, Culprit, ParityReport
+from deepseek_export.parity.bisect import NodeEntry
 from deepseek_export.parity.measures import Measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.passes import PIPELINES
@@ -54,7 +55,7 @@ def test_a_failing_report_names_level_case_and_coordinate(capsys):
         level="block",
         name="layers.1.mlp",
         passed=False,
-        measure=Measure(0.5, (0, 3, 7), 1e-3, 1.01, 1.0, 64),
+        measure=Measure(0.5, (0, 3, 7), 1e-3, 1.01, 1.0, 64, 1.75, 1.25),
         tolerance=TOLERANCES["block", "float32"],
         near_ties=2,
         note="最大差在 [0, 3, 7]",
@@ -93,6 +94,29 @@ def test_a_failing_report_names_level_case_and_coordinate(capsys):
         "polygraphy run",
     ):
         assert expected in text
+
+
+def _culprit(**fields) -> Culprit:
+    plain = {"graph": "model.onnx", "block": "layers.1.mlp", "phase": "decode", "checked": 14}
+    return Culprit(**plain, command="polygraphy run OUT/bisect/graph.onnx", **fields)
+
+
+def test_a_culprit_without_a_node_says_so():
+    rows = dict(compare._culprit_rows(_culprit()))
+    assert "layers.1.mlp (decode) 里的 14 个值" in rows["比过"]
+    assert "每个值单独算都对" in rows["节点"]
+
+
+def test_a_culprit_in_a_lowered_segment_names_both_ends():
+    case = Case(level="op", name="layers.1/moe_experts (decode)", passed=False, note="形状是 [1]，应为 [2]")
+    nodes = [NodeEntry(name=f"n{i}", op="Mul", inputs=[], attributes={}) for i in range(9)]
+    rows = compare._culprit_rows(_culprit(value="layers.1/moe_experts", nodes=nodes, case=case))
+    assert ("节点", "n8（Mul）") in rows
+    assert ("同一段", "n0 到 n7，共 8 个节点") in rows
+    assert ("说明", "形状是 [1]，应为 [2]") in rows
+    assert rows[-1][1].startswith("权重、属性、常量、接线都与捕获时相同")
+    rows = compare._culprit_rows(_culprit(value="y", nodes=nodes[:2], case=case, causes=["甲", "乙"]))
+    assert rows[-3:] == [("说明", "形状是 [1]，应为 [2]"), ("原因", "甲"), ("原因", "乙")]
 
 
 def test_cpu_flags_are_read_and_may_be_absent(tmp_path):
