@@ -25,7 +25,7 @@ _DTYPES: dict[str, np.dtype] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
 }
-_LOGITS_TYPES = ("tensor(float)", "tensor(float16)")
+_LOGITS_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 # ORT 的异常类分不清原因（缺权重和缺算子都是 Fail），只能看原话；靠前的更具体。
 _LOAD_ADVICE = (
     (("escapes model directory",), "ONNX Runtime 不跟随指向目录外的符号链接：改用硬链接或复制权重文件"),
@@ -173,7 +173,7 @@ class GraphSession:
             raise contract_broken("模型没有名为 logits 的输出")
         shape = list(node.shape)
         if node.type not in _LOGITS_TYPES or len(shape) != 3 or not isinstance(shape[2], int):
-            raise contract_broken(f"logits 是 {node.type}{shape}，应为 float 或 float16 的 [B, L, 常数]")
+            raise contract_broken(f"logits 是 {node.type}{shape}，应为浮点的 [B, L, 常数]")
         return shape[2]
 
     def _width(self, name: str) -> int | None:
