@@ -91,9 +91,9 @@ class _Step:
                 want.append(new)
         labels = ["self_attn", *(output.split(".")[0] for output in outputs[1:])]
         for label, a, b in zip(labels, self.graph.run(feeds, outputs), want, strict=True):
-            yield compare(
-                "block", f"layers.{i}.{label} ({self.name})", "block", self.dtype, a, b.numpy(), self.quant
-            )
+            dtype = self.graph.attention_dtype if label == "self_attn" else self.dtype
+            name = f"layers.{i}.{label} ({self.name})"
+            yield compare("block", name, "block", dtype, a, b.numpy(), self.quant)
 
         feeds[names.attn_residual(i)] = residual.numpy()
         (got,) = self.graph.run(feeds, [names.layer_output(i)])

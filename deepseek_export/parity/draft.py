@@ -97,7 +97,8 @@ def _phase(bundle, graph, entry, draft: DraftModel, phase: str, tokens, hidden, 
 
     def case(name: str, feeds: dict[str, np.ndarray], output: str, want: Tensor) -> Case:
         (got,) = graph.run(feeds, [output])
-        return compare("block", f"{entry.file} {name} ({phase})", "block", dtype, got, want.numpy(), quant)
+        limit = graph.attention_dtype if name == "self_attn" else dtype
+        return compare("block", f"{entry.file} {name} ({phase})", "block", limit, got, want.numpy(), quant)
 
     feeds = _feeds(bundle, tokens, past, caches)
     yield case("embed", feeds, names.EMBED_X, x)

@@ -97,7 +97,7 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
             "op",
             f"layers.{site.layer} MlaAttention B={B} S={S} T={T}",
             "op",
-            manifest.dtype,
+            graph.attention_dtype,
             got,
             want.numpy(),
             manifest.quant,

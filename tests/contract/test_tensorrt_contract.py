@@ -375,6 +375,22 @@ def test_lowered_float16_bundle_passes_parity_on_onnxruntime(bundle, folder):
     assert_parity(deepseek_export.export(bundle.manifest.source.path, out, "mla+moe", **options))
 
 
+def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(bundle, folder):
+    """TRT-11：bfloat16 的图下沉、建成引擎，插件一个不少；ONNX Runtime 上按码拒绝。"""
+    source, options = bundle.manifest.source.path, {"dtype": "bfloat16"}
+    refused("DSX-E321", lambda: deepseek_export.export(source, folder / "no", "mla+moe", **options))
+    options["target"] = "tensorrt-rtx"
+    made = deepseek_export.export(source, folder / "bfloat16", "mla+moe", **options)
+    assert made.manifest.dtype == "bfloat16"
+    assert made.manifest.float32_islands["RMSNormalization"] > 0
+    assert made.manifest.float32_islands["TopK"] > 0
+    refused("DSX-E321", deepseek_export.verify, made.path)
+    refused("DSX-E321", deepseek_export.load, made.path)
+    config = made.manifest.model
+    layers = build_for(made, 89).layers["model.plan"]
+    assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers)
+
+
 def test_listings_are_recorded_for_every_arch_and_nothing_else():
     names = {listing_name(name, sm) for name in NAMES for sm in ARCHES}
     assert {path.name for path in Path(ENGINE_GRAPHS).iterdir()} == names
