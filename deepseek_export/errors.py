@@ -50,6 +50,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E312": "--keep 什么也没有匹配到",
         "DSX-E313": "没有可以量化的权重",
         "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
+        "DSX-E321": "bfloat16 只能在 TensorRT 上运行",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
         "DSX-E402": "bundle 不完整",
@@ -79,6 +80,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E515": "采样方式与投机解码不相容",
         "DSX-E516": "投机解码的参数取值不允许",
         "DSX-E517": "bundle 不支持投机解码",
+        "DSX-E520": "C++ 算子库装载不了",
+        "DSX-E521": "指令集在这台机器上不能用",
         # 6xx：对齐校验
         "DSX-E601": "找不到对照的检查点",
         "DSX-E602": "对照的检查点与导出时不同",

@@ -38,6 +38,8 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
     {
         "deepseek-v3": Published("V3", shards=163),
         "v2-lite": Published("V2_LITE", shards=4),
+        "kimi-k2": Published("KIMI_K2", shards=61),
+        "glm-4.7-flash": Published("GLM_4_7_FLASH", shards=48),
     }
 )
 

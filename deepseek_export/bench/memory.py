@@ -1,9 +1,4 @@
-"""一个 bundle 在给定的上下文里解码时占多少内存：在自己的进程里量，不受别的东西干扰。
-
-    python -m deepseek_export.bench.memory OUT BATCH CONTEXT THREADS
-
-最后一行是 JSON；``THREADS`` 为 0 时由 ONNX Runtime 决定。
-"""
+"""一个 bundle 在给定的上下文里解码时占多少内存：在自己的进程里量，不受别的东西干扰。"""
 
 from __future__ import annotations
 
@@ -53,7 +48,8 @@ def memory_in_subprocess(
     """
     if process_memory() is None:
         return None
-    command = [sys.executable, "-m", __name__, str(bundle), str(batch), str(context), str(threads or 0)]
+    script = f"from {__name__} import main; main()"
+    command = [sys.executable, "-c", script, str(bundle), str(batch), str(context), str(threads or 0)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return MemorySample.model_validate_json(done.stdout.splitlines()[-1])
 
@@ -82,6 +78,7 @@ def _memory() -> ProcessMemory:
     return memory
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """子进程这一侧：参数是 bundle、batch、上下文、线程数（0 为自动），最后一行是 JSON。"""
     batch, context, threads = (int(value) for value in sys.argv[2:])
     print(measure(Path(sys.argv[1]), batch, context, threads or None).model_dump_json())

@@ -22,6 +22,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: 临时目录里写了一半的权重，以及记着写到哪里的日志；有日志的才会被下一次导出接着写。
 WEIGHTS_FOLDER, JOURNAL_FILE = "weights", ".resume.json"
 
+#: 换上新内容时，旧的先改成这个名字。
+_RETIRED = ".old"
+
 #: 权重之外的文件（图、tokenizer、报告）至多这么大，预检时一并留出。
 _HEADROOM = 64 << 20
 
@@ -52,7 +55,7 @@ def check_free_space(out: Path, needed: int) -> None:
     out = out.absolute()
     existing = next(path for path in (out, *out.parents) if path.is_dir())
     for stale in _stale(out):
-        if (stale / JOURNAL_FILE).is_file():
+        if _is_half_written(stale):
             needed -= sum(file.stat().st_size for file in (stale / WEIGHTS_FOLDER).glob("*"))
     free = shutil.disk_usage(existing).free
     if free < needed + _HEADROOM:
@@ -74,6 +77,7 @@ def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> N
     Raises:
         DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 dsx 的产物（任何时候都不替换）。
     """
+    restore_interrupted(out, marker)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
@@ -81,6 +85,21 @@ def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> N
     if not (out / marker).is_file():
         what = f"{out} 已存在，里面没有 {marker}，不是 dsx 的产物，不会替换它"
         raise DsxError("DSX-E401", what, "换一个 -o，或把它移开")
+
+
+def restore_interrupted(out: Path, marker: str = "manifest.json") -> None:
+    """上一次恰在换上新内容的当口被杀，``out`` 不在了而旧的还在：放回原处。
+
+    Args:
+        out: 最终目录。
+        marker: 见 :func:`check_output`。
+    """
+    out = out.absolute()
+    with disk_errors(out):
+        for old in () if out.exists() else _stale(out):
+            if old.name.endswith(_RETIRED) and (old / marker).is_file():
+                old.rename(out)
+                return
 
 
 @contextlib.contextmanager
@@ -108,13 +127,13 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") 
         leftovers = _stale(out)
         temporary = out.parent / f"{_prefix(out)}{os.getpid()}"
         if temporary in leftovers:  # 被杀的进程碰巧与这一个同号，容器里很常见
-            moved = temporary.with_name(f"{temporary.name}.old")
+            moved = temporary.with_name(f"{temporary.name}.stale")
             shutil.rmtree(moved, ignore_errors=True)
             temporary.rename(moved)
             leftovers = _stale(out)
         temporary.mkdir()
         for stale in leftovers:
-            if (stale / JOURNAL_FILE).is_file() and not (temporary / JOURNAL_FILE).exists():
+            if _is_half_written(stale) and not _is_half_written(temporary):
                 for name in (WEIGHTS_FOLDER, JOURNAL_FILE):
                     (stale / name).rename(temporary / name)
             shutil.rmtree(stale, ignore_errors=True)
@@ -123,7 +142,7 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") 
         with disk_errors(out):
             (temporary / JOURNAL_FILE).unlink(missing_ok=True)
             if out.exists():
-                retired = out.parent / f"{_prefix(out)}{os.getpid()}.old"
+                retired = temporary.with_name(f"{temporary.name}{_RETIRED}")
                 out.rename(retired)
                 temporary.rename(out)
                 shutil.rmtree(retired)
@@ -163,6 +182,11 @@ def _prefix(out: Path) -> str:
     return f".{out.name}.tmp-"
 
 
+def _is_half_written(temporary: Path) -> bool:
+    """里面有写了一半、能接着写的权重。"""
+    return (temporary / JOURNAL_FILE).is_file() and (temporary / WEIGHTS_FOLDER).is_dir()
+
+
 def _stale(out: Path) -> list[Path]:
     """``out`` 的、进程已经不在的临时目录；在建立自己的之前调用，所以与自己同号的也是别人留下的。"""
     prefix = _prefix(out)
@@ -174,7 +198,7 @@ def _stale(out: Path) -> list[Path]:
 
 
 def _alive(pid: str) -> bool:
-    pid = pid.removesuffix(".old")
+    pid = pid.partition(".")[0]
     if not pid.isdigit():
         return True
     if int(pid) == os.getpid():

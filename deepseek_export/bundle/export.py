@@ -52,6 +52,7 @@ from deepseek_export.checkpoint.recipe import (
     weight_recipes,
 )
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.cpu_library import LIBRARY_TARGET, NO_LIBRARY, CpuLibrary, library_for
 from deepseek_export.errors import DsxError
 from deepseek_export.passes import LoweredModel, check_quantization, check_target, lower
 from deepseek_export.profile import OptimizationProfile
@@ -125,13 +126,13 @@ def export_bundle(
         打开的 :class:`Bundle`。
 
     Raises:
-        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径；``DSX-E119`` 方案打开了 MTP 而检查点没有；
+        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E119`` 方案打开了 MTP 而检查点没有；
             ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重。
     """
     progress = progress or Progress()
     out = Path(out)
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
-    check_target(target)
+    check_target(target, dtype)
     if quantization is not None:
         check_quantization(target, dtype)
     check_output(out, overwrite)
@@ -164,7 +165,11 @@ def export_bundle(
     recipes: dict[str, Recipe] = {}
     for graph in graphs:
         recipes |= bind_recipes(graph.lowered.weights, source)
-    fallbacks = list(dict.fromkeys([*notes, *(line for graph in graphs for line in graph.lowered.fallbacks)]))
+    library = library_for(target)
+    lines = [*notes, *(line for graph in graphs for line in graph.lowered.fallbacks)]
+    if target == LIBRARY_TARGET and profile.mla.enabled and library is None:
+        lines.append(NO_LIBRARY)
+    fallbacks = list(dict.fromkeys(lines))
     for line in fallbacks:
         progress.note(line)
     quantized = sorted(set[str]().union(*(graph.lowered.quantized for graph in graphs)))
@@ -197,7 +202,7 @@ def export_bundle(
             with watch("hashes"):
                 files = dict(sorted((hashed | hash_files(directory, weight_files, progress)).items()))
             entry = WeightsEntry(mode=weights, files=weight_files, recipes=recipes)
-            manifest = _manifest(source, profile, target, dtype, graphs, entry, fallbacks, files)
+            manifest = _manifest(source, profile, target, dtype, graphs, entry, fallbacks, library, files)
             report = _report(watch, graphs, recipes)
             if quantization is not None:
                 manifest = manifest.model_copy(
@@ -253,12 +258,13 @@ def _manifest(
     graphs: list[_Graph],
     weights: WeightsEntry,
     fallbacks: list[str],
+    library: CpuLibrary | None,
     files: dict[str, FileEntry],
 ) -> Manifest:
     config = source.config
     caches = cache_tensors(config, Forms.for_capture(profile))
     islands: Counter[str] = Counter()
-    if dtype == "float16":
+    if dtype != "float32":
         for graph in graphs:
             islands.update(float32_islands(graph.model))
     return Manifest(
@@ -284,6 +290,7 @@ def _manifest(
         ),
         weights=weights,
         fallbacks=fallbacks,
+        cpu_library=None if library is None else library.isa,
         float32_islands=dict(sorted(islands.items())),
         files=files,
     )

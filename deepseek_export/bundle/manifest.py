@@ -137,13 +137,16 @@ class FileEntry(_Entry):
 class Manifest(_Entry):
     """bundle 的全部事实。
 
+    ``cpu_library`` 是导出时那台机器的 C++ 算子库用的指令集，没有库或目标不用它则为 ``None``；它只是记录，图不因此而不同：
+    同一个 bundle 有库时走库、没有库时走函数体。
+
     ``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件；按引用时检查点的硬链接也除外，它们由 ``source.fingerprint`` 核对。
     """
 
     schema_version: Literal[1]
     dsx_version: str
     target: str
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "bfloat16"]
     profile: OptimizationProfile
     model: ModelConfig
     source: SourceEntry
@@ -153,6 +156,7 @@ class Manifest(_Entry):
     quantization: QuantizationEntry | None = None
     fallbacks: list[str]
     float32_islands: dict[str, int]
+    cpu_library: str | None = None
     files: dict[str, FileEntry]
 
     @property

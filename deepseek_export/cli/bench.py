@@ -13,7 +13,8 @@ from deepseek_export.cli.options import bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
-    from deepseek_export.bench import BenchReport, Spread
+    from deepseek_export.bench.bundle import BenchReport
+    from deepseek_export.bench.spread import Spread
 
 _COUNT = click.IntRange(min=1)
 _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "speculative": "投机"}
@@ -62,7 +63,7 @@ def command(
     """
     with open_progress(as_json) as progress:
         progress.start("加载 onnxruntime")
-        from deepseek_export.bench import Scenario, bench_bundle
+        from deepseek_export.bench.bundle import Scenario, bench_bundle
 
         report = bench_bundle(
             bundle,

@@ -14,7 +14,9 @@ from deepseek_export import __version__
 from deepseek_export.cli.console import console, echo_json, facts, size, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import json_option
+from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from deepseek_export.disk_cache import DiskCache
+from deepseek_export.errors import DsxError
 from deepseek_export.machine import cores, cpu_flags, memory_bytes
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
@@ -44,7 +46,6 @@ TARGETS = {
     "tensorrt": "可用：完整的 TensorRT，插件核与原生层",
     "tensorrt-rtx": "可用：TensorRT-RTX，插件核与原生层",
 }
-CPU_LIBRARY = "不在这一版；dsx 算子走 ONNX 函数体"
 _READY = "可用"
 
 
@@ -90,9 +91,28 @@ def diagnose() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "packages": packages,
         "targets": {name: state.startswith(_READY) for name, state in TARGETS.items()},
-        "cpu_library": False,
+        "cpu_library": _cpu_library(),
         "trace_cache": None if traces is None else str(traces),
     }
+
+
+def _cpu_library() -> dict[str, Any]:
+    """算子库的位置与指令集；用不了时是原因，不影响退出码：模型照样走函数体。"""
+    try:
+        library = find_library()
+    except DsxError as error:
+        return {"path": None, "isa": None, "isas": [], "problem": f"{error.code} {error.what}"}
+    if library is None:
+        return {"path": None, "isa": None, "isas": [], "problem": None}
+    return {"path": str(library.path), "isa": library.isa, "isas": list(library.isas), "problem": None}
+
+
+def _library_line(library: dict[str, Any]) -> str:
+    if library["problem"] is not None:
+        return f"用不了：{library['problem']}"
+    if library["path"] is None:
+        return f"没有（{BUILD_COMMAND} 构建）；dsx 算子走 ONNX 函数体"
+    return f"有：{library['isa']}；这台机器能用 {'、'.join(library['isas'])}"
 
 
 def _package(package: Package, floor: str | None) -> dict[str, Any]:
@@ -150,7 +170,7 @@ def _print(found: dict[str, Any]) -> None:
                 ("平台", found["platform"]),
                 ("CPU", f"{found['cpu']['cores']} 核；{shown}"),
                 ("内存", "未知" if memory is None else size(memory)),
-                ("C++ 算子库", CPU_LIBRARY),
+                ("C++ 算子库", _library_line(found["cpu_library"])),
                 ("捕获缓存", found["trace_cache"] or "关（DSX_NO_CACHE）"),
             ],
         )

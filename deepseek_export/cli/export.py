@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16"]),
+    type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="权重与计算的 dtype；router 总是 float32。",
+    help="权重与计算的 dtype；router 总是 float32。bfloat16 只用于 TensorRT 的目标。",
 )
 @click.option(
     "--weights",
@@ -79,7 +79,7 @@ def command(
     profile: str,
     out: Path,
     target: str,
-    dtype: Literal["float32", "float16"],
+    dtype: Literal["float32", "float16", "bfloat16"],
     weights: Literal["packed", "reference"],
     quant: Literal["int8", "int4"] | None,
     quant_block: str | None,

@@ -11,6 +11,7 @@ import click
 from deepseek_export.cli.console import console, echo_json, facts, size, table, weights_size
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cpu_library import LIBRARY_TARGET
 
 if TYPE_CHECKING:
     from deepseek_export.bundle import Manifest
@@ -102,6 +103,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             for result in graph.passes
         ],
         "fallbacks": manifest.fallbacks,
+        "cpu_library": manifest.cpu_library,
         "weights": {
             "mode": manifest.weights.mode,
             "count": len(recipes),
@@ -161,6 +163,8 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
         )
     if summary["dtype"] == "float16":
         rows.append(("float32 孤岛", islands or "没有"))
+    if summary["target"] == LIBRARY_TARGET:
+        rows.append(("导出时的 C++ 算子库", summary["cpu_library"] or "没有"))
     rows += [("回退", line) for line in summary["fallbacks"]] or [("回退", "没有")]
     out.print(facts(f"{path}（dsx {summary['dsx_version']}）", rows))
     for graph in summary["graphs"]:

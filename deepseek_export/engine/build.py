@@ -201,14 +201,7 @@ def _optimization_profile(builder: Any, network: Any, ranges: Mapping[str, Range
 
 def _failure(target: BuildTarget, model: Path, messages: Sequence[str]) -> DsxError:
     """插件里的异常优先：TensorRT 只说「插件出错」。"""
-    if target.failures:
-        error = target.failures[0]
-        if isinstance(error, DsxError):
-            return error
-        what = f"{model.name} 的插件抛出 {type(error).__name__}：{error}"
-        failure = DsxError("DSX-E916", what, "这是插件的缺陷：请附上这段文字和 dsx doctor 的输出报告")
-        failure.__cause__ = error
-        return failure
+    target.raise_failure(f"{model.name} ")
     text = "；".join(message.strip() for message in messages[:3]) or "没有给出原因"
     return DsxError(
         "DSX-E914", f"{model.name}：{text}", "核对 dsx doctor OUT；原话可在 TensorRT 的文档里检索"

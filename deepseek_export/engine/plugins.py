@@ -54,19 +54,32 @@ PLANNERS: Mapping[str, Callable[[int, list[list[int]], list[Any], dict], LaunchP
 PLUGIN_OPS: tuple[OpSpec, ...] = (LATENT_ATTENTION, MOE_EXPERTS)
 
 
-@dataclass
+@dataclass(eq=False)
 class BuildTarget:
-    """正在建的引擎。
+    """正在建或正在运行的引擎。
 
     Attributes:
-        sm: 目标 SM。
+        sm: 它的 SM。
         calls: TensorRT 依次调用了哪些插件方法。
-        failures: 插件方法里抛出的异常；TensorRT 只会返回空指针，由建引擎的一方取出来重新抛。
+        failures: 插件方法里抛出的异常；TensorRT 只会返回空指针，由建引擎的一方取出来（:meth:`raise_failure`）。
     """
 
     sm: int
     calls: list[str] = field(default_factory=list)
     failures: list[BaseException] = field(default_factory=list)
+
+    def raise_failure(self, what: str) -> None:
+        """插件里抛过异常就抛出来；用户错误、中断原样，其余包成 ``DSX-E916``。"""
+        if not self.failures:
+            return
+        error = self.failures[0]
+        if isinstance(error, DsxError) or not isinstance(error, Exception):
+            raise error
+        raise DsxError(
+            "DSX-E916",
+            f"{what}的插件抛出 {type(error).__name__}：{error}",
+            "这是插件的缺陷：请附上这段文字和 dsx doctor 的输出报告",
+        ) from error
 
 
 _targets: list[BuildTarget] = []
@@ -74,7 +87,7 @@ _targets: list[BuildTarget] = []
 
 @contextmanager
 def building_for(sm: int) -> Iterator[BuildTarget]:
-    """期间插件为 ``sm`` 编译 kernel。"""
+    """期间插件为 ``sm`` 编译 kernel，调用与异常都记下来。"""
     target = BuildTarget(sm)
     _targets.append(target)
     try:
@@ -276,7 +289,7 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
             """形状在 ``enqueue`` 时给出。"""
 
-        @recorded
+        @contained(None)
         def attach_to_context(self, context: Any) -> Plugin:
             assert self.program is not None
             attached = self.clone()

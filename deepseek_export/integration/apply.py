@@ -135,6 +135,7 @@ def _check_profile(profile: OptimizationProfile) -> None:
 
 def _check_attention(name: str, module: Any) -> None:
     _check_forward(name, module)
+    _check_forward(f"{name}.kv_b_proj", module.kv_b_proj)
     _check_implementation(module.config)
     # absorb 直接用 kv_b_proj 的权重，绕过了它的 forward：量化层、LoRA 的效果会悄悄丢掉。
     if type(module.kv_b_proj) is not nn.Linear:

@@ -20,7 +20,7 @@ from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.report import Case, Level, compare
 from deepseek_export.parity.routing import router_margin
-from deepseek_export.parity.subgraph import ModelGraph
+from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
 from deepseek_export.parity.tolerances import ROUTER_MARGIN, Dtype, Quantity, Tolerance, tolerance
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
@@ -268,7 +268,13 @@ def block_key(manifest: Manifest) -> Key:
 
 
 def _attention_key(manifest: Manifest) -> Key:
-    """缓存比模型窄时，两侧会把几乎相等的数舍入到相邻的两个值，容差以缓存的 dtype 为准；量化的容差本来就宽得多。"""
+    """注意力块的容差；量化的容差本来就宽得多。
+
+    缓存比模型窄时，两侧会把几乎相等的数舍入到相邻的两个值，以缓存的 dtype 为准；算子库连乘数都舍入到 bfloat16 时还要再宽。
+    """
+    dtype = attention_dtype(manifest)
+    if dtype != manifest.dtype:
+        return "block", dtype, None
     if manifest.quant is not None or manifest.cache.dtype in (manifest.dtype, "float32"):
         return block_key(manifest)
     return "narrow_cache", manifest.cache.dtype, None

@@ -24,7 +24,7 @@ from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
 from deepseek_export.parity.arrays import to_torch
 from deepseek_export.parity.report import Case, compare
-from deepseek_export.parity.subgraph import ModelGraph
+from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
 
 #: (B, S, T, past_lens)：空缓存、解码、MTP 校验式的小 S、长 prefill（auto 走 naive）、长度不等、容量恰好用满。
 _MLA_SHAPES = (
@@ -98,7 +98,7 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
             "op",
             f"layers.{site.layer} MlaAttention B={B} S={S} T={T}",
             "op",
-            manifest.dtype,
+            attention_dtype(manifest),
             got,
             want.numpy(),
             manifest.quant,

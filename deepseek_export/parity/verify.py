@@ -70,6 +70,7 @@ def verify_bundle(
             ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过。
     """
     progress = progress or Progress()
+    bundle.check_runs_on_onnxruntime()
     if backend == "trt":
         require_gpu()  # 前面的层级要好几分钟，不该跑完才说没有 GPU
     manifest = bundle.manifest

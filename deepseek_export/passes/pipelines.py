@@ -122,14 +122,17 @@ class LoweredModel:
     quantized: set[str]
 
 
-def check_target(target: str) -> None:
-    """目标存在吗。
+def check_target(target: str, dtype: ModelDtype = "float32") -> None:
+    """目标存在吗，支持这种 dtype 吗。
 
     Raises:
-        DsxError: ``DSX-E301``。
+        DsxError: ``DSX-E301`` 没有这个目标；``DSX-E321`` 目标不支持 bfloat16。
     """
     if target not in PIPELINES:
         raise DsxError("DSX-E301", f"目标 {target!r} 不存在", f"可用的目标：{'、'.join(PIPELINES)}")
+    if dtype == "bfloat16" and target not in TENSORRT_TARGETS:
+        what = f"目标 {target} 在 ONNX Runtime 的 CPU 上运行，它没有 bfloat16 的算子"
+        raise DsxError("DSX-E321", what, f"用 --dtype float16，或 --target {' / '.join(TENSORRT_TARGETS)}")
 
 
 def check_quantization(target: str, dtype: ModelDtype) -> None:
@@ -174,7 +177,7 @@ def lower(
             ``DSX-E311`` 不能量化；``DSX-E410`` 有权重太大又拆不了。
         PassError: pass 自身的缺陷。
     """
-    check_target(target)
+    check_target(target, dtype)
     if quantization is not None:
         check_quantization(target, dtype)
     module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)

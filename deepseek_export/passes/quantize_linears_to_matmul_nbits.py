@@ -11,7 +11,7 @@ from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass, PassError, PassResult, Refusal
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.ort_moe import scope
-from deepseek_export.passes.ort_quant import ACCURACY_LEVEL, kept, quantized_weight
+from deepseek_export.passes.ort_quant import ACCURACY_LEVEL, quantized_weight
 
 _ATTRIBUTES = ("K", "N", "bits", "block_size", "accuracy_level")
 
@@ -49,8 +49,8 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
         problem = self.kernels.missing("MatMulNBits", _ATTRIBUTES)
         for matmul, transpose in linears(module):
             weight = transpose.inputs[0]
-            # 情形 2。
-            if kept(self.quantization, scope(matmul), weight.name):
+            # 情形 2；与词嵌入共享权重时，只有模块路径认得出 lm_head。
+            if self.quantization.keeps(scope(matmul), weight.name):
                 self._left.add(matmul.name)
             # 情形 4。
             elif problem:

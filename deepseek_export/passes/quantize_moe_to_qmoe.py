@@ -11,7 +11,7 @@ from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass, PassError, PassResult, Refusal
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.ort_moe import scope
-from deepseek_export.passes.ort_quant import ACCURACY_LEVEL, kept, quantized_weight
+from deepseek_export.passes.ort_quant import ACCURACY_LEVEL, quantized_weight
 
 #: ``MoE`` 的输入位置。
 _X, _ROUTER, _GATE_UP, _DOWN = 0, 1, 2, 4
@@ -53,7 +53,7 @@ class QuantizeMoeToQMoePass(Pass):
         count, refused, self._left = 0, [], set()
         for moe in module.find("MoE", domain=MICROSOFT):
             # 情形 2。
-            if kept(self.quantization, scope(moe), *_expert_names(module, moe)):
+            if self.quantization.keeps(scope(moe), *_expert_names(module, moe)):
                 self._left.add(moe.name)
             elif refusal := self._refuse(module, moe):
                 self._left.add(moe.name)

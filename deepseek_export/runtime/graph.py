@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
+from deepseek_export.cpu_library import CpuLibrary
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.binding import CallBinding
 from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, contract_broken, ort_value
@@ -24,7 +25,7 @@ _DTYPES: dict[str, np.dtype] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
 }
-_LOGITS_TYPES = ("tensor(float)", "tensor(float16)")
+_LOGITS_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 # ORT 的异常类分不清原因（缺权重和缺算子都是 Fail），只能看原话；靠前的更具体。
 _LOAD_ADVICE = (
     (("escapes model directory",), "ONNX Runtime 不跟随指向目录外的符号链接：改用硬链接或复制权重文件"),
@@ -49,6 +50,7 @@ class GraphSession:
         threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
         max_positions: 模型的 max_position_embeddings，缓存容量的上限。
         initializers: 不在文件里、由调用方给出的权重（按引用的 bundle），会话借用它们的内存。
+        library: 代替函数体的 C++ 算子库。
 
     Attributes:
         vocab_size: 词表大小 V。
@@ -70,9 +72,11 @@ class GraphSession:
         threads: int | None = None,
         max_positions: int,
         initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
+        library: CpuLibrary | None = None,
     ) -> None:
         self.max_positions = max_positions
         self._initializers = initializers  # ORT 只借用内存，要与会话同寿
+        self._library = library
         self._session = self._open(Path(model_path), threads, initializers)
         self.cache_spec = CacheSpec.from_session(self._session)
         self._input_types = {node.name: node.type for node in self._session.get_inputs()}
@@ -111,9 +115,12 @@ class GraphSession:
         raise DsxError("DSX-E509", f"{where}{at.tolist()} = {value}，不在 [0, {self.vocab_size}) 内", todo)
 
     def _open(
-        self, path: Path, threads: int | None, initializers: Mapping[str, np.ndarray]
+        self,
+        path: Path,
+        threads: int | None,
+        initializers: Mapping[str, np.ndarray],
     ) -> ort.InferenceSession:
-        return _load(path, threads, initializers)
+        return _load(path, threads, initializers, self._library)
 
     def _make_binding(self, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]) -> CallBinding:
         return CallBinding(self._session, inputs, outputs)
@@ -166,7 +173,7 @@ class GraphSession:
             raise contract_broken("模型没有名为 logits 的输出")
         shape = list(node.shape)
         if node.type not in _LOGITS_TYPES or len(shape) != 3 or not isinstance(shape[2], int):
-            raise contract_broken(f"logits 是 {node.type}{shape}，应为 float 或 float16 的 [B, L, 常数]")
+            raise contract_broken(f"logits 是 {node.type}{shape}，应为浮点的 [B, L, 常数]")
         return shape[2]
 
     def _width(self, name: str) -> int | None:
@@ -181,7 +188,15 @@ def give_initializers(options: ort.SessionOptions, initializers: Mapping[str, np
         options.add_external_initializers(list(initializers), values)
 
 
-def _load(path: Path, threads: int | None, initializers: Mapping[str, np.ndarray]) -> ort.InferenceSession:
+def use_library(options: ort.SessionOptions, library: CpuLibrary | None) -> None:
+    """让会话优先用算子库里的 kernel，没有库就走函数体。"""
+    if library is not None:
+        options.register_custom_ops_library(str(library.path))
+
+
+def _load(
+    path: Path, threads: int | None, initializers: Mapping[str, np.ndarray], library: CpuLibrary | None
+) -> ort.InferenceSession:
     if not path.is_file():
         raise DsxError("DSX-E507", f"{path} 不存在或不是文件", f"检查 bundle 路径；bundle 里应有 {path.name}")
     options = ort.SessionOptions()
@@ -192,6 +207,7 @@ def _load(path: Path, threads: int | None, initializers: Mapping[str, np.ndarray
         options.intra_op_num_threads = threads
     give_initializers(options, initializers)
     try:
+        use_library(options, library)
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT 的异常类都直接继承 Exception，没有共同基类
         raise DsxError("DSX-E507", f"{path}：{error}", _load_advice(str(error))) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.cpu_library import library_for
 from deepseek_export.runtime.cuda import require_gpu
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.session import ModelSession
@@ -29,16 +30,19 @@ def open_session(
 
     Raises:
         DsxError: ``DSX-E507`` / ``DSX-E508``，加载失败或不符合约定；``DSX-E115`` / ``DSX-E116``，权重有问题；``DSX-E918``
-            没有 GPU；``DSX-E920`` 没有引擎；``DSX-E917`` 引擎与这里不符。
+            没有 GPU；``DSX-E920`` 没有引擎；``DSX-E917`` 引擎与这里不符；``DSX-E520`` / ``DSX-E521``
+            C++ 算子库用不了。
     """
     if backend == "trt":
         directory, _ = find_engine(bundle, require_gpu())
         return TensorRTSession(bundle, directory / "model.plan")
+    bundle.check_runs_on_onnxruntime()
     return ModelSession(
         bundle.model_path,
         threads=threads,
         max_positions=bundle.manifest.model.max_position_embeddings,
         initializers=weights.arrays(bundle.model_path),
+        library=library_for(bundle.manifest.target),
     )
 
 
@@ -73,6 +77,7 @@ def open_speculative(
             threads=threads,
             max_positions=config.max_position_embeddings,
             initializers=weights.arrays(path),
+            library=library_for(bundle.manifest.target),
         )
         for path in bundle.draft_paths[: mtp.num_draft_tokens]
     ]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.bundle.manifest import ValueEntry
+from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
 from deepseek_export.engine.build import ENGINES
 from deepseek_export.engine.flavour import FLAVOURS, load
 from deepseek_export.engine.logger import logger_for
@@ -113,7 +113,11 @@ class TensorRTPlan:
             self.contexts = {}
             for index, name in enumerate(self.entry.profiles):
                 context = self._engine.create_execution_context()
-                if context is None or not context.set_optimization_profile_async(index, self.cuda.stream):
+                if (
+                    context is None
+                    or target.failures
+                    or not context.set_optimization_profile_async(index, self.cuda.stream)
+                ):
                     raise self._failure(target, f"{path} 的配置 {name}")
                 self.contexts[name] = context
 
@@ -132,11 +136,7 @@ class TensorRTPlan:
                 raise self._failure(target, f"执行 {name}")
 
     def _failure(self, target: BuildTarget, what: str) -> DsxError:
-        if target.failures:
-            error = target.failures[0]
-            if isinstance(error, DsxError):
-                return error
-            return DsxError("DSX-E916", f"{what}：{type(error).__name__}：{error}", "请附上这段文字报告")
+        target.raise_failure(f"{what}时 ")
         text = "；".join(self._logger.errors()[-3:]) or "没有给出原因"
         return DsxError("DSX-E914", f"{what}：{text}", "用 dsx build 重建；仍不行请附上这段文字报告")
 
@@ -352,8 +352,8 @@ class TensorRTDraftSession(TensorRTGraph, DraftSession):  # type: ignore[misc]  
 
 
 def _dtype(node: Node) -> np.dtype:
-    kind = {value: key for key, value in _ORT_TYPES.items()}[node.type]
-    return np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+    kind = next(name for name, ort in _ORT_TYPES.items() if ort == node.type)
+    return NUMPY_DTYPES.get(kind, np.dtype(np.int64))
 
 
 def _resolve(shape: list[int | str], dims: Mapping[str, int]) -> tuple[int, ...]:

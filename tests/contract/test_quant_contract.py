@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,24 @@ def test_a_swapped_expert_is_still_caught(bundles, tmp_path: Path):
     report = deepseek_export.verify(broken.path, levels=["op", "block"])
     assert report.first_failure is not None
     assert report.first_failure.name.startswith("layers.2")
+
+
+def test_by_reference_gives_the_same_numbers(bundles, tmp_path: Path):
+    """EXPORT-32：按引用导出时，码与 scale 在加载时由配方算出，与打包的逐位相同。"""
+    checkpoint = tmp_path / "ckpt"
+    shutil.copytree(CHECKPOINT, checkpoint)  # 硬链接要在同一个文件系统
+    bundle = deepseek_export.export(
+        checkpoint,
+        tmp_path / "out",
+        "mla+moe",
+        target="ort-cpu",
+        weights="reference",
+        quantization=Quantization(kind="int8"),
+    )
+    packed, referenced = (
+        deepseek_export.load(b.path).generator.logits([[3, 1, 4, 1, 5]])[0] for b in (bundles["int8"], bundle)
+    )
+    assert np.array_equal(packed, referenced)
 
 
 def test_a_quantised_bundle_generates(bundles):

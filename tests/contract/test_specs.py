@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from deepseek_export.errors import ERRORS, DsxError
+from perf.gates import load_gates
+from perf.suites import SUITES
 
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENT = re.compile(r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|KERNEL)-\d+\b")
+REQUIREMENT = re.compile(r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|CPU|KERNEL)-\d+\b")
 
 
 def python_sources(*folders: str) -> list[Path]:
@@ -33,6 +35,20 @@ def test_every_requirement_has_a_test_and_none_is_invented():
         if path.name != Path(__file__).name:
             named |= set(REQUIREMENT.findall(path.read_text(encoding="utf-8")))
     assert named == declared
+
+
+def test_gates_are_promises_with_the_same_number_and_command():
+    """perf/gates.toml 的每条门槛：规格里同一个编号的那一节写着同样的门槛、比值与命令。"""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "specs").rglob("spec.md"))
+    sections = {part.split(" ", 1)[0]: part for part in re.split(r"^### ", text, flags=re.MULTILINE)}
+    gates = load_gates().gates
+    assert gates
+    for gate in gates:
+        section = sections[gate.id]
+        assert gate.suite in SUITES
+        assert f"`python -m perf run {gate.suite}`" in section
+        assert f"{gate.max:.2f}" in section
+        assert ("未达到" in section) == bool(gate.open)
 
 
 def test_error_codes_are_raised_tested_and_documented():

@@ -193,7 +193,9 @@ def test_serialised_fields_restore_the_program(built):
     assert restored.program == program
     assert restored.clone().program is restored.program
     if device_sm() is None:
-        refused("DSX-E905", restored.attach_to_context, None)
+        with building_for(89) as target:
+            assert restored.attach_to_context(None) is None
+        refused("DSX-E905", target.raise_failure, "挂到上下文 ")
 
 
 def test_without_plugins_the_function_bodies_build(built):
@@ -204,7 +206,7 @@ def test_without_plugins_the_function_bodies_build(built):
     for creator in creators.values():
         assert registry.deregister_creator(creator)
     try:
-        profiles = built[0].record.shapes.profiles(prefill=True)
+        profiles = built[0].record.shapes.profiles(prefill=False)
         _, text = build_plan(trt, flavour, built[0].path / "model.onnx", 89, profiles, Progress())
     finally:
         for creator in creators.values():
@@ -242,7 +244,7 @@ def test_unsuitable_bundles_are_refused(bundle, built, exported, tmp_path):
 def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):
     """TRT-4：插件里的异常带着自己的文字出来；DsxError 原样出来；TensorRT 自己的错误附原话。"""
     flavour, path = choose("rtx"), built[0].path / "model.onnx"
-    trt, profiles = load(flavour), built[0].record.shapes.profiles(prefill=True)
+    trt, profiles = load(flavour), built[0].record.shapes.profiles(prefill=False)
 
     def fail_with(error: Exception):
         def planner(*_):
@@ -373,6 +375,22 @@ def test_lowered_float16_bundle_passes_parity_on_onnxruntime(bundle, folder):
     out = folder / "tensorrt-out"
     options = {"target": "tensorrt-rtx", "dtype": "float16"}
     assert_parity(deepseek_export.export(bundle.manifest.source.path, out, "mla+moe", **options))
+
+
+def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(bundle, folder):
+    """TRT-11：bfloat16 的图下沉、建成引擎，插件一个不少；ONNX Runtime 上按码拒绝。"""
+    source, options = bundle.manifest.source.path, {"dtype": "bfloat16"}
+    refused("DSX-E321", lambda: deepseek_export.export(source, folder / "no", "mla+moe", **options))
+    options["target"] = "tensorrt-rtx"
+    made = deepseek_export.export(source, folder / "bfloat16", "mla+moe", **options)
+    assert made.manifest.dtype == "bfloat16"
+    assert made.manifest.float32_islands["RMSNormalization"] > 0
+    assert made.manifest.float32_islands["TopK"] > 0
+    refused("DSX-E321", deepseek_export.verify, made.path)
+    refused("DSX-E321", deepseek_export.load, made.path)
+    config = made.manifest.model
+    layers = build_for(made, 89).layers["model.plan"]
+    assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers)
 
 
 def test_listings_are_recorded_for_every_arch_and_nothing_else():

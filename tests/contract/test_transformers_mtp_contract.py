@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -208,8 +209,11 @@ def test_the_model_moved_after_apply(batch):
     assert model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
 
 
-def test_the_saved_checkpoint_keeps_mtp(model, tmp_path):
+@pytest.mark.parametrize("shard", ["1GB", "4MB"], ids=["one-file", "sharded"])
+def test_the_saved_checkpoint_keeps_mtp(model, tmp_path, monkeypatch, shard):
     """HF-10、HF-11：装着 MTP 的模型对象，导出用的临时检查点补上了 MTP 张量，逐字节相同；没装的没有。"""
+    save = functools.partial(model.save_pretrained, max_shard_size=shard)
+    monkeypatch.setattr(model, "save_pretrained", save)
     source = Checkpoint.open(CHECKPOINT)
     with saved_checkpoint(dsx.restore(model), tmp_path / "out", None) as directory:
         assert Checkpoint.open(directory).mtp_tensors == ()

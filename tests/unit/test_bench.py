@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from deepseek_export import api, machine
-from deepseek_export.bench import Scenario, Spread, bench_bundle, environment, interleaved, paired_ratio
+from deepseek_export.bench.bundle import Scenario, bench_bundle
 from deepseek_export.bench.depth import DepthDecoder, fill_caches
+from deepseek_export.bench.environment import environment
 from deepseek_export.bench.memory import measure
+from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from deepseek_export.cli import bench as cli
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError

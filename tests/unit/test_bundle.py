@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepseek_export.bundle import Bundle, export_bundle
-from deepseek_export.bundle.disk import atomic_directory, check_free_space, disk_errors
+from deepseek_export.bundle.disk import atomic_directory, check_free_space, check_output, disk_errors
 from deepseek_export.bundle.packed import write_packed
 from deepseek_export.bundle.reference import link_checkpoint
 from deepseek_export.checkpoint import Checkpoint, TensorStore
@@ -135,11 +135,13 @@ def test_links_reach_through_the_symbolic_links_of_a_download_cache(tmp_path: Pa
     blobs, snapshot, out = (tmp_path / name for name in ("blobs", "snapshot", "out"))
     write_checkpoint(blobs, TINY, shards=2)
     snapshot.mkdir()
-    out.mkdir()
+    (out / "weights").mkdir(parents=True)
+    (out / "weights/model.safetensors").write_bytes(b"half of a killed packed export")
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
     linked = link_checkpoint(Checkpoint.open(snapshot).store, out)
     assert [Path(name).name for name in linked] == sorted(f.name for f in blobs.glob("*.safetensors"))
+    assert not (out / "weights/model.safetensors").exists()
     for name in linked:
         assert not (out / name).is_symlink()
         assert (out / name).samefile(blobs / Path(name).name)
@@ -206,6 +208,29 @@ class TestAtomicDirectory:
             assert sorted(path.name for path in directory.iterdir()) == [".resume.json", "weights"]
             assert list(tmp_path.iterdir()) == [directory]
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["weights"]
+
+    def test_leftover_of_an_interrupted_handover_is_only_removed(self, tmp_path: Path):
+        """移交到一半又被杀：只剩日志的临时目录不再接着写，清掉而不报错。"""
+        dead = tmp_path / ".out.tmp-999999999"
+        dead.mkdir()
+        (dead / ".resume.json").write_text("{}")
+        check_free_space(tmp_path / "out", 1)
+        with atomic_directory(tmp_path / "out", overwrite=False) as directory:
+            assert list(tmp_path.iterdir()) == [directory]
+            assert list(directory.iterdir()) == []
+
+    def test_killed_while_swapping_puts_the_old_one_back(self, tmp_path: Path):
+        """EXPORT-9：恰在换上新内容时被杀，旧的放回原处，而不是与新的一起当垃圾清掉。"""
+        old, new = tmp_path / ".out.tmp-999999999.old", tmp_path / ".out.tmp-999999999"
+        for folder in (old, new):
+            folder.mkdir()
+            (folder / "manifest.json").write_text(folder.name)
+        assert code_of(check_output, tmp_path / "out", False) == "DSX-E401"
+        assert (tmp_path / "out/manifest.json").read_text() == old.name
+        with atomic_directory(tmp_path / "out", overwrite=True) as directory:
+            (directory / "manifest.json").write_text("newest")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (tmp_path / "out/manifest.json").read_text() == "newest"
 
     def test_space_of_half_written_weights_is_not_asked_for_twice(self, tmp_path: Path):
         """磁盘预检把能接着写的部分算在内。"""

@@ -103,9 +103,9 @@ else:
             cache[b, :, length + S :] = float("nan")
         return q, cache.to(cache_dtype or dtype), torch.tensor(past, dtype=torch.int64)
 
-    def check_attention(B, S, H, r, dr, T, past, dtype, cache_dtype=None, sm=89, seed=0):
+    def check_attention(B, S, H, r, dr, T, past, dtype, cache_dtype=None, sm=89, seed=0, scale=None):
         q, cache, past_lens = attention_inputs(B, S, H, r, dr, T, past, dtype, cache_dtype, seed)
-        scale = (r + dr) ** -0.5
+        scale = scale or (r + dr) ** -0.5
         names = {torch.float16: "float16", torch.float32: "float32", None: None}
         plan = latent_attention_plan(sm, H, r, dr, scale, "float16", names[cache_dtype])
         got = run(plan, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype))
@@ -120,6 +120,12 @@ else:
     def test_attention(S, past, dtype):
         """一个 token、空缓存、长度不等、S 从 1 到 8；H 与宽度都不是 2 的幂。"""
         check_attention(len(past), S, 6, 40, 12, 96, past, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_attention_several_blocks_per_split(dtype):
+        """batch 大到一段里有几块 key：最大值逐块更新。分数的幅度大，少一次重新缩放就露馅。"""
+        past = [(37 * b) % 199 for b in range(44)]
+        check_attention(44, 1, 3, 16, 16, 200, past, dtype, scale=0.6)
 
     def test_attention_v2_lite_shape():
         """发布模型的宽度（H=16，512+64）。"""
@@ -192,9 +198,14 @@ else:
         inputs = experts_inputs(N, D, E, inner, k, dtype)
         assert_close(run_experts(inputs), moe_experts(*inputs))
 
+    def test_experts_wider_than_a_block():
+        """小块的变体，内外两维都超过一块。"""
+        inputs = experts_inputs(5, 150, 3, 140, 2, torch.float32)
+        assert_close(run_experts(inputs), moe_experts(*inputs))
+
     def test_experts_large_variant():
-        """每个专家的 token 装满大块时换大块。"""
-        inputs = experts_inputs(150, 24, 2, 20, 2, torch.float32)
+        """每个专家的 token 装满大块时换大块；内外两维都超过一块。"""
+        inputs = experts_inputs(150, 70, 2, 72, 2, torch.float32)
         assert_close(run_experts(inputs), moe_experts(*inputs))
 
     def test_experts_without_tokens_are_not_read():
@@ -225,6 +236,14 @@ else:
             one = run_experts((x, ids[:, j : j + 1].contiguous(), torch.ones(13, 1), *w))
             want += weights[:, j : j + 1] * one.float()
         assert torch.equal(run_experts(inputs), want.half())
+
+    def test_combine_covers_every_column():
+        """D 超过一块时每一列都写到。"""
+        g = torch.Generator().manual_seed(0)
+        rows, weights = torch.randn(6, 40, generator=g), torch.rand(2, 3, generator=g)
+        ids, y = torch.zeros(2, 3, dtype=torch.int32), poisoned(2, 40, dtype=torch.float32)
+        experts_kernels.combine[(2, 3)](rows, ids, weights, y, 3, D=40, E=1, BLOCK_D=16)
+        assert_close(y, (rows.view(2, 3, 40) * weights.unsqueeze(-1)).sum(1))
 
     def test_sort_is_stable():
         """排序稳定，起点是计数的前缀和，编号不在范围内的不参与。"""

@@ -228,7 +228,6 @@ def test_moe_becomes_qmoe(kind, rows):
 @pytest.mark.parametrize(
     ("overrides", "block", "kernels", "value"),
     [
-        ({"hidden_size": 48}, 32, None, "48"),
         ({"moe_intermediate_size": 40}, 32, None, "40"),
         ({}, 64, None, "32"),
         ({}, 32, without("QMoE"), "1.10.0"),

@@ -69,7 +69,7 @@ def measure(
 
 
 def write_prompts(out: Path, tokenizer: Any, held: dict[str, Encoded]) -> None:
-    """留出集的开头存成 ``heldout_prompts.json``（各语言十条），供 perf/mtp.py 与测试用；末尾不完整的汉字去掉。"""
+    """留出集的开头存成 ``heldout_prompts.json``（各语言十条），供 ``python -m perf run mtp`` 与测试用；末尾不完整的汉字去掉。"""
     texts = [
         tokenizer.decode(ids).rstrip("\ufffd")
         for items in held.values()

@@ -1,0 +1,115 @@
+"""``python -m perf``：运行场景、对照门槛、写报告。
+
+python -m perf run [SUITE...]      完整的场景，追加进历史，重写报告
+python -m perf check               缩小的场景，对照门槛与上一次，不写历史
+python -m perf report              只用历史重写报告
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from deepseek_export.bench.environment import environment
+from deepseek_export.machine import cores
+from perf import gates, report, results
+from perf.results import ROOT, Run
+from perf.suites import SUITES
+from perf.workspace import workspace
+
+#: 缩小了也要几分钟的（训练），或量的是导出的，不进 ``check`` 的缺省。
+QUICK_SUITES = ("mla-memory", "mla-decode", "mtp", "moe")
+OUT = ROOT / "build/perf-report"
+
+suite_argument = click.argument("suites", nargs=-1, type=click.Choice(list(SUITES)))
+threads_option = click.option("--threads", type=click.IntRange(min=1), default=cores(), show_default=True)
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=OUT, help="报告写到这里。"
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """性能测量；场景写在各套件里，门槛写在 perf/gates.toml。"""
+
+
+@cli.command()
+@suite_argument
+@threads_option
+@click.option("--quick", is_flag=True, help="缩小的场景；历史里标明，与完整的不混比。")
+@out_option
+def run(suites: tuple[str, ...], threads: int, quick: bool, out: Path) -> None:
+    """运行 SUITES（缺省全部），追加进历史，重写报告。"""
+    for name in suites or tuple(SUITES):
+        # 一套一行：后面的失败了，前面量好的已经在历史里。
+        results.append(measure((name,), threads, quick))
+    _write(results.latest(results.load()), [], out)
+
+
+@cli.command()
+@suite_argument
+@threads_option
+@click.option("--no-time", is_flag=True, help="时间的门槛只报告不失败（机器不安静时，例如 CI）。")
+@out_option
+def check(suites: tuple[str, ...], threads: int, no_time: bool, out: Path) -> None:
+    """缩小的场景，对照门槛与历史里的上一次；不过时退出码是 1。"""
+    found, limits = measure(suites or QUICK_SUITES, threads, quick=True), gates.load_gates()
+    verdicts = [*gates.check(found, limits), *gates.regressions(found, results.load(), limits)]
+    _write(found, verdicts, out)
+    failed = [v for v in verdicts if v.status == "fail" and not (no_time and v.kind == "time")]
+    for verdict in verdicts:
+        click.echo(report.verdict_line(verdict))
+    if failed:
+        raise click.ClickException(f"{len(failed)} 条不过")
+
+
+@cli.command("report")
+@click.option(
+    "--figures",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="另把每张图写成 NAME-light.svg 与 NAME-dark.svg，供 README 用。",
+)
+@out_option
+def rewrite(figures: Path | None, out: Path) -> None:
+    """只用历史重写报告。"""
+    latest = results.latest(results.load())
+    _write(latest, [], out)
+    if figures is not None:
+        for path in report.write_figures(latest, figures):
+            click.echo(str(path))
+
+
+def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:
+    """跑几套场景；transformers 没装之类的原因跑不了的，写明跳过。"""
+    started, skipped, found = datetime.now(UTC), [], []
+    machine = environment(threads, ROOT) | {"command": shlex.join(["python", "-m", "perf", *sys.argv[1:]])}
+    for name in suites:
+        click.echo(f"{datetime.now(UTC):%H:%M:%S} {name}", err=True)
+        with workspace() as folder:
+            try:
+                found.append(import_module(SUITES[name]).run(folder, quick, threads))
+            except (ImportError, FileNotFoundError) as error:
+                skipped.append(f"{name}：{error}")
+                click.echo(f"跳过 {name}：{error}", err=True)
+    return Run(
+        started=started.isoformat(timespec="seconds"),
+        quick=quick,
+        environment=machine,
+        suites=found,
+        skipped=skipped,
+    )
+
+
+def _write(run: Run, verdicts: list[gates.Verdict], out: Path) -> None:
+    verdicts = verdicts or gates.check(run, gates.load_gates())
+    for path in report.write(run, verdicts, out):
+        click.echo(str(path))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,249 @@
+"""报告里的图：每套一张，中文标注，一份 SVG 同时适用亮色与暗色。"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from deepseek_export.bench.spread import Spread
+from perf.results import SuiteResult
+
+#: 依次找，用第一个装了的。
+FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "Noto Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "SimHei",
+)
+#: 画图时用的两个占位颜色，写出 SVG 之后换成 CSS 变量，或某一种主题的真颜色。
+_INK, _GRID = "#010203", "#040506"
+THEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "light": {_INK: "#1f2328", _GRID: "#d1d9e0"},
+        "dark": {_INK: "#e6edf3", _GRID: "#3d444d"},
+    }
+)
+VARIABLES: Mapping[str, str] = MappingProxyType({_INK: "var(--ink)", _GRID: "var(--grid)"})
+#: 在白底与深底上都看得清的颜色，次序固定。
+PALETTE = ("#8b949e", "#2f81f7", "#e3742f", "#3fa266", "#a371f7")
+_MIB = 1 << 20
+
+
+class NoChineseFont(Exception):
+    """系统里没有能显示汉字的字体。"""
+
+
+def chinese_font() -> str:
+    """:data:`FONTS` 里装了的第一个。
+
+    Raises:
+        NoChineseFont: 一个也没有。
+    """
+    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    for name in FONTS:
+        if name in installed:
+            return name
+    raise NoChineseFont(
+        "没有中文字体，图没有画。apt-get install fonts-wqy-zenhei（或 fonts-noto-cjk），再 python -m perf report"
+    )
+
+
+def draw(suite: SuiteResult) -> str:
+    """一套的图，SVG 文本，颜色是占位的；汉字已转成路径，看的人不需要字体。
+
+    Raises:
+        NoChineseFont: 画不了汉字。
+    """
+    style: Any = {
+        "font.family": chinese_font(),
+        "axes.unicode_minus": False,
+        "svg.fonttype": "path",
+        "svg.hashsalt": suite.suite,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _GRID,
+        "axes.titlesize": 11,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "grid.color": _GRID,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "font.size": 10,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        _FIGURES[suite.suite](figure, suite)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # 同一页里放几张，id 不能相同。
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{suite.suite}-", text)
+
+
+def coloured(svg: str, colours: Mapping[str, str]) -> str:
+    """把占位颜色换掉。"""
+    for placeholder, colour in colours.items():
+        svg = svg.replace(placeholder, colour)
+    return svg
+
+
+def write_themes(suite: SuiteResult, folder: Path) -> list[Path]:
+    """``NAME-light.svg`` 与 ``NAME-dark.svg``。"""
+    svg, paths = draw(suite), []
+    for theme, colours in THEMES.items():
+        path = folder / f"{suite.suite}-{theme}.svg"
+        path.write_text(coloured(svg, colours) + "\n", encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def _bars(axes: Axes, groups: list[str], series: Mapping[str, list[Spread]], label: str) -> None:
+    """分组柱：高度是中位数，误差线是范围，柱顶写数。"""
+    width = 0.8 / len(series)
+    for index, (name, spreads) in enumerate(series.items()):
+        at = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        medians = [spread.median for spread in spreads]
+        errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        bars = axes.bar(
+            at, medians, width * 0.92, yerr=errors, label=name, color=PALETTE[index], ecolor=_INK, capsize=2
+        )
+        axes.bar_label(bars, fmt=lambda value: f"{value:.3g}", fontsize=8, padding=2)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel(label)
+    axes.margins(y=0.15)
+    axes.legend()
+
+
+def _series(suite: SuiteResult, keys: Mapping[str, str], factor: float) -> dict[str, list[Spread]]:
+    """显示名 → 各格的值。"""
+    return {shown: [case.values[key].scaled(factor) for case in suite.cases] for shown, key in keys.items()}
+
+
+def _mla_memory(figure: Figure, suite: SuiteResult) -> None:
+    names = [case.name.replace(" ", "\n") for case in suite.cases]
+    left, right = figure.subplots(1, 2)
+    cache = {"baseline": "baseline.cache_resident", "mla": "mla.cache_resident"}
+    _bars(left, names, _series(suite, cache, 1 / _MIB), "MiB（对数）")
+    left.set_yscale("log")
+    left.set_title("KV 缓存实测占用")
+    _bars(right, names, _series(suite, {"baseline": "baseline.peak", "mla": "mla.peak"}, 1 / _MIB), "MiB")
+    right.set_title("整个进程的峰值")
+
+
+def _mla_decode(figure: Figure, suite: SuiteResult) -> None:
+    axes = figure.subplots()
+    contexts = [case.facts["context"] for case in suite.cases]
+    for index, name in enumerate(("transformers", "baseline", "naive", "absorb")):
+        spreads = [case.values[f"{name}.step_s"].scaled(1e3) for case in suite.cases]
+        axes.plot(contexts, [s.median for s in spreads], marker="o", label=name, color=PALETTE[index])
+        axes.fill_between(
+            contexts, [s.low for s in spreads], [s.high for s in spreads], color=PALETTE[index], alpha=0.2
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.minorticks_off()
+    axes.set_xlabel("上下文（token）")
+    axes.set_ylabel("解码一步（ms，对数）")
+    axes.set_title("解码一步的时间")
+    axes.legend()
+
+
+def _mtp(figure: Figure, suite: SuiteResult) -> None:
+    left, right = figure.subplots(1, 2)
+    keys = {"普通": "plain.decode_s", "投机": "speculative.decode_s"}
+    _bars(left, [case.name for case in suite.cases], _series(suite, keys, 1), "秒")
+    left.set_title("解码的墙钟时间")
+    for index, case in enumerate(suite.cases):
+        colour = PALETTE[1 + index % (len(PALETTE) - 1)]
+        right.plot(case.facts["acceptances"], case.facts["curve"], label=case.name, color=colour)
+    right.axhline(1, color=_INK, linewidth=1, linestyle="--")
+    right.annotate("盈亏平衡", (0, 1), xytext=(3, 3), textcoords="offset points", fontsize=8)
+    right.set_xlabel("每个草稿的条件接受率")
+    right.set_ylabel("投机 / 普通（由实测步耗算出）")
+    right.set_title("多高的接受率才划算")
+    right.legend()
+
+
+def _moe(figure: Figure, suite: SuiteResult) -> None:
+    panels = figure.subplots(1, 2)
+    shown = {"moe": "稀疏专家", "off": "每个专家都算", "dense": "总参数相同的稠密"}
+    titles = {"token_s": "解码：每个 token", "prefill_s": "prefill：整批"}
+    for axes, (field, title) in zip(panels, titles.items(), strict=True):
+        keys = {label: f"{name}.{field}" for name, label in shown.items()}
+        _bars(axes, [case.name for case in suite.cases], _series(suite, keys, 1e3), "ms")
+        axes.set_title(title)
+
+
+def _moe_quality(figure: Figure, suite: SuiteResult) -> None:
+    left, right = figure.subplots(1, 2)
+    facts = suite.cases[0].facts
+    names = {"dense": "稠密", "no-bias": "MoE，不更新偏置", "moe": "MoE"}
+    for index, (name, label) in enumerate(names.items()):
+        left.plot(facts["steps"], facts["curves"][name], marker="o", label=label, color=PALETTE[index])
+    left.set_xlabel("训练步数")
+    left.set_ylabel("留出损失（每 token，自然对数）")
+    left.set_title("激活参数相同")
+    left.legend()
+    for index, (name, label) in enumerate((("no-bias", "不更新偏置"), ("moe", "更新偏置"))):
+        layers = facts["loads"][name]
+        share = sorted(load * len(layer) / sum(layer) for layer in layers for load in layer)[::-1]
+        right.step(range(len(share)), share, where="mid", label=label, color=PALETTE[1 + index])
+    right.axhline(1, color=_INK, linewidth=1, linestyle="--")
+    right.set_xlabel("全部层的专家，按负载排序")
+    right.set_ylabel("负载 / 平均")
+    right.set_title("专家负载")
+    right.legend()
+
+
+def _compile(figure: Figure, suite: SuiteResult) -> None:
+    left, right = figure.subplots(1, 2)
+    sizes = [case for case in suite.cases if "parameters" in case.facts]
+    panels = ((left, "seconds", 1.0, "秒"), (right, "peak", 1 / _MIB, "MiB"))
+    for axes, field, factor, label in panels:
+        for index, name in enumerate(("dsx", "transformers OnnxExporter")):
+            cases = [case for case in sizes if f"{name}.{field}" in case.values]
+            if cases:
+                at = [case.facts["parameters"] / 1e9 for case in cases]
+                medians = [case.values[f"{name}.{field}"].median * factor for case in cases]
+                axes.plot(at, medians, marker="o", label=name, color=PALETTE[1 + index])
+        axes.set_xscale("log")
+        axes.set_xlabel("参数量（十亿，对数）")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    left.set_title("导出的时间")
+    right.set_title("导出的内存峰值")
+
+
+_FIGURES: Mapping[str, Callable[[Figure, Any], None]] = MappingProxyType(
+    {
+        "mla-memory": _mla_memory,
+        "mla-decode": _mla_decode,
+        "mtp": _mtp,
+        "moe": _moe,
+        "moe-quality": _moe_quality,
+        "compile": _compile,
+    }
+)

@@ -1,0 +1,85 @@
+"""一次运行的结果，以及只追加的历史 ``perf/results/history.jsonl``。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from deepseek_export.bench.spread import Spread
+
+ROOT = Path(__file__).resolve().parents[1]
+HISTORY = ROOT / "perf/results/history.jsonl"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Case(_Model):
+    """场景里的一格。
+
+    Attributes:
+        name: 例如 ``v2-lite b1 float32``。
+        values: ``系列.量`` → 几次测量，例如 ``baseline.peak``，单位是秒或字节。
+        ratios: 名字 → 逐对之比，一律是「优化后 / 对照」，越小越好。
+        facts: 不是重复测量的东西：接受率、曲线、专家负载。
+    """
+
+    name: str
+    values: dict[str, Spread]
+    ratios: dict[str, Spread] = {}
+    facts: dict[str, Any] = {}
+
+
+class SuiteResult(_Model):
+    """一套场景的结果。"""
+
+    suite: str
+    title: str
+    scenario: dict[str, Any]
+    cases: list[Case]
+
+
+class Run(_Model):
+    """一次 ``python -m perf run``。
+
+    Attributes:
+        started: 开始的时刻，ISO 8601。
+        quick: 是不是缩小了的场景；与完整场景的数不可比。
+        skipped: 没有跑的，各一句原因。
+    """
+
+    started: str
+    quick: bool
+    environment: dict[str, Any]
+    suites: list[SuiteResult]
+    skipped: list[str]
+
+
+def append(run: Run, history: Path = HISTORY) -> None:
+    """追加一行；已有的行从不改写。"""
+    history.parent.mkdir(parents=True, exist_ok=True)
+    with history.open("a", encoding="utf-8") as file:
+        file.write(run.model_dump_json() + "\n")
+
+
+def load(history: Path = HISTORY) -> list[Run]:
+    """全部历史，从旧到新。"""
+    if not history.is_file():
+        return []
+    return [Run.model_validate_json(line) for line in history.read_text(encoding="utf-8").splitlines()]
+
+
+def latest(runs: list[Run]) -> Run:
+    """每一套各取最近一次（完整的优先于缩小的），拼成一份给报告用；环境取最后一次的。
+
+    Raises:
+        ValueError: 历史是空的。
+    """
+    if not runs:
+        raise ValueError("还没有测过：先运行 python -m perf run")
+    chosen = {s.suite: s for quick in (True, False) for run in runs if run.quick is quick for s in run.suites}
+    last = runs[-1]
+    return last.model_copy(update={"suites": list(chosen.values())})

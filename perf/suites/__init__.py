@@ -1,0 +1,18 @@
+"""各套场景：名字 → 模块。每个模块有 ``TITLE`` 与 ``run(workspace, quick, threads)``。"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+#: 次序就是报告里的次序。
+SUITES: Mapping[str, str] = MappingProxyType(
+    {
+        "mla-memory": "perf.suites.mla_memory",
+        "mla-decode": "perf.suites.mla_decode",
+        "mtp": "perf.suites.mtp",
+        "moe": "perf.suites.moe",
+        "moe-quality": "perf.suites.moe_quality",
+        "compile": "perf.suites.compile",
+    }
+)

@@ -1,0 +1,173 @@
+"""编译的开销：导出的时间与内存峰值对参数量，捕获的时间对层数（EXPORT-6），每个样本一个进程，磁盘缓存关着。"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from perf import isolate
+from perf.results import Case, SuiteResult
+from perf.workspace import Workspace, parameter_count
+
+TITLE = "编译的开销"
+PEER = "transformers OnnxExporter"
+
+#: DeepSeek-V3 的公开 config（宽度全是真的），只改层数。
+_V3 = {
+    "model_type": "deepseek_v3",
+    "dtype": "bfloat16",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """固定的场景。
+
+    Attributes:
+        sizes: 合成检查点（bfloat16，稀疏文件），按引用导出成 float16。
+        peer_sizes: 其中 transformers 的 OnnxExporter 也试的：它要把权重载入内存。
+        depths: 捕获时间比的两种层数。
+        runs: 每种跑几遍；OnnxExporter 一遍就要几分钟，只跑一遍。
+    """
+
+    sizes: tuple[str, ...] = ("0.1B", "0.9B", "4B")
+    peer_sizes: tuple[str, ...] = ("0.1B", "0.9B")
+    depths: tuple[int, int] = (4, 61)
+    runs: int = 3
+
+
+FULL = Scenario()
+QUICK = Scenario(sizes=("0.1B",), peer_sizes=(), runs=1)
+
+
+def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
+    """测导出与捕获；线程数与它们无关。"""
+    scenario = QUICK if quick else FULL
+    cases = [_size(workspace, size, size in scenario.peer_sizes, scenario.runs) for size in scenario.sizes]
+    cases.append(_depth(scenario))
+    return SuiteResult(suite="compile", title=TITLE, scenario=asdict(scenario), cases=cases)
+
+
+def _size(workspace: Workspace, size: str, with_peer: bool, runs: int) -> Case:
+    checkpoint = workspace.checkpoint(size, sparse=True)
+    facts: dict[str, Any] = {"parameters": parameter_count(checkpoint)}
+    out = str(workspace.folder / "export")
+    samples = [
+        isolate.call("perf.suites.compile:export", checkpoint=str(checkpoint), out=out) for _ in range(runs)
+    ]
+    values = _values("dsx", samples)
+    if with_peer:
+        try:
+            values |= _values(
+                PEER, [isolate.call("perf.suites.compile:peer_export", checkpoint=str(checkpoint), out=out)]
+            )
+        except RuntimeError as error:  # 对照做不到也是结果：原话写进报告
+            facts["peer_error"] = str(error)
+    return Case(name=size, values=values, facts=facts)
+
+
+def _depth(scenario: Scenario) -> Case:
+    def sampler(layers: int) -> Callable[[], dict[str, Any]]:
+        return lambda: isolate.call("perf.suites.compile:capture", layers=layers)
+
+    shallow, deep = (str(layers) for layers in scenario.depths)
+    runners = {str(layers): sampler(layers) for layers in scenario.depths}
+    samples = interleaved(runners, scenario.runs, warmup=0)
+    values = {key: value for name, found in samples.items() for key, value in _values(name, found).items()}
+    return Case(
+        name=f"V3 {deep} 层 / {shallow} 层",
+        values=values,
+        ratios={"capture": paired_ratio(values[f"{deep}.seconds"], values[f"{shallow}.seconds"])},
+        facts={"nodes": {name: found[0]["nodes"] for name, found in samples.items()}},
+    )
+
+
+def _values(name: str, samples: list[dict[str, Any]]) -> dict[str, Spread]:
+    return {f"{name}.{key}": Spread.of([s[key] for s in samples]) for key in ("seconds", "peak")}
+
+
+def export(checkpoint: str, out: str) -> Callable[[], dict[str, Any]]:
+    """子进程里：``dsx export -p mla+moe --weights reference``。"""
+    from deepseek_export import api
+
+    shutil.rmtree(out, ignore_errors=True)
+
+    def work() -> dict[str, Any]:
+        api.export(checkpoint, out, "mla+moe", target="ort-cpu", dtype="float16", weights="reference")
+        return {}
+
+    return work
+
+
+def peer_export(checkpoint: str, out: str) -> Callable[[], dict[str, Any]]:
+    """子进程里：transformers 的 OnnxExporter，连同载入与写盘（dsx 的时间也含这两样）。"""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    shutil.rmtree(out, ignore_errors=True)
+    Path(out).mkdir()
+
+    def work() -> dict[str, Any]:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        ids = torch.zeros((1, 8), dtype=torch.long)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True)).save_pretrained(out)
+        return {}
+
+    return work
+
+
+def capture(layers: int) -> Callable[[], dict[str, Any]]:
+    """子进程里：捕获 V3 真实宽度、``layers`` 层的计算图，不碰权重。"""
+    from deepseek_export.capture import capture_model
+    from deepseek_export.checkpoint import parse_model_config
+    from deepseek_export.profile import resolve_profile
+
+    config = parse_model_config({**_V3, "num_hidden_layers": layers}, "perf")
+
+    def work() -> dict[str, Any]:
+        captured = capture_model(config, resolve_profile("mla+moe"), "float32")
+        return {"nodes": len(captured.proto.graph.node)}
+
+    return work
