@@ -19,7 +19,7 @@ from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import MOE_GATE
-from deepseek_export.parity.blocks import to_numpy
+from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.oracle import Oracle
 from deepseek_export.parity.report import Case, Perplexity, QuantLoss, compare
 from deepseek_export.parity.subgraph import ModelGraph
