@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_DIR ?= build/demo
-SOURCES := deepseek_export tests tools perf noxfile.py
+SOURCES := deepseek_export tests tools perf plugins noxfile.py hatch_build.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo plugins test test-all graphs lint format clean
