@@ -9,7 +9,7 @@ PERF_FLAGS ?=
 SOURCES := deepseek_export tests tools perf noxfile.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all graphs perf perf-check lint format clean
+.PHONY: help demo plugins test test-all graphs perf perf-check lint format clean
 
 help: ## 显示这份说明
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -19,17 +19,21 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install -e '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## 在随包附带的小模型上导出、校验、查看、生成
+plugins: $(STAMP) ## 构建 C++ 算子库（没有编译器或头文件时说明原因，走函数体）
+	$(RUN) plugins/cpu/build.py --fetch
+
+demo: plugins ## 在随包附带的小模型上导出、校验、查看、生成
 	DSX_HOME=$(DEMO_DIR) $(VENV)/bin/dsx demo
 
-test: lint ## 静态检查与测试（不含 slow），覆盖率至少 90%
+test: lint plugins ## 静态检查与测试（不含 slow），覆盖率至少 90%
 	$(RUN) -m pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=term --cov-fail-under=90
 
-test-all: lint ## 同上，加上 slow
+test-all: lint plugins ## 同上，加上 slow
 	$(RUN) -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
-graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图清单
+graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py
+	$(RUN) -m tools.make_engine_graphs
 
 perf: $(STAMP) ## 完整的性能测量（要安静的机器，一个多小时），追加进 perf/results，报告在 build/perf-report
 	$(RUN) -m perf run
@@ -48,5 +52,5 @@ format: $(STAMP) ## 按 ruff 的格式改写源码
 	$(RUN) -m ruff format $(SOURCES)
 
 clean: ## 删除产物与缓存，保留 .venv
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
+	rm -rf build dist deepseek_export/_native .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
 	find deepseek_export tests tools perf -name __pycache__ -type d -prune -exec rm -rf {} +

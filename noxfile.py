@@ -36,6 +36,14 @@ def test_nightly_onnx(session: nox.Session) -> None:
 
 
 @nox.session
+def test_newest_transformers(session: nox.Session) -> None:
+    """最新发布的 transformers，即使比测过的上限还新：提前发现它内部模块的变化。"""
+    session.install("-e", ".[dev]")
+    session.install("--upgrade", "--upgrade-strategy", "eager", "transformers")
+    session.run(*_TESTS, *session.posargs, env={"DSX_UNTESTED_TRANSFORMERS": "1"})
+
+
+@nox.session
 def test_old(session: nox.Session) -> None:
     """pyproject.toml 声明的最低版本。"""
     session.install("-e", ".[dev]", "torch==2.11.*", "transformers==5.17.*")

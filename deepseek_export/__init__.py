@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from deepseek_export.api import CompiledModel, export, load, verify
+    from deepseek_export.api import CompiledModel, export, load, pack, verify
+    from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
     from deepseek_export.integration.apply import apply, restore
     from deepseek_export.integration.causal_lm import DsxForCausalLM
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "export": "deepseek_export.api",
     "load": "deepseek_export.api",
+    "pack": "deepseek_export.api",
     "verify": "deepseek_export.api",
+    "Quantization": "deepseek_export.checkpoint.weight_only",
     "make_plan": "deepseek_export.plan",
     "apply": "deepseek_export.integration.apply",
     "restore": "deepseek_export.integration.apply",
@@ -40,10 +43,12 @@ __all__ = [
     "DsxError",
     "DsxForCausalLM",
     "OptimizationProfile",
+    "Quantization",
     "apply",
     "export",
     "load",
     "make_plan",
+    "pack",
     "restore",
     "verify",
 ]

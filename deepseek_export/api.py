@@ -1,4 +1,4 @@
-"""Python 接口：``export``、``load``、``verify``。命令行只是它们的一层薄壳。"""
+"""Python 接口：``export``、``load``、``pack``、``verify``。命令行只是它们的一层薄壳。"""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle, pack_bundle
 from deepseek_export.bundle.disk import check_output
 from deepseek_export.capture import ModelDtype
+from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS, Level, ParityReport, verify_bundle
 from deepseek_export.parity.verify import DEFAULT_STEPS
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import (
+    Backend,
     BundleTokenizer,
     GenerationResult,
     Generator,
@@ -35,6 +37,7 @@ def export(
     target: str = "portable",
     dtype: ModelDtype = "float32",
     weights: WeightsMode = "packed",
+    quantization: Quantization | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     check: bool = False,
@@ -49,8 +52,9 @@ def export(
         out: 输出目录；要么完整出现，要么不出现。
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象；缺省一切关闭。
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
-        dtype: ``float32`` 或 ``float16``。
+        dtype: ``float32``、``float16``，TensorRT 的目标另有 ``bfloat16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
+        quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
@@ -88,6 +92,7 @@ def export(
                 resolved,
                 target=target,
                 dtype=dtype,
+                quantization=quantization,
                 overwrite=overwrite,
                 check=check,
                 progress=progress,
@@ -104,6 +109,7 @@ def export(
             target=target,
             dtype=dtype,
             weights=weights,
+            quantization=quantization,
             overwrite=overwrite,
             progress=progress,
             accept=(lambda directory: _require_parity(directory, progress))
@@ -148,13 +154,15 @@ class CompiledModel:
         speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
         self.bundle = bundle
         config = bundle.manifest.model
         self.tokenizer = BundleTokenizer.load(bundle.path)
         weights = BundleWeights(bundle)
-        self.session = open_session(bundle, weights, threads)
-        self.generator = Generator(self.session, self.tokenizer, config.eos_token_ids)
+        self.session = open_session(bundle, weights, threads, backend)
+        self.generator = Generator(
+            self.session, self.tokenizer, config.eos_token_ids, self.session.prefill_chunk
+        )
         self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
 
     @property
@@ -223,17 +231,24 @@ class CompiledModel:
         return self.speculative
 
 
-def load(bundle: Path | str, threads: int | None = None) -> CompiledModel:
+def load(bundle: Path | str, threads: int | None = None, backend: Backend = "ort") -> CompiledModel:
     """加载 bundle，准备生成。
 
     Args:
         bundle: ``export`` 的输出目录。
         threads: 线程数；缺省由 ONNX Runtime 决定。
+        backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
 
     Raises:
-        DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败。
+        DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
+            引擎用不了。
     """
-    return CompiledModel(Bundle.open(bundle), threads)
+    return CompiledModel(Bundle.open(bundle), threads, backend)
+
+
+def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
+    """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
+    return pack_bundle(bundle, progress)
 
 
 def verify(
@@ -244,6 +259,8 @@ def verify(
     prompts: Sequence[str] | None = None,
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
+    text: Path | str | None = None,
+    backend: Backend = "ort",
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
@@ -254,5 +271,7 @@ def verify(
         prompts=prompts,
         steps=steps,
         seed=seed,
+        text=text,
+        backend=backend,
         progress=progress,
     )

@@ -38,6 +38,8 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
     {
         "deepseek-v3": Published("V3", shards=163),
         "v2-lite": Published("V2_LITE", shards=4),
+        "kimi-k2": Published("KIMI_K2", shards=61),
+        "glm-4.7-flash": Published("GLM_4_7_FLASH", shards=48),
     }
 )
 
@@ -50,8 +52,11 @@ def write_like(out: Path, like: str, layers: int | None, shards: int | None, **o
     layers = layers or depth
     shards = shards or max(round(published.shards * layers / depth), 1)
     mtp = bool(config.get("num_nextn_predict_layers"))
-    config = {**config, "num_hidden_layers": layers}
-    write_checkpoint(out, config, shards=shards, mtp=mtp, dtype=config["torch_dtype"], **options)
+    # 逐层的表（如 mlp_layer_types）随主干一起截短。
+    config = {k: v[:layers] if isinstance(v, list) and len(v) == depth else v for k, v in config.items()}
+    config["num_hidden_layers"] = layers
+    dtype = config.get("torch_dtype") or config["dtype"]
+    write_checkpoint(out, config, shards=shards, mtp=mtp, dtype=dtype, **options)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

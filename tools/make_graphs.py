@@ -12,7 +12,8 @@ import click
 from deepseek_export.capture import CapturedModel, capture_draft, capture_model
 from deepseek_export.checkpoint import ModelConfig, parse_model_config
 from deepseek_export.checkpoint.families import FAMILIES, MOE_KEYS
-from deepseek_export.passes import PIPELINES, graph_listing, lower
+from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.passes import PIPELINES, QUANT_PIPELINES, graph_listing, lower
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 
 GRAPHS = Path(__file__).resolve().parent.parent / "graphs"
@@ -24,6 +25,12 @@ DENSE_PROFILES = ("baseline", "mla")
 
 #: 带 MTP 的家族另记 ``full`` 的主模型与草稿模型。
 MTP_FAMILIES = ("deepseek_v3",)
+
+#: 量化的清单：家族 → 方案与格式；换上的节点与方案无关，记一份就够。块 32 要求专家的宽度是 32 的倍数。
+QUANTIZED: dict[str, tuple[str, Quantization]] = {
+    "deepseek_v3": ("mla+moe", Quantization(kind="int4", block=32, keep=("lm_head",)))
+}
+_QUANT_WIDTHS = {"moe_intermediate_size": 32}
 
 #: 节点的写法由它们决定，记在每份清单的第一行。
 TOOLCHAIN = ("torch", "onnxscript", "onnx")
@@ -128,6 +135,15 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
         profile = resolve_profile(name)
         captured = capture_model(config, profile)
         yield from _listings(f"{family}.{name}", captured, config, profile)
+    if family in QUANTIZED:
+        name, quantization = QUANTIZED[family]
+        profile = resolve_profile(name)
+        wide = parse_model_config(CONFIGS[family] | _QUANT_WIDTHS, f"tools/make_graphs.py 的 {family}")
+        captured = capture_model(wide, profile)
+        for target in QUANT_PIPELINES:
+            proto = lower(captured, wide, profile, "float32", target, quantization=quantization).proto
+            name = f"{family}.{profile.name}.{quantization.kind}.{target}.txt"
+            yield name, f"{toolchain_line()}\n{graph_listing(proto)}"
     if family in MTP_FAMILIES:
         profile = resolve_profile("full")
         yield from _listings(f"{family}.full", capture_model(config, profile), config, profile)
@@ -137,7 +153,11 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
 def golden_names(family: str) -> set[str]:
     """一个家族的全部清单文件名。"""
     stems = [*profiles_of(family), *(("full", "full.mtp") if family in MTP_FAMILIES else ())]
-    return {f"{family}.{stem}.{target}.txt" for stem in stems for target in TARGETS}
+    names = {f"{family}.{stem}.{target}.txt" for stem in stems for target in TARGETS}
+    if family in QUANTIZED:
+        profile, quantization = QUANTIZED[family]
+        names |= {f"{family}.{profile}.{quantization.kind}.{target}.txt" for target in QUANT_PIPELINES}
+    return names
 
 
 def _listings(

@@ -22,6 +22,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: 临时目录里写了一半的权重，以及记着写到哪里的日志；有日志的才会被下一次导出接着写。
 WEIGHTS_FOLDER, JOURNAL_FILE = "weights", ".resume.json"
 
+#: 换上新内容时，旧的先改成这个名字。
+_RETIRED = ".old"
+
 #: 权重之外的文件（图、tokenizer、报告）至多这么大，预检时一并留出。
 _HEADROOM = 64 << 20
 
@@ -52,7 +55,7 @@ def check_free_space(out: Path, needed: int) -> None:
     out = out.absolute()
     existing = next(path for path in (out, *out.parents) if path.is_dir())
     for stale in _stale(out):
-        if (stale / JOURNAL_FILE).is_file():
+        if _is_half_written(stale):
             needed -= sum(file.stat().st_size for file in (stale / WEIGHTS_FOLDER).glob("*"))
     free = shutil.disk_usage(existing).free
     if free < needed + _HEADROOM:
@@ -63,26 +66,44 @@ def check_free_space(out: Path, needed: int) -> None:
         )
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> None:
     """输出目录能不能用。
 
     Args:
         out: 最终目录。
-        overwrite: 允许替换已有的 bundle。
+        overwrite: 允许替换已有的产物。
+        marker: 有这个文件的目录才是 dsx 的产物。
 
     Raises:
-        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 bundle（任何时候都不替换）。
+        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 dsx 的产物（任何时候都不替换）。
     """
+    restore_interrupted(out, marker)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
         raise DsxError("DSX-E401", f"{out} 已存在", "换一个 -o，或加 --overwrite 替换它")
-    if not (out / "manifest.json").is_file():
-        raise DsxError("DSX-E401", f"{out} 已存在，而且不是 dsx bundle，不会替换它", "换一个 -o")
+    if not (out / marker).is_file():
+        what = f"{out} 已存在，里面没有 {marker}，不是 dsx 的产物，不会替换它"
+        raise DsxError("DSX-E401", what, "换一个 -o，或把它移开")
+
+
+def restore_interrupted(out: Path, marker: str = "manifest.json") -> None:
+    """上一次恰在换上新内容的当口被杀，``out`` 不在了而旧的还在：放回原处。
+
+    Args:
+        out: 最终目录。
+        marker: 见 :func:`check_output`。
+    """
+    out = out.absolute()
+    with disk_errors(out):
+        for old in () if out.exists() else _stale(out):
+            if old.name.endswith(_RETIRED) and (old / marker).is_file():
+                old.rename(out)
+                return
 
 
 @contextlib.contextmanager
-def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") -> Iterator[Path]:
     """在旁边的临时目录里写，全部完成后改名。
 
     中途出错（含 Ctrl-C）则删除临时目录；进程被 SIGKILL 时残留的临时目录由下一次导出清掉，其中写了一半的权重连同日志移进新的临时
@@ -90,7 +111,8 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
 
     Args:
         out: 最终目录。
-        overwrite: 允许替换已有的 bundle。
+        overwrite: 允许替换已有的产物。
+        marker: 见 :func:`check_output`。
 
     Yields:
         临时目录。
@@ -99,13 +121,19 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         DsxError: ``DSX-E401`` 目标已存在；``DSX-E405`` 目标不可写。
     """
     out = out.absolute()
-    check_output(out, overwrite)
+    check_output(out, overwrite, marker)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        leftovers = _stale(out)
         temporary = out.parent / f"{_prefix(out)}{os.getpid()}"
+        if temporary in leftovers:  # 被杀的进程碰巧与这一个同号，容器里很常见
+            moved = temporary.with_name(f"{temporary.name}.stale")
+            shutil.rmtree(moved, ignore_errors=True)
+            temporary.rename(moved)
+            leftovers = _stale(out)
         temporary.mkdir()
-        for stale in _stale(out):
-            if (stale / JOURNAL_FILE).is_file() and not (temporary / JOURNAL_FILE).exists():
+        for stale in leftovers:
+            if _is_half_written(stale) and not _is_half_written(temporary):
                 for name in (WEIGHTS_FOLDER, JOURNAL_FILE):
                     (stale / name).rename(temporary / name)
             shutil.rmtree(stale, ignore_errors=True)
@@ -114,7 +142,7 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         with disk_errors(out):
             (temporary / JOURNAL_FILE).unlink(missing_ok=True)
             if out.exists():
-                retired = out.parent / f"{_prefix(out)}{os.getpid()}.old"
+                retired = temporary.with_name(f"{temporary.name}{_RETIRED}")
                 out.rename(retired)
                 temporary.rename(out)
                 shutil.rmtree(retired)
@@ -154,8 +182,13 @@ def _prefix(out: Path) -> str:
     return f".{out.name}.tmp-"
 
 
+def _is_half_written(temporary: Path) -> bool:
+    """里面有写了一半、能接着写的权重。"""
+    return (temporary / JOURNAL_FILE).is_file() and (temporary / WEIGHTS_FOLDER).is_dir()
+
+
 def _stale(out: Path) -> list[Path]:
-    """``out`` 的、进程已经不在的临时目录。"""
+    """``out`` 的、进程已经不在的临时目录；在建立自己的之前调用，所以与自己同号的也是别人留下的。"""
     prefix = _prefix(out)
     return [
         path
@@ -165,9 +198,11 @@ def _stale(out: Path) -> list[Path]:
 
 
 def _alive(pid: str) -> bool:
-    pid = pid.removesuffix(".old")
+    pid = pid.partition(".")[0]
     if not pid.isdigit():
         return True
+    if int(pid) == os.getpid():
+        return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import helper
@@ -33,6 +34,7 @@ from deepseek_export.bundle.manifest import (
     FileEntry,
     GraphEntry,
     Manifest,
+    QuantizationEntry,
     SourceEntry,
     ValueEntry,
     WeightsEntry,
@@ -42,13 +44,23 @@ from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.bundle.reference import link_checkpoint, reference_slots
 from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
-from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, mtp_recipes, weight_recipes
-from deepseek_export.passes import LoweredModel, check_target, lower
+from deepseek_export.checkpoint.recipe import (
+    Recipe,
+    bind_recipes,
+    mtp_recipes,
+    quantization_error,
+    weight_recipes,
+)
+from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.cpu_library import LIBRARY_TARGET, NO_LIBRARY, CpuLibrary, library_for
+from deepseek_export.errors import DsxError
+from deepseek_export.passes import LoweredModel, check_quantization, check_target, lower
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
 
 MODEL_FILE = "model.onnx"
+_MOST_SENSITIVE = 5
 
 #: 原样带进 bundle 的文件（存在才带）。
 CARRIED_FILES = (
@@ -89,6 +101,7 @@ def export_bundle(
     target: str = "portable",
     dtype: ModelDtype = "float32",
     weights: WeightsMode = "packed",
+    quantization: Quantization | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     accept: Callable[[Path], None] = lambda directory: None,
@@ -103,6 +116,7 @@ def export_bundle(
         target: ``portable``、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: 计算与权重的 dtype（router 始终 float32）。
         weights: ``packed`` 逐块写成自包含的权重文件；``reference`` 不写权重，指进检查点自己的 safetensors。
+        quantization: 只量化权重；``None`` 不量化。
         overwrite: 允许替换已有的 bundle。
         progress: 进度。
         accept: 改名之前在临时目录上执行；抛异常则整个导出作废（导出时校验用）。
@@ -112,12 +126,15 @@ def export_bundle(
         打开的 :class:`Bundle`。
 
     Raises:
-        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径；``DSX-E119`` 方案打开了 MTP 而检查点没有。
+        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E119`` 方案打开了 MTP 而检查点没有；
+            ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重。
     """
     progress = progress or Progress()
     out = Path(out)
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
-    check_target(target)
+    check_target(target, dtype)
+    if quantization is not None:
+        check_quantization(target, dtype)
     check_output(out, overwrite)
     watch = _Stopwatch()
     progress.start("读检查点")
@@ -125,6 +142,8 @@ def export_bundle(
         source = Checkpoint.open(checkpoint)
         modules = require_mtp(source) if profile.mtp.enabled else 0
         check_free_space(out, _weight_bytes(source.config, modules, dtype) if weights == "packed" else 0)
+        if quantization is not None:
+            _check_keep(quantization, source.config, modules)
     # 权重怎么存与图无关：FP8 检查点与它反量化后的孪生得到同一张图。
     architecture = replace(source.config, weight_block_size=None)
     graphs: list[_Graph] = []
@@ -134,14 +153,31 @@ def export_bundle(
             captured = _capture(architecture, profile, dtype, index, progress)
         with watch("passes"):
             progress.start(f"下沉到 {target}")
-            lowered = lower(captured, config=architecture, profile=profile, dtype=dtype, target=target)
+            lowered = lower(
+                captured,
+                config=architecture,
+                profile=profile,
+                dtype=dtype,
+                target=target,
+                quantization=quantization,
+            )
         graphs.append(_Graph(_file_name(index), captured, lowered))
     recipes: dict[str, Recipe] = {}
     for graph in graphs:
         recipes |= bind_recipes(graph.lowered.weights, source)
-    fallbacks = list(dict.fromkeys([*notes, *(line for graph in graphs for line in graph.lowered.fallbacks)]))
+    library = library_for(target)
+    lines = [*notes, *(line for graph in graphs for line in graph.lowered.fallbacks)]
+    if target == LIBRARY_TARGET and profile.mla.enabled and library is None:
+        lines.append(NO_LIBRARY)
+    fallbacks = list(dict.fromkeys(lines))
     for line in fallbacks:
         progress.note(line)
+    quantized = sorted(set[str]().union(*(graph.lowered.quantized for graph in graphs)))
+    if quantization is not None and not quantized:
+        what = (
+            f"方案 {profile.name}、--keep {','.join(quantization.keep) or '（空）'} 之下没有一个权重可以量化"
+        )
+        raise DsxError("DSX-E313", what, "去掉 --quant，或少保留一些；换不了的原因见 dsx export -v")
     with atomic_directory(out, overwrite) as directory:
         with watch("weights"):
             if weights == "packed":
@@ -166,10 +202,16 @@ def export_bundle(
             with watch("hashes"):
                 files = dict(sorted((hashed | hash_files(directory, weight_files, progress)).items()))
             entry = WeightsEntry(mode=weights, files=weight_files, recipes=recipes)
-            manifest = _manifest(source, profile, target, dtype, graphs, entry, fallbacks, files)
+            manifest = _manifest(source, profile, target, dtype, graphs, entry, fallbacks, library, files)
+            report = _report(watch, graphs, recipes)
+            if quantization is not None:
+                manifest = manifest.model_copy(
+                    update={"quantization": QuantizationEntry.of(quantization, quantized)}
+                )
+                report["quantization"] = _quantization_report(recipes, source, progress)
             write_json(directory / "manifest.json", manifest.model_dump(mode="json"))
             (directory / "reports").mkdir()
-            write_json(directory / "reports/export.json", _report(watch, graphs, recipes))
+            write_json(directory / "reports/export.json", report)
         accept(directory)
     return Bundle.open(out)
 
@@ -185,7 +227,7 @@ class _Graph:
 
 
 def _weight_bytes(config: ModelConfig, modules: int, dtype: ModelDtype) -> int:
-    """打包的权重有多大；pass 只重排权重，不改变总量。"""
+    """打包的权重有多大，不量化时；pass 只重排权重，不改变总量。"""
     recipes = weight_recipes(config, dtype)
     for index in range(modules):
         recipes |= mtp_recipes(config, index, dtype)
@@ -216,12 +258,13 @@ def _manifest(
     graphs: list[_Graph],
     weights: WeightsEntry,
     fallbacks: list[str],
+    library: CpuLibrary | None,
     files: dict[str, FileEntry],
 ) -> Manifest:
     config = source.config
     caches = cache_tensors(config, Forms.for_capture(profile))
     islands: Counter[str] = Counter()
-    if dtype == "float16":
+    if dtype != "float32":
         for graph in graphs:
             islands.update(float32_islands(graph.model))
     return Manifest(
@@ -247,6 +290,7 @@ def _manifest(
         ),
         weights=weights,
         fallbacks=fallbacks,
+        cpu_library=None if library is None else library.isa,
         float32_islands=dict(sorted(islands.items())),
         files=files,
     )
@@ -281,4 +325,33 @@ def _report(watch: _Stopwatch, graphs: list[_Graph], recipes: dict[str, Recipe])
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "weight_bytes": sum(recipe.nbytes for recipe in recipes.values()),
         "nodes": sum(len(graph.model.graph.node) for graph in graphs),
+    }
+
+
+def _check_keep(quantization: Quantization, config: ModelConfig, modules: int) -> None:
+    names = [*weight_recipes(config, "float32"), "lm_head"]
+    for index in range(modules):
+        names += mtp_recipes(config, index, "float32")
+    if unmatched := quantization.unmatched(names):
+        raise DsxError(
+            "DSX-E312",
+            f"--keep 的 {unmatched[0]!r} 什么也没有匹配到",
+            "按点分的整段写，例如 lm_head、o_proj、layers.0、layers.3.mlp；叠在一起的专家写成 mlp.experts",
+        )
+
+
+def _quantization_report(
+    weights: dict[str, Recipe], source: Checkpoint, progress: Progress
+) -> dict[str, Any]:
+    """每个量化了的权重偏了多少，最敏感（相对误差最大）的几个点名。"""
+    codes = {name: recipe for name, recipe in weights.items() if recipe.op == "codes"}
+    progress.start("量化误差", len(codes))
+    errors = {}
+    for name, recipe in codes.items():
+        errors[name] = quantization_error(name, recipe, source.store)
+        progress.advance(1, name)
+    ranked = sorted(errors, key=lambda name: errors[name].relative, reverse=True)
+    return {
+        "most_sensitive": ranked[:_MOST_SENSITIVE],
+        "tensors": {name: errors[name].model_dump() for name in ranked},
     }

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
+from deepseek_export.checkpoint.weight_only import BlockFormat, QuantBlock, Quantization, QuantKind
 from deepseek_export.passes import PassResult
 from deepseek_export.profile import OptimizationProfile
 
@@ -87,6 +88,31 @@ class CacheEntry(_Entry):
         return self.values_per_token_per_layer * self.num_layers * NUMPY_DTYPES[self.dtype].itemsize
 
 
+class QuantizationEntry(_Entry):
+    """只量化权重的 bundle：格式、用户要保留的，以及实际量化了哪些权重。
+
+    Attributes:
+        kind, block, keep: 见 :class:`~deepseek_export.checkpoint.weight_only.Quantization`。
+        tensors: 量化了的权重，按量化之前的名字；与词嵌入共享的 lm_head 记作 ``lm_head.weight``。
+    """
+
+    kind: QuantKind
+    block: QuantBlock
+    keep: list[str]
+    tensors: list[str]
+
+    @classmethod
+    def of(cls, quantization: Quantization, tensors: list[str]) -> QuantizationEntry:
+        """由导出时的选项与实际量化了的权重建立。"""
+        keep = list(quantization.keep)
+        return cls(kind=quantization.kind, block=quantization.block, keep=keep, tensors=tensors)
+
+    @property
+    def formats(self) -> dict[str, BlockFormat]:
+        """权重名 → 格式，供参考模型换上同样的权重。"""
+        return dict.fromkeys(self.tensors, BlockFormat(kind=self.kind, block=self.block))
+
+
 class WeightsEntry(_Entry):
     """权重文件与每个 initializer 的配方。
 
@@ -111,22 +137,37 @@ class FileEntry(_Entry):
 class Manifest(_Entry):
     """bundle 的全部事实。
 
+    ``cpu_library`` 是导出时那台机器的 C++ 算子库用的指令集，没有库或目标不用它则为 ``None``；它只是记录，图不因此而不同：
+    同一个 bundle 有库时走库、没有库时走函数体。
+
     ``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件；按引用时检查点的硬链接也除外，它们由 ``source.fingerprint`` 核对。
     """
 
     schema_version: Literal[1]
     dsx_version: str
     target: str
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "bfloat16"]
     profile: OptimizationProfile
     model: ModelConfig
     source: SourceEntry
     graphs: list[GraphEntry]
     cache: CacheEntry
     weights: WeightsEntry
+    quantization: QuantizationEntry | None = None
     fallbacks: list[str]
     float32_islands: dict[str, int]
+    cpu_library: str | None = None
     files: dict[str, FileEntry]
+
+    @property
+    def formats(self) -> dict[str, BlockFormat]:
+        """量化了的权重 → 格式；没有量化就是空的。"""
+        return {} if self.quantization is None else self.quantization.formats
+
+    @property
+    def quant(self) -> QuantKind | None:
+        """权重量化成什么；没有量化为 ``None``。"""
+        return None if self.quantization is None else self.quantization.kind
 
     @property
     def main(self) -> GraphEntry:

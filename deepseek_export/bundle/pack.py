@@ -14,6 +14,7 @@ from deepseek_export.bundle.disk import (
     check_free_space,
     disk_errors,
     hash_files,
+    restore_interrupted,
     write_json,
 )
 from deepseek_export.bundle.graph import check_onnx, point_at
@@ -35,6 +36,7 @@ def pack_bundle(path: Path | str, progress: Progress | None = None) -> Bundle:
             ``write_packed``。
     """
     progress = progress or Progress()
+    restore_interrupted(Path(path))
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     if manifest.weights.mode == "packed":

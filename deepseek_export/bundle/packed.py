@@ -25,7 +25,7 @@ from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.progress import Progress
 
 WEIGHTS_FILE = f"{WEIGHTS_FOLDER}/model.safetensors"
-TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 #: 至少写这么多才落盘、记一笔日志。
 SYNC_BYTES = 1 << 30

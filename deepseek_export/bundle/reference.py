@@ -59,7 +59,7 @@ def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:
 
     Args:
         store: 检查点张量。
-        directory: bundle 目录，还没有 ``weights/``。
+        directory: bundle 目录；里面若有别人写了一半的 ``weights/``，先删掉。
 
     Returns:
         硬链接的文件，相对 ``directory`` 的路径。
@@ -68,6 +68,7 @@ def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:
         DsxError: ``DSX-E407``，链接不了，多半是不在同一个文件系统。
     """
     folder = directory / WEIGHTS_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for file in store.files:
         try:

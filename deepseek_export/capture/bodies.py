@@ -181,6 +181,22 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
 
 
 @functools.lru_cache(maxsize=16)
+def moe_experts_dense_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionProto:
+    """``MoeExperts`` 的另一个函数体：每个专家都算，没有循环与数据相关的形状。"""
+    E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    k = config.num_experts_per_tok
+    inputs = {
+        "x": Spec(("N", D), dtype),
+        "topk_ids": Spec(("N", k), torch.int32),
+        "topk_weights": Spec(("N", k), torch.float32),
+        "w_gate": Spec((E, inner, D), dtype),
+        "w_up": Spec((E, inner, D), dtype),
+        "w_down": Spec((E, D, inner), dtype),
+    }
+    return _function(MOE_EXPERTS, _nodes(_trace_function(experts.experts_dense, inputs, ["y"]), "experts"))
+
+
+@functools.lru_cache(maxsize=16)
 def spec_accept_body(config: ModelConfig, dtype: torch.dtype, mode: str) -> onnx.FunctionProto:
     """``SpecAccept``（``mode="greedy"``）或 ``SpecAcceptRejection`` 的函数体。"""
     V = config.vocab_size

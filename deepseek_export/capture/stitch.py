@@ -38,7 +38,7 @@ from deepseek_export.profile import OptimizationProfile
 from deepseek_export.reference.model import Forms, cache_tensors
 from deepseek_export.reference.weights import TORCH_DTYPES, draft_initializer_name, initializer_name
 
-ModelDtype = Literal["float32", "float16"]
+ModelDtype = Literal["float32", "float16", "bfloat16"]
 
 _ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,

@@ -20,14 +20,23 @@ from deepseek_export.checkpoint.checkpoint import Checkpoint, expected_mtp_tenso
 from deepseek_export.checkpoint.config import ModelConfig
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.checkpoint.weight_only import (
+    BlockFormat,
+    QuantError,
+    block_codes,
+    block_scales,
+    dequantized,
+)
 from deepseek_export.errors import DsxError
 
 WeightDtype = Literal["float32", "float16", "bfloat16"]
+InitializerDtype = Literal["float32", "float16", "bfloat16", "uint8"]
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "uint8": np.dtype(np.uint8),
 }
 
 #: 一次读进内存的来源数据，按 float32 计的字节数。
@@ -45,21 +54,26 @@ class Recipe(BaseModel):
 
     Attributes:
         op: ``copy`` 原样（可改 dtype）；``stack`` 在新的第 0 维叠放；``stack_swiglu`` 来源按 gate、up 交替给出，每个专家内
-            gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``zeros`` 全零。
+            gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``zeros`` 全零；
+            ``codes``、``scales`` 是 ``of`` 按 ``form`` 量化之后的码与 scale。
         sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
             ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
         dtype: initializer 的 dtype。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
+        of: 量化之前的 float32 配方，只有 ``codes``、``scales`` 有。
+        form: 量化的格式，只有 ``codes``、``scales`` 有。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    op: Literal["copy", "stack", "stack_swiglu", "zeros"]
+    op: Literal["copy", "stack", "stack_swiglu", "zeros", "codes", "scales"]
     sources: tuple[str, ...]
     shape: tuple[int, ...]
-    dtype: WeightDtype
+    dtype: InitializerDtype
     block_size: tuple[int, int] | None = None
+    of: Recipe | None = None
+    form: BlockFormat | None = None
 
     @field_serializer("sources")
     def _folded(self, sources: tuple[str, ...]) -> tuple[str, ...]:
@@ -105,6 +119,18 @@ def _unfold(sources: Iterable[Any]) -> tuple[Any, ...]:
         for expert in range(int(first), int(last) + 1):
             names += [f"{head}{expert}.{name}{tail}" for name in (kinds or kind).split(",")]
     return tuple(names)
+
+
+def quantized_recipes(recipe: Recipe, form: BlockFormat) -> tuple[Recipe, Recipe]:
+    """一个 float32 权重 → 码与 scale 的配方；形状是 [..., K] 换成 [..., 块数, 每块字节数] 与 [..., 块数]。"""
+    *rows, width = recipe.shape
+    blocks = -(-width // form.block)
+
+    def part(op: Literal["codes", "scales"], shape: tuple[int, ...], dtype: InitializerDtype) -> Recipe:
+        return Recipe(op=op, sources=recipe.sources, shape=shape, dtype=dtype, of=recipe, form=form)
+
+    codes = part("codes", (*rows, blocks, form.block * form.bits // 8), "uint8")
+    return codes, part("scales", (*rows, blocks), "float32")
 
 
 def weight_recipes(config: ModelConfig, dtype: WeightDtype) -> dict[str, Recipe]:
@@ -176,8 +202,15 @@ def bind_recipes(recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[
                 f"{name} 的来源有的是 FP8、有的不是：{odd} 是 {checkpoint.store[odd].dtype}",
                 "同一层的专家要么全是 FP8、要么都不是；重新下载或重新转换检查点",
             )
-        bound[name] = recipe.model_copy(update={"block_size": block_size}) if True in kinds else recipe
+        bound[name] = _with_block_size(recipe, block_size) if True in kinds else recipe
     return bound
+
+
+def _with_block_size(recipe: Recipe, block_size: tuple[int, int]) -> Recipe:
+    """``codes``、``scales`` 自己不读来源，块大小写在量化之前的那个配方上。"""
+    if recipe.of is not None:
+        return recipe.model_copy(update={"of": _with_block_size(recipe.of, block_size)})
+    return recipe.model_copy(update={"block_size": block_size})
 
 
 def materialize(
@@ -197,7 +230,11 @@ def materialize(
     Raises:
         DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出。
     """
-    if recipe.op == "zeros":
+    if recipe.of is not None and recipe.form is not None:
+        part = block_codes if recipe.op == "codes" else block_scales
+        for rows in materialize(name, recipe.of, store, chunk_bytes):
+            yield part(rows, recipe.form)
+    elif recipe.op == "zeros":
         yield np.zeros(recipe.shape, NUMPY_DTYPES[recipe.dtype])
     elif recipe.op == "stack_swiglu":
         for gate, up in zip(recipe.sources[::2], recipe.sources[1::2], strict=True):
@@ -207,6 +244,19 @@ def materialize(
     else:
         for source in recipe.sources:
             yield from _converted(name, source, recipe, store, chunk_bytes)
+
+
+def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantError:
+    """``codes`` 配方量化掉了多少；逐块读，参数、错误同 :func:`materialize`。"""
+    assert recipe.of is not None
+    assert recipe.form is not None
+    error = norm = largest = 0.0
+    for rows in materialize(name, recipe.of, store):
+        gap = dequantized(rows, recipe.form) - rows
+        error += float(np.square(gap, dtype=np.float64).sum())
+        norm += float(np.square(rows, dtype=np.float64).sum())
+        largest = max(largest, float(np.abs(gap).max(initial=0.0)))
+    return QuantError(relative=math.sqrt(error / norm) if norm else 0.0, max_abs=largest)
 
 
 def load_array(name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:

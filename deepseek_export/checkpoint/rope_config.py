@@ -75,7 +75,7 @@ def parse_rope(f: Fields, length: int, dim: int) -> RopeConfig:
         raise f.bad(key, "对象或 null", code)
     r = Fields(dict(raw), f"{f.where} 的 {key}")
     kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind not in _TYPE_KEYS:
+    if not isinstance(kind, str) or kind not in _TYPE_KEYS:
         raise DsxError(
             code, f"{r.where} 的 rope 类型是 {kind!r}", f"支持的 rope 类型：{'、'.join(_TYPE_KEYS)}"
         )

@@ -103,7 +103,7 @@ class TensorStore:
                 "换用 safetensors 格式的检查点，或先用 transformers 的 save_pretrained 转存",
             )
         for name in names:
-            if not (directory / name).is_file():
+            if not _is_file(directory / name):
                 todo = "补齐分片，或重新下载整个检查点"
                 raise DsxError("DSX-E118", f"{index} 提到的分片 {name} 不存在", todo)
         shards = tuple(_read_shard(directory / name) for name in names)
@@ -199,6 +199,14 @@ class TensorStore:
             {"name": s.path.name, "size": s.size, "header_sha256": s.header_sha256} for s in self._shards
         ]
         return {"files": files}
+
+
+def _is_file(path: Path) -> bool:
+    """普通文件（或指向它的符号链接）吗；名字长到文件系统不认也算不是。"""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _read_index(index: Path) -> dict[str, str]:

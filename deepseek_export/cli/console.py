@@ -54,6 +54,11 @@ def echo_json(data: Any) -> None:
     click.echo(json.dumps(data, ensure_ascii=False))
 
 
+def weights_size(count: int, mode: str) -> str:
+    """权重有多大；不在 bundle 自己的文件里就注明。"""
+    return size(count) + ("，按引用，加载时从检查点生成" if mode == "reference" else "")
+
+
 def size(count: float) -> str:
     """字节数，二进制单位，三位有效数字：``549 MiB``、``38.1 GiB``。"""
     unit = "B"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
 from deepseek_export.cli.formatting import Command
+from deepseek_export.engine.flavour import FLAVOURS
 
 #: 随包附带的检查点：DeepSeek-V3 结构，真的训练过，数据与训练曲线见其中的 README.md。
 CHECKPOINT = Path(__file__).resolve().parent.parent / "demo_checkpoint"
-BUNDLE = "demo-full"
+BUNDLE, ENGINE_BUNDLE = "demo-full", "demo-tensorrt"
 PROMPTS = ("春", "And God said")
 
 
@@ -27,7 +29,7 @@ PROMPTS = ("春", "And God said")
 )
 @click.pass_context
 def command(ctx: click.Context, path_only: bool, directory: Path | None) -> None:
-    """用随包附带的 DeepSeek-V3 结构的小模型，依次导出、校验、查看、生成；每一步先打印等价的命令。
+    """用随包附带的 DeepSeek-V3 结构的小模型，依次导出、校验、查看、生成；装了 TensorRT-RTX 就再为 sm89 建一个引擎。每一步先打印等价的命令。
 
     模型只有几百万参数，在古典诗文与英王钦定本圣经上训练过：写得出像样的句子，谈不上通顺；要看的是每一步怎么用、导出与
     PyTorch 是否相等、投机解码省了几次主模型调用。
@@ -47,6 +49,10 @@ def command(ctx: click.Context, path_only: bool, directory: Path | None) -> None
     for prompt in PROMPTS:
         argv = ["generate", str(bundle), "-P", prompt, "--max-new-tokens", "64", "--stats"]
         steps.append(("生成", argv))
+    rtx = FLAVOURS["rtx"]
+    missing = rtx.version() is None or find_spec("triton") is None
+    if not missing:
+        steps += _engine_steps((directory or home()) / ENGINE_BUNDLE)
     group = ctx.parent.command if ctx.parent is not None else None
     assert isinstance(group, click.Group)
     for number, (title, argv) in enumerate(steps, start=1):
@@ -61,7 +67,18 @@ def command(ctx: click.Context, path_only: bool, directory: Path | None) -> None
         except click.exceptions.Exit as stop:
             if stop.exit_code:
                 raise
+    if missing:
+        click.echo(f"\n没有安装 TensorRT-RTX 或 Triton，没有建引擎：{rtx.install} 'deepseek-export[kernels]'")
     click.echo("\n全程走完。换成自己的检查点：dsx export CKPT -p mla+moe -o OUT")
+
+
+def _engine_steps(bundle: Path) -> list[tuple[str, list[str]]]:
+    """float16 的 bundle，再为 sm89 建引擎：TensorRT-RTX 不需要 GPU。"""
+    export = ["export", str(CHECKPOINT), "-p", "full", "--target", "tensorrt-rtx", "--dtype", "float16"]
+    return [
+        ("导出给 TensorRT", [*export, "-o", str(bundle), "--overwrite"]),
+        ("建引擎，看插件层", ["build", str(bundle), "--arch", "sm89"]),
+    ]
 
 
 def home() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -13,7 +14,9 @@ from deepseek_export import __version__
 from deepseek_export.cli.console import console, echo_json, facts, size, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import json_option
+from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from deepseek_export.disk_cache import DiskCache
+from deepseek_export.errors import DsxError
 from deepseek_export.machine import cores, cpu_flags, memory_bytes
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
@@ -33,8 +36,8 @@ PACKAGES = (
     Package("onnxruntime", None, "运行 bundle"),
     Package("onnxscript", None, "torch.export → ONNX"),
     Package("transformers", "hf", "dsx verify 的基准"),
-    Package("tensorrt", "tensorrt", "TensorRT 引擎，这一版还用不到"),
-    Package("tensorrt_rtx", "rtx", "TensorRT-RTX 引擎，这一版还用不到"),
+    Package("tensorrt", "tensorrt", "TensorRT 引擎，在目标 GPU 上建"),
+    Package("tensorrt_rtx", "rtx", "TensorRT-RTX 引擎，不用 GPU 也能建"),
 )
 #: 目标 → 状态；与 passes 的流水线一致由测试保证（导入 passes 会带进 torch）。
 TARGETS = {
@@ -43,23 +46,33 @@ TARGETS = {
     "tensorrt": "可用：完整的 TensorRT，插件核与原生层",
     "tensorrt-rtx": "可用：TensorRT-RTX，插件核与原生层",
 }
-CPU_LIBRARY = "不在这一版；dsx 算子走 ONNX 函数体"
 _READY = "可用"
 
 
-@click.command("doctor", cls=Command, short_help="看这台机器的环境")
+@click.command("doctor", cls=Command, short_help="看这台机器的环境，或一个 bundle 缺什么插件")
+@click.argument("bundle", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
 @json_option
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
-    """检查 Python、CPU、内存、依赖的版本，以及能编译到哪些目标。
+def command(ctx: click.Context, bundle: Path | None, as_json: bool) -> None:
+    """检查 Python、CPU、内存、依赖的版本，以及能编译到哪些目标；给出 OUT 时另看它的插件。
 
-    只读安装信息，不加载 torch。必需的依赖缺少或太旧时退出码是 1。
+    不给 OUT 时只读安装信息；给了则逐个列出插件节点、需要的 creator、在已装的 TensorRT 里登记得上没有，缺什么、怎么装。都不加载
+    torch。必需的依赖缺少或太旧、或有插件登记不上时，退出码是 1。
     """
     found = diagnose()
+    if bundle is not None:
+        from deepseek_export.cli.bundle_plugins import diagnose_bundle
+
+        found["bundle"] = diagnose_bundle(bundle)
+        found["ok"] = found["ok"] and found["bundle"]["ok"]
     if as_json:
         echo_json(found)
     else:
         _print(found)
+        if bundle is not None:
+            from deepseek_export.cli.bundle_plugins import print_bundle
+
+            print_bundle(found["bundle"])
     ctx.exit(0 if found["ok"] else 1)
 
 
@@ -78,19 +91,46 @@ def diagnose() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "packages": packages,
         "targets": {name: state.startswith(_READY) for name, state in TARGETS.items()},
-        "cpu_library": False,
+        "cpu_library": _cpu_library(),
         "trace_cache": None if traces is None else str(traces),
     }
 
 
-def _package(package: Package, floor: str | None) -> dict[str, Any]:
+def _cpu_library() -> dict[str, Any]:
+    """算子库的位置与指令集；用不了时是原因，不影响退出码：模型照样走函数体。"""
     try:
-        version: str | None = metadata.version(package.name)
-    except metadata.PackageNotFoundError:
-        version = None
+        library = find_library()
+    except DsxError as error:
+        return {"path": None, "isa": None, "isas": [], "problem": f"{error.code} {error.what}"}
+    if library is None:
+        return {"path": None, "isa": None, "isas": [], "problem": None}
+    return {"path": str(library.path), "isa": library.isa, "isas": list(library.isas), "problem": None}
+
+
+def _library_line(library: dict[str, Any]) -> str:
+    if library["problem"] is not None:
+        return f"用不了：{library['problem']}"
+    if library["path"] is None:
+        return f"没有（{BUILD_COMMAND} 构建）；dsx 算子走 ONNX 函数体"
+    return f"有：{library['isa']}；这台机器能用 {'、'.join(library['isas'])}"
+
+
+def _package(package: Package, floor: str | None) -> dict[str, Any]:
+    version = _version(package.name)
     old = version is not None and floor is not None and _numbers(version) < _numbers(floor)
     status = "missing" if version is None else "old" if old else "ok"
     return {**package._asdict(), "version": version, "required": floor, "status": status}
+
+
+def _version(name: str) -> str | None:
+    """已安装的版本；TensorRT 的轮子名字带着 CUDA 的版本。"""
+    names = (name, f"{name}_cu13") if name.startswith("tensorrt") else (name,)
+    for candidate in names:
+        try:
+            return metadata.version(candidate)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _floors() -> dict[str, str]:
@@ -130,7 +170,7 @@ def _print(found: dict[str, Any]) -> None:
                 ("平台", found["platform"]),
                 ("CPU", f"{found['cpu']['cores']} 核；{shown}"),
                 ("内存", "未知" if memory is None else size(memory)),
-                ("C++ 算子库", CPU_LIBRARY),
+                ("C++ 算子库", _library_line(found["cpu_library"])),
                 ("捕获缓存", found["trace_cache"] or "关（DSX_NO_CACHE）"),
             ],
         )

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, size
+from deepseek_export.cli.console import console, echo_json, facts, size, weights_size
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import checkpoint_argument, json_option, set_option
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.errors import DsxError
 
 if TYPE_CHECKING:
     from deepseek_export.bundle import Bundle
-
-_WEIGHTS = {"packed": "已打包", "reference": "按引用，加载时从检查点生成"}
+    from deepseek_export.checkpoint.weight_only import Quantization
 
 
 @click.command("export", cls=Command, short_help="把检查点编译成 ONNX bundle")
@@ -41,10 +41,10 @@ _WEIGHTS = {"packed": "已打包", "reference": "按引用，加载时从检查�
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16"]),
+    type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="权重与计算的 dtype；router 总是 float32。",
+    help="权重与计算的 dtype；router 总是 float32。bfloat16 只用于 TensorRT 的目标。",
 )
 @click.option(
     "--weights",
@@ -52,6 +52,22 @@ _WEIGHTS = {"packed": "已打包", "reference": "按引用，加载时从检查�
     default="packed",
     show_default=True,
     help="packed 写成自包含的文件夹；reference 不写权重，指进检查点自己的文件（同一文件系统）。",
+)
+@click.option(
+    "--quant",
+    type=click.Choice(["int8", "int4"]),
+    help="只量化权重（对称、分块），目标 ort-cpu：线性层用 MatMulNBits，专家用 QMoE；缺省不量化。",
+)
+@click.option(
+    "--quant-block",
+    type=click.Choice(["32", "64", "128"]),
+    help="每多少个输入维共用一个 scale，缺省 32；越小越准、越大。",
+)
+@click.option(
+    "--keep",
+    metavar="NAME,...",
+    default="",
+    help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router、norm 与词嵌入总是浮点。",
 )
 @set_option
 @click.option("--overwrite", is_flag=True, help="替换已有的 bundle。")
@@ -63,8 +79,11 @@ def command(
     profile: str,
     out: Path,
     target: str,
-    dtype: Literal["float32", "float16"],
+    dtype: Literal["float32", "float16", "bfloat16"],
     weights: Literal["packed", "reference"],
+    quant: Literal["int8", "int4"] | None,
+    quant_block: str | None,
+    keep: str,
     overrides: tuple[str, ...],
     overwrite: bool,
     check: bool,
@@ -81,7 +100,9 @@ def command(
       dsx export CKPT -p mla+moe -o OUT
       dsx export CKPT -p mla -o OUT --set mla.form=absorb --check
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --dtype float16
+      dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int8 --keep lm_head
     """
+    quantization = _quantization(quant, quant_block, keep)
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")
         from deepseek_export import api
@@ -93,6 +114,7 @@ def command(
             target=target,
             dtype=dtype,
             weights=weights,
+            quantization=quantization,
             overrides=overrides,
             overwrite=overwrite,
             check=check,
@@ -105,6 +127,18 @@ def command(
     if verbose:
         _print_passes(summary)
     _print_summary(out, summary)
+
+
+def _quantization(quant: str | None, block: str | None, keep: str) -> Quantization | None:
+    from deepseek_export.checkpoint.weight_only import Quantization
+
+    names = tuple(name.strip() for name in keep.split(",") if name.strip())
+    if quant is None:
+        if block or names:
+            given = "--quant-block" if block else "--keep"
+            raise DsxError("DSX-E705", f"给了 {given}，却没有 --quant", "加 --quant int8 或 int4，或去掉它")
+        return None
+    return Quantization.model_validate({"kind": quant, "block": int(block or 32), "keep": names})
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:
@@ -122,6 +156,8 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
             for graph in manifest.graphs
             for result in graph.passes
         ],
+        "quant": manifest.quantization and manifest.quantization.kind,
+        "quant_block": manifest.quantization and manifest.quantization.block,
         "fallbacks": manifest.fallbacks,
         "cache_bytes_per_token": manifest.cache.bytes_per_token,
         **report,
@@ -139,6 +175,16 @@ def _print_passes(summary: dict[str, Any]) -> None:
             click.echo(f"  拒绝 {refusal['node']}：{refusal['reason']}（{refusal['value']}）")
 
 
+def _quantization_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """量化的一行与最敏感的权重；没有量化就没有。"""
+    if (quantization := summary.get("quantization")) is None:
+        return []
+    errors = quantization["tensors"]
+    worst = "、".join(f"{name}（{errors[name]['relative']:.2%}）" for name in quantization["most_sensitive"])
+    what = f"{summary['quant']}，每 {summary['quant_block']} 个一块；{len(errors)} 个权重，相对误差最大的：{worst}"
+    return [("量化", what)]
+
+
 def _print_summary(out: Path, summary: dict[str, Any]) -> None:
     totals: Counter[str] = Counter()
     for counts in summary["op_counts"].values():
@@ -148,7 +194,8 @@ def _print_summary(out: Path, summary: dict[str, Any]) -> None:
     rows = [
         ("方案", f"{summary['profile']}，目标 {summary['target']}，{summary['dtype']}"),
         ("算子", f"{summary['nodes']} 个节点" + (f"，其中 {'、'.join(custom)}" if custom else "")),
-        ("权重", f"{size(summary['weight_bytes'])}，{_WEIGHTS[summary['weights']]}"),
+        ("权重", weights_size(summary["weight_bytes"], summary["weights"])),
+        *_quantization_rows(summary),
         ("KV 缓存", f"每个 token {summary['cache_bytes_per_token']:,} 字节"),
         ("用时", f"{sum(seconds.values()):.1f} s，峰值内存 {size(summary['peak_rss_bytes'])}"),
         *(("回退", line) for line in summary["fallbacks"]),

@@ -10,7 +10,7 @@ import click
 
 from deepseek_export.cli.console import echo_json
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import backend_option, bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import DsxError
 
@@ -35,19 +35,21 @@ if TYPE_CHECKING:
 @click.option("--no-floor", is_flag=True, help="投机解码不划算也不退回普通解码。")
 @click.option("--stats", is_flag=True, help="在 stderr 上打印投机解码的接受率与调用次数。")
 @click.option("--threads", type=click.IntRange(min=1), help="线程数；缺省由 ONNX Runtime 决定。")
+@backend_option
 @json_option
 def command(
     bundle: Path,
     prompts: tuple[str, ...],
     id_texts: tuple[str, ...],
     threads: int | None,
+    backend: Any,
     as_json: bool,
     no_speculative: bool,
     no_floor: bool,
     stats: bool,
     **options: Any,
 ) -> None:
-    """在 ONNX Runtime 上用 bundle OUT 生成。
+    """用 bundle OUT 生成，缺省在 ONNX Runtime 上。
 
     一条提示词时边生成边输出，stdout 上只有生成的文本；几条合成一批跑，跑完依次输出。用时写在 stderr。没有 tokenizer 的检查点用
     --ids，输出也是 token id。带 MTP 的 bundle 自动投机解码，输出不变；实测不比普通解码快就退回，并在 stderr 上说明。
@@ -66,7 +68,7 @@ def command(
         from deepseek_export import api
 
         began = time.perf_counter()
-        model = api.load(bundle, threads)
+        model = api.load(bundle, threads, backend)
         load_s = time.perf_counter() - began
     if no_floor and model.speculative is not None:
         model.speculative.floor = None

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, size, table
+from deepseek_export.cli.console import console, echo_json, facts, size, table, weights_size
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cpu_library import LIBRARY_TARGET
 
 if TYPE_CHECKING:
     from deepseek_export.bundle import Manifest
@@ -102,11 +103,14 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             for result in graph.passes
         ],
         "fallbacks": manifest.fallbacks,
+        "cpu_library": manifest.cpu_library,
         "weights": {
+            "mode": manifest.weights.mode,
             "count": len(recipes),
             "bytes": sum(recipe.nbytes for recipe in recipes.values()),
             "recipes": dict(Counter(recipe.op for recipe in recipes.values())),
         },
+        "quantization": manifest.quantization and manifest.quantization.model_dump(mode="json"),
         "float32_islands": manifest.float32_islands,
         "cache": {
             "dtype": cache.dtype,
@@ -147,10 +151,20 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
         ("模型", f"{summary['family']}，{summary['layers']} 层，其中 MoE {summary['moe_layers']} 层"),
         ("方案", f"{summary['profile']}，目标 {summary['target']}，{summary['dtype']}"),
         ("检查点", summary["source"]),
-        ("权重", f"{weights['count']} 个，{size(weights['bytes'])}（配方：{recipes}）"),
+        (
+            "权重",
+            f"{weights['count']} 个，{weights_size(weights['bytes'], weights['mode'])}（配方：{recipes}）",
+        ),
     ]
+    if (quant := summary["quantization"]) is not None:
+        kept = f"，保留 {'、'.join(quant['keep'])}" if quant["keep"] else ""
+        rows.append(
+            ("量化", f"{quant['kind']}，每 {quant['block']} 个一块，{len(quant['tensors'])} 个权重{kept}")
+        )
     if summary["dtype"] == "float16":
         rows.append(("float32 孤岛", islands or "没有"))
+    if summary["target"] == LIBRARY_TARGET:
+        rows.append(("导出时的 C++ 算子库", summary["cpu_library"] or "没有"))
     rows += [("回退", line) for line in summary["fallbacks"]] or [("回退", "没有")]
     out.print(facts(f"{path}（dsx {summary['dsx_version']}）", rows))
     for graph in summary["graphs"]:

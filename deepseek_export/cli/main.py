@@ -27,6 +27,7 @@ COMMANDS = MappingProxyType(
             "plan",
             "export",
             "verify",
+            "build",
             "generate",
             "inspect",
             "bench",

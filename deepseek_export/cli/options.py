@@ -36,6 +36,13 @@ set_option = click.option(
     multiple=True,
     help="覆盖方案里的一个键，例如 mla.form=absorb；可重复。",
 )
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["ort", "trt"]),
+    default="ort",
+    show_default=True,
+    help="在哪里运行：ONNX Runtime CPU，或 dsx build 为当前 GPU 建的引擎。",
+)
 # 路径是否存在由 api 检查，好给出带码的错误。
 bundle_argument = click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
 checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))

@@ -27,10 +27,10 @@ def command(bundle: Path, as_json: bool) -> None:
       dsx pack OUT
     """
     with open_progress(as_json) as progress:
-        progress.start("加载 onnx")
-        from deepseek_export.bundle import pack_bundle
+        progress.start("加载 torch 与 onnx")
+        from deepseek_export import api
 
-        packed = pack_bundle(bundle, progress)
+        packed = api.pack(bundle, progress=progress)
     name = packed.manifest.weights.files[0]
     entry = packed.manifest.files[name]
     if as_json:

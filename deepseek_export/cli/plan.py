@@ -103,8 +103,8 @@ def _print(plan: Plan) -> None:
                 (at, f"{size(cache.latent_bytes)}（展开是 {size(cache.expanded_bytes)}）"),
                 *(
                     (
-                        f"导出 {e.dtype}",
-                        f"磁盘 {size(e.disk_bytes)}，峰值内存 {size(e.peak_ram_bytes)}（{e.largest_tensor}）",
+                        f"导出 {e.mode} {e.dtype}",
+                        f"磁盘 {size(e.disk_bytes)}，峰值内存不超过 {size(e.peak_ram_bytes)}",
                     )
                     for e in plan.export
                 ),

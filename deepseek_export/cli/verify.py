@@ -9,14 +9,20 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import backend_option, bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
-    from deepseek_export.parity import Case, ParityReport
+    from deepseek_export.parity import Case, ParityReport, QuantLoss
 
 LEVELS = ("op", "block", "model", "tokens")
-_MEANINGS = {"op": "dsx 算子", "block": "每层的注意力与前馈", "model": "logits", "tokens": "greedy 续写"}
+_MEANINGS = {
+    "op": "dsx 算子",
+    "block": "每层的注意力与前馈",
+    "model": "logits",
+    "tokens": "greedy 续写",
+    "loss": "量化的损失",
+}
 
 
 @click.command("verify", cls=Command, short_help="证明 bundle 与 PyTorch 相等")
@@ -34,6 +40,13 @@ _MEANINGS = {"op": "dsx 算子", "block": "每层的注意力与前馈", "model"
     "--steps", type=click.IntRange(min=1), default=64, show_default=True, help="tokens 级续写多少个 token。"
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="随机输入的种子。")
+@click.option(
+    "--text",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="在这个文件的文本上比困惑度；只用于 --quant 导出的 bundle。",
+)
+@backend_option
 @json_option
 @click.pass_context
 def command(
@@ -44,12 +57,14 @@ def command(
     prompts: tuple[str, ...],
     steps: int,
     seed: int,
+    text: Path | None,
+    backend: Any,
     as_json: bool,
 ) -> None:
     """逐级比对 bundle OUT 与 PyTorch：算子、每一层、logits、greedy 续写的 token。
 
     每一级都看三个量：最大绝对差、calc_diff（余弦型差异）、范数比；容差在 dsx 的容差表里，不能在命令行上放宽。近平局（两个候选几乎
-    同分，换一个不算错）单独计数。全部结果写进 OUT/reports/parity.json；不通过时退出码是 1。
+    同分，换一个不算错）单独计数。权重量化过的 bundle，前几级的参照用同样的量化权重，loss 一级再量它比未量化的差多少。全部结果写进 OUT/reports/parity.json；不通过时退出码是 1。
     """
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")
@@ -62,6 +77,8 @@ def command(
             prompts=prompts or None,
             steps=steps,
             seed=seed,
+            text=text,
+            backend=backend,
             progress=progress,
         )
     summary = _summary(report)
@@ -85,6 +102,7 @@ def _summary(report: ParityReport) -> dict[str, Any]:
         "levels": [_level(level, [c for c in report.cases if c.level == level]) for level in report.levels],
         "first_failure": None if failure is None else failure.model_dump(mode="json"),
         "notes": report.notes,
+        "loss": None if report.loss is None else report.loss.model_dump(mode="json"),
         "report": str(Path(report.bundle) / "reports/parity.json"),
         "polygraphy": report.polygraphy,
     }
@@ -133,6 +151,9 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
     out.print(made)
     for line in report.notes:
         click.echo(f"注意：{line}")
+    if report.loss is not None:
+        out.print()
+        out.print(facts("权重量化的损失（对未量化的基准）", _loss_rows(report.loss)))
     failure = report.first_failure
     if failure is not None:
         out.print(facts("第一处不通过", _failure_rows(failure)))
@@ -140,6 +161,23 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
     click.echo(f"报告    {summary['report']}")
     if report.polygraphy is not None:
         click.echo(f"复现    {report.polygraphy}")
+
+
+def _loss_rows(loss: QuantLoss) -> list[tuple[str, str]]:
+    rows = [("格式", f"{loss.kind}，每 {loss.block} 个一块")]
+    if loss.relative_error_before_a_flip is not None:
+        share = f"{loss.before_a_flip} / {loss.tokens} 个 token"
+        rows.append(("路由分叉之前", f"{share}，logits 相对误差 {loss.relative_error_before_a_flip:.2e}"))
+    rows.append(("全部 token", f"logits 相对误差 {loss.relative_error:.2e}"))
+    if (p := loss.perplexity) is not None:
+        change = f"{p.bundle / p.unquantized - 1:+.2%}"
+        rows.append(
+            (
+                f"困惑度（{p.text}）",
+                f"{p.bundle:.4g}，未量化 {p.unquantized:.4g}（{change}），{p.tokens} 个 token",
+            )
+        )
+    return rows
 
 
 def _failure_rows(case: Case) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from deepseek_export.errors import DsxError
 from deepseek_export.integration.attention import AbsorbedV2Attention, AbsorbedV3Attention
 from deepseek_export.integration.compat import require_model
 from deepseek_export.integration.experts import SparseV2Experts, SparseV3Experts
+from deepseek_export.integration.mtp import load_mtp
+from deepseek_export.integration.mtp_generate import mtp_generate
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -30,11 +33,14 @@ _ORIGINALS = {replaced: original for original, replaced in (ATTENTION | EXPERTS)
 _ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
-def apply(model: Model, profile: str | Path | OptimizationProfile) -> Model:
+def apply(
+    model: Model, profile: str | Path | OptimizationProfile, *, checkpoint: Path | str | None = None
+) -> Model:
     """把方案里打开的优化装到模型上，就地进行，不复制任何参数。
 
     - ``mla``：解码走 absorb，不再每步展开整个缓存；``mla.form=auto`` 时 prefill 与训练仍是 transformers 自己的代码；
-    - ``moe``：只算有 token 的专家。
+    - ``moe``：只算有 token 的专家；
+    - ``mtp``：从检查点读回 MTP 权重，greedy 的 ``generate`` 用它投机解码，batch 任意，输出不变。
 
     state_dict、缓存的内容、``save_pretrained``、梯度都不变。对装过的模型再调用就是换方案；方案全部关闭等于 :func:`restore`。
     检查都在动手之前：报错时模型原样不动。
@@ -42,16 +48,18 @@ def apply(model: Model, profile: str | Path | OptimizationProfile) -> Model:
     Args:
         model: ``DeepseekV2ForCausalLM`` 或 ``DeepseekV3ForCausalLM``。
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象。
+        checkpoint: MTP 权重所在的检查点目录；缺省是模型加载时的那个。
 
     Returns:
         同一个模型对象。
 
     Raises:
         DsxError: ``DSX-E803`` 模型类；``DSX-E804`` 模型现在的状态不能替换；``DSX-E805`` 方案里有这里做不到的设置；
+            ``DSX-E806`` / ``DSX-E119`` 找不到 MTP 权重；
             方案本身的错见 :func:`~deepseek_export.profile.resolve_profile`。
     """
     resolved = resolve_profile(profile)
-    require_model(model)
+    config = require_model(model)
     _check_profile(resolved)
     attention = _targets(model, ATTENTION) if resolved.mla.enabled and resolved.mla.form != "naive" else []
     experts = _targets(model, EXPERTS) if resolved.moe.enabled else []
@@ -59,7 +67,17 @@ def apply(model: Model, profile: str | Path | OptimizationProfile) -> Model:
         _check_attention(name, module)
     for name, module in experts:
         _check_experts(name, module)
+    draft = None
+    if resolved.mtp.enabled:
+        _check_implementation(model.config)
+        draft = load_mtp(model, config, checkpoint, resolved.mtp.num_draft_tokens)
     restore(model)
+    if draft is not None:
+        attention += _targets(draft.module, ATTENTION) if attention else []
+        experts += _targets(draft.module, EXPERTS) if experts else []
+        owner: Any = model
+        owner.dsx_mtp = draft
+        owner.generate = functools.partial(mtp_generate, model, draft)
     for _, module in attention:
         module.__class__ = ATTENTION[type(module)]
         module.dsx_form = resolved.mla.form
@@ -83,6 +101,8 @@ def restore(model: Model) -> Model:
         if original is not None:
             module.__class__ = original
             vars(module).pop("dsx_form", None)
+    if vars(model).pop("dsx_mtp", None) is not None:
+        vars(model).pop("generate", None)
     return model
 
 
@@ -99,6 +119,12 @@ def _check_profile(profile: OptimizationProfile) -> None:
             f"mla.cache_dtype={profile.mla.cache_dtype}：缓存是 transformers 的，dtype 跟着模型走",
             "去掉这个设置；要换缓存 dtype，用 dsx export",
         )
+    if profile.mtp.verify != "greedy":
+        raise DsxError(
+            "DSX-E805",
+            f"mtp.verify={profile.mtp.verify}：transformers 里的 MTP 只验证 greedy",
+            "去掉这个设置；要拒绝采样，用 dsx export",
+        )
     if profile.fallback.on_drift != "refuse":
         raise DsxError(
             "DSX-E805",
@@ -109,16 +135,20 @@ def _check_profile(profile: OptimizationProfile) -> None:
 
 def _check_attention(name: str, module: Any) -> None:
     _check_forward(name, module)
-    implementation = module.config._attn_implementation
-    if implementation not in _ATTENTION_IMPLEMENTATIONS:
-        raise _state(
-            f"attention 实现是 {implementation}，absorb 只认 {'、'.join(_ATTENTION_IMPLEMENTATIONS)} 的遮罩",
-            'model.set_attn_implementation("sdpa")',
-        )
+    _check_forward(f"{name}.kv_b_proj", module.kv_b_proj)
+    _check_implementation(module.config)
     # absorb 直接用 kv_b_proj 的权重，绕过了它的 forward：量化层、LoRA 的效果会悄悄丢掉。
     if type(module.kv_b_proj) is not nn.Linear:
         kind = type(module.kv_b_proj).__name__
         raise _state(f"{name}.kv_b_proj 是 {kind}，不是普通的 nn.Linear", "先反量化，或合并 LoRA")
+
+
+def _check_implementation(config: Any) -> None:
+    if config._attn_implementation not in _ATTENTION_IMPLEMENTATIONS:
+        raise _state(
+            f"attention 实现是 {config._attn_implementation}，只认 {'、'.join(_ATTENTION_IMPLEMENTATIONS)} 的遮罩",
+            'model.set_attn_implementation("sdpa")',
+        )
 
 
 def _check_experts(name: str, module: Any) -> None:

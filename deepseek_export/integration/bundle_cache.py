@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import Cache
 
+from deepseek_export.errors import DsxError
 from deepseek_export.runtime import CacheBuffers, ModelSession
 
 
@@ -78,6 +79,12 @@ class BundleCache(Cache):
         old, used = self.buffers, int(self.lens.max(initial=0))
         if old is None:
             return
+        if not isinstance(old, CacheBuffers):
+            raise DsxError(
+                "DSX-E809",
+                f"{type(old).__name__} 在显存里，不能按行重排",
+                '不用 beam search，或换 backend="ort"',
+            )
         if len(rows) != old.batch:
             self.buffers = self._session.new_caches(len(rows), max(used, 1))
         assert self.buffers is not None

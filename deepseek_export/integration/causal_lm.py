@@ -1,7 +1,7 @@
 """``DsxForCausalLM``：编译好的 bundle，用起来像一个 transformers 模型。
 
 ``generate`` 是 transformers 自己的：logits processor、停止条件、streamer、beam search、assisted decoding、
-``pipeline("text-generation")`` 都照常；每一步的前向在 ONNX Runtime 上、在原地更新的缓存里完成。
+``pipeline("text-generation")`` 都照常；每一步的前向在 ONNX Runtime 或 TensorRT 会话上、在原地更新的缓存里完成。
 """
 
 from __future__ import annotations
@@ -25,11 +25,8 @@ from deepseek_export.bundle import Bundle, BundleWeights, Manifest
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
-from deepseek_export.runtime import ModelSession, open_session
+from deepseek_export.runtime import Backend, ModelSession, open_session
 from deepseek_export.runtime.batching import PAD_ID
-
-#: 长 prompt 分块，限制注意力的峰值内存。
-PREFILL_CHUNK = 512
 
 
 class DsxConfig(PreTrainedConfig):
@@ -72,23 +69,26 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             self.generation_config = GenerationConfig.from_pretrained(bundle.path)
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, *, threads: int | None = None) -> DsxForCausalLM:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, path: Path | str, *, threads: int | None = None, backend: Backend = "ort"
+    ) -> DsxForCausalLM:
         """打开 ``dsx export`` 的输出目录。
 
         Args:
             path: bundle 目录。
             threads: 线程数；缺省由 ONNX Runtime 决定。
+            backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎，缓存在显存里，不能用 beam search。
 
         Raises:
-            DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
+            DsxError: 4xx bundle 有问题；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
         """
         bundle = Bundle.open(path)
-        session = open_session(bundle, BundleWeights(bundle), threads)
+        session = open_session(bundle, BundleWeights(bundle), threads, backend)
         return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
 
     @property
     def device(self) -> torch.device:
-        """会话在 CPU 上，输入输出也在 CPU 上。"""
+        """会话的输入输出都在主机上。"""
         return torch.device("cpu")
 
     @property
@@ -165,8 +165,8 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             np.arange(ids.shape[1]) < counts[:, None], np.take_along_axis(ids, order, 1), PAD_ID
         )
         out = np.zeros((*wanted.shape, self.session.vocab_size), np.float32)
-        for start in range(0, width, PREFILL_CHUNK):
-            part = packed[:, start : min(start + PREFILL_CHUNK, width)]
+        for start in range(0, width, self.session.prefill_chunk):
+            part = packed[:, start : min(start + self.session.prefill_chunk, width)]
             lens = past + np.minimum(start, counts)
             buffers.ensure(int(lens.max()) + part.shape[1])
             here = (wanted >= start) & (wanted < start + part.shape[1])

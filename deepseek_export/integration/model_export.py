@@ -6,12 +6,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from deepseek_export.bundle.disk import check_free_space, disk_errors
+from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.checkpoint.store import INDEX_NAME, SINGLE_NAME
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.compat import require_model
 
@@ -26,7 +32,7 @@ def saved_checkpoint(
     """把模型写成检查点目录，离开时删掉。
 
     Args:
-        model: 支持的模型对象；``apply`` 过的也行，state_dict 本来就没变。
+        model: 支持的模型对象；``apply`` 过的也行，state_dict 本来就没变。装着 MTP 的，MTP 层从它的来源原样补上。
         beside: 临时目录建在它旁边，与输出在同一个文件系统上（系统的临时目录可能在内存里）。
         tokenizer: 一并写进去；不给的话 bundle 没有 tokenizer。
 
@@ -54,4 +60,24 @@ def saved_checkpoint(
             model.save_pretrained(directory)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
+            if (draft := getattr(model, "dsx_mtp", None)) is not None:
+                _add_mtp(Path(directory), draft.source)
         yield Path(directory)
+
+
+def _add_mtp(directory: Path, source: Checkpoint) -> None:
+    """把 ``source`` 的 MTP 张量写成另一个分片：transformers 保存的只有主干。"""
+    name = "mtp.safetensors"
+    index = directory / INDEX_NAME
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        with safe_open(directory / SINGLE_NAME, framework="pt") as file:
+            weight_map = dict.fromkeys(file.keys(), SINGLE_NAME)
+    tensors = {}
+    for tensor in source.mtp_tensors:
+        with safe_open(source.store[tensor].file, framework="pt") as file:
+            tensors[tensor] = file.get_tensor(tensor)
+    save_file(tensors, directory / name)
+    weight_map |= dict.fromkeys(source.mtp_tensors, name)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")

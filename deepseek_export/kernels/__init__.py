@@ -2,8 +2,9 @@
 
 - :mod:`~deepseek_export.kernels.latent_attention`、:mod:`~deepseek_export.kernels.grouped_swiglu`：kernel 本身，需要 Triton；
 - :mod:`~deepseek_export.kernels.table`：启动表；
-- :mod:`~deepseek_export.kernels.compile`：提前编译与磁盘缓存；
-- :mod:`~deepseek_export.kernels.program`：编译结果，插件序列化、启动的就是它。
+- :mod:`~deepseek_export.kernels.compile`：提前编译；
+- :mod:`~deepseek_export.kernels.program`：编译结果，插件序列化的就是它；
+- :mod:`~deepseek_export.kernels.launcher`：在 CUDA 流上启动它，需要 GPU。
 
 本包的 ``__init__`` 不导入 torch 与 Triton。编译不需要 GPU。
 """

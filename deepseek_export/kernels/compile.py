@@ -1,49 +1,41 @@
 """提前编译：启动计划 → 带 cubin 的 :class:`~deepseek_export.kernels.program.Program`，不需要 GPU。
 
-编译结果按内容缓存在磁盘上：键是 kernel 源码、Triton 版本、SM、签名、常数与编译选项的 sha256。文件里存着内容的 sha256，
-损坏的（被截断、被改过）会被发现、重新编译并覆盖。
+编译结果按内容存进 :class:`~deepseek_export.disk_cache.DiskCache`：键是 kernel 源码、Triton 版本、SM、签名、常数与编译选项的
+sha256；损坏的条目当作没有，重新编译。
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache as memoize
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.program import CompiledKernel, Launch, Program, Variant
 from deepseek_export.kernels.table import KernelSpec, LaunchPlan, check_sm
 
 logger = logging.getLogger(__name__)
 
+CACHE = DiskCache("kernels")
+
 _ALIGNED = [["tt.divisibility", 16]]
-_ENTRY_PARAMETERS = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
+_ENTRY = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
+#: Triton 类型 → PTX 形参类型；指针都是 ``u64``。
+_PTX_TYPES = {"i32": "u32", "fp32": "f32"}
 
 
-def default_cache() -> Path:
-    """缺省的缓存目录：``$XDG_CACHE_HOME/dsx/kernels``。"""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "dsx" / "kernels"
-
-
-def compile_plan(plan: LaunchPlan, cache: Path | None = None) -> Program:
+def compile_plan(plan: LaunchPlan) -> Program:
     """编译计划里的每个 kernel。
-
-    Args:
-        plan: :mod:`~deepseek_export.kernels.table` 给出的计划。
-        cache: 缓存目录；``None`` 用 :func:`default_cache`。
 
     Raises:
         DsxError: 见 :func:`compile_kernel`。
@@ -51,31 +43,30 @@ def compile_plan(plan: LaunchPlan, cache: Path | None = None) -> Program:
     variants = []
     for variant in plan.variants:
         launches = tuple(
-            Launch(compile_kernel(launch.kernel, plan.sm, cache), launch.grid, launch.arguments)
+            Launch(compile_kernel(launch.kernel, plan.sm), launch.grid, launch.arguments)
             for launch in variant.launches
         )
         variants.append(Variant(variant.when, variant.workspace, launches))
     return Program(plan.op, plan.sm, plan.inputs, plan.outputs, tuple(variants))
 
 
-def compile_kernel(spec: KernelSpec, sm: int, cache: Path | None = None) -> CompiledKernel:
+def compile_kernel(spec: KernelSpec, sm: int) -> CompiledKernel:
     """编译一个 kernel，或从缓存取出。
 
     Args:
         spec: 编译什么。
         sm: 计算能力，例如 90。
-        cache: 缓存目录；``None`` 用 :func:`default_cache`。
 
     Raises:
-        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E902`` 没有 Triton；``DSX-E904`` kernel 超出这种 SM 的共享内存；
-            ``DSX-E905`` 缓存目录不可用。
+        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E902`` 没有 Triton；``DSX-E904`` kernel 超出这种 SM 的共享内存。
     """
-    limits = check_sm(sm)
-    path = (cache or default_cache()) / f"{cache_key(spec, sm)}.kernel"
-    kernel = _read(path)
-    if kernel is None:
+    limits, key = check_sm(sm), cache_key(spec, sm)
+    stored = CACHE.get(key)
+    if stored is None:
         kernel = _compile(spec, sm)
-        _write(path, kernel)
+        CACHE.put(key, _pack(kernel))
+    else:
+        kernel = _unpack(stored)
     if kernel.shared > limits.shared:
         raise DsxError(
             "DSX-E904",
@@ -109,7 +100,7 @@ def _triton_version() -> str:
     return version("triton")
 
 
-@memoize
+@cache
 def _source_digest(module: str) -> str:
     path = Path(__file__).with_name(f"{module}.py")
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -139,42 +130,27 @@ def _compile(spec: KernelSpec, sm: int) -> CompiledKernel:
     for kind in ("global_scratch_size", "profile_scratch_size"):
         if getattr(metadata, kind, 0):
             raise RuntimeError(f"{spec.function} 需要 {kind}={getattr(metadata, kind)}")
-    match = _ENTRY_PARAMETERS.search(compiled.asm["ptx"])
-    assert match is not None
-    scratch_count = match[1].count(".param") - len(spec.signature)
+    scratch_count = _check_parameters(spec, compiled.asm["ptx"])
     threads = metadata.num_warps * metadata.target.warp_size
     return CompiledKernel(metadata.name, compiled.asm["cubin"], threads, metadata.shared, scratch_count)
 
 
-@contextlib.contextmanager
-def _cache_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what, todo = f"{path.parent}：{error.strerror}", "检查权限与空间，或用 XDG_CACHE_HOME 换一个位置"
-        raise DsxError("DSX-E905", what, todo) from error
+def _check_parameters(spec: KernelSpec, ptx: str) -> int:
+    """入口的形参就是签名加末尾的 scratch 指针；返回 scratch 指针的个数。启动时没有别的机会发现次序不对。"""
+    entry = _ENTRY.search(ptx)
+    found = re.findall(r"\.param \.(\w+)", entry[1]) if entry else []
+    want = [_PTX_TYPES.get(kind, "u64") for _, kind in spec.signature]
+    scratch = found[len(want) :]
+    if found[: len(want)] != want or set(scratch) - {"u64"}:
+        raise RuntimeError(f"{spec.function} 的入口形参是 {found}，应以 {want} 开头，之后只有 scratch 指针")
+    return len(scratch)
 
 
-def _read(path: Path) -> CompiledKernel | None:
-    with _cache_errors(path):
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return None
-    digest, payload = content[:32], content[32:]
-    if hashlib.sha256(payload).digest() != digest:
-        logger.warning("kernel 缓存 %s 已损坏，重新编译", path)
-        return None
-    header, _, cubin = payload.partition(b"\n")
-    return CompiledKernel(cubin=cubin, **json.loads(header))
-
-
-def _write(path: Path, kernel: CompiledKernel) -> None:
+def _pack(kernel: CompiledKernel) -> bytes:
     header = {name: value for name, value in asdict(kernel).items() if name != "cubin"}
-    payload = json.dumps(header).encode() + b"\n" + kernel.cubin
-    # 先写旁边的临时文件再改名：并发的编译、被杀的进程都不会留下半个文件。
-    with _cache_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(file.name, path)
+    return json.dumps(header).encode() + b"\n" + kernel.cubin
+
+
+def _unpack(content: bytes) -> CompiledKernel:
+    header, _, cubin = content.partition(b"\n")
+    return CompiledKernel(cubin=cubin, **json.loads(header))

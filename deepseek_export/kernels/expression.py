@@ -15,7 +15,6 @@ from types import MappingProxyType
 OPERATORS: Mapping[str, Callable[[int, int], int]] = MappingProxyType(
     {
         "+": operator.add,
-        "-": operator.sub,
         "*": operator.mul,
         "/": operator.floordiv,
         "ceil": lambda a, b: -(-a // b),
@@ -51,9 +50,6 @@ class Expression:
 
     def __add__(self, other: Size) -> Expression:
         return self._combine(other, "+")
-
-    def __sub__(self, other: Size) -> Expression:
-        return self._combine(other, "-")
 
     def __mul__(self, other: Size) -> Expression:
         return self._combine(other, "*")

@@ -14,6 +14,12 @@ import triton.language as tl
 
 
 @triton.jit
+def valid_keys(past_lens, b, S, T):
+    """序列 b 的有效长度，限制在 [0, T]。"""
+    return tl.minimum(tl.maximum(tl.load(past_lens + b).to(tl.int32) + S, 0), T)
+
+
+@triton.jit
 def split_length(keys, num_splits, BLOCK_N: tl.constexpr):
     """每段的 key 数：把 ``keys`` 均分成至多 ``num_splits`` 段，凑整到 ``BLOCK_N``。"""
     return tl.cdiv(tl.cdiv(keys, num_splits), BLOCK_N) * BLOCK_N
@@ -41,8 +47,7 @@ def latent_attention_partial(
 ):
     split = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)  # B*T*(R+P) 会超出 int32
-    past = tl.load(past_lens + b).to(tl.int32)
-    keys = tl.minimum(past + S, T)
+    keys = valid_keys(past_lens, b, S, T)
     length = split_length(keys, num_splits, BLOCK_N)
     start = split * length
     end = tl.minimum(start + length, keys)
@@ -52,7 +57,7 @@ def latent_attention_partial(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
     live, in_r, in_p = (rows < S * H)[:, None], (r < R)[None, :], (p < P)[None, :]
-    visible = tl.minimum(past + rows // H + 1, keys)
+    visible = tl.minimum(tl.load(past_lens + b).to(tl.int32) + rows // H + 1, keys)
     q_rows = q + (b * (S * H) + rows)[:, None] * (R + P)
     q_latent = tl.load(q_rows + r[None, :], mask=live & in_r, other=0.0)
     q_pe = tl.load(q_rows + R + p[None, :], mask=live & in_p, other=0.0)
@@ -106,7 +111,7 @@ def latent_attention_reduce(
     """把一行的各段按 ``2^lse`` 加权平均；参数同 :func:`latent_attention_partial`。"""
     row = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    keys = tl.minimum(tl.load(past_lens + b).to(tl.int32) + S, T)
+    keys = valid_keys(past_lens, b, S, T)
     length = split_length(keys, num_splits, BLOCK_N)
     if length >= keys:
         return

@@ -15,6 +15,9 @@ from deepseek_export.kernels.program import BoundLaunch, CompiledKernel, Program
 
 Shapes = tuple[tuple[int, ...], ...]
 
+#: (CUDA 上下文, kernel) → 装载好的函数：一个模型的几十层是同样的程序，机器码只装载一次。
+_LOADED: dict[tuple[Any, CompiledKernel], Any] = {}
+
 
 class Launcher:
     """装载好的程序。
@@ -23,14 +26,15 @@ class Launcher:
         program: 要启动的程序；它的 SM 必须是当前设备的。
 
     Raises:
-        DsxError: ``DSX-E906``，没有 cuda-bindings、没有驱动，或当前线程没有 CUDA 上下文。
+        DsxError: ``DSX-E905``，没有 cuda-bindings、没有驱动，或当前线程没有 CUDA 上下文。
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self._driver = _load_driver()
+        (context,) = self._check(self._driver.cuCtxGetCurrent())
         kernels = {launch.kernel for variant in program.variants for launch in variant.launches}
-        self._functions = {kernel: self._load(kernel) for kernel in kernels}
+        self._functions = {kernel: self._load(context, kernel) for kernel in kernels}
         self._bind = functools.lru_cache(maxsize=256)(program.bind)  # 解码的每一步形状都相同
 
     def enqueue(
@@ -60,15 +64,16 @@ class Launcher:
                 )
             )
 
-    def _load(self, kernel: CompiledKernel) -> Any:
-        driver = self._driver
-        (library,) = self._check(driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0))
-        (handle,) = self._check(driver.cuLibraryGetKernel(library, kernel.entry.encode()))
-        (device,) = self._check(driver.cuCtxGetDevice())
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._check(driver.cuKernelSetAttribute(attribute, kernel.shared, handle, device))
-        (function,) = self._check(driver.cuKernelGetFunction(handle))
-        return function
+    def _load(self, context: Any, kernel: CompiledKernel) -> Any:
+        if (context, kernel) not in _LOADED:
+            driver = self._driver
+            (library,) = self._check(driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0))
+            (handle,) = self._check(driver.cuLibraryGetKernel(library, kernel.entry.encode()))
+            (device,) = self._check(driver.cuCtxGetDevice())
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(driver.cuKernelSetAttribute(attribute, kernel.shared, handle, device))
+            (_LOADED[context, kernel],) = self._check(driver.cuKernelGetFunction(handle))
+        return _LOADED[context, kernel]
 
     def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         status, *values = result
@@ -109,7 +114,7 @@ def _load_driver() -> Any:
         (status,) = driver.cuInit(0)
     except (ImportError, RuntimeError) as error:
         # 没有驱动时 cuda-bindings 抛 RuntimeError 的子类。
-        raise DsxError("DSX-E906", str(error), todo) from error
+        raise DsxError("DSX-E905", str(error), todo) from error
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise DsxError("DSX-E906", f"cuInit 返回 {status.name}", todo)
+        raise DsxError("DSX-E905", f"cuInit 返回 {status.name}", todo)
     return driver

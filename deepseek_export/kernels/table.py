@@ -17,9 +17,6 @@ from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.program import Argument, Tensor
 from deepseek_export.ops.table import LATENT_ATTENTION, MOE_EXPERTS, OpSpec
 
-#: 有启动计划的算子，也就是插件的全部名字。
-PLANNED_OPS = (LATENT_ATTENTION.name, MOE_EXPERTS.name)
-
 KernelDtype = Literal["float16", "bfloat16"]
 
 _BYTES: Mapping[str, int] = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4})
@@ -138,12 +135,13 @@ class AttentionTile:
 
 
 #: 共享内存上限 → 各变体的块，行数升序；按 r=512、dr=64、两字节的缓存定的，编译测试核对每个都放得下。Hopper 起的 64 行是
-#: 一个 wgmma 的高度；更早的卡上 64 行的累加器会溢出寄存器，所以用 32 行。
+#: 一个 wgmma 的高度；更早的卡上 64 行的累加器会溢出寄存器，所以用 32 行。级数按共享内存取得
+#: 尽量多：一段 KV 在算的时候，下一段已经在路上。
 _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
     {
-        99 << 10: (AttentionTile(16, 32, 4, 2), AttentionTile(32, 32, 8, 2)),
-        163 << 10: (AttentionTile(16, 64, 4, 2), AttentionTile(32, 64, 8, 2)),
-        227 << 10: (AttentionTile(16, 64, 4, 2), AttentionTile(64, 64, 8, 2)),
+        99 << 10: (AttentionTile(16, 32, 4, 3), AttentionTile(32, 32, 8, 2)),
+        163 << 10: (AttentionTile(16, 32, 4, 4), AttentionTile(32, 32, 8, 4)),
+        227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 8, 2)),
     }
 )
 _REDUCE_WARPS = 4

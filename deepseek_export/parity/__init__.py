@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
+    from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport, QuantLoss
     from deepseek_export.parity.verify import verify_bundle
 
 _EXPORTS = {
@@ -17,10 +17,11 @@ _EXPORTS = {
     "Case": "deepseek_export.parity.report",
     "Level": "deepseek_export.parity.report",
     "ParityReport": "deepseek_export.parity.report",
+    "QuantLoss": "deepseek_export.parity.report",
     "verify_bundle": "deepseek_export.parity.verify",
 }
 
-__all__ = ["LEVELS", "Case", "Level", "ParityReport", "verify_bundle"]
+__all__ = ["LEVELS", "Case", "Level", "ParityReport", "QuantLoss", "verify_bundle"]
 
 
 def __getattr__(name: str) -> Any:

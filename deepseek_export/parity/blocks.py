@@ -9,11 +9,12 @@ import torch
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.capture import names
+from deepseek_export.checkpoint.weight_only import QuantKind
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.routing import router_margin
 from deepseek_export.parity.subgraph import ModelGraph
-from deepseek_export.parity.tolerances import ROUTER_MARGIN, TOLERANCES
+from deepseek_export.parity.tolerances import ROUTER_MARGIN, Dtype, tolerance
 from deepseek_export.reference import ReferenceModel
 
 _CAPACITY_SLACK = 3
@@ -63,7 +64,7 @@ class _Step:
 
     def __init__(self, bundle: Bundle, graph: ModelGraph, name: str, ids, past_lens) -> None:
         self.manifest, self.graph, self.name = bundle.manifest, graph, name
-        self.dtype = bundle.manifest.dtype
+        self.dtype, self.quant = bundle.manifest.dtype, bundle.manifest.quant
         self.ids, self.past_lens = ids, past_lens
         self.feeds: dict[str, np.ndarray] = {names.PAST_LENS: past_lens.numpy()}
 
@@ -75,7 +76,7 @@ class _Step:
         for name, a, b in zip(
             ("embed", "rope cos", "rope sin"), got, (self.x, self.cos, self.sin), strict=True
         ):
-            yield compare("block", f"{name} ({self.name})", "block", self.dtype, a, b.numpy())
+            yield compare("block", f"{name} ({self.name})", "block", self.dtype, a, b.numpy(), self.quant)
         self.feeds |= {names.EMBED_COS: self.cos.numpy(), names.EMBED_SIN: self.sin.numpy()}
 
     def layer(self, i: int, layer, caches, config):
@@ -90,12 +91,14 @@ class _Step:
                 want.append(new)
         labels = ["self_attn", *(output.split(".")[0] for output in outputs[1:])]
         for label, a, b in zip(labels, self.graph.run(feeds, outputs), want, strict=True):
-            yield compare("block", f"layers.{i}.{label} ({self.name})", "block", self.dtype, a, b.numpy())
+            dtype = self.graph.attention_dtype if label == "self_attn" else self.dtype
+            name = f"layers.{i}.{label} ({self.name})"
+            yield compare("block", name, "block", dtype, a, b.numpy(), self.quant)
 
         feeds[names.attn_residual(i)] = residual.numpy()
         (got,) = self.graph.run(feeds, [names.layer_output(i)])
         margin = router_margin(layer, residual, config).numpy()
-        yield mlp_case(f"layers.{i}.mlp ({self.name})", self.dtype, got, x.numpy(), margin)
+        yield mlp_case(f"layers.{i}.mlp ({self.name})", self.dtype, got, x.numpy(), margin, self.quant)
         self.x = x
         return tuple(updated)
 
@@ -108,19 +111,26 @@ class _Step:
         }
         got = self.graph.run(feeds, [names.LOGITS, names.HIDDEN])
         for name, a, b in zip(("head", "hidden"), got, want, strict=True):
-            yield compare("block", f"{name} ({self.name})", "block", self.dtype, a, b.numpy())
+            yield compare("block", f"{name} ({self.name})", "block", self.dtype, a, b.numpy(), self.quant)
 
 
-def mlp_case(name: str, dtype, got: np.ndarray, want: np.ndarray, margin: np.ndarray) -> Case:
+def mlp_case(
+    name: str,
+    dtype: Dtype,
+    got: np.ndarray,
+    want: np.ndarray,
+    margin: np.ndarray,
+    quant: QuantKind | None = None,
+) -> Case:
     """先整体比；不过时，把路由近平局的行挑出来单独计数，其余行仍按容差要求。"""
-    case = compare("block", name, "block", dtype, got, want)
+    case = compare("block", name, "block", dtype, got, want, quant)
     if case.passed:
         return case
-    limit = TOLERANCES["block", dtype].max_abs * max(1.0, measure(got, want).scale)
+    limit = tolerance("block", dtype, quant).max_abs * max(1.0, measure(got, want).scale)
     flipped = (np.abs(got.astype(np.float64) - want).max(-1) > limit) & (margin < ROUTER_MARGIN[dtype])
     if not flipped.any() or flipped.all():
         return case
-    kept = compare("block", name, "block", dtype, got[~flipped], want[~flipped])
+    kept = compare("block", name, "block", dtype, got[~flipped], want[~flipped], quant)
     kept.near_ties = int(flipped.sum())
     return kept
 

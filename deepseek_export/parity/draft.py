@@ -63,9 +63,9 @@ def draft_cases(
                 names.LOGITS_POSITIONS: torch.arange(length).expand(B, -1).numpy(),
             }
             got = graph.run(step, [names.LOGITS, names.HIDDEN])
-            dtype = bundle.manifest.dtype
-            yield compare("model", f"{entry.file} logits", "logits", dtype, got[0], logits.numpy())
-            yield compare("model", f"{entry.file} hidden", "logits", dtype, got[1], output.numpy())
+            dtype, quant = bundle.manifest.dtype, bundle.manifest.quant
+            for name, a, b in zip(("logits", "hidden"), got, (logits, output), strict=True):
+                yield compare("model", f"{entry.file} {name}", "logits", dtype, a, b.numpy(), quant)
         hidden = output
 
 
@@ -89,7 +89,7 @@ def _blocks(
 
 def _phase(bundle, graph, entry, draft: DraftModel, phase: str, tokens, hidden, past, caches):
     """一个阶段里逐块比较；返回参考模型更新后的缓存。"""
-    dtype, layer = bundle.manifest.dtype, entry.layers[0]
+    dtype, quant, layer = bundle.manifest.dtype, bundle.manifest.quant, entry.layers[0]
     x, cos, sin = draft.embed(tokens, past)
     combined, residual, out, final, *updated = draft.mtp(x, hidden, cos, sin, past, *caches)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
@@ -97,7 +97,8 @@ def _phase(bundle, graph, entry, draft: DraftModel, phase: str, tokens, hidden, 
 
     def case(name: str, feeds: dict[str, np.ndarray], output: str, want: Tensor) -> Case:
         (got,) = graph.run(feeds, [output])
-        return compare("block", f"{entry.file} {name} ({phase})", "block", dtype, got, want.numpy())
+        limit = graph.attention_dtype if name == "self_attn" else dtype
+        return compare("block", f"{entry.file} {name} ({phase})", "block", limit, got, want.numpy(), quant)
 
     feeds = _feeds(bundle, tokens, past, caches)
     yield case("embed", feeds, names.EMBED_X, x)
@@ -108,7 +109,7 @@ def _phase(bundle, graph, entry, draft: DraftModel, phase: str, tokens, hidden, 
     feeds[names.attn_residual(layer)] = residual.numpy()
     (got,) = graph.run(feeds, [names.layer_output(layer)])
     margin = router_margin(draft.mtp, residual, draft.config).numpy()
-    yield mlp_case(f"{entry.file} mlp ({phase})", dtype, got, out.numpy(), margin)
+    yield mlp_case(f"{entry.file} mlp ({phase})", dtype, got, out.numpy(), margin, quant)
     feeds[names.layer_output(layer)] = out.numpy()
     yield case("hidden", feeds, names.HIDDEN, final)
     feeds |= {names.HIDDEN: final.numpy(), names.LOGITS_POSITIONS: positions.numpy()}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,11 @@ class Measure:
     norm_ratio: float
     scale: float
     count: int
+
+    @property
+    def relative(self) -> float:
+        """``|got - want| / |want|``（范数），由 ``calc_diff`` 与 ``norm_ratio`` 还原。"""
+        return math.sqrt(self.calc_diff * (1 + self.norm_ratio**2))
 
 
 def measure(got: np.ndarray, want: np.ndarray) -> Measure:

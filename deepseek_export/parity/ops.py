@@ -17,6 +17,7 @@ from deepseek_export.capture import OpSite
 from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
+from deepseek_export.checkpoint.weight_only import dequantized
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
@@ -52,8 +53,11 @@ def op_cases(
         recipes = mtp_recipes(config, entry.layers[0] - config.num_hidden_layers, dtype)
     recipes = bind_recipes(recipes, checkpoint)
 
+    formats = bundle.manifest.formats
+
     def weight(name: str) -> torch.Tensor:
-        return torch.from_numpy(load_array(name, recipes[name], checkpoint.store))
+        array = load_array(name, recipes[name], checkpoint.store)
+        return torch.from_numpy(dequantized(array, formats[name]) if name in formats else array)
 
     for op in (MLA_ATTENTION.name, MOE_EXPERTS.name):
         sites = [site for site in entry.sites if site.op == op]
@@ -93,9 +97,10 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
             "op",
             f"layers.{site.layer} MlaAttention B={B} S={S} T={T}",
             "op",
-            manifest.dtype,
+            graph.attention_dtype,
             got,
             want.numpy(),
+            manifest.quant,
         )
 
 
@@ -115,7 +120,13 @@ def _moe_cases(bundle, graph, gate: OpSite, site: OpSite, weight, rng) -> Iterat
         ids, weights = moe_gate(torch.from_numpy(logits), bias, **gate_attributes(c))
         want = moe_experts(torch.from_numpy(x), ids, weights, *experts)
         yield compare(
-            "op", f"layers.{site.layer} MoeGate+MoeExperts N={N}", "op", manifest.dtype, got, want.numpy()
+            "op",
+            f"layers.{site.layer} MoeGate+MoeExperts N={N}",
+            "op",
+            manifest.dtype,
+            got,
+            want.numpy(),
+            manifest.quant,
         )
 
 

@@ -6,7 +6,8 @@ import contextlib
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from deepseek_export.checkpoint import Checkpoint, expected_tensors
 from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
+from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
 from deepseek_export.reference import Forms, ReferenceModel, load_reference
 from deepseek_export.reference.weights import TORCH_DTYPES
@@ -104,9 +106,12 @@ def _dequantized(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 class ReferenceOracle:
     """dsx 参考模型（expanded 注意力、每个专家都跑：与被验证的图走不同的算法）。"""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
-        self.name = "dsx reference"
-        self._model = load_reference(checkpoint, Forms("expanded", "dense"), dtype)  # type: ignore[arg-type]
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, quantized: Mapping[str, BlockFormat] = MappingProxyType({})
+    ) -> None:
+        self.name = "dsx reference" + ("（同样的量化权重）" if quantized else "")
+        forms = Forms("expanded", "dense")
+        self._model = load_reference(checkpoint, forms, dtype, quantized)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:

@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from deepseek_export.checkpoint.weight_only import QuantKind
 from deepseek_export.parity.measures import Measure, measure
-from deepseek_export.parity.tolerances import TOLERANCES, Dtype, Quantity, Tolerance
+from deepseek_export.parity.tolerances import Dtype, Quantity, Tolerance, tolerance
 
-Level = Literal["op", "block", "model", "tokens"]
+Level = Literal["op", "block", "model", "tokens", "loss"]
+#: 可以点名要的层级；``loss`` 只有量化的 bundle 才有，随 ``model`` 一起比。
 LEVELS: tuple[Level, ...] = ("op", "block", "model", "tokens")
 
 
@@ -36,6 +38,40 @@ class Case(BaseModel):
     note: str = ""
 
 
+class Perplexity(BaseModel):
+    """同一段文本上的困惑度。"""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    tokens: int
+    bundle: float
+    unquantized: float
+
+
+class QuantLoss(BaseModel):
+    """只量化权重的代价，对未量化的基准。
+
+    Attributes:
+        kind, block: 量化的格式。
+        tokens: 比了多少个 token 的 logits。
+        before_a_flip: 其中路由还没有分叉的个数：到它为止，每行每层选中的专家都与基准相同；没有路由可比时等于 ``tokens``。
+        relative_error: 全部 token 的 ``|差| / |基准|``（范数）。
+        relative_error_before_a_flip: 只看路由分叉之前的 token；一个也没有时为 ``None``。
+        perplexity: 给了文本才有。
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str
+    block: int
+    tokens: int
+    before_a_flip: int
+    relative_error: float
+    relative_error_before_a_flip: float | None
+    perplexity: Perplexity | None = None
+
+
 class ParityReport(BaseModel):
     """一次 ``dsx verify`` 的全部结果。"""
 
@@ -51,6 +87,7 @@ class ParityReport(BaseModel):
     levels: list[Level]
     cases: list[Case]
     notes: list[str]
+    loss: QuantLoss | None = None
     polygraphy: str | None = None
 
     @property
@@ -68,10 +105,16 @@ class ParityReport(BaseModel):
         return {"passed": self.passed, **self.model_dump(mode="json")}
 
 
-def compare(level: Level, name: str, quantity: Quantity, dtype: Dtype, got: Any, want: Any) -> Case:
+def compare(
+    level: Level,
+    name: str,
+    quantity: Quantity,
+    dtype: Dtype,
+    got: Any,
+    want: Any,
+    quant: QuantKind | None = None,
+) -> Case:
     """量一次、对照容差表，得到一条 :class:`Case`。"""
-    m, tolerance = measure(got, want), TOLERANCES[quantity, dtype]
-    note = "" if tolerance.accepts(m) else f"最大差在 {list(m.coordinate)}"
-    return Case(
-        level=level, name=name, passed=tolerance.accepts(m), measure=m, tolerance=tolerance, note=note
-    )
+    m, limit = measure(got, want), tolerance(quantity, dtype, quant)
+    note = "" if limit.accepts(m) else f"最大差在 {list(m.coordinate)}"
+    return Case(level=level, name=name, passed=limit.accepts(m), measure=m, tolerance=limit, note=note)

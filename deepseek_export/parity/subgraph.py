@@ -10,8 +10,10 @@ import onnx
 import onnxruntime as ort
 
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.cpu_library import library_for
+from deepseek_export.parity.tolerances import Dtype
 from deepseek_export.runtime.cache import ort_value
-from deepseek_export.runtime.graph import give_initializers
+from deepseek_export.runtime.graph import give_initializers, use_library
 
 #: 从内存里的模型建 session 时，外部权重相对哪个目录。
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -27,11 +29,21 @@ class ModelGraph:
 
     def __init__(self, bundle: Bundle, file: str | None = None) -> None:
         self.folder = bundle.path
+        self._library = library_for(bundle.manifest.target)
+        self._manifest = bundle.manifest
         self._weights = BundleWeights(bundle)
         path = bundle.model_path if file is None else bundle.path / file
         self.model = onnx.shape_inference.infer_shapes(
             onnx.load(path, load_external_data=False), data_prop=True
         )
+
+    @property
+    def attention_dtype(self) -> Dtype:
+        """注意力的结果按哪个 dtype 的容差比：一般是模型的 dtype；算子库把乘数舍入到 bfloat16 时是 bfloat16。"""
+        manifest, library = self._manifest, self._library
+        rounded = library is not None and library.rounds_to_bfloat16(manifest.cache.dtype)
+        # 量化的容差已经比 bfloat16 宽。
+        return "bfloat16" if rounded and manifest.quant is None else manifest.dtype
 
     @cached_property
     def _producers(self) -> dict[str, onnx.NodeProto]:
@@ -105,6 +117,7 @@ class ModelGraph:
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.folder.resolve()))
         initializers = self._weights.arrays(model)
         give_initializers(options, initializers)
+        use_library(options, self._library)
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         run_options = ort.RunOptions()
         run_options.log_severity_level = 4

@@ -17,16 +17,18 @@ from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.blocks import block_cases
 from deepseek_export.parity.draft import draft_cases
+from deepseek_export.parity.loss import loss_cases, read_passage
 from deepseek_export.parity.model import model_cases
 from deepseek_export.parity.ops import op_cases
-from deepseek_export.parity.oracle import make_oracle
+from deepseek_export.parity.oracle import ReferenceOracle, make_oracle
 from deepseek_export.parity.polygraphy import save_comparison
 from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_draft, load_reference
-from deepseek_export.runtime import BundleTokenizer, Generator, open_session, open_speculative
+from deepseek_export.runtime import Backend, BundleTokenizer, Generator, open_session, open_speculative
+from deepseek_export.runtime.cuda import require_gpu
 
 #: 有 tokenizer 时用真文本：中文、英文、代码，长度不等。
 DEFAULT_PROMPTS = (
@@ -48,9 +50,11 @@ def verify_bundle(
     prompts: Sequence[str] | None = None,
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
+    text: Path | str | None = None,
+    backend: Backend = "ort",
     progress: Progress | None = None,
 ) -> ParityReport:
-    """验证一个 bundle 与 PyTorch 相等。
+    """验证一个 bundle 与 PyTorch 相等；权重量化过的，另量它比未量化的差多少。
 
     Args:
         bundle: 要验证的 bundle。
@@ -59,6 +63,8 @@ def verify_bundle(
         prompts: 文本 prompt；缺省用内置的，没有 tokenizer 时用随机 token。
         steps: tokens 层续写的长度。
         seed: 随机输入的种子。
+        text: 在这个文件的文本上比困惑度；只用于权重量化过的 bundle。
+        backend: model、tokens 两级在哪里运行；``trt`` 时 op、block 两级仍在 ONNX Runtime 上比，引擎里没有它们的边界。
         progress: 进度。
 
     Returns:
@@ -66,20 +72,25 @@ def verify_bundle(
 
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E603`` transformers 太旧；
-            ``DSX-E604`` 给的 prompt 用不了；``DSX-E406`` 文件被改过。
+            ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过。
     """
     progress = progress or Progress()
+    bundle.check_runs_on_onnxruntime()
+    if backend == "trt":
+        require_gpu()  # 前面的层级要好几分钟，不该跑完才说没有 GPU
     manifest = bundle.manifest
     bundle.check_hashes(progress)
     checkpoint = _open_source(bundle, against)
     levels = [level for level in LEVELS if level in levels]
     tokenizer = BundleTokenizer.load(bundle.path)
     rows = _rows(bundle, tokenizer, prompts, steps, seed)
+    passage = None if text is None else read_passage(bundle, tokenizer, Path(text))
     cases: list[Case] = []
     notes: list[str] = []
 
     progress.start("加载参考模型")
-    model = load_reference(checkpoint, Forms.for_reference(manifest.profile), manifest.dtype)
+    forms = Forms.for_reference(manifest.profile)
+    model = load_reference(checkpoint, forms, manifest.dtype, manifest.formats)
     graph = ModelGraph(bundle)
     if "op" in levels:
         progress.start("校验 op")
@@ -95,11 +106,14 @@ def verify_bundle(
         cases += block_cases(bundle, model, graph, block_rows, lambda name: progress.advance(1, name))
     if manifest.drafts and ("block" in levels or "model" in levels):
         progress.start("校验 MTP 草稿模型", len(manifest.drafts))
-        drafts = [load_draft(checkpoint, i, model, manifest.dtype) for i in range(len(manifest.drafts))]
+        drafts = [
+            load_draft(checkpoint, i, model, manifest.dtype, manifest.formats)
+            for i in range(len(manifest.drafts))
+        ]
         cases += draft_cases(
             bundle, model, drafts, block_rows, levels, lambda name: progress.advance(1, name)
         )
-    oracle_name = "dsx reference"
+    oracle_name, loss = "dsx reference", None
     if "model" in levels or "tokens" in levels:
         progress.start("加载基准与 bundle")
         oracle, missing = make_oracle(checkpoint, manifest.dtype)
@@ -108,15 +122,26 @@ def verify_bundle(
             progress.note(line)
         notes += missing
         weights = BundleWeights(bundle)
-        session = open_session(bundle, weights)
-        generator = Generator(session, tokenizer, ())
+        session = open_session(bundle, weights, backend=backend)
+        generator = Generator(session, tokenizer, (), session.prefill_chunk)
+        advance = lambda name: progress.advance(0, name)  # noqa: E731
         if "model" in levels:
             progress.start("校验 model")
-            advance = lambda name: progress.advance(0, name)  # noqa: E731
-            cases += model_cases(generator, oracle, model, rows, manifest.dtype, advance)
+            same = oracle
+            if manifest.quantization is not None:
+                same = ReferenceOracle(checkpoint, manifest.dtype, manifest.formats)
+            cases += model_cases(generator, same, model, rows, manifest.dtype, advance, manifest.quant)
+        if manifest.quantization is not None:
+            progress.start("量化损失")
+            levels = [level for level in levels if level != "tokens"] + ["loss"]
+            notes.append(
+                "量化的 bundle 不逐 token 比：激活也舍入到 int8，近平局处换一个 token 不算错；代价见 loss 一行"
+            )
+            plain = load_reference(checkpoint, forms, manifest.dtype)
+            more, loss = loss_cases(bundle, generator, graph, oracle, plain, rows, passage, advance)
+            cases += more
         if "tokens" in levels:
             progress.start("校验 tokens")
-            advance = lambda name: progress.advance(0, name)  # noqa: E731
             speculative = open_speculative(bundle, weights, session, tokenizer)
             if speculative is not None and speculative.verify_mode == "rejection":
                 speculative = None
@@ -137,7 +162,8 @@ def verify_bundle(
         levels=list(levels),
         cases=cases,
         notes=notes,
-        polygraphy=save_comparison(bundle, model, block_rows),
+        loss=loss,
+        polygraphy=None if manifest.quantization else save_comparison(bundle, model, block_rows),
     )
     path = bundle.path / "reports/parity.json"
     path.parent.mkdir(exist_ok=True)

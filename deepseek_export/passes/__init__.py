@@ -2,16 +2,25 @@
 
 from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
 from deepseek_export.passes.listing import graph_listing
-from deepseek_export.passes.pipelines import PIPELINES, LoweredModel, check_target, lower
+from deepseek_export.passes.pipelines import (
+    PIPELINES,
+    QUANT_PIPELINES,
+    LoweredModel,
+    check_quantization,
+    check_target,
+    lower,
+)
 
 __all__ = [
     "PIPELINES",
+    "QUANT_PIPELINES",
     "GraphModule",
     "LoweredModel",
     "Pass",
     "PassError",
     "PassResult",
     "Refusal",
+    "check_quantization",
     "check_target",
     "graph_listing",
     "lower",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NoReturn
 
 import numpy as np
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.checkpoint.recipe import Recipe
+from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import MlaForm
 from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
@@ -41,6 +41,7 @@ class GraphModule:
         dtype: 计算 dtype。
         config: 模型配置。
         sites: 捕获时每个 ``dsx::`` 节点的位置。
+        quantized: 已经量化的权重，按量化之前的名字；与词嵌入共享的 lm_head 记作 ``lm_head.weight``。
         mla_form: 方案里的 ``mla.form``。
         role, layers, verify: 见 :class:`~deepseek_export.capture.CapturedModel`。
         max_elements: 一个权重至多多少个元素。
@@ -57,6 +58,7 @@ class GraphModule:
     verify: Literal["greedy", "rejection"] | None
     mla_form: MlaForm = "auto"
     max_elements: int = MAX_ELEMENTS
+    quantized: set[str] = field(default_factory=set)
 
     @classmethod
     def from_captured(
@@ -109,7 +111,7 @@ class GraphModule:
                 return tensor
             if tensor is before:
                 position = index
-        variable = gs.Variable(name, np.dtype(recipe.dtype), list(recipe.shape))
+        variable = gs.Variable(name, NUMPY_DTYPES[recipe.dtype], list(recipe.shape))
         self.graph.inputs.insert(position, variable)
         self.weights[name] = recipe
         self._sort_weights()

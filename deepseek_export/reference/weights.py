@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
 from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array, mtp_recipes, weight_recipes
+from deepseek_export.checkpoint.weight_only import BlockFormat, dequantized
 from deepseek_export.reference.model import Forms, ReferenceModel
 from deepseek_export.reference.mtp import DraftModel
 
@@ -43,7 +45,10 @@ def draft_initializer_name(parameter: str, config: ModelConfig, index: int) -> s
 
 
 def load_reference(
-    checkpoint: Checkpoint, forms: Forms, dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    checkpoint: Checkpoint,
+    forms: Forms,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    quantized: Mapping[str, BlockFormat] = MappingProxyType({}),
 ) -> ReferenceModel:
     """从检查点建参考模型。
 
@@ -51,6 +56,7 @@ def load_reference(
         checkpoint: 已校验的检查点。
         forms: MLA 与 MoE 的写法。
         dtype: 计算 dtype；router 权重始终 float32。
+        quantized: 权重名 → 量化格式；这些权重换成量化再还原的值，与量化的 bundle 相同。
 
     Returns:
         eval 模式、不求梯度的模型。
@@ -61,7 +67,7 @@ def load_reference(
     with torch.device("meta"):
         model = ReferenceModel(checkpoint.config, forms)
     recipes = weight_recipes(checkpoint.config, dtype)
-    _fill(model, lambda name: initializer_name(name, checkpoint.config), recipes, {}, checkpoint)
+    _fill(model, lambda name: initializer_name(name, checkpoint.config), recipes, {}, checkpoint, quantized)
     return model
 
 
@@ -70,6 +76,7 @@ def load_draft(
     index: int,
     main: ReferenceModel,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    quantized: Mapping[str, BlockFormat] = MappingProxyType({}),
 ) -> DraftModel:
     """从检查点建第 ``index`` 个 MTP 模块的草稿模型；词嵌入与 lm_head 与 ``main`` 共用同一块内存。
 
@@ -82,7 +89,9 @@ def load_draft(
         model = DraftModel(config, index, main.forms)
     shared = {
         "model.embed_tokens.weight": main.embed.embed_tokens.weight,
-        initializer_name("head.lm_head.weight", config): main.head.lm_head.weight,
+        _stored_name("head.lm_head.weight", initializer_name("head.lm_head.weight", config), quantized): (
+            main.head.lm_head.weight
+        ),
     }
     _fill(
         model,
@@ -90,8 +99,30 @@ def load_draft(
         mtp_recipes(config, index, dtype),
         shared,
         checkpoint,
+        quantized,
     )
     return model
+
+
+def load_tensor(
+    name: str, recipe: Recipe, checkpoint: Checkpoint, quantized: BlockFormat | None = None
+) -> torch.Tensor:
+    """一个 initializer 的内容，转成 torch 张量；torch 不认 ml_dtypes 的 bfloat16，按位转。
+
+    Args:
+        name, recipe: initializer 与它的配方，已经过 ``bind_recipes``。
+        checkpoint: 已校验的检查点。
+        quantized: 量化格式；给了就换成量化再还原的值。
+
+    Raises:
+        DsxError: 同 :func:`load_reference`。
+    """
+    array = load_array(name, recipe, checkpoint.store)
+    if quantized is not None:
+        array = dequantized(array, quantized)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _fill(
@@ -100,19 +131,25 @@ def _fill(
     recipes: dict[str, Recipe],
     loaded: dict[str, torch.Tensor],
     checkpoint: Checkpoint,
+    quantized: Mapping[str, BlockFormat],
 ) -> None:
     """每个参数设置一次；``loaded`` 里已有的直接共用。"""
     recipes, state = bind_recipes(recipes, checkpoint), {}
+    unused = set(recipes)
     for parameter, _ in model.named_parameters():
         name = name_of(parameter)
-        if name not in loaded:
-            array = load_array(name, recipes.pop(name), checkpoint.store)
-            if array.dtype.name == "bfloat16":
-                loaded[name] = torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
-            else:
-                loaded[name] = torch.from_numpy(array)
-        state[parameter] = loaded[name]
-    if recipes:
-        raise AssertionError(f"有配方没被任何参数用到：{sorted(recipes)[:3]}")
+        key = _stored_name(parameter, name, quantized)
+        unused.discard(name)
+        if key not in loaded:
+            loaded[key] = load_tensor(name, recipes[name], checkpoint, quantized.get(key))
+        state[parameter] = loaded[key]
+    if unused:
+        raise AssertionError(f"有配方没被任何参数用到：{sorted(unused)[:3]}")
     model.load_state_dict(state, strict=True, assign=True)
     model.eval().requires_grad_(False)
+
+
+def _stored_name(parameter: str, name: str, quantized: Mapping[str, BlockFormat]) -> str:
+    """``loaded`` 里的键；与词嵌入共享的 lm_head 量化之后成了另一份权重。"""
+    alone = parameter == "head.lm_head.weight" and "lm_head.weight" in quantized
+    return "lm_head.weight" if alone else name

@@ -3,7 +3,7 @@
 from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, CacheTensor
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.generate import Generator
-from deepseek_export.runtime.loading import open_session, open_speculative
+from deepseek_export.runtime.loading import Backend, open_session, open_speculative
 from deepseek_export.runtime.result import FinishReason, GenerationResult
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
@@ -12,6 +12,7 @@ from deepseek_export.runtime.speculative import SpeculativeGenerator
 from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
 
 __all__ = [
+    "Backend",
     "BundleTokenizer",
     "CacheBuffers",
     "CacheSpec",

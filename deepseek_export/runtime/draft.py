@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepseek_export.cpu_library import CpuLibrary
 from deepseek_export.runtime.cache import CacheBuffers, contract_broken
 from deepseek_export.runtime.graph import NO_INITIALIZERS, TOKEN_INPUTS, GraphSession
 
@@ -35,6 +36,7 @@ class DraftSession(GraphSession):
         threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
         max_positions: 主模型的 max_position_embeddings。
         initializers: 不在文件里的权重，见 :class:`GraphSession`。
+        library: C++ 算子库，见 :class:`GraphSession`。
 
     Raises:
         DsxError: ``DSX-E507``，加载失败；``DSX-E508``，输入输出与约定不符。
@@ -47,8 +49,15 @@ class DraftSession(GraphSession):
         threads: int | None = None,
         max_positions: int,
         initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
+        library: CpuLibrary | None = None,
     ) -> None:
-        super().__init__(model_path, threads=threads, max_positions=max_positions, initializers=initializers)
+        super().__init__(
+            model_path,
+            threads=threads,
+            max_positions=max_positions,
+            initializers=initializers,
+            library=library,
+        )
         self._check_contract(("prev_hidden",), ("logits", "hidden", "draft_id"))
         if self.hidden_size is None:
             raise contract_broken("草稿模型 hidden 的形状不是 [B, S, 常数]")

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
+from deepseek_export.cpu_library import CpuLibrary
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.binding import CallBinding
 from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, contract_broken, ort_value
@@ -49,16 +50,20 @@ class GraphSession:
         threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
         max_positions: 模型的 max_position_embeddings，缓存容量的上限。
         initializers: 不在文件里、由调用方给出的权重（按引用的 bundle），会话借用它们的内存。
+        library: 代替函数体的 C++ 算子库。
 
     Attributes:
         vocab_size: 词表大小 V。
         hidden_size: ``hidden`` 输出的宽度 D；没有这个输出时为 ``None``。
         cache_spec: 模型要的缓存。
         max_positions: 同参数。
+        prefill_chunk: prefill 每块宜取的长度。
 
     Raises:
         DsxError: ``DSX-E507``，加载失败，附 ONNX Runtime 原话；``DSX-E508``，输入输出与约定不符。
     """
+
+    prefill_chunk = 512
 
     def __init__(
         self,
@@ -67,10 +72,11 @@ class GraphSession:
         threads: int | None = None,
         max_positions: int,
         initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
+        library: CpuLibrary | None = None,
     ) -> None:
         self.max_positions = max_positions
         self._initializers = initializers  # ORT 只借用内存，要与会话同寿
-        self._session = _load(Path(model_path), threads, initializers)
+        self._session = self._open(Path(model_path), threads, initializers, library)
         self.cache_spec = CacheSpec.from_session(self._session)
         self._input_types = {node.name: node.type for node in self._session.get_inputs()}
         self._outputs = {node.name: node for node in self._session.get_outputs()}
@@ -107,14 +113,25 @@ class GraphSession:
         value = int(ids[tuple(at)])
         raise DsxError("DSX-E509", f"{where}{at.tolist()} = {value}，不在 [0, {self.vocab_size}) 内", todo)
 
+    def _open(
+        self,
+        path: Path,
+        threads: int | None,
+        initializers: Mapping[str, np.ndarray],
+        library: CpuLibrary | None,
+    ) -> ort.InferenceSession:
+        return _load(path, threads, initializers, library)
+
+    def _make_binding(self, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]) -> CallBinding:
+        return CallBinding(self._session, inputs, outputs)
+
     def _binding(self, caches: CacheBuffers, outputs: tuple[str, ...]) -> CallBinding:
         """``caches`` 上取 ``outputs`` 这几个输出的绑定；同一组输出反复用同一个。"""
         made = self._bindings.setdefault(caches, {})
         if outputs not in made:
             cached = {tensor.name for tensor in self.cache_spec.tensors}
             types = {name: kind for name, kind in self._input_types.items() if name not in cached}
-            made[outputs] = CallBinding(
-                self._session,
+            made[outputs] = self._make_binding(
                 {name: _DTYPES[kind] for name, kind in types.items()},
                 {name: _DTYPES[self._outputs[name].type] for name in outputs},
             )
@@ -171,7 +188,15 @@ def give_initializers(options: ort.SessionOptions, initializers: Mapping[str, np
         options.add_external_initializers(list(initializers), values)
 
 
-def _load(path: Path, threads: int | None, initializers: Mapping[str, np.ndarray]) -> ort.InferenceSession:
+def use_library(options: ort.SessionOptions, library: CpuLibrary | None) -> None:
+    """让会话优先用算子库里的 kernel，没有库就走函数体。"""
+    if library is not None:
+        options.register_custom_ops_library(str(library.path))
+
+
+def _load(
+    path: Path, threads: int | None, initializers: Mapping[str, np.ndarray], library: CpuLibrary | None
+) -> ort.InferenceSession:
     if not path.is_file():
         raise DsxError("DSX-E507", f"{path} 不存在或不是文件", f"检查 bundle 路径；bundle 里应有 {path.name}")
     options = ort.SessionOptions()
@@ -182,6 +207,7 @@ def _load(path: Path, threads: int | None, initializers: Mapping[str, np.ndarray
         options.intra_op_num_threads = threads
     give_initializers(options, initializers)
     try:
+        use_library(options, library)
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT 的异常类都直接继承 Exception，没有共同基类
         raise DsxError("DSX-E507", f"{path}：{error}", _load_advice(str(error))) from error

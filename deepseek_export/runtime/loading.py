@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.cpu_library import library_for
+from deepseek_export.runtime.cuda import require_gpu
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation import Floor, MeasuredFloor, SpeculativeFloor
 from deepseek_export.runtime.speculative import SpeculativeGenerator
+from deepseek_export.runtime.tensorrt import TensorRTDraftSession, TensorRTSession, find_engine
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
+Backend = Literal["ort", "trt"]
 
-def open_session(bundle: Bundle, weights: BundleWeights, threads: int | None = None) -> ModelSession:
+
+def open_session(
+    bundle: Bundle, weights: BundleWeights, threads: int | None = None, backend: Backend = "ort"
+) -> ModelSession:
     """打开主模型。
 
     Args:
         bundle: 打开的 bundle。
         weights: 它的权重；与草稿模型用同一个，共有的权重只占一份内存。
-        threads: 线程数。
+        threads: 线程数；只对 ``ort`` 有意义。
+        backend: ``ort`` 是 ONNX Runtime CPU，``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
 
     Raises:
-        DsxError: ``DSX-E507`` / ``DSX-E508``，加载失败或不符合约定；``DSX-E115`` / ``DSX-E116``，权重有问题。
+        DsxError: ``DSX-E507`` / ``DSX-E508``，加载失败或不符合约定；``DSX-E115`` / ``DSX-E116``，权重有问题；
+            ``DSX-E520`` / ``DSX-E521``，C++ 算子库用不了；``DSX-E918`` 没有 GPU；``DSX-E920`` 没有引擎；``DSX-E917`` 引擎与这里不符。
     """
+    if backend == "trt":
+        directory, _ = find_engine(bundle, require_gpu())
+        return TensorRTSession(bundle, directory / "model.plan")
+    bundle.check_runs_on_onnxruntime()
     return ModelSession(
         bundle.model_path,
         threads=threads,
         max_positions=bundle.manifest.model.max_position_embeddings,
         initializers=weights.arrays(bundle.model_path),
+        library=library_for(bundle.manifest.target),
     )
 
 
@@ -53,11 +69,14 @@ def open_speculative(
         return None
     # 草稿不足模块数时，后面的模块用不到，不必加载。
     drafts = [
-        DraftSession(
+        TensorRTDraftSession(bundle, session.plan_path.with_name(f"{path.stem}.plan"))
+        if isinstance(session, TensorRTSession)
+        else DraftSession(
             path,
             threads=threads,
             max_positions=config.max_position_embeddings,
             initializers=weights.arrays(path),
+            library=library_for(bundle.manifest.target),
         )
         for path in bundle.draft_paths[: mtp.num_draft_tokens]
     ]
@@ -65,5 +84,12 @@ def open_speculative(
     measured = mtp.verify == "greedy"
     floor: Floor = MeasuredFloor() if measured else SpeculativeFloor.from_config(config, mtp.num_draft_tokens)
     return SpeculativeGenerator(
-        session, drafts, tokenizer, config.eos_token_ids, mtp.num_draft_tokens, mtp.verify, floor=floor
+        session,
+        drafts,
+        tokenizer,
+        config.eos_token_ids,
+        mtp.num_draft_tokens,
+        mtp.verify,
+        session.prefill_chunk,
+        floor=floor,
     )

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from deepseek_export.cpu_library import CpuLibrary
 from deepseek_export.runtime.cache import CacheBuffers, contract_broken
 from deepseek_export.runtime.graph import NO_INITIALIZERS, TOKEN_INPUTS, GraphSession
 
@@ -58,6 +59,7 @@ class ModelSession(GraphSession):
         threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
         max_positions: 模型的 max_position_embeddings，缓存容量的上限。
         initializers: 不在文件里的权重，见 :class:`GraphSession`。
+        library: C++ 算子库，见 :class:`GraphSession`。
 
     Attributes:
         verify_mode: 图里带的是哪种草稿验证；普通 bundle 为 ``None``。
@@ -73,8 +75,15 @@ class ModelSession(GraphSession):
         threads: int | None = None,
         max_positions: int,
         initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
+        library: CpuLibrary | None = None,
     ) -> None:
-        super().__init__(model_path, threads=threads, max_positions=max_positions, initializers=initializers)
+        super().__init__(
+            model_path,
+            threads=threads,
+            max_positions=max_positions,
+            initializers=initializers,
+            library=library,
+        )
         self.verify_mode: VerifyMode | None = None
         extra: tuple[str, ...] = ()
         if "draft_ids" in self._input_types:

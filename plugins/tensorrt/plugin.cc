@@ -8,6 +8,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <map>
@@ -25,7 +26,7 @@ namespace {
 
 using namespace nvinfer1;
 
-// 与 deepseek_export/kernels/table.py 的 PLANNED_OPS 相同（tests/unit/test_plugins_tensorrt.py 核对）。
+// 与 deepseek_export/engine/plugins.py 的 PLUGIN_OPS 相同（tests/unit/test_plugins_tensorrt.py 核对）。
 constexpr std::array<char const*, 2> kOps{"LatentAttention", "MoeExperts"};
 constexpr char const* kNamespace = "dsx";
 constexpr char const* kVersion = "1";
@@ -247,16 +248,46 @@ std::array<Creator, kOps.size()>& creators() {
     return all;
 }
 
-// 已经装载的 TensorRT；一个 .so 通用于 TensorRT 10、11 与 RTX，所以不在链接时绑定。
-void* runtime_symbol(char const* symbol) noexcept {
-    for (char const* name : {"libnvinfer.so.11", "libnvinfer.so.10", "libtensorrt_rtx.so.1"}) {
-        if (void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD)) {
-            if (void* found = dlsym(library, symbol)) {
-                return found;
-            }
+// TensorRT 11 从 IPluginRegistry 的虚表里去掉了几个旧方法，所以用哪一代头文件构建，就只能与那一代的库共用。
+struct Runtime {
+    char const* library;
+    int headers;   // 虚表属于哪一代头文件
+    int oldest;    // 从哪个版本起（getInferLibVersion）
+};
+constexpr std::array<Runtime, 3> kRuntimes{{
+    {"libnvinfer.so.11", 11, 0},
+    {"libnvinfer.so.10", 10, 0},
+    {"libtensorrt_rtx.so.1", 11, 10700},
+}};
+// RTX 自己的头文件主版本是 1。
+constexpr int kHeaders = NV_TENSORRT_MAJOR == 1 ? 11 : NV_TENSORRT_MAJOR;
+static_assert(kHeaders == 10 || kHeaders == 11, "只支持 TensorRT 10、11 与 RTX 的头文件");
+
+// 已经装载的、同一代的 TensorRT；不在链接时绑定，由装载本库的进程提供。
+void* find_runtime() noexcept {
+    for (auto const& runtime : kRuntimes) {
+        void* library = dlopen(runtime.library, RTLD_NOW | RTLD_NOLOAD);
+        if (library == nullptr) {
+            continue;
         }
+        auto* version = reinterpret_cast<int32_t (*)()>(dlsym(library, "getInferLibVersion"));
+        if (runtime.headers == kHeaders && version != nullptr && version() >= runtime.oldest) {
+            return library;
+        }
+        std::fprintf(stderr, "dsx: 本库用 TensorRT %d 的头文件构建，与已装载的 %s（%d）不是同一代，没有登记插件\n",
+            NV_TENSORRT_MAJOR, runtime.library, version != nullptr ? version() : 0);
     }
     return nullptr;
+}
+
+void* runtime_symbol(char const* symbol) noexcept {
+    static std::atomic<void*> known{nullptr};
+    void* library = known.load();
+    if (library == nullptr) {  // 本库可能先于 TensorRT 装载，所以没找到不算定论
+        library = find_runtime();
+        known.store(library);
+    }
+    return library != nullptr ? dlsym(library, symbol) : nullptr;
 }
 
 std::atomic<ILoggerFinder*> logger_finder{nullptr};
@@ -324,7 +355,7 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
     static std::array<nvinfer1::IPluginCreatorInterface*, dsx::kOps.size()> const all{
         &dsx::creators()[0], &dsx::creators()[1]};
     dsx::deregister_creators();
-    count = static_cast<int32_t>(all.size());
+    count = dsx::registry() != nullptr ? static_cast<int32_t>(all.size()) : 0;
     return all.data();
 }
 

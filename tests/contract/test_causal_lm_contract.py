@@ -10,11 +10,11 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import deepseek_export as dsx
-from deepseek_export.integration import causal_lm
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
+from deepseek_export.runtime import cuda
 
 pytestmark = pytest.mark.contract
 
@@ -107,7 +107,7 @@ def test_logits_at_every_position(model, source, monkeypatch):
         assert TOLERANCES["logits", "float32"].accepts(measure(got[rows].numpy(), want[REAL].numpy()))
 
     check(model(IDS, attention_mask=MASK).logits)
-    monkeypatch.setattr(causal_lm, "PREFILL_CHUNK", 2)
+    monkeypatch.setattr(model.session, "prefill_chunk", 2)
     check(model(IDS, attention_mask=MASK).logits)
     assert torch.equal(
         model(IDS, MASK, logits_to_keep=2).logits,
@@ -157,6 +157,9 @@ def test_what_it_refuses(model, source):
     refused(lambda: model(IDS[:, :1], attention_mask=more, **{cache_name(): held}), "attention_mask")
     with pytest.raises(dsx.DsxError, match="DSX-E809"):
         model.save_pretrained("anywhere")
+    held.buffers = object()
+    with pytest.raises(dsx.DsxError, match="DSX-E809"):
+        held.reorder_cache(torch.tensor([0]))
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     assert cache_name() not in model(IDS, use_cache=False)
 
@@ -191,3 +194,10 @@ def test_export_from_a_model_object_refuses(source, v3_bundle, v3_checkpoint, tm
     assert code(v3_checkpoint, out, tokenizer=object()) == "DSX-E810"
     assert code(copy.deepcopy(source).to("meta"), out) == "DSX-E810"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensorrt_session_needs_a_gpu(v3_bundle, monkeypatch):
+    """HF-9：backend="trt" 与 dsx.load 走同一处；没有 GPU 就按码拒绝，不悄悄换成 CPU。"""
+    monkeypatch.setattr(cuda, "device_sm", lambda: None)
+    with pytest.raises(dsx.DsxError, match="DSX-E918"):
+        dsx.DsxForCausalLM.from_pretrained(v3_bundle.path, backend="trt")

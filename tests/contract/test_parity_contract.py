@@ -53,9 +53,8 @@ def edit_weight(bundle: Bundle, name: str, change):
         where = {entry.key: entry.value for entry in tensor.external_data}
         with (folder / where["location"]).open("r+b") as file:
             file.seek(int(where["offset"]))
-            array = (
-                np.frombuffer(file.read(int(where["length"])), np.float32).reshape(tuple(tensor.dims)).copy()
-            )
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            array = np.frombuffer(file.read(int(where["length"])), dtype).reshape(tuple(tensor.dims)).copy()
             file.seek(int(where["offset"]))
             file.write(np.ascontiguousarray(change(array)).tobytes())
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import deepseek_export
-from deepseek_export.bundle import Bundle, BundleWeights, pack_bundle
+from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
@@ -212,7 +212,7 @@ def test_pack_equals_a_packed_export(referenced, twin_bundles, tmp_path: Path):
     assert packed.manifest.weights == twin_bundles[0].manifest.weights
     assert (path / "reports/export.json").is_file()
     packed.check_hashes(Progress())
-    assert code_of(pack_bundle, path) == "DSX-E409"
+    assert code_of(deepseek_export.pack, path) == "DSX-E409"
     assert [child.name for child in tmp_path.iterdir()] == ["out"]
     again = copy_of(referenced[1], tmp_path / "again")
     assert "已打包" in CliRunner().invoke(pack.command, [str(again)]).stdout

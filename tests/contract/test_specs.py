@@ -15,7 +15,7 @@ from perf.suites import SUITES
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENT = re.compile(r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT)-\d+\b")
+REQUIREMENT = re.compile(r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|KERNEL)-\d+\b")
 
 
 def python_sources(*folders: str) -> list[Path]:

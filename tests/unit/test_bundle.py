@@ -10,18 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from deepseek_export.bundle import Bundle, export_bundle
-from deepseek_export.bundle.disk import atomic_directory, check_free_space, disk_errors
+from deepseek_export.bundle.disk import atomic_directory, check_free_space, check_output, disk_errors
 from deepseek_export.bundle.packed import write_packed
-from deepseek_export.checkpoint import Checkpoint
-from deepseek_export.checkpoint.recipe import load_array, weight_recipes
+from deepseek_export.bundle.reference import link_checkpoint
+from deepseek_export.checkpoint import Checkpoint, TensorStore
+from deepseek_export.checkpoint.recipe import CHUNK_BYTES, load_array, materialize, weight_recipes
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.profile import resolve_profile
 from deepseek_export.progress import Progress
+from tests.integration.cli import TINY
 
 pytestmark = pytest.mark.unit
 
@@ -127,6 +130,24 @@ class TestOpen:
         assert code_of(Bundle.open(path).check_hashes, Progress()) == "DSX-E406"
 
 
+def test_links_reach_through_the_symbolic_links_of_a_download_cache(tmp_path: Path):
+    """EXPORT-21：检查点目录里是指向别处的符号链接（Hugging Face 缓存），硬链接到真文件。"""
+    blobs, snapshot, out = (tmp_path / name for name in ("blobs", "snapshot", "out"))
+    write_checkpoint(blobs, TINY, shards=2)
+    snapshot.mkdir()
+    (out / "weights").mkdir(parents=True)
+    (out / "weights/model.safetensors").write_bytes(b"half of a killed packed export")
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    linked = link_checkpoint(Checkpoint.open(snapshot).store, out)
+    assert [Path(name).name for name in linked] == sorted(f.name for f in blobs.glob("*.safetensors"))
+    assert not (out / "weights/model.safetensors").exists()
+    for name in linked:
+        assert not (out / name).is_symlink()
+        assert (out / name).samefile(blobs / Path(name).name)
+    assert TensorStore.open(out / "weights").fingerprint() == TensorStore.open(blobs).fingerprint()
+
+
 class TestAtomicDirectory:
     """目标目录要么完整、要么不变。"""
 
@@ -174,9 +195,10 @@ class TestAtomicDirectory:
         assert not dead.exists()
         assert alive.exists()
 
-    def test_half_written_weights_of_a_dead_process_are_handed_over(self, tmp_path: Path):
-        """EXPORT-24：被杀的导出写了一半的权重连同日志移进新的临时目录；成功之后不留日志。"""
-        dead = tmp_path / ".out.tmp-999999999"
+    @pytest.mark.parametrize("pid", [999999999, os.getpid()])
+    def test_half_written_weights_of_a_dead_process_are_handed_over(self, tmp_path: Path, pid: int):
+        """EXPORT-24：被杀的导出写了一半的权重连同日志移进新的临时目录，进程号碰巧相同也一样；成功之后不留日志。"""
+        dead = tmp_path / f".out.tmp-{pid}"
         (dead / "weights").mkdir(parents=True)
         (dead / "weights/model.safetensors").write_bytes(b"half")
         (dead / ".resume.json").write_text("{}")
@@ -184,8 +206,31 @@ class TestAtomicDirectory:
         with atomic_directory(tmp_path / "out", overwrite=False) as directory:
             assert (directory / "weights/model.safetensors").read_bytes() == b"half"
             assert sorted(path.name for path in directory.iterdir()) == [".resume.json", "weights"]
-            assert not dead.exists()
+            assert list(tmp_path.iterdir()) == [directory]
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["weights"]
+
+    def test_leftover_of_an_interrupted_handover_is_only_removed(self, tmp_path: Path):
+        """移交到一半又被杀：只剩日志的临时目录不再接着写，清掉而不报错。"""
+        dead = tmp_path / ".out.tmp-999999999"
+        dead.mkdir()
+        (dead / ".resume.json").write_text("{}")
+        check_free_space(tmp_path / "out", 1)
+        with atomic_directory(tmp_path / "out", overwrite=False) as directory:
+            assert list(tmp_path.iterdir()) == [directory]
+            assert list(directory.iterdir()) == []
+
+    def test_killed_while_swapping_puts_the_old_one_back(self, tmp_path: Path):
+        """EXPORT-9：恰在换上新内容时被杀，旧的放回原处，而不是与新的一起当垃圾清掉。"""
+        old, new = tmp_path / ".out.tmp-999999999.old", tmp_path / ".out.tmp-999999999"
+        for folder in (old, new):
+            folder.mkdir()
+            (folder / "manifest.json").write_text(folder.name)
+        assert code_of(check_output, tmp_path / "out", False) == "DSX-E401"
+        assert (tmp_path / "out/manifest.json").read_text() == old.name
+        with atomic_directory(tmp_path / "out", overwrite=True) as directory:
+            (directory / "manifest.json").write_text("newest")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (tmp_path / "out/manifest.json").read_text() == "newest"
 
     def test_space_of_half_written_weights_is_not_asked_for_twice(self, tmp_path: Path):
         """磁盘预检把能接着写的部分算在内。"""
@@ -237,6 +282,20 @@ def anonymous_memory() -> int:
     """RssAnon，字节。"""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path):
+    """EXPORT-6：生成一个 1 GiB 的词嵌入，常驻内存（连同映射进来的文件页）只多出几块，远小于它。"""
+    config = {**TINY, "vocab_size": 1 << 18, "hidden_size": 1024, "num_hidden_layers": 1}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, config, sparse=True))
+    name = "model.embed_tokens.weight"
+    recipe = weight_recipes(checkpoint.config, "float32")[name]
+    before, peak, written = psutil.Process().memory_info().rss, 0, 0
+    for chunk in materialize(name, recipe, checkpoint.store):
+        written += chunk.nbytes
+        peak = max(peak, psutil.Process().memory_info().rss)
+    assert written == recipe.nbytes == 1 << 30
+    assert peak - before < 6 * CHUNK_BYTES < recipe.nbytes / 2
 
 
 def test_packed_export_memory_is_bounded_by_one_tensor(tmp_path: Path):

@@ -233,7 +233,15 @@ def maker() -> click.Command:
     return runpy.run_path(str(Path(__file__).parents[2] / "tools/make_checkpoint.py"))["main"]
 
 
-@pytest.mark.parametrize(("like", "shards", "mtp"), [("deepseek-v3", 11, True), ("v2-lite", 1, False)])
+@pytest.mark.parametrize(
+    ("like", "shards", "mtp"),
+    [
+        ("deepseek-v3", 11, True),
+        ("v2-lite", 1, False),
+        ("kimi-k2", 4, False),
+        ("glm-4.7-flash", 4, True),
+    ],
+)
 def test_published_shapes_without_the_disk(tmp_path: Path, like: str, shards: int, mtp: bool):
     """--like：宽度、dtype、分片、MTP 层都是发布时的；--sparse-files 不占磁盘，读出来全零。"""
     arguments = ["--like", like, "--layers", "4", "--sparse-files", str(tmp_path)]
@@ -246,7 +254,7 @@ def test_published_shapes_without_the_disk(tmp_path: Path, like: str, shards: in
     assert sum(file.stat().st_blocks * 512 for file in store.files) < 10e6
     expert = f"model.layers.3.mlp.experts.{config.n_routed_experts - 1}.down_proj.weight"
     assert store[expert].shape == (config.hidden_size, config.moe_intermediate_size)
-    assert store[expert].dtype == ("F8_E4M3" if like == "deepseek-v3" else "BF16")
+    assert store[expert].dtype == ("F8_E4M3" if like in ("deepseek-v3", "kimi-k2") else "BF16")
     assert not store.read_rows(expert, 0, 2).any()
 
 

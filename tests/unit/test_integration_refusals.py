@@ -77,10 +77,11 @@ def test_unsupported_config_fields(model):
     assert "moe_layer_freq" in refused("DSX-E105", model)
 
 
-def test_wrapped_forward(model):
-    attention = model.model.layers[1].self_attn
-    attention.forward = attention.forward
-    assert "layers.1.self_attn" in refused("DSX-E804", model)
+@pytest.mark.parametrize("name", ["self_attn", "self_attn.kv_b_proj", "mlp.experts"])
+def test_wrapped_forward(model, name):
+    module = model.get_submodule(f"model.layers.1.{name}")
+    module.forward = module.forward
+    assert f"layers.1.{name} " in refused("DSX-E804", model)
 
 
 def test_replaced_linear(model):

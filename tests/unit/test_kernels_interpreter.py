@@ -1,4 +1,4 @@
-"""Triton kernel 的语义：在 Triton 的解释器里运行，与 ``ops/`` 的参考实现比。
+"""Triton kernel 的语义：在 Triton 的解释器里运行，与 ``ops/`` 的参考实现比（KERNEL-1、KERNEL-2）。
 
 解释器须在导入 triton 之前用环境变量打开，之后本进程就不能再编译；所以平时本文件只有一个测试，它在子进程里用解释器把本文件
 再跑一遍。解释器的 bf16 点积是错的，这里只用 float32 与 float16。
@@ -150,7 +150,7 @@ else:
         plan = latent_attention_plan(89, 6, 40, 12, 0.1, "float16")
         assert run(plan, inputs, poisoned(2, 0, 6, 40, dtype=torch.float32)).shape == (2, 0, 6, 40)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(st.data())
     def test_attention_any_shape(data):
         """任意小形状、任意 SM 的块。"""
@@ -238,7 +238,7 @@ else:
         assert (order[total:] == -7).all()
         assert offsets.tolist() == [int((valid < e).sum()) for e in range(8)]
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(st.data())
     def test_experts_any_shape(data):
         """任意小形状，含 N=0 与 k=E。"""

@@ -70,6 +70,7 @@ class Recorder:
 def driver(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(module, "_load_driver", lambda: recorder)
+    monkeypatch.setattr(module, "_LOADED", {})
     return recorder
 
 
@@ -91,7 +92,8 @@ def test_pack_arguments():
 
 
 def test_loading_raises_the_shared_memory_limit(driver):
-    """每个 kernel 装载一次，并设好动态共享内存。"""
+    """每个 kernel 在一个上下文里只装载一次，哪怕有几层用它；并设好动态共享内存。"""
+    Launcher(PROGRAM)
     Launcher(PROGRAM)
     loaded = [arguments[0] for name, arguments in driver.calls if name == "cuLibraryLoadData"]
     assert sorted(loaded) == [FIRST.cubin, SECOND.cubin]
@@ -100,7 +102,7 @@ def test_loading_raises_the_shared_memory_limit(driver):
 
 
 def test_enqueue_only_launches(driver):
-    """只调用 cuLaunchKernel：不分配、不同步；次序、网格、线程数、共享内存、流都对；没有 token 就不启动。"""
+    """KERNEL-6：只调用 cuLaunchKernel：不分配、不同步；次序、网格、线程数、共享内存、流都对；没有 token 就不启动。"""
     launcher = Launcher(PROGRAM)
     driver.calls.clear()
     launcher.enqueue(((5, 8),), [0x1000], [0x2000], 0x3000, 77)
@@ -123,7 +125,7 @@ def test_driver_failure_names_the_program(driver):
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="这台机器有 NVIDIA 驱动")
 def test_without_a_driver():
-    """DSX-E906：只有一行说明，没有 traceback。"""
-    with pytest.raises(DsxError, match="DSX-E906") as caught:
+    """DSX-E905：只有一行说明，没有 traceback。"""
+    with pytest.raises(DsxError, match="DSX-E905") as caught:
         Launcher(PROGRAM)
     assert "\n" not in caught.value.what

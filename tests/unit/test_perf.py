@@ -221,8 +221,8 @@ def test_figures_use_a_chinese_font_or_say_so(tmp_path, monkeypatch):
             re.findall(r' id="([^"]+)"', text)
         )
         assert not any(placeholder in text for placeholder in colours)
-    page = report.html(run, [])
-    assert page.count("<svg") == len(SUITES)
+    page = report.html(make_run(every_suite()[:1]), [])
+    assert page.count("<svg") == 1
     assert "var(--ink)" in page
 
 

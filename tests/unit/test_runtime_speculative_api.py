@@ -116,7 +116,7 @@ def test_compiled_model_chooses(tmp_path: Path) -> None:
 
 def test_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = _compiled(tmp_path)
-    monkeypatch.setattr(api, "load", lambda bundle, threads: model)
+    monkeypatch.setattr(api, "load", lambda bundle, threads, backend: model)
     base = ["generate", str(tmp_path), "--ids", "5,2", "--max-new-tokens", "12"]
 
     def call(*more: str) -> tuple[str, str]:

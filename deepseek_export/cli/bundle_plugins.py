@@ -1,0 +1,149 @@
+"""``dsx doctor OUT``：bundle 的每个插件节点、需要的 creator、是否登记得上、缺什么。"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepseek_export.cli.console import console, facts, table
+from deepseek_export.engine.flavour import FLAVOURS, library_folder, library_link_missing, load
+from deepseek_export.errors import DsxError
+from deepseek_export.ops.table import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
+
+
+def diagnose_bundle(path: Path) -> dict[str, Any]:
+    """读 manifest 与图；不加载权重，不导入 torch。portable 的 bundle 还没有下沉，只列出已是插件核的节点。
+
+    Raises:
+        DsxError: ``DSX-E402``，不是 bundle 或缺图文件。
+    """
+    import onnx
+
+    from deepseek_export.engine.plugins import PLUGIN_OPS
+
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
+    described = json.loads(manifest.read_text(encoding="utf-8"))
+    plugin_ops = {spec.name for spec in PLUGIN_OPS}
+    nodes = []
+    for graph in described["graphs"]:
+        file = path / graph["file"]
+        if not file.is_file():
+            raise DsxError("DSX-E402", f"{path} 缺少 {graph['file']}", "重新导出，或把整个目录一起拷贝")
+        model = onnx.load(file, load_external_data=False)
+        bodies = {function.name for function in model.functions}
+        for node in model.graph.node:
+            if node.domain == DOMAIN and node.op_type in plugin_ops:
+                nodes.append(
+                    {
+                        "graph": graph["file"],
+                        "node": node.name,
+                        "creator": f"{PLUGIN_NAMESPACE}::{node.op_type}/{PLUGIN_VERSION}",
+                        "function_body": node.op_type in bodies,
+                        "op": node.op_type,
+                    }
+                )
+    flavours = {name: _flavour(name) for name in FLAVOURS}
+    for node in nodes:
+        node["registered"] = {
+            name: node["op"] in found["creators"] for name, found in flavours.items() if found["version"]
+        }
+    missing = _missing(flavours)
+    unregistered = [node["node"] for node in nodes if not all(node["registered"].values())]
+    return {
+        "ok": not missing and not unregistered and not any(f["problem"] for f in flavours.values()),
+        "path": str(path),
+        "target": described["target"],
+        "dtype": described["dtype"],
+        "nodes": nodes,
+        "flavours": flavours,
+        "engines": _engines(path),
+        "missing": missing,
+    }
+
+
+def _flavour(name: str) -> dict[str, Any]:
+    """一种发行：版本、登记上的 creator、出了什么问题。"""
+    flavour = FLAVOURS[name]
+    found: dict[str, Any] = {
+        "version": flavour.version(),
+        "install": flavour.install,
+        "creators": [],
+        "problem": None,
+        "link_repaired": False,
+    }
+    if found["version"] is None:
+        return found
+    repaired = library_link_missing(library_folder()) if name == "rtx" else False
+    try:
+        from deepseek_export.engine.plugins import registered_creators
+
+        found["creators"] = sorted(registered_creators(load(flavour)))
+    except DsxError as error:
+        found["problem"] = f"{error.code} {error.what}"
+    found["link_repaired"] = repaired and found["problem"] is None
+    return found
+
+
+def _engines(path: Path) -> list[dict[str, Any]]:
+    """建好的引擎，照 ``engine.json`` 写的。"""
+    found = []
+    for record in sorted(path.glob("engines/*/engine.json")):
+        data = json.loads(record.read_text(encoding="utf-8"))
+        found.append(
+            {
+                "directory": record.parent.name,
+                "version": data["version"],
+                "plans": sorted(data["plans"]),
+            }
+        )
+    return found
+
+
+def _missing(flavours: dict[str, Any]) -> list[str]:
+    """缺的东西，每行带安装命令。"""
+    lines = []
+    if not any(found["version"] for found in flavours.values()):
+        commands = " 或 ".join(found["install"] for found in flavours.values())
+        lines.append(f"没有安装任何一种 TensorRT，建不了引擎：{commands}")
+    try:
+        import triton as _triton  # noqa: F401  只看装没装
+    except ImportError:
+        lines.append("没有 triton，编译不了插件的 kernel：pip install -U 'deepseek-export[kernels]'")
+    return lines
+
+
+def print_bundle(found: dict[str, Any]) -> None:
+    """印成两张表。"""
+    out = console()
+    rows = []
+    for name, flavour in found["flavours"].items():
+        state = f"{flavour['version']}，登记了 {'、'.join(flavour['creators']) or '—'}"
+        if flavour["version"] is None:
+            state = f"没有安装：{flavour['install']}"
+        elif flavour["problem"]:
+            state = f"{flavour['version']}，{flavour['problem']}"
+        elif flavour["link_repaired"]:
+            state += "；刚补上缺少的符号链接 libtensorrt_rtx.so"
+        rows.append((FLAVOURS[name].module, state))
+    engines = [f"{e['directory']}（{e['version']}：{'、'.join(e['plans'])}）" for e in found["engines"]]
+    rows.append(("引擎", "；".join(engines) or "还没有，用 dsx build 建"))
+    rows += [("缺少", line) for line in found["missing"]]
+    out.print()
+    out.print(facts(f"{found['path']}（{found['target']}，{found['dtype']}）", rows))
+    if not found["nodes"]:
+        return
+    out.print()
+    made = table("插件节点", "图", "节点", "creator", "登记", "函数体")
+    for node in found["nodes"]:
+        registered = "、".join(f"{name} {'有' if on else '没有'}" for name, on in node["registered"].items())
+        made.add_row(
+            node["graph"],
+            node["node"],
+            node["creator"],
+            registered or "-",
+            "有" if node["function_body"] else "没有",
+        )
+    out.print(made)

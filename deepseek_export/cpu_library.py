@@ -1,0 +1,78 @@
+"""C++ 算子库（``plugins/cpu``）：在哪里、这台机器用哪个指令集。
+
+库登记了 ``dsx::MlaAttention``，ONNX Runtime 优先用它而不用模型里的函数体，所以同一个 bundle 有没有库都能跑，差别只是快慢。
+只有目标 ``ort-cpu`` 用它：``portable`` 的含义就是不靠任何插件。
+
+环境变量：``DSX_CPU_LIBRARY`` 换一个库的路径，``off`` 是不用；``DSX_CPU_ISA`` 指定指令集，缺省取最快的。
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek_export.errors import DsxError
+
+#: 构建脚本把库放在这里。
+INSTALLED = Path(__file__).parent / "_native"
+#: 用这个库的目标。
+LIBRARY_TARGET = "ort-cpu"
+OFF = "off"
+BUILD_COMMAND = "make plugins"
+NO_LIBRARY = (
+    f"这台机器没有 C++ 算子库，MlaAttention 走函数体（{BUILD_COMMAND} 构建之后，同一个 bundle 就会用它）"
+)
+
+
+@dataclass(frozen=True)
+class CpuLibrary:
+    """一个能用的算子库。
+
+    Attributes:
+        path: 共享库。
+        isas: 这台机器能用的指令集，最快的在前。
+        isa: 新会话用哪一个。
+    """
+
+    path: Path
+    isas: tuple[str, ...]
+    isa: str
+
+    def rounds_to_bfloat16(self, cache_dtype: str) -> bool:
+        """注意力的乘数会舍入到 bfloat16 吗：缓存本来就是 bfloat16、指令集又直接乘 bfloat16 时是。"""
+        return cache_dtype == "bfloat16" and self.isa.endswith("bf16")
+
+
+def find_library() -> CpuLibrary | None:
+    """这台机器的算子库；没有构建，或用 ``DSX_CPU_LIBRARY=off`` 关掉了，则为 ``None``。
+
+    Raises:
+        DsxError: ``DSX-E520``，库装载不了；``DSX-E521``，``DSX_CPU_ISA`` 在这台机器上不能用。
+    """
+    given = os.environ.get("DSX_CPU_LIBRARY", "")
+    if given == OFF:
+        return None
+    path = Path(given) if given else next(INSTALLED.glob("libdsx_cpu.*"), None)
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        library.dsx_cpu_isas.restype = ctypes.c_char_p
+        isas = tuple(library.dsx_cpu_isas().decode().split(","))
+    except (OSError, AttributeError) as error:
+        raise DsxError(
+            "DSX-E520",
+            f"{path}：{error}",
+            f"重新构建（{BUILD_COMMAND}），或设 DSX_CPU_LIBRARY={OFF} 走函数体",
+        ) from error
+    isa = os.environ.get("DSX_CPU_ISA") or isas[0]
+    if isa not in isas:
+        raise DsxError("DSX-E521", f"DSX_CPU_ISA={isa}", f"这台机器能用：{'、'.join(isas)}；不设则取第一个")
+    return CpuLibrary(path, isas, isa)
+
+
+def library_for(target: str) -> CpuLibrary | None:
+    """为 ``target`` 导出的 bundle 该用的算子库；同 :func:`find_library`，别的目标一律是 ``None``。"""
+    return find_library() if target == LIBRARY_TARGET else None

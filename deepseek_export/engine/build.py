@@ -1,0 +1,255 @@
+"""``dsx build``：bundle → 每种 SM 一个引擎目录。"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from deepseek_export import __version__
+from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.disk import (
+    atomic_directory,
+    check_free_space,
+    disk_errors,
+    sha256_file,
+    write_json,
+)
+from deepseek_export.engine.flavour import Flavour, layer_information, load, network_flags, select_arch
+from deepseek_export.engine.layers import EngineLayer, layer_counts, missing_plugins, parse_layers
+from deepseek_export.engine.logger import logger_for
+from deepseek_export.engine.lowered import check_buildable, lowered_graph
+from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
+from deepseek_export.engine.record import LAYERS_FILE, RECORD_FILE, EngineRecord, PlanEntry
+from deepseek_export.engine.shapes import ProfileName, ProfileShapes, Range
+from deepseek_export.errors import DsxError
+from deepseek_export.progress import Progress
+
+ENGINES = "engines"
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """一个建好的引擎目录。
+
+    Attributes:
+        path: 目录。
+        record: ``engine.json``。
+        layers: plan 文件名 → 优化配置名 → 各层。
+    """
+
+    path: Path
+    record: EngineRecord
+    layers: dict[str, dict[str, list[EngineLayer]]]
+
+
+def build_engine(
+    bundle: Bundle,
+    sm: int,
+    flavour: Flavour,
+    shapes: ProfileShapes,
+    progress: Progress | None = None,
+) -> BuiltEngine:
+    """为一种 SM 建引擎，写进 ``engines/<flavour>-sm<SM>/``；已有的整个换掉。
+
+    Args:
+        bundle: ``portable``、``tensorrt`` 或 ``tensorrt-rtx`` 的 float16 bundle。
+        sm: 目标计算能力，例如 89。
+        flavour: 用哪种 TensorRT。
+        shapes: 优化配置的形状。
+        progress: 进度。
+
+    Raises:
+        DsxError: ``DSX-E901`` 起是 kernel 的；``DSX-E912`` 建不了这种 SM；``DSX-E913`` bundle 不合适；``DSX-E914`` TensorRT
+            报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E916`` 插件内部出错。
+    """
+    progress = progress or Progress()
+    check_buildable(bundle)
+    trt = load(flavour)
+    out = bundle.path / ENGINES / f"{flavour.name}-sm{sm}"
+    plans: dict[str, PlanEntry] = {}
+    layers: dict[str, dict[str, list[EngineLayer]]] = {}
+    with disk_errors(out):
+        out.parent.mkdir(exist_ok=True)
+    with atomic_directory(out, overwrite=True, marker=RECORD_FILE) as directory:
+        _link_weights(bundle, directory)
+        for entry in bundle.manifest.graphs:
+            progress.start(f"下沉 {entry.file}")
+            graph = lowered_graph(bundle, entry, flavour.target, shapes.capacity)
+            with disk_errors(directory):
+                onnx.save(graph.model, directory / entry.file)
+            profiles = shapes.profiles(prefill=_has_prefill(bundle))
+            began = time.perf_counter()
+            plan, text = build_plan(trt, flavour, directory / entry.file, sm, profiles, progress)
+            seconds = round(time.perf_counter() - began, 3)
+            name = f"{entry.file.removesuffix('.onnx')}.plan"
+            layers[name] = parse_layers(text, list(profiles), graph.plugins)
+            check_plugins(name, layers[name], graph.plugins)
+            with disk_errors(directory):
+                check_free_space(directory, len(plan))
+                (directory / name).write_bytes(plan)
+            plans[name] = PlanEntry(
+                graph=entry.file,
+                role=entry.role,
+                bytes=len(plan),
+                sha256=hashlib.sha256(plan).hexdigest(),
+                profiles={profile: dict(ranges) for profile, ranges in profiles.items()},
+                layers={profile: layer_counts(found) for profile, found in layers[name].items()},
+                seconds=seconds,
+            )
+        record = EngineRecord(
+            schema_version=1,
+            dsx_version=__version__,
+            flavour=flavour.name,
+            version=trt.__version__,
+            sm=sm,
+            bundle_sha256=sha256_file(bundle.path / "manifest.json"),
+            shapes=shapes,
+            plans=plans,
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        with disk_errors(directory):
+            write_json(directory / RECORD_FILE, record.model_dump(mode="json"))
+            listed = {
+                plan: {profile: [layer.model_dump() for layer in found] for profile, found in each.items()}
+                for plan, each in layers.items()
+            }
+            write_json(directory / LAYERS_FILE, listed)
+    return BuiltEngine(out, record, layers)
+
+
+def build_plan(
+    trt: Any,
+    flavour: Flavour,
+    model: Path,
+    sm: int,
+    profiles: Mapping[ProfileName, Mapping[str, Range]],
+    progress: Progress,
+) -> tuple[bytes, str]:
+    """一个 ONNX 文件 → plan 与各层的文本。
+
+    Raises:
+        DsxError: ``DSX-E912`` 建不了这种 SM；``DSX-E914`` TensorRT 报错；``DSX-E916`` 插件内部出错。
+    """
+    logger = logger_for(trt)
+    logger.clear()
+    registered_creators(trt)
+    builder = trt.Builder(logger)
+    config = builder.create_builder_config()
+    select_arch(flavour, trt, config, sm)
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    with building_for(sm) as target:
+        progress.start(f"TensorRT 解析 {model.name}")
+        if not parser.parse_from_file(str(model)):
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            messages = [f"{e.node_name() or '图'}（{e.node_operator() or '-'}）：{e.desc()}" for e in errors]
+            raise _failure(target, model, messages)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # 没有它就不知道引擎有哪些层
+        config.progress_monitor = _monitor(trt, progress, f"TensorRT 构建 {model.stem}（sm{sm}）")
+        for ranges in profiles.values():
+            config.add_optimization_profile(_optimization_profile(builder, network, ranges))
+        plan = builder.build_serialized_network(network, config)
+        if plan is None or target.failures:
+            raise _failure(target, model, logger.errors())
+    return bytes(plan), layer_information(flavour, trt, logger.messages(), bytes(plan), logger)
+
+
+def check_plugins(name: str, layers: Mapping[str, Sequence[EngineLayer]], plugins: Mapping[str, str]) -> None:
+    """解码配置里每个插件节点都是一个插件层。
+
+    Raises:
+        DsxError: ``DSX-E915``。
+    """
+    missing = missing_plugins(layers["decode"], plugins)
+    if missing:
+        shown = "、".join(missing[:5]) + (f" 等 {len(missing)} 个" if len(missing) > 5 else "")
+        raise DsxError(
+            "DSX-E915", f"{name} 里没有插件层 {shown}", "这是 dsx 的缺陷：请附上 dsx doctor 的输出报告"
+        )
+
+
+def _has_prefill(bundle: Bundle) -> bool:
+    mla = bundle.manifest.profile.mla
+    return not (mla.enabled and mla.form == "absorb")
+
+
+def _optimization_profile(builder: Any, network: Any, ranges: Mapping[str, Range]) -> Any:
+    """按输入的具名维填最小、最优、最大。"""
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        names = [tensor.get_dimension_name(axis) or "" for axis in range(len(tensor.shape))]
+        shapes = [
+            tuple(
+                ranges[name][which] if size < 0 else size
+                for name, size in zip(names, tensor.shape, strict=True)
+            )
+            for which in range(3)
+        ]
+        profile.set_shape(tensor.name, *shapes)
+    return profile
+
+
+def _failure(target: BuildTarget, model: Path, messages: Sequence[str]) -> DsxError:
+    """插件里的异常优先：TensorRT 只说「插件出错」。"""
+    if target.failures:
+        error = target.failures[0]
+        if isinstance(error, DsxError):
+            return error
+        what = f"{model.name} 的插件抛出 {type(error).__name__}：{error}"
+        failure = DsxError("DSX-E916", what, "这是插件的缺陷：请附上这段文字和 dsx doctor 的输出报告")
+        failure.__cause__ = error
+        return failure
+    text = "；".join(message.strip() for message in messages[:3]) or "没有给出原因"
+    return DsxError(
+        "DSX-E914", f"{model.name}：{text}", "核对 dsx doctor OUT；原话可在 TensorRT 的文档里检索"
+    )
+
+
+def _monitor(trt: Any, progress: Progress, stage: str) -> Any:
+    """TensorRT 的进度 → dsx 的进度：只报最外层阶段的步数。"""
+
+    class Monitor(trt.IProgressMonitor):
+        """每个外层阶段重新开始一条进度。"""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer: str | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if self.outer is None:
+                self.outer = phase
+                progress.start(stage, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase == self.outer:
+                progress.advance(1, phase)
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            if phase == self.outer:
+                self.outer = None
+
+    return Monitor()
+
+
+def _link_weights(bundle: Bundle, directory: Path) -> None:
+    """引擎旁的 ONNX 引用同一份权重：硬链接，跨文件系统才复制（ONNX 不允许外部数据在目录之外）。"""
+    for name in bundle.manifest.weights.files:
+        source, target = bundle.path / name, directory / name
+        with disk_errors(directory):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:
+                check_free_space(directory, source.stat().st_size)
+                shutil.copyfile(source, target)

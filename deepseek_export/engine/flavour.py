@@ -1,0 +1,206 @@
+"""TensorRT 的两种发行；只有这个文件问是哪一种。
+
+- ``rtx``：``tensorrt_rtx``。没有 GPU 也能为列出的 SM 建引擎；没有 SM90、SM100。
+- ``tensorrt``：完整的 TensorRT，只能在目标 GPU 上建引擎。
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from deepseek_export.errors import DsxError
+
+FlavourName = Literal["rtx", "tensorrt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """一种发行。
+
+    Attributes:
+        name: ``--flavour`` 的值，也是引擎目录名的前半。
+        module: Python 包名。
+        target: 对应的编译目标。
+        extra: 安装时的 extra。
+        cross_builds: 没有 GPU 时能否为指定的 SM 建引擎。
+    """
+
+    name: FlavourName
+    module: str
+    target: str
+    extra: str
+    cross_builds: bool
+
+    @property
+    def install(self) -> str:
+        """安装它的命令。"""
+        return f"pip install -U 'deepseek-export[{self.extra}]'"
+
+    def version(self) -> str | None:
+        """已安装的版本；不导入它。"""
+        for name in (self.module, f"{self.module}_cu13"):
+            try:
+                return metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        return None
+
+
+FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
+    {
+        "rtx": Flavour("rtx", "tensorrt_rtx", "tensorrt-rtx", "rtx", cross_builds=True),
+        "tensorrt": Flavour("tensorrt", "tensorrt", "tensorrt", "tensorrt", cross_builds=False),
+    }
+)
+
+_LIBRARY = "libtensorrt_rtx.so"
+
+
+def choose(name: str | None = None) -> Flavour:
+    """要用的发行。
+
+    Args:
+        name: ``rtx``、``tensorrt``，或 ``None``（装了哪个用哪个，先看 rtx）。
+
+    Raises:
+        DsxError: ``DSX-E910``，没有安装。
+    """
+    wanted = [FLAVOURS[name]] if name else list(FLAVOURS.values())
+    for flavour in wanted:
+        if flavour.version() is not None:
+            return flavour
+    names = "、".join(flavour.module for flavour in wanted)
+    raise DsxError("DSX-E910", f"没有安装 {names}", " 或 ".join(flavour.install for flavour in wanted))
+
+
+@functools.cache
+def load(flavour: Flavour) -> Any:
+    """导入这种发行的 Python 包，先核对会让进程直接中止的问题。
+
+    Raises:
+        DsxError: ``DSX-E910`` 没有安装或导入失败；``DSX-E911`` 缺少不带版本号的库名，又补不上。
+    """
+    if flavour.name == "rtx":
+        ensure_library_link(library_folder())
+    try:
+        return import_module(flavour.module)
+    except ImportError as error:
+        raise DsxError("DSX-E910", f"导入 {flavour.module} 失败：{error}", flavour.install) from error
+
+
+def library_folder() -> Path | None:
+    """``tensorrt_rtx`` 的库所在目录；没有安装时为 ``None``。"""
+    try:
+        files = metadata.files("tensorrt_rtx_cu13_libs") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(f.locate())).parent for f in files if f.name.startswith(_LIBRARY)), None)
+
+
+def library_link_missing(folder: Path | None) -> bool:
+    """轮子里只有 ``libtensorrt_rtx.so.1``：解析到插件节点时按不带版本号的名字 dlopen，找不到就中止整个进程。"""
+    return folder is not None and not (folder / _LIBRARY).exists()
+
+
+def ensure_library_link(folder: Path | None) -> None:
+    """补上缺少的符号链接；已有则不动。
+
+    Raises:
+        DsxError: ``DSX-E911``，目录不可写，或没有带版本号的库可指。
+    """
+    if folder is None or not library_link_missing(folder):
+        return
+    versioned = sorted(folder.glob(f"{_LIBRARY}.*"))
+    todo = f"ln -s {versioned[0].name if versioned else _LIBRARY + '.1'} {folder / _LIBRARY}"
+    if not versioned:
+        raise DsxError("DSX-E911", f"{folder} 里没有 {_LIBRARY}.*", f"重新安装：{FLAVOURS['rtx'].install}")
+    try:
+        (folder / _LIBRARY).symlink_to(versioned[0].name)
+    except FileExistsError:
+        return  # 另一个进程刚补上
+    except OSError as error:
+        raise DsxError("DSX-E911", f"{folder / _LIBRARY}：{error.strerror}", todo) from error
+
+
+def parse_arch(text: str) -> int:
+    """``sm89`` → 89。
+
+    Raises:
+        DsxError: ``DSX-E912``，写法不对。
+    """
+    match = re.fullmatch(r"sm_?(\d{2,3})", text.strip().lower())
+    if match is None:
+        raise DsxError("DSX-E912", f"--arch {text!r} 不是 SM 的写法", "写成 sm89，几个用逗号隔开：sm89,sm120")
+    return int(match[1])
+
+
+def select_arch(flavour: Flavour, trt: Any, config: Any, sm: int) -> None:
+    """让 ``config`` 为 ``sm`` 建引擎。
+
+    Raises:
+        DsxError: ``DSX-E912``，这种发行、这台机器不能为它建。
+    """
+    if flavour.cross_builds:
+        capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
+        if capability is None:
+            known = "、".join(name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM"))
+            todo = f"可用的有 {known}；sm90、sm100 用完整的 TensorRT 在目标卡上建（--flavour tensorrt）"
+            raise DsxError("DSX-E912", f"TensorRT-RTX {trt.__version__} 不支持 sm{sm}", todo)
+        # 从不用 CURRENT：没有 GPU 时它与插件一起会让进程中止。
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capability, 0)
+        return
+    current = device_sm()
+    if current != sm:
+        found = "没有 GPU" if current is None else f"当前的 GPU 是 sm{current}"
+        raise DsxError(
+            "DSX-E912",
+            f"完整的 TensorRT 只能为当前的 GPU 建引擎，要的是 sm{sm}，{found}",
+            "在目标 GPU 上建，或用 --flavour rtx 跨卡建",
+        )
+
+
+def device_sm() -> int | None:
+    """当前 GPU 的计算能力；没有驱动或没有 GPU 时为 ``None``。"""
+    try:
+        from cuda.bindings import driver
+
+        (status,) = driver.cuInit(0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            return None
+        numbers = []
+        for part in ("MAJOR", "MINOR"):
+            key = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}")
+            status, value = driver.cuDeviceGetAttribute(key, 0)
+            if status != driver.CUresult.CUDA_SUCCESS:
+                return None
+            numbers.append(value)
+    except (ImportError, RuntimeError):
+        return None  # 没有驱动时 cuda-bindings 抛 RuntimeError 的子类
+    return numbers[0] * 10 + numbers[1]
+
+
+def network_flags(trt: Any) -> int:
+    """强类型网络；新版把它作为唯一的方式时没有这个标志。"""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def layer_information(flavour: Flavour, trt: Any, log: list[str], plan: bytes, logger: Any) -> str:
+    """引擎的全部层，一行一层。
+
+    RTX 没有 GPU 也在详细日志里印出来；完整的 TensorRT 反序列化之后由 inspector 给出同样的文本。
+    """
+    if flavour.cross_builds:
+        return next((text for text in reversed(log) if text.startswith("Layers:")), "")
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    inspector = engine.create_engine_inspector()
+    information: str = inspector.get_engine_information(trt.LayerInformationFormat.ONELINE)
+    return information

@@ -1,0 +1,100 @@
+"""引擎的层：每层从哪些 ONNX 节点来，哪些是插件，哪些融在了一起。"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+_LINE = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>\w+),(?P<rest>.*)$")
+_PROFILE = re.compile(r"\[profile (\d+)\]")
+_GRAPH = re.compile(r"_myl(\d+)_\d+$")
+_ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+#: 编译器自己加的：优化配置、重名编号、图的编号与层号。
+_DECORATION = re.compile(r" \[profile \d+\]|(_U\d+)?_myl\d+_\d+$")
+
+_PLUGIN_KIND = "custom_layer"
+#: 编译器的调度与形状计算，不是算子。
+_BOOKKEEPING = {"signal", "wait", "shape_call", "memset", "copy", "ShapeHostToDevice"}
+
+
+class EngineLayer(BaseModel):
+    """引擎的一层。
+
+    Attributes:
+        name: 编译器起的名字，去掉编号。
+        kind: ``gemm``、``kgen``（生成的融合 kernel）、``custom_layer``（插件）、``runtime_fusion`` 等。
+        onnx: 来自哪些 ONNX 节点。
+        op: 它是插件时，对应的 ``dsx`` 算子。
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    kind: str
+    onnx: list[str]
+    op: str | None = None
+
+
+def parse_layers(
+    text: str, profiles: Sequence[str], plugins: Mapping[str, str]
+) -> dict[str, list[EngineLayer]]:
+    """日志或 inspector 的文本 → 每个优化配置的层。
+
+    Args:
+        text: ``Layers:`` 开头，一行一层。
+        profiles: 优化配置的名字，次序即编号。
+        plugins: 插件节点名 → 算子名。
+    """
+    parsed, graphs = [], {}
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if match is None or "LayerType" not in line:
+            continue
+        graph = _GRAPH.search(match["name"])
+        number = _PROFILE.search(line)
+        if graph and number:
+            graphs[graph[1]] = int(number[1])
+        parsed.append((match, graph[1] if graph else None, int(number[1]) if number else 0))
+    found: dict[str, list[EngineLayer]] = {name: [] for name in profiles}
+    for match, graph_id, own in parsed:
+        if match["kind"] in _BOOKKEEPING:
+            continue
+        origins = [re.sub(_PROFILE, "", name).strip() for name in _ORIGIN.findall(match["rest"])]
+        onnx = sorted({part for name in origins for part in name.split("+")})
+        op = next((plugins[name] for name in onnx if name in plugins), None)
+        layer = EngineLayer(
+            name=_DECORATION.sub("", match["name"]),
+            kind=match["kind"],
+            onnx=onnx,
+            op=op if match["kind"] == _PLUGIN_KIND else None,
+        )
+        found[profiles[graphs.get(graph_id, own) if graph_id else own]].append(layer)
+    return found
+
+
+def missing_plugins(layers: Iterable[EngineLayer], plugins: Mapping[str, str]) -> list[str]:
+    """没有成为插件层的插件节点。"""
+    survived = {name for layer in layers if layer.op for name in layer.onnx}
+    return sorted(plugins.keys() - survived)
+
+
+def layer_counts(layers: Iterable[EngineLayer]) -> dict[str, int]:
+    """``custom_layer dsx::LatentAttention`` → 个数；插件按算子分，其余按类型分。"""
+    counts = Counter(f"dsx::{layer.op}" if layer.op else layer.kind for layer in layers)
+    return dict(sorted(counts.items()))
+
+
+def layer_listing(layers: Mapping[str, Mapping[str, Sequence[EngineLayer]]]) -> str:
+    """plan → 优化配置 → 层，写成确定的文本，供 ``graphs/engines/`` 逐行比较。"""
+    lines: list[str] = []
+    for plan, profiles in layers.items():
+        for profile, found in profiles.items():
+            counts = "、".join(f"{kind}×{n}" for kind, n in layer_counts(found).items())
+            lines += ["", f"[{plan} {profile}] {counts}"]
+            for layer in found:
+                what = f"dsx::{layer.op}" if layer.op else f"{layer.kind} {layer.name}"
+                lines.append(f"{what} <- {', '.join(layer.onnx) or '-'}")
+    return "\n".join(lines).lstrip("\n") + "\n"

@@ -1,0 +1,127 @@
+"""bundle → 给 TensorRT 解析的 ONNX：portable 的在这里下沉，TensorRT 目标的已经下沉过。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper
+
+from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.graph import Slot, bind_external
+from deepseek_export.bundle.manifest import GraphEntry
+from deepseek_export.capture import CapturedModel
+from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
+from deepseek_export.errors import DsxError
+from deepseek_export.ops.table import DOMAIN
+from deepseek_export.passes import lower
+from deepseek_export.passes.pipelines import TENSORRT_TARGETS
+from deepseek_export.passes.split_experts import SplitExpertsPass
+
+_BUILDABLE = ("portable", *TENSORRT_TARGETS)
+
+
+@dataclass(frozen=True)
+class LoweredGraph:
+    """一张下沉好的图。
+
+    Attributes:
+        entry: manifest 里的说明。
+        model: 权重是外部数据，位置相对 ONNX 文件；缓存容量 T 已是常数。
+        plugins: 插件节点名 → 算子名。
+    """
+
+    entry: GraphEntry
+    model: onnx.ModelProto
+    plugins: dict[str, str]
+
+
+def check_buildable(bundle: Bundle) -> None:
+    """这个 bundle 能建引擎吗。
+
+    Raises:
+        DsxError: ``DSX-E913``。
+    """
+    manifest = bundle.manifest
+    if manifest.target not in _BUILDABLE:
+        what = f"{bundle.path} 的目标是 {manifest.target}，它的图已为别的运行时改写"
+        raise DsxError("DSX-E913", what, f"用 --target {' 或 '.join(_BUILDABLE)} 重新导出")
+    if manifest.target == "portable" and any(
+        r.name == SplitExpertsPass.name and r.count for r in manifest.passes
+    ):
+        what = f"{bundle.path} 的专家权重太大，导出 portable 时已拆成几组，下沉认不出原来的一层"
+        raise DsxError("DSX-E913", what, f"用 --target {' 或 '.join(TENSORRT_TARGETS)} 重新导出")
+    if manifest.weights.mode != "packed":
+        what = f"{bundle.path} 的权重按引用，有的要在加载时才生成，TensorRT 解析不了"
+        raise DsxError("DSX-E913", what, f"先打包：dsx pack {bundle.path}")
+    if manifest.dtype == "float32":
+        what = f"{bundle.path} 是 float32：插件核与融合注意力都没有 float32 的实现"
+        raise DsxError("DSX-E913", what, "用 --dtype float16 重新导出")
+
+
+def lowered_graph(bundle: Bundle, entry: GraphEntry, target: str, capacity: int) -> LoweredGraph:
+    """取出 bundle 的一张图，需要时下沉。
+
+    Args:
+        bundle: 先过 :func:`check_buildable`。
+        entry: 哪张图。
+        target: 下沉到 ``tensorrt`` 还是 ``tensorrt-rtx``。
+        capacity: 缓存容量 T。
+
+    Raises:
+        DsxError: ``DSX-E320`` 等，见 :func:`~deepseek_export.passes.lower`。
+    """
+    manifest = bundle.manifest
+    model = onnx.load(bundle.path / entry.file, load_external_data=False)
+    if manifest.target == "portable":
+        slots = _slots(model)
+        captured = _captured(bundle, entry, model, set(slots))
+        lowered = lower(captured, manifest.model, manifest.profile, manifest.dtype, target)
+        model = bind_external(lowered.proto, slots)
+    _fix_capacity(model, capacity)
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    return LoweredGraph(entry, model, {node.name: node.op_type for node in nodes})
+
+
+def _slots(model: onnx.ModelProto) -> dict[str, Slot]:
+    """外部权重在文件里的位置。"""
+    slots = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            data = {entry.key: entry.value for entry in tensor.external_data}
+            slots[tensor.name] = Slot(data["location"], int(data["offset"]), int(data["length"]))
+    return slots
+
+
+def _captured(bundle: Bundle, entry: GraphEntry, model: onnx.ModelProto, weights: set[str]) -> CapturedModel:
+    """portable 的图就是捕获的结果加函数体：把外部权重变回输入。"""
+    manifest, graph = bundle.manifest, model.graph
+    recipes = {name: recipe for name, recipe in manifest.weights.recipes.items() if name in weights}
+    for name, recipe in recipes.items():
+        kind = helper.np_dtype_to_tensor_dtype(NUMPY_DTYPES[recipe.dtype])
+        graph.input.append(helper.make_tensor_value_info(name, kind, list(recipe.shape)))
+    kept = [tensor for tensor in graph.initializer if tensor.name not in weights]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    functions = {function.name: function for function in model.functions}
+    del model.functions[:]
+    mtp = manifest.profile.mtp
+    return CapturedModel(
+        model,
+        functions,
+        recipes,
+        list(entry.sites),
+        entry.role,
+        tuple(entry.layers),
+        mtp.verify if mtp.enabled and entry.role == "main" else None,
+    )
+
+
+def _fix_capacity(model: onnx.ModelProto, capacity: int) -> None:
+    """缓存的 T 换成常数；中间值的形状由 TensorRT 重新推导。"""
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == "T":
+                dim.dim_value = capacity
+    del graph.value_info[:]

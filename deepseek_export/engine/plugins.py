@@ -1,0 +1,301 @@
+"""``IPluginV3`` 插件：由算子契约表生成，Python 写成，建引擎与运行用同一个类。
+
+建引擎时 ``configure_plugin`` 知道了静态维度与 dtype，按目标 SM 编译出
+:class:`~deepseek_export.kernels.program.Program`，序列化成两个字段 ``program`` 与 ``image``；
+运行时由这两个字段还原，``enqueue`` 只启动 kernel。同名的 C++ 插件（``plugins/tensorrt``）读同样的字段。
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from deepseek_export.errors import DsxError
+from deepseek_export.kernels.compile import compile_plan
+from deepseek_export.kernels.launcher import Launcher
+from deepseek_export.kernels.program import Program
+from deepseek_export.kernels.table import LaunchPlan, grouped_swiglu_plan, latent_attention_plan
+from deepseek_export.ops.table import (
+    LATENT_ATTENTION,
+    MOE_EXPERTS,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    OpSpec,
+)
+
+#: 契约里的输出维 → 给出它的属性；其余的维都能从输入里找到。
+_ATTRIBUTE_DIMS: Mapping[str, str] = MappingProxyType({"r": "kv_lora_rank"})
+
+_FIELD_KINDS = {"int": ("INT32", np.int32), "float": ("FLOAT32", np.float32)}
+
+
+def _latent_attention(sm: int, dims: list[list[int]], dtypes: list[Any], attributes: dict) -> LaunchPlan:
+    r = attributes["kv_lora_rank"]
+    heads, width = dims[0][2], dims[0][3]
+    return latent_attention_plan(sm, heads, r, width - r, attributes["scale"], dtypes[0], dtypes[1])
+
+
+def _moe_experts(sm: int, dims: list[list[int]], dtypes: list[Any], attributes: dict) -> LaunchPlan:
+    E, inner, D = dims[3]
+    return grouped_swiglu_plan(sm, E, dims[1][1], D, inner, dtypes[0])
+
+
+#: 插件核 → 由静态维度与 dtype 得到启动计划。
+PLANNERS: Mapping[str, Callable[[int, list[list[int]], list[Any], dict], LaunchPlan]] = MappingProxyType(
+    {LATENT_ATTENTION.name: _latent_attention, MOE_EXPERTS.name: _moe_experts}
+)
+#: 有插件的算子。
+PLUGIN_OPS: tuple[OpSpec, ...] = (LATENT_ATTENTION, MOE_EXPERTS)
+
+
+@dataclass
+class BuildTarget:
+    """正在建的引擎。
+
+    Attributes:
+        sm: 目标 SM。
+        calls: TensorRT 依次调用了哪些插件方法。
+        failures: 插件方法里抛出的异常；TensorRT 只会返回空指针，由建引擎的一方取出来重新抛。
+    """
+
+    sm: int
+    calls: list[str] = field(default_factory=list)
+    failures: list[BaseException] = field(default_factory=list)
+
+
+_targets: list[BuildTarget] = []
+
+
+@contextmanager
+def building_for(sm: int) -> Iterator[BuildTarget]:
+    """期间插件为 ``sm`` 编译 kernel。"""
+    target = BuildTarget(sm)
+    _targets.append(target)
+    try:
+        yield target
+    finally:
+        _targets.remove(target)
+
+
+def recorded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """记下调用；抛出的异常先记下来再抛，因为 TensorRT 只会说「插件出错」。"""
+
+    @functools.wraps(method)
+    def call(*arguments: Any) -> Any:
+        for target in _targets:
+            target.calls.append(method.__name__)
+        try:
+            return method(*arguments)
+        except BaseException as error:
+            for target in _targets:
+                target.failures.append(error)
+            raise
+
+    return call
+
+
+def contained(fallback: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """同 :func:`recorded`，但不让异常进到 TensorRT 里，改为返回 ``fallback``：异常穿过这几个方法会破坏它的堆，整个进程中止。
+
+    建引擎的一方看到 ``failures`` 不为空，就丢掉建出来的东西。
+    """
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        safe = recorded(method)
+
+        @functools.wraps(method)
+        def call(*arguments: Any) -> Any:
+            try:
+                return safe(*arguments)
+            except BaseException:
+                return fallback
+
+        return call
+
+    return decorate
+
+
+@functools.cache
+def registered_creators(trt: Any) -> Mapping[str, Any]:
+    """登记全部插件（每个进程一次）；返回算子名 → creator。"""
+    made = {}
+    for spec in PLUGIN_OPS:
+        made[spec.name] = make_creator(trt, spec)
+        if not trt.get_plugin_registry().register_creator(made[spec.name], PLUGIN_NAMESPACE):
+            raise DsxError(
+                "DSX-E916",
+                f"TensorRT 不接受插件 {spec.name} 的登记",
+                "同名的插件已由别的库登记：不要同时加载 C++ 插件与 Python 插件",
+            )
+    return MappingProxyType(made)
+
+
+def make_creator(trt: Any, spec: OpSpec) -> Any:
+    """契约表的一行 → ``IPluginCreatorV3One``。"""
+
+    class Creator(trt.IPluginCreatorV3One):
+        """建引擎时字段是节点属性；反序列化时是 ``program`` 与 ``image``。"""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.name, self.plugin_namespace, self.plugin_version = (
+                spec.name,
+                PLUGIN_NAMESPACE,
+                PLUGIN_VERSION,
+            )
+            kinds = {a.name: getattr(trt.PluginFieldType, _FIELD_KINDS[a.kind][0]) for a in spec.attributes}
+            fields = [trt.PluginField(name, np.array([]), kind) for name, kind in kinds.items()]
+            self.field_names = trt.PluginFieldCollection(fields)
+
+        @recorded
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            given = {entry.name: entry.data for entry in fields}
+            if phase == trt.TensorRTPhase.RUNTIME:
+                program = Program.from_text(_bytes(given["program"]).decode(), _bytes(given["image"]))
+                return plugin_class(trt, spec)({}, program)
+            attributes = {}
+            for attribute in spec.attributes:
+                value = np.asarray(given[attribute.name]).reshape(-1)[0]
+                attributes[attribute.name] = value.item()
+            return plugin_class(trt, spec)(attributes, None)
+
+    return Creator()
+
+
+def _bytes(data: Any) -> bytes:
+    """字段的内容：CHAR 读出来是字符串或字节，UNKNOWN 是数组。"""
+    if isinstance(data, str):
+        return data.encode()
+    return data if isinstance(data, bytes) else np.asarray(data).tobytes()
+
+
+@functools.cache
+def plugin_class(trt: Any, spec: OpSpec) -> type:
+    """契约表的一行 → ``IPluginV3`` 的类。"""
+    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
+    dtypes = {
+        trt.float32: "float32",
+        trt.float16: "float16",
+        trt.bfloat16: "bfloat16",
+        trt.int32: "int32",
+        trt.int64: "int64",
+    }
+    by_type = {port.type: index for index, port in reversed(list(enumerate(spec.inputs)))}
+
+    class Plugin(*bases):  # type: ignore[misc]  # 基类随发行而定
+        """一个插件节点。"""
+
+        def __init__(self, attributes: dict[str, Any], program: Program | None) -> None:
+            for base in bases:
+                base.__init__(self)
+            self.plugin_name, self.plugin_namespace, self.plugin_version = (
+                spec.name,
+                PLUGIN_NAMESPACE,
+                PLUGIN_VERSION,
+            )
+            self.num_outputs = len(spec.outputs)
+            self.attributes, self.program = attributes, program
+            self.launcher: Launcher | None = None
+
+        def clone(self) -> Plugin:
+            copy = Plugin(self.attributes, self.program)
+            copy.launcher = self.launcher
+            return copy
+
+        def get_capability_interface(self, kind: Any) -> Plugin:
+            return self
+
+        @recorded
+        def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
+            return [types[by_type[port.type]] for port in spec.outputs]
+
+        @recorded
+        def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:
+            known = {
+                name: inputs[i][axis]
+                for i, port in reversed(list(enumerate(spec.inputs)))
+                for axis, name in enumerate(port.dims)
+            }
+            known |= {
+                dim: builder.constant(self.attributes[attribute])
+                for dim, attribute in _ATTRIBUTE_DIMS.items()
+                if attribute in self.attributes
+            }
+            made = []
+            for port in spec.outputs:
+                dims = trt.DimsExprs(len(port.dims))
+                for axis, name in enumerate(port.dims):
+                    dims[axis] = known[name]
+                made.append(dims)
+            return made
+
+        @recorded
+        def supports_format_combination(self, position: int, descriptions: Any, num_inputs: int) -> bool:
+            return bool(descriptions[position].desc.format == trt.TensorFormat.LINEAR)
+
+        @contained(None)
+        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+            dims = [list(entry.desc.dims) for entry in inputs]
+            names = [dtypes.get(entry.desc.type, str(entry.desc.type)) for entry in inputs]
+            self.program = compile_plan(PLANNERS[spec.name](_targets[-1].sm, dims, names, self.attributes))
+
+        @contained(0)
+        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+            assert self.program is not None
+            return self.program.workspace([tuple(entry.max) for entry in inputs])
+
+        @contained(trt.PluginFieldCollection([]))
+        def get_fields_to_serialize(self) -> Any:
+            assert self.program is not None
+            # PluginField 只借用内存：TensorRT 在本方法返回之后才来读，字节与字段都要活得比它久。
+            self.serialized = (
+                np.frombuffer(self.program.to_text().encode(), np.int8),
+                np.frombuffer(self.program.image, np.int8),
+            )
+            text, image = self.serialized
+            self.fields = trt.PluginFieldCollection(
+                [
+                    trt.PluginField("program", text, trt.PluginFieldType.CHAR),
+                    trt.PluginField("image", image, trt.PluginFieldType.UNKNOWN),
+                ]
+            )
+            return self.fields
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def set_tactic(self, tactic: int) -> None:
+            """只有一种 tactic。"""
+
+        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+            """形状在 ``enqueue`` 时给出。"""
+
+        @recorded
+        def attach_to_context(self, context: Any) -> Plugin:
+            assert self.program is not None
+            attached = self.clone()
+            # 装载 cubin 会分配，所以在这里做完；enqueue 只启动，可以录进 CUDA graph。
+            attached.launcher = self.launcher or Launcher(self.program)
+            return attached
+
+        @recorded
+        def enqueue(
+            self,
+            input_desc: Sequence[Any],
+            output_desc: Sequence[Any],
+            inputs: Sequence[int],
+            outputs: Sequence[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            assert self.launcher is not None
+            shapes = tuple(tuple(entry.dims) for entry in input_desc)
+            self.launcher.enqueue(shapes, inputs, outputs, workspace, stream)
+
+    return Plugin

@@ -1,0 +1,108 @@
+"""引擎目录的自述 ``engine.json``：在哪种 TensorRT、哪种 SM 上、由哪个 bundle 建成；不符的拒绝加载。"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deepseek_export.engine.flavour import FlavourName
+from deepseek_export.engine.shapes import ProfileShapes, Range
+from deepseek_export.errors import DsxError
+
+RECORD_FILE, LAYERS_FILE = "engine.json", "layers.json"
+
+
+class PlanEntry(BaseModel):
+    """一个 plan 文件。
+
+    Attributes:
+        graph: bundle 里对应的 ONNX 文件。
+        role: ``main`` 或 ``draft``。
+        bytes, sha256: plan 的大小与哈希。
+        profiles: 优化配置名 → 动态维 → 最小、最优、最大值；次序即编号。
+        layers: 优化配置名 → 层的种类 → 个数。
+        seconds: 解析与构建的用时。
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    graph: str
+    role: Literal["main", "draft"]
+    bytes: int
+    sha256: str
+    profiles: dict[str, dict[str, Range]]
+    layers: dict[str, dict[str, int]]
+    seconds: float
+
+
+class EngineRecord(BaseModel):
+    """见模块说明。
+
+    Attributes:
+        flavour, version: 哪种 TensorRT、哪个版本。
+        sm: 目标计算能力。
+        bundle_sha256: bundle 的 manifest.json 的 sha256；它含每个文件的哈希。
+        shapes: 建的时候给的形状。
+        plans: 文件名 → 说明。
+        peak_rss_bytes: 建完时进程的峰值常驻内存。
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1]
+    dsx_version: str
+    flavour: FlavourName
+    version: str
+    sm: int
+    bundle_sha256: str
+    shapes: ProfileShapes
+    plans: dict[str, PlanEntry]
+    peak_rss_bytes: int
+
+    @property
+    def directory(self) -> str:
+        """``engines/`` 下的目录名。"""
+        return f"{self.flavour}-sm{self.sm}"
+
+    @classmethod
+    def read(cls, directory: Path) -> EngineRecord:
+        """读 ``engine.json``。
+
+        Raises:
+            DsxError: ``DSX-E917``，读不了或不是这一版写的。
+        """
+        path = directory / RECORD_FILE
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, ValidationError) as error:
+            raise DsxError(
+                "DSX-E917", f"{path}：{str(error).splitlines()[0]}", "用 dsx build 重建"
+            ) from error
+
+    def check(self, directory: Path, version: str | None, sm: int | None, bundle_sha256: str) -> None:
+        """能不能在这里加载。
+
+        Args:
+            directory: 引擎目录。
+            version: 已装的那种 TensorRT 的版本。
+            sm: 当前 GPU。
+            bundle_sha256: 现在的 manifest.json 的 sha256。
+
+        Raises:
+            DsxError: ``DSX-E917``，列出第一处不符。
+        """
+        pairs = (
+            ("TensorRT 的版本", self.version, version),
+            ("SM", self.sm, sm),
+            ("bundle 的哈希", self.bundle_sha256, bundle_sha256),
+        )
+        for name, built, here in pairs:
+            if built != here:
+                what = f"{directory}：{name}建的时候是 {built}，这里是 {here}"
+                raise DsxError("DSX-E917", what, f"重建：dsx build --arch sm{sm or self.sm}")
+        for name, entry in self.plans.items():
+            if not (directory / name).is_file() or (directory / name).stat().st_size != entry.bytes:
+                raise DsxError("DSX-E917", f"{directory / name} 缺失或大小不符", "用 dsx build 重建")

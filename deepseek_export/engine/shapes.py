@@ -1,0 +1,89 @@
+"""引擎的优化配置：每个维的最小、最优、最大值。"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from deepseek_export.errors import DsxError
+from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS
+
+ProfileName = Literal["decode", "prefill"]
+Range = tuple[int, int, int]
+
+_TODO = "写成 B=最小:最优:最大,S=最优:最大,T=容量，例如 B=1:1:8,S=128:512,T=4096；没写的用缺省值"
+_DEFAULT_CAPACITY = 4096
+_COUNTS = {"B": 3, "S": 2, "T": 1}
+
+
+class ProfileShapes(BaseModel):
+    """两个优化配置的形状。
+
+    Attributes:
+        batch: B 的最小、最优、最大值，两个配置共用。
+        prefill: prefill 配置里 S 的最优、最大值；最小值总是 9，8 及以下归 decode。
+        capacity: 缓存容量 T。TensorRT 的 KV_CACHE_UPDATE 要求它是常数。
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: Range = (1, 1, 8)
+    prefill: tuple[int, int] = (128, 512)
+    capacity: int = _DEFAULT_CAPACITY
+
+    @classmethod
+    def parse(cls, text: str, max_positions: int) -> ProfileShapes:
+        """``--profile-shapes`` 的值。
+
+        Args:
+            text: 例如 ``B=1:1:8,S=128:512,T=4096``；空串全用缺省值。
+            max_positions: 模型的 max_position_embeddings，容量的上限。
+
+        Raises:
+            DsxError: ``DSX-E919``。
+        """
+        found: dict[str, list[int]] = {}
+        for part in filter(None, text.split(",")):
+            match = re.fullmatch(r"\s*([BST])=(\d+(?::\d+)*)\s*", part)
+            if match is None or match[1] in found:
+                raise DsxError("DSX-E919", f"--profile-shapes {text!r} 里的 {part.strip()!r}", _TODO)
+            found[match[1]] = [int(number) for number in match[2].split(":")]
+            if len(found[match[1]]) != _COUNTS[match[1]]:
+                raise DsxError(
+                    "DSX-E919", f"{match[1]} 要 {_COUNTS[match[1]]} 个数，给的是 {match[2]}", _TODO
+                )
+        capacity = found.get("T", [min(_DEFAULT_CAPACITY, max_positions)])[0]
+        if not MAX_DECODE_TOKENS < capacity <= max_positions:
+            allowed = f"{MAX_DECODE_TOKENS + 1} 到 max_position_embeddings = {max_positions}"
+            raise DsxError("DSX-E919", f"容量 T = {capacity}，应在 {allowed} 之间", _TODO)
+        low, middle, high = found.get("B", (1, 1, 8))
+        if not 1 <= low <= middle <= high:
+            raise DsxError("DSX-E919", f"B = {low}:{middle}:{high} 不是递增的正整数", _TODO)
+        best, largest = found.get("S", [min(size, capacity) for size in (128, 512)])
+        if not MAX_DECODE_TOKENS < best <= largest <= capacity:
+            allowed = f"{MAX_DECODE_TOKENS + 1} <= 最优 <= 最大 <= T = {capacity}"
+            raise DsxError("DSX-E919", f"S = {best}:{largest}，应满足 {allowed}", _TODO)
+        return cls(batch=(low, middle, high), prefill=(best, largest), capacity=capacity)
+
+    def profiles(self, prefill: bool) -> Mapping[ProfileName, Mapping[str, Range]]:
+        """配置名 → 动态维 → 最小、最优、最大值，次序就是引擎里的编号。
+
+        Args:
+            prefill: 有没有 prefill 路径；``mla.form=absorb`` 的插件核一次至多 8 个 token，没有。
+        """
+        best, largest = self.prefill
+        top = MAX_DECODE_TOKENS
+        made: dict[ProfileName, Mapping[str, Range]] = {
+            "decode": {"B": self.batch, "S": (1, 1, top), "L": (1, 1, top), "K": (0, 0, top - 1)}
+        }
+        if prefill:
+            made["prefill"] = {
+                "B": self.batch,
+                "S": (top + 1, best, largest),
+                "L": (1, 1, largest),
+                "K": (0, 0, top),
+            }
+        return made

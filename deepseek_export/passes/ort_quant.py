@@ -1,0 +1,39 @@
+"""两个量化 pass 共用的部分：哪些保留，权重怎么换成码与 scale。"""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from deepseek_export.checkpoint.recipe import quantized_recipes
+from deepseek_export.checkpoint.weight_only import BlockFormat, Quantization
+from deepseek_export.passes.base import GraphModule
+
+#: 激活逐块量化到 int8；理由见 :class:`~deepseek_export.passes.quantize_linears_to_matmul_nbits.QuantizeLinearsToMatMulNBitsPass`。
+ACCURACY_LEVEL = 4
+
+
+def kept(quantization: Quantization, module_path: str, *weights: str) -> bool:
+    """权重名与模块路径（``head.lm_head``：与词嵌入共享权重时只有它认得出 lm_head）有一个在 ``keep`` 里。"""
+    return quantization.keeps(module_path, *weights)
+
+
+def quantized_weight(
+    module: GraphModule, weight: gs.Variable, form: BlockFormat, packed: bool = False
+) -> tuple[gs.Variable, gs.Variable]:
+    """登记 ``weight`` 的码与 scale 两个新权重。
+
+    Args:
+        module: 登记在这里。
+        weight: float32 权重输入，最后一维是输入维。
+        form: 格式。
+        packed: 码的最后两维合成一维（``QMoE``）；数据相同，只是形状不同。
+    """
+    codes, scales = quantized_recipes(module.weights[weight.name], form)
+    if packed:
+        *rows, blocks, width = codes.shape
+        codes = codes.model_copy(update={"shape": (*rows, blocks * width)})
+    name = f"{weight.name}.{form.kind}"
+    return (
+        module.add_weight(name, codes, before=weight),
+        module.add_weight(f"{name}.scales", scales, before=weight),
+    )

@@ -1,0 +1,113 @@
+"""``com.microsoft::MoE`` → ``com.microsoft::QMoE``，专家的权重换成 int8 / int4 的码与 scale。"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass, PassError, PassResult, Refusal
+from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
+from deepseek_export.passes.ort_moe import scope
+from deepseek_export.passes.ort_quant import ACCURACY_LEVEL, kept, quantized_weight
+
+#: ``MoE`` 的输入位置。
+_X, _ROUTER, _GATE_UP, _DOWN = 0, 1, 2, 4
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+_NEW_ATTRIBUTES = ("expert_weight_bits", "block_size", "accuracy_level", "weights_prepacked")
+
+
+class QuantizeMoeToQMoePass(Pass):
+    """把下沉好的 ``MoE`` 换成只量化权重的 ``QMoE``；路由、激活与归一化的语义不变。
+
+    改写：
+
+    1. ``y = MoE(x, log 权重, gate_up, -, down)``：gate_up 与 down 换成码与 scale，其余属性原样。``weights_prepacked=0`` 表示码就是
+       [E, N, K·bits/8] 的原始布局。
+
+    不改写：
+
+    2. 某个专家权重在 ``keep`` 里：用户要的，不算拒绝；
+    3. D 或 I 不是 block 的倍数（``QMoE`` 的要求）：拒绝；
+    4. 安装的 onnxruntime 没有 ``QMoE`` 的 float32 kernel，或它不认得这些属性：拒绝；
+    5. 没有下沉成 ``MoE`` 的专家（MoE 关闭时的稠密写法、留在函数体里的）：不在这个 pass 的范围，由流水线报告。
+
+    名字：x、y 保留；新权重叫 ``{w}.{kind}`` 与 ``{w}.{kind}.scales``。
+
+    数值：同 ``MatMulNBits``，``accuracy_level=4``；8 位的 kernel 无论哪一级都把激活量化到 int8（onnxruntime 1.32）。
+    """
+
+    name: ClassVar[str] = "quantize-moe-to-qmoe"
+
+    def __init__(self, quantization: Quantization, kernels: OrtKernels | None = None) -> None:
+        self.quantization = quantization
+        self.kernels = kernels or installed_kernels()
+        self._left: set[str] = set()
+
+    def call(self, module: GraphModule) -> PassResult:
+        """见类说明。"""
+        count, refused, self._left = 0, [], set()
+        for moe in module.find("MoE", domain=MICROSOFT):
+            # 情形 2。
+            if kept(self.quantization, scope(moe), *_expert_names(module, moe)):
+                self._left.add(moe.name)
+            elif refusal := self._refuse(module, moe):
+                self._left.add(moe.name)
+                refused.append(refusal)
+            else:
+                self._rewrite(module, moe)
+                count += 1
+        return PassResult(name=self.name, changed=count > 0, count=count, refused=tuple(refused))
+
+    def ensures(self, module: GraphModule) -> None:
+        """剩下的 ``MoE`` 恰好是要保留的与拒绝的。"""
+        left = {node.name for node in module.find("MoE", domain=MICROSOFT)}
+        if left != self._left:
+            raise PassError(f"剩下的 MoE {sorted(left)} 与保留的、拒绝的 {sorted(self._left)} 不一致")
+
+    def _refuse(self, module: GraphModule, moe: gs.Node) -> Refusal | None:
+        # 情形 3。
+        for index in (_GATE_UP, _DOWN):
+            name = moe.inputs[index].name
+            width = module.weights[name].shape[-1]
+            if width % self.quantization.block:
+                reason = f"QMoE 要求专家的输入宽度是 block（{self.quantization.block}）的倍数"
+                return Refusal(node=moe.name, reason=reason, value=f"{name} 的宽度 = {width}")
+        # 情形 4。
+        if problem := self.kernels.missing("QMoE", (*moe.attrs, *_NEW_ATTRIBUTES)):
+            return Refusal(node=moe.name, reason=problem, value=f"onnxruntime = {self.kernels.version}")
+        return None
+
+    def _rewrite(self, module: GraphModule, moe: gs.Node) -> None:
+        # 情形 1。
+        names = _expert_names(module, moe)
+        inputs = [moe.inputs[_X], moe.inputs[_ROUTER]]
+        for index in (_GATE_UP, _DOWN):
+            codes, scales = quantized_weight(module, moe.inputs[index], self.quantization.format, packed=True)
+            inputs += [codes, scales, gs.Variable.empty()]
+        node = gs.Node(
+            op="QMoE",
+            name=f"{scope(moe)}/QMoE",
+            domain=MICROSOFT,
+            attrs={
+                **moe.attrs,
+                "expert_weight_bits": self.quantization.bits,
+                "block_size": self.quantization.block,
+                "accuracy_level": ACCURACY_LEVEL,
+                "weights_prepacked": 0,
+            },
+            inputs=inputs[:-1],
+            outputs=[moe.outputs[0]],
+        )
+        module.quantized.update(names)
+        module.replace(moe, [node])
+
+
+def _expert_names(module: GraphModule, moe: gs.Node) -> set[str]:
+    """gate、up、down 三个叠放权重在检查点里的名字，编号写成 ``*``；下沉时前两个合成了一个，太大的还按编号拆过组。"""
+    sources = [source for i in (_GATE_UP, _DOWN) for source in module.weights[moe.inputs[i].name].sources]
+    return {_EXPERT.sub(".experts.*.", source) for source in sources}

@@ -1,0 +1,93 @@
+"""CUDA 驱动接口里会话用得到的几样：上下文、流、设备内存、拷贝、CUDA graph。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deepseek_export.engine.flavour import device_sm
+from deepseek_export.errors import DsxError
+
+
+def require_gpu() -> int:
+    """当前 GPU 的计算能力。
+
+    Raises:
+        DsxError: ``DSX-E918``，没有 GPU。
+    """
+    sm = device_sm()
+    if sm is None:
+        raise DsxError(
+            "DSX-E918", "--backend trt 要有 NVIDIA GPU 与驱动，这里没有", "用 --backend ort（缺省）"
+        )
+    return sm
+
+
+class Cuda:
+    """一个设备上的主上下文与一条流；构造时把上下文设为当前。"""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self._call(driver.cuInit, 0)
+        context = self._call(driver.cuDevicePrimaryCtxRetain, 0)
+        self._call(driver.cuCtxSetCurrent, context)
+        self._stream = self._call(driver.cuStreamCreate, 1)  # 1 = CU_STREAM_NON_BLOCKING
+
+    @property
+    def stream(self) -> int:
+        """流的句柄。"""
+        return int(self._stream)
+
+    def allocate(self, nbytes: int) -> int:
+        """设备内存的地址；至少一个字节，TensorRT 不接受空指针。"""
+        return int(self._call(self._driver.cuMemAlloc, max(nbytes, 1)))
+
+    def free(self, address: int) -> None:
+        """归还 :meth:`allocate` 的内存。"""
+        self._call(self._driver.cuMemFree, address)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """清零。"""
+        self._call(self._driver.cuMemsetD8Async, address, 0, nbytes, self._stream)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """主机 → 设备；``array`` 要活到 :meth:`synchronize`。"""
+        if array.nbytes:
+            self._call(self._driver.cuMemcpyHtoDAsync, address, array.ctypes.data, array.nbytes, self._stream)
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        """设备 → 主机；内容在 :meth:`synchronize` 之后可读。"""
+        if array.nbytes:
+            self._call(self._driver.cuMemcpyDtoHAsync, array.ctypes.data, address, array.nbytes, self._stream)
+
+    def synchronize(self) -> None:
+        """等流上的事做完。"""
+        self._call(self._driver.cuStreamSynchronize, self._stream)
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """把 ``work`` 在流上排的事录成 CUDA graph；``work`` 不能分配、不能同步。"""
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(self._driver.cuStreamBeginCapture, self._stream, mode)
+        try:
+            work()
+        finally:
+            graph = self._call(self._driver.cuStreamEndCapture, self._stream)
+        return self._call(self._driver.cuGraphInstantiate, graph, 0)
+
+    def launch(self, graph: Any) -> None:
+        """在流上重放录好的 graph。"""
+        self._call(self._driver.cuGraphLaunch, graph, self._stream)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        status, *values = function(*arguments)
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise DsxError(
+                "DSX-E914",
+                f"{function.__name__} 返回 {status.name}",
+                "显存不足就减小批大小；其余见驱动的日志",
+            )
+        return values[0] if values else None

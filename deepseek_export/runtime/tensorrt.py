@@ -1,0 +1,360 @@
+"""在 TensorRT 上运行 ``dsx build`` 的引擎，接口与 ONNX Runtime 的会话相同。
+
+缓存在显存里，输入输出绑同一块；两个优化配置各一个执行上下文，按形状选；解码的一步形状固定，第二次起用 CUDA graph 重放。
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.disk import sha256_file
+from deepseek_export.bundle.manifest import ValueEntry
+from deepseek_export.engine.build import ENGINES
+from deepseek_export.engine.flavour import FLAVOURS, load
+from deepseek_export.engine.logger import logger_for
+from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
+from deepseek_export.engine.record import EngineRecord, PlanEntry
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime.cache import CacheSpec
+from deepseek_export.runtime.cuda import Cuda, require_gpu
+from deepseek_export.runtime.draft import DraftSession
+from deepseek_export.runtime.session import ModelSession
+
+_ORT_TYPES = {
+    "int64": "tensor(int64)",
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+}
+#: 解码一步用 CUDA graph；先照常跑一次，让 TensorRT 把该分配的分配完。
+_GRAPH_PROFILE = "decode"
+
+
+@dataclass(frozen=True)
+class Node:
+    """图的一个输入或输出，写法同 ONNX Runtime 的 ``NodeArg``。"""
+
+    name: str
+    type: str
+    shape: list[int | str]
+
+    @classmethod
+    def from_entry(cls, entry: ValueEntry) -> Node:
+        """manifest 里的一项。"""
+        return cls(entry.name, _ORT_TYPES[entry.dtype], entry.shape)
+
+
+def find_engine(bundle: Bundle, sm: int) -> tuple[Path, EngineRecord]:
+    """bundle 里为 ``sm`` 建好、在这里能用的引擎目录。
+
+    Raises:
+        DsxError: ``DSX-E920``，没有建过；``DSX-E917``，有而不符。
+    """
+    digest = sha256_file(bundle.path / "manifest.json")
+    refusals = []
+    for flavour in FLAVOURS.values():
+        directory = bundle.path / ENGINES / f"{flavour.name}-sm{sm}"
+        if not directory.is_dir():
+            continue
+        try:
+            record = EngineRecord.read(directory)
+            record.check(directory, flavour.version(), sm, digest)
+            return directory, record
+        except DsxError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+    raise DsxError(
+        "DSX-E920", f"{bundle.path} 没有 sm{sm} 的引擎", f"先建：dsx build {bundle.path} --arch sm{sm}"
+    )
+
+
+class TensorRTPlan:
+    """一个反序列化好的 plan。
+
+    Args:
+        bundle: 引擎所属的 bundle。
+        path: plan 文件，在引擎目录里。
+
+    Attributes:
+        cuda: 所在的设备与流。
+        shapes: 建的时候给的形状。
+
+    Raises:
+        DsxError: ``DSX-E918`` 没有 GPU；``DSX-E917`` 引擎与这里不符；``DSX-E914`` TensorRT 拒绝加载。
+    """
+
+    def __init__(self, bundle: Bundle, path: Path) -> None:
+        sm = require_gpu()
+        record = EngineRecord.read(path.parent)
+        flavour = FLAVOURS[record.flavour]
+        record.check(path.parent, flavour.version(), sm, sha256_file(bundle.path / "manifest.json"))
+        self.cuda, self.shapes, self.entry = Cuda(), record.shapes, record.plans[path.name]
+        graph = next(g for g in bundle.manifest.graphs if g.file == self.entry.graph)
+        self._inputs = [Node.from_entry(value) for value in graph.inputs]
+        self._outputs = [Node.from_entry(value) for value in graph.outputs]
+        trt = load(flavour)
+        self._logger = logger_for(trt)
+        registered_creators(trt)
+        self._sm = sm
+        with building_for(sm) as target:
+            self._runtime = trt.Runtime(self._logger)
+            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            if self._engine is None:
+                raise self._failure(target, f"加载 {path}")
+            self.contexts = {}
+            for index, name in enumerate(self.entry.profiles):
+                context = self._engine.create_execution_context()
+                if context is None or not context.set_optimization_profile_async(index, self.cuda.stream):
+                    raise self._failure(target, f"{path} 的配置 {name}")
+                self.contexts[name] = context
+
+    def get_inputs(self) -> list[Node]:
+        """输入，次序同 ONNX。"""
+        return self._inputs
+
+    def get_outputs(self) -> list[Node]:
+        """输出，次序同 ONNX。"""
+        return self._outputs
+
+    def execute(self, context: Any, name: str) -> None:
+        """在流上执行一次，不等它做完。"""
+        with building_for(self._sm) as target:
+            if not context.execute_async_v3(self.cuda.stream):
+                raise self._failure(target, f"执行 {name}")
+
+    def _failure(self, target: BuildTarget, what: str) -> DsxError:
+        if target.failures:
+            error = target.failures[0]
+            if isinstance(error, DsxError):
+                return error
+            return DsxError("DSX-E916", f"{what}：{type(error).__name__}：{error}", "请附上这段文字报告")
+        text = "；".join(self._logger.errors()[-3:]) or "没有给出原因"
+        return DsxError("DSX-E914", f"{what}：{text}", "用 dsx build 重建；仍不行请附上这段文字报告")
+
+
+def select_profile(entry: PlanEntry, sizes: Mapping[str, int]) -> str:
+    """放得下这组尺寸的优化配置。
+
+    Raises:
+        DsxError: ``DSX-E921``，哪个配置都放不下。
+    """
+    for name, ranges in entry.profiles.items():
+        if all(ranges[dim][0] <= size <= ranges[dim][2] for dim, size in sizes.items()):
+            return name
+    shown = "，".join(f"{dim}={size}" for dim, size in sizes.items())
+    limits = "；".join(
+        f"{name} "
+        + " ".join(f"{dim}={low}..{high}" for dim, (low, _, high) in ranges.items() if dim in sizes)
+        for name, ranges in entry.profiles.items()
+    )
+    raise DsxError(
+        "DSX-E921", f"{shown} 不在引擎的优化配置里（{limits}）", "用 dsx build --profile-shapes 重建"
+    )
+
+
+class DeviceCaches:
+    """一个批次在显存里的缓存；容量是建引擎时定的常数。
+
+    Attributes:
+        batch, capacity: B 与 T。
+        version: 从不重新分配，总是 0。
+
+    Raises:
+        DsxError: ``DSX-E506``，``needed`` 超过容量。
+    """
+
+    def __init__(self, cuda: Cuda, spec: CacheSpec, batch: int, capacity: int, needed: int) -> None:
+        self.batch, self.capacity, self.version = batch, capacity, 0
+        self._cuda = cuda
+        self.ensure(needed)
+        self.addresses: dict[str, int] = {}
+        for tensor in spec.tensors:
+            nbytes = batch * tensor.heads * capacity * tensor.width * tensor.dtype.itemsize
+            address = cuda.allocate(nbytes)
+            cuda.clear(address, nbytes)
+            self.addresses[tensor.name] = self.addresses[tensor.out_name] = address
+
+    def ensure(self, needed: int) -> bool:
+        """核对容量；从不重新分配。"""
+        if needed > self.capacity:
+            what = f"需要 {needed} 个位置，引擎的缓存容量是 {self.capacity}"
+            raise DsxError("DSX-E506", what, "用 dsx build --profile-shapes T=更大的容量 重建")
+        return False
+
+    def __del__(self) -> None:
+        for address in set(getattr(self, "addresses", {}).values()):
+            self._cuda.free(address)
+
+
+class _Buffer:
+    """一个输入或输出：主机与设备各一块，按见过的最大形状分配。"""
+
+    def __init__(self, cuda: Cuda, dtype: np.dtype) -> None:
+        self._cuda, self._dtype = cuda, dtype
+        self._flat = np.empty(0, dtype)
+        self.array = self._flat
+        self.address = 0
+
+    def reshape(self, shape: tuple[int, ...]) -> None:
+        """换成 ``shape``；装不下才重新分配。"""
+        size = math.prod(shape)
+        if size > self._flat.size or not self.address:
+            if self.address:
+                self._cuda.free(self.address)
+            self._flat = np.empty(size, self._dtype)
+            self.address = self._cuda.allocate(self._flat.nbytes)
+        self.array = self._flat[:size].reshape(shape)
+
+    def __del__(self) -> None:
+        if self.address:
+            self._cuda.free(self.address)
+
+
+class TensorRTBinding:
+    """某个 :class:`DeviceCaches` 专用的绑定；接口同 :class:`~deepseek_export.runtime.binding.CallBinding`。
+
+    Args:
+        plan: 加载好的 plan。
+        inputs: 缓存以外的输入名与 dtype。
+        outputs: 缓存以外要取回主机的输出名与 dtype。
+    """
+
+    def __init__(
+        self, plan: TensorRTPlan, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]
+    ) -> None:
+        self._plan, self._wanted = plan, tuple(outputs)
+        self._inputs = {name: _Buffer(plan.cuda, dtype) for name, dtype in inputs.items()}
+        self._shapes = {node.name: node.shape for node in (*plan.get_inputs(), *plan.get_outputs())}
+        # 引擎的每个输出都要有地址，不取回的也要。
+        self._outputs = {
+            node.name: _Buffer(plan.cuda, _dtype(node))
+            for node in plan.get_outputs()
+            if "T" not in node.shape
+        }
+        self._graphs: dict[tuple, Any] = {}
+        self._warm: set[tuple] = set()
+
+    def run(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        output_shapes: Mapping[str, tuple[int, ...]],
+        caches: DeviceCaches,
+    ) -> dict[str, np.ndarray]:
+        """跑一次；参数与返回同 ONNX Runtime 的绑定。
+
+        Raises:
+            DsxError: ``DSX-E921`` 形状放不下；``DSX-E914`` / ``DSX-E916`` 执行失败。
+        """
+        cuda, sizes = self._plan.cuda, self._sizes(inputs)
+        name = select_profile(self._plan.entry, sizes)
+        context = self._plan.contexts[name]
+        for port, buffer in self._inputs.items():
+            buffer.reshape(inputs[port].shape)
+            np.copyto(buffer.array, inputs[port])
+            cuda.upload(buffer.address, buffer.array)
+            context.set_input_shape(port, inputs[port].shape)
+        dims = sizes | {"T": caches.capacity, "K+1": sizes.get("K", 0) + 1}
+        for port, shape in self._shapes.items():
+            if "T" in shape and port in caches.addresses and port not in self._outputs:
+                context.set_tensor_address(port, caches.addresses[port])
+                if not port.partition(".")[0].endswith("_out"):
+                    context.set_input_shape(port, _resolve(shape, dims))
+        for port, buffer in self._outputs.items():
+            buffer.reshape(_resolve(self._shapes[port], dims))
+        for port, buffer in (*self._inputs.items(), *self._outputs.items()):
+            context.set_tensor_address(port, buffer.address)
+        self._execute(context, name, caches, sizes)
+        for port in self._wanted:
+            cuda.download(self._outputs[port].array, self._outputs[port].address)
+        cuda.synchronize()
+        return {port: self._outputs[port].array for port in self._wanted}
+
+    def as_float32(self, array: np.ndarray) -> np.ndarray:
+        """``array`` 的 float32 版本。"""
+        return array if array.dtype == np.float32 else array.astype(np.float32)
+
+    def _sizes(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for name, array in inputs.items():
+            for dim, size in zip(self._shapes[name], array.shape, strict=True):
+                if dim in ("B", "S", "L", "K"):
+                    found[str(dim)] = size
+        return found
+
+    def _execute(self, context: Any, name: str, caches: DeviceCaches, sizes: Mapping[str, int]) -> None:
+        plan = self._plan
+        if name != _GRAPH_PROFILE:
+            plan.execute(context, name)
+            return
+        # 录下的 graph 里写死了形状与每块内存的地址。
+        addresses = (
+            *(b.address for b in self._inputs.values()),
+            *(b.address for b in self._outputs.values()),
+        )
+        key = (tuple(sizes.items()), addresses, tuple(caches.addresses.values()))
+        if key in self._graphs:
+            plan.cuda.launch(self._graphs[key])
+        elif key in self._warm:
+            self._graphs[key] = plan.cuda.capture(lambda: plan.execute(context, name))
+            plan.cuda.launch(self._graphs[key])
+        else:
+            self._warm.add(key)
+            plan.execute(context, name)
+
+
+class TensorRTGraph:
+    """混进 :class:`~deepseek_export.runtime.graph.GraphSession` 的子类：加载、缓存、绑定换成 TensorRT 的。"""
+
+    cache_spec: CacheSpec
+    max_positions: int
+
+    def __init__(self, bundle: Bundle, plan: Path) -> None:
+        self._bundle, self.plan_path = bundle, plan
+        shapes = EngineRecord.read(plan.parent).shapes
+        limit = min(bundle.manifest.model.max_position_embeddings, shapes.capacity)
+        super().__init__(plan, max_positions=limit)  # type: ignore[call-arg]
+
+    def _open(self, path: Path, *_: object) -> TensorRTPlan:
+        self._plan = TensorRTPlan(self._bundle, path)
+        # 每个配置最多放得下多少个新 token，取最大的。
+        self.prefill_chunk = max(ranges["S"][2] for ranges in self._plan.entry.profiles.values())
+        return self._plan
+
+    def _make_binding(
+        self, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]
+    ) -> TensorRTBinding:
+        return TensorRTBinding(self._plan, inputs, outputs)
+
+    def new_caches(self, batch: int, needed: int = 1) -> DeviceCaches:
+        """显存里清零的缓存。
+
+        Raises:
+            DsxError: ``DSX-E506``，``needed`` 超过引擎的容量。
+        """
+        return DeviceCaches(self._plan.cuda, self.cache_spec, batch, self._plan.shapes.capacity, needed)
+
+
+class TensorRTSession(TensorRTGraph, ModelSession):  # type: ignore[misc]  # 缓存与绑定换了实现
+    """主模型的引擎。"""
+
+
+class TensorRTDraftSession(TensorRTGraph, DraftSession):  # type: ignore[misc]  # 同上
+    """草稿模型的引擎。"""
+
+
+def _dtype(node: Node) -> np.dtype:
+    kind = {value: key for key, value in _ORT_TYPES.items()}[node.type]
+    return np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+
+
+def _resolve(shape: list[int | str], dims: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else dims[dim] for dim in shape)

@@ -1,0 +1,247 @@
+// 矩阵乘的小块与一遍过的注意力，写在 Vector 之上；各指令集的编译单元先包含自己的 simd_*.h，再包含本文件。
+// 全部在匿名命名空间里：带不同编译选项的同名函数不能被链接器合并成一份。
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "kernels.h"
+
+namespace {
+
+using dsx::Block;
+using dsx::Dtype;
+using dsx::kBlockRows;
+using dsx::kTile;
+using dsx::padded;
+
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+
+inline float widen_one(Dtype dtype, const void* src, int64_t i) {
+    switch (dtype) {
+    case Dtype::kFloat32: return static_cast<const float*>(src)[i];
+    case Dtype::kFloat16: return float_of_f16(static_cast<const uint16_t*>(src)[i]);
+    case Dtype::kBfloat16: return float_of_bf16(static_cast<const uint16_t*>(src)[i]);
+    }
+    return 0;
+}
+
+inline Vector load_as(Dtype dtype, const void* src, int64_t i) {
+    switch (dtype) {
+    case Dtype::kFloat32: return load(static_cast<const float*>(src) + i);
+    case Dtype::kFloat16: return load_f16(static_cast<const uint16_t*>(src) + i);
+    case Dtype::kBfloat16: return load_bf16(static_cast<const uint16_t*>(src) + i);
+    }
+    return splat(0);
+}
+
+void widen(Dtype dtype, const void* src, int64_t src_stride, int64_t rows, int64_t width, float* dst, int64_t dst_width,
+    int64_t dst_stride) {
+    constexpr int L = Vector::kLanes;
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t from = row * src_stride;
+        float* to = dst + row * dst_stride;
+        int64_t i = 0;
+        for (; i + L <= width; i += L) {
+            store(to + i, load_as(dtype, src, from + i));
+        }
+        for (; i < width; ++i) {
+            to[i] = widen_one(dtype, src, from + i);
+        }
+        for (; i < dst_width; ++i) {
+            to[i] = 0;
+        }
+    }
+}
+
+// M 行乘 N 个向量的小块，累加器全在寄存器里；alpha 不空时先把 c 的各行乘上它再累加。
+template <int M, int N>
+inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, const float* alpha,
+    float* c, int64_t ldc) {
+    constexpr int L = Vector::kLanes;
+    Vector acc[M][N];
+    for (int i = 0; i < M; ++i) {
+        for (int j = 0; j < N; ++j) {
+            acc[i][j] = alpha ? mul(splat(alpha[i]), load(c + i * ldc + j * L)) : splat(0);
+        }
+    }
+    for (int64_t t = 0; t < k; ++t) {
+        Vector row[N];
+        for (int j = 0; j < N; ++j) {
+            row[j] = load(b + t * ldb + j * L);
+        }
+        for (int i = 0; i < M; ++i) {
+            const Vector x = splat(a[i * lda + t]);
+            for (int j = 0; j < N; ++j) {
+                acc[i][j] = fma(x, row[j], acc[i][j]);
+            }
+        }
+    }
+    for (int i = 0; i < M; ++i) {
+        for (int j = 0; j < N; ++j) {
+            store(c + i * ldc + j * L, acc[i][j]);
+        }
+    }
+}
+
+template <int N>
+inline void multiply_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t k,
+    const float* alpha, float* c, int64_t ldc) {
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) {
+        multiply_block<4, N>(a + i * lda, lda, b, ldb, k, alpha ? alpha + i : nullptr, c + i * ldc, ldc);
+    }
+    for (; i < m; ++i) {
+        multiply_block<1, N>(a + i * lda, lda, b, ldb, k, alpha ? alpha + i : nullptr, c + i * ldc, ldc);
+    }
+}
+
+// 4 行 × N 个向量要 4N 个累加器：AVX2 只有 16 个寄存器，N 取 2。
+constexpr int kColumns = Vector::kLanes == 16 ? 4 : 2;
+
+void accumulate(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
+    const float* alpha, float* c, int64_t ldc) {
+    constexpr int64_t step = kColumns * Vector::kLanes;
+    int64_t j = 0;
+    for (; j + step <= n; j += step) {
+        multiply_columns<kColumns>(a, lda, b + j, ldb, m, k, alpha, c + j, ldc);
+    }
+    for (; j < n; j += Vector::kLanes) {
+        multiply_columns<1>(a, lda, b + j, ldb, m, k, alpha, c + j, ldc);
+    }
+}
+
+void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n, int64_t k, float* c,
+    int64_t ldc) {
+    accumulate(a, lda, b, ldb, m, n, k, nullptr, c, ldc);
+}
+
+// M 行对 4 行（或 1 行）的点积。
+template <int M, int N>
+inline void dot_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc) {
+    static_assert(N == 1 || N == 4);
+    Vector acc[M][N];
+    for (int i = 0; i < M; ++i) {
+        for (int j = 0; j < N; ++j) {
+            acc[i][j] = splat(0);
+        }
+    }
+    for (int64_t t = 0; t < k; t += Vector::kLanes) {
+        Vector rows[M];
+        for (int i = 0; i < M; ++i) {
+            rows[i] = load(a + i * lda + t);
+        }
+        for (int j = 0; j < N; ++j) {
+            const Vector y = load(b + j * ldb + t);
+            for (int i = 0; i < M; ++i) {
+                acc[i][j] = fma(rows[i], y, acc[i][j]);
+            }
+        }
+    }
+    for (int i = 0; i < M; ++i) {
+        if constexpr (N == 4) {
+            sum4(acc[i], c + i * ldc);
+        } else {
+            c[i * ldc] = horizontal_sum(acc[i][0]);
+        }
+    }
+}
+
+constexpr int kDotRows = Vector::kLanes == 16 ? 4 : 2;
+
+template <int N>
+inline void dot_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t k, float* c,
+    int64_t ldc) {
+    int64_t i = 0;
+    for (; i + kDotRows <= m; i += kDotRows) {
+        dot_block<kDotRows, N>(a + i * lda, lda, b, ldb, k, c + i * ldc, ldc);
+    }
+    for (; i < m; ++i) {
+        dot_block<1, N>(a + i * lda, lda, b, ldb, k, c + i * ldc, ldc);
+    }
+}
+
+void multiply_transposed(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
+    float* c, int64_t ldc) {
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+        dot_columns<4>(a, lda, b + j * ldb, ldb, m, k, c + j, ldc);
+    }
+    for (; j < n; ++j) {
+        dot_columns<1>(a, lda, b + j * ldb, ldb, m, k, c + j, ldc);
+    }
+}
+
+// 一格分数 → 概率（没有除以总和），就地；更新各行的 max、sum，写出旧累加器要乘的 alpha。看不见的 key 得 0。
+void soften(const Block& block, int64_t begin, int64_t count, float* scores, float* alpha) {
+    constexpr int L = Vector::kLanes;
+    for (int64_t i = 0; i < block.rows; ++i) {
+        float* row = scores + i * kTile;
+        int64_t visible = block.last_visible + (block.first_row + i) / block.rows_per_token + 1 - begin;
+        visible = visible < 0 ? 0 : visible > count ? count : visible;
+        for (int64_t j = visible; j < kTile; ++j) {
+            row[j] = kNegInf;
+        }
+        Vector top = splat(block.max[i]);
+        for (int64_t j = 0; j < kTile; j += L) {
+            top = max(top, load(row + j));
+        }
+        const float m = horizontal_max(top);
+        const float base = m == kNegInf ? 0.0f : m;  // 还没有看得见的 key：-inf 减 -inf 是 NaN
+        Vector total = splat(0);
+        for (int64_t j = 0; j < kTile; j += L) {
+            const Vector p = exp(sub(load(row + j), splat(base)));
+            store(row + j, p);
+            total = add(total, p);
+        }
+        Vector shrink = exp(splat(block.max[i] - base));
+        float lanes[L];
+        store(lanes, shrink);
+        alpha[i] = lanes[0];
+        block.max[i] = m;
+        block.sum[i] = block.sum[i] * alpha[i] + horizontal_sum(total);
+    }
+}
+
+// 这些行按原样就能当 [count, padded(width)] 的 float32 矩阵读：不必复制。
+inline bool readable(Dtype dtype, int64_t width) { return dtype == Dtype::kFloat32 && width % dsx::kPad == 0; }
+
+void attend(const Block& block, float* scratch) {
+    const int64_t width = padded(block.width), value_width = padded(block.value_width);
+    float* key_tile = scratch;
+    float* value_tile = key_tile + kTile * width;
+    float* scores = value_tile + kTile * width;
+    float* alpha = scores + kBlockRows * kTile;
+    const bool latent = block.keys == block.values, direct = readable(block.dtype, block.width);
+    const int64_t bytes = dsx::bytes_of(block.dtype);
+    for (int64_t t = block.begin; t < block.end; t += kTile) {
+        const int64_t count = block.end - t < kTile ? block.end - t : kTile;
+        const int64_t done = t - block.begin;
+        const void* source = static_cast<const char*>(block.keys) + done * block.key_stride * bytes;
+        const float* keys = static_cast<const float*>(source);
+        int64_t key_stride = block.key_stride;
+        if (!direct) {
+            widen(block.dtype, source, block.key_stride, count, block.width, key_tile, width, width);
+            keys = key_tile;
+            key_stride = width;
+        }
+        const float* values = keys;
+        int64_t value_stride = key_stride;
+        if (!latent) {
+            source = static_cast<const char*>(block.values) + done * block.value_stride * bytes;
+            values = static_cast<const float*>(source);
+            value_stride = block.value_stride;
+            if (!readable(block.dtype, block.value_width)) {
+                widen(block.dtype, source, block.value_stride, count, block.value_width, value_tile, value_width,
+                    value_width);
+                values = value_tile;
+                value_stride = value_width;
+            }
+        }
+        multiply_transposed(block.q, width, keys, key_stride, block.rows, count, width, scores, kTile);
+        soften(block, t, count, scores, alpha);
+        accumulate(scores, kTile, values, value_stride, block.rows, value_width, count, alpha, block.acc, value_width);
+    }
+}
+
+}  // namespace

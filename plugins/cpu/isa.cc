@@ -1,0 +1,58 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace dsx {
+namespace {
+
+#if defined(__x86_64__)
+// 编译器内建的名字各版本不一（avx512bf16 较晚才有），直接问 CPUID。
+bool has_avx512_bf16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 5)) != 0;
+}
+#endif
+
+std::vector<const Kernels*> detect() {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    // __builtin_cpu_supports 同时看操作系统是否保存这些寄存器；f16c 在有 AVX2 的机器上都有。
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            if (has_avx512_bf16()) {
+                found.push_back(&kAvx512Bf16Kernels);
+            }
+            found.push_back(&kAvx512Kernels);
+        }
+        found.push_back(&kAvx2Kernels);
+    }
+#endif
+    found.push_back(&kPlainKernels);
+    return found;
+}
+
+}  // namespace
+
+const std::vector<const Kernels*>& available_kernels() {
+    static const std::vector<const Kernels*> found = detect();
+    return found;
+}
+
+const Kernels& choose_kernels(const std::string& name) {
+    std::string names;
+    for (const Kernels* kernels : available_kernels()) {
+        if (name.empty() || name == kernels->name) {
+            return *kernels;
+        }
+        names += names.empty() ? kernels->name : std::string("、") + kernels->name;
+    }
+    throw std::invalid_argument("DSX_CPU_ISA=" + name + " 不可用，这台机器能用：" + names);
+}
+
+}  // namespace dsx

@@ -1,0 +1,17 @@
+// 这台机器能跑哪些指令集、用哪一个。
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace dsx {
+
+// 能跑的函数表，最快的在前；至少有 plain。
+const std::vector<const Kernels*>& available_kernels();
+
+// 名字对应的函数表；空串取最快的。名字不认识、或这台机器跑不了时抛 std::invalid_argument，说明能用哪些。
+const Kernels& choose_kernels(const std::string& name);
+
+}  // namespace dsx

@@ -1,0 +1,65 @@
+// 与指令集有关的计算的接口。每个指令集一个编译单元（kernels_<指令集>.cc），各自填一张函数表；其余代码不含任何指令集。
+#pragma once
+
+#include <cstdint>
+
+namespace dsx {
+
+enum class Dtype { kFloat32, kFloat16, kBfloat16 };
+
+constexpr int64_t kPad = 16;      // 各指令集向量长度的公倍数：内部矩阵的宽度都补零到它的倍数
+constexpr int64_t kBlockRows = 64;  // attend 一次最多几行 query
+constexpr int64_t kTile = 64;     // attend 一次看几个 key：64 行 576 个 float32 是 144 KiB，与 query、累加器一起留在 L2
+
+constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// 一块 query 对一段连续的 key：在线 softmax 的状态 (acc, max, sum) 就地更新，所以可以分段调用。
+struct Block {
+    const float* q;          // [rows, padded(width)]，已乘 scale，补的列是 0
+    int64_t rows;            // 1..kBlockRows
+    const void* keys;        // 第 begin 个 key；行距 key_stride 个元素
+    const void* values;      // 第 begin 个 value；行距 value_stride。与 keys 相等表示 latent：value 是 key 的前几列
+    Dtype dtype;             // keys、values 的 dtype
+    int64_t key_stride;
+    int64_t value_stride;
+    int64_t width;           // key 的宽度
+    int64_t value_width;     // value 的宽度
+    int64_t begin;           // key 的下标区间
+    int64_t end;
+    int64_t last_visible;    // 第 0 个 token 看得见的最后一个 key
+    int64_t first_row;       // 这一块的第 0 行是第几行；第 i 行属于第 (first_row + i) / rows_per_token 个 token，
+    int64_t rows_per_token;  // 每晚一个 token 就多看见一个 key
+    float* acc;              // [rows, padded(value_width)]，没有除以 sum
+    float* max;              // [rows]，初值 -inf
+    float* sum;              // [rows]，初值 0
+};
+
+struct Kernels {
+    const char* name;
+    // dst[rows, dst_width] = src[rows, width]，多出的列填 0。
+    void (*widen)(Dtype dtype, const void* src, int64_t src_stride, int64_t rows, int64_t width, float* dst,
+        int64_t dst_width, int64_t dst_stride);
+    // c[m, n] = a[m, k] · b[k, n]；n 是 kPad 的倍数。
+    void (*multiply)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
+        float* c, int64_t ldc);
+    // c[m, n] = a[m, k] · b[n, k]ᵀ；k 是 kPad 的倍数。
+    void (*multiply_transposed)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n,
+        int64_t k, float* c, int64_t ldc);
+    // scratch 至少 attend_scratch(width) 个 float，64 字节对齐。
+    void (*attend)(const Block& block, float* scratch);
+};
+
+// 一格 key 的 float32 副本、一格 value 的副本、分数、每行的缩放；bfloat16 的 query、概率与交错的 value 也放得进来。
+constexpr int64_t attend_scratch(int64_t width) {
+    return 2 * kTile * padded(width) + 2 * kBlockRows * kTile + kBlockRows + kBlockRows * padded(width);
+}
+
+extern const Kernels kPlainKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+#endif
+
+}  // namespace dsx

@@ -1,0 +1,10 @@
+// 用 -mavx2 -mfma -mf16c 编译；只在支持它们的机器上被调用。
+#include "simd_avx2.h"
+
+#include "half.h"
+
+#include "attend.h"
+
+namespace dsx {
+const Kernels kAvx2Kernels{"avx2", widen, multiply, multiply_transposed, attend};
+}

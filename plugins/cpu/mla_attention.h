@@ -1,0 +1,34 @@
+// dsx::MlaAttention 的分工与调度，与指令集、与 ONNX Runtime 都无关。语义见 deepseek_export/ops/mla_attention.py。
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "kernels.h"
+
+namespace dsx {
+
+struct MlaAttention {
+    int64_t B, S, H, dn, dr, dv, r, T;
+    float scale;
+    Dtype dtype;        // q、c_kv、k_pe、w_kv_b、o
+    Dtype cache_dtype;  // 两个缓存
+    const void* q_nope;         // [B, S, H, dn]
+    const void* q_pe;           // [B, S, H, dr]
+    const void* c_kv;           // [B, S, r]
+    const void* k_pe;           // [B, S, dr]
+    const void* kv_cache;       // [B, 1, T, r+dr]
+    const int64_t* past_lens;   // [B]，已核对 0 <= past_lens[b] <= T - S
+    const void* w_kv_b;         // [H*(dn+dv), r]
+    void* o;                    // [B, S, H, dv]
+    void* kv_cache_out;         // 与 kv_cache 相同时原地写，否则先复制
+};
+
+// parallel(n, task)：把 task(0) … task(n-1) 分给各线程，全部做完才返回。
+using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
+
+enum class Form { kAuto, kAbsorb, kNaive };
+
+void run(const MlaAttention& op, Form form, const Kernels& kernels, const Parallel& parallel);
+
+}  // namespace dsx

@@ -1,0 +1,396 @@
+"""specs/tensorrt：没有 GPU 时能证明的部分。用 TensorRT-RTX 建引擎；引擎的数值要有 GPU 才能跑。"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+
+import deepseek_export
+from deepseek_export.bundle import Bundle
+from deepseek_export.cli import doctor
+from deepseek_export.cli.build import command as build_command
+from deepseek_export.cli.bundle_plugins import diagnose_bundle
+from deepseek_export.cli.main import cli
+from deepseek_export.engine import plugins as plugin_module
+from deepseek_export.engine.build import build_engine, build_plan, check_plugins
+from deepseek_export.engine.flavour import choose, device_sm, load
+from deepseek_export.engine.layers import layer_counts, parse_layers
+from deepseek_export.engine.plugins import building_for, registered_creators
+from deepseek_export.engine.record import EngineRecord
+from deepseek_export.errors import DsxError
+from deepseek_export.kernels.compile import compile_plan
+from deepseek_export.kernels.table import latent_attention_plan
+from deepseek_export.ops.table import LATENT_ATTENTION
+from deepseek_export.progress import Progress
+from deepseek_export.runtime.tensorrt import find_engine
+from tools.make_engine_graphs import (
+    ARCHES,
+    ENGINE_GRAPHS,
+    NAMES,
+    build_for,
+    listing,
+    listing_name,
+    make_bundle,
+)
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("tensorrt")
+
+
+@pytest.fixture(scope="module")
+def bundle(folder) -> Bundle:
+    """deepseek_v3 小配置的 portable float16 bundle（MLA + MoE）。"""
+    return make_bundle("deepseek_v3", folder)
+
+
+@pytest.fixture(scope="module")
+def built(bundle):
+    """为 sm89 建好的引擎，以及期间插件方法被调用的次序。"""
+    with building_for(89) as observer:
+        engine = build_for(bundle, 89)
+    return engine, observer.calls
+
+
+def refused(code: str, call, *arguments) -> DsxError:
+    with pytest.raises(DsxError) as caught:
+        call(*arguments)
+    assert caught.value.code == code
+    return caught.value
+
+
+def assert_listing(name: str, sm: int, layers) -> None:
+    """与记下的清单一致；RTX 换了版本只比插件层。"""
+    recorded = (ENGINE_GRAPHS / listing_name(name, sm)).read_text(encoding="utf-8").splitlines()
+    now = listing(layers).splitlines()
+    if recorded[0] != now[0]:
+        recorded, now = (
+            [line for line in text if line.startswith(("[", "dsx::"))] for text in (recorded, now)
+        )
+        recorded, now = ([line.partition("]")[0] for line in text] for text in (recorded, now))
+    difference = "\n".join(difflib.unified_diff(recorded, now, "graphs/engines/", "now", lineterm="", n=1))
+    assert not difference, f"确认是有意的就运行 tools/make_engine_graphs.py：\n{difference}"
+
+
+def assert_plugin_layers(layers, num_layers: int, num_moe_layers: int) -> None:
+    ops = Counter(layer.op for layer in layers["decode"] if layer.op)
+    assert ops == {"LatentAttention": num_layers, "MoeExperts": num_moe_layers}
+    assert all(len(layer.onnx) == 1 for layer in layers["decode"] if layer.op)
+    fused = [layer for layer in layers["prefill"] if "mha" in layer.name]
+    assert [len(layer.onnx) for layer in fused] == [1] * num_layers
+    assert all(layer.onnx[0].endswith("/mla/Attention") for layer in fused)
+    assert not any("/mla/absorb_" in name for layer in layers["prefill"] for name in layer.onnx)
+    assert not any("/mla/Attention" in name for layer in layers["decode"] for name in layer.onnx)
+
+
+def test_every_mla_and_moe_layer_is_one_plugin_layer(bundle, built):
+    """TRT-3：解码配置里每层 MLA、每个 MoE 层恰好一个插件层；prefill 的注意力融成原生核，吸收的矩阵乘被删掉。"""
+    engine, _ = built
+    config = bundle.manifest.model
+    assert_plugin_layers(engine.layers["model.plan"], config.num_hidden_layers, config.num_moe_layers)
+
+
+def test_layers_match_what_is_recorded(built):
+    """TRT-3：引擎的层逐行记在 graphs/engines/。"""
+    assert_listing("deepseek_v3", 89, built[0].layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_of_every_arch_match_what_is_recorded(name, tmp_path):
+    """TRT-3：SM80、SM89、SM120；V2、V3，以及带 MTP 的演示检查点。"""
+    bundle = make_bundle(name, tmp_path)
+    config = bundle.manifest.model
+    for sm in ARCHES:
+        engine = build_for(bundle, sm)
+        assert_listing(name, sm, engine.layers)
+        assert_plugin_layers(engine.layers["model.plan"], config.num_hidden_layers, config.num_moe_layers)
+        if name == "demo":
+            assert_plugin_layers(engine.layers["mtp.plan"], 1, 1)
+
+
+def test_engine_directory_describes_itself(bundle, built):
+    """TRT-6：记着发行、版本、SM、bundle 的哈希；旁边的 ONNX 与 layers.json 说的是同一件事。"""
+    engine, _ = built
+    directory = bundle.path / "engines/rtx-sm89"
+    record = EngineRecord.read(directory)
+    assert record == engine.record
+    assert (record.flavour, record.version, record.sm) == ("rtx", load(choose("rtx")).__version__, 89)
+    digest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()
+    record.check(directory, record.version, 89, digest)
+    for name, plan in record.plans.items():
+        assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == plan.sha256
+        assert list(plan.profiles) == ["decode", "prefill"]
+    listed = json.loads((directory / "layers.json").read_text(encoding="utf-8"))
+    found = listed["model.plan"]["decode"]
+    assert sum(layer["op"] is not None for layer in found) == sum(
+        count
+        for kind, count in record.plans["model.plan"].layers["decode"].items()
+        if kind.startswith("dsx::")
+    )
+
+
+def test_the_onnx_beside_the_engine_runs_on_onnxruntime(built):
+    """TRT-2：引擎旁边的 ONNX 连同权重就是解析时用的那一份，普通 ONNX Runtime 能加载。"""
+    path = built[0].path / "model.onnx"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    caches = [node for node in session.get_inputs() if node.name.startswith("kv_cache.")]
+    assert {node.shape[2] for node in caches} == {built[0].record.shapes.capacity}
+
+
+def test_plugin_methods_are_called_in_the_expected_order(built):
+    """TRT-4：建引擎时 TensorRT 先问类型与形状，再问格式，配置之后才要 workspace 与序列化字段；从不 enqueue。"""
+    first = {name: index for index, name in reversed(list(enumerate(built[1])))}
+    order = [
+        "create_plugin",
+        "get_output_data_types",
+        "get_output_shapes",
+        "supports_format_combination",
+        "configure_plugin",
+        "get_workspace_size",
+        "get_fields_to_serialize",
+    ]
+    assert sorted(order, key=first.__getitem__) == order
+    assert set(first) == set(order)
+
+
+def test_kernel_binaries_are_inside_the_plan(built):
+    """TRT-4：plan 里有启动说明与 cubin，运行时不再编译。"""
+    plan = (built[0].path / "model.plan").read_bytes()
+    for text in (
+        b"dsx-program 1",
+        b"op LatentAttention 89",
+        b"op MoeExperts 89",
+        b"latent_attention_partial",
+    ):
+        assert text in plan
+    assert plan.count(b"\x7fELF") > 0
+
+
+def test_serialised_fields_restore_the_program(built):
+    """TRT-4：序列化的两个字段还原出同一个程序；没有驱动时在挂到上下文的那一步报码。"""
+    trt = load(choose("rtx"))
+    spec = LATENT_ATTENTION
+    program = compile_plan(latent_attention_plan(89, 4, 16, 8, 0.2, "float16"))
+    original = plugin_module.plugin_class(trt, spec)({"kv_lora_rank": 16, "scale": 0.2}, program)
+    creator = registered_creators(trt)[spec.name]
+    fields = original.get_fields_to_serialize()
+    restored = creator.create_plugin("x", fields, trt.TensorRTPhase.RUNTIME)
+    assert restored.program == program
+    assert restored.clone().program is restored.program
+    if device_sm() is None:
+        refused("DSX-E905", restored.attach_to_context, None)
+
+
+def test_without_plugins_the_function_bodies_build(built):
+    """TRT-4：插件没有登记时，同一个 ONNX 由函数体建成原生层。"""
+    flavour = choose("rtx")
+    trt = load(flavour)
+    registry, creators = trt.get_plugin_registry(), registered_creators(trt)
+    for creator in creators.values():
+        assert registry.deregister_creator(creator)
+    try:
+        profiles = built[0].record.shapes.profiles(prefill=True)
+        _, text = build_plan(trt, flavour, built[0].path / "model.onnx", 89, profiles, Progress())
+    finally:
+        for creator in creators.values():
+            assert registry.register_creator(creator, "dsx")
+    counts = layer_counts(parse_layers(text, list(profiles), {})["decode"])
+    assert "custom_layer" not in counts
+    assert counts["gemm"] > 0
+
+
+def test_rebuilding_gives_the_same_graph_and_layers(bundle, built):
+    """TRT-7：重建得到同样的 ONNX、同样的层、同样大小的 plan；plan 里张量的编号由 TensorRT 定，逐次不同。"""
+    old = {path.name: path.read_bytes() for path in built[0].path.iterdir() if path.is_file()}
+    again = build_for(bundle, 89)
+    for name in ("model.onnx", "layers.json"):
+        assert (again.path / name).read_bytes() == old[name]
+    assert (again.path / "model.plan").stat().st_size == len(old["model.plan"])
+
+
+def test_unsuitable_bundles_are_refused(bundle, built, exported, tmp_path):
+    """TRT-5：为别的运行时改写过的、float32 的、按引用的 bundle，RTX 不支持的 SM，都有自己的码。"""
+    flavour, shapes = choose("rtx"), built[0].record.shapes
+    float32 = exported("v3-yarn", "mla+moe", "tensorrt-rtx")
+    assert "float32" in refused("DSX-E913", build_engine, float32, 89, flavour, shapes).what
+    assert "sm90" in refused("DSX-E912", build_engine, bundle, 90, flavour, shapes).what
+    for change in ({"target": "ort-cpu"}, {"weights": {"mode": "reference"}}):
+        copy = tmp_path / next(iter(change))
+        shutil.copytree(bundle.path, copy, ignore=shutil.ignore_patterns("engines"))
+        manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+        for key, value in change.items():
+            manifest[key] = {**manifest[key], **value} if isinstance(value, dict) else value
+        (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        refused("DSX-E913", build_engine, Bundle.open(copy), 89, flavour, shapes)
+
+
+def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):
+    """TRT-4：插件里的异常带着自己的文字出来；DsxError 原样出来；TensorRT 自己的错误附原话。"""
+    flavour, path = choose("rtx"), built[0].path / "model.onnx"
+    trt, profiles = load(flavour), built[0].record.shapes.profiles(prefill=True)
+
+    def fail_with(error: Exception):
+        def planner(*_):
+            raise error
+
+        monkeypatch.setattr(plugin_module, "PLANNERS", dict.fromkeys(plugin_module.PLANNERS, planner))
+
+    fail_with(ValueError("boom"))
+    error = refused("DSX-E916", build_plan, trt, flavour, path, 89, profiles, Progress())
+    assert "ValueError：boom" in error.what
+    fail_with(DsxError("DSX-E903", "不行", "换一个"))
+    refused("DSX-E903", build_plan, trt, flavour, path, 89, profiles, Progress())
+    model = onnx.load(path, load_external_data=False)
+    next(node for node in model.graph.node if node.op_type == "MatMul").op_type = "NoSuchOp"
+    broken = path.with_name("broken.onnx")
+    onnx.save(model, broken)
+    try:
+        error = refused("DSX-E914", build_plan, trt, flavour, broken, 89, profiles, Progress())
+    finally:
+        broken.unlink()
+    assert "NoSuchOp" in error.what
+
+
+def test_a_plugin_that_did_not_survive_fails_the_build(built):
+    """TRT-3：预期的插件不在引擎里就失败，并说出是哪一个。"""
+    layers = built[0].layers["model.plan"]
+    error = refused("DSX-E915", check_plugins, "model.plan", layers, {"layers.9/MoeExperts": "MoeExperts"})
+    assert "layers.9/MoeExperts" in error.what
+
+
+def test_progress_comes_from_tensorrt(built):
+    """进度来自 TensorRT 自己的进度监视器：有总步数，逐步前进。"""
+    seen: list[tuple[str, int | None]] = []
+    steps: list[str] = []
+
+    class Watch(Progress):
+        def start(self, stage, total=None, unit="items"):
+            seen.append((stage, total))
+
+        def advance(self, amount=1, detail=""):
+            steps.append(detail)
+
+    flavour = choose("rtx")
+    profiles = built[0].record.shapes.profiles(prefill=False)
+    build_plan(load(flavour), flavour, built[0].path / "model.onnx", 89, profiles, Watch())
+    stage, total = seen[-1]
+    assert stage == "TensorRT 构建 model（sm89）"
+    assert total is not None
+    assert 0 < len(steps) <= total
+
+
+def assert_parity(bundle: Bundle) -> None:
+    report = deepseek_export.verify(bundle.path, levels=("op", "block", "model"))
+    assert report.passed, report.first_failure
+    assert {case.level for case in report.cases} == {"op", "block", "model"}
+
+
+def test_lowered_float32_bundle_passes_parity_on_onnxruntime(exported):
+    """TRT-2：tensorrt-rtx 目标的 bundle 在 ONNX Runtime 上过 op、block、model 三级校验。"""
+    assert_parity(exported("v3-yarn", "mla+moe", "tensorrt-rtx"))
+
+
+def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
+    """TRT-8：每个插件节点、它的 creator、登记得上没有；建好的引擎；没有 TensorRT 时给出安装命令。"""
+    found = diagnose_bundle(bundle.path)
+    version = load(choose("rtx")).__version__
+    assert found["engines"] == [{"directory": "rtx-sm89", "version": version, "plans": ["model.plan"]}]
+    assert found["flavours"]["rtx"]["creators"] == ["LatentAttention", "MoeExperts"]
+    assert {node["creator"] for node in found["nodes"]} == {"dsx::MoeExperts/1"}
+    assert all(node["registered"]["rtx"] and node["function_body"] for node in found["nodes"])
+    assert found["missing"] == []
+    refused("DSX-E402", diagnose_bundle, folder / "none")
+    refused("DSX-E402", diagnose_bundle, _without_graph(bundle, folder))
+
+
+def _without_graph(bundle: Bundle, folder: Path) -> Path:
+    copy = folder / "no-graph"
+    copy.mkdir()
+    shutil.copyfile(bundle.path / "manifest.json", copy / "manifest.json")
+    return copy
+
+
+def test_doctor_prints_the_plugins(bundle, built):
+    """TRT-8：命令行的表与 JSON。"""
+    result = CliRunner().invoke(doctor.command, [str(bundle.path)])
+    assert "layers.1.mlp/MoeExperts" in result.output
+    assert "rtx-sm89" in result.output
+    result = CliRunner().invoke(doctor.command, [str(bundle.path), "--json"])
+    assert json.loads(result.output)["bundle"]["path"] == str(bundle.path)
+
+
+@pytest.mark.skipif(device_sm() is not None, reason="这台机器有 GPU")
+def test_without_a_gpu_the_backend_is_refused(bundle):
+    """TRT-9：没有 GPU 时 generate、verify、load 各以同一个码一行拒绝，不先跑别的。"""
+    refused("DSX-E918", deepseek_export.load, bundle.path, None, "trt")
+    refused("DSX-E918", lambda: deepseek_export.verify(bundle.path, backend="trt"))
+    result = CliRunner().invoke(cli, ["generate", str(bundle.path), "--ids", "1,2", "--backend", "trt"])
+    assert result.exit_code == 1
+    assert "DSX-E918" in result.output
+
+
+def test_engine_is_found_by_arch_and_checked(bundle, built, folder):
+    """TRT-6：按当前的 SM 找引擎；没有的、与 bundle 不符的各有自己的码。"""
+    directory, record = find_engine(bundle, 89)
+    assert (directory, record.directory) == (built[0].path, "rtx-sm89")
+    refused("DSX-E920", find_engine, bundle, 86)
+    moved = folder / "changed"
+    shutil.copytree(bundle.path, moved)
+    manifest = moved / "manifest.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert "bundle 的哈希" in refused("DSX-E917", find_engine, Bundle.open(moved), 89).what
+
+
+def test_build_command(bundle):
+    """TRT-3：``dsx build`` 打印每个配置的插件层；写法不对的 --arch 在动工之前拒绝。"""
+    arguments = [str(bundle.path), "--arch", "sm80", "--profile-shapes", "T=256"]
+    result = CliRunner().invoke(build_command, arguments, catch_exceptions=False)
+    assert "dsx::LatentAttention×2" in result.output
+    assert (bundle.path / "engines/rtx-sm80/model.plan").is_file()
+    shutil.rmtree(bundle.path / "engines/rtx-sm80")
+    refused(
+        "DSX-E912", lambda: CliRunner().invoke(build_command, [*arguments[:2], "ada"], catch_exceptions=False)
+    )
+
+
+def test_lowered_float16_bundle_passes_parity_on_onnxruntime(bundle, folder):
+    """TRT-2：同上，float16。"""
+    out = folder / "tensorrt-out"
+    options = {"target": "tensorrt-rtx", "dtype": "float16"}
+    assert_parity(deepseek_export.export(bundle.manifest.source.path, out, "mla+moe", **options))
+
+
+def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(bundle, folder):
+    """TRT-11：bfloat16 的图下沉、建成引擎，插件一个不少；ONNX Runtime 上按码拒绝。"""
+    source, options = bundle.manifest.source.path, {"dtype": "bfloat16"}
+    refused("DSX-E321", lambda: deepseek_export.export(source, folder / "no", "mla+moe", **options))
+    options["target"] = "tensorrt-rtx"
+    made = deepseek_export.export(source, folder / "bfloat16", "mla+moe", **options)
+    assert made.manifest.dtype == "bfloat16"
+    assert made.manifest.float32_islands["RMSNormalization"] > 0
+    assert made.manifest.float32_islands["TopK"] > 0
+    refused("DSX-E321", deepseek_export.verify, made.path)
+    refused("DSX-E321", deepseek_export.load, made.path)
+    config = made.manifest.model
+    layers = build_for(made, 89).layers["model.plan"]
+    assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers)
+
+
+def test_listings_are_recorded_for_every_arch_and_nothing_else():
+    names = {listing_name(name, sm) for name in NAMES for sm in ARCHES}
+    assert {path.name for path in Path(ENGINE_GRAPHS).iterdir()} == names

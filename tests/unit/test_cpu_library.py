@@ -1,0 +1,290 @@
+"""C++ 算子库：逐指令集、逐 dtype 与参考实现相同；不读长度之外的内存；拒绝而不崩溃；找得到、关得掉。"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deepseek_export
+from deepseek_export.cli import doctor
+from deepseek_export.cpu_library import INSTALLED, CpuLibrary, find_library, library_for
+from deepseek_export.errors import DsxError
+from deepseek_export.ops.mla_attention import mla_attention
+from deepseek_export.ops.table import MLA_ATTENTION, TYPE_CONSTRAINTS
+from deepseek_export.parity.measures import measure
+from deepseek_export.parity.tolerances import TOLERANCES
+from deepseek_export.runtime import ModelSession
+from tests.cpu_node import NUMPY, ODD, SCALE, WIDE, call, make_inputs, make_session
+
+pytestmark = pytest.mark.unit
+
+SOURCES = Path(__file__).resolve().parents[2] / "plugins/cpu"
+ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
+#: (S, H, T, past_lens)：空缓存、长度悬殊的解码（分段合并）、多 token 验证、跨多块的 prefill。
+SHAPES = ((1, 4, 8, (0,)), (1, 4, 300, (299, 17)), (5, 4, 40, (0, 1, 35)), (70, 3, 200, (100,)))
+
+
+@pytest.fixture(scope="module")
+def library() -> CpuLibrary:
+    """构建好的库；没有就跳过并说明原因。"""
+    found = next(INSTALLED.glob("libdsx_cpu.*"), None)
+    if found is None:
+        try:
+            builder().build(directory=INSTALLED.parent.parent / "build/cpu")
+        except builder().Unavailable as reason:
+            pytest.skip(f"C++ 算子库没有构建：{reason}")
+    made = find_library()
+    assert made is not None
+    return made
+
+
+@functools.cache
+def builder():
+    """``plugins/cpu/build.py``，它不在包里。"""
+    spec = importlib.util.spec_from_file_location("build_cpu", SOURCES / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def session_for(library: CpuLibrary, *arguments) -> ort.InferenceSession:
+    return make_session(library, *arguments)
+
+
+def reference(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    made = {name: tensor(array) for name, array in inputs.items()}
+    o, cache = mla_attention(**made, scale=SCALE, form="absorb")
+    return o.float().numpy(), cache.float().numpy()
+
+
+def check(library: CpuLibrary, isa: str, form: str, dtype: str, cache_dtype: str, inputs) -> None:
+    """结果在容差之内，缓存逐位相同；长度之外填 NaN、换成不原地，结果一位不变。"""
+    session = session_for(library, dtype, cache_dtype, isa, form)
+    o, cache = call(session, inputs)
+    want, want_cache = reference(inputs)
+    rounds = CpuLibrary(library.path, library.isas, isa).rounds_to_bfloat16(cache_dtype)
+    limit = TOLERANCES["op", "bfloat16" if rounds else dtype]
+    assert limit.accepts(measure(o.astype(np.float32), want)), measure(o.astype(np.float32), want)
+    assert np.array_equal(cache.astype(np.float32), want_cache)
+    poisoned = inputs | {"kv_cache": inputs["kv_cache"].copy()}
+    for b, past in enumerate(inputs["past_lens"]):
+        poisoned["kv_cache"][b, :, past:] = np.nan
+    again, copied = call(session, poisoned, in_place=False)
+    assert again.tobytes() == o.tobytes()
+    for b, past in enumerate(inputs["past_lens"]):
+        end = past + inputs["q_nope"].shape[1]
+        assert copied[b, :, :end].tobytes() == cache[b, :, :end].tobytes()
+
+
+@pytest.mark.parametrize("form", ["absorb", "naive"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_and_dtype_matches_the_reference(library, isa: str, form: str):
+    """CPU-1、CPU-2：九种 dtype 组合、两种形式、各种形状；每个指令集都强制跑到。"""
+    if isa not in library.isas:
+        pytest.skip(f"这台机器没有 {isa}")
+    for dtype in NUMPY:
+        for cache_dtype in NUMPY:
+            for S, H, T, past in SHAPES:
+                for widths in (ODD, WIDE):
+                    inputs = make_inputs(dtype, cache_dtype, S, H, T, past, **widths)
+                    check(library, isa, form, dtype, cache_dtype, inputs)
+
+
+@st.composite
+def cases(draw):
+    """任意宽度、头数、token 数、容量，每个序列的长度从 0 到容量用满。"""
+    widths = {name: draw(st.integers(1, 70)) for name in ("dn", "dr", "dv", "r")}
+    if draw(st.booleans()):
+        widths |= {"dr": 32 * draw(st.integers(1, 2)), "r": 32 * draw(st.integers(1, 3))}
+    S, H, extra = draw(st.integers(1, 20)), draw(st.integers(1, 9)), draw(st.integers(0, 400))
+    past = draw(st.lists(st.integers(0, extra), min_size=1, max_size=3))
+    dtypes = draw(st.sampled_from(sorted(NUMPY))), draw(st.sampled_from(sorted(NUMPY)))
+    return *dtypes, S, H, S + extra, past, widths, draw(st.sampled_from(["absorb", "naive", "auto"]))
+
+
+@given(case=cases(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_shape(library, case, data):
+    """CPU-1、CPU-2：随机形状、长度、dtype、形式、指令集。"""
+    dtype, cache_dtype, S, H, T, past, widths, form = case
+    isa = data.draw(st.sampled_from(library.isas))
+    check(library, isa, form, dtype, cache_dtype, make_inputs(dtype, cache_dtype, S, H, T, past, **widths))
+
+
+def test_empty_batch(library):
+    """B=0 合法，什么也不做。"""
+    inputs = make_inputs("float32", "float32", 2, 3, 8, (), **ODD)
+    o, cache = call(session_for(library, "float32", "float32"), inputs)
+    assert (o.shape, cache.shape) == ((0, 2, 3, 5), (0, 1, 8, 24))
+
+
+def test_long_prefill_in_slabs(library):
+    """absorb 一次放不下的行分批处理，与一次 naive 的结果相同。"""
+    inputs = make_inputs("float32", "float32", 700, 8, 720, (20,), **ODD)
+    absorb, naive = (
+        call(session_for(library, "float32", "float32", "", form), inputs)[0] for form in ("absorb", "naive")
+    )
+    assert TOLERANCES["op", "float32"].accepts(measure(absorb, naive))
+
+
+@pytest.mark.parametrize("form", ["absorb", "naive"])
+def test_result_does_not_depend_on_the_number_of_threads(library, form: str):
+    """CPU-3：怎么切只看形状，1 个与 3 个线程的结果逐位相同。"""
+    inputs = make_inputs("float32", "bfloat16", 2, 4, 900, (890, 3), **WIDE)
+    one, three = (
+        call(session_for(library, "float32", "bfloat16", "", form, threads), inputs) for threads in (1, 3)
+    )
+    assert one[0].tobytes() == three[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q_pe", lambda a: a[:, :, :2], "q_pe 是 [2, 3, 2, 4]，应为 [2, 3, 4, 4]"),
+        ("c_kv", lambda a: a[:, :2], "c_kv 是 [2, 2, 20]，应为 [2, 3, 20]"),
+        ("k_pe", lambda a: a[..., :3], "k_pe 是 [2, 3, 3]，应为 [2, 3, 4]"),
+        ("kv_cache", lambda a: a[..., :-1], "kv_cache 是 [2, 1, 16, 23]，应为 [2, 1, 16, 24]"),
+        ("kv_cache", lambda a: a[:1], "kv_cache 是 [1, 1, 16, 24]，应为 [2, 1, 16, 24]"),
+        ("past_lens", lambda a: a[:1], "past_lens 是 [1]，应为 [2]"),
+        ("past_lens", lambda a: a + 9, "past_lens[1] = 14，加 S=3 个新位置放不进容量 T=16"),
+        ("past_lens", lambda a: a - 1, "past_lens[0] = -1"),
+        ("w_kv_b", lambda a: a[:-1], "w_kv_b 是 [43, 20]，行数应为 H*(dn+dv)"),
+        ("w_kv_b", lambda a: a[:24], "w_kv_b 是 [24, 20]，行数应为 H*(dn+dv)"),
+        ("w_kv_b", lambda a: a[:, :-1], "w_kv_b 是 [44, 19]，应为 [44, 20]"),
+    ],
+)
+def test_wrong_shapes_are_refused(library, name: str, change, message: str):
+    """CPU-4：形状不符、长度越界，说明是哪个输入、应是什么；进程不崩。"""
+    inputs = make_inputs("float32", "float32", 3, 4, 16, (0, 5), **ODD)
+    inputs[name] = np.ascontiguousarray(change(inputs[name]))
+    feeds = {key: ort.OrtValue.ortvalue_from_numpy(value) for key, value in inputs.items()}
+    with pytest.raises(Exception, match=re.escape(message)):
+        session_for(library, "float32", "float32").run_with_ort_values(None, feeds)
+
+
+def test_wrong_dtypes_and_isas_are_refused_when_the_session_is_made(library):
+    """CPU-4：没有 kernel 的 dtype、不认识的指令集与形式，建会话时就拒绝。"""
+    with pytest.raises(Exception, match="MlaAttention"):
+        make_session(library, "float64", "float32")
+    with pytest.raises(Exception, match=r"DSX_CPU_ISA=sse9 不可用，这台机器能用：.*plain"):
+        make_session(library, "float32", "float32", "sse9")
+    with pytest.raises(Exception, match="DSX_CPU_MLA_FORM=fast 不可用"):
+        make_session(library, "float32", "float32", "", "fast")
+
+
+def test_table_is_the_same_on_both_sides():
+    """C++ 里的算子名、输入输出的次序、dtype 与契约表一致。"""
+    source = (SOURCES / "library.cc").read_text(encoding="utf-8")
+
+    def listed(name: str) -> list[str]:
+        return re.findall(r'"(\w+)"', re.search(rf"{name}\{{(.*?)\}}", source)[1])
+
+    assert listed("kInputs") == [port.name for port in MLA_ATTENTION.inputs]
+    assert listed("kOutputs") == [port.name for port in MLA_ATTENTION.outputs]
+    assert f'return "{MLA_ATTENTION.name}"' in source
+    types = {"FLOAT": "float", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+    found = re.findall(r"Dtype::k\w+, ONNX_TENSOR_ELEMENT_DATA_TYPE_(\w+)\}", source)
+    assert tuple(f"tensor({types[name]})" for name in found) == TYPE_CONSTRAINTS["C"]
+
+
+def test_one_bundle_with_and_without_the_library(library, exported, monkeypatch):
+    """CPU-5：同一个 ort-cpu bundle，有库走 kernel、没有库走函数体，greedy 输出相同；manifest 记下导出时用的哪个。"""
+    bundle = exported("v3-yarn", "mla+moe", "ort-cpu")
+    assert bundle.manifest.cpu_library == library.isa
+    assert bundle.manifest.fallbacks == []
+    rows = [[1, 2, 3], [4]]
+    with_library = deepseek_export.load(bundle.path, threads=1).generate(rows, 8).token_ids
+    # 只有真的建了 kernel，才会去看指令集：证明库优先于函数体。
+    monkeypatch.setenv("DSX_CPU_ISA", "sse9")
+    with pytest.raises(DsxError, match="DSX_CPU_ISA=sse9") as caught:
+        ModelSession(bundle.model_path, max_positions=64, library=library)
+    assert caught.value.code == "DSX-E507"
+    monkeypatch.setenv("DSX_CPU_LIBRARY", "off")
+    assert deepseek_export.load(bundle.path, threads=1).generate(rows, 8).token_ids == with_library
+    assert library_for("ort-cpu") is None
+
+
+def test_export_without_the_library_says_so(saved, tmp_path, monkeypatch):
+    """CPU-5：没有库时照样导出，图相同，manifest 里有一行说明。"""
+    monkeypatch.setenv("DSX_CPU_LIBRARY", "off")
+    checkpoint = saved("v3-yarn")[1].path
+    bundle = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", target="ort-cpu")
+    assert bundle.manifest.cpu_library is None
+    (line,) = bundle.manifest.fallbacks
+    assert "make plugins" in line
+
+
+def test_narrow_cache_verifies(library, exported):
+    """CPU-1：bfloat16 缓存的 bundle 走 kernel，op 与 block 层仍在容差之内。"""
+    bundle = exported("v3-yarn", "mla+moe", "ort-cpu", "float32", ("mla.cache_dtype=bfloat16",))
+    report = deepseek_export.verify(bundle.path, levels=["op", "block"])
+    assert report.passed, report.first_failure
+
+
+def test_library_is_found_refused_and_switched_off(library, tmp_path, monkeypatch):
+    """CPU-6：路径不对是 DSX-E520，指令集不对是 DSX-E521；doctor 把原因写在一行里，不算失败。"""
+    assert doctor._library_line(doctor._cpu_library()).startswith(f"有：{library.isa}")
+    assert library_for("portable") is None
+    monkeypatch.setenv("DSX_CPU_ISA", "plain")
+    assert find_library() == CpuLibrary(library.path, library.isas, "plain")
+    monkeypatch.setenv("DSX_CPU_ISA", "sse9")
+    with pytest.raises(DsxError) as caught:
+        find_library()
+    assert (caught.value.code, "plain" in caught.value.todo) == ("DSX-E521", True)
+    junk = tmp_path / "libdsx_cpu.so"
+    junk.write_bytes(b"not a library")
+    monkeypatch.setenv("DSX_CPU_LIBRARY", str(junk))
+    with pytest.raises(DsxError) as caught:
+        find_library()
+    assert caught.value.code == "DSX-E520"
+    assert doctor._library_line(doctor._cpu_library()).startswith("用不了：DSX-E520")
+    monkeypatch.setenv("DSX_CPU_LIBRARY", "off")
+    assert find_library() is None
+    assert "函数体" in doctor._library_line(doctor._cpu_library())
+
+
+def test_build_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    """CPU-6：缺头文件、缺 CMake 都说明原因，退出码 0，dsx 照常可用。"""
+    monkeypatch.setattr(sys, "argv", ["build.py"])
+    monkeypatch.setenv("ORT_INCLUDE_DIR", str(tmp_path))
+    if shutil.which("cmake") and shutil.which("c++"):
+        assert builder().main() == 0
+        assert "libonnxruntime-dev" in capsys.readouterr().out
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert builder().main() == 0
+    assert "没有 cmake" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_under_sanitizers(library, tmp_path):
+    """CPU-4：AddressSanitizer 与 UBSan 下每个指令集、形式、dtype 各跑一遍，没有越界与未定义行为。"""
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("没有 libasan")
+    built = builder().build(directory=tmp_path / "build", out=tmp_path / "out", sanitize="address,undefined")
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-m", "tests.cpu_sanitize", str(built)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr[-4000:]

@@ -1,0 +1,165 @@
+"""engine/：发行的选择、符号链接、形状、层的解析、引擎的记录；都不建引擎。"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepseek_export.engine import flavour as flavours
+from deepseek_export.engine.flavour import FLAVOURS, ensure_library_link, library_link_missing, parse_arch
+from deepseek_export.engine.layers import EngineLayer, layer_counts, missing_plugins, parse_layers
+from deepseek_export.engine.record import RECORD_FILE, EngineRecord, PlanEntry
+from deepseek_export.engine.shapes import ProfileShapes
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime.tensorrt import select_profile
+
+pytestmark = pytest.mark.unit
+
+
+def refused(code: str, call, *arguments) -> DsxError:
+    with pytest.raises(DsxError) as caught:
+        call(*arguments)
+    assert caught.value.code == code
+    return caught.value
+
+
+def test_missing_flavour_names_the_install_command(monkeypatch):
+    monkeypatch.setattr(flavours.Flavour, "version", lambda self: None)
+    error = refused("DSX-E910", flavours.choose, None)
+    assert "deepseek-export[rtx]" in error.todo
+    assert "deepseek-export[tensorrt]" in error.todo
+    assert refused("DSX-E910", flavours.choose, "tensorrt").what == "没有安装 tensorrt"
+
+
+def test_library_link_is_repaired_once(tmp_path: Path):
+    """TRT-5：轮子只带 libtensorrt_rtx.so.1；补上链接，已有则不动，补不上则报码。"""
+    refused("DSX-E911", ensure_library_link, tmp_path)
+    (tmp_path / "libtensorrt_rtx.so.1").write_bytes(b"")
+    assert library_link_missing(tmp_path)
+    ensure_library_link(tmp_path)
+    ensure_library_link(tmp_path)
+    assert (tmp_path / "libtensorrt_rtx.so").readlink() == Path("libtensorrt_rtx.so.1")
+    assert not library_link_missing(tmp_path)
+    ensure_library_link(None)
+
+
+@pytest.mark.parametrize(("text", "sm"), [("sm89", 89), ("SM120", 120), (" sm_80 ", 80)])
+def test_arch(text, sm):
+    assert parse_arch(text) == sm
+
+
+@pytest.mark.parametrize("text", ["89", "sm", "sm8.9", "ada", ""])
+def test_bad_arch(text):
+    refused("DSX-E912", parse_arch, text)
+
+
+def test_profile_shapes():
+    """TRT-3：decode 至多 8 个 token，prefill 从 9 个起；absorb 没有 prefill。"""
+    shapes = ProfileShapes.parse("B=1:2:4, S=64:256,T=1024", 4096)
+    assert (shapes.batch, shapes.prefill, shapes.capacity) == ((1, 2, 4), (64, 256), 1024)
+    profiles = shapes.profiles(prefill=True)
+    assert list(profiles) == ["decode", "prefill"]
+    assert profiles["decode"]["S"] == (1, 1, 8)
+    assert profiles["prefill"]["S"] == (9, 64, 256)
+    assert list(shapes.profiles(prefill=False)) == ["decode"]
+    assert ProfileShapes.parse("", 256) == ProfileShapes(prefill=(128, 256), capacity=256)
+
+
+@pytest.mark.parametrize(
+    "text", ["B=1", "B=2:1:4", "S=4:8", "S=300:9999", "T=8", "T=9999", "X=1", "B=0:1:1", "T=64,T=64"]
+)
+def test_bad_profile_shapes(text):
+    refused("DSX-E919", ProfileShapes.parse, text, 4096)
+
+
+LISTING = """Layers:
+Name: a/LatentAttention_U3_myl0_1, LayerType: custom_layer, Inputs: [], Metadata: [ONNX Layer: a/LatentAttention]
+Name: b/MatMul+c/MatMul_myl0_2, LayerType: gemm, Inputs: [], Metadata: [ONNX Layer: b/MatMul][ONNX Layer: c/MatMul]
+Name: x_myl0_3, LayerType: signal, Inputs: [], Metadata: 
+Name: [ShapeHostToDeviceCopy 0] [profile 1], LayerType: ShapeHostToDevice, Inputs: [], Metadata: 
+Name: a/LatentAttention [profile 1]_myl3_0, LayerType: custom_layer, Inputs: [], Metadata: [ONNX Layer: a/LatentAttention [profile 1]]
+Name: _gemm_mha_v2_myl3_1, LayerType: kgen, Inputs: [], Metadata: [ONNX Layer: a/Attention]
+
+I/O Tensors:
+ Name: q, IOMode: Input, DataType: Half
+"""  # noqa: W291  末尾的空格是原样的
+
+
+def test_layers_are_parsed_per_profile():
+    plugins = {"a/LatentAttention": "LatentAttention", "d/MoeExperts": "MoeExperts"}
+    found = parse_layers(LISTING, ["decode", "prefill"], plugins)
+    assert found["decode"] == [
+        EngineLayer(
+            name="a/LatentAttention", kind="custom_layer", onnx=["a/LatentAttention"], op="LatentAttention"
+        ),
+        EngineLayer(name="b/MatMul+c/MatMul", kind="gemm", onnx=["b/MatMul", "c/MatMul"]),
+    ]
+    assert [layer.name for layer in found["prefill"]] == ["a/LatentAttention", "_gemm_mha_v2"]
+    assert missing_plugins(found["decode"], plugins) == ["d/MoeExperts"]
+    assert layer_counts(found["decode"]) == {"dsx::LatentAttention": 1, "gemm": 1}
+
+
+def record() -> EngineRecord:
+    entry = PlanEntry(
+        graph="model.onnx", role="main", bytes=3, sha256="", profiles={}, layers={}, seconds=0.0
+    )
+    return EngineRecord(
+        schema_version=1,
+        dsx_version="0",
+        flavour="rtx",
+        version="1.7",
+        sm=89,
+        bundle_sha256="abc",
+        shapes=ProfileShapes(),
+        plans={"model.plan": entry},
+        peak_rss_bytes=0,
+    )
+
+
+def test_engine_is_refused_where_it_does_not_match(tmp_path: Path):
+    """TRT-6：版本、SM、bundle 的哈希、plan 的大小，任何一处不符都拒绝。"""
+    (tmp_path / "model.plan").write_bytes(b"abc")
+    (tmp_path / RECORD_FILE).write_text(record().model_dump_json())
+    read = EngineRecord.read(tmp_path)
+    assert read == record()
+    assert read.directory == "rtx-sm89"
+    read.check(tmp_path, "1.7", 89, "abc")
+    for arguments in (("1.8", 89, "abc"), ("1.7", 80, "abc"), ("1.7", None, "abc"), ("1.7", 89, "abd")):
+        refused("DSX-E917", read.check, tmp_path, *arguments)
+    (tmp_path / "model.plan").write_bytes(b"ab")
+    refused("DSX-E917", read.check, tmp_path, "1.7", 89, "abc")
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"schema_version": 2}))
+    refused("DSX-E917", EngineRecord.read, tmp_path)
+    (tmp_path / RECORD_FILE).unlink()
+    refused("DSX-E917", EngineRecord.read, tmp_path)
+
+
+def test_full_tensorrt_builds_only_for_the_present_gpu(monkeypatch):
+    monkeypatch.setattr(flavours, "device_sm", lambda: None)
+    error = refused("DSX-E912", flavours.select_arch, FLAVOURS["tensorrt"], None, None, 90)
+    assert "没有 GPU" in error.what
+    monkeypatch.setattr(flavours, "device_sm", lambda: 90)
+    flavours.select_arch(FLAVOURS["tensorrt"], None, None, 90)
+    refused("DSX-E912", flavours.select_arch, FLAVOURS["tensorrt"], None, None, 89)
+
+
+def test_shapes_choose_the_profile():
+    """TRT-9：放得下的第一个配置；哪个都放不下就拒绝，列出允许的范围。"""
+    entry = (
+        record()
+        .plans["model.plan"]
+        .model_copy(
+            update={
+                "profiles": {
+                    "decode": {"B": (1, 1, 4), "S": (1, 1, 8)},
+                    "prefill": {"B": (1, 1, 4), "S": (9, 64, 128)},
+                }
+            }
+        )
+    )
+    assert select_profile(entry, {"B": 2, "S": 8}) == "decode"
+    assert select_profile(entry, {"B": 2, "S": 9}) == "prefill"
+    error = refused("DSX-E921", select_profile, entry, {"B": 5, "S": 1})
+    assert "B=1..4" in error.what

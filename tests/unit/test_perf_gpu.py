@@ -1,0 +1,78 @@
+"""perf/gpu：没有 GPU 时只说一行；报告写清不过的、未测的与达标与否。"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perf.gpu.report import markdown
+
+pytestmark = pytest.mark.unit
+
+SCRIPT = Path(__file__).resolve().parents[2] / "perf/gpu/run.py"
+ENVIRONMENT = {"card": "NVIDIA X", "date": "2026-01-02", "sm": 90, "seed": 7}
+PASSED = {"case": "LatentAttention H=16", "dtype": "float16", "ok": True}
+FAILED = {
+    "case": "MoeExperts V3 N=7",
+    "dtype": "bfloat16",
+    "ok": False,
+    "max_abs": 3.5,
+    "coordinate": (6, 1),
+    "calc_diff": 0.25,
+    "repeatable": True,
+    "guard_intact": False,
+}
+
+
+def timed(bound: str, share: float, target: float) -> dict:
+    timing = {"median": 12.34, "low": 12.0, "high": 13.0, "samples": 9}
+    numbers = {"gb_s": 2000.4, "tflop_s": 55.55, "bound": bound, "share": share, "target": target}
+    return {"time_us": timing, **numbers}
+
+
+def test_refuses_without_a_gpu(tmp_path):
+    """没有 GPU：一行，退出码 1，什么也不写。"""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, SCRIPT, "--out", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "没有可用的 NVIDIA GPU，什么也没有测\n"
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_of_a_failed_check():
+    """核对不过：写明是哪一项、差多少、在哪里，没有计时表。"""
+    text = markdown({"environment": ENVIRONMENT, "correctness": [PASSED, FAILED], "seconds": 5.0})
+    assert "# NVIDIA X，2026-01-02" in text
+    assert "1 / 2 通过" in text
+    assert "不过：MoeExperts V3 N=7（bfloat16）最大差 3.5 在 (6, 1)，calc_diff 2.50e-01" in text
+    assert "哨兵完好 False" in text
+    assert "核对不过，没有计时。" in text
+    assert "|" not in text
+
+
+def test_report_of_timings():
+    """每个点一行：达标、不达标、未测。"""
+    attention = [
+        {"H": 16, "B": 1, "S": 1, "T": 1024, **timed("memory", 0.81, 0.8)},
+        {"H": 128, "B": 16, "S": 1, "T": 8192, **timed("compute", 0.59, 0.6)},
+        {"H": 128, "B": 128, "S": 1, "T": 32768, "skipped": True},
+    ]
+    experts = [
+        {"shape": "V3", "N": 16, "active_experts": 100, "torch": {"median": 25.0}, "speedup": 2.026}
+        | timed("memory", 0.5, 0.8),
+        {"shape": "V3", "N": 4096, "skipped": True},
+    ]
+    report = {"environment": ENVIRONMENT, "correctness": [PASSED], "seconds": 300.0}
+    report |= {"ceilings": {"copy_gb_s": 2500.0, "matmul_tflop_s": 600.0}}
+    rows = markdown({**report, "attention": attention, "experts": experts}).splitlines()
+    assert "| 16 | 1 | 1 | 1024 | 12.3 | 2000 | 55.5 | 带宽 | 81% | 是 |" in rows
+    assert "| 128 | 16 | 1 | 8192 | 12.3 | 2000 | 55.5 | 算力 | 59% | 否 |" in rows
+    assert "| 128 | 128 | 1 | 32768 | 未测 | - | - | - | - | - |" in rows
+    assert "| V3 | 16 | 100 | 12.3 | 2000 | 55.5 | 带宽 | 50% | 否 | 25.0 | 2.03 |" in rows
+    assert "| V3 | 4096 | - | 未测 | - | - | - | - | - | - | - |" in rows

@@ -1,0 +1,263 @@
+"""只量化权重：分块的码与 scale、配方逐块物化、两个 pass 的匹配、拒绝、保留、幂等与数值。"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+from safetensors.numpy import save_file
+
+from deepseek_export.checkpoint.recipe import (
+    Recipe,
+    load_array,
+    materialize,
+    quantization_error,
+    quantized_recipes,
+)
+from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.checkpoint.weight_only import (
+    BlockFormat,
+    Quantization,
+    block_codes,
+    block_scales,
+    dequantized,
+)
+from deepseek_export.parity.measures import measure
+from deepseek_export.parity.tolerances import tolerance
+from deepseek_export.passes.base import MICROSOFT, GraphModule
+from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
+from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
+from deepseek_export.passes.pipelines import _float_experts
+from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
+from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
+from tests.models import model_config, ort_session
+from tests.unit.test_passes_moe import feeds_for, moe_module, ops
+
+pytestmark = pytest.mark.unit
+
+FORMS = [BlockFormat(kind=kind, block=block) for kind in ("int8", "int4") for block in (32, 64, 128)]
+
+
+def without(*names: str) -> OrtKernels:
+    kernels = installed_kernels()
+    kept = {op: a for op, a in kernels.attributes.items() if op not in names}
+    return dataclasses.replace(kernels, version="1.10.0", attributes=kept)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    form=st.sampled_from(FORMS), rows=st.integers(1, 3), width=st.integers(1, 200), seed=st.integers(0, 999)
+)
+def test_rounding_is_half_a_step(form, rows, width, seed):
+    """还原的值与原值至多差半个 scale；形状不变，不满一块的也对。"""
+    weights = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+    got, scales = dequantized(weights, form), block_scales(weights, form)
+    assert (got.shape, scales.shape) == (weights.shape, (rows, -(-width // form.block)))
+    step = np.repeat(scales, form.block, axis=-1)[:, :width]
+    assert (np.abs(got - weights) <= step * 0.5001).all()
+    assert block_codes(weights, form).shape == (*scales.shape, form.block * form.bits // 8)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_zero_block_and_extremes(form):
+    """全零的块 scale 是 0、还原成 0；块里绝对值最大的正好还原成自己。"""
+    weights = np.zeros((2, 2 * form.block), np.float32)
+    weights[1, form.block] = -3.5
+    assert np.array_equal(dequantized(weights, form), weights)
+    assert np.array_equal(block_scales(weights, form) > 0, [[False, False], [False, True]])
+
+
+def test_int4_packs_the_first_code_low():
+    """int4 两个码一字节，低位在前，零点 8。"""
+    weights = np.zeros((1, 32), np.float32)
+    weights[0, :3] = 7.0, -7.0, 1.0
+    codes = block_codes(weights, BlockFormat(kind="int4", block=32))
+    assert codes[0, 0, :3].tolist() == [15 | (1 << 4), 9 | (8 << 4), 8 | (8 << 4)]
+
+
+@pytest.mark.parametrize(
+    ("keep", "path", "kept"),
+    [
+        ("lm_head", "lm_head.weight", True),
+        ("lm_head", "head.lm_head", True),
+        ("o_proj", "model.layers.3.self_attn.o_proj.weight", True),
+        ("layers.3", "model.layers.3.mlp.up_proj.weight", True),
+        ("layers.3", "model.layers.33.mlp.up_proj.weight", False),
+        ("proj", "model.layers.3.self_attn.o_proj.weight", False),
+        ("mlp.experts", "model.layers.3.mlp.experts.*.up_proj.weight", True),
+    ],
+)
+def test_keep_matches_whole_segments(keep, path, kept):
+    quantization = Quantization(kind="int8", keep=(keep,))
+    assert quantization.keeps(path) == kept
+    assert quantization.unmatched([path]) == ([] if kept else [keep])
+
+
+@pytest.mark.parametrize("op", ["copy", "stack", "stack_swiglu"])
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4]], ids=str)
+def test_recipes_stream_the_same_codes(tmp_path: Path, op, form):
+    """EXPORT-32：codes、scales 逐块物化，与整个权重一次量化相同；误差也由数据流算出。"""
+    rng, names = np.random.default_rng(0), ["g0", "u0", "g1", "u1"]
+    arrays = {name: rng.standard_normal((5, 70)).astype(np.float32) for name in names}
+    save_file(arrays, tmp_path / "model.safetensors")
+    store = TensorStore.open(tmp_path)
+    shape = {"copy": (5, 70), "stack": (4, 5, 70), "stack_swiglu": (2, 10, 70)}[op]
+    sources = names[:1] if op == "copy" else names
+    recipe = Recipe.model_validate({"op": op, "sources": sources, "shape": shape, "dtype": "float32"})
+    weights = load_array("w", recipe, store)
+    codes, scales = quantized_recipes(recipe, form)
+    assert np.array_equal(load_array("w", codes, store), block_codes(weights, form))
+    assert np.array_equal(load_array("w", scales, store), block_scales(weights, form))
+    chunks = list(materialize("w", codes, store, chunk_bytes=2 * 70 * 4))
+    assert len(chunks) > len(sources)
+    assert sum(chunk.nbytes for chunk in chunks) == codes.nbytes
+    assert Recipe.model_validate(codes.model_dump(mode="json")) == codes
+    error = quantization_error("w", codes, store)
+    gap = dequantized(weights, form) - weights
+    assert error.relative == pytest.approx(np.linalg.norm(gap) / np.linalg.norm(weights))
+    assert error.max_abs == pytest.approx(np.abs(gap).max())
+
+
+def linear_module(width: int = 70, **extra: np.ndarray) -> GraphModule:
+    """``y = x·Wᵀ``；W 是 layers.0 的 o_proj，另有一个两个激活之间的 MatMul。"""
+    name = "model.layers.0.self_attn.o_proj.weight"
+    recipe = Recipe(op="copy", sources=(name,), shape=(24, width), dtype="float32")
+    info, T = helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("Transpose", [name], ["wt"], "layers.0.self_attn.o_proj/Transpose_0", perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "wt"], ["h"], "layers.0.self_attn.o_proj/MatMul_1"),
+        helper.make_node("Transpose", ["h"], ["ht"], "t", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["h", "ht"], ["y"], "scores"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [info("x", T, ["B", "S", width]), info(name, T, [24, width])],
+        [info("y", T, ["B", "S", "S"])],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    return GraphModule(
+        gs.import_onnx(proto), {}, {name: recipe}, "float32", model_config("v3"), (), "main", (), None
+    )
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_linear_becomes_matmul_nbits(form):
+    """EXPORT-32：线性层换成 MatMulNBits，只有激活的 MatMul 不动；数值与还原的权重在 int8 激活的容差之内，再跑一遍不变。"""
+    module = linear_module()
+    rewrite = QuantizeLinearsToMatMulNBitsPass(Quantization(kind=form.kind, block=form.block))
+    result = rewrite(module)
+    assert (result.changed, result.count, result.refused) == (True, 1, ())
+    assert ops(module) == ["MatMulNBits", "Transpose", "MatMul"]
+    (name,) = module.quantized
+    assert list(module.weights) == [f"{name}.{form.kind}", f"{name}.{form.kind}.scales"]
+    rng = np.random.default_rng(0)
+    weights, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((24, 70), (2, 3, 70)))
+    feeds = {
+        "x": x,
+        f"{name}.{form.kind}": block_codes(weights, form),
+        f"{name}.{form.kind}.scales": block_scales(weights, form),
+    }
+    (got,) = ort_session(module.to_proto()).run(None, feeds)
+    h = x @ dequantized(weights, form).T
+    assert tolerance("block", "float32", form.kind).accepts(measure(got, h @ h.transpose(0, 2, 1)))
+    assert not rewrite(module).changed
+
+
+@pytest.mark.parametrize("keep", ["o_proj", "layers.0", "self_attn"])
+def test_kept_linear_stays(keep):
+    module = linear_module()
+    result = QuantizeLinearsToMatMulNBitsPass(Quantization(kind="int8", keep=(keep,)))(module)
+    assert (result.count, result.refused, module.quantized) == (0, (), set())
+    assert "MatMulNBits" not in ops(module)
+
+
+def test_linear_without_the_kernel_is_refused():
+    module = linear_module()
+    result = QuantizeLinearsToMatMulNBitsPass(Quantization(kind="int8"), without("MatMulNBits"))(module)
+    assert (result.count, len(result.refused)) == (0, 1)
+    assert "1.10.0" in result.refused[0].value
+
+
+def qmoe_module(**overrides) -> GraphModule:
+    """宽度是 64 与 32 的专家，已下沉成 MoE。"""
+    module = moe_module("v3", **{"hidden_size": 64, "moe_intermediate_size": 32, **overrides})
+    assert LowerGateExpertsToOrtMoePass()(module).count == 1
+    return module
+
+
+@pytest.mark.parametrize("rows", [0, 1, 33])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_moe_becomes_qmoe(kind, rows):
+    """EXPORT-32：QMoE 的数值与还原的专家权重在 int8 激活的容差之内，路由不变；再跑一遍不变。"""
+    reference, module, form = qmoe_module(), qmoe_module(), BlockFormat(kind=kind, block=32)
+    rewrite = QuantizeMoeToQMoePass(Quantization(kind=kind, block=32))
+    result = rewrite(module)
+    assert (result.changed, result.count, result.refused) == (True, 1, ())
+    assert "QMoE" in ops(module)
+    assert "MoE" not in ops(module)
+    stems = {name.rpartition(".experts.*.")[2] for name in module.quantized}
+    assert stems == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+    feeds = feeds_for(reference, rows)
+    rounded = {
+        n: dequantized(a, form) if n in reference.weights and a.ndim == 3 else a for n, a in feeds.items()
+    }
+    session = ort_session(reference.to_proto())
+    (want,) = session.run(["y"], {i.name: rounded[i.name] for i in session.get_inputs()})
+    given_feeds = {}
+    for value in ort_session(module.to_proto()).get_inputs():
+        base = value.name.removesuffix(".scales").removesuffix(f".{kind}")
+        if value.name.endswith(".scales"):
+            given_feeds[value.name] = block_scales(feeds[base], form)
+        elif value.name != base:
+            given_feeds[value.name] = block_codes(feeds[base], form).reshape(value.shape)
+        else:
+            given_feeds[value.name] = feeds[base]
+    (got,) = ort_session(module.to_proto()).run(["y"], given_feeds)
+    assert tolerance("op", "float32", kind).accepts(measure(got, want))
+    assert not rewrite(module).changed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "block", "kernels", "value"),
+    [
+        ({"hidden_size": 48}, 32, None, "48"),
+        ({"moe_intermediate_size": 40}, 32, None, "40"),
+        ({}, 64, None, "32"),
+        ({}, 32, without("QMoE"), "1.10.0"),
+    ],
+)
+def test_qmoe_refusals(overrides, block, kernels, value):
+    """宽度不是 block 的倍数，或没有 kernel：拒绝，写明值，图不动。"""
+    module = qmoe_module(**overrides)
+    result = QuantizeMoeToQMoePass(Quantization(kind="int8", block=block), kernels)(module)
+    assert (result.changed, len(result.refused)) == (False, 1)
+    assert value in result.refused[0].value
+    assert module.find("MoE", domain=MICROSOFT)
+
+
+@pytest.mark.parametrize("keep", ["mlp.experts", "down_proj", "layers.1.mlp"])
+def test_kept_experts_stay(keep):
+    module = qmoe_module()
+    result = QuantizeMoeToQMoePass(Quantization(kind="int8", keep=(keep,)))(module)
+    assert (result.count, result.refused, module.quantized) == (0, (), set())
+
+
+def test_experts_left_in_float_are_reported():
+    """没有下沉成 MoE 的专家没有量化，要写出来；用户要保留的不写。"""
+    (line,) = _float_experts(moe_module("v3"), Quantization(kind="int8"), [])
+    assert line.startswith("3 个专家权重没有量化")
+    assert _float_experts(moe_module("v3"), Quantization(kind="int8", keep=("experts",)), []) == []
+    assert _float_experts(qmoe_module(), Quantization(kind="int8"), [refused_qmoe()]) == []
+
+
+def refused_qmoe():
+    """一次全部拒绝的 QMoE 下沉：拒绝的原因已经有一行，不必再说一遍。"""
+    return QuantizeMoeToQMoePass(Quantization(kind="int8"), without("QMoE"))(qmoe_module())
