@@ -125,6 +125,11 @@ def test_history_is_append_only_and_latest_prefers_full_runs(tmp_path):
         assert path.read_text().startswith(before)
     assert results.load(path) == [full, quick]
     assert results.latest([full, quick]).suites == full.suites
+    assert not results.latest([full, quick]).quick
+    assert results.latest([quick]).quick
+    # 另一种配置的结果不混进同一份报告。
+    other = make_run([suite("moe", [])], threads=4)
+    assert results.latest([full, other]).suites == other.suites
 
 
 def test_gate_statuses():
