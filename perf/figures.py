@@ -71,7 +71,7 @@ def draw(suite: SuiteResult) -> str:
         NoChineseFont: 画不了汉字。
     """
     style: Any = {
-        "font.family": chinese_font(),
+        "font.family": [chinese_font(), "DejaVu Sans"],  # 汉字字体缺的符号由后者补
         "axes.unicode_minus": False,
         "svg.fonttype": "path",
         "svg.hashsalt": suite.suite,
@@ -131,8 +131,8 @@ def _bars(axes: Axes, groups: list[str], series: Mapping[str, list[Spread]], lab
         axes.bar_label(bars, fmt=lambda value: f"{value:.3g}", fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label)
-    axes.margins(y=0.15)
-    axes.legend()
+    axes.margins(y=0.3)  # 图例横排在柱子上方
+    axes.legend(loc="upper left", ncols=len(series))
 
 
 def _series(suite: SuiteResult, keys: Mapping[str, str], factor: float) -> dict[str, list[Spread]]:
@@ -188,7 +188,7 @@ def _mtp(figure: Figure, suite: SuiteResult) -> None:
 
 def _moe(figure: Figure, suite: SuiteResult) -> None:
     panels = figure.subplots(1, 2)
-    shown = {"moe": "稀疏专家", "off": "每个专家都算", "dense": "总参数相同的稠密"}
+    shown = {"off": "每个专家都算", "dense": "总参数相同的稠密", "moe": "稀疏专家"}
     titles = {"token_s": "解码：每个 token", "prefill_s": "prefill：整批"}
     for axes, (field, title) in zip(panels, titles.items(), strict=True):
         keys = {label: f"{name}.{field}" for name, label in shown.items()}

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.bench.spread import Spread
-from perf.results import Run
+from perf.results import Run, machine
 
 GATES = Path(__file__).with_name("gates.toml")
 
@@ -116,7 +116,7 @@ def regressions(run: Run, history: list[Run], gates: Gates) -> list[Verdict]:
             (
                 old
                 for past in reversed(history)
-                if _machine(past) == _machine(run)
+                if machine(past) == machine(run)
                 for old in past.suites
                 if old.suite == suite.suite and old.scenario == suite.scenario
             ),
@@ -143,8 +143,3 @@ def regressions(run: Run, history: list[Run], gates: Gates) -> list[Verdict]:
                         )
                     )
     return verdicts
-
-
-def _machine(run: Run) -> tuple[object, ...]:
-    cpu = run.environment["cpu"]
-    return cpu["model"], cpu["cores"], run.environment["threads"]

@@ -72,14 +72,23 @@ def load(history: Path = HISTORY) -> list[Run]:
     return [Run.model_validate_json(line) for line in history.read_text(encoding="utf-8").splitlines()]
 
 
+def machine(run: Run) -> tuple[object, ...]:
+    """CPU 型号、核数、线程数：都相同的两次运行才能比。"""
+    cpu = run.environment["cpu"]
+    return cpu["model"], cpu["cores"], run.environment["threads"]
+
+
 def latest(runs: list[Run]) -> Run:
-    """每一套各取最近一次（完整的优先于缩小的），拼成一份给报告用；环境取最后一次的。
+    """与最后一次同一种机器的运行里，每一套各取最近一次（完整的优先于缩小的），拼成一份给报告用；环境取最后一次的。
 
     Raises:
         ValueError: 历史是空的。
     """
     if not runs:
         raise ValueError("还没有测过：先运行 python -m perf run")
-    chosen = {s.suite: s for quick in (True, False) for run in runs if run.quick is quick for s in run.suites}
     last = runs[-1]
-    return last.model_copy(update={"suites": list(chosen.values())})
+    same = [run for run in runs if machine(run) == machine(last)]
+    chosen = {s.suite: s for quick in (True, False) for run in same if run.quick is quick for s in run.suites}
+    skipped = {line: None for run in same for line in run.skipped if line.split("：")[0] not in chosen}
+    quick = any(suite in run.suites for run in same if run.quick for suite in chosen.values())
+    return last.model_copy(update={"suites": list(chosen.values()), "skipped": list(skipped), "quick": quick})
