@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import onnx
 
 from deepseek_export import __version__
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.disk import (
     atomic_directory,
     check_free_space,
@@ -23,6 +25,7 @@ from deepseek_export.bundle.disk import (
     sha256_file,
     write_json,
 )
+from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.engine.flavour import Flavour, layer_information, load, network_flags, select_arch
 from deepseek_export.engine.layers import EngineLayer, layer_counts, missing_plugins, parse_layers
 from deepseek_export.engine.logger import logger_for
@@ -34,6 +37,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 
 ENGINES = "engines"
+NO_INITIALIZERS: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def build_engine(
     layers: dict[str, dict[str, list[EngineLayer]]] = {}
     with disk_errors(out):
         out.parent.mkdir(exist_ok=True)
+    weights = BundleWeights(bundle)
     with atomic_directory(out, overwrite=True, marker=RECORD_FILE) as directory:
         _link_weights(bundle, directory)
         for entry in bundle.manifest.graphs:
@@ -88,7 +93,8 @@ def build_engine(
                 onnx.save(graph.model, directory / entry.file)
             profiles = shapes.profiles(prefill=_has_prefill(bundle))
             began = time.perf_counter()
-            plan, text = build_plan(trt, flavour, directory / entry.file, sm, profiles, progress)
+            made = weights.arrays(graph.model)
+            plan, text = build_plan(trt, flavour, directory / entry.file, sm, profiles, progress, made)
             seconds = round(time.perf_counter() - began, 3)
             name = f"{entry.file.removesuffix('.onnx')}.plan"
             layers[name] = parse_layers(text, list(profiles), graph.plugins)
@@ -133,8 +139,18 @@ def build_plan(
     sm: int,
     profiles: Mapping[ProfileName, Mapping[str, Range]],
     progress: Progress,
+    initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
 ) -> tuple[bytes, str]:
     """一个 ONNX 文件 → plan 与各层的文本。
+
+    Args:
+        trt: TensorRT 模块。
+        flavour: 它是哪种。
+        model: ONNX 文件。
+        sm: 目标计算能力。
+        profiles: 每个优化配置里各具名维的范围。
+        progress: 进度。
+        initializers: 代替文件里内容的权重，按引用的 bundle 里按配方生成的那些；引擎建好之前数组不能释放。
 
     Raises:
         DsxError: ``DSX-E912`` 建不了这种 SM；``DSX-E914`` TensorRT 报错；``DSX-E916`` 插件内部出错。
@@ -149,7 +165,7 @@ def build_plan(
     parser = trt.OnnxParser(network, logger)
     with building_for(sm) as target:
         progress.start(f"TensorRT 解析 {model.name}")
-        if not parser.parse_from_file(str(model)):
+        if not _parse(parser, model, initializers):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
             messages = [f"{e.node_name() or '图'}（{e.node_operator() or '-'}）：{e.desc()}" for e in errors]
             raise _failure(target, model, messages)
@@ -161,6 +177,20 @@ def build_plan(
         if plan is None or target.failures:
             raise _failure(target, model, logger.errors())
     return bytes(plan), layer_information(flavour, trt, logger.messages(), bytes(plan), logger)
+
+
+def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> bool:
+    """解析；``initializers`` 逐个交给解析器，其余的权重由它自己从文件里读。"""
+    if not initializers:
+        return parser.parse_from_file(str(model))
+    return (
+        parser.load_model_proto(model.read_bytes(), str(model))
+        and all(
+            parser.load_initializer(name, array.ctypes.data, array.nbytes)
+            for name, array in initializers.items()
+        )
+        and parser.parse_model_proto()
+    )
 
 
 def check_plugins(name: str, layers: Mapping[str, Sequence[EngineLayer]], plugins: Mapping[str, str]) -> None:
@@ -237,7 +267,8 @@ def _monitor(trt: Any, progress: Progress, stage: str) -> Any:
 
 def _link_weights(bundle: Bundle, directory: Path) -> None:
     """引擎旁的 ONNX 引用同一份权重：硬链接，跨文件系统才复制（ONNX 不允许外部数据在目录之外）。"""
-    for name in bundle.manifest.weights.files:
+    by_recipe = [BY_RECIPE_FILE] if bundle.manifest.weights.mode == "reference" else []
+    for name in [*bundle.manifest.weights.files, *by_recipe]:
         source, target = bundle.path / name, directory / name
         with disk_errors(directory):
             target.parent.mkdir(parents=True, exist_ok=True)

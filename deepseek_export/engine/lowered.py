@@ -51,9 +51,6 @@ def check_buildable(bundle: Bundle) -> None:
     ):
         what = f"{bundle.path} 的专家权重太大，导出 portable 时已拆成几组，下沉认不出原来的一层"
         raise DsxError("DSX-E913", what, f"用 --target {' 或 '.join(TENSORRT_TARGETS)} 重新导出")
-    if manifest.weights.mode != "packed":
-        what = f"{bundle.path} 的权重按引用，有的要在加载时才生成，TensorRT 解析不了"
-        raise DsxError("DSX-E913", what, f"先打包：dsx pack {bundle.path}")
     if manifest.dtype == "float32":
         what = f"{bundle.path} 是 float32：插件核与融合注意力都没有 float32 的实现"
         raise DsxError("DSX-E913", what, "用 --dtype float16 重新导出")

@@ -15,7 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 import deepseek_export
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.bundle.graph import external_location
+from deepseek_export.bundle.reference import BY_RECIPE_FILE
+from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli import doctor
 from deepseek_export.cli.build import command as build_command
 from deepseek_export.cli.bundle_plugins import diagnose_bundle
@@ -41,6 +44,7 @@ from tools.make_engine_graphs import (
     listing_name,
     make_bundle,
 )
+from tools.make_graphs import CONFIGS
 
 pytestmark = pytest.mark.contract
 
@@ -226,19 +230,35 @@ def test_rebuilding_gives_the_same_graph_and_layers(bundle, built):
 
 
 def test_unsuitable_bundles_are_refused(bundle, built, exported, tmp_path):
-    """TRT-5：为别的运行时改写过的、float32 的、按引用的 bundle，RTX 不支持的 SM，都有自己的码。"""
+    """TRT-5：为别的运行时改写过的、float32 的 bundle，RTX 不支持的 SM，都有自己的码。"""
     flavour, shapes = choose("rtx"), built[0].record.shapes
     float32 = exported("v3-yarn", "mla+moe", "tensorrt-rtx")
     assert "float32" in refused("DSX-E913", build_engine, float32, 89, flavour, shapes).what
     assert "sm90" in refused("DSX-E912", build_engine, bundle, 90, flavour, shapes).what
-    for change in ({"target": "ort-cpu"}, {"weights": {"mode": "reference"}}):
-        copy = tmp_path / next(iter(change))
-        shutil.copytree(bundle.path, copy, ignore=shutil.ignore_patterns("engines"))
-        manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
-        for key, value in change.items():
-            manifest[key] = {**manifest[key], **value} if isinstance(value, dict) else value
-        (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        refused("DSX-E913", build_engine, Bundle.open(copy), 89, flavour, shapes)
+    copy = tmp_path / "rewritten"
+    shutil.copytree(bundle.path, copy, ignore=shutil.ignore_patterns("engines"))
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "target": "ort-cpu"}), encoding="utf-8")
+    refused("DSX-E913", build_engine, Bundle.open(copy), 89, flavour, shapes)
+
+
+def test_weights_by_reference_build_the_same_engine(built, tmp_path):
+    """EXPORT-21：按引用的 bundle 直接建引擎，指得进检查点的由解析器读，其余按配方逐个交给它；层同打包的，plan 里有专家的内容。"""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", CONFIGS["deepseek_v3"], dtype="float16")
+    options = {"dtype": "float16", "weights": "reference"}
+    bundle = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", **options)
+    graph = onnx.load(bundle.model_path, load_external_data=False).graph
+    places = Counter(external_location(tensor) == BY_RECIPE_FILE for tensor in graph.initializer)
+    assert places[True] > 0
+    assert places[False] > 0
+    engine = build_for(bundle, 89)
+    assert engine.layers == built[0].layers
+    plan = (engine.path / "model.plan").read_bytes()
+    experts = [
+        a for name, a in BundleWeights(bundle).arrays(bundle.model_path).items() if ".experts." in name
+    ]
+    assert len(experts) == 3 * bundle.manifest.model.num_moe_layers
+    assert all(array.tobytes() in plan for array in experts)
 
 
 def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):
