@@ -128,7 +128,9 @@ def _bars(axes: Axes, groups: list[str], series: Mapping[str, list[Spread]], lab
         bars = axes.bar(
             at, medians, width * 0.92, yerr=errors, label=name, color=PALETTE[index], ecolor=_INK, capsize=2
         )
-        axes.bar_label(bars, fmt=lambda value: f"{value:.3g}", fontsize=8, padding=2)
+        axes.bar_label(
+            bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", fontsize=8, padding=2
+        )
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label)
     axes.margins(y=0.3)  # 图例横排在柱子上方

@@ -113,8 +113,8 @@ def _scaled(layers: int, hidden: int, experts: int, width: int) -> Mapping[str, 
 #: V2-Lite 与 V3 的头（16 与 128 个，128+64/128，潜向量 512）是真的；层数取得使两者展开的缓存一样大。
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "v2-lite": _heads(_V2, heads=16, layers=8),
-        "v3": _heads(_V3, heads=128, layers=1),
+        "v2-lite": _heads(_V2, heads=16, layers=16),
+        "v3": _heads(_V3, heads=128, layers=2),
         "v2-lite-2": _heads(_V2, heads=16, layers=2),
         "wide-4": MappingProxyType({**_WIDE, "num_hidden_layers": 4}),
         "wide-12": MappingProxyType({**_WIDE, "num_hidden_layers": 12}),

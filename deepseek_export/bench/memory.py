@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from deepseek_export.bench.depth import DepthDecoder
 from deepseek_export.machine import ProcessMemory, process_memory
 
 _STEPS = 4
+#: 大块内存一律直接向系统要、用完即还：不然缓存可能落在加载时用过又释放的堆里，前后之差量不出来（glibc 的设置，别的 libc 不理会）。
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
 class MemorySample(BaseModel):
@@ -50,7 +53,8 @@ def memory_in_subprocess(
         return None
     script = f"from {__name__} import main; main()"
     command = [sys.executable, "-c", script, str(bundle), str(batch), str(context), str(threads or 0)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = os.environ | _ALLOCATOR
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return MemorySample.model_validate_json(done.stdout.splitlines()[-1])
 
 
