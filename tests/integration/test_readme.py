@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,9 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
-    """CKPT 是演示检查点，OUT、SPEC 由代码块自己产生。"""
+    """CKPT 是演示检查点的副本（按引用导出要硬链接，得在同一个文件系统上），其余目录由代码块自己产生。"""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "CKPT").symlink_to(CHECKPOINT)
+    shutil.copytree(CHECKPOINT, folder / "CKPT")
     return folder
 
 

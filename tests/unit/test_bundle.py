@@ -195,7 +195,7 @@ class TestAtomicDirectory:
         assert not dead.exists()
         assert alive.exists()
 
-    @pytest.mark.parametrize("pid", [999999999, os.getpid()])
+    @pytest.mark.parametrize("pid", [999999999, os.getpid()], ids=["another", "ours"])
     def test_half_written_weights_of_a_dead_process_are_handed_over(self, tmp_path: Path, pid: int):
         """EXPORT-24：被杀的导出写了一半的权重连同日志移进新的临时目录，进程号碰巧相同也一样；成功之后不留日志。"""
         dead = tmp_path / f".out.tmp-{pid}"
