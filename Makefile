@@ -25,11 +25,12 @@ plugins: $(STAMP) ## 构建 C++ 算子库（没有编译器或头文件时说明
 demo: plugins ## 在随包附带的小模型上导出、校验、查看、生成
 	DSX_HOME=$(DEMO_DIR) $(VENV)/bin/dsx demo
 
+# 不重排：慢的契约测试先开始，末尾是几百个很快的单元测试，两个 worker 才会差不多同时结束。
 test: lint plugins ## 静态检查与测试（不含 slow），覆盖率至少 90%
-	$(RUN) -m pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow" --cov --cov-report=term --cov-fail-under=90
 
 test-all: lint plugins ## 同上，加上 slow
-	$(RUN) -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 --cov --cov-report=term --cov-fail-under=90
 
 graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py

@@ -13,6 +13,7 @@ import pytest
 
 from deepseek_export import __version__
 from deepseek_export.bundle import Bundle
+from deepseek_export.cli.demo import BUNDLE, ENGINE_BUNDLE
 from deepseek_export.cli.main import COMMANDS
 from tests.bundles import edit_weight, run_polygraphy, tampered
 from tests.integration.cli import DSX, assert_refused, dsx, environment, last_json
@@ -266,10 +267,12 @@ def test_demo_runs_the_whole_tour(tmp_path):
     process = dsx("demo", env=environment(DSX_HOME=str(tmp_path)))
     assert process.returncode == 0, process.stdout + process.stderr
     commands = [line for line in process.stdout.splitlines() if line.startswith("$ dsx ")]
-    assert [line.split()[2] for line in commands] == ["export", "verify", "inspect", "generate", "generate"]
+    steps = ["export", "verify", "inspect", "generate", "generate", "export", "build"]
+    assert [line.split()[2] for line in commands] == steps
     assert "全部通过" in process.stdout
+    assert "dsx::LatentAttention×4、dsx::MoeExperts×3" in process.stdout
     assert "token" in process.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["demo-full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((BUNDLE, ENGINE_BUNDLE))
 
 
 def test_bench_prints_tables_and_refuses_a_context_that_does_not_fit(tiny_bundle):

@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from deepseek_export import api
+from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.cli.main import main
 from deepseek_export.errors import DsxError
@@ -92,14 +93,18 @@ def _compiled(folder: Path, with_drafts: bool = True) -> api.CompiledModel:
     config = parse_model_config(
         configs["V3"] | {"max_position_embeddings": LIMIT, "eos_token_id": None}, "V3"
     )
-    drafts = [folder / "mtp.onnx"] if with_drafts else []
     mtp = SimpleNamespace(enabled=with_drafts, num_draft_tokens=2, verify="greedy")
     weights = SimpleNamespace(mode="packed", recipes={})
-    manifest = SimpleNamespace(model=config, profile=SimpleNamespace(mtp=mtp), weights=weights)
-    bundle: Any = SimpleNamespace(
-        path=folder, model_path=folder / "model.onnx", draft_paths=drafts, manifest=manifest
+    manifest: Any = SimpleNamespace(
+        model=config,
+        profile=SimpleNamespace(mtp=mtp),
+        weights=weights,
+        dtype="float32",
+        target="portable",
+        main=SimpleNamespace(file="model.onnx"),
+        drafts=[SimpleNamespace(file="mtp.onnx")] if with_drafts else [],
     )
-    return api.CompiledModel(bundle)
+    return api.CompiledModel(Bundle(folder, manifest))
 
 
 def test_compiled_model_chooses(tmp_path: Path) -> None:
