@@ -357,6 +357,7 @@ def test_without_transformers_the_reference_is_named(v3_bundle: Bundle, monkeypa
     assert error.value.code == "DSX-E603"
 
 
+@pytest.mark.slow
 def test_the_acceptance_models_of_the_project(tmp_path: Path):
     """PARITY-7：hidden 256、4 层、8 头、16 专家 top-4 分 4 组的 V3 与它的 V2 孪生，-p mla 导出，64 步相同，误差 ≤ 1e-4。"""
     settings = {

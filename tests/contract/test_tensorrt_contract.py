@@ -397,6 +397,7 @@ def test_lowered_float16_bundle_passes_parity_on_onnxruntime(bundle, folder):
     assert_parity(deepseek_export.export(bundle.manifest.source.path, out, "mla+moe", **options))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(bundle, folder):
     """TRT-11：bfloat16 的图下沉、建成引擎，插件一个不少；ONNX Runtime 上按码拒绝。"""
     source, options = bundle.manifest.source.path, {"dtype": "bfloat16"}
