@@ -143,7 +143,7 @@ def verify_bundle(
                     "mtp.verify=rejection 的输出是随机的，不与 greedy 比；分布由 specs/mtp 的测试证明"
                 )
             if speculative is not None:
-                speculative.floor = None  # 校验要一直投机，不因接受率低而退回
+                speculative.floor = None  # 校验要一直投机，不因不划算而退回
             cases += token_cases(generator, speculative, oracle, rows, steps, manifest.dtype, advance)
     report = ParityReport(
         bundle=str(bundle.path),
