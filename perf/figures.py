@@ -174,9 +174,10 @@ def _mla_decode(figure: Figure, suite: SuiteResult) -> None:
 
 def _mtp(figure: Figure, suite: SuiteResult) -> None:
     left, right = figure.subplots(1, 2)
-    keys = {"普通": "plain.decode_s", "投机": "speculative.decode_s"}
-    _bars(left, [case.name for case in suite.cases], _series(suite, keys, 1), "秒")
-    left.set_title("解码的墙钟时间")
+    keys = {"普通": "plain.token_s", "投机": "speculative.token_s"}
+    _bars(left, [case.name for case in suite.cases], _series(suite, keys, 1e3), "ms（对数）")
+    left.set_yscale("log")
+    left.set_title("解码：每个 token 的时间")
     for index, case in enumerate(suite.cases):
         colour = PALETTE[1 + index % (len(PALETTE) - 1)]
         right.plot(case.facts["acceptances"], case.facts["curve"], label=case.name, color=colour)

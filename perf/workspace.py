@@ -117,7 +117,6 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "v3": _heads(_V3, heads=128, layers=2),
         "v2-lite-2": _heads(_V2, heads=16, layers=2),
         "wide-4": MappingProxyType({**_WIDE, "num_hidden_layers": 4}),
-        "wide-12": MappingProxyType({**_WIDE, "num_hidden_layers": 12}),
         # 导出开销：大约 0.1B、0.9B、4B 个参数（以文件头里数出来的为准）。
         "0.1B": MappingProxyType({**_scaled(4, 256, 8, 256), "intermediate_size": 704}),
         "0.9B": _scaled(12, 1024, 32, 512),
@@ -138,11 +137,11 @@ class Workspace:
         self.checkpoint = functools.cache(self._checkpoint)
         self.bundle = functools.cache(self._bundle)
 
-    def _checkpoint(self, shape: str, *, mtp: bool = False, sparse: bool = False) -> Path:
+    def _checkpoint(self, shape: str, *, sparse: bool = False) -> Path:
         """:data:`SHAPES` 里的形状；float32 的随机权重，``sparse`` 则是 bfloat16 的全零、不占磁盘。"""
-        path = self.folder / f"{shape}{'-mtp' if mtp else ''}{'-sparse' if sparse else ''}"
+        path = self.folder / f"{shape}{'-sparse' if sparse else ''}"
         dtype: Literal["bfloat16", "float32"] = "bfloat16" if sparse else "float32"
-        return write_checkpoint(path, SHAPES[shape], dtype=dtype, mtp=mtp, sparse=sparse)
+        return write_checkpoint(path, SHAPES[shape], dtype=dtype, sparse=sparse)
 
     def _bundle(
         self, checkpoint: Path, profile: str, dtype: ModelDtype = "float32", overrides: tuple[str, ...] = ()

@@ -7,9 +7,14 @@ import xml.etree.ElementTree as ET
 from importlib import import_module
 
 import pytest
+import torch
 
 from deepseek_export.bench.spread import Spread
+from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.reference import Forms, load_draft, load_reference
 from perf import figures, gates, isolate, report, results
+from perf.padded import write_padded
 from perf.results import Case, Run, SuiteResult
 from perf.suites import SUITES, mtp
 from perf.workspace import SHAPES, Workspace, parameter_count
@@ -67,7 +72,7 @@ def every_suite() -> list[SuiteResult]:
     ]
     speculation = Case(
         name="demo b8",
-        values={"plain.decode_s": one, "speculative.decode_s": one, "speculative.round_cost": spread(2.0)},
+        values={"plain.token_s": one, "speculative.token_s": one, "speculative.round_cost": spread(2.0)},
         ratios={"time": spread(1.9, 2.1)},
         facts={"acceptances": list(mtp.ACCEPTANCES), "curve": [2.0] * len(mtp.ACCEPTANCES)},
     )
@@ -257,6 +262,24 @@ def test_shapes_are_what_they_claim(tmp_path):
     assert counts["wide-4"] - counts["wide-4-dense"] == routers
     for name in ("0.1B", "0.9B", "4B"):
         assert counts[name] / 1e9 == pytest.approx(float(name[:-1]), rel=0.25)
+
+
+def test_padded_demo_computes_the_same_function(tmp_path):
+    """放大只补零、加的层什么也不改：主模型与草稿的 logits 不变。"""
+    shape = {"num_hidden_layers": 6, "intermediate_size": 448, "moe_intermediate_size": 160}
+    padded = write_padded(CHECKPOINT, tmp_path / "padded", shape)
+    ids = torch.tensor([[5, 80, 300, 7, 11, 42]])
+    every, past = torch.arange(6)[None], torch.zeros(1, dtype=torch.long)
+    main, draft = [], []
+    for checkpoint in (Checkpoint.open(CHECKPOINT), Checkpoint.open(padded)):
+        model = load_reference(checkpoint, Forms("naive", "sparse"))
+        module = load_draft(checkpoint, 0, model)
+        with torch.no_grad():
+            logits, hidden, _ = model(ids, past, every, model.empty_caches(1, 6))
+            main.append(logits)
+            draft.append(module(ids, hidden, past, every, model.empty_caches(1, 6)[0])[0])
+    torch.testing.assert_close(main[1], main[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(draft[1], draft[0], atol=1e-4, rtol=0)
 
 
 def test_isolated_call_reports_its_own_process():
