@@ -116,9 +116,10 @@ void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t 
     accumulate(a, lda, b, ldb, m, n, k, nullptr, c, ldc);
 }
 
-// M 行对 4 行（或 1 行）的点积。
+// M 行对 4 行（或 1 行）的点积。ahead 不空时每一步顺手从那里取一行 cache line 进 L2。
 template <int M, int N>
-inline void dot_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc) {
+inline void dot_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, const char* ahead, float* c,
+    int64_t ldc) {
     static_assert(N == 1 || N == 4);
     Vector acc[M][N];
     for (int i = 0; i < M; ++i) {
@@ -127,6 +128,9 @@ inline void dot_block(const float* a, int64_t lda, const float* b, int64_t ldb, 
         }
     }
     for (int64_t t = 0; t < k; t += Vector::kLanes) {
+        if (ahead != nullptr) {
+            __builtin_prefetch(ahead + t * 4, 0, 2);
+        }
         Vector rows[M];
         for (int i = 0; i < M; ++i) {
             rows[i] = load(a + i * lda + t);
@@ -149,15 +153,17 @@ inline void dot_block(const float* a, int64_t lda, const float* b, int64_t ldb, 
 
 constexpr int kDotRows = Vector::kLanes == 16 ? 4 : 2;
 
+// ahead、bytes：顺手取进 L2 的一段内存；一次 dot_block 取 4k 字节，取完为止。
 template <int N>
-inline void dot_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t k, float* c,
-    int64_t ldc) {
+inline void dot_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t k,
+    const char* ahead, int64_t bytes, float* c, int64_t ldc) {
     int64_t i = 0;
     for (; i + kDotRows <= m; i += kDotRows) {
-        dot_block<kDotRows, N>(a + i * lda, lda, b, ldb, k, c + i * ldc, ldc);
+        const char* next = 4 * i * k / kDotRows < bytes ? ahead + 4 * i * k / kDotRows : nullptr;
+        dot_block<kDotRows, N>(a + i * lda, lda, b, ldb, k, next, c + i * ldc, ldc);
     }
     for (; i < m; ++i) {
-        dot_block<1, N>(a + i * lda, lda, b, ldb, k, c + i * ldc, ldc);
+        dot_block<1, N>(a + i * lda, lda, b, ldb, k, nullptr, c + i * ldc, ldc);
     }
 }
 
@@ -165,10 +171,10 @@ void multiply_transposed(const float* a, int64_t lda, const float* b, int64_t ld
     float* c, int64_t ldc) {
     int64_t j = 0;
     for (; j + 4 <= n; j += 4) {
-        dot_columns<4>(a, lda, b + j * ldb, ldb, m, k, c + j, ldc);
+        dot_columns<4>(a, lda, b + j * ldb, ldb, m, k, nullptr, 0, c + j, ldc);
     }
     for (; j < n; ++j) {
-        dot_columns<1>(a, lda, b + j * ldb, ldb, m, k, c + j, ldc);
+        dot_columns<1>(a, lda, b + j * ldb, ldb, m, k, nullptr, 0, c + j, ldc);
     }
 }
 
@@ -213,32 +219,42 @@ void attend(const Block& block, float* scratch) {
     float* scores = value_tile + kTile * width;
     float* alpha = scores + kBlockRows * kTile;
     const bool latent = block.keys == block.values, direct = readable(block.dtype, block.width);
-    const int64_t bytes = dsx::bytes_of(block.dtype);
+    const int64_t bytes = dsx::bytes_of(block.dtype), key_bytes = block.key_stride * bytes;
     for (int64_t t = block.begin; t < block.end; t += kTile) {
         const int64_t count = block.end - t < kTile ? block.end - t : kTile;
-        const int64_t done = t - block.begin;
-        const void* source = static_cast<const char*>(block.keys) + done * block.key_stride * bytes;
-        const float* keys = static_cast<const float*>(source);
-        int64_t key_stride = block.key_stride;
-        if (!direct) {
-            widen(block.dtype, source, block.key_stride, count, block.width, key_tile, width, width);
-            keys = key_tile;
-            key_stride = width;
+        const int64_t done = t - block.begin, left = block.end - t - count;
+        const char* source = static_cast<const char*>(block.keys) + done * key_bytes;
+        const float* keys = direct ? reinterpret_cast<const float*>(source) : key_tile;
+        const int64_t key_stride = direct ? block.key_stride : width;
+        // 四行一组，展宽之后趁还在 L1 里就用掉；一边算一边取下一格的四行，读内存的时间因此藏在计算后面。
+        for (int64_t j = 0; j < count; j += 4) {
+            const int64_t n = count - j < 4 ? count - j : 4;
+            if (!direct) {
+                widen(block.dtype, source + j * key_bytes, block.key_stride, n, block.width, key_tile + j * width, width,
+                    width);
+            }
+            const int64_t ahead_bytes = (left - j < n ? left - j : n) * key_bytes;
+            const char* ahead = ahead_bytes > 0 ? source + (count + j) * key_bytes : nullptr;
+            const float* rows = keys + j * key_stride;
+            if (n == 4) {
+                dot_columns<4>(
+                    block.q, width, rows, key_stride, block.rows, width, ahead, ahead_bytes, scores + j, kTile);
+            } else {
+                multiply_transposed(block.q, width, rows, key_stride, block.rows, n, width, scores + j, kTile);
+            }
         }
         const float* values = keys;
         int64_t value_stride = key_stride;
         if (!latent) {
-            source = static_cast<const char*>(block.values) + done * block.value_stride * bytes;
-            values = static_cast<const float*>(source);
+            const char* rows = static_cast<const char*>(block.values) + done * block.value_stride * bytes;
+            values = reinterpret_cast<const float*>(rows);
             value_stride = block.value_stride;
             if (!readable(block.dtype, block.value_width)) {
-                widen(block.dtype, source, block.value_stride, count, block.value_width, value_tile, value_width,
-                    value_width);
+                widen(block.dtype, rows, block.value_stride, count, block.value_width, value_tile, value_width, value_width);
                 values = value_tile;
                 value_stride = value_width;
             }
         }
-        multiply_transposed(block.q, width, keys, key_stride, block.rows, count, width, scores, kTile);
         soften(block, t, count, scores, alpha);
         accumulate(scores, kTile, values, value_stride, block.rows, value_width, count, alpha, block.acc, value_width);
     }
