@@ -28,12 +28,19 @@ WIDE = {"dn": 32, "dr": 32, "dv": 32, "r": 64}
 
 
 def make_session(
-    library, dtype: str, cache_dtype: str, isa: str = "", form: str = "", threads: int = 1
+    library,
+    dtype: str,
+    cache_dtype: str,
+    isa: str = "",
+    form: str = "",
+    threads: int = 1,
+    weight_dtype: str | None = None,
 ) -> ort.InferenceSession:
-    """用 ``library`` 建会话，指令集与形式在建会话时定下。"""
+    """用 ``library`` 建会话，指令集与形式在建会话时定下；``weight_dtype`` 缺省同 ``dtype``。"""
 
     def info(port):
-        kind = {"T": ONNX[dtype], "C": ONNX[cache_dtype], "I64": TensorProto.INT64}[port.type]
+        kinds = {"T": dtype, "C": cache_dtype, "W": weight_dtype or dtype}
+        kind = TensorProto.INT64 if port.type == "I64" else ONNX[kinds[port.type]]
         return helper.make_tensor_value_info(
             port.name, kind, [f"{port.name}_{i}" for i in range(len(port.dims))]
         )
@@ -65,6 +72,7 @@ def make_inputs(
     dr: int,
     dv: int,
     r: int,
+    weight_dtype: str | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """随机输入；``w_kv_b`` 缩小到使输出的均方根约为 1。"""
@@ -79,8 +87,8 @@ def make_inputs(
     }
     made = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     made["w_kv_b"] *= r**-0.5
-    cast = {name: NUMPY[cache_dtype if name == "kv_cache" else dtype] for name in made}
-    return {name: array.astype(cast[name]) for name, array in made.items()} | {
+    own = {"kv_cache": cache_dtype, "w_kv_b": weight_dtype or dtype}
+    return {name: array.astype(NUMPY[own.get(name, dtype)]) for name, array in made.items()} | {
         "past_lens": np.array(past, np.int64)
     }
 

@@ -20,13 +20,15 @@ OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "dsx"
 PLUGIN_VERSION = "1"
 
-TypeVar = Literal["T", "C", "I64", "I32", "F32"]
+TypeVar = Literal["T", "C", "W", "I64", "I32", "F32"]
 
-#: 类型变量 → 允许的 ONNX 类型。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）。
+#: 类型变量 → 允许的 ONNX 类型。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``W`` 是权重
+#: 的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
         "T": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
         "C": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
+        "W": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
         "I64": ("tensor(int64)",),
         "I32": ("tensor(int32)",),
         "F32": ("tensor(float)",),
@@ -90,7 +92,7 @@ MLA_ATTENTION = OpSpec(
         Port("k_pe", "T", ("B", "S", "dr")),
         Port("kv_cache", "C", ("B", "1", "T", "r+dr")),
         Port("past_lens", "I64", ("B",)),
-        Port("w_kv_b", "T", ("H*(dn+dv)", "r")),
+        Port("w_kv_b", "W", ("H*(dn+dv)", "r")),
     ),
     outputs=(
         Port("o", "T", ("B", "S", "H", "dv")),

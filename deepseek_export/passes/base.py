@@ -173,6 +173,14 @@ def walk(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from walk(subgraph.node)
 
 
+def read_from(node: onnx.NodeProto, old: str, new: str) -> None:
+    """节点（及其子图）里读 ``old`` 的地方改读 ``new``。"""
+    node.input[:] = [new if name == old else name for name in node.input]
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            read_from(inner, old, new)
+
+
 class Refusal(BaseModel):
     """一处看着匹配却没有改写的地方。
 

@@ -9,7 +9,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from deepseek_export.ops.table import MLA_ATTENTION
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import GraphModule, Pass, PassResult, read_from
 
 _CACHE, _USED = "kv_cache_out", "bound/kv_cache"
 
@@ -45,8 +45,8 @@ class BoundMlaCachePass(Pass):
         written = next(i for i, node in enumerate(bounded.node) if _CACHE in node.output)
         head, tail = list(bounded.node[: written + 1]), list(bounded.node[written + 1 :])
         for node in tail:
-            _read_from(node, _CACHE, _USED)
-            _read_from(node, "kv_cache", _USED)  # auto 的代价比较也按实际长度
+            read_from(node, _CACHE, _USED)
+            read_from(node, "kv_cache", _USED)  # auto 的代价比较也按实际长度
         del bounded.node[:]
         bounded.node.extend([*head, *_bound_nodes(), *tail])
         module.functions[MLA_ATTENTION.name] = bounded
@@ -70,12 +70,3 @@ def _bound_nodes() -> list[onnx.NodeProto]:
             "Slice", [_CACHE, "bound/zero", "bound/length", "bound/axis"], [_USED], name="bound/Slice"
         ),
     ]
-
-
-def _read_from(node: onnx.NodeProto, old: str, new: str) -> None:
-    """节点（及其子图）里读 ``old`` 的地方改读 ``new``。"""
-    node.input[:] = [new if name == old else name for name in node.input]
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            for inner in attribute.g.node:
-                _read_from(inner, old, new)

@@ -37,6 +37,7 @@ from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
 from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
+from deepseek_export.passes.narrow_kv_b_weights import NarrowKvBWeightsPass
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
 from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from deepseek_export.passes.split_experts import SplitExpertsPass
@@ -95,6 +96,8 @@ QUANT_PIPELINES: Mapping[str, Sequence[Callable[[Quantization], Pass]]] = Mappin
             QuantizeMoeToQMoePass,
             # 其余线性层，包括 lm_head 与共享专家。
             QuantizeLinearsToMatMulNBitsPass,
+            # 吸收进注意力的 kv_b 不是线性层，每一步却也要整个读一遍。
+            NarrowKvBWeightsPass,
         ),
     }
 )

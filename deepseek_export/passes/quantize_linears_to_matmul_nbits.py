@@ -27,7 +27,7 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
     不改写：
 
     2. 权重或所在模块在 ``keep`` 里：用户要的，不算拒绝；
-    3. 不是这个样子的矩阵乘：router（``Gemm``，始终 float32）、``MlaAttention`` 的 w_kv_b（函数体要浮点）、MLA 关闭时的 QK/PV；
+    3. 不是这个样子的矩阵乘：router（``Gemm``，始终 float32）、``MlaAttention`` 的 w_kv_b（函数体要浮点，另有 pass 存成 bfloat16）、MLA 关闭时的 QK/PV；
     4. 安装的 onnxruntime 没有 ``MatMulNBits`` 的 float32 kernel：拒绝，逐处给出原因。
 
     名字：x、y 保留；新权重叫 ``{w}.{kind}`` 与 ``{w}.{kind}.scales``。

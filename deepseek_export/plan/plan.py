@@ -210,11 +210,13 @@ def _stored_parts(source: Checkpoint, used: list[str]) -> dict[Part, float]:
 
 
 def _parts(shape: ModelShape, kind: WeightKind) -> dict[Part, float]:
-    """各部分换成 ``kind`` 之后的字节数；量化时词嵌入、norm、router 与 absorb 用的 kv_b 仍是 float32，与词嵌入共享的 lm_head 另存一份。"""
+    """各部分换成 ``kind`` 之后的字节数；量化时词嵌入、norm、router 仍是 float32，absorb 用的 kv_b 是 bfloat16，与词嵌入共享的 lm_head 另存一份。"""
     parts = {part: count * _BYTES[kind] for part, count in shape.parameters.items()}
     if kind in _QUANTIZED:
-        kept: tuple[Part, ...] = ("embed", "small", "kv_b") if shape.latent else ("embed", "small")
+        kept: tuple[Part, ...] = ("embed", "small")
         parts |= {part: shape.parameters[part] * _BYTES["float32"] for part in kept}
+        if shape.latent:
+            parts["kv_b"] = shape.parameters["kv_b"] * _CACHE_BYTES["bfloat16"]
         if shape.config.tie_word_embeddings:
             parts["head"] = shape.parameters["embed"] * _BYTES[kind]
     return parts
@@ -254,7 +256,7 @@ def _exports(tensors: int, totals: dict[WeightKind, int]) -> list[ExportPlan]:
 
 _ASSUMPTIONS = [
     "导出的内存是上界：捕获的底数、每个张量 2 KiB 的记账，打包另加几个 64 MiB 的块；与模型大小几乎无关（40 亿参数实测 0.6 GB）",
-    "int8、int4 按块 32、float32 的 scale 计；词嵌入、norm、router 与 absorb 用的 kv_b 不量化，按 float32 计",
+    "int8、int4 按块 32、float32 的 scale 计；词嵌入、norm、router 不量化，按 float32 计，absorb 用的 kv_b 按 bfloat16 计",
     "TensorRT 引擎构建的内存与磁盘没有实测，不估",
 ]
 _GPU_ASSUMPTIONS = [

@@ -39,7 +39,7 @@ constexpr std::array<Type, 3> kTypes{{
 // 次序与名字同 deepseek_export/ops/table.py 的 MLA_ATTENTION（tests/unit/test_cpu_library.py 核对）。
 constexpr std::array<const char*, 7> kInputs{"q_nope", "q_pe", "c_kv", "k_pe", "kv_cache", "past_lens", "w_kv_b"};
 constexpr std::array<const char*, 2> kOutputs{"o", "kv_cache_out"};
-constexpr size_t kCacheInput = 4, kPastLens = 5, kCacheOutput = 1;
+constexpr size_t kCacheInput = 4, kPastLens = 5, kWeight = 6, kCacheOutput = 1;
 
 [[noreturn]] void refuse(const std::string& what) {
     throw Ort::Exception("dsx::MlaAttention：" + what, ORT_INVALID_ARGUMENT);
@@ -125,8 +125,8 @@ const Kernels& requested_kernels() {
 class Kernel {
 public:
     // 指令集与形式在会话建立时定下，之后的环境变量不影响它。
-    Kernel(Dtype dtype, Dtype cache_dtype, const OrtKernelInfo* info)
-        : dtype_(dtype), cache_dtype_(cache_dtype), kernels_(requested_kernels()), form_(requested_form()) {
+    Kernel(Dtype dtype, Dtype cache_dtype, Dtype weight_dtype, const OrtKernelInfo* info)
+        : dtype_(dtype), cache_dtype_(cache_dtype), weight_dtype_(weight_dtype), kernels_(requested_kernels()), form_(requested_form()) {
         scale_ = Ort::ConstKernelInfo(info).GetAttribute<float>("scale");
     }
 
@@ -143,10 +143,10 @@ private:
             shapes[i] = inputs[i].GetTensorTypeAndShapeInfo().GetShape();
         }
         MlaAttention op = sizes_of(shapes);
-        op.scale = scale_, op.dtype = dtype_, op.cache_dtype = cache_dtype_;
+        op.scale = scale_, op.dtype = dtype_, op.cache_dtype = cache_dtype_, op.weight_dtype = weight_dtype_;
         op.q_nope = inputs[0].GetTensorRawData(), op.q_pe = inputs[1].GetTensorRawData();
         op.c_kv = inputs[2].GetTensorRawData(), op.k_pe = inputs[3].GetTensorRawData();
-        op.kv_cache = inputs[kCacheInput].GetTensorRawData(), op.w_kv_b = inputs[6].GetTensorRawData();
+        op.kv_cache = inputs[kCacheInput].GetTensorRawData(), op.w_kv_b = inputs[kWeight].GetTensorRawData();
         op.past_lens = inputs[kPastLens].GetTensorData<int64_t>();
         for (int64_t b = 0; b < op.B; ++b) {
             if (op.past_lens[b] < 0 || op.past_lens[b] > op.T - op.S) {
@@ -172,15 +172,15 @@ private:
         });
     }
 
-    Dtype dtype_, cache_dtype_;
+    Dtype dtype_, cache_dtype_, weight_dtype_;
     const Kernels& kernels_;
     Form form_;
     float scale_;
 };
 
-// 一种 (计算 dtype, 缓存 dtype)；同名的几个由 ONNX Runtime 合成一个算子，类型不在其中的节点在建立会话时就被拒绝。
+// 一种 (计算 dtype, 缓存 dtype, 权重 dtype)；同名的几个由 ONNX Runtime 合成一个算子，类型不在其中的节点在建立会话时就被拒绝。
 struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
-    Operator(Type compute, Type cache) : compute_(compute), cache_(cache) {
+    Operator(Type compute, Type cache, Type weight) : compute_(compute), cache_(cache), weight_(weight) {
         version = kOrtApi;
         GetMayInplace = [](int** inputs, int** outputs) -> size_t {
             *inputs = static_cast<int*>(std::malloc(sizeof(int)));
@@ -196,18 +196,23 @@ struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
     }
 
     OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-        return guard([&] { *kernel = new Kernel(compute_.dtype, cache_.dtype, info); });
+        return guard([&] { *kernel = new Kernel(compute_.dtype, cache_.dtype, weight_.dtype, info); });
     }
     const char* GetName() const { return "MlaAttention"; }
     const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
     size_t GetInputTypeCount() const { return kInputs.size(); }
     ONNXTensorElementDataType GetInputType(size_t i) const {
-        return i == kPastLens ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : i == kCacheInput ? cache_.onnx : compute_.onnx;
+        switch (i) {
+        case kPastLens: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+        case kCacheInput: return cache_.onnx;
+        case kWeight: return weight_.onnx;
+        default: return compute_.onnx;
+        }
     }
     size_t GetOutputTypeCount() const { return kOutputs.size(); }
     ONNXTensorElementDataType GetOutputType(size_t i) const { return i == kCacheOutput ? cache_.onnx : compute_.onnx; }
 
-    Type compute_, cache_;
+    Type compute_, cache_, weight_;
 };
 
 // 登记的对象要活到进程结束：会话里只存它们的指针。
@@ -219,8 +224,10 @@ const OrtCustomOpDomain* domain() {
         made = Ort::CustomOpDomain("dsx");
         for (const Type& compute : kTypes) {
             for (const Type& cache : kTypes) {
-                operators.push_back(std::make_unique<Operator>(compute, cache));
-                made.Add(operators.back().get());
+                for (const Type& weight : kTypes) {
+                    operators.push_back(std::make_unique<Operator>(compute, cache, weight));
+                    made.Add(operators.back().get());
+                }
             }
         }
     });

@@ -101,11 +101,11 @@ struct Shape : MlaAttention {
     // 第 h 个头的 W_UK（dn 行）或紧随其后的 W_UV（dv 行），[rows, r_pad] 的 float32；能原样用就不复制。
     const float* weight(int64_t h, bool up_value, float* scratch) const {
         const int64_t rows = up_value ? dv : dn;
-        const void* source = at(w_kv_b, dtype, (h * (dn + dv) + (up_value ? dn : 0)) * r);
-        if (dtype == Dtype::kFloat32 && r == r_pad) {
+        const void* source = at(w_kv_b, weight_dtype, (h * (dn + dv) + (up_value ? dn : 0)) * r);
+        if (weight_dtype == Dtype::kFloat32 && r == r_pad) {
             return static_cast<const float*>(source);
         }
-        kernels.widen(dtype, source, r, rows, r, scratch, r_pad, r_pad);
+        kernels.widen(weight_dtype, source, r, rows, r, scratch, r_pad, r_pad);
         return scratch;
     }
 };

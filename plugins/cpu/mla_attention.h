@@ -11,7 +11,8 @@ namespace dsx {
 struct MlaAttention {
     int64_t B, S, H, dn, dr, dv, r, T;
     float scale;
-    Dtype dtype;        // q、c_kv、k_pe、w_kv_b、o
+    Dtype dtype;        // q、c_kv、k_pe、o
+    Dtype weight_dtype; // w_kv_b
     Dtype cache_dtype;  // 两个缓存
     const void* q_nope;         // [B, S, H, dn]
     const void* q_pe;           // [B, S, H, dr]

@@ -51,7 +51,7 @@ def reports(bundles, tmp_path_factory) -> dict[str, ParityReport]:
 
 @pytest.mark.parametrize(("kind", "ratio"), [("int8", 0.4), ("int4", 0.3)])
 def test_what_is_quantised(bundles, kind: str, ratio: float):
-    """EXPORT-32：线性层与专家都换掉，router、norm、词嵌入、w_kv_b 仍是 float32；误差进报告，最敏感的点名。"""
+    """EXPORT-32：线性层与专家都换掉，router、norm、词嵌入仍是 float32，w_kv_b 是 bfloat16；误差进报告，最敏感的点名。"""
     bundle = bundles[kind]
     counts, recipes = bundle.manifest.main.op_counts, bundle.manifest.weights.recipes
     config = bundle.manifest.model
@@ -73,6 +73,8 @@ def test_what_is_quantised(bundles, kind: str, ratio: float):
         "mlp.gate.weight",
         "mlp.gate.e_score_correction_bias",
     }
+    kv_b = {r.dtype for name, r in recipes.items() if name.endswith("kv_b_proj.weight")}
+    assert kv_b == {"bfloat16"}
     report = json.loads((bundle.path / "reports/export.json").read_text(encoding="utf-8"))
     errors = report["quantization"]["tensors"]
     assert errors.keys() == {name for name, recipe in recipes.items() if recipe.op == "codes"}

@@ -73,13 +73,22 @@ def reference(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return torch.from_numpy(array)
 
     made = {name: tensor(array) for name, array in inputs.items()}
+    made["w_kv_b"] = made["w_kv_b"].to(made["q_nope"].dtype)
     o, cache = mla_attention(**made, scale=SCALE, form="absorb")
     return o.float().numpy(), cache.float().numpy()
 
 
-def check(library: CpuLibrary, isa: str, form: str, dtype: str, cache_dtype: str, inputs) -> None:
+def check(
+    library: CpuLibrary,
+    isa: str,
+    form: str,
+    dtype: str,
+    cache_dtype: str,
+    inputs,
+    weight_dtype: str | None = None,
+) -> None:
     """结果在容差之内，缓存逐位相同；长度之外填 NaN、换成不原地，结果一位不变。"""
-    session = session_for(library, dtype, cache_dtype, isa, form)
+    session = session_for(library, dtype, cache_dtype, isa, form, 1, weight_dtype)
     o, cache = call(session, inputs)
     want, want_cache = reference(inputs)
     rounds = CpuLibrary(library.path, library.isas, isa).rounds_to_bfloat16(cache_dtype)
@@ -125,10 +134,12 @@ def cases(draw):
 @given(case=cases(), data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_shape(library, case, data):
-    """CPU-1、CPU-2：随机形状、长度、dtype、形式、指令集。"""
+    """CPU-1、CPU-2：随机形状、长度、dtype（w_kv_b 另可以是 bfloat16）、形式、指令集。"""
     dtype, cache_dtype, S, H, T, past, widths, form = case
     isa = data.draw(st.sampled_from(library.isas))
-    check(library, isa, form, dtype, cache_dtype, make_inputs(dtype, cache_dtype, S, H, T, past, **widths))
+    weight_dtype = data.draw(st.sampled_from([None, "bfloat16"])) if dtype == "float32" else None
+    inputs = make_inputs(dtype, cache_dtype, S, H, T, past, weight_dtype=weight_dtype, **widths)
+    check(library, isa, form, dtype, cache_dtype, inputs, weight_dtype)
 
 
 def test_empty_batch(library):

@@ -27,12 +27,15 @@ def module_for(profile: str, form: str = "auto") -> GraphModule:
     return GraphModule.from_captured(captured, config, "float32")
 
 
-def session_of(body: onnx.FunctionProto) -> ort.InferenceSession:
-    """只有一个 MlaAttention 节点的模型。"""
+def session_of(body: onnx.FunctionProto, w_kv_b: str = "float") -> ort.InferenceSession:
+    """只有一个 MlaAttention 节点的模型；``w_kv_b`` 是那个输入的类型。"""
     names = [port.name for port in MLA_ATTENTION.inputs]
     attributes = {"scale": 0.2, "plugin_namespace": "dsx", "plugin_version": "1"}
     node = onnx.helper.make_node("MlaAttention", names, ["o", "kv_cache_out"], domain=DOMAIN, **attributes)
-    kinds = {"past_lens": onnx.TensorProto.INT64}
+    kinds = {
+        "past_lens": onnx.TensorProto.INT64,
+        "w_kv_b": onnx.TensorProto.DataType.Value(w_kv_b.upper()),
+    }
     values = [
         onnx.helper.make_tensor_value_info(
             port.name, kinds.get(port.name, onnx.TensorProto.FLOAT), [None] * len(port.dims)
