@@ -26,31 +26,56 @@ inline float widen_one(Dtype dtype, const void* src, int64_t i) {
     return 0;
 }
 
-inline Vector load_as(Dtype dtype, const void* src, int64_t i) {
-    switch (dtype) {
-    case Dtype::kFloat32: return load(static_cast<const float*>(src) + i);
-    case Dtype::kFloat16: return load_f16(static_cast<const uint16_t*>(src) + i);
-    case Dtype::kBfloat16: return load_bf16(static_cast<const uint16_t*>(src) + i);
+template <Dtype D>
+inline Vector load_as(const void* src, int64_t i) {
+    if constexpr (D == Dtype::kFloat32) {
+        return load(static_cast<const float*>(src) + i);
+    } else if constexpr (D == Dtype::kFloat16) {
+        return load_f16(static_cast<const uint16_t*>(src) + i);
+    } else {
+        return load_bf16(static_cast<const uint16_t*>(src) + i);
     }
-    return splat(0);
 }
 
-void widen(Dtype dtype, const void* src, int64_t src_stride, int64_t rows, int64_t width, float* dst, int64_t dst_width,
+// 逐行展宽；来源多半在内存里，提前 kAhead 字节去取（硬件的预取不跨页）。
+template <Dtype D>
+void widen_rows(const void* src, int64_t src_stride, int64_t rows, int64_t width, float* dst, int64_t dst_width,
     int64_t dst_stride) {
     constexpr int L = Vector::kLanes;
+    constexpr int64_t kAhead = 2048;
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t from = row * src_stride;
         float* to = dst + row * dst_stride;
         int64_t i = 0;
+        for (; i + 2 * L <= width; i += 2 * L) {
+            __builtin_prefetch(static_cast<const char*>(src) + dsx::bytes_of(D) * (from + i) + kAhead);
+            store(to + i, load_as<D>(src, from + i));
+            store(to + i + L, load_as<D>(src, from + i + L));
+        }
         for (; i + L <= width; i += L) {
-            store(to + i, load_as(dtype, src, from + i));
+            store(to + i, load_as<D>(src, from + i));
         }
         for (; i < width; ++i) {
-            to[i] = widen_one(dtype, src, from + i);
+            to[i] = widen_one(D, src, from + i);
         }
         for (; i < dst_width; ++i) {
             to[i] = 0;
         }
+    }
+}
+
+void widen(Dtype dtype, const void* src, int64_t src_stride, int64_t rows, int64_t width, float* dst, int64_t dst_width,
+    int64_t dst_stride) {
+    switch (dtype) {
+    case Dtype::kFloat32:
+        widen_rows<Dtype::kFloat32>(src, src_stride, rows, width, dst, dst_width, dst_stride);
+        return;
+    case Dtype::kFloat16:
+        widen_rows<Dtype::kFloat16>(src, src_stride, rows, width, dst, dst_width, dst_stride);
+        return;
+    case Dtype::kBfloat16:
+        widen_rows<Dtype::kBfloat16>(src, src_stride, rows, width, dst, dst_width, dst_stride);
+        return;
     }
 }
 
