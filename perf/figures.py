@@ -229,7 +229,9 @@ def _compile(figure: Figure, suite: SuiteResult) -> None:
         (engines, "plan_bytes", 1 / _MIB, "MiB", "plan 的大小"),
     ]
     shown = panels if engines else panels[:2]
-    for axes, (cases, field, factor, label, title) in zip(figure.subplots(1, len(shown)), shown, strict=True):
+    figure.set_figheight(4 * len(shown) // 2)
+    grid = figure.subplots(len(shown) // 2, 2, squeeze=False).flat
+    for axes, (cases, field, factor, label, title) in zip(grid, shown, strict=True):
         for index, name in enumerate(("dsx", "transformers OnnxExporter")):
             with_it = [case for case in cases if f"{name}.{field}" in case.values]
             if with_it:

@@ -356,12 +356,16 @@ def test_lowered_float32_bundle_passes_parity_on_onnxruntime(exported):
 
 
 def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
-    """TRT-8：每个插件节点、它的 creator、登记得上没有；建好的引擎；没有 TensorRT 时给出安装命令。"""
+    """TRT-8：每个插件节点（portable 的是下沉之后的）、它的 creator、登记得上没有；建好的引擎；缺什么。"""
     found = diagnose_bundle(bundle.path)
     version = load(choose("rtx")).__version__
     assert found["engines"] == [{"directory": "rtx-sm89", "version": version, "plans": ["model.plan"]}]
     assert found["flavours"]["rtx"]["creators"] == ["LatentAttention", "MoeExperts"]
-    assert {node["creator"] for node in found["nodes"]} == {"dsx::MoeExperts/1"}
+    config = bundle.manifest.model
+    assert Counter(node["creator"] for node in found["nodes"]) == {
+        "dsx::LatentAttention/1": config.num_hidden_layers,
+        "dsx::MoeExperts/1": config.num_moe_layers,
+    }
     assert all(node["registered"]["rtx"] and node["function_body"] for node in found["nodes"])
     assert found["missing"] == []
     refused("DSX-E402", diagnose_bundle, folder / "none")
