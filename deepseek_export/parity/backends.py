@@ -67,9 +67,14 @@ def _onnxruntime(bundle: Bundle) -> Backend:
 def _tensorrt(bundle: Bundle) -> Backend:
     sm = require_gpu()
     check_buildable(bundle)
+    reason = None
     if not has_prefill(bundle.manifest.profile):
-        what = f"后端 trt：mla.form=absorb 的插件核一次至多 {MAX_DECODE_TOKENS} 个 token，逐块比较的 prefill 更长"
-        raise DsxError("DSX-E614", what, "去掉 trt；整个模型用 dsx verify --backend trt 比")
+        reason = f"mla.form=absorb 的插件核一次至多 {MAX_DECODE_TOKENS} 个 token，逐块比较的 prefill 更长"
+    elif bundle.manifest.cache.dtype == "bfloat16":
+        reason = "Polygraphy 的格式存不了 bfloat16，而 TensorRT 要缓存直接是图的输入，不能经过转换"
+    if reason is not None:
+        todo = "去掉 trt；整个模型用 dsx verify --backend trt 比"
+        raise DsxError("DSX-E614", f"后端 trt：{reason}", todo)
     flavour = FLAVOURS[find_engine(bundle, sm)[1].flavour]
 
     def lowered(entry: GraphEntry, capacity: int) -> ModelGraph:

@@ -462,15 +462,20 @@ def test_compare_bisects_the_lowered_graph(bundle, built, without_device, folder
 
 
 def test_compare_is_refused_where_tensorrt_cannot_run(bundle, built, exported, monkeypatch):
-    """TRT-12：float32 的、没有引擎的、只有插件核的，各有自己的码，都在干活之前。"""
+    """TRT-12：float32 的、没有引擎的、只有插件核的、bfloat16 缓存的，各有自己的码，都在干活之前。"""
     monkeypatch.setattr("deepseek_export.parity.backends.require_gpu", lambda: 86)
     compare = functools.partial(deepseek_export.compare, backends=["trt"])
     refused("DSX-E920", compare, bundle.path)
     refused("DSX-E913", compare, exported("v3-yarn", "mla+moe", "tensorrt-rtx").path)
-    absorb = bundle.manifest.profile.mla.model_copy(update={"form": "absorb"})
-    profile = bundle.manifest.profile.model_copy(update={"mla": absorb})
-    manifest = bundle.manifest.model_copy(update={"profile": profile})
-    refused("DSX-E614", open_backends, ["trt"], dataclasses.replace(bundle, manifest=manifest))
+    manifest = bundle.manifest
+    absorb = manifest.profile.mla.model_copy(update={"form": "absorb"})
+    changes = (
+        {"profile": manifest.profile.model_copy(update={"mla": absorb})},
+        {"cache": manifest.cache.model_copy(update={"dtype": "bfloat16"})},
+    )
+    for change in changes:
+        changed = dataclasses.replace(bundle, manifest=manifest.model_copy(update=change))
+        refused("DSX-E614", open_backends, ["trt"], changed)
 
 
 def test_build_command(bundle):
