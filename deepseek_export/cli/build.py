@@ -124,7 +124,7 @@ def _fused(entry: PlanEntry) -> str:
     unfused = entry.unfused_attention
     total = entry.fused_attention + len(unfused)
     if not total:
-        return "没有 prefill 路径"
+        return "没有：prefill 路径上没有 Attention 节点"
     missed = f"，没有融合的：{'、'.join(unfused[:_SHOWN])}" if unfused else ""
     return f"{entry.fused_attention} / {total} 层{missed}"
 
