@@ -221,23 +221,31 @@ def _moe_quality(figure: Figure, suite: SuiteResult) -> None:
 
 
 def _compile(figure: Figure, suite: SuiteResult) -> None:
-    left, right = figure.subplots(1, 2)
     sizes = [case for case in suite.cases if "parameters" in case.facts]
-    panels = ((left, "seconds", 1.0, "秒"), (right, "peak", 1 / _MIB, "MiB"))
-    for axes, field, factor, label in panels:
+    engines = [case for case in suite.cases if "layers" in case.facts]
+    panels = [
+        (sizes, "seconds", 1.0, "秒", "导出的时间"),
+        (sizes, "peak", 1 / _MIB, "MiB", "导出的内存峰值"),
+        (engines, "seconds", 1.0, "秒", "建引擎的时间"),
+        (engines, "plan_bytes", 1 / _MIB, "MiB", "plan 的大小"),
+    ]
+    shown = panels if engines else panels[:2]
+    figure.set_figheight(4 * len(shown) // 2)
+    grid = figure.subplots(len(shown) // 2, 2, squeeze=False).flat
+    for axes, (cases, field, factor, label, title) in zip(grid, shown, strict=True):
         for index, name in enumerate(("dsx", "transformers OnnxExporter")):
-            cases = [case for case in sizes if f"{name}.{field}" in case.values]
-            if cases:
-                at = [case.facts["parameters"] / 1e9 for case in cases]
-                medians = [case.values[f"{name}.{field}"].median * factor for case in cases]
+            with_it = [case for case in cases if f"{name}.{field}" in case.values]
+            if with_it:
+                at = [case.facts.get("layers") or case.facts["parameters"] / 1e9 for case in with_it]
+                medians = [case.values[f"{name}.{field}"].median * factor for case in with_it]
                 axes.plot(at, medians, marker="o", label=name, color=PALETTE[1 + index])
-        axes.set_xscale("log")
-        axes.set_xlabel("参数量（十亿，对数）")
+        if cases is sizes:
+            axes.set_xscale("log")
+        axes.set_xlabel("参数量（十亿，对数）" if cases is sizes else "层数")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
+        axes.set_title(title)
         axes.legend()
-    left.set_title("导出的时间")
-    right.set_title("导出的内存峰值")
 
 
 _FIGURES: Mapping[str, Callable[[Figure, Any], None]] = MappingProxyType(

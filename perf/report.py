@@ -13,7 +13,7 @@ from perf.gates import Verdict
 from perf.results import Run, SuiteResult
 
 _STATUS = {"pass": "达到", "within-spread": "在散布之内", "fail": "不过", "open": "未达到（已知）"}
-_BYTES = ("cache_computed", "cache_resident", "loaded", "resident", "peak")
+_BYTES = ("cache_computed", "cache_resident", "loaded", "resident", "peak", "plan_bytes")
 
 
 def write(run: Run, verdicts: list[Verdict], out: Path) -> list[Path]:

@@ -1,42 +1,33 @@
-"""61 层的引擎建多久、占多少内存（TRT-10）；用 TensorRT-RTX，不需要 GPU。
+"""引擎建多久、占多少内存、plan 多大，对层数（TRT-10）；用 TensorRT-RTX，不需要 GPU。
 
-    python perf/tensorrt_build.py [--runs 3] [--arch sm89] [--out perf/results/tensorrt_build.json]
+    python -m perf.tensorrt_build [--layers 8 --layers 27 --layers 61] [--runs 3] [--arch sm89]
 
-模型是 DeepSeek-V3 的层数、头数与 MLA 维度（16 头，512/64/128/128），隐藏宽度与专家缩小：层数与图的形状决定建引擎的时间，权重的大小只
-决定拷贝。4 层与 61 层交替跑，每次都是新进程；时间是解析加构建，不含导出与编译 kernel（先编译一遍，留在磁盘缓存里）。
+模型是 DeepSeek-V3 的头数与 MLA 维度（16 头，512/64/128/128），隐藏宽度与专家缩小：层数与图的形状决定建引擎的时间，权重的大小只
+决定拷贝。各种层数交替建，每次都是新进程；时间是解析加构建，不含导出与编译 kernel（先编译一遍，留在这次测量自己的磁盘缓存里）。
+``python -m perf run compile`` 量的也是它，写进报告。
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import subprocess
-import sys
+import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-import deepseek_export
+from deepseek_export import api
+from deepseek_export.bench.spread import Spread, interleaved
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint
-from deepseek_export.engine.flavour import choose
+from deepseek_export.engine.flavour import FLAVOURS, parse_arch
+from perf import isolate
+from perf.results import Case
 
-_SCRIPT = """
-import json, sys
-from deepseek_export.bundle import Bundle
-from deepseek_export.engine.build import build_engine
-from deepseek_export.engine.flavour import choose, parse_arch
-from deepseek_export.engine.shapes import ProfileShapes
-bundle = Bundle.open(sys.argv[1])
-shapes = ProfileShapes.parse("", bundle.manifest.model.max_position_embeddings)
-record = build_engine(bundle, parse_arch(sys.argv[2]), choose("rtx"), shapes).record
-plan = record.plans["model.plan"]
-print(json.dumps({"seconds": plan.seconds, "peak_rss": record.peak_rss_bytes, "plan_bytes": plan.bytes,
-                  "layers": plan.layers}))
-"""
-
+#: 报告里那几格的名字以它开头。
+CASE = "引擎"
+ARCH = "sm89"
+_FLAVOUR = FLAVOURS["rtx"]
 _SHAPE: dict[str, Any] = {
     **DEMO_CONFIG,
     "num_attention_heads": 16,
@@ -49,42 +40,85 @@ _SHAPE: dict[str, Any] = {
 }
 
 
-def make_bundle(layers: int, directory: Path) -> Path:
+def cases(folder: Path, depths: Sequence[int], runs: int, arch: str = ARCH) -> list[Case]:
+    """每种层数一格；没有装 TensorRT-RTX 时只有一格，写明没有测。
+
+    Args:
+        folder: 检查点、bundle 与 kernel 的缓存放在这里。
+        depths: 层数。
+        runs: 每种建几遍。
+        arch: 为哪种 SM 建。
+    """
+    version = _FLAVOUR.version()
+    if version is None:
+        return [Case(name=f"{CASE}：没有装 {_FLAVOUR.module}，没有测", values={})]
+    bundles = {str(layers): _make_bundle(layers, folder) for layers in depths}
+    cache = str(folder / "cache")
+
+    def sampler(bundle: Path) -> Callable[[], dict[str, Any]]:
+        return lambda: isolate.call("perf.tensorrt_build:build", bundle=str(bundle), arch=arch, cache=cache)
+
+    samplers = {name: sampler(bundle) for name, bundle in bundles.items()}
+    next(iter(samplers.values()))()  # 只为编译 kernel，几种层数用的是同样几个
+    return [
+        Case(
+            name=f"{CASE} {layers} 层",
+            values={
+                f"dsx.{key}": Spread.of([sample[key] for sample in samples])
+                for key in ("seconds", "peak", "plan_bytes")
+            },
+            facts={
+                "layers": int(layers),
+                "arch": arch,
+                "tensorrt_rtx": version,
+                "engine_layers": samples[0]["engine_layers"],
+            },
+        )
+        for layers, samples in interleaved(samplers, runs, warmup=0).items()
+    ]
+
+
+def _make_bundle(layers: int, folder: Path) -> Path:
     """``layers`` 层的 tensorrt-rtx bundle，float16。"""
-    checkpoint, out = directory / f"checkpoint-{layers}", directory / f"out-{layers}"
+    checkpoint, out = folder / f"checkpoint-{layers}", folder / f"out-{layers}"
     write_checkpoint(checkpoint, {**_SHAPE, "num_hidden_layers": layers})
-    deepseek_export.export(checkpoint, out, "mla+moe", target="tensorrt-rtx", dtype="float16")
+    api.export(checkpoint, out, "mla+moe", target=_FLAVOUR.target, dtype="float16")
     return out
 
 
-@click.command()
-@click.option("--runs", default=3, show_default=True, help="每种层数跑几遍。")
-@click.option("--arch", default="sm89", show_default=True, help="为哪种 SM 建。")
-@click.option("--out", type=click.Path(path_type=Path), help="结果追加到这个 JSON 文件。")
-def main(runs: int, arch: str, out: Path | None) -> None:
-    """比较 4 层与 61 层的引擎。"""
-    samples: dict[int, list[dict]] = {4: [], 61: []}
+def build(bundle: str, arch: str, cache: str) -> Callable[[], dict[str, Any]]:
+    """子进程里：``dsx build``；kernel 的缓存用 ``cache``。"""
+    from deepseek_export.bundle import Bundle
+    from deepseek_export.engine.build import build_engine
+    from deepseek_export.engine.shapes import ProfileShapes
+
+    os.environ |= {"DSX_NO_CACHE": "0", "XDG_CACHE_HOME": cache}
+    opened = Bundle.open(bundle)
+    shapes = ProfileShapes.parse("", opened.manifest.model.max_position_embeddings)
+
+    def work() -> dict[str, Any]:
+        plan = build_engine(opened, parse_arch(arch), _FLAVOUR, shapes).record.plans["model.plan"]
+        layers = {profile: sum(counts.values()) for profile, counts in plan.layers.items()}
+        return {"seconds": plan.seconds, "plan_bytes": plan.bytes, "engine_layers": layers}
+
+    return work
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--layers", "depths", multiple=True, default=(8, 27, 61), show_default=True, help="层数，可重复。"
+)
+@click.option("--runs", default=3, show_default=True, help="每种层数建几遍。")
+@click.option("--arch", default=ARCH, show_default=True, help="为哪种 SM 建。")
+def main(depths: tuple[int, ...], runs: int, arch: str) -> None:
+    """比较几种层数的引擎，只打印。"""
     with tempfile.TemporaryDirectory() as folder:
-        bundles = {layers: make_bundle(layers, Path(folder)) for layers in samples}
-        for attempt in range(runs + 1):
-            for layers, results in samples.items():  # 交替：机器变慢时两边一起慢
-                command = [sys.executable, "-c", _SCRIPT, str(bundles[layers]), arch]
-                done = subprocess.run(command, capture_output=True, check=True)
-                if attempt:  # 第一遍只为编译 kernel
-                    results.append(json.loads(done.stdout.splitlines()[-1]))
-    for layers, results in samples.items():
-        seconds = [result["seconds"] for result in results]
-        peak = max(result["peak_rss"] for result in results)
-        click.echo(
-            f"{layers:3d} 层：{statistics.median(seconds):.1f} s（{min(seconds):.1f}–{max(seconds):.1f}），"
-            f"峰值常驻内存 {peak / 1e9:.2f} GB，plan {results[0]['plan_bytes'] / 1e6:.0f} MB，"
-            f"解码 {sum(results[0]['layers']['decode'].values())} 层"
-        )
-    if out is not None:
-        history = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
-        environment = {"python": platform.python_version(), "tensorrt_rtx": choose("rtx").version()}
-        history.append({"environment": environment, "arch": arch, "samples": samples})
-        out.write_text(json.dumps(history, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        for case in cases(Path(folder), depths, runs, arch):
+            click.echo(case.name)
+            for key, unit, factor in (("seconds", "s", 1), ("peak", "GB", 1e9), ("plan_bytes", "MB", 1e6)):
+                if spread := case.values.get(f"dsx.{key}"):
+                    low, high = spread.low / factor, spread.high / factor
+                    click.echo(f"  {key:10} {spread.median / factor:8.2f} {unit}（{low:.2f}–{high:.2f}）")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Bundle:
         return [self.path / graph.file for graph in self.manifest.drafts]
 
     def check_runs_on_onnxruntime(self) -> None:
-        """能在 ONNX Runtime 的 CPU 上运行吗。
+        """能在 ONNX Runtime 的 CPU 上运行、与 PyTorch 比吗。
 
         Raises:
             DsxError: ``DSX-E321``，bfloat16 的只能建引擎。

@@ -16,6 +16,7 @@ from deepseek_export.engine.flavour import FLAVOURS, choose, parse_arch
 if TYPE_CHECKING:
     from deepseek_export.engine.build import BuiltEngine
     from deepseek_export.engine.layers import EngineLayer
+    from deepseek_export.engine.record import PlanEntry
 
 _SHOWN = 8
 
@@ -103,6 +104,7 @@ def _print(engine: BuiltEngine) -> None:
         ),
         ("大小", "，".join(f"{plan} {size(entry.bytes)}" for plan, entry in record.plans.items())),
         *((f"{plan} 解码的插件层", _names(found["decode"])) for plan, found in engine.layers.items()),
+        *((f"{plan} prefill 的融合注意力", _fused(entry)) for plan, entry in record.plans.items()),
         (
             "用时",
             f"{sum(entry.seconds for entry in record.plans.values()):.1f} s，"
@@ -116,6 +118,15 @@ def _names(layers: list[EngineLayer]) -> str:
     names = [layer.onnx[0] for layer in layers if layer.op]
     more = f" 等 {len(names)} 个" if len(names) > _SHOWN else ""
     return "、".join(names[:_SHOWN]) + more or "没有"
+
+
+def _fused(entry: PlanEntry) -> str:
+    unfused = entry.unfused_attention
+    total = entry.fused_attention + len(unfused)
+    if not total:
+        return "没有：prefill 路径上没有 Attention 节点"
+    missed = f"，没有融合的：{'、'.join(unfused[:_SHOWN])}" if unfused else ""
+    return f"{entry.fused_attention} / {total} 层{missed}"
 
 
 def _counts(counts: dict[str, int]) -> str:

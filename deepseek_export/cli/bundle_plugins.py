@@ -9,11 +9,17 @@ from typing import Any
 from deepseek_export.cli.console import console, facts, table
 from deepseek_export.engine.flavour import FLAVOURS, library_folder, library_link_missing, load
 from deepseek_export.errors import DsxError
-from deepseek_export.ops.table import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from deepseek_export.ops.table import (
+    DOMAIN,
+    LATENT_ATTENTION,
+    MLA_ATTENTION,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+)
 
 
 def diagnose_bundle(path: Path) -> dict[str, Any]:
-    """读 manifest 与图；不加载权重，不导入 torch。portable 的 bundle 还没有下沉，只列出已是插件核的节点。
+    """读 manifest 与图；不加载权重，不导入 torch。portable 的 bundle 还没有下沉，列的是下沉之后的插件核。
 
     Raises:
         DsxError: ``DSX-E402``，不是 bundle 或缺图文件。
@@ -26,7 +32,9 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     if not manifest.is_file():
         raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
     described = json.loads(manifest.read_text(encoding="utf-8"))
-    plugin_ops = {spec.name for spec in PLUGIN_OPS}
+    plugins = {spec.name: spec.name for spec in PLUGIN_OPS}
+    if described["target"] == "portable" and described["profile"]["mla"]["form"] != "naive":
+        plugins[MLA_ATTENTION.name] = LATENT_ATTENTION.name  # 下沉之后每个 MlaAttention 里有一个
     nodes = []
     for graph in described["graphs"]:
         file = path / graph["file"]
@@ -35,14 +43,15 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
         model = onnx.load(file, load_external_data=False)
         bodies = {function.name for function in model.functions}
         for node in model.graph.node:
-            if node.domain == DOMAIN and node.op_type in plugin_ops:
+            plugin = plugins.get(node.op_type) if node.domain == DOMAIN else None
+            if plugin is not None:
                 nodes.append(
                     {
                         "graph": graph["file"],
                         "node": node.name,
-                        "creator": f"{PLUGIN_NAMESPACE}::{node.op_type}/{PLUGIN_VERSION}",
+                        "creator": f"{PLUGIN_NAMESPACE}::{plugin}/{PLUGIN_VERSION}",
                         "function_body": node.op_type in bodies,
-                        "op": node.op_type,
+                        "op": plugin,
                     }
                 )
     flavours = {name: _flavour(name) for name in FLAVOURS}

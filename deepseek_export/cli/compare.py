@@ -29,7 +29,7 @@ _LISTED = 6
     metavar="NAMES",
     default="ort",
     show_default=True,
-    help="与 PyTorch 比的后端，逗号分隔；ort 是 ONNX Runtime CPU。",
+    help="与 PyTorch 比的后端，逗号分隔；ort 是 ONNX Runtime CPU，trt 是 TensorRT（要有 GPU 与 dsx build 的引擎）。",
 )
 @click.option(
     "--block",
@@ -63,7 +63,7 @@ def command(
     """逐块比较 bundle OUT 与 PyTorch，把输入与 PyTorch 的输出存成 Polygraphy 的格式。
 
     每个块的输入都由 PyTorch 喂，上游的错误传不到下游：第一个不对的块就是出错的那一块。末尾打印的 polygraphy run 命令离开 dsx 也能
-    重复同一次比较。不一致时退出码是 1；--bisect 接着找出第一个不对的节点，并核对它的权重、属性、常量与接线。
+    重复同一次比较。trt 为断开的图就地建一个引擎，与 dsx build 同一份下沉、同一种 TensorRT。不一致时退出码是 1；--bisect 接着找出第一个不对的节点，并核对它的权重、属性、常量与接线。
     """
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")

@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,12 +27,18 @@ from deepseek_export.bundle.disk import (
 )
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.engine.flavour import Flavour, layer_information, load, network_flags, select_arch
-from deepseek_export.engine.layers import EngineLayer, layer_counts, missing_plugins, parse_layers
+from deepseek_export.engine.layers import (
+    EngineLayer,
+    layer_counts,
+    missing_plugins,
+    parse_layers,
+    unfused_attention,
+)
 from deepseek_export.engine.logger import logger_for
-from deepseek_export.engine.lowered import check_buildable, lowered_graph
+from deepseek_export.engine.lowered import check_buildable, has_prefill, lowered_graph
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
 from deepseek_export.engine.record import LAYERS_FILE, RECORD_FILE, EngineRecord, PlanEntry
-from deepseek_export.engine.shapes import ProfileName, ProfileShapes, Range
+from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 
@@ -91,14 +97,19 @@ def build_engine(
             graph = lowered_graph(bundle, entry, flavour.target, shapes.capacity)
             with disk_errors(directory):
                 onnx.save(graph.model, directory / entry.file)
-            profiles = shapes.profiles(prefill=_has_prefill(bundle))
+            profiles = shapes.profiles(prefill=has_prefill(bundle.manifest.profile))
             began = time.perf_counter()
             made = weights.arrays(graph.model)
             plan, text = build_plan(trt, flavour, directory / entry.file, sm, profiles, progress, made)
             seconds = round(time.perf_counter() - began, 3)
             name = f"{entry.file.removesuffix('.onnx')}.plan"
             layers[name] = parse_layers(text, list(profiles), graph.plugins)
-            check_plugins(name, layers[name], graph.plugins)
+            check_plugins(name, layers[name]["decode"], graph.plugins)
+            unfused = unfused_attention(layers[name].get("prefill", ()), graph.attentions)
+            if unfused:
+                progress.note(
+                    f"{name}：prefill 有 {len(unfused)} / {len(graph.attentions)} 层注意力没有融成一个原生核"
+                )
             with disk_errors(directory):
                 check_free_space(directory, len(plan))
                 (directory / name).write_bytes(plan)
@@ -109,6 +120,8 @@ def build_engine(
                 sha256=hashlib.sha256(plan).hexdigest(),
                 profiles={profile: dict(ranges) for profile, ranges in profiles.items()},
                 layers={profile: layer_counts(found) for profile, found in layers[name].items()},
+                fused_attention=len(graph.attentions) - len(unfused),
+                unfused_attention=unfused,
                 seconds=seconds,
             )
         record = EngineRecord(
@@ -137,7 +150,7 @@ def build_plan(
     flavour: Flavour,
     model: Path,
     sm: int,
-    profiles: Mapping[ProfileName, Mapping[str, Range]],
+    profiles: Mapping[str, Mapping[str, Range]],
     progress: Progress,
     initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
 ) -> tuple[bytes, str]:
@@ -193,23 +206,18 @@ def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> 
     )
 
 
-def check_plugins(name: str, layers: Mapping[str, Sequence[EngineLayer]], plugins: Mapping[str, str]) -> None:
-    """解码配置里每个插件节点都是一个插件层。
+def check_plugins(name: str, layers: Iterable[EngineLayer], plugins: Mapping[str, str]) -> None:
+    """每个插件节点都是一个插件层；走不到的路径可以整条删掉，所以看解码配置的层。
 
     Raises:
         DsxError: ``DSX-E915``。
     """
-    missing = missing_plugins(layers["decode"], plugins)
+    missing = missing_plugins(layers, plugins)
     if missing:
         shown = "、".join(missing[:5]) + (f" 等 {len(missing)} 个" if len(missing) > 5 else "")
         raise DsxError(
             "DSX-E915", f"{name} 里没有插件层 {shown}", "这是 dsx 的缺陷：请附上 dsx doctor 的输出报告"
         )
-
-
-def _has_prefill(bundle: Bundle) -> bool:
-    mla = bundle.manifest.profile.mla
-    return not (mla.enabled and mla.form == "absorb")
 
 
 def _optimization_profile(builder: Any, network: Any, ranges: Mapping[str, Range]) -> Any:

@@ -16,6 +16,8 @@ _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _DECORATION = re.compile(r" \[profile \d+\]|(_U\d+)?_myl\d+_\d+$")
 
 _PLUGIN_KIND = "custom_layer"
+#: 原生融合注意力的层名里都有它，例如 ``_gemm_mha_v2``。
+_FUSED_ATTENTION = "mha"
 #: 编译器的调度与形状计算，不是算子。
 _BOOKKEEPING = {"signal", "wait", "shape_call", "memset", "copy", "ShapeHostToDevice"}
 
@@ -79,6 +81,12 @@ def missing_plugins(layers: Iterable[EngineLayer], plugins: Mapping[str, str]) -
     """没有成为插件层的插件节点。"""
     survived = {name for layer in layers if layer.op for name in layer.onnx}
     return sorted(plugins.keys() - survived)
+
+
+def unfused_attention(layers: Iterable[EngineLayer], nodes: Iterable[str]) -> list[str]:
+    """没有融成一个原生核的 ``Attention`` 节点：编译器把它拆成了矩阵乘、softmax，或与别的节点混在一起。"""
+    fused = {layer.onnx[0] for layer in layers if _FUSED_ATTENTION in layer.name and len(layer.onnx) == 1}
+    return sorted(set(nodes) - fused)
 
 
 def layer_counts(layers: Iterable[EngineLayer]) -> dict[str, int]:

@@ -15,8 +15,10 @@ from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import DOMAIN
 from deepseek_export.passes import lower
+from deepseek_export.passes.lower_mla_to_tensorrt import NATIVE_ATTENTION
 from deepseek_export.passes.pipelines import TENSORRT_TARGETS
 from deepseek_export.passes.split_experts import SplitExpertsPass
+from deepseek_export.profile import OptimizationProfile
 
 _BUILDABLE = ("portable", *TENSORRT_TARGETS)
 
@@ -29,11 +31,13 @@ class LoweredGraph:
         entry: manifest 里的说明。
         model: 权重是外部数据，位置相对 ONNX 文件；缓存容量 T 已是常数。
         plugins: 插件节点名 → 算子名。
+        attentions: prefill 路径上原生注意力的节点名，每层 MLA 一个；没有 prefill 路径时为空。
     """
 
     entry: GraphEntry
     model: onnx.ModelProto
     plugins: dict[str, str]
+    attentions: list[str]
 
 
 def check_buildable(bundle: Bundle) -> None:
@@ -56,6 +60,11 @@ def check_buildable(bundle: Bundle) -> None:
         raise DsxError("DSX-E913", what, "用 --dtype float16 重新导出")
 
 
+def has_prefill(profile: OptimizationProfile) -> bool:
+    """有没有 prefill 路径；``mla.form=absorb`` 只有插件核，一次至多 8 个 token。"""
+    return not (profile.mla.enabled and profile.mla.form == "absorb")
+
+
 def lowered_graph(bundle: Bundle, entry: GraphEntry, target: str, capacity: int) -> LoweredGraph:
     """取出 bundle 的一张图，需要时下沉。
 
@@ -76,8 +85,11 @@ def lowered_graph(bundle: Bundle, entry: GraphEntry, target: str, capacity: int)
         lowered = lower(captured, manifest.model, manifest.profile, manifest.dtype, target)
         model = bind_external(lowered.proto, slots)
     _fix_capacity(model, capacity)
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
-    return LoweredGraph(entry, model, {node.name: node.op_type for node in nodes})
+    nodes = model.graph.node
+    plugins = {node.name: node.op_type for node in nodes if node.domain == DOMAIN}
+    return LoweredGraph(
+        entry, model, plugins, [node.name for node in nodes if node.op_type == NATIVE_ATTENTION]
+    )
 
 
 def _slots(model: onnx.ModelProto) -> dict[str, Slot]:

@@ -24,6 +24,8 @@ class PlanEntry(BaseModel):
         bytes, sha256: plan 的大小与哈希。
         profiles: 优化配置名 → 动态维 → 最小、最优、最大值；次序即编号。
         layers: 优化配置名 → 层的种类 → 个数。
+        fused_attention: prefill 配置里融成一个原生核的注意力有几层。
+        unfused_attention: 没有融合的，ONNX 节点名；结果一样对，但慢，缓存展开后的中间值也大。
         seconds: 解析与构建的用时。
     """
 
@@ -35,6 +37,8 @@ class PlanEntry(BaseModel):
     sha256: str
     profiles: dict[str, dict[str, Range]]
     layers: dict[str, dict[str, int]]
+    fused_attention: int
+    unfused_attention: list[str]
     seconds: float
 
 

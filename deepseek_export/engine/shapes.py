@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.errors import DsxError
 from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS
 
-ProfileName = Literal["decode", "prefill"]
 Range = tuple[int, int, int]
 
 _TODO = "写成 B=最小:最优:最大,S=最优:最大,T=容量，例如 B=1:1:8,S=128:512,T=4096；没写的用缺省值"
@@ -68,7 +66,7 @@ class ProfileShapes(BaseModel):
             raise DsxError("DSX-E919", f"S = {best}:{largest}，应满足 {allowed}", _TODO)
         return cls(batch=(low, middle, high), prefill=(best, largest), capacity=capacity)
 
-    def profiles(self, prefill: bool) -> Mapping[ProfileName, Mapping[str, Range]]:
+    def profiles(self, prefill: bool) -> Mapping[str, Mapping[str, Range]]:
         """配置名 → 动态维 → 最小、最优、最大值，次序就是引擎里的编号。
 
         Args:
@@ -76,7 +74,7 @@ class ProfileShapes(BaseModel):
         """
         best, largest = self.prefill
         top = MAX_DECODE_TOKENS
-        made: dict[ProfileName, Mapping[str, Range]] = {
+        made: dict[str, Mapping[str, Range]] = {
             "decode": {"B": self.batch, "S": (1, 1, top), "L": (1, 1, top), "K": (0, 0, top - 1)}
         }
         if prefill:

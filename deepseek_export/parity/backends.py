@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,10 +12,19 @@ import onnxruntime as ort
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
 
+from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.manifest import GraphEntry
+from deepseek_export.engine.flavour import FLAVOURS
+from deepseek_export.engine.lowered import check_buildable, has_prefill, lowered_graph
 from deepseek_export.errors import DsxError
+from deepseek_export.parity.subgraph import ModelGraph
+from deepseek_export.parity.tensorrt import TensorRTRunner
+from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS
+from deepseek_export.runtime.cuda import require_gpu
+from deepseek_export.runtime.plan import find_engine
 
 #: ONNX 文件、每次的输入 → 每次的输出。
-Backend = Callable[[Path, Sequence[Mapping[str, np.ndarray]]], list[dict[str, np.ndarray]]]
+Run = Callable[[Path, Sequence[Mapping[str, np.ndarray]]], list[dict[str, np.ndarray]]]
 
 
 def run_onnxruntime(model: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
@@ -35,30 +45,62 @@ def run_onnxruntime(model: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> l
         ) from error
 
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType({"ort": run_onnxruntime})
+@dataclass(frozen=True)
+class Backend:
+    """一个后端。
 
-#: 说得出名字、这里跑不了的后端：原因，与改用什么。
-_UNAVAILABLE = MappingProxyType(
-    {
-        "trt": (
-            "引擎里没有块的边界，这一版不为断开的图另建引擎",
-            "去掉 trt；整个模型用 dsx verify --backend trt 比",
-        )
-    }
+    Attributes:
+        run: 怎么跑一张断开的图。
+        graph: 从 bundle 的哪张图断开：``(entry, 缓存容量) -> 图``。
+        suffix: 断开的图存进 ``<图名><suffix>/``。
+    """
+
+    run: Run
+    graph: Callable[[GraphEntry, int], ModelGraph]
+    suffix: str = ""
+
+
+def _onnxruntime(bundle: Bundle) -> Backend:
+    return Backend(run_onnxruntime, lambda entry, capacity: ModelGraph(bundle, entry.file))
+
+
+def _tensorrt(bundle: Bundle) -> Backend:
+    sm = require_gpu()
+    check_buildable(bundle)
+    reason = None
+    if not has_prefill(bundle.manifest.profile):
+        reason = f"mla.form=absorb 的插件核一次至多 {MAX_DECODE_TOKENS} 个 token，逐块比较的 prefill 更长"
+    elif bundle.manifest.cache.dtype == "bfloat16":
+        reason = "Polygraphy 的格式存不了 bfloat16，而 TensorRT 要缓存直接是图的输入，不能经过转换"
+    if reason is not None:
+        todo = "去掉 trt；整个模型用 dsx verify --backend trt 比"
+        raise DsxError("DSX-E614", f"后端 trt：{reason}", todo)
+    flavour = FLAVOURS[find_engine(bundle, sm)[1].flavour]
+
+    def lowered(entry: GraphEntry, capacity: int) -> ModelGraph:
+        model = lowered_graph(bundle, entry, flavour.target, capacity).model
+        made = {name for node in model.graph.node for name in node.output}
+        # 下沉换上的节点推导不出形状；断开处的值下沉前后同名，形状也相同。
+        known = ModelGraph(bundle, entry.file).model.graph.value_info
+        model.graph.value_info.extend(value for value in known if value.name in made)
+        return ModelGraph(bundle, entry.file, model)
+
+    return Backend(TensorRTRunner(flavour, sm), lowered, ".trt")
+
+
+BACKENDS: Mapping[str, Callable[[Bundle], Backend]] = MappingProxyType(
+    {"ort": _onnxruntime, "trt": _tensorrt}
 )
 
 
-def open_backends(names: Sequence[str]) -> dict[str, Backend]:
+def open_backends(backends: Sequence[str], bundle: Bundle) -> dict[str, Backend]:
     """按名字取后端，保持次序；一个不可用就整个拒绝，不悄悄少比一个。
 
     Raises:
-        DsxError: ``DSX-E613`` 没有这个后端；``DSX-E614`` 后端不能逐块跑。
+        DsxError: ``DSX-E613`` 没有这个后端；``DSX-E918`` / ``DSX-E913`` / ``DSX-E614`` / ``DSX-E920`` / ``DSX-E917`` 这台机器、这个
+            bundle 上用不了 TensorRT。
     """
-    available = "、".join(BACKENDS)
-    for name in names:
-        if name in _UNAVAILABLE:
-            reason, todo = _UNAVAILABLE[name]
-            raise DsxError("DSX-E614", f"后端 {name}：{reason}", f"{todo}；这里可用的后端：{available}")
+    for name in backends:
         if name not in BACKENDS:
-            raise DsxError("DSX-E613", f"后端 {name!r} 不存在", f"可用的后端：{available}")
-    return {name: BACKENDS[name] for name in names}
+            raise DsxError("DSX-E613", f"后端 {name!r} 不存在", f"可用的后端：{'、'.join(BACKENDS)}")
+    return {name: BACKENDS[name](bundle) for name in backends}

@@ -26,7 +26,7 @@ from deepseek_export.capture.places import EMBED_PORTS, Place, head_ports, layer
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.parity.arrays import to_numpy, to_torch, widened
-from deepseek_export.parity.backends import Backend
+from deepseek_export.parity.backends import Run
 from deepseek_export.parity.blocks import Block, Key, Output
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
@@ -79,7 +79,8 @@ def bisect_block(
     entry: GraphEntry,
     reference: ReferenceModel | DraftModel,
     block: Block,
-    run: Backend,
+    graph: ModelGraph,
+    run: Run,
     folder: Path,
     out: Path,
 ) -> Culprit:
@@ -91,12 +92,12 @@ def bisect_block(
         entry: 块所在的图。
         reference: 这张图的参考实现。
         block: 不对的块（及阶段）。
+        graph: ``run`` 跑的那张图；TensorRT 的是下沉过的。
         run: 查出它不对的后端。
         folder: 断开的图、输入与参照写到这里，格式与逐块比较相同。
         out: ``folder`` 最后改名成什么，写在命令里。
     """
     place, module = _locate(bundle, entry, reference, block)
-    graph = ModelGraph(bundle, entry.file)
     values = _pytorch_values(place, module, block)
     nodes = graph.upstream([output.value for output in block.outputs], block.feeds)
     marked = [name for node in nodes for name in node.output if name in values and name in graph.values]

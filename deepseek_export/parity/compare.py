@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.disk import atomic_directory, disk_errors, write_json
 from deepseek_export.bundle.manifest import GraphEntry
+from deepseek_export.capture import names
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.arrays import widened
-from deepseek_export.parity.backends import Backend, open_backends
+from deepseek_export.parity.backends import Run, open_backends
 from deepseek_export.parity.bisect import Culprit, bisect_block
 from deepseek_export.parity.blocks import PHASES, Block, block_key, main_blocks, spread_near_ties
 from deepseek_export.parity.draft import draft_blocks, draft_runs
@@ -62,7 +63,8 @@ class ComparisonReport(BaseModel):
     Attributes:
         cases: 按后端、图、块、阶段的次序。
         folder: 存放输入、参照与断开的图的目录。
-        commands: 图的文件名 → 在 dsx 之外重复这次比较的命令。
+        commands: 断开的图 → 在 dsx 之外重复这次比较的命令；``model.trt.onnx`` 是 TensorRT 用的那张（下沉过），命令把它交给
+            ONNX Runtime：它也不过，毛病就在下沉，它过而 ``trt`` 不过，毛病在插件或 TensorRT。
         culprit: 要求逐节点定位、且有块不对时，第一个不对的块里第一个不对的节点。
     """
 
@@ -122,12 +124,14 @@ def compare_bundle(
         报告；已写进 ``folder/compare.json``。
 
     Raises:
-        DsxError: ``DSX-E613`` / ``DSX-E614`` 后端；``DSX-E615`` 没有这个块；``DSX-E401`` 目录里是别的东西；
+        DsxError: ``DSX-E613`` 没有这个后端；``DSX-E918`` / ``DSX-E913`` / ``DSX-E614`` / ``DSX-E920`` /
+            ``DSX-E917`` 这里用不了 TensorRT；``DSX-E321`` bfloat16；``DSX-E615`` 没有这个块；``DSX-E401`` 目录里是别的东西；
             ``DSX-E404`` / ``DSX-E405`` 写不下；``DSX-E406`` 文件被改过；``DSX-E601`` / ``DSX-E602`` 检查点。
     """
     progress = progress or Progress()
     manifest = bundle.manifest
-    runners = open_backends(backends)
+    bundle.check_runs_on_onnxruntime()
+    runners = open_backends(backends, bundle)
     wanted = _prefixes(manifest, blocks)
     bundle.check_hashes(progress)
     checkpoint = open_source(bundle, against)
@@ -147,20 +151,29 @@ def compare_bundle(
             progress.start(f"PyTorch 参照：{entry.file}")
             reference, found = _reference(bundle, checkpoint, model, entry, seed)
             progress.start(f"比较 {entry.file}")
-            stem = Path(entry.file).stem
-            comparison = _Comparison(bundle, entry.file, found, prefixes)
-            comparison.save(directory / stem)
-            commands[entry.file] = comparison.command(out / stem)
-            for name, run in runners.items():
+            for name, backend in runners.items():
                 progress.advance(0, name)
-                rows = comparison.cases(directory / stem, name, run)
+                graph = backend.graph(entry, _capacity(manifest, found))
+                stem = f"{Path(entry.file).stem}{backend.suffix}"
+                comparison = _Comparison(bundle, entry.file, graph, found, prefixes)
+                comparison.save(directory / stem)
+                commands[f"{stem}.onnx"] = comparison.command(out / stem)
+                rows = comparison.cases(directory / stem, name, backend.run)
                 cases += rows
                 bad = next((row for row in rows if not row.case.passed), None)
                 if bisect and culprit is None and bad is not None:
                     progress.start(f"逐节点比较 {bad.block}")
                     block = comparison.block(bad.block, bad.phase)
                     culprit = bisect_block(
-                        bundle, checkpoint, entry, reference, block, run, directory / BISECT, out / BISECT
+                        bundle,
+                        checkpoint,
+                        entry,
+                        reference,
+                        block,
+                        graph,
+                        backend.run,
+                        directory / BISECT,
+                        out / BISECT,
                     )
         report = ComparisonReport(
             bundle=str(bundle.path),
@@ -212,17 +225,31 @@ def _reference(
     return run.draft, list(draft_blocks(manifest, run))
 
 
+def _capacity(manifest: Manifest, blocks: Sequence[Block]) -> int:
+    """块的缓存有多少个位置。"""
+    ports = {names.cache_input(tensor.name, 0) for tensor in manifest.cache.tensors}
+    return next(block.feeds[port].shape[2] for block in blocks for port in ports & block.feeds.keys())
+
+
 class _Comparison:
     """一张图的比较：断开的图、每个阶段的输入与参照。
 
     Args:
         bundle: 要比的 bundle。
         file: 图的文件名。
+        graph: 后端跑的那张图。
         blocks: 图的全部块；不比的也提供断点上的值，接错了线的图才截得出来。
         prefixes: 比名字以这些开头的块。
     """
 
-    def __init__(self, bundle: Bundle, file: str, blocks: Sequence[Block], prefixes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        file: str,
+        graph: ModelGraph,
+        blocks: Sequence[Block],
+        prefixes: tuple[str, ...],
+    ) -> None:
         self.bundle, self.file = bundle, file
         self.blocks: list[Block] = []
         self.near_ties: dict[tuple[str, str], int] = {}
@@ -234,7 +261,7 @@ class _Comparison:
                 self.blocks.append(spread)
                 self.near_ties[block.name, block.phase] = ties
         outputs = dict.fromkeys(output.value for block in self.blocks for output in block.outputs)
-        self.graph = ModelGraph(bundle, file)
+        self.graph = graph
         self.model = self.graph.cut(self.feeds[PHASES[0]], list(outputs))
 
     def iterations(self) -> list[Iteration]:
@@ -250,7 +277,7 @@ class _Comparison:
         """存成 Polygraphy 的格式。"""
         save_comparison(folder, self.model, self.graph, self.iterations())
 
-    def cases(self, folder: Path, backend: str, run: Backend) -> list[BlockCase]:
+    def cases(self, folder: Path, backend: str, run: Run) -> list[BlockCase]:
         """交给一个后端跑，按块的次序比。"""
         results = run(folder / GRAPH, [iteration.feeds for iteration in self.iterations()])
         got = dict(zip(PHASES, results, strict=True))

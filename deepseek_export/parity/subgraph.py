@@ -38,15 +38,16 @@ class ModelGraph:
     Args:
         bundle: bundle。
         file: 图的文件名；缺省是主模型。
+        model: 代替文件内容的图，例如下沉过的；外部权重的位置同文件里的。
     """
 
-    def __init__(self, bundle: Bundle, file: str | None = None) -> None:
+    def __init__(self, bundle: Bundle, file: str | None = None, model: onnx.ModelProto | None = None) -> None:
         self.folder: Path = bundle.path
         self._library = library_for(bundle.manifest.target)
         self._weights = BundleWeights(bundle)
         path = bundle.model_path if file is None else bundle.path / file
         self.model = onnx.shape_inference.infer_shapes(
-            onnx.load(path, load_external_data=False), data_prop=True
+            model or onnx.load(path, load_external_data=False), data_prop=True
         )
 
     @cached_property

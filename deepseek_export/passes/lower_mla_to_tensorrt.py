@@ -25,6 +25,8 @@ from deepseek_export.passes.emitter import Emitter
 #: 一次至多多少个新 token 走插件核；再多就是 prefill。投机解码验证 K 个草稿时 S = K+1。
 MAX_DECODE_TOKENS = 8
 
+#: prefill 路径上的标准算子，TensorRT 把它融成一个原生核。
+NATIVE_ATTENTION = "Attention"
 #: 原生融合注意力核的宽度上限与步长（TensorRT-RTX 1.7，SM80、SM89、SM120 实测）。
 _MAX_HEAD_WIDTH, _HEAD_WIDTH_STEP = 256, 8
 
@@ -227,7 +229,7 @@ class _Rewrite:
         k = emit("Concat", [k_nope, k_pe], "mla/k", q, axis=-1)
         k, v = self._pad(k, padded - width, "k"), self._pad(v, padded - self.dv, "v")
         attended = emit(
-            "Attention", [q, k, v, self._mask(q_pe, latent)], "mla/Attention", q, scale=self.scale
+            NATIVE_ATTENTION, [q, k, v, self._mask(q_pe, latent)], "mla/Attention", q, scale=self.scale
         )
         if padded > self.dv:
             columns = [emit.ints(0), emit.ints(self.dv), emit.ints(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,3 +92,27 @@ class Cuda:
                 "显存不足就减小批大小；其余见驱动的日志",
             )
         return values[0] if values else None
+
+
+class Buffer:
+    """一个输入或输出：主机与设备各一块，按见过的最大形状分配。"""
+
+    def __init__(self, cuda: Cuda, dtype: np.dtype) -> None:
+        self._cuda, self._dtype = cuda, dtype
+        self._flat = np.empty(0, dtype)
+        self.array = self._flat
+        self.address = 0
+
+    def reshape(self, shape: tuple[int, ...]) -> None:
+        """换成 ``shape``；装不下才重新分配。"""
+        size = math.prod(shape)
+        if size > self._flat.size or not self.address:
+            if self.address:
+                self._cuda.free(self.address)
+            self._flat = np.empty(size, self._dtype)
+            self.address = self._cuda.allocate(self._flat.nbytes)
+        self.array = self._flat[:size].reshape(shape)
+
+    def __del__(self) -> None:
+        if self.address:
+            self._cuda.free(self.address)

@@ -8,10 +8,11 @@ from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.cpu_library import library_for
 from deepseek_export.runtime.cuda import require_gpu
 from deepseek_export.runtime.draft import DraftSession
+from deepseek_export.runtime.plan import find_engine
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation import Floor, MeasuredFloor, SpeculativeFloor
 from deepseek_export.runtime.speculative import SpeculativeGenerator
-from deepseek_export.runtime.tensorrt import TensorRTDraftSession, TensorRTSession, find_engine
+from deepseek_export.runtime.tensorrt import TensorRTDraftSession, TensorRTSession
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 Backend = Literal["ort", "trt"]

@@ -5,160 +5,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.disk import sha256_file
-from deepseek_export.bundle.manifest import ValueEntry
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
-from deepseek_export.engine.build import ENGINES
-from deepseek_export.engine.flavour import FLAVOURS, load
-from deepseek_export.engine.logger import logger_for
-from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
-from deepseek_export.engine.record import EngineRecord, PlanEntry
+from deepseek_export.engine.record import EngineRecord
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.cache import CacheSpec
-from deepseek_export.runtime.cuda import Cuda, require_gpu
+from deepseek_export.runtime.cuda import Buffer, Cuda
 from deepseek_export.runtime.draft import DraftSession
+from deepseek_export.runtime.plan import TensorRTPlan, select_profile
 from deepseek_export.runtime.session import ModelSession
 
-_ORT_TYPES = {
-    "int64": "tensor(int64)",
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-}
 #: 解码一步用 CUDA graph；先照常跑一次，让 TensorRT 把该分配的分配完。
 _GRAPH_PROFILE = "decode"
-
-
-@dataclass(frozen=True)
-class Node:
-    """图的一个输入或输出，写法同 ONNX Runtime 的 ``NodeArg``。"""
-
-    name: str
-    type: str
-    shape: list[int | str]
-
-    @classmethod
-    def from_entry(cls, entry: ValueEntry) -> Node:
-        """manifest 里的一项。"""
-        return cls(entry.name, _ORT_TYPES[entry.dtype], entry.shape)
-
-
-def find_engine(bundle: Bundle, sm: int) -> tuple[Path, EngineRecord]:
-    """bundle 里为 ``sm`` 建好、在这里能用的引擎目录。
-
-    Raises:
-        DsxError: ``DSX-E920``，没有建过；``DSX-E917``，有而不符。
-    """
-    digest = sha256_file(bundle.path / "manifest.json")
-    refusals = []
-    for flavour in FLAVOURS.values():
-        directory = bundle.path / ENGINES / f"{flavour.name}-sm{sm}"
-        if not directory.is_dir():
-            continue
-        try:
-            record = EngineRecord.read(directory)
-            record.check(directory, flavour.version(), sm, digest)
-            return directory, record
-        except DsxError as error:
-            refusals.append(error)
-    if refusals:
-        raise refusals[0]
-    raise DsxError(
-        "DSX-E920", f"{bundle.path} 没有 sm{sm} 的引擎", f"先建：dsx build {bundle.path} --arch sm{sm}"
-    )
-
-
-class TensorRTPlan:
-    """一个反序列化好的 plan。
-
-    Args:
-        bundle: 引擎所属的 bundle。
-        path: plan 文件，在引擎目录里。
-
-    Attributes:
-        cuda: 所在的设备与流。
-        shapes: 建的时候给的形状。
-
-    Raises:
-        DsxError: ``DSX-E918`` 没有 GPU；``DSX-E917`` 引擎与这里不符；``DSX-E914`` TensorRT 拒绝加载。
-    """
-
-    def __init__(self, bundle: Bundle, path: Path) -> None:
-        sm = require_gpu()
-        record = EngineRecord.read(path.parent)
-        flavour = FLAVOURS[record.flavour]
-        record.check(path.parent, flavour.version(), sm, sha256_file(bundle.path / "manifest.json"))
-        self.cuda, self.shapes, self.entry = Cuda(), record.shapes, record.plans[path.name]
-        graph = next(g for g in bundle.manifest.graphs if g.file == self.entry.graph)
-        self._inputs = [Node.from_entry(value) for value in graph.inputs]
-        self._outputs = [Node.from_entry(value) for value in graph.outputs]
-        trt = load(flavour)
-        self._logger = logger_for(trt)
-        registered_creators(trt)
-        self._sm = sm
-        with building_for(sm) as target:
-            self._runtime = trt.Runtime(self._logger)
-            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-            if self._engine is None:
-                raise self._failure(target, f"加载 {path}")
-            self.contexts = {}
-            for index, name in enumerate(self.entry.profiles):
-                context = self._engine.create_execution_context()
-                if (
-                    context is None
-                    or target.failures
-                    or not context.set_optimization_profile_async(index, self.cuda.stream)
-                ):
-                    raise self._failure(target, f"{path} 的配置 {name}")
-                self.contexts[name] = context
-
-    def get_inputs(self) -> list[Node]:
-        """输入，次序同 ONNX。"""
-        return self._inputs
-
-    def get_outputs(self) -> list[Node]:
-        """输出，次序同 ONNX。"""
-        return self._outputs
-
-    def execute(self, context: Any, name: str) -> None:
-        """在流上执行一次，不等它做完。"""
-        with building_for(self._sm) as target:
-            if not context.execute_async_v3(self.cuda.stream):
-                raise self._failure(target, f"执行 {name}")
-
-    def _failure(self, target: BuildTarget, what: str) -> DsxError:
-        target.raise_failure(f"{what}时 ")
-        text = "；".join(self._logger.errors()[-3:]) or "没有给出原因"
-        return DsxError("DSX-E914", f"{what}：{text}", "用 dsx build 重建；仍不行请附上这段文字报告")
-
-
-def select_profile(entry: PlanEntry, sizes: Mapping[str, int]) -> str:
-    """放得下这组尺寸的优化配置。
-
-    Raises:
-        DsxError: ``DSX-E921``，哪个配置都放不下。
-    """
-    for name, ranges in entry.profiles.items():
-        if all(ranges[dim][0] <= size <= ranges[dim][2] for dim, size in sizes.items()):
-            return name
-    shown = "，".join(f"{dim}={size}" for dim, size in sizes.items())
-    limits = "；".join(
-        f"{name} "
-        + " ".join(f"{dim}={low}..{high}" for dim, (low, _, high) in ranges.items() if dim in sizes)
-        for name, ranges in entry.profiles.items()
-    )
-    raise DsxError(
-        "DSX-E921", f"{shown} 不在引擎的优化配置里（{limits}）", "用 dsx build --profile-shapes 重建"
-    )
 
 
 class DeviceCaches:
@@ -195,30 +58,6 @@ class DeviceCaches:
             self._cuda.free(address)
 
 
-class _Buffer:
-    """一个输入或输出：主机与设备各一块，按见过的最大形状分配。"""
-
-    def __init__(self, cuda: Cuda, dtype: np.dtype) -> None:
-        self._cuda, self._dtype = cuda, dtype
-        self._flat = np.empty(0, dtype)
-        self.array = self._flat
-        self.address = 0
-
-    def reshape(self, shape: tuple[int, ...]) -> None:
-        """换成 ``shape``；装不下才重新分配。"""
-        size = math.prod(shape)
-        if size > self._flat.size or not self.address:
-            if self.address:
-                self._cuda.free(self.address)
-            self._flat = np.empty(size, self._dtype)
-            self.address = self._cuda.allocate(self._flat.nbytes)
-        self.array = self._flat[:size].reshape(shape)
-
-    def __del__(self) -> None:
-        if self.address:
-            self._cuda.free(self.address)
-
-
 class TensorRTBinding:
     """某个 :class:`DeviceCaches` 专用的绑定；接口同 :class:`~deepseek_export.runtime.binding.CallBinding`。
 
@@ -232,13 +71,11 @@ class TensorRTBinding:
         self, plan: TensorRTPlan, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]
     ) -> None:
         self._plan, self._wanted = plan, tuple(outputs)
-        self._inputs = {name: _Buffer(plan.cuda, dtype) for name, dtype in inputs.items()}
+        self._inputs = {name: Buffer(plan.cuda, dtype) for name, dtype in inputs.items()}
         self._shapes = {node.name: node.shape for node in (*plan.get_inputs(), *plan.get_outputs())}
         # 引擎的每个输出都要有地址，不取回的也要。
         self._outputs = {
-            node.name: _Buffer(plan.cuda, _dtype(node))
-            for node in plan.get_outputs()
-            if "T" not in node.shape
+            node.name: Buffer(plan.cuda, node.dtype) for node in plan.get_outputs() if "T" not in node.shape
         }
         self._graphs: dict[tuple, Any] = {}
         self._warm: set[tuple] = set()
@@ -349,11 +186,6 @@ class TensorRTSession(TensorRTGraph, ModelSession):  # type: ignore[misc]  # 缓
 
 class TensorRTDraftSession(TensorRTGraph, DraftSession):  # type: ignore[misc]  # 同上
     """草稿模型的引擎。"""
-
-
-def _dtype(node: Node) -> np.dtype:
-    kind = next(name for name, ort in _ORT_TYPES.items() if ort == node.type)
-    return NUMPY_DTYPES.get(kind, np.dtype(np.int64))
 
 
 def _resolve(shape: list[int | str], dims: Mapping[str, int]) -> tuple[int, ...]:

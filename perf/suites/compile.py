@@ -1,4 +1,7 @@
-"""编译的开销：导出的时间与内存峰值对参数量，捕获的时间对层数（EXPORT-6），每个样本一个进程，磁盘缓存关着。"""
+"""编译的开销：导出的时间与内存峰值对参数量，捕获的时间对层数（EXPORT-6），建引擎的时间、内存、plan 大小对层数（TRT-10）。
+
+每个样本一个进程，磁盘缓存关着。
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
-from perf import isolate
+from perf import isolate, tensorrt_build
 from perf.results import Case, SuiteResult
 from perf.workspace import Workspace, parameter_count
 
@@ -67,17 +70,19 @@ class Scenario:
         sizes: 合成检查点（bfloat16，稀疏文件），按引用导出成 float16。
         peer_sizes: 其中 transformers 的 OnnxExporter 也试的：它要把权重载入内存。
         depths: 捕获时间比的两种层数。
+        engine_depths: 建引擎的层数；没有装 TensorRT-RTX 就写明没有测。
         runs: 每种跑几遍；OnnxExporter 一遍就要几分钟，只跑一遍。
     """
 
     sizes: tuple[str, ...] = ("0.1B", "0.9B", "4B")
     peer_sizes: tuple[str, ...] = ("0.1B", "0.9B")
     depths: tuple[int, int] = (4, 61)
+    engine_depths: tuple[int, ...] = (8, 27, 61)
     runs: int = 3
 
 
 FULL = Scenario()
-QUICK = Scenario(sizes=("0.1B",), peer_sizes=(), runs=1)
+QUICK = Scenario(sizes=("0.1B",), peer_sizes=(), engine_depths=(8,), runs=1)
 
 
 def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
@@ -85,6 +90,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     scenario = QUICK if quick else FULL
     cases = [_size(workspace, size, size in scenario.peer_sizes, scenario.runs) for size in scenario.sizes]
     cases.append(_depth(scenario))
+    cases += tensorrt_build.cases(workspace.folder, scenario.engine_depths, scenario.runs)
     return SuiteResult(suite="compile", title=TITLE, scenario=asdict(scenario), cases=cases)
 
 

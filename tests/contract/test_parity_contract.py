@@ -17,12 +17,14 @@ from polygraphy.logger import G_LOGGER
 
 import deepseek_export
 from deepseek_export.bundle import Bundle
+from deepseek_export.engine.flavour import device_sm
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS
 from deepseek_export.parity.backends import run_onnxruntime
 from deepseek_export.parity.bisect import bisect_block
 from deepseek_export.parity.blocks import main_blocks
 from deepseek_export.parity.source import block_rows
+from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.reference import Forms, load_reference
 from tests.bundles import edit_model, edit_weight, find_node, run_polygraphy, set_float, tampered
 from tests.models import VARIANTS, build_model, save_checkpoint
@@ -227,13 +229,13 @@ class TestCompare:
         assert report.first_failure.case.note == "形状是 [48, 211]，应为 [2, 24, 211]"
 
     def test_backends_are_refused_by_name(self, v3_bundle: Bundle, tmp_path: Path):
-        """PARITY-10：不存在的、不能逐块跑的后端，以及不存在的块，都在干活之前带码拒绝；不少比，也不碰别人的目录。"""
+        """PARITY-10：不存在的、这里用不了的后端，以及不存在的块，都在干活之前带码拒绝；不少比，也不碰别人的目录。"""
         mine = tmp_path / "mine"
         mine.mkdir()
         (mine / "thesis.tex").write_text("")
         for options, code in (
             ({"backends": ["ort", "onnxruntime"]}, "DSX-E613"),
-            ({"backends": ["ort", "trt"]}, "DSX-E614"),
+            ({"backends": ["ort", "trt"]}, "DSX-E918" if device_sm() is None else "DSX-E913"),
             ({"blocks": ["3"]}, "DSX-E615"),
             ({"folder": mine}, "DSX-E401"),
         ):
@@ -320,8 +322,8 @@ class TestCompare:
         blocks = list(main_blocks(manifest, model, block_rows(manifest, 0)))
         for i, block in enumerate(blocks):
             folder = tmp_path / str(i)
-            options = (v3_bundle, checkpoint, manifest.main, model, block, run_onnxruntime, folder, folder)
-            culprit = bisect_block(*options)
+            where = (v3_bundle, checkpoint, manifest.main, model, block, ModelGraph(v3_bundle))
+            culprit = bisect_block(*where, run_onnxruntime, folder, folder)
             assert culprit.case is None, culprit
             assert (culprit.value, culprit.nodes, culprit.causes) == ("", [], [])
             assert culprit.checked >= 5

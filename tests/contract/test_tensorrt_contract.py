@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -33,8 +36,11 @@ from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_plan
 from deepseek_export.kernels.table import latent_attention_plan
 from deepseek_export.ops.table import LATENT_ATTENTION
+from deepseek_export.parity.backends import open_backends, run_onnxruntime
+from deepseek_export.parity.tensorrt import TensorRTRunner
 from deepseek_export.progress import Progress
-from deepseek_export.runtime.tensorrt import find_engine
+from deepseek_export.runtime.plan import find_engine
+from tests.bundles import edit_model, find_node, run_polygraphy, set_float, tampered
 from tools.make_engine_graphs import (
     ARCHES,
     ENGINE_GRAPHS,
@@ -137,6 +143,11 @@ def test_engine_directory_describes_itself(bundle, built):
     for name, plan in record.plans.items():
         assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == plan.sha256
         assert list(plan.profiles) == ["decode", "prefill"]
+    fused = record.plans["model.plan"].fused_attention
+    assert (fused, record.plans["model.plan"].unfused_attention) == (
+        bundle.manifest.model.num_hidden_layers,
+        [],
+    )
     listed = json.loads((directory / "layers.json").read_text(encoding="utf-8"))
     found = listed["model.plan"]["decode"]
     assert sum(layer["op"] is not None for layer in found) == sum(
@@ -221,12 +232,15 @@ def test_without_plugins_the_function_bodies_build(built):
 
 
 def test_rebuilding_gives_the_same_graph_and_layers(bundle, built):
-    """TRT-7：重建得到同样的 ONNX、同样的层、同样大小的 plan；plan 里张量的编号由 TensorRT 定，逐次不同。"""
+    """TRT-7：重建得到同样的 ONNX、同样的层、同样大小的 plan；plan 里只有编号随内存地址变，不到千分之一个字节。"""
     old = {path.name: path.read_bytes() for path in built[0].path.iterdir() if path.is_file()}
     again = build_for(bundle, 89)
     for name in ("model.onnx", "layers.json"):
         assert (again.path / name).read_bytes() == old[name]
-    assert (again.path / "model.plan").stat().st_size == len(old["model.plan"])
+    plan = (again.path / "model.plan").read_bytes()
+    assert len(plan) == len(old["model.plan"])
+    differing = np.count_nonzero(np.frombuffer(plan, np.uint8) != np.frombuffer(old["model.plan"], np.uint8))
+    assert differing < len(plan) / 1000
 
 
 def test_unsuitable_bundles_are_refused(bundle, built, exported, tmp_path):
@@ -290,9 +304,23 @@ def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):
 
 def test_a_plugin_that_did_not_survive_fails_the_build(built):
     """TRT-3：预期的插件不在引擎里就失败，并说出是哪一个。"""
-    layers = built[0].layers["model.plan"]
+    layers = built[0].layers["model.plan"]["decode"]
     error = refused("DSX-E915", check_plugins, "model.plan", layers, {"layers.9/MoeExperts": "MoeExperts"})
     assert "layers.9/MoeExperts" in error.what
+
+
+def test_attention_that_did_not_fuse_is_named(bundle, monkeypatch):
+    """TRT-3：prefill 的注意力没有融合时，记进 engine.json、命令行与进度各说一遍；结果仍然对，所以不失败。"""
+    nodes = [f"layers.{i}.self_attn/mla/Attention" for i in range(bundle.manifest.model.num_hidden_layers)]
+    monkeypatch.setattr("deepseek_export.engine.layers._FUSED_ATTENTION", "no such kernel")
+    arguments = [str(bundle.path), "--arch", "sm86", "--profile-shapes", "T=256"]
+    result = CliRunner().invoke(build_command, arguments, catch_exceptions=False)
+    directory = bundle.path / "engines/rtx-sm86"
+    plan = EngineRecord.read(directory).plans["model.plan"]
+    shutil.rmtree(directory)
+    assert (plan.fused_attention, plan.unfused_attention) == (0, nodes)
+    assert f"没有融合的：{nodes[0]}" in result.output
+    assert "没有融成一个原生核" in result.output
 
 
 def test_progress_comes_from_tensorrt(built):
@@ -328,12 +356,16 @@ def test_lowered_float32_bundle_passes_parity_on_onnxruntime(exported):
 
 
 def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
-    """TRT-8：每个插件节点、它的 creator、登记得上没有；建好的引擎；没有 TensorRT 时给出安装命令。"""
+    """TRT-8：每个插件节点（portable 的是下沉之后的）、它的 creator、登记得上没有；建好的引擎；缺什么。"""
     found = diagnose_bundle(bundle.path)
     version = load(choose("rtx")).__version__
     assert found["engines"] == [{"directory": "rtx-sm89", "version": version, "plans": ["model.plan"]}]
     assert found["flavours"]["rtx"]["creators"] == ["LatentAttention", "MoeExperts"]
-    assert {node["creator"] for node in found["nodes"]} == {"dsx::MoeExperts/1"}
+    config = bundle.manifest.model
+    assert Counter(node["creator"] for node in found["nodes"]) == {
+        "dsx::LatentAttention/1": config.num_hidden_layers,
+        "dsx::MoeExperts/1": config.num_moe_layers,
+    }
     assert all(node["registered"]["rtx"] and node["function_body"] for node in found["nodes"])
     assert found["missing"] == []
     refused("DSX-E402", diagnose_bundle, folder / "none")
@@ -358,9 +390,10 @@ def test_doctor_prints_the_plugins(bundle, built):
 
 @pytest.mark.skipif(device_sm() is not None, reason="这台机器有 GPU")
 def test_without_a_gpu_the_backend_is_refused(bundle):
-    """TRT-9：没有 GPU 时 generate、verify、load 各以同一个码一行拒绝，不先跑别的。"""
+    """TRT-9：没有 GPU 时 generate、verify、compare、load 各以同一个码一行拒绝，不先跑别的。"""
     refused("DSX-E918", deepseek_export.load, bundle.path, None, "trt")
     refused("DSX-E918", lambda: deepseek_export.verify(bundle.path, backend="trt"))
+    refused("DSX-E918", lambda: deepseek_export.compare(bundle.path, backends=["ort", "trt"]))
     result = CliRunner().invoke(cli, ["generate", str(bundle.path), "--ids", "1,2", "--backend", "trt"])
     assert result.exit_code == 1
     assert "DSX-E918" in result.output
@@ -378,11 +411,79 @@ def test_engine_is_found_by_arch_and_checked(bundle, built, folder):
     assert "bundle 的哈希" in refused("DSX-E917", find_engine, Bundle.open(moved), 89).what
 
 
+@pytest.fixture
+def without_device(monkeypatch):
+    """``dsx compare --backend trt`` 走到底，只有最后在 GPU 上执行的一步换成 ONNX Runtime；返回建出来的层。"""
+    built = []
+
+    def run(self, model, feeds):
+        built.append(self.build(model, feeds)[1])
+        return run_onnxruntime(model, feeds)
+
+    monkeypatch.setattr(TensorRTRunner, "__call__", run)
+    monkeypatch.setattr("deepseek_export.parity.backends.require_gpu", lambda: 89)
+    return built
+
+
+def test_compare_builds_an_engine_from_the_cut_graph(bundle, built, without_device, folder):
+    """TRT-12：断开的图取自下沉后的图，为当前的卡就地建成引擎，插件一个不少，prefill 的注意力照样融合。"""
+    report = deepseek_export.compare(bundle.path, backends=["ort", "trt"], folder=folder / "compare")
+    assert report.passed, report.first_failure
+    found = {
+        name: [(row.block, row.phase) for row in report.cases if row.backend == name]
+        for name in ("ort", "trt")
+    }
+    assert found["ort"] == found["trt"]
+    assert list(report.commands) == ["model.onnx", "model.trt.onnx"]
+    ((prefill, decode),) = (list(layers.values()) for layers in without_device)
+    config = bundle.manifest.model
+    for layers in (prefill, decode):
+        ops = Counter(layer.op for layer in layers if layer.op)
+        assert ops == {"LatentAttention": config.num_hidden_layers, "MoeExperts": config.num_moe_layers}
+    assert sum("mha" in layer.name for layer in prefill) == config.num_hidden_layers
+
+
+@pytest.mark.slow
+def test_compare_bisects_the_lowered_graph(bundle, built, without_device, folder):
+    """TRT-12：trt 的块不对时，逐节点的定位也在下沉后的图上、用同一种引擎；打印的命令在 ONNX Runtime 上重复出同一个结果。"""
+
+    def halve(model):
+        node = find_node(model, "MlaAttention", "layers.1.self_attn")
+        set_float(node, "scale", next(a.f for a in node.attribute if a.name == "scale") / 2)
+
+    bad = tampered(bundle, folder, edit_model(halve))
+    refused("DSX-E917", lambda: deepseek_export.compare(bad.path, backends=["trt"]))
+    build_for(bad, 89)
+    report = deepseek_export.compare(bad.path, backends=["trt"], blocks=["1"], bisect=True)
+    assert report.first_failure.block == "layers.1.self_attn"
+    assert any(node.name == "layers.1.self_attn/mla/Attention" for node in report.culprit.nodes)
+    assert len(without_device) == 2
+    assert run_polygraphy(report.commands["model.trt.onnx"]).returncode == 1
+
+
+def test_compare_is_refused_where_tensorrt_cannot_run(bundle, built, exported, monkeypatch):
+    """TRT-12：float32 的、没有引擎的、只有插件核的、bfloat16 缓存的，各有自己的码，都在干活之前。"""
+    monkeypatch.setattr("deepseek_export.parity.backends.require_gpu", lambda: 86)
+    compare = functools.partial(deepseek_export.compare, backends=["trt"])
+    refused("DSX-E920", compare, bundle.path)
+    refused("DSX-E913", compare, exported("v3-yarn", "mla+moe", "tensorrt-rtx").path)
+    manifest = bundle.manifest
+    absorb = manifest.profile.mla.model_copy(update={"form": "absorb"})
+    changes = (
+        {"profile": manifest.profile.model_copy(update={"mla": absorb})},
+        {"cache": manifest.cache.model_copy(update={"dtype": "bfloat16"})},
+    )
+    for change in changes:
+        changed = dataclasses.replace(bundle, manifest=manifest.model_copy(update=change))
+        refused("DSX-E614", open_backends, ["trt"], changed)
+
+
 def test_build_command(bundle):
     """TRT-3：``dsx build`` 打印每个配置的插件层；写法不对的 --arch 在动工之前拒绝。"""
     arguments = [str(bundle.path), "--arch", "sm80", "--profile-shapes", "T=256"]
     result = CliRunner().invoke(build_command, arguments, catch_exceptions=False)
     assert "dsx::LatentAttention×2" in result.output
+    assert "2 / 2 层" in result.output
     assert (bundle.path / "engines/rtx-sm80/model.plan").is_file()
     shutil.rmtree(bundle.path / "engines/rtx-sm80")
     refused(
@@ -408,6 +509,7 @@ def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(bundle, folder
     assert made.manifest.float32_islands["RMSNormalization"] > 0
     assert made.manifest.float32_islands["TopK"] > 0
     refused("DSX-E321", deepseek_export.verify, made.path)
+    refused("DSX-E321", deepseek_export.compare, made.path)
     refused("DSX-E321", deepseek_export.load, made.path)
     config = made.manifest.model
     layers = build_for(made, 89).layers["model.plan"]

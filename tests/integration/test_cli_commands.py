@@ -174,7 +174,7 @@ def test_compare_json(tiny_bundle, tmp_path):
     assert [row["block"] for row in summary["blocks"]] == ["layers.0.self_attn", "layers.0.mlp", "head"]
     assert summary["report"] == str(out / "compare.json")
     assert list(summary["polygraphy"]) == ["model.onnx"]
-    assert_refused(dsx("compare", tiny_bundle, "--backend", "ort,trt"), "DSX-E614")
+    assert_refused(dsx("compare", tiny_bundle, "--backend", "ort,tensorrt"), "DSX-E613")
 
 
 def test_inspect(tiny_bundle, demo_bundle):

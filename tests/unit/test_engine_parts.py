@@ -9,11 +9,17 @@ import pytest
 
 from deepseek_export.engine import flavour as flavours
 from deepseek_export.engine.flavour import FLAVOURS, ensure_library_link, library_link_missing, parse_arch
-from deepseek_export.engine.layers import EngineLayer, layer_counts, missing_plugins, parse_layers
+from deepseek_export.engine.layers import (
+    EngineLayer,
+    layer_counts,
+    missing_plugins,
+    parse_layers,
+    unfused_attention,
+)
 from deepseek_export.engine.record import RECORD_FILE, EngineRecord, PlanEntry
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime.tensorrt import select_profile
+from deepseek_export.runtime.plan import select_profile
 
 pytestmark = pytest.mark.unit
 
@@ -99,11 +105,20 @@ def test_layers_are_parsed_per_profile():
     assert [layer.name for layer in found["prefill"]] == ["a/LatentAttention", "_gemm_mha_v2"]
     assert missing_plugins(found["decode"], plugins) == ["d/MoeExperts"]
     assert layer_counts(found["decode"]) == {"dsx::LatentAttention": 1, "gemm": 1}
+    assert unfused_attention(found["prefill"], ["a/Attention", "b/Attention"]) == ["b/Attention"]
 
 
 def record() -> EngineRecord:
     entry = PlanEntry(
-        graph="model.onnx", role="main", bytes=3, sha256="", profiles={}, layers={}, seconds=0.0
+        graph="model.onnx",
+        role="main",
+        bytes=3,
+        sha256="",
+        profiles={},
+        layers={},
+        fused_attention=0,
+        unfused_attention=[],
+        seconds=0.0,
     )
     return EngineRecord(
         schema_version=1,

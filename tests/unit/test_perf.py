@@ -13,7 +13,7 @@ from deepseek_export.bench.spread import Spread
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.reference import Forms, load_draft, load_reference
-from perf import figures, gates, isolate, report, results
+from perf import figures, gates, isolate, report, results, tensorrt_build
 from perf.padded import write_padded
 from perf.results import Case, Run, SuiteResult
 from perf.suites import SUITES, mtp
@@ -97,13 +97,18 @@ def every_suite() -> list[SuiteResult]:
         facts={"parameters": 1e8},
     )
     layers = Case(name="V3 61 层 / 4 层", values={"61.seconds": one}, ratios={"capture": spread(1.0)})
+    engine = Case(
+        name="引擎 8 层",
+        values={"dsx.seconds": one, "dsx.peak": spread(1e9), "dsx.plan_bytes": spread(9e6)},
+        facts={"layers": 8},
+    )
     return [
         suite("mla-memory", [memory_case("v3 b1 float32", spread(0.1, 0.12))]),
         suite("mla-decode", decode),
         suite("mtp", [speculation]),
         suite("moe", [experts]),
         suite("moe-quality", [quality]),
-        suite("compile", [sizes, layers]),
+        suite("compile", [sizes, layers, engine]),
     ]
 
 
@@ -289,3 +294,10 @@ def test_isolated_call_reports_its_own_process():
     assert found["seconds"] >= 0
     with pytest.raises(RuntimeError, match="prepare"):
         isolate.call("tests.isolated:prepare", wrong=1)
+
+
+def test_engine_curve_says_when_it_was_not_measured(monkeypatch, tmp_path):
+    """TRT-10：没有装 TensorRT-RTX 时，报告里有一行写明没有测，别的照常。"""
+    monkeypatch.setattr("deepseek_export.engine.flavour.Flavour.version", lambda self: None)
+    found = tensorrt_build.cases(tmp_path, (8,), 1)
+    assert "没有装 tensorrt_rtx" in report.markdown(make_run([suite("compile", found)]), [])

@@ -1,0 +1,181 @@
+"""引擎目录里的 plan：按 GPU 找到、核对、反序列化、执行。"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.disk import sha256_file
+from deepseek_export.bundle.manifest import ValueEntry
+from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
+from deepseek_export.engine.build import ENGINES
+from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
+from deepseek_export.engine.logger import logger_for
+from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
+from deepseek_export.engine.record import EngineRecord, PlanEntry
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime.cuda import Cuda, require_gpu
+
+_ORT_TYPES = {
+    "int64": "tensor(int64)",
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """图的一个输入或输出，写法同 ONNX Runtime 的 ``NodeArg``。"""
+
+    name: str
+    type: str
+    shape: list[int | str]
+
+    @classmethod
+    def from_entry(cls, entry: ValueEntry) -> Node:
+        """manifest 里的一项。"""
+        return cls(entry.name, _ORT_TYPES[entry.dtype], entry.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """numpy 的 dtype。"""
+        kind = next(name for name, ort in _ORT_TYPES.items() if ort == self.type)
+        return NUMPY_DTYPES.get(kind, np.dtype(np.int64))
+
+
+def find_engine(bundle: Bundle, sm: int) -> tuple[Path, EngineRecord]:
+    """bundle 里为 ``sm`` 建好、在这里能用的引擎目录。
+
+    Raises:
+        DsxError: ``DSX-E920``，没有建过；``DSX-E917``，有而不符。
+    """
+    digest = sha256_file(bundle.path / "manifest.json")
+    refusals = []
+    for flavour in FLAVOURS.values():
+        directory = bundle.path / ENGINES / f"{flavour.name}-sm{sm}"
+        if not directory.is_dir():
+            continue
+        try:
+            record = EngineRecord.read(directory)
+            record.check(directory, flavour.version(), sm, digest)
+            return directory, record
+        except DsxError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+    raise DsxError(
+        "DSX-E920", f"{bundle.path} 没有 sm{sm} 的引擎", f"先建：dsx build {bundle.path} --arch sm{sm}"
+    )
+
+
+class LoadedPlan:
+    """一个反序列化好的 plan：每个优化配置一个执行上下文。
+
+    Args:
+        flavour: 用哪种 TensorRT。
+        sm: 当前 GPU。
+        plan: plan 的内容。
+        profiles: 优化配置的名字，次序即编号。
+        what: 它叫什么，写进错误里。
+
+    Attributes:
+        cuda: 所在的设备与流。
+        engine: TensorRT 的引擎。
+        contexts: 优化配置名 → 执行上下文。
+
+    Raises:
+        DsxError: ``DSX-E914`` TensorRT 拒绝加载；``DSX-E916`` 插件出错。
+    """
+
+    def __init__(self, flavour: Flavour, sm: int, plan: bytes, profiles: Iterable[str], what: str) -> None:
+        self.cuda, self._sm = Cuda(), sm
+        trt = load(flavour)
+        self._logger = logger_for(trt)
+        registered_creators(trt)
+        with building_for(sm) as target:
+            self._runtime = trt.Runtime(self._logger)
+            self.engine = self._runtime.deserialize_cuda_engine(plan)
+            if self.engine is None:
+                raise self._failure(target, f"加载 {what}")
+            self.contexts = {}
+            for index, name in enumerate(profiles):
+                context = self.engine.create_execution_context()
+                if (
+                    context is None
+                    or target.failures
+                    or not context.set_optimization_profile_async(index, self.cuda.stream)
+                ):
+                    raise self._failure(target, f"{what} 的配置 {name}")
+                self.contexts[name] = context
+
+    def execute(self, context: Any, name: str) -> None:
+        """在流上执行一次，不等它做完。"""
+        with building_for(self._sm) as target:
+            if not context.execute_async_v3(self.cuda.stream):
+                raise self._failure(target, f"执行 {name}")
+
+    def _failure(self, target: BuildTarget, what: str) -> DsxError:
+        target.raise_failure(f"{what}时 ")
+        text = "；".join(self._logger.errors()[-3:]) or "没有给出原因"
+        return DsxError("DSX-E914", f"{what}：{text}", "用 dsx build 重建；仍不行请附上这段文字报告")
+
+
+class TensorRTPlan(LoadedPlan):
+    """``dsx build`` 建的一个 plan。
+
+    Args:
+        bundle: 引擎所属的 bundle。
+        path: plan 文件，在引擎目录里。
+
+    Attributes:
+        shapes: 建的时候给的形状。
+        entry: ``engine.json`` 里的说明。
+
+    Raises:
+        DsxError: ``DSX-E918`` 没有 GPU；``DSX-E917`` 引擎与这里不符；其余见 :class:`LoadedPlan`。
+    """
+
+    def __init__(self, bundle: Bundle, path: Path) -> None:
+        sm = require_gpu()
+        record = EngineRecord.read(path.parent)
+        flavour = FLAVOURS[record.flavour]
+        record.check(path.parent, flavour.version(), sm, sha256_file(bundle.path / "manifest.json"))
+        self.shapes, self.entry = record.shapes, record.plans[path.name]
+        graph = next(g for g in bundle.manifest.graphs if g.file == self.entry.graph)
+        self._inputs = [Node.from_entry(value) for value in graph.inputs]
+        self._outputs = [Node.from_entry(value) for value in graph.outputs]
+        super().__init__(flavour, sm, path.read_bytes(), self.entry.profiles, str(path))
+
+    def get_inputs(self) -> list[Node]:
+        """输入，次序同 ONNX。"""
+        return self._inputs
+
+    def get_outputs(self) -> list[Node]:
+        """输出，次序同 ONNX。"""
+        return self._outputs
+
+
+def select_profile(entry: PlanEntry, sizes: Mapping[str, int]) -> str:
+    """放得下这组尺寸的优化配置。
+
+    Raises:
+        DsxError: ``DSX-E921``，哪个配置都放不下。
+    """
+    for name, ranges in entry.profiles.items():
+        if all(ranges[dim][0] <= size <= ranges[dim][2] for dim, size in sizes.items()):
+            return name
+    shown = "，".join(f"{dim}={size}" for dim, size in sizes.items())
+    limits = "；".join(
+        f"{name} "
+        + " ".join(f"{dim}={low}..{high}" for dim, (low, _, high) in ranges.items() if dim in sizes)
+        for name, ranges in entry.profiles.items()
+    )
+    raise DsxError(
+        "DSX-E921", f"{shown} 不在引擎的优化配置里（{limits}）", "用 dsx build --profile-shapes 重建"
+    )
