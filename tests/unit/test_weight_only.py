@@ -43,6 +43,7 @@ from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
     QuantizeWeightsToDequantizeLinearPass,
 )
+from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.runtime.cache import ort_value
 from tests.models import model_config, ort_session
 from tests.unit.test_passes_moe import feeds_for, moe_module, ops
@@ -349,6 +350,20 @@ def test_experts_left_in_float_are_reported():
     assert line.startswith("3 个专家权重没有量化")
     assert _float_experts(moe_module("v3"), Quantization(kind="int8", keep=("experts",)), []) == []
     assert _float_experts(qmoe_module(), Quantization(kind="int8"), [refused_qmoe()]) == []
+
+
+def test_split_experts_are_named_as_a_whole():
+    """EXPORT-33、MOE-20：拆成几组的专家逐组还原；记的名字、``keep`` 认的名字都是拆之前的。"""
+    module = moe_module("v3", hidden_size=64, moe_intermediate_size=32)
+    module.max_elements = 6 * 64 * 32
+    assert SplitExpertsPass()(module).count == 1
+    kept = QuantizeWeightsToDequantizeLinearPass(Quantization(kind="int4", keep=("experts.*.down_proj",)))
+    result = kept(module)
+    assert (result.count, len(module.find("MoeExperts"))) == (4, 2)
+    stems = {name.partition(".experts.")[2] for name in module.quantized}
+    assert stems == {"*.gate_proj.weight", "*.up_proj.weight"}
+    shapes = {recipe.shape for recipe in module.weights.values() if recipe.op == "codes"}
+    assert shapes == {(6, 32, 64)}
 
 
 def refused_qmoe():
