@@ -9,7 +9,13 @@ from pydantic import BaseModel, ConfigDict
 from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
-from deepseek_export.checkpoint.weight_only import BlockFormat, QuantBlock, Quantization, QuantKind
+from deepseek_export.checkpoint.weight_only import (
+    BlockFormat,
+    QuantBlock,
+    Quantization,
+    QuantKind,
+    ScaleDtype,
+)
 from deepseek_export.passes import PassResult
 from deepseek_export.profile import OptimizationProfile
 
@@ -107,10 +113,9 @@ class QuantizationEntry(_Entry):
         keep = list(quantization.keep)
         return cls(kind=quantization.kind, block=quantization.block, keep=keep, tensors=tensors)
 
-    @property
-    def formats(self) -> dict[str, BlockFormat]:
-        """权重名 → 格式，供参考模型换上同样的权重。"""
-        return dict.fromkeys(self.tensors, BlockFormat(kind=self.kind, block=self.block))
+    def formats(self, scale: ScaleDtype) -> dict[str, BlockFormat]:
+        """权重名 → 格式，供参考模型换上同样的权重；``scale`` 是 scale 的 dtype。"""
+        return dict.fromkeys(self.tensors, BlockFormat(kind=self.kind, block=self.block, scale=scale))
 
 
 class WeightsEntry(_Entry):
@@ -162,12 +167,13 @@ class Manifest(_Entry):
     @property
     def formats(self) -> dict[str, BlockFormat]:
         """量化了的权重 → 格式；没有量化就是空的。"""
-        return {} if self.quantization is None else self.quantization.formats
+        return {} if self.quantization is None else self.quantization.formats(self.dtype)
 
     @property
     def quant(self) -> QuantKind | None:
-        """权重量化成什么；没有量化为 ``None``。"""
-        return None if self.quantization is None else self.quantization.kind
+        """权重量化成什么，而且 kernel 把激活也舍入到 int8（``ort-cpu``）；没有量化、或权重先还原再相乘，为 ``None``：照常比。"""
+        rounded = self.target == "ort-cpu"
+        return self.quantization.kind if self.quantization is not None and rounded else None
 
     @property
     def main(self) -> GraphEntry:

@@ -25,7 +25,8 @@ from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.progress import Progress
 
 WEIGHTS_FILE = f"{WEIGHTS_FOLDER}/model.safetensors"
-TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+#: safetensors 没有 int4：两个一字节，最后一维减半，记作 U8。
+TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8", "int4": "U8"}
 
 #: 至少写这么多才落盘、记一笔日志。
 SYNC_BYTES = 1 << 30
@@ -100,9 +101,12 @@ def _layout(recipes: Mapping[str, Recipe]) -> tuple[bytes, dict[str, Slot]]:
     end = 0
     for name, recipe in recipes.items():
         start, end = end, end + recipe.nbytes
+        shape = list(recipe.shape)
+        if recipe.dtype == "int4":
+            shape[-1] //= 2
         header[name] = {
             "dtype": TAGS[recipe.dtype],
-            "shape": list(recipe.shape),
+            "shape": shape,
             "data_offsets": [start, end],
         }
     blob = json.dumps(header, separators=(",", ":")).encode()

@@ -26,17 +26,21 @@ from deepseek_export.checkpoint.weight_only import (
     block_codes,
     block_scales,
     dequantized,
+    signed_codes,
+    unpacked_int4,
 )
 from deepseek_export.errors import DsxError
 
 WeightDtype = Literal["float32", "float16", "bfloat16"]
-InitializerDtype = Literal["float32", "float16", "bfloat16", "uint8"]
+InitializerDtype = Literal["float32", "float16", "bfloat16", "uint8", "int8", "int4"]
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "uint8": np.dtype(np.uint8),
+    "int8": np.dtype(np.int8),
+    "int4": np.dtype(ml_dtypes.int4),
 }
 
 #: 一次读进内存的来源数据，按 float32 计的字节数。
@@ -55,13 +59,14 @@ class Recipe(BaseModel):
     Attributes:
         op: ``copy`` 原样（可改 dtype）；``stack`` 在新的第 0 维叠放；``stack_swiglu`` 来源按 gate、up 交替给出，每个专家内
             gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``zeros`` 全零；
-            ``codes``、``scales`` 是 ``of`` 按 ``form`` 量化之后的码与 scale。
+            ``codes``、``scales`` 是 ``of`` 按 ``form`` 量化之后的码与 scale；码的 dtype 是 ``uint8`` 则是无符号的写法，是
+            ``int8``、``int4`` 则是有符号的。
         sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
             ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
         dtype: initializer 的 dtype。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
-        of: 量化之前的 float32 配方，只有 ``codes``、``scales`` 有。
+        of: 量化之前的配方，只有 ``codes``、``scales`` 有。
         form: 量化的格式，只有 ``codes``、``scales`` 有。
     """
 
@@ -86,8 +91,9 @@ class Recipe(BaseModel):
 
     @property
     def nbytes(self) -> int:
-        """字节数。"""
-        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+        """字节数；int4 两个一字节，个数总是偶数。"""
+        count = math.prod(self.shape)
+        return count // 2 if self.dtype == "int4" else count * NUMPY_DTYPES[self.dtype].itemsize
 
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(\w+)(\..*)")
@@ -121,16 +127,25 @@ def _unfold(sources: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(names)
 
 
-def quantized_recipes(recipe: Recipe, form: BlockFormat) -> tuple[Recipe, Recipe]:
-    """一个 float32 权重 → 码与 scale 的配方；形状是 [..., K] 换成 [..., 块数, 每块字节数] 与 [..., 块数]。"""
+def quantized_recipes(recipe: Recipe, form: BlockFormat, signed: bool = False) -> tuple[Recipe, Recipe]:
+    """一个浮点权重 → 码与 scale 的配方，[..., K] 的 scale 是 [..., 块数]。
+
+    Args:
+        recipe: 量化之前的权重。
+        form: 格式。
+        signed: 码写成 [..., K] 的 int8 / int4（K 要是 block 的倍数），否则是 [..., 块数, 每块字节数] 的 uint8。
+    """
     *rows, width = recipe.shape
     blocks = -(-width // form.block)
 
     def part(op: Literal["codes", "scales"], shape: tuple[int, ...], dtype: InitializerDtype) -> Recipe:
         return Recipe(op=op, sources=recipe.sources, shape=shape, dtype=dtype, of=recipe, form=form)
 
-    codes = part("codes", (*rows, blocks, form.block * form.bits // 8), "uint8")
-    return codes, part("scales", (*rows, blocks), "float32")
+    if signed:
+        codes = part("codes", recipe.shape, form.kind)
+    else:
+        codes = part("codes", (*rows, blocks, form.block * form.bits // 8), "uint8")
+    return codes, part("scales", (*rows, blocks), form.scale)
 
 
 def weight_recipes(config: ModelConfig, dtype: WeightDtype) -> dict[str, Recipe]:
@@ -225,13 +240,14 @@ def materialize(
         chunk_bytes: 一块的上限，按 float32 计；至少一行（FP8 至少一行块）。
 
     Yields:
-        连续的 ndarray，dtype 为配方的 dtype；拼起来就是整个 initializer。
+        连续的 ndarray，dtype 为配方的 dtype，有符号的码则是 uint8 的字节；拼起来就是整个 initializer。
 
     Raises:
         DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出。
     """
     if recipe.of is not None and recipe.form is not None:
-        part = block_codes if recipe.op == "codes" else block_scales
+        codes = block_codes if recipe.dtype == "uint8" else signed_codes
+        part = codes if recipe.op == "codes" else block_scales
         for rows in materialize(name, recipe.of, store, chunk_bytes):
             yield part(rows, recipe.form)
     elif recipe.op == "zeros":
@@ -252,6 +268,7 @@ def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantEr
     assert recipe.form is not None
     error = norm = largest = 0.0
     for rows in materialize(name, recipe.of, store):
+        rows = rows.astype(np.float32, copy=False)
         gap = dequantized(rows, recipe.form) - rows
         error += float(np.square(gap, dtype=np.float64).sum())
         norm += float(np.square(rows, dtype=np.float64).sum())
@@ -261,12 +278,12 @@ def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantEr
 
 def load_array(name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
     """整个 initializer 读进内存；参数、错误同 :func:`materialize`。"""
-    out = np.empty(recipe.shape, NUMPY_DTYPES[recipe.dtype])
-    flat, start = out.reshape(-1), 0
+    raw, start = np.empty(recipe.nbytes, np.uint8), 0
     for chunk in materialize(name, recipe, store):
-        flat[start : start + chunk.size] = chunk.reshape(-1)
-        start += chunk.size
-    return out
+        raw[start : start + chunk.nbytes] = chunk.reshape(-1).view(np.uint8)
+        start += chunk.nbytes
+    values = unpacked_int4(raw) if recipe.dtype == "int4" else raw.view(NUMPY_DTYPES[recipe.dtype])
+    return values.reshape(recipe.shape)
 
 
 def _converted(

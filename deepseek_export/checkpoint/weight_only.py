@@ -1,18 +1,32 @@
-"""只量化权重：int8 / int4，沿输入维分块，对称，每块一个 float32 的 scale。
+"""只量化权重：int8 / int4，沿输入维分块，对称，每块一个 scale。
 
-布局与 ONNX Runtime 的 ``MatMulNBits``、``QMoE`` 相同：码是无符号的，零点 ``2^(bits-1)`` 不写出来；int4 两个码一字节，低位在前；
-最后不满一块的补零。
+码有两种写法，值相同：无符号的（``MatMulNBits``、``QMoE``），零点 ``2^(bits-1)`` 不写出来，最后不满一块的补零；有符号的
+（``DequantizeLinear``），没有零点。int4 都是两个码一字节，低位在前。
+
+scale 逐块在几个候选里取平方误差最小的，候选见 :data:`_SHRINK`；超出码的范围的就截断。
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 QuantKind = Literal["int8", "int4"]
 QuantBlock = Literal[32, 64, 128]
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
+
+#: 候选的 scale 是「块里最大的绝对值 / 最大的码」的几倍。int8 的第二个让绝对值最大的负数用上 -128；int4 的步长粗，缩小步长、截断
+#: 一两个大的往往更准：演示检查点每 32 个一块，权重的相对误差从 9.7e-2 降到 8.7e-2，候选再多几乎没有好处。
+_SHRINK: dict[QuantKind, tuple[float, ...]] = {"int8": (1.0, 127 / 128), "int4": (1.0, 0.95, 0.9, 0.85, 0.8)}
+
+_SCALES: dict[ScaleDtype, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 class BlockFormat(BaseModel):
@@ -21,12 +35,14 @@ class BlockFormat(BaseModel):
     Attributes:
         kind: ``int8`` 或 ``int4``。
         block: 每多少个输入维共用一个 scale。
+        scale: scale 的 dtype，与模型的相同。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: QuantKind
     block: QuantBlock = 32
+    scale: ScaleDtype = "float32"
 
     @property
     def bits(self) -> int:
@@ -48,10 +64,9 @@ class Quantization(BlockFormat):
 
     keep: tuple[str, ...] = ()
 
-    @property
-    def format(self) -> BlockFormat:
+    def format(self, scale: ScaleDtype) -> BlockFormat:
         """不带 ``keep`` 的格式，写进配方。"""
-        return BlockFormat(kind=self.kind, block=self.block)
+        return BlockFormat(kind=self.kind, block=self.block, scale=scale)
 
     def keeps(self, *paths: str) -> bool:
         """``keep`` 里有没有哪一项是某个路径的一段：``lm_head``、``o_proj``、``layers.3.mlp`` 都按点分的整段匹配。"""
@@ -77,29 +92,64 @@ class QuantError(BaseModel):
 
 
 def block_scales(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
-    """[..., K] float32 → [..., ceil(K/block)] float32：每块的最大绝对值除以最大的码；全零的块是 0。"""
-    return np.abs(_blocks(weights, form.block)).max(-1) / np.float32(form.zero - 1)
+    """[..., K] → [..., ceil(K/block)]，dtype 是 ``form.scale``；全零的块是 0。"""
+    blocks = _blocks(weights, form.block)
+    largest = np.abs(blocks).max(-1) / np.float32(form.zero - 1)
+    best = np.zeros_like(largest)
+    least = np.full_like(largest, np.inf)
+    for shrink in _SHRINK[form.kind]:
+        scales = (largest * np.float32(shrink)).astype(_SCALES[form.scale]).astype(np.float32)
+        gap = _steps(blocks, scales, form)
+        gap *= scales[..., None]
+        gap -= blocks
+        error = np.einsum("...i,...i->...", gap, gap)
+        best = np.where(error < least, scales, best)
+        least = np.minimum(error, least)
+    return best.astype(_SCALES[form.scale])
 
 
 def block_codes(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
-    """[..., K] float32 → [..., ceil(K/block), block*bits/8] uint8。"""
-    blocks, scales = _blocks(weights, form.block), block_scales(weights, form)[..., None]
-    steps = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)
-    codes = (np.rint(steps) + form.zero).astype(np.uint8)
+    """[..., K] → [..., ceil(K/block), block*bits/8] uint8，无符号的写法。"""
+    scales = block_scales(weights, form).astype(np.float32)
+    codes = (_steps(_blocks(weights, form.block), scales, form) + np.float32(form.zero)).astype(np.uint8)
     return codes if form.bits == 8 else codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
+def signed_codes(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
+    """[..., K] → [..., K*bits/8] uint8，有符号的写法的字节；K 是 block 的倍数。"""
+    codes = block_codes(weights, form) ^ np.uint8(0x80 if form.bits == 8 else 0x88)
+    return codes.reshape(*weights.shape[:-1], -1)
+
+
 def dequantized(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
-    """量化再还原：运行时实际用的权重，形状同 ``weights``。"""
-    codes, scales = block_codes(weights, form), block_scales(weights, form)
-    if form.bits == 4:
-        codes = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
-    values = (codes.astype(np.float32) - form.zero) * scales[..., None]
-    return values.reshape(*weights.shape[:-1], -1)[..., : weights.shape[-1]]
+    """量化再还原：运行时实际用的权重，形状、dtype 同 ``weights``；码乘 scale 在 float32 里没有误差，只在最后舍入一次。"""
+    scales = block_scales(weights, form).astype(np.float32)
+    values = _steps(_blocks(weights, form.block), scales, form) * scales[..., None]
+    return values.reshape(*weights.shape[:-1], -1)[..., : weights.shape[-1]].astype(weights.dtype, copy=False)
+
+
+def unpacked_int4(packed: np.ndarray) -> np.ndarray:
+    """[N] uint8，一字节两个有符号的码 → [2N] int4。"""
+    nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(-1)
+    return ((nibbles ^ 8).astype(np.int8) - 8).astype(ml_dtypes.int4)
+
+
+def packed_int4(values: np.ndarray) -> np.ndarray:
+    """:func:`unpacked_int4` 的逆；``values`` 的元素个数是偶数。"""
+    nibbles = values.reshape(-1).astype(np.int8).view(np.uint8) & 0xF
+    return nibbles[::2] | (nibbles[1::2] << 4)
+
+
+def _steps(blocks: np.ndarray, scales: np.ndarray, form: BlockFormat) -> np.ndarray:
+    """[..., 块数, block] float32，每个权重舍入到的码（有符号），scale 是 0 的块全是 0。"""
+    scales = scales[..., None]
+    steps = np.divide(blocks, scales, out=np.zeros_like(blocks), where=scales > 0)
+    return np.clip(np.rint(steps, out=steps), -form.zero, form.zero - 1, out=steps)
 
 
 def _blocks(weights: np.ndarray, block: int) -> np.ndarray:
-    """[..., K] → [..., ceil(K/block), block]，末尾补零。"""
+    """[..., K] → [..., ceil(K/block), block] float32，末尾补零。"""
+    weights = weights.astype(np.float32, copy=False)
     short = -weights.shape[-1] % block
     padded = np.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, short)]) if short else weights
     return padded.reshape(*weights.shape[:-1], -1, block)

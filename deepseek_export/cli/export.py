@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 @click.option(
     "--quant",
     type=click.Choice(["int8", "int4"]),
-    help="只量化权重（对称、分块），目标 ort-cpu：线性层用 MatMulNBits，专家用 QMoE；缺省不量化。",
+    help="只量化权重（对称、分块）：ort-cpu 用 MatMulNBits 与 QMoE，tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
 )
 @click.option(
     "--quant-block",

@@ -108,6 +108,10 @@ def _print(plan: Plan) -> None:
                     )
                     for e in plan.export
                 ),
+                (
+                    "建引擎 float16",
+                    f"磁盘 {size(plan.build.disk_bytes)}，峰值内存约 {size(plan.build.peak_ram_bytes)}",
+                ),
             ],
         )
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 
@@ -26,6 +27,7 @@ from deepseek_export.bundle.disk import (
     write_json,
 )
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
+from deepseek_export.checkpoint.weight_only import packed_int4
 from deepseek_export.engine.flavour import Flavour, layer_information, load, network_flags, select_arch
 from deepseek_export.engine.layers import (
     EngineLayer,
@@ -174,11 +176,13 @@ def build_plan(
     builder = trt.Builder(logger)
     config = builder.create_builder_config()
     select_arch(flavour, trt, config, sm)
+    # 解析器按两个一字节读 int4；它只借用内存，所以这些数组要活到引擎建好。
+    given = {n: packed_int4(a) if a.dtype == ml_dtypes.int4 else a for n, a in initializers.items()}
     network = builder.create_network(network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     with building_for(sm) as target:
         progress.start(f"TensorRT 解析 {model.name}")
-        if not _parse(parser, model, initializers):
+        if not _parse(parser, model, given):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
             messages = [f"{e.node_name() or '图'}（{e.node_operator() or '-'}）：{e.desc()}" for e in errors]
             raise _failure(target, model, messages)

@@ -13,9 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest
 from deepseek_export.bundle.graph import external_location
+from deepseek_export.checkpoint.weight_only import unpacked_int4
 from deepseek_export.cpu_library import library_for
 from deepseek_export.parity.arrays import widened
 from deepseek_export.parity.tolerances import Dtype
+from deepseek_export.runtime.cache import ort_value
 from deepseek_export.runtime.graph import give_initializers, use_library
 
 #: 从内存里的模型建 session 时，外部权重相对哪个目录。
@@ -45,6 +47,7 @@ class ModelGraph:
         self.folder: Path = bundle.path
         self._library = library_for(bundle.manifest.target)
         self._weights = BundleWeights(bundle)
+        self._given: dict[str, ort.OrtValue] = {}  # 会话只借用内存
         path = bundle.model_path if file is None else bundle.path / file
         self.model = onnx.shape_inference.infer_shapes(
             model or onnx.load(path, load_external_data=False), data_prop=True
@@ -79,6 +82,9 @@ class ModelGraph:
         offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
         dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
         count = int(np.prod(shape, dtype=np.int64))
+        if tensor.data_type == TensorProto.INT4:
+            packed = np.fromfile(self.folder / location, np.uint8, count // 2, offset=offset)
+            return unpacked_int4(packed).reshape(shape)
         return np.fromfile(self.folder / location, dtype, count, offset=offset).reshape(shape)
 
     def upstream(self, outputs: Sequence[str], stop: Collection[str]) -> list[onnx.NodeProto]:
@@ -148,8 +154,11 @@ class ModelGraph:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.folder.resolve()))
-        initializers = self._weights.arrays(model)
-        give_initializers(options, initializers)
+        for name, array in self._weights.arrays(model).items():
+            if name not in self._given:
+                self._given[name] = ort_value(array)
+        used = {tensor.name for tensor in model.graph.initializer}
+        give_initializers(options, {name: value for name, value in self._given.items() if name in used})
         use_library(options, self._library)
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         run_options = ort.RunOptions()

@@ -128,9 +128,7 @@ def verify_bundle(
         if manifest.quantization is not None:
             progress.start("量化损失")
             levels = [level for level in levels if level != "tokens"] + ["loss"]
-            notes.append(
-                "量化的 bundle 不逐 token 比：激活也舍入到 int8，近平局处换一个 token 不算错；代价见 loss 一行"
-            )
+            notes.append("量化的 bundle 不逐 token 比：权重变了，换一个 token 不算错；代价见 loss 一行")
             plain = load_reference(checkpoint, forms, manifest.dtype)
             more, loss = loss_cases(bundle, generator, graph, oracle, plain, rows, passage, advance)
             cases += more

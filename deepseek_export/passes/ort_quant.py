@@ -19,7 +19,7 @@ def quantized_weight(
 
     Args:
         module: 登记在这里。
-        weight: float32 权重输入，最后一维是输入维。
+        weight: 浮点权重输入，最后一维是输入维。
         form: 格式。
         packed: 码的最后两维合成一维（``QMoE``）；数据相同，只是形状不同。
     """

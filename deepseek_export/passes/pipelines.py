@@ -40,6 +40,9 @@ from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
 from deepseek_export.passes.narrow_kv_b_weights import NarrowKvBWeightsPass
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
 from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
+from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
+    QuantizeWeightsToDequantizeLinearPass,
+)
 from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
 from deepseek_export.profile import OptimizationProfile
@@ -99,6 +102,9 @@ QUANT_PIPELINES: Mapping[str, Sequence[Callable[[Quantization], Pass]]] = Mappin
             # 吸收进注意力的 kv_b 不是线性层，每一步却也要整个读一遍。
             NarrowKvBWeightsPass,
         ),
+        # 线性层与专家一样：TensorRT 自己决定哪些 DequantizeLinear 融进矩阵乘。
+        "tensorrt": (QuantizeWeightsToDequantizeLinearPass,),
+        "tensorrt-rtx": (QuantizeWeightsToDequantizeLinearPass,),
     }
 )
 
@@ -149,10 +155,10 @@ def check_quantization(target: str, dtype: ModelDtype) -> None:
         raise DsxError(
             "DSX-E310", f"目标 {target} 不支持 --quant", f"可以量化的目标：{supported}；或去掉 --quant"
         )
-    if dtype != "float32":
+    if target == "ort-cpu" and dtype != "float32":
         raise DsxError(
             "DSX-E311",
-            f"--quant 与 --dtype {dtype} 不能同时用",
+            f"目标 {target} 的 --quant 与 --dtype {dtype} 不能同时用",
             "用 --dtype float32：码之外的计算保持 float32",
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -73,7 +72,7 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
         # 情形 1。
         x, weight, y = matmul.inputs[0], transpose.inputs[0], matmul.outputs[0]
         rows, width = module.weights[weight.name].shape
-        codes, scales = quantized_weight(module, weight, self.quantization.format)
+        codes, scales = quantized_weight(module, weight, self.quantization.format(module.dtype))
         node = gs.Node(
             op="MatMulNBits",
             name=f"{scope(matmul)}/MatMulNBits",
@@ -95,13 +94,13 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
 
 
 def linears(module: GraphModule) -> list[tuple[gs.Node, gs.Node]]:
-    """``MatMul(x, Transpose(w))``，w 是二维 float32 权重输入；按图的次序，(MatMul, Transpose)。"""
+    """``MatMul(x, Transpose(w))``，w 是模型 dtype 的二维权重输入；按图的次序，(MatMul, Transpose)。"""
     found = []
     for matmul in module.find("MatMul", domain=""):
         transpose = matmul.inputs[1].inputs[0] if matmul.inputs[1].inputs else None
         if transpose is None or transpose.op != "Transpose" or transpose.attrs.get("perm") != [1, 0]:
             continue
         recipe = module.weights.get(transpose.inputs[0].name)
-        if recipe is not None and len(recipe.shape) == 2 and transpose.inputs[0].dtype == np.float32:
+        if recipe is not None and len(recipe.shape) == 2 and recipe.dtype == module.dtype:
             found.append((matmul, transpose))
     return found

@@ -87,7 +87,9 @@ class QuantizeMoeToQMoePass(Pass):
         names = _expert_names(module, moe)
         inputs = [moe.inputs[_X], moe.inputs[_ROUTER]]
         for index in (_GATE_UP, _DOWN):
-            codes, scales = quantized_weight(module, moe.inputs[index], self.quantization.format, packed=True)
+            codes, scales = quantized_weight(
+                module, moe.inputs[index], self.quantization.format(module.dtype), packed=True
+            )
             inputs += [codes, scales, gs.Variable.empty()]
         node = gs.Node(
             op="QMoE",

@@ -37,6 +37,11 @@ _PER_TENSOR = 2 << 10
 _CHUNKS = 6.5
 #: 权重之外的文件（图、tokenizer、报告）；与导出前的磁盘预检相同。
 _HEADROOM = 64 << 20
+#: ``dsx build`` 的峰值内存：底数加 float16 权重的几倍（TensorRT-RTX 1.7，8、97、433、818 MiB 的权重实测 0.69、0.90、2.34、3.84 GiB）；
+#: 引擎里权重之外的是代码。
+_BUILD_BASE = 700 << 20
+_BUILD_COPIES = 4.4
+_BUILD_CODE = 64 << 20
 DEFAULT_CONTEXT = 4096
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -69,6 +74,13 @@ class ExportPlan(_Entry):
 
     mode: Literal["packed", "reference"]
     dtype: Literal["float32", "float16"]
+    disk_bytes: int
+    peak_ram_bytes: int
+
+
+class BuildPlan(_Entry):
+    """由 float16 的 bundle 建一个 TensorRT 引擎（一种 SM）要多少磁盘与内存。"""
+
     disk_bytes: int
     peak_ram_bytes: int
 
@@ -114,6 +126,7 @@ class Plan(_Entry):
     weight_bytes: dict[WeightKind, int]
     cache: CachePlan
     export: list[ExportPlan]
+    build: BuildPlan
     gpus: list[GpuPlan]
     assumptions: list[str]
 
@@ -179,6 +192,10 @@ def make_plan(
         weight_bytes=totals,
         cache=cache,
         export=_exports(len(source.store), totals),
+        build=BuildPlan(
+            disk_bytes=totals["float16"] + _BUILD_CODE,
+            peak_ram_bytes=_BUILD_BASE + int(_BUILD_COPIES * totals["float16"]),
+        ),
         gpus=[estimate.on(name, GPUS[name], count) for name in gpus],
         assumptions=_ASSUMPTIONS + _GPU_ASSUMPTIONS if gpus else _ASSUMPTIONS,
     )
@@ -257,7 +274,7 @@ def _exports(tensors: int, totals: dict[WeightKind, int]) -> list[ExportPlan]:
 _ASSUMPTIONS = [
     "导出的内存是上界：捕获的底数、每个张量 2 KiB 的记账，打包另加几个 64 MiB 的块；与模型大小几乎无关（40 亿参数实测 0.6 GB）",
     "int8、int4 按块 32、float32 的 scale 计；词嵌入、norm、router 不量化，按 float32 计，absorb 用的 kv_b 按 bfloat16 计",
-    "TensorRT 引擎构建的内存与磁盘没有实测，不估",
+    "建引擎：float16，TensorRT-RTX，内存按 0.7 GiB 加权重的 4.4 倍，由 0.8 GiB 以内的权重实测得来，更大的没有量过",
 ]
 _GPU_ASSUMPTIONS = [
     f"显存留出 {RESERVE:.0%} 给激活、工作区与碎片；GB 按十进制",

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto
 
+from deepseek_export.checkpoint.weight_only import packed_int4
 from deepseek_export.errors import DsxError
 
 SMALLEST_BUCKET = 256
@@ -180,7 +181,14 @@ def contract_broken(what: str) -> DsxError:
 
 
 def ort_value(array: np.ndarray) -> ort.OrtValue:
-    """与 ``array`` 共用内存的 OrtValue。ORT 不认 ml_dtypes，bfloat16 要当 uint16 传入并另给 ONNX 类型。"""
+    """与 ``array`` 共用内存的 OrtValue。ORT 不认 ml_dtypes，bfloat16 要当 uint16 传入并另给 ONNX 类型。
+
+    int4 是例外：ORT 按两个一字节读，所以另开一块内存，形状照写、只用前一半，由 OrtValue 持有。
+    """
+    if array.dtype == ml_dtypes.int4:
+        halves = np.zeros(array.shape, np.uint8)
+        halves.reshape(-1)[: array.size // 2] = packed_int4(array)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(halves, TensorProto.INT4)
     if array.dtype == ml_dtypes.bfloat16:
         bits = array.view(np.uint16)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)

@@ -75,9 +75,10 @@ class GraphSession:
         library: CpuLibrary | None = None,
     ) -> None:
         self.max_positions = max_positions
-        self._initializers = initializers  # ORT 只借用内存，要与会话同寿
+        # ORT 只借用内存，要与会话同寿。
+        self._initializers = {name: ort_value(array) for name, array in initializers.items()}
         self._library = library
-        self._session = self._open(Path(model_path), threads, initializers)
+        self._session = self._open(Path(model_path), threads, self._initializers)
         self.cache_spec = CacheSpec.from_session(self._session)
         self._input_types = {node.name: node.type for node in self._session.get_inputs()}
         self._outputs = {node.name: node for node in self._session.get_outputs()}
@@ -118,7 +119,7 @@ class GraphSession:
         self,
         path: Path,
         threads: int | None,
-        initializers: Mapping[str, np.ndarray],
+        initializers: Mapping[str, ort.OrtValue],
     ) -> ort.InferenceSession:
         return _load(path, threads, initializers, self._library)
 
@@ -181,11 +182,10 @@ class GraphSession:
         return shape[2] if len(shape) == 3 and isinstance(shape[2], int) else None
 
 
-def give_initializers(options: ort.SessionOptions, initializers: Mapping[str, np.ndarray]) -> None:
-    """让会话用内存里的权重代替文件里的；数组要活得和会话一样久。"""
+def give_initializers(options: ort.SessionOptions, initializers: Mapping[str, ort.OrtValue]) -> None:
+    """让会话用内存里的权重代替文件里的；它们要活得和会话一样久。"""
     if initializers:
-        values = [ort_value(array) for array in initializers.values()]
-        options.add_external_initializers(list(initializers), values)
+        options.add_external_initializers(list(initializers), list(initializers.values()))
 
 
 def use_library(options: ort.SessionOptions, library: CpuLibrary | None) -> None:
@@ -195,7 +195,7 @@ def use_library(options: ort.SessionOptions, library: CpuLibrary | None) -> None
 
 
 def _load(
-    path: Path, threads: int | None, initializers: Mapping[str, np.ndarray], library: CpuLibrary | None
+    path: Path, threads: int | None, initializers: Mapping[str, ort.OrtValue], library: CpuLibrary | None
 ) -> ort.InferenceSession:
     if not path.is_file():
         raise DsxError("DSX-E507", f"{path} 不存在或不是文件", f"检查 bundle 路径；bundle 里应有 {path.name}")

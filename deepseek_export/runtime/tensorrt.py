@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.engine.record import EngineRecord
@@ -160,7 +161,9 @@ class TensorRTGraph:
         limit = min(bundle.manifest.model.max_position_embeddings, shapes.capacity)
         super().__init__(plan, max_positions=limit)  # type: ignore[call-arg]
 
-    def _open(self, path: Path, threads: int | None, initializers: Mapping[str, np.ndarray]) -> TensorRTPlan:
+    def _open(
+        self, path: Path, threads: int | None, initializers: Mapping[str, ort.OrtValue]
+    ) -> TensorRTPlan:
         self._plan = TensorRTPlan(self._bundle, path)
         # 每个配置最多放得下多少个新 token，取最大的。
         self.prefill_chunk = max(ranges["S"][2] for ranges in self._plan.entry.profiles.values())

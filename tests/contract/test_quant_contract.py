@@ -16,6 +16,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cli.main import cli
 from deepseek_export.parity import ParityReport
+from deepseek_export.parity.tolerances import TOLERANCES
 from tests.contract.test_parity_contract import edit_weight, tampered
 
 pytestmark = pytest.mark.contract
@@ -160,6 +161,85 @@ def test_command_line_reports_the_loss(bundles, tmp_path: Path):
     assert "int8，每 32 个一块" in shown
 
 
+@pytest.fixture(scope="module")
+def tensorrt_bundles(tmp_path_factory) -> dict[str, Bundle]:
+    """演示检查点给 TensorRT 的 float16 bundle，int8 与 int4。"""
+    folder = tmp_path_factory.mktemp("tensorrt-quant")
+    return {
+        kind: deepseek_export.export(
+            CHECKPOINT,
+            folder / kind,
+            "mla+moe",
+            target="tensorrt-rtx",
+            dtype="float16",
+            quantization=Quantization.model_validate({"kind": kind}),
+        )
+        for kind in ("int8", "int4")
+    }
+
+
+@pytest.mark.parametrize(("kind", "ratio"), [("int8", 0.61), ("int4", 0.37)])
+def test_what_tensorrt_gets(tensorrt_bundles, bundles, kind: str, ratio: float):
+    """EXPORT-33：量化的权重与 ort-cpu 的相同，都由 DequantizeLinear 还原；其余仍是浮点，连同误差进报告。"""
+    bundle = tensorrt_bundles[kind]
+    recipes = bundle.manifest.weights.recipes
+    codes = [name for name, recipe in recipes.items() if recipe.op == "codes"]
+    assert {recipes[name].dtype for name in codes} == {kind}
+    assert {recipes[f"{name}.scales"].dtype for name in codes} == {"float16"}
+    assert bundle.manifest.main.op_counts["ai.onnx::DequantizeLinear"] == len(codes)
+    assert bundle.manifest.formats.keys() == bundles[kind].manifest.formats.keys()
+    assert bundle.manifest.fallbacks == []
+    report = json.loads((bundle.path / "reports/export.json").read_text(encoding="utf-8"))
+    assert report["quantization"]["tensors"].keys() == set(codes)
+    plain = sum(
+        np.prod(recipe.shape) * 2 if recipe.of is None else np.prod(recipe.of.shape) * 2
+        for recipe in recipes.values()
+        if recipe.op != "scales"
+    )
+    assert report["weight_bytes"] < ratio * plain
+
+
+def test_tensorrt_graph_equals_pytorch_with_the_same_weights(tensorrt_bundles):
+    """EXPORT-33、PARITY-20：没有激活的舍入，op、block 照 float16 的容差比，参照用还原的同一份权重。"""
+    report = deepseek_export.verify(tensorrt_bundles["int4"].path, levels=["op", "block"])
+    assert report.passed, report.first_failure
+    assert {case.tolerance for case in report.cases} <= {
+        TOLERANCES["op", "float16"],
+        TOLERANCES["block", "float16"],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_tensorrt_loss(tensorrt_bundles, kind: str):
+    """PARITY-21：TensorRT 的量化 bundle 同样报告损失；int8 连路由分叉之后的也在 1e-2 以内。"""
+    report = deepseek_export.verify(tensorrt_bundles[kind].path)
+    assert report.passed, report.first_failure
+    loss = report.loss
+    assert loss is not None
+    assert loss.relative_error < {"int8": 1e-2, "int4": 0.15}[kind]
+
+
+def test_tensorrt_codes_by_reference(tensorrt_bundles, tmp_path: Path):
+    """EXPORT-33：按引用时 int4 的码在加载时生成，与打包的 logits 逐位相同。"""
+    checkpoint = tmp_path / "ckpt"
+    shutil.copytree(CHECKPOINT, checkpoint)
+    bundle = deepseek_export.export(
+        checkpoint,
+        tmp_path / "out",
+        "mla+moe",
+        target="tensorrt-rtx",
+        dtype="float16",
+        weights="reference",
+        quantization=Quantization(kind="int4"),
+    )
+    packed, referenced = (
+        deepseek_export.load(b.path).generator.logits([[3, 1, 4, 1, 5]])[0]
+        for b in (tensorrt_bundles["int4"], bundle)
+    )
+    assert np.array_equal(packed, referenced)
+
+
 class TestRefusals:
     """EXPORT-32：说不清、做不到的请求按码拒绝，不产生 bundle。"""
 
@@ -167,7 +247,6 @@ class TestRefusals:
         ("target", "dtype", "keep", "code"),
         [
             ("portable", "float32", (), "DSX-E310"),
-            ("tensorrt", "float32", (), "DSX-E310"),
             ("ort-cpu", "float16", (), "DSX-E311"),
             ("ort-cpu", "float32", ("lmhead",), "DSX-E312"),
             ("ort-cpu", "float32", ("layers", "lm_head"), "DSX-E313"),

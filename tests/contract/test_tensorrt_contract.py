@@ -22,6 +22,7 @@ from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.graph import external_location
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.checkpoint.weight_only import packed_int4
 from deepseek_export.cli import doctor
 from deepseek_export.cli.build import command as build_command
 from deepseek_export.cli.bundle_plugins import diagnose_bundle
@@ -273,6 +274,50 @@ def test_weights_by_reference_build_the_same_engine(built, tmp_path):
     ]
     assert len(experts) == 3 * bundle.manifest.model.num_moe_layers
     assert all(array.tobytes() in plan for array in experts)
+
+
+#: 宽度都是 32 的倍数而且不止一块，每个线性层都量化得了，int4 的都融得了。
+WIDE = CONFIGS["deepseek_v3"] | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "q_lora_rank": 64,
+    "v_head_dim": 32,
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
+    """TRT-13：码原样在 plan 里；int4 的还原与矩阵乘融成一层，int8 的各是一层，专家由一层还原喂给插件。"""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", WIDE, dtype="float16")
+    bundle = deepseek_export.export(
+        checkpoint,
+        tmp_path / "out",
+        "mla+moe",
+        target="tensorrt-rtx",
+        dtype="float16",
+        weights="reference",
+        quantization=deepseek_export.Quantization.model_validate({"kind": kind}),
+    )
+    assert bundle.manifest.fallbacks == []
+    engine = build_for(bundle, 89)
+    plan = (engine.path / "model.plan").read_bytes()
+    arrays = BundleWeights(bundle).arrays(bundle.model_path)
+    codes = {name: array for name, array in arrays.items() if name.endswith(kind)}
+    assert len(codes) == len(bundle.manifest.quantization.tensors)
+    for name, array in codes.items():
+        # 编译器按自己的需要转置 int8 的线性层。
+        ways = (packed_int4(array),) if kind == "int4" else (array, array.swapaxes(-1, -2))
+        assert any(way.tobytes() in plan for way in ways), name
+    layers = engine.layers["model.plan"]["decode"]
+    restored = [layer for layer in layers if any("/DequantizeLinear" in name for name in layer.onnx)]
+    fused = [layer for layer in restored if any("/MatMul" in name for name in layer.onnx)]
+    experts = [layer for layer in restored if all("/MoeExperts" in name for name in layer.onnx)]
+    assert len(experts) == 3 * bundle.manifest.model.num_moe_layers
+    assert len(restored) == len(codes)
+    assert len(fused) == (len(codes) - len(experts) if kind == "int4" else 0)
+    moe = bundle.manifest.model.num_moe_layers
+    assert_plugin_layers(engine.layers["model.plan"], bundle.manifest.model.num_hidden_layers, moe)
 
 
 def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):

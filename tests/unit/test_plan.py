@@ -52,6 +52,8 @@ def test_deepseek_v3(v3: Path):
     assert (packed.mode, half.dtype, reference.mode) == ("packed", "float16", "reference")
     assert packed.disk_bytes > plan.weight_bytes["float32"] > half.disk_bytes > reference.disk_bytes
     assert reference.peak_ram_bytes < packed.peak_ram_bytes == half.peak_ram_bytes < 1.5e9
+    assert plan.weight_bytes["float16"] < plan.build.disk_bytes < 1.01 * plan.weight_bytes["float16"]
+    assert plan.build.peak_ram_bytes > 4 * plan.weight_bytes["float16"]
     assert plan.gpus == []
 
 

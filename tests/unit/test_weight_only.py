@@ -15,6 +15,7 @@ from onnx import helper
 from safetensors.numpy import save_file
 
 from deepseek_export.checkpoint.recipe import (
+    NUMPY_DTYPES,
     Recipe,
     load_array,
     materialize,
@@ -28,6 +29,8 @@ from deepseek_export.checkpoint.weight_only import (
     block_codes,
     block_scales,
     dequantized,
+    packed_int4,
+    unpacked_int4,
 )
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import tolerance
@@ -37,11 +40,17 @@ from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.pipelines import _float_experts
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
 from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
+from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
+    QuantizeWeightsToDequantizeLinearPass,
+)
+from deepseek_export.passes.split_experts import SplitExpertsPass
+from deepseek_export.runtime.cache import ort_value
 from tests.models import model_config, ort_session
 from tests.unit.test_passes_moe import feeds_for, moe_module, ops
 
 pytestmark = pytest.mark.unit
 
+SCALES = ("float32", "float16", "bfloat16")
 FORMS = [BlockFormat(kind=kind, block=block) for kind in ("int8", "int4") for block in (32, 64, 128)]
 
 
@@ -55,14 +64,31 @@ def without(*names: str) -> OrtKernels:
 @given(
     form=st.sampled_from(FORMS), rows=st.integers(1, 3), width=st.integers(1, 200), seed=st.integers(0, 999)
 )
-def test_rounding_is_half_a_step(form, rows, width, seed):
-    """还原的值与原值至多差半个 scale；形状不变，不满一块的也对。"""
+def test_rounding_is_half_a_step_or_clipped(form, rows, width, seed):
+    """还原的值与原值至多差半个 scale，只有截断到最大、最小的码的例外；形状不变，不满一块的也对。"""
     weights = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
     got, scales = dequantized(weights, form), block_scales(weights, form)
     assert (got.shape, scales.shape) == (weights.shape, (rows, -(-width // form.block)))
     step = np.repeat(scales, form.block, axis=-1)[:, :width]
-    assert (np.abs(got - weights) <= step * 0.5001).all()
+    clipped = (got >= step * (form.zero - 1.001)) | (got <= -step * (form.zero - 0.001))
+    assert (clipped | (np.abs(got - weights) <= step * 0.5001)).all()
     assert block_codes(weights, form).shape == (*scales.shape, form.block * form.bits // 8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(form=st.sampled_from(FORMS), scale=st.sampled_from(SCALES), seed=st.integers(0, 999))
+def test_scales_beat_the_largest_value(form, scale, seed):
+    """EXPORT-32：逐块的平方误差不大于「最大的绝对值除以最大的码」那个 scale 的；int4 平均小得多。"""
+    form = form.model_copy(update={"scale": scale})
+    weights = np.random.default_rng(seed).standard_normal((8, 4, form.block)).astype(np.float32)
+    plain = np.abs(weights).max(-1, keepdims=True) / np.float32(form.zero - 1)
+    plain = plain.astype(NUMPY_DTYPES[scale]).astype(np.float32)
+    codes = np.clip(np.rint(weights / plain), -form.zero, form.zero - 1)
+    want = np.square(codes * plain - weights).sum(-1)
+    got = np.square(dequantized(weights, form) - weights).sum(-1)
+    assert block_scales(weights, form).dtype == NUMPY_DTYPES[scale]
+    assert (got <= want * 1.0001).all()
+    assert got.sum() < (0.95 if form.bits == 4 else 1.0001) * want.sum()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -80,6 +106,38 @@ def test_int4_packs_the_first_code_low():
     weights[0, :3] = 7.0, -7.0, 1.0
     codes = block_codes(weights, BlockFormat(kind="int4", block=32))
     assert codes[0, 0, :3].tolist() == [15 | (1 << 4), 9 | (8 << 4), 8 | (8 << 4)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_signed_codes_restore_the_same_weights(tmp_path: Path, form, dtype):
+    """EXPORT-33：有符号的码与无符号的还原出同样的值，逐位相同；DequantizeLinear 算出的也是。"""
+    weights = np.random.default_rng(0).standard_normal((3, 4, 256)).astype(dtype)
+    save_file({"w": weights.reshape(12, 256)}, tmp_path / "model.safetensors")
+    store, form = TensorStore.open(tmp_path), form.model_copy(update={"scale": dtype})
+    recipe = Recipe(op="copy", sources=("w",), shape=(12, 256), dtype=dtype)
+    codes, scales = quantized_recipes(recipe, form, signed=True)
+    assert (codes.shape, codes.dtype) == ((12, 256), form.kind)
+    assert codes.nbytes == 12 * 256 * form.bits // 8
+    arrays = {"codes": load_array("w", codes, store), "scales": load_array("w", scales, store)}
+    want = dequantized(weights.reshape(12, 256), form)
+    steps = np.repeat(arrays["scales"].astype(np.float32), form.block, axis=-1)
+    assert np.array_equal((arrays["codes"].astype(np.float32) * steps).astype(dtype), want)
+    node = helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], axis=1, block_size=form.block)
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in arrays.items()}
+    infos = [helper.make_tensor_value_info(n, kinds[n], a.shape) for n, a in arrays.items()]
+    out = helper.make_tensor_value_info("w", kinds["scales"], want.shape)
+    graph = helper.make_graph([node], "g", infos, [out])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    feeds = {name: ort_value(array) for name, array in arrays.items()}
+    (got,) = ort_session(proto).run_with_ort_values(["w"], feeds)
+    assert np.array_equal(got.numpy(), want)
+
+
+def test_int4_packing_is_its_own_inverse():
+    values = np.arange(-8, 8).astype(NUMPY_DTYPES["int4"])
+    assert packed_int4(values).tolist()[:2] == [0x98, 0xBA]
+    assert np.array_equal(unpacked_int4(packed_int4(values)), values)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +229,49 @@ def test_linear_becomes_matmul_nbits(form):
     assert not rewrite(module).changed
 
 
+@pytest.mark.parametrize("rewrite", [QuantizeLinearsToMatMulNBitsPass, QuantizeWeightsToDequantizeLinearPass])
 @pytest.mark.parametrize("keep", ["o_proj", "layers.0", "self_attn"])
-def test_kept_linear_stays(keep):
+def test_kept_linear_stays(keep, rewrite):
     module = linear_module()
-    result = QuantizeLinearsToMatMulNBitsPass(Quantization(kind="int8", keep=(keep,)))(module)
+    result = rewrite(Quantization(kind="int8", keep=(keep,)))(module)
     assert (result.count, result.refused, module.quantized) == (0, (), set())
-    assert "MatMulNBits" not in ops(module)
+    assert ops(module) == ["Transpose", "MatMul", "Transpose", "MatMul"]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_linear_takes_a_dequantized_weight(form):
+    """EXPORT-33：权重换成 DequantizeLinear 还原的，只有激活的 MatMul 不动；再跑一遍不变。"""
+    module = linear_module(width=256)
+    rewrite = QuantizeWeightsToDequantizeLinearPass(Quantization(kind=form.kind, block=form.block))
+    result = rewrite(module)
+    assert (result.changed, result.count, result.refused) == (True, 1, ())
+    assert ops(module) == ["DequantizeLinear", "Transpose", "MatMul", "Transpose", "MatMul"]
+    (name,) = module.quantized
+    assert {n: (r.dtype, r.shape) for n, r in module.weights.items()} == {
+        f"{name}.{form.kind}": (form.kind, (24, 256)),
+        f"{name}.{form.kind}.scales": ("float32", (24, 256 // form.block)),
+    }
+    assert not rewrite(module).changed
+    onnx.checker.check_model(module.to_proto(), full_check=True)
+
+
+def test_a_width_that_is_no_multiple_is_refused():
+    module = linear_module(width=70)
+    result = QuantizeWeightsToDequantizeLinearPass(Quantization(kind="int8"))(module)
+    assert (result.changed, len(result.refused)) == (False, 1)
+    assert "70" in result.refused[0].value
+
+
+@pytest.mark.parametrize(("keep", "count"), [((), 3), (("down_proj",), 2), (("mlp.experts",), 0)])
+def test_experts_take_dequantized_weights(keep, count):
+    """EXPORT-33：MoeExperts 原样留着，三个叠放的权重各由一个 DequantizeLinear 还原；``keep`` 逐个权重生效。"""
+    module = moe_module("v3", hidden_size=64, moe_intermediate_size=32)
+    result = QuantizeWeightsToDequantizeLinearPass(Quantization(kind="int4", keep=keep))(module)
+    assert (result.count, result.refused, len(module.quantized)) == (count, (), count)
+    (experts,) = module.find("MoeExperts")
+    restored = [t.inputs[0].op for t in experts.inputs if t.inputs and t.inputs[0].op == "DequantizeLinear"]
+    assert len(restored) == count
+    assert _float_experts(module, Quantization(kind="int4", keep=keep), [result]) == []
 
 
 def test_linear_without_the_kernel_is_refused():
@@ -255,6 +350,20 @@ def test_experts_left_in_float_are_reported():
     assert line.startswith("3 个专家权重没有量化")
     assert _float_experts(moe_module("v3"), Quantization(kind="int8", keep=("experts",)), []) == []
     assert _float_experts(qmoe_module(), Quantization(kind="int8"), [refused_qmoe()]) == []
+
+
+def test_split_experts_are_named_as_a_whole():
+    """EXPORT-33、MOE-20：拆成几组的专家逐组还原；记的名字、``keep`` 认的名字都是拆之前的。"""
+    module = moe_module("v3", hidden_size=64, moe_intermediate_size=32)
+    module.max_elements = 6 * 64 * 32
+    assert SplitExpertsPass()(module).count == 1
+    kept = QuantizeWeightsToDequantizeLinearPass(Quantization(kind="int4", keep=("experts.*.down_proj",)))
+    result = kept(module)
+    assert (result.count, len(module.find("MoeExperts"))) == (4, 2)
+    stems = {name.partition(".experts.")[2] for name in module.quantized}
+    assert stems == {"*.gate_proj.weight", "*.up_proj.weight"}
+    shapes = {recipe.shape for recipe in module.weights.values() if recipe.op == "codes"}
+    assert shapes == {(6, 32, 64)}
 
 
 def refused_qmoe():
