@@ -28,7 +28,7 @@ _MEANINGS = {
     "block": "每层的注意力与前馈",
     "model": "logits",
     "tokens": "greedy 续写",
-    "loss": "量化的损失",
+    "loss": "舍入的损失",
 }
 
 
@@ -69,7 +69,7 @@ def command(
     """逐级比对 bundle OUT 与 PyTorch：算子、每一层、logits、greedy 续写的 token。
 
     每一级都看三个量：最大绝对差、calc_diff（余弦型差异）、范数比；容差在 dsx 的容差表里，不能在命令行上放宽。近平局（两个候选几乎
-    同分，换一个不算错）单独计数。权重量化过的 bundle，前几级的参照用同样的量化权重，loss 一级再量它比未量化的差多少。全部结果写进 OUT/reports/parity.json；不通过时退出码是 1。
+    同分，换一个不算错）单独计数。权重量化过的 bundle，前几级的参照用同样的量化权重，loss 一级再量它比未量化的差多少；缓存比模型窄的同理，参照用同样窄的缓存。全部结果写进 OUT/reports/parity.json；不通过时退出码是 1。
     """
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")

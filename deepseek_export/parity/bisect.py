@@ -27,12 +27,12 @@ from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.parity.arrays import to_numpy, to_torch, widened
 from deepseek_export.parity.backends import Run
-from deepseek_export.parity.blocks import Block, Key, Output
+from deepseek_export.parity.blocks import Block, Output
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
 from deepseek_export.parity.report import Case
 from deepseek_export.parity.subgraph import ModelGraph, feeds_for
-from deepseek_export.parity.tolerances import tolerance
+from deepseek_export.parity.tolerances import Key, tolerance
 from deepseek_export.reference import DraftModel, Forms, ReferenceModel
 from deepseek_export.reference.weights import TORCH_DTYPES
 

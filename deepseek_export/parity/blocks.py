@@ -15,22 +15,18 @@ from torch import Tensor
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
-from deepseek_export.checkpoint.weight_only import QuantKind
 from deepseek_export.parity.arrays import to_numpy
+from deepseek_export.parity.logits import narrow_cache
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.report import Case, Level, compare
 from deepseek_export.parity.routing import router_margin
 from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
-from deepseek_export.parity.tolerances import ROUTER_MARGIN, Dtype, Quantity, Tolerance, tolerance
+from deepseek_export.parity.tolerances import ROUTER_MARGIN, Key, Tolerance, tolerance
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
 
 _CAPACITY_SLACK = 3
 PHASES = ("prefill", "decode")
-
-
-#: 容差表的键：量、dtype、权重量化。
-Key = tuple[Quantity, Dtype, QuantKind | None]
 
 
 @dataclass(frozen=True)
@@ -275,9 +271,10 @@ def _attention_key(manifest: Manifest) -> Key:
     dtype = attention_dtype(manifest)
     if dtype != manifest.dtype:
         return "block", dtype, None
-    if manifest.quant is not None or manifest.cache.dtype in (manifest.dtype, "float32"):
+    narrow = narrow_cache(manifest)
+    if manifest.quant is not None or narrow is None:
         return block_key(manifest)
-    return "narrow_cache", manifest.cache.dtype, None
+    return "narrow_cache", narrow, None
 
 
 def spread_near_ties(block: Block) -> tuple[Block, int]:

@@ -25,7 +25,8 @@ from deepseek_export.parity.blocks import (
     embed_block,
     mlp_block,
 )
-from deepseek_export.parity.report import Case, Level, compare
+from deepseek_export.parity.logits import logits_cases, logits_key, router_dtype
+from deepseek_export.parity.report import Case, Level
 from deepseek_export.parity.routing import router_margin
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.reference import DraftModel, ReferenceModel
@@ -65,6 +66,12 @@ class DraftRun:
         """参考实现整个跑一遍：logits 与 hidden。"""
         logits, hidden, _ = self.draft(self.tokens, self.hidden, self.past, self.positions, self.caches)
         return logits, hidden
+
+    def margin(self) -> Tensor:
+        """参考实现里每个 token 的路由离换一个专家有多远，[B, S]。"""
+        x, cos, sin = self.draft.embed(self.tokens, self.past)
+        _, residual, *_ = self.draft.mtp(x, self.hidden, cos, sin, self.past, *self.caches)
+        return router_margin(self.draft.mtp, residual, self.draft.config)
 
 
 @torch.no_grad()
@@ -107,7 +114,7 @@ def draft_cases(
         levels: 含 ``block`` 则逐块比，含 ``model`` 则比整张图的 logits。
         on_case: 每个模块开始前调用。
     """
-    dtype, quant = bundle.manifest.dtype, bundle.manifest.quant
+    key, router = logits_key(bundle.manifest), router_dtype(bundle.manifest)
     for run in runs:
         on_case(run.entry.file)
         graph = ModelGraph(bundle, run.entry.file)
@@ -122,9 +129,10 @@ def draft_cases(
             }
             for tensor, cache in zip(bundle.manifest.cache.tensors, run.caches, strict=True):
                 feeds[names.cache_input(tensor.name, 0)] = to_numpy(cache)
-            outputs = (names.LOGITS, names.HIDDEN)
+            outputs, margin = (names.LOGITS, names.HIDDEN), run.margin().numpy()
             for name, got, want in zip(outputs, graph.run(feeds, outputs), run.reference(), strict=True):
-                yield compare("model", f"{run.entry.file} {name}", "logits", dtype, got, want.numpy(), quant)
+                label = f"{run.entry.file} {name}"
+                yield from logits_cases("model", label, key, got, want.numpy(), margin, router)
 
 
 @torch.no_grad()

@@ -13,12 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from deepseek_export.bundle import Manifest
 from deepseek_export.checkpoint import Checkpoint, expected_tensors
 from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
 from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
-from deepseek_export.reference import Forms, ReferenceModel, load_reference
+from deepseek_export.parity.logits import narrow_cache
+from deepseek_export.reference import Forms, load_reference
+from deepseek_export.reference.mla import AttentionForm
 from deepseek_export.reference.weights import TORCH_DTYPES
 
 MIN_TRANSFORMERS = (5, 17)
@@ -107,20 +110,37 @@ class ReferenceOracle:
     """dsx 参考模型（expanded 注意力、每个专家都跑：与被验证的图走不同的算法）。"""
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: str, quantized: Mapping[str, BlockFormat] = MappingProxyType({})
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        quantized: Mapping[str, BlockFormat] = MappingProxyType({}),
+        attention: AttentionForm = "expanded",
+        cache_dtype: str | None = None,
     ) -> None:
         self.name = "dsx reference" + ("（同样的量化权重）" if quantized else "")
-        forms = Forms("expanded", "dense")
-        self._model = load_reference(checkpoint, forms, dtype, quantized)  # type: ignore[arg-type]
+        self._model = load_reference(checkpoint, Forms(attention, "dense"), dtype, quantized)  # type: ignore[arg-type]
+        self._cache_dtype = TORCH_DTYPES[cache_dtype or dtype]
+
+    @classmethod
+    def for_bundle(cls, checkpoint: Checkpoint, manifest: Manifest) -> ReferenceOracle:
+        """与 bundle 同样的权重（含量化）与缓存 dtype；缓存窄的，舍入的是同样的 latent，注意力取另一种形式。"""
+        narrow = narrow_cache(manifest)
+        attention: AttentionForm = "expanded"
+        if narrow is not None:
+            attention = "absorb" if manifest.profile.mla.form == "naive" else "naive"
+        return cls(checkpoint, manifest.dtype, manifest.formats, attention, narrow)
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        return reference_logits(self._model, ids)
+        tokens, past = torch.tensor([list(ids)]), torch.zeros(1, dtype=torch.int64)
+        caches = self._model.empty_caches(1, len(ids), self._cache_dtype)
+        logits, _, _ = self._model(tokens, past, torch.arange(len(ids))[None], caches)
+        return logits[0].float().numpy()
 
     @torch.no_grad()
     def greedy(self, ids: Sequence[int], steps: int) -> list[int]:
         model, tokens = self._model, list(ids)
-        caches = model.empty_caches(1, len(ids) + steps)
+        caches = model.empty_caches(1, len(ids) + steps, self._cache_dtype)
         new, past = list(ids), 0
         while len(tokens) < len(ids) + steps:
             last = torch.tensor([[len(new) - 1]])
@@ -129,14 +149,6 @@ class ReferenceOracle:
             new = [int(logits[0, 0].argmax())]
             tokens += new
         return tokens[len(ids) :]
-
-
-def reference_logits(model: ReferenceModel, ids: Sequence[int]) -> np.ndarray:
-    """参考模型一次 prefill 的全部 logits，[len, V] float32。"""
-    positions = torch.arange(len(ids))[None]
-    caches = model.empty_caches(1, len(ids))
-    logits, _, _ = model(torch.tensor([list(ids)]), torch.zeros(1, dtype=torch.int64), positions, caches)
-    return logits[0].float().numpy()
 
 
 def make_oracle(checkpoint: Checkpoint, dtype: str) -> tuple[Oracle, list[str]]:

@@ -19,9 +19,10 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import check_free_space, disk_errors
 from deepseek_export.capture import names
 from deepseek_export.parity.blocks import Output
+from deepseek_export.parity.logits import logits_key
 from deepseek_export.parity.measures import rms
 from deepseek_export.parity.subgraph import ModelGraph
-from deepseek_export.parity.tolerances import TOLERANCES
+from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.reference import ReferenceModel
 
 FOLDER = "reports/polygraphy"
@@ -134,5 +135,5 @@ def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[
     logits, hidden, _ = model(ids, past, positions, caches)
     want = {names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}
     save_iterations(folder, [Iteration(feeds, want)])
-    limit = TOLERANCES["logits", bundle.manifest.dtype].max_abs
+    limit = tolerance(*logits_key(bundle.manifest)).max_abs
     return polygraphy_command(bundle.model_path, folder, limit)

@@ -11,7 +11,7 @@ from deepseek_export.parity.measures import Measure, measure
 from deepseek_export.parity.tolerances import Dtype, Quantity, Tolerance, tolerance
 
 Level = Literal["op", "block", "model", "tokens", "loss"]
-#: 可以点名要的层级；``loss`` 只有量化的 bundle 才有，随 ``model`` 一起比。
+#: 可以点名要的层级；``loss`` 只有量化的与缓存比模型窄的 bundle 才有，随 ``model`` 一起比。
 LEVELS: tuple[Level, ...] = ("op", "block", "model", "tokens")
 
 

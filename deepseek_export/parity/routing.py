@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from deepseek_export.bundle import Manifest
 from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
 from deepseek_export.reference.moe import MoE
 
@@ -36,6 +41,25 @@ def router_margin(layer: DecoderLayer, residual: Tensor, config: ModelConfig) ->
         choice = grouped.masked_fill(~chosen.unsqueeze(-1), float("-inf")).flatten(-2)
         return torch.minimum(groups, _gap(choice, config.num_experts_per_tok))
     return _gap(choice, config.num_experts_per_tok)
+
+
+@torch.no_grad()
+def row_margin(manifest: Manifest, model: ReferenceModel, ids: Sequence[int]) -> np.ndarray:
+    """参考模型里每个位置的路由离换一个专家有多远，各层取最小，[len]。
+
+    量化的 bundle 全是 inf：激活的 int8 舍入让路由在近平局处翻转，容差已经计入。
+    """
+    tokens, past = torch.tensor([list(ids)]), torch.zeros(1, dtype=torch.int64)
+    margin = torch.full(tokens.shape, torch.inf)
+    if manifest.quant is not None:
+        return margin[0].numpy()
+    x, cos, sin = model.embed(tokens, past)
+    caches = model.empty_caches(1, len(ids), getattr(torch, manifest.cache.dtype))
+    for layer, cache in zip(model.layers, caches, strict=True):
+        assert isinstance(layer, DecoderLayer)
+        residual, x, *_ = layer(x, cos, sin, past, *cache)
+        margin = torch.minimum(margin, router_margin(layer, residual, model.config))
+    return margin[0].numpy()
 
 
 def _gap(scores: Tensor, k: int) -> Tensor:

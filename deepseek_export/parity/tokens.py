@@ -6,26 +6,37 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from deepseek_export.bundle import Manifest
 from deepseek_export.errors import DsxError
+from deepseek_export.parity.logits import logits_cases, logits_key, router_dtype
 from deepseek_export.parity.oracle import Oracle
 from deepseek_export.parity.report import Case
-from deepseek_export.parity.tolerances import Dtype, token_margin
+from deepseek_export.parity.routing import row_margin
+from deepseek_export.parity.tolerances import Key, token_margin
+from deepseek_export.reference import ReferenceModel
 from deepseek_export.runtime import Generator
 
 
 def token_cases(
+    manifest: Manifest,
     generator: Generator,
     speculative: Generator | None,
     oracle: Oracle,
+    model: ReferenceModel,
     rows: Sequence[Sequence[int]],
     steps: int,
-    dtype: Dtype,
     on_case: Callable[[str], None],
 ) -> Iterator[Case]:
     """每条 prompt 单独跑一遍、再合成一个 batch 跑一遍，都与基准的 greedy 比；带草稿模型的再用投机解码各跑一遍。
 
-    分叉处若基准自己的两个候选 logit 相差在容差之内，记为近平局；否则不通过。
+    分叉处若基准自己的两个候选 logit 相差在容差之内，或者之前路由已在近平局处分叉（见 :func:`_routing_forked`），记为近平局；
+    否则不通过。``model`` 只用来找路由近平局，其余参数同 :func:`~deepseek_export.parity.model.model_cases`。
     """
+    key = logits_key(manifest)
+
+    def forked(ids: Sequence[int]) -> bool:
+        return _routing_forked(manifest, generator, oracle, model, ids)
+
     want = []
     for i, row in enumerate(rows):
         on_case(f"prompt {i}: oracle")
@@ -44,7 +55,7 @@ def token_cases(
             yield Case(level="tokens", name=f"tokens {way}", passed=False, note=error.what)
             continue
         for i, (got, expected) in enumerate(zip(outputs, want, strict=True)):
-            yield _case(f"tokens[{i}] {way}", list(rows[i]), got, expected, oracle, dtype)
+            yield _case(f"tokens[{i}] {way}", list(rows[i]), got, expected, oracle, key, forked)
 
 
 def _ways(
@@ -59,7 +70,13 @@ def _ways(
 
 
 def _case(
-    name: str, prompt: list[int], got: Sequence[int], want: Sequence[int], oracle: Oracle, dtype: Dtype
+    name: str,
+    prompt: list[int],
+    got: Sequence[int],
+    want: Sequence[int],
+    oracle: Oracle,
+    key: Key,
+    forked: Callable[[Sequence[int]], bool],
 ) -> Case:
     got, want = list(got), list(want)
     if got == want:
@@ -70,8 +87,20 @@ def _case(
         return Case(level="tokens", name=name, passed=False, note=f"长度不同：{len(got)} 与 {len(want)}")
     logits = oracle.logits([*prompt, *want[:step]])[-1]
     gap = float(logits[want[step]] - logits[got[step]])
-    limit = token_margin(dtype, float(np.sqrt((logits**2).mean())))
-    near = gap <= limit
-    verdict = "近平局" if near else "错误"
+    limit = token_margin(key, float(np.sqrt((logits**2).mean())))
+    near, verdict = True, "近平局"
+    if gap > limit:
+        near = forked([*prompt, *want[:step]])
+        verdict = "之前路由在近平局处分叉" if near else "错误"
     note = f"第 {step} 步分叉：{got[step]}，应为 {want[step]}；基准 logit 相差 {gap:.2e}（{verdict}，界 {limit:.2e}）"
     return Case(level="tokens", name=name, passed=near, near_ties=int(near), note=note)
+
+
+def _routing_forked(
+    manifest: Manifest, generator: Generator, oracle: Oracle, model: ReferenceModel, ids: Sequence[int]
+) -> bool:
+    """bundle 逐 token 走这段文本时，路由确实在近平局处分叉：分叉之前的 logits 都在容差内，之后没有整体跑偏。"""
+    got, want = generator.logits([ids], chunk=1)[0], oracle.logits(ids)
+    margin, router = row_margin(manifest, model, ids), router_dtype(manifest)
+    cases = list(logits_cases("tokens", "", logits_key(manifest), got, want, margin, router))
+    return all(case.passed for case in cases) and any(case.near_ties for case in cases)

@@ -12,8 +12,9 @@ from deepseek_export.bundle.disk import write_json
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.blocks import block_cases, main_block_count, main_blocks
 from deepseek_export.parity.draft import draft_cases, draft_runs
+from deepseek_export.parity.logits import narrow_cache
 from deepseek_export.parity.loss import loss_cases, read_passage
-from deepseek_export.parity.model import model_cases
+from deepseek_export.parity.model import cache_loss_cases, model_cases
 from deepseek_export.parity.ops import op_cases
 from deepseek_export.parity.oracle import ReferenceOracle, make_oracle
 from deepseek_export.parity.polygraphy import save_model_comparison
@@ -118,13 +119,14 @@ def verify_bundle(
         weights = BundleWeights(bundle)
         session = open_session(bundle, weights, backend=backend)
         generator = Generator(session, tokenizer, (), session.prefill_chunk)
+        narrow = narrow_cache(manifest)
+        same = oracle
+        if manifest.quantization is not None or narrow is not None:
+            same = ReferenceOracle.for_bundle(checkpoint, manifest)
         advance = lambda name: progress.advance(0, name)  # noqa: E731
         if "model" in levels:
             progress.start("校验 model")
-            same = oracle
-            if manifest.quantization is not None:
-                same = ReferenceOracle(checkpoint, manifest.dtype, manifest.formats)
-            cases += model_cases(generator, same, model, rows, manifest.dtype, advance, manifest.quant)
+            cases += model_cases(manifest, generator, same, model, rows, advance)
         if manifest.quantization is not None:
             progress.start("量化损失")
             levels = [level for level in levels if level != "tokens"] + ["loss"]
@@ -132,6 +134,14 @@ def verify_bundle(
             plain = load_reference(checkpoint, forms, manifest.dtype)
             more, loss = loss_cases(bundle, generator, graph, oracle, plain, rows, passage, advance)
             cases += more
+        elif narrow is not None and "model" in levels:
+            progress.start("窄缓存的损失")
+            levels.append("loss")
+            notes.append(
+                f"缓存是 {narrow}，比模型的 {manifest.dtype} 窄：model、tokens 的基准是同样缓存的 dsx 参考模型，"
+                f"舍入的代价（对 {oracle.name}）见 loss 一行"
+            )
+            cases += cache_loss_cases(manifest, generator, oracle, model, rows, advance)
         if "tokens" in levels:
             progress.start("校验 tokens")
             speculative = open_speculative(bundle, weights, session, tokenizer)
@@ -142,7 +152,7 @@ def verify_bundle(
                 )
             if speculative is not None:
                 speculative.floor = None  # 校验要一直投机，不因不划算而退回
-            cases += token_cases(generator, speculative, oracle, rows, steps, manifest.dtype, advance)
+            cases += token_cases(manifest, generator, speculative, same, model, rows, steps, advance)
     report = ParityReport(
         bundle=str(bundle.path),
         checkpoint=str(checkpoint.path),

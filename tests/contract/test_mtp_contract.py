@@ -115,6 +115,19 @@ def test_first_drafts_equal_transformers_generate(checkpoint: Checkpoint, transf
     assert int(logits[0, -1].argmax()) == int(candidate[0, 0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
+def test_narrow_cache_verifies_with_the_draft(checkpoint: Checkpoint, tmp_path: Path, cache_dtype: str):
+    """PARITY-12：草稿模型与投机解码的缓存同样窄，也四级全过。"""
+    overrides = (f"mla.cache_dtype={cache_dtype}",)
+    out = tmp_path / "out"
+    bundle = deepseek_export.export(checkpoint.path, out, "full", target="ort-cpu", overrides=overrides)
+    report = deepseek_export.verify(bundle.path, steps=24)
+    assert report.passed, report.first_failure
+    assert any(case.name.startswith("mtp.onnx logits") for case in report.cases)
+    assert any("speculative" in case.name for case in report.cases)
+
+
 def test_embedding_and_head_are_shared(checkpoint: Checkpoint):
     """MTP-1：参考模型里共用内存，bundle 里指向权重文件的同一处。"""
     main = load_reference(checkpoint, Forms("absorb", "sparse"))

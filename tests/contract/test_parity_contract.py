@@ -6,10 +6,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 from polygraphy.comparator import RunResults
 from polygraphy.json import load_json
@@ -17,14 +19,16 @@ from polygraphy.logger import G_LOGGER
 
 import deepseek_export
 from deepseek_export.bundle import Bundle
+from deepseek_export.cli.verify import command as verify_command
 from deepseek_export.engine.flavour import device_sm
 from deepseek_export.errors import DsxError
-from deepseek_export.parity import LEVELS
+from deepseek_export.parity import LEVELS, ParityReport
 from deepseek_export.parity.backends import run_onnxruntime
 from deepseek_export.parity.bisect import bisect_block
 from deepseek_export.parity.blocks import main_blocks
 from deepseek_export.parity.source import block_rows
 from deepseek_export.parity.subgraph import ModelGraph
+from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.reference import Forms, load_reference
 from tests.bundles import edit_model, edit_weight, find_node, run_polygraphy, set_float, tampered
 from tests.models import VARIANTS, build_model, save_checkpoint
@@ -63,15 +67,50 @@ def test_both_forms_and_dtypes_pass(exported, form: str, dtype: str):
 
 
 @pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
-def test_narrow_cache_is_measured(exported, cache_dtype: str):
-    """PARITY-2：窄缓存能导出、能运行；op 层喂同样的窄缓存，仍在 float32 容差之内；block 层按窄缓存的容差（末位可能舍入到邻值）。"""
-    bundle = exported("v3-yarn", "mla", overrides=(f"mla.cache_dtype={cache_dtype}",))
-    assert bundle.manifest.cache.bytes_per_token == 56 * 3 * 2
-    report = deepseek_export.verify(bundle.path, levels=["op", "block"])
-    assert report.passed, report.first_failure
-    assert any("kv_cache_out" in case.name for case in report.cases)
-    model = deepseek_export.load(bundle.path)
-    assert len(model.generate([[1, 2, 3], [4]], 5).token_ids[0]) == 5
+class TestNarrowCache:
+    """PARITY-12：缓存比模型窄的 bundle。"""
+
+    @pytest.fixture
+    def bundle(self, exported, cache_dtype: str) -> Bundle:
+        return exported("v3-yarn", "mla+moe", overrides=(f"mla.cache_dtype={cache_dtype}",))
+
+    def test_verifies_at_every_level(self, bundle: Bundle, cache_dtype: str):
+        """对的 bundle 四级全过、命令的退出码是 0；op 层喂同样的窄缓存，仍按 float32 的容差；舍入的代价另列一级。"""
+        assert bundle.manifest.cache.bytes_per_token == 56 * 3 * 2
+        result = CliRunner().invoke(verify_command, [str(bundle.path), "--steps", "16", "--json"])
+        assert result.exit_code == 0, result.output
+        report = ParityReport.model_validate(_without_passed(bundle.path / "reports/parity.json"))
+        assert report.passed, report.first_failure
+        assert report.levels == [*LEVELS, "loss"]
+        worst = {
+            level: max(case.measure.max_abs for case in report.cases if case.level == level and case.measure)
+            for level in ("model", "loss")
+        }
+        assert worst["model"] < worst["loss"] / 2, "参照的缓存没有舍入到同样的 dtype"
+        assert all(
+            case.tolerance == tolerance("op", "float32") for case in report.cases if case.level == "op"
+        )
+        assert any(cache_dtype in line for line in report.notes)
+
+    @pytest.mark.parametrize("defect", ["mscale", "lm_head"])
+    def test_defects_are_caught_without_the_blocks(self, bundle: Bundle, tmp_path: Path, defect: str):
+        """只比 model 与 tokens，错的仍不通过：第 1 层的 softmax scale 漏乘 mscale 平方；lm_head 大了百分之一。"""
+        changes = {
+            "mscale": edit_model(
+                lambda m: set_float(find_node(m, "MlaAttention", "layers.1"), "scale", 40**-0.5)
+            ),
+            "lm_head": edit_weight(bundle, "lm_head.weight", lambda w: w * 1.01),
+        }
+        bad = tampered(bundle, tmp_path, changes[defect])
+        report = deepseek_export.verify(bad.path, levels=["model", "tokens"], steps=8)
+        failed = {case.level for case in report.cases if not case.passed}
+        assert {"model", "loss"} <= failed, failed
+
+
+def _without_passed(path: Path) -> dict[str, Any]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    del data["passed"]
+    return data
 
 
 class TestDefectsAreCaught:

@@ -1,16 +1,22 @@
-"""在子进程里跑真正的 ``dsx``。"""
+"""跑真正的 ``dsx``：缺省在本进程里走同一个入口，省去每次几秒的导入；要看信号、限额、管道的才开子进程。"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG
+from deepseek_export.cli.main import main
 
 DSX = (sys.executable, "-m", "deepseek_export.cli.main")
 
@@ -49,8 +55,30 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": root, **extra}
 
 
-def dsx(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """跑一次，收下退出码、stdout、stderr。"""
+def dsx(
+    *args: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """在本进程里跑一次，收下退出码、stdout、stderr；没有接住的异常原样抛出。"""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    command, code, handler = [*DSX, *map(str, args)], 0, signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            contextlib.chdir(cwd or Path.cwd()),
+            mock.patch.dict(os.environ, environment() if env is None else env, clear=True),
+        ):
+            main(command[len(DSX) :])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    texts = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(command, code, *texts)
+
+
+def dsx_process(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """在子进程里跑一次。"""
     options.setdefault("env", environment())
     return subprocess.run([*DSX, *map(str, args)], capture_output=True, text=True, timeout=300, **options)
 

@@ -1,4 +1,4 @@
-"""每个命令的正常用法，都在子进程里。"""
+"""每个命令的正常用法；不导入重依赖、流式、管道与 Ctrl-C 在真的子进程里。"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.cli.demo import BUNDLE, ENGINE_BUNDLE
 from deepseek_export.cli.main import COMMANDS
 from tests.bundles import edit_weight, run_polygraphy, tampered
-from tests.integration.cli import DSX, assert_refused, dsx, environment, last_json
+from tests.integration.cli import DSX, assert_refused, dsx, dsx_process, environment, last_json
 
 pytestmark = pytest.mark.integration
 
@@ -206,7 +206,9 @@ def test_inspect_into_a_closed_pipe_is_quiet(demo_bundle):
 
 def test_generate_json(demo_bundle):
     args = ("--max-new-tokens", 8, "--temperature", "0.8", "--top-k", 20, "--top-p", "0.9", "--seed", 7)
-    process = dsx("generate", demo_bundle, "-P", "床前明月光", "-P", "白日", *args, "--ignore-eos", "--json")
+    prompts = ("-P", "床前明月光", "-P", "白日")
+    # 子进程：依赖的 C++ 日志也不许混进 stderr
+    process = dsx_process("generate", demo_bundle, *prompts, *args, "--ignore-eos", "--json")
     assert process.stderr == ""
     found = last_json(process)
     assert [len(ids) for ids in found["token_ids"]] == [8, 8]
@@ -214,9 +216,7 @@ def test_generate_json(demo_bundle):
     assert found["counts"]["new_tokens"] == 16
     assert found["finish_reasons"] == ["length", "length"]
     assert set(found["timings"]) == {"load_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
-    again = dsx(
-        "generate", demo_bundle, "-P", "床前明月光", "-P", "白日", *args, "--ignore-eos", "--threads", 1
-    )
+    again = dsx("generate", demo_bundle, *prompts, *args, "--ignore-eos", "--threads", 1)
     assert "[1/2] 床前明月光" in again.stdout
     assert found["text"][1] in again.stdout
 

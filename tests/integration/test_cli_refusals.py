@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from deepseek_export.checkpoint.synthetic import write_checkpoint
-from tests.integration.cli import DSX, TINY, assert_refused, dsx, environment, last_json
+from tests.integration.cli import DSX, TINY, assert_refused, dsx, dsx_process, environment, last_json
 
 pytestmark = pytest.mark.integration
 
@@ -178,7 +178,7 @@ def test_an_interrupted_export_leaves_no_bundle(number, code, wide, plain, tmp_p
 
 def test_a_file_size_limit_is_reported_as_disk_full(wide, tmp_path):
     limit = 4 << 20
-    process = dsx(
+    process = dsx_process(
         *("export", wide, "-p", "mla", "-o", tmp_path / "out"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )

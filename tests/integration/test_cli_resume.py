@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_export.checkpoint.synthetic import write_checkpoint
-from tests.integration.cli import DSX, TINY, dsx, environment
+from tests.integration.cli import DSX, TINY, dsx_process, environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -41,12 +41,12 @@ def test_export_killed_while_writing_is_continued(tmp_path: Path):
     """EXPORT-24：被杀之后没有 OUT，只有一个带日志的临时目录；再跑一次得到与没被杀过的相同的哈希，不留临时目录。"""
     checkpoint = write_checkpoint(tmp_path / "ckpt", BIG, sparse=True)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert dsx("export", checkpoint, "-o", whole).returncode == 0
+    assert dsx_process("export", checkpoint, "-o", whole).returncode == 0
     kill_while_writing(checkpoint, killed)
     assert not killed.exists()
     (folder,) = leftovers(killed)
     assert json.loads((folder / ".resume.json").read_text())["bytes"] > 1 << 30
-    process = dsx("export", checkpoint, "-o", killed)
+    process = dsx_process("export", checkpoint, "-o", killed)
     assert process.returncode == 0, process.stderr
     assert leftovers(killed) == []
     manifests = [json.loads((out / "manifest.json").read_text()) for out in (whole, killed)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_export.cli.demo import CHECKPOINT
+from tests.integration.cli import dsx
 
 pytestmark = pytest.mark.integration
 
@@ -35,16 +35,12 @@ def workspace(tmp_path_factory) -> Path:
 
 def test_commands_run_in_order(workspace: Path):
     """中文 README 的每条 dsx 命令按次序跑一遍。"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     lines = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
     assert len(lines) >= 6
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "dsx"
-        command = [sys.executable, "-m", "deepseek_export.cli.main", *arguments]
-        done = subprocess.run(
-            command, cwd=workspace, env=environment, capture_output=True, text=True, check=False
-        )
+        done = dsx(*arguments, cwd=workspace)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
 
 
