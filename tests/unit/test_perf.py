@@ -11,7 +11,7 @@ import pytest
 from deepseek_export.bench.spread import Spread
 from perf import figures, gates, isolate, report, results
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, mtp
+from perf.suites import SUITES, mtp, peers
 from perf.workspace import SHAPES, Workspace, parameter_count
 
 pytestmark = [
@@ -92,6 +92,15 @@ def every_suite() -> list[SuiteResult]:
         facts={"parameters": 1e8},
     )
     layers = Case(name="V3 61 层 / 4 层", values={"61.seconds": one}, ratios={"capture": spread(1.0)})
+    speeds = [
+        Case(
+            name=name,
+            values={f"{engine}.{peers.RATE}": spread(30.0, 33.0) for engine in peers.SERIES},
+            ratios={f"dsx/{peers.LLAMA}": spread(0.3, 0.4)},
+        )
+        for name in ("prefill 256", "depth 0", "depth 8192")
+    ]
+    memory = Case(name="内存", values={f"{engine}.peak": spread(2e9) for engine in peers.SERIES})
     return [
         suite("mla-memory", [memory_case("v3 b1 float32", spread(0.1, 0.12))]),
         suite("mla-decode", decode),
@@ -99,6 +108,7 @@ def every_suite() -> list[SuiteResult]:
         suite("moe", [experts]),
         suite("moe-quality", [quality]),
         suite("compile", [sizes, layers]),
+        suite("peers", [*speeds, memory]),
     ]
 
 
