@@ -254,6 +254,7 @@ def _peers(figure: Figure, suite: SuiteResult) -> None:
         }
         _bars(axes, [case.name for case in cases], found, label)
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")  # 指数里的减号，汉字字体没有
     left.set_title("每秒多少个 token，越高越好")
     left.get_legend().remove()
     right.set_title("进程的内存峰值")
