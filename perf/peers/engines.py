@@ -8,11 +8,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+
+#: llama.cpp 填缓存时一块多少个 token。
+_FILL = 512
 
 
 class Dsx:
@@ -104,7 +108,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp，经 ``llama-cpp-python`` 的底层接口：权重读进内存（不映射），到深度靠真的 prefill。
+    """llama.cpp，经 ``llama-cpp-python`` 的底层接口：权重读进内存（不映射）。
 
     ``exact`` 只用来核对文件：缓存 float32，flash attention 关着（它把 float32 的缓存也转成 float16）。
     """
@@ -123,7 +127,7 @@ class LlamaCpp:
         if not self._model:
             raise RuntimeError(f"llama.cpp 装载不了 {model}")
         options = llama.llama_context_default_params()
-        options.n_ctx = context
+        options.n_ctx, options.n_seq_max, options.kv_unified = context, 2, True  # 两个序列只为 _fill
         options.n_threads = options.n_threads_batch = threads
         options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if exact:
@@ -133,7 +137,6 @@ class LlamaCpp:
         if not self._context:
             raise RuntimeError(f"llama.cpp 建不了 {context} 个 token 的上下文")
         self._vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
-        self._batch = int(options.n_batch)
         self._filled = self._depth = 0
 
     def system(self) -> str:
@@ -144,11 +147,7 @@ class LlamaCpp:
         """退回到 ``past`` 个 token，再来 ``tokens``；最后一行的 logits，内存会被下一次覆盖。"""
         llama = self._llama
         llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), 0, past, -1)
-        for start in range(0, len(tokens), self._batch):
-            part = tokens[start : start + self._batch]
-            ids = (llama.llama_token * len(part))(*part)  # 批只借用它的内存，要留到算完
-            if code := llama.llama_decode(self._context, llama.llama_batch_get_one(ids, len(ids))):
-                raise RuntimeError(f"llama_decode 返回 {code}")
+        self._run(tokens, range(past, past + len(tokens)))
         self._filled = past + len(tokens)
         row = llama.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(row, (self._vocab,))
@@ -161,9 +160,40 @@ class LlamaCpp:
 
     def go_to(self, depth: int) -> None:
         if depth > self._filled:
-            rng = np.random.default_rng(0)
-            self.logits(rng.integers(0, self._vocab, depth - self._filled).tolist(), self._filled)
+            self._fill(depth)
         self._depth = depth
+
+    def _fill(self, length: int) -> None:
+        """让缓存里有 ``length`` 个 token：逐块在空缓存上 prefill（位置照旧，只是看不见前面的块），再用公开的状态接口拼成一个序列。
+
+        一块块接着 prefill 的话，8192 个 token 的注意力在这里要几分钟，而只测时间用不着块与块之间的注意力。
+        """
+        llama, memory = self._llama, self._llama.llama_get_memory(self._context)
+        rng, states = np.random.default_rng(0), []
+        for start in range(0, length, _FILL):
+            llama.llama_memory_clear(memory, False)
+            positions = range(start, min(start + _FILL, length))
+            self._run(rng.integers(0, self._vocab, len(positions)).tolist(), positions)
+            state = (ctypes.c_uint8 * llama.llama_state_seq_get_size(self._context, 0))()
+            llama.llama_state_seq_get_data(self._context, state, len(state), 0)
+            states.append(state)
+        llama.llama_memory_clear(memory, False)
+        for state in states:
+            if not llama.llama_state_seq_set_data(self._context, state, len(state), 1):
+                raise RuntimeError("llama.cpp 放不回缓存")
+            llama.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+            llama.llama_memory_seq_rm(memory, 1, -1, -1)
+        self._filled = length
+
+    def _run(self, tokens: list[int], positions: range) -> None:
+        """一次前向，只要最后一行的 logits。"""
+        llama, count = self._llama, len(tokens)
+        # 批只借用这两个数组，要留到算完。
+        ids, at = (llama.llama_token * count)(*tokens), (llama.llama_pos * count)(*positions)
+        batch = llama.llama_batch_get_one(ids, count)
+        batch.pos = at
+        if code := llama.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode 返回 {code}")
 
     def decode(self, tokens: list[int]) -> float:
         return _each(lambda index, token: self.logits([token], self._depth + index), tokens)

@@ -63,6 +63,26 @@ def test_gguf_only_rounds(small, weights):
     assert found.calc_diff <= QUANT_TOLERANCES["loss_all", "float32", "int8"].calc_diff, found
 
 
+def test_llama_cpp_fills_to_a_depth(small):
+    """填出来的缓存恰好那么长、位置连续：第一块是真的，在它之内解码，与直接 prefill 的一样；深处能接着走。"""
+    pytest.importorskip("llama_cpp", reason="没有装 peers，见 docs/peers.md")
+    from perf.peers.llama_file import write_gguf
+
+    checkpoint, tokens, _ = small
+    file = write_gguf(checkpoint, checkpoint.parent / "fill.gguf", "F32")
+    engine = LlamaCpp(str(file), threads=2, context=1280)
+    first = np.random.default_rng(0).integers(0, SHAPES["peers-2"]["vocab_size"], 512).tolist()
+    want = engine.logits([*first[:100], tokens[0]], 0).copy()
+    engine.go_to(1100)
+    assert engine.decode(tokens[:3]) > 0
+    memory = engine._llama.llama_get_memory(engine._context)
+    assert engine._llama.llama_memory_seq_pos_min(memory, 0) == 0
+    assert engine._llama.llama_memory_seq_pos_max(memory, 0) == 1102
+    assert engine._llama.llama_memory_seq_pos_max(memory, 1) == -1
+    found = measure(engine.logits([tokens[0]], 100), want)
+    assert TOLERANCES["narrow_cache", "float16"].accepts(found), found
+
+
 def test_gguf_refuses_what_it_does_not_write(tmp_path):
     """别的家族不猜。"""
     pytest.importorskip("gguf", reason="没有装 peers，见 docs/peers.md")
