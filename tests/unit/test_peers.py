@@ -38,7 +38,7 @@ def llama_logits(checkpoint, tokens, weights, exact=False) -> np.ndarray:
     from perf.peers.llama_file import write_gguf
 
     file = write_gguf(checkpoint, checkpoint.parent / f"{weights}.gguf", weights)
-    engine = LlamaCpp(str(file), threads=2, context=CONTEXT, exact=exact)
+    engine = LlamaCpp(str(file), threads=1, context=CONTEXT, exact=exact)
     rows = [engine.logits(tokens[:PROMPT], 0).copy()]
     rows += [engine.logits([tokens[past]], past).copy() for past in range(PROMPT, TOTAL)]
     return np.stack(rows)
@@ -70,7 +70,7 @@ def test_llama_cpp_fills_to_a_depth(small):
 
     checkpoint, tokens, _ = small
     file = write_gguf(checkpoint, checkpoint.parent / "fill.gguf", "F32")
-    engine = LlamaCpp(str(file), threads=2, context=1280)
+    engine = LlamaCpp(str(file), threads=1, context=1280)
     first = np.random.default_rng(0).integers(0, SHAPES["peers-2"]["vocab_size"], 512).tolist()
     want = engine.logits([*first[:100], tokens[0]], 0).copy()
     engine.go_to(1100)
@@ -96,7 +96,7 @@ def test_gguf_refuses_what_it_does_not_write(tmp_path):
 def test_transformers_engine_returns_to_its_depth(small):
     """解码之后缓存退回原来的长度；prefill 的 logits 就是模型的。"""
     checkpoint, tokens, want = small
-    engine = Transformers(str(checkpoint), threads=2, dtype="float32")
+    engine = Transformers(str(checkpoint), threads=torch.get_num_threads(), dtype="float32")
     found = measure(np.array(engine.last_logits(tokens)), want[-1])
     assert TOLERANCES["logits", "float32"].accepts(found), found
     for depth in (0, 40):
