@@ -169,14 +169,12 @@ class LlamaCpp:
         一块块接着 prefill 的话，8192 个 token 的注意力在这里要几分钟，而只测时间用不着块与块之间的注意力。
         """
         llama, memory = self._llama, self._llama.llama_get_memory(self._context)
-        rng, states = np.random.default_rng(0), []
-        for start in range(0, length, _FILL):
+        rng, states = np.random.default_rng(0), [self._state()] if self._filled else []
+        for start in range(self._filled, length, _FILL):
             llama.llama_memory_clear(memory, False)
             positions = range(start, min(start + _FILL, length))
             self._run(rng.integers(0, self._vocab, len(positions)).tolist(), positions)
-            state = (ctypes.c_uint8 * llama.llama_state_seq_get_size(self._context, 0))()
-            llama.llama_state_seq_get_data(self._context, state, len(state), 0)
-            states.append(state)
+            states.append(self._state())
         llama.llama_memory_clear(memory, False)
         for state in states:
             if not llama.llama_state_seq_set_data(self._context, state, len(state), 1):
@@ -184,6 +182,12 @@ class LlamaCpp:
             llama.llama_memory_seq_cp(memory, 1, 0, -1, -1)
             llama.llama_memory_seq_rm(memory, 1, -1, -1)
         self._filled = length
+
+    def _state(self) -> ctypes.Array[ctypes.c_uint8]:
+        """序列 0 在缓存里的全部内容。"""
+        state = (ctypes.c_uint8 * self._llama.llama_state_seq_get_size(self._context, 0))()
+        self._llama.llama_state_seq_get_data(self._context, state, len(state), 0)
+        return state
 
     def _run(self, tokens: list[int], positions: range) -> None:
         """一次前向，只要最后一行的 logits。"""

@@ -64,7 +64,7 @@ def test_gguf_only_rounds(small, weights):
 
 
 def test_llama_cpp_fills_to_a_depth(small):
-    """填出来的缓存恰好那么长、位置连续：第一块是真的，在它之内解码，与直接 prefill 的一样；深处能接着走。"""
+    """填出来的缓存恰好那么长、位置连续：已有的原样留着，在它之内解码，与直接 prefill 的一样；深处能接着走。"""
     pytest.importorskip("llama_cpp", reason="没有装 peers，见 docs/peers.md")
     from perf.peers.llama_file import write_gguf
 
