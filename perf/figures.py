@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from deepseek_export.bench.spread import Spread
 from perf.results import SuiteResult
+from perf.suites import peers
 
 #: 依次找，用第一个装了的。
 FONTS = (
@@ -41,7 +42,7 @@ THEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 VARIABLES: Mapping[str, str] = MappingProxyType({_INK: "var(--ink)", _GRID: "var(--grid)"})
 #: 在白底与深底上都看得清的颜色，次序固定。
-PALETTE = ("#8b949e", "#2f81f7", "#e3742f", "#3fa266", "#a371f7")
+PALETTE = ("#8b949e", "#2f81f7", "#e3742f", "#3fa266", "#a371f7", "#d4a72c")
 _MIB = 1 << 20
 
 
@@ -248,6 +249,28 @@ def _compile(figure: Figure, suite: SuiteResult) -> None:
         axes.legend()
 
 
+def _peers(figure: Figure, suite: SuiteResult) -> None:
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    *speeds, memory = suite.cases
+    for axes, cases, field, factor, label in (
+        (left, speeds, peers.RATE, 1.0, "token / 秒（对数）"),
+        (right, [memory], "peak", 1 / _MIB, "MiB"),
+    ):
+        found = {
+            name: [case.values[f"{name}.{field}"].scaled(factor) for case in cases]
+            for name in peers.SERIES
+            if f"{name}.{field}" in cases[0].values
+        }
+        _bars(axes, [case.name for case in cases], found, label)
+    left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")  # 指数里的减号，汉字字体没有
+    left.set_title("每秒多少个 token，越高越好")
+    left.get_legend().remove()
+    right.set_title("进程的内存峰值")
+    right.get_legend().remove()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(peers.SERIES))
+
+
 _FIGURES: Mapping[str, Callable[[Figure, Any], None]] = MappingProxyType(
     {
         "mla-memory": _mla_memory,
@@ -256,5 +279,6 @@ _FIGURES: Mapping[str, Callable[[Figure, Any], None]] = MappingProxyType(
         "moe": _moe,
         "moe-quality": _moe_quality,
         "compile": _compile,
+        "peers": _peers,
     }
 )

@@ -15,6 +15,7 @@ from deepseek_export import api
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.checkpoint.weight_only import Quantization
 from perf.results import ROOT
 
 _COMMON: Mapping[str, Any] = MappingProxyType(
@@ -121,6 +122,16 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "0.1B": MappingProxyType({**_scaled(4, 256, 8, 256), "intermediate_size": 704}),
         "0.9B": _scaled(12, 1024, 32, 512),
         "4B": _scaled(24, 2048, 32, 768),
+        # 缩小的同类比较：量化的块要整除各个宽度，填满 8192 个 token 只要几秒。
+        "peers-2": MappingProxyType(
+            {
+                **_WIDE,
+                "hidden_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+            }
+        ),
         # 与 wide-4 总参数相同的稠密模型：四层的宽度之和等于一个稠密层加三个 MoE 层的（2816 + 3 × 33 × 512）。
         "wide-4-dense": MappingProxyType(
             {**_WIDE, "num_hidden_layers": 4, "first_k_dense_replace": 4, "intermediate_size": 13376}
@@ -137,18 +148,33 @@ class Workspace:
         self.checkpoint = functools.cache(self._checkpoint)
         self.bundle = functools.cache(self._bundle)
 
-    def _checkpoint(self, shape: str, *, sparse: bool = False) -> Path:
-        """:data:`SHAPES` 里的形状；float32 的随机权重，``sparse`` 则是 bfloat16 的全零、不占磁盘。"""
-        path = self.folder / f"{shape}{'-sparse' if sparse else ''}"
-        dtype: Literal["bfloat16", "float32"] = "bfloat16" if sparse else "float32"
+    def _checkpoint(
+        self, shape: str, *, sparse: bool = False, dtype: Literal["bfloat16", "float32"] = "float32"
+    ) -> Path:
+        """:data:`SHAPES` 里的形状，随机权重；``sparse`` 则是 bfloat16 的全零、不占磁盘。"""
+        dtype = "bfloat16" if sparse else dtype
+        path = self.folder / f"{shape}-{dtype}{'-sparse' if sparse else ''}"
         return write_checkpoint(path, SHAPES[shape], dtype=dtype, sparse=sparse)
 
     def _bundle(
-        self, checkpoint: Path, profile: str, dtype: ModelDtype = "float32", overrides: tuple[str, ...] = ()
+        self,
+        checkpoint: Path,
+        profile: str,
+        dtype: ModelDtype = "float32",
+        overrides: tuple[str, ...] = (),
+        quantization: Quantization | None = None,
     ) -> Path:
         """``ort-cpu`` 的 bundle。"""
         out = self.folder / "bundles" / f"{len(list((self.folder / 'bundles').glob('*')))}"
-        api.export(checkpoint, out, profile, target="ort-cpu", dtype=dtype, overrides=overrides)
+        api.export(
+            checkpoint,
+            out,
+            profile,
+            target="ort-cpu",
+            dtype=dtype,
+            overrides=overrides,
+            quantization=quantization,
+        )
         return out
 
 

@@ -14,5 +14,6 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "moe": "perf.suites.moe",
         "moe-quality": "perf.suites.moe_quality",
         "compile": "perf.suites.compile",
+        "peers": "perf.suites.peers",
     }
 )

@@ -16,7 +16,7 @@ from deepseek_export.reference import Forms, load_draft, load_reference
 from perf import figures, gates, isolate, report, results, tensorrt_build
 from perf.padded import write_padded
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, mtp
+from perf.suites import SUITES, mtp, peers
 from perf.workspace import SHAPES, Workspace, parameter_count
 
 pytestmark = [
@@ -102,6 +102,15 @@ def every_suite() -> list[SuiteResult]:
         values={"dsx.seconds": one, "dsx.peak": spread(1e9), "dsx.plan_bytes": spread(9e6)},
         facts={"layers": 8},
     )
+    speeds = [
+        Case(
+            name=name,
+            values={f"{engine}.{peers.RATE}": spread(30.0, 33.0) for engine in peers.SERIES},
+            ratios={f"dsx/{peers.LLAMA}": spread(0.3, 0.4)},
+        )
+        for name in ("prefill 256", "depth 0", "depth 8192")
+    ]
+    memory = Case(name="内存", values={f"{engine}.peak": spread(2e9) for engine in peers.SERIES})
     return [
         suite("mla-memory", [memory_case("v3 b1 float32", spread(0.1, 0.12))]),
         suite("mla-decode", decode),
@@ -109,6 +118,7 @@ def every_suite() -> list[SuiteResult]:
         suite("moe", [experts]),
         suite("moe-quality", [quality]),
         suite("compile", [sizes, layers, engine]),
+        suite("peers", [*speeds, memory]),
     ]
 
 

@@ -1,0 +1,197 @@
+"""与同类并排（CPU-8、CPU-9、CPU-10）：同一份 bfloat16 检查点、同样的线程数与 token，一个引擎一个进程，轮流各测一个样本。
+
+要可选依赖 ``peers``（llama-cpp-python 在本机编译，编译选项见 ``docs/peers.md``）与 C++ 算子库。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.cpu_library import BUILD_COMMAND, OFF, find_library
+from deepseek_export.parity.measures import measure
+from perf.isolate import Worker
+from perf.results import Case, SuiteResult
+from perf.workspace import SHAPES, Workspace
+
+TITLE = "与同类并排"
+DSX, BODIES = "dsx int8", "dsx int8 函数体"
+LLAMA, LLAMA_BF16 = "llama.cpp Q8_0", "llama.cpp BF16"
+EAGER, COMPILED = "transformers", "transformers compile"
+SERIES = (EAGER, COMPILED, LLAMA_BF16, LLAMA, BODIES, DSX)
+RATE = "tokens_per_second"
+_ENGINES = "perf.peers.engines"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """固定的场景。
+
+    Attributes:
+        shape: 形状；完整的就是 9.3 亿参数、每个 token 激活 3.3 亿的那个。
+        prompt: prefill 多少个 token。
+        depths: 在这些深度上解码。
+        tokens: 解码的一个样本喂几个 token。
+        slow_tokens: transformers 的一个样本喂几个：深处一个 token 就要一秒多。
+        compile_s: 最多等 ``torch.compile`` 编译几秒；0 是不测它。
+        runs: 每个引擎几个样本。
+    """
+
+    shape: str = "0.9B"
+    prompt: int = 256
+    depths: tuple[int, ...] = (0, 4096, 8192)
+    tokens: int = 16
+    slow_tokens: int = 2
+    compile_s: int = 300
+    runs: int = 7
+
+
+FULL = Scenario()
+QUICK = Scenario(shape="peers-2", depths=(0, 8192), compile_s=0, runs=3)
+
+
+def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
+    """测全部引擎。
+
+    Raises:
+        ImportError: 没有装 ``peers``。
+        FileNotFoundError: 没有 C++ 算子库。
+        RuntimeError: 引擎打不开或跑不了，带它的原话；``torch.compile`` 除外，它的原话写进结果。
+    """
+    scenario = QUICK if quick else FULL
+    versions = _versions()
+    if find_library() is None:
+        raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
+    tokens = np.random.default_rng(0).integers(0, SHAPES[scenario.shape]["vocab_size"], scenario.prompt)
+    with ExitStack() as stack:
+        engines: dict[str, Worker] = {}
+        for name, opener in _openers(workspace, scenario, threads).items():
+            engines[name] = opener()
+            stack.callback(engines[name].close)
+        facts: dict[str, Any] = {"build": engines[LLAMA].ask("system")}
+        if COMPILED in engines and (error := _rehearse(engines[COMPILED], scenario, tokens.tolist())):
+            facts["failed"] = {COMPILED: error}
+            del engines[COMPILED]
+        cases = list(_cases(engines, scenario, tokens.tolist()))
+        cases.append(_memory(engines, facts))
+    return SuiteResult(suite="peers", title=TITLE, scenario=asdict(scenario) | versions, cases=cases)
+
+
+def _versions() -> dict[str, str]:
+    names = ("llama-cpp-python", "gguf", "transformers", "torch")
+    try:
+        return {name: metadata.version(name) for name in names}
+    except metadata.PackageNotFoundError as error:
+        raise ImportError(f"没有装 {error.name}，怎么装见 docs/peers.md") from error
+
+
+def _openers(workspace: Workspace, scenario: Scenario, threads: int) -> dict[str, Callable[[], Worker]]:
+    """名字 → 打开引擎；检查点、bundle 与 GGUF 到那时才造。"""
+    from perf.peers.llama_file import WeightType, write_gguf
+
+    context = max(scenario.prompt, max(scenario.depths) + scenario.tokens)
+
+    def checkpoint() -> Path:
+        return workspace.checkpoint(scenario.shape, dtype="bfloat16")
+
+    def dsx(**environment: str) -> Worker:
+        overrides = ("mla.cache_dtype=bfloat16",)
+        bundle = workspace.bundle(checkpoint(), "mla+moe", "float32", overrides, Quantization(kind="int8"))
+        return Worker(f"{_ENGINES}:Dsx", environment, bundle=str(bundle), threads=threads, context=context)
+
+    def llama(weights: WeightType) -> Worker:
+        file = write_gguf(checkpoint(), workspace.folder / f"{weights}.gguf", weights)
+        return Worker(f"{_ENGINES}:LlamaCpp", model=str(file), threads=threads, context=context)
+
+    def transformers(compiled: bool) -> Worker:
+        model = str(checkpoint())
+        return Worker(f"{_ENGINES}:Transformers", checkpoint=model, threads=threads, compiled=compiled)
+
+    found: dict[str, Callable[[], Worker]] = {
+        DSX: dsx,
+        BODIES: partial(dsx, DSX_CPU_LIBRARY=OFF),
+        LLAMA: partial(llama, "Q8_0"),
+        LLAMA_BF16: partial(llama, "BF16"),
+        EAGER: partial(transformers, compiled=False),
+    }
+    return found | ({COMPILED: partial(transformers, compiled=True)} if scenario.compile_s else {})
+
+
+def _rehearse(worker: Worker, scenario: Scenario, tokens: list[int]) -> str | None:
+    """每种形状先走一遍，让它编译完；不行就返回原话。"""
+    deadline = monotonic() + scenario.compile_s
+
+    def left() -> float:
+        return max(deadline - monotonic(), 0)
+
+    try:
+        worker.ask("prefill", tokens=tokens, within=left())
+        for depth in scenario.depths:
+            worker.ask("go_to", depth=depth, within=left())
+            worker.ask("decode", tokens=tokens[: scenario.slow_tokens], within=left())
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _cases(engines: dict[str, Worker], scenario: Scenario, tokens: list[int]) -> Iterator[Case]:
+    """prefill 在前：它从空缓存开始，会冲掉填好的。"""
+    logits = {name: np.array(worker.ask("last_logits", tokens=tokens)) for name, worker in engines.items()}
+    prefill = {name: partial(worker.ask, "prefill", tokens=tokens) for name, worker in engines.items()}
+    yield _case(
+        f"prefill {scenario.prompt}",
+        {
+            name: [found / scenario.prompt for found in samples]
+            for name, samples in interleaved(prefill, scenario.runs).items()
+        },
+        # 不是门槛，只为看得出各引擎跑的是同一个模型；逐层相等由测试在小形状上证明。
+        {"difference": {name: measure(found, logits[EAGER]).calc_diff for name, found in logits.items()}},
+    )
+    for depth in scenario.depths:
+        for worker in engines.values():
+            worker.ask("go_to", depth=depth)
+        counts = {
+            name: scenario.slow_tokens if name in (EAGER, COMPILED) else scenario.tokens for name in engines
+        }
+        decode = {
+            name: partial(worker.ask, "decode", tokens=tokens[: counts[name]])
+            for name, worker in engines.items()
+        }
+        yield _case(f"depth {depth}", interleaved(decode, scenario.runs), {"depth": depth})
+
+
+def _case(name: str, samples: dict[str, list[float]], facts: dict[str, Any]) -> Case:
+    """``samples`` 是每个 token 的秒数；报每秒几个 token，比值仍是时间之比。"""
+    seconds = {engine: Spread.of(found) for engine, found in samples.items()}
+    return Case(
+        name=name,
+        values={
+            f"{engine}.{RATE}": Spread.of([1 / sample for sample in found.samples])
+            for engine, found in seconds.items()
+        },
+        ratios={
+            f"dsx/{engine}": paired_ratio(seconds[DSX], found)
+            for engine, found in seconds.items()
+            if engine != DSX
+        },
+        facts=facts,
+    )
+
+
+def _memory(engines: dict[str, Worker], facts: dict[str, Any]) -> Case:
+    """全部测完之后：最深的缓存还在，各进程现在与最多占多少。"""
+    values = {}
+    for name, worker in engines.items():
+        found = worker.memory()
+        values |= {f"{name}.resident": Spread.of([found.resident]), f"{name}.peak": Spread.of([found.peak])}
+    return Case(name="内存", values=values, facts=facts)

@@ -1,0 +1,141 @@
+"""与同类的比较：写给 llama.cpp 的文件是同一个模型，常驻的子进程说得清死因，汇总不算错。测量本身不在测试里跑。"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.parity.measures import measure
+from deepseek_export.parity.tolerances import QUANT_TOLERANCES, TOLERANCES
+from perf.isolate import Worker
+from perf.peers.engines import LlamaCpp, Transformers
+from perf.suites import peers
+from perf.workspace import SHAPES
+
+pytestmark = pytest.mark.unit
+
+PROMPT, TOTAL, CONTEXT = 24, 32, 256
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """缩小的场景的检查点（float32）、一串 token，与 transformers 的 logits。"""
+    path = write_checkpoint(
+        tmp_path_factory.mktemp("peers") / "checkpoint", SHAPES["peers-2"], dtype="float32"
+    )
+    tokens = np.random.default_rng(0).integers(0, SHAPES["peers-2"]["vocab_size"], TOTAL).tolist()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return path, tokens, model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def llama_logits(checkpoint, tokens, weights, exact=False) -> np.ndarray:
+    """整段 prefill 之后逐个 token 解码，从提示词最后一个 token 起每行的 logits。"""
+    pytest.importorskip("llama_cpp", reason="没有装 peers，见 docs/peers.md")
+    from perf.peers.llama_file import write_gguf
+
+    file = write_gguf(checkpoint, checkpoint.parent / f"{weights}.gguf", weights)
+    engine = LlamaCpp(str(file), threads=1, context=CONTEXT, exact=exact)
+    rows = [engine.logits(tokens[:PROMPT], 0).copy()]
+    rows += [engine.logits([tokens[past]], past).copy() for past in range(PROMPT, TOTAL)]
+    return np.stack(rows)
+
+
+def test_gguf_is_the_same_model(small):
+    """CPU-11：float32 的文件，prefill 与解码的 logits 在容差之内；测速时的设置只多出 float16 缓存的舍入。"""
+    checkpoint, tokens, want = small
+    for exact, tolerance in (
+        (True, TOLERANCES["logits", "float32"]),
+        (False, TOLERANCES["narrow_cache", "float16"]),
+    ):
+        found = measure(llama_logits(checkpoint, tokens, "F32", exact), want[PROMPT - 1 :])
+        assert tolerance.accepts(found), found
+
+
+@pytest.mark.parametrize("weights", ["BF16", "Q8_0"])
+def test_gguf_only_rounds(small, weights):
+    """CPU-11：权重舍入之后，与没有舍入的相差不超过 int8 那一行。"""
+    checkpoint, tokens, want = small
+    found = measure(llama_logits(checkpoint, tokens, weights), want[PROMPT - 1 :])
+    assert found.calc_diff <= QUANT_TOLERANCES["loss_all", "float32", "int8"].calc_diff, found
+
+
+def test_llama_cpp_fills_to_a_depth(small):
+    """填出来的缓存恰好那么长、位置连续：已有的原样留着，在它之内解码，与直接 prefill 的一样；深处能接着走。"""
+    pytest.importorskip("llama_cpp", reason="没有装 peers，见 docs/peers.md")
+    from perf.peers.llama_file import write_gguf
+
+    checkpoint, tokens, _ = small
+    file = write_gguf(checkpoint, checkpoint.parent / "fill.gguf", "F32")
+    engine = LlamaCpp(str(file), threads=1, context=1280)
+    first = np.random.default_rng(0).integers(0, SHAPES["peers-2"]["vocab_size"], 512).tolist()
+    want = engine.logits([*first[:100], tokens[0]], 0).copy()
+    engine.go_to(1100)
+    assert engine.decode(tokens[:3]) > 0
+    memory = engine._llama.llama_get_memory(engine._context)
+    assert engine._llama.llama_memory_seq_pos_min(memory, 0) == 0
+    assert engine._llama.llama_memory_seq_pos_max(memory, 0) == 1102
+    assert engine._llama.llama_memory_seq_pos_max(memory, 1) == -1
+    found = measure(engine.logits([tokens[0]], 100), want)
+    assert TOLERANCES["narrow_cache", "float16"].accepts(found), found
+
+
+def test_gguf_refuses_what_it_does_not_write(tmp_path):
+    """别的家族不猜。"""
+    pytest.importorskip("gguf", reason="没有装 peers，见 docs/peers.md")
+    from perf.peers.llama_file import write_gguf
+
+    other = write_checkpoint(tmp_path / "v2", SHAPES["v2-lite-2"], sparse=True)
+    with pytest.raises(ValueError, match=r"family.*q_lora_rank"):
+        write_gguf(other, tmp_path / "v2.gguf", "F32")
+
+
+def test_transformers_engine_returns_to_its_depth(small):
+    """解码之后缓存退回原来的长度；prefill 的 logits 就是模型的。"""
+    checkpoint, tokens, want = small
+    engine = Transformers(str(checkpoint), threads=torch.get_num_threads(), dtype="float32")
+    found = measure(np.array(engine.last_logits(tokens)), want[-1])
+    assert TOLERANCES["logits", "float32"].accepts(found), found
+    for depth in (0, 40):
+        engine.go_to(depth)
+        assert engine.decode(tokens[:3]) > 0
+        assert engine._cache.get_seq_length() == depth
+
+
+def test_worker_keeps_an_object_alive_and_reports_failures():
+    worker = Worker("tests.isolated:Counter", {"DSX_TEST": "x"}, start=1)
+    assert [worker.ask("add", value=2), worker.ask("add", value=3)] == [3, 6]
+    assert worker.ask("environment", name="DSX_TEST") == "x"
+    assert 0 < worker.memory().resident <= worker.memory().peak
+    with pytest.raises(RuntimeError, match="ValueError: 不要负数"):
+        worker.ask("add", value=-1)
+    assert worker.ask("add", value=0) == 6  # 出错之后还能问
+    with pytest.raises(RuntimeError, match="退出码 3"):
+        worker.ask("die")
+    worker.close()
+    slow = Worker("tests.isolated:Counter", start=1)
+    with pytest.raises(RuntimeError, match="hang 超过 0 秒"):
+        slow.ask("hang", within=0.2)
+    slow.close()
+    with pytest.raises(RuntimeError, match="TypeError"):
+        Worker("tests.isolated:Counter", wrong=1)
+
+
+def test_a_case_reports_rates_and_time_ratios():
+    """每秒 token 数越大越好，比值仍是时间之比，越小越好。"""
+    case = peers._case("depth 0", {peers.DSX: [0.01, 0.02], peers.LLAMA: [0.02, 0.04]}, {})
+    assert case.values[f"{peers.DSX}.{peers.RATE}"].samples == (100, 50)
+    assert case.ratios == {f"dsx/{peers.LLAMA}": case.ratios[f"dsx/{peers.LLAMA}"]}
+    assert case.ratios[f"dsx/{peers.LLAMA}"].samples == (0.5, 0.5)
+
+
+def test_without_the_extra_it_says_what_is_missing(monkeypatch):
+    def absent(name: str) -> str:
+        raise peers.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(peers.metadata, "version", absent)
+    with pytest.raises(ImportError, match=r"llama-cpp-python.*docs/peers\.md"):
+        peers.run(None, True, 1)
