@@ -42,7 +42,7 @@ THEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 VARIABLES: Mapping[str, str] = MappingProxyType({_INK: "var(--ink)", _GRID: "var(--grid)"})
 #: 在白底与深底上都看得清的颜色，次序固定。
-PALETTE = ("#8b949e", "#2f81f7", "#e3742f", "#3fa266", "#a371f7", "#d4a72c")
+PALETTE = ("#8b949e", "#2f81f7", "#e3742f", "#3fa266", "#a371f7", "#d4a72c", "#cf5b88")
 _MIB = 1 << 20
 
 
@@ -268,7 +268,7 @@ def _peers(figure: Figure, suite: SuiteResult) -> None:
     left.get_legend().remove()
     right.set_title("进程的内存峰值")
     right.get_legend().remove()
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(peers.SERIES))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 _FIGURES: Mapping[str, Callable[[Figure, Any], None]] = MappingProxyType(

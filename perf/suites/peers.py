@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
-from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.checkpoint.weight_only import QuantBlock, Quantization
 from deepseek_export.cpu_library import BUILD_COMMAND, OFF, find_library
 from deepseek_export.parity.measures import measure
 from perf.isolate import Worker
@@ -25,10 +25,10 @@ from perf.results import Case, SuiteResult
 from perf.workspace import SHAPES, Workspace
 
 TITLE = "与同类并排"
-DSX, BODIES = "dsx int8", "dsx int8 函数体"
+DSX, DSX_COARSE, BODIES = "dsx int8", "dsx int8 块 128", "dsx int8 函数体"
 LLAMA, LLAMA_BF16 = "llama.cpp Q8_0", "llama.cpp BF16"
 EAGER, COMPILED = "transformers", "transformers compile"
-SERIES = (EAGER, COMPILED, LLAMA_BF16, LLAMA, BODIES, DSX)
+SERIES = (EAGER, COMPILED, LLAMA_BF16, LLAMA, BODIES, DSX, DSX_COARSE)
 RATE = "tokens_per_second"
 _ENGINES = "perf.peers.engines"
 
@@ -104,9 +104,9 @@ def _openers(workspace: Workspace, scenario: Scenario, threads: int) -> dict[str
     def checkpoint() -> Path:
         return workspace.checkpoint(scenario.shape, dtype="bfloat16")
 
-    def dsx(**environment: str) -> Worker:
-        overrides = ("mla.cache_dtype=bfloat16",)
-        bundle = workspace.bundle(checkpoint(), "mla+moe", "float32", overrides, Quantization(kind="int8"))
+    def dsx(block: QuantBlock = 32, **environment: str) -> Worker:
+        overrides, quantization = ("mla.cache_dtype=bfloat16",), Quantization(kind="int8", block=block)
+        bundle = workspace.bundle(checkpoint(), "mla+moe", "float32", overrides, quantization)
         return Worker(f"{_ENGINES}:Dsx", environment, bundle=str(bundle), threads=threads, context=context)
 
     def llama(weights: WeightType) -> Worker:
@@ -119,6 +119,7 @@ def _openers(workspace: Workspace, scenario: Scenario, threads: int) -> dict[str
 
     found: dict[str, Callable[[], Worker]] = {
         DSX: dsx,
+        DSX_COARSE: partial(dsx, block=128),
         BODIES: partial(dsx, DSX_CPU_LIBRARY=OFF),
         LLAMA: partial(llama, "Q8_0"),
         LLAMA_BF16: partial(llama, "BF16"),
@@ -183,7 +184,8 @@ def _case(name: str, samples: dict[str, list[float]], facts: dict[str, Any]) -> 
             f"dsx/{engine}": paired_ratio(seconds[DSX], found)
             for engine, found in seconds.items()
             if engine != DSX
-        },
+        }
+        | {f"dsx 块 128/{LLAMA}": paired_ratio(seconds[DSX_COARSE], seconds[LLAMA])},
         facts=facts,
     )
 

@@ -126,10 +126,14 @@ def test_worker_keeps_an_object_alive_and_reports_failures():
 
 def test_a_case_reports_rates_and_time_ratios():
     """每秒 token 数越大越好，比值仍是时间之比，越小越好。"""
-    case = peers._case("depth 0", {peers.DSX: [0.01, 0.02], peers.LLAMA: [0.02, 0.04]}, {})
+    samples = {peers.DSX: [0.01, 0.02], peers.DSX_COARSE: [0.005, 0.01], peers.LLAMA: [0.02, 0.04]}
+    case = peers._case("depth 0", samples, {})
     assert case.values[f"{peers.DSX}.{peers.RATE}"].samples == (100, 50)
-    assert case.ratios == {f"dsx/{peers.LLAMA}": case.ratios[f"dsx/{peers.LLAMA}"]}
-    assert case.ratios[f"dsx/{peers.LLAMA}"].samples == (0.5, 0.5)
+    assert {name: ratio.samples for name, ratio in case.ratios.items()} == {
+        f"dsx/{peers.LLAMA}": (0.5, 0.5),
+        f"dsx/{peers.DSX_COARSE}": (2, 2),
+        f"dsx 块 128/{peers.LLAMA}": (0.25, 0.25),
+    }
 
 
 def test_without_the_extra_it_says_what_is_missing(monkeypatch):
