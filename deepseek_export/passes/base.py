@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
+from onnx_graphsurgeon.logger import G_LOGGER
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
@@ -70,8 +71,11 @@ class GraphModule:
         max_elements: int = MAX_ELEMENTS,
     ) -> GraphModule:
         """由捕获结果建立；``captured`` 之后不会被改动。"""
+        # numpy 没有的类型（bfloat16）它保留 ONNX 的编号，这正是我们要的，不必提醒用户。
+        with G_LOGGER.suppress(G_LOGGER.ERROR):
+            graph = gs.import_onnx(captured.proto)
         return cls(
-            gs.import_onnx(captured.proto),
+            graph,
             dict(captured.functions),
             dict(captured.weights),
             dtype,
