@@ -129,9 +129,7 @@ def _bars(axes: Axes, groups: list[str], series: Mapping[str, list[Spread]], lab
         bars = axes.bar(
             at, medians, width * 0.92, yerr=errors, label=name, color=PALETTE[index], ecolor=_INK, capsize=2
         )
-        axes.bar_label(
-            bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", fontsize=8, padding=2
-        )
+        axes.bar_label(bars, fmt=_short, fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label)
     axes.margins(y=0.3)  # 图例横排在柱子上方
@@ -178,6 +176,7 @@ def _mtp(figure: Figure, suite: SuiteResult) -> None:
     keys = {"普通": "plain.token_s", "投机": "speculative.token_s"}
     _bars(left, [case.name for case in suite.cases], _series(suite, keys, 1e3), "ms（对数）")
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")  # 指数里的减号，汉字字体没有
     left.set_title("解码：每个 token 的时间")
     for index, case in enumerate(suite.cases):
         colour = PALETTE[1 + index % (len(PALETTE) - 1)]
@@ -198,6 +197,8 @@ def _moe(figure: Figure, suite: SuiteResult) -> None:
         keys = {label: f"{name}.{field}" for name, label in shown.items()}
         _bars(axes, [case.name for case in suite.cases], _series(suite, keys, 1e3), "ms")
         axes.set_title(title)
+        axes.get_legend().remove()  # 名字长，放不进一栏
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
 
 
 def _moe_quality(figure: Figure, suite: SuiteResult) -> None:
@@ -250,25 +251,27 @@ def _compile(figure: Figure, suite: SuiteResult) -> None:
 
 
 def _peers(figure: Figure, suite: SuiteResult) -> None:
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    *speeds, memory = suite.cases
-    for axes, cases, field, factor, label in (
-        (left, speeds, peers.RATE, 1.0, "token / 秒（对数）"),
-        (right, [memory], "peak", 1 / _MIB, "MiB"),
-    ):
-        found = {
-            name: [case.values[f"{name}.{field}"].scaled(factor) for case in cases]
-            for name in peers.SERIES
-            if f"{name}.{field}" in cases[0].values
-        }
-        _bars(axes, [case.name for case in cases], found, label)
-    left.set_yscale("log")
-    left.yaxis.set_major_formatter("{x:g}")  # 指数里的减号，汉字字体没有
-    left.set_title("每秒多少个 token，越高越好")
-    left.get_legend().remove()
-    right.set_title("进程的内存峰值")
-    right.get_legend().remove()
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    """每格一栏横条，各自的刻度：深处 transformers 比别的慢两个数量级，画在一起只能用对数轴，看不出差别。"""
+    memory = suite.cases[-1]
+    names = [name for name in reversed(peers.SERIES) if f"{name}.peak" in memory.values]
+    panels = figure.subplots(1, len(suite.cases), sharey=True)
+    for axes, case in zip(panels, suite.cases, strict=True):
+        field, factor = ("peak", 1 / _MIB) if case is memory else (peers.RATE, 1.0)
+        spreads = [case.values[f"{name}.{field}"].scaled(factor) for name in names]
+        medians = [spread.median for spread in spreads]
+        errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        colours = [PALETTE[peers.SERIES.index(name)] for name in names]
+        bars = axes.barh(names, medians, xerr=errors, color=colours, ecolor=_INK, capsize=2)
+        axes.bar_label(bars, fmt=_short, fontsize=8, padding=3)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.margins(x=0.35)
+        axes.set_title(case.name)
+        axes.set_xlabel("MiB，峰值" if case is memory else "token / 秒")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 _FIGURES: Mapping[str, Callable[[Figure, Any], None]] = MappingProxyType(
