@@ -52,7 +52,8 @@ def measure(got: np.ndarray, want: np.ndarray) -> Measure:
     x, y = got.astype(np.float64), want.astype(np.float64)
     if x.size == 0:
         return Measure(0.0, (), 0.0, 1.0, 0.0, 0, 0.0, 0.0)
-    gap = np.abs(x - y)
+    with np.errstate(invalid="ignore"):  # inf 减 inf 是 NaN，下一行就处理
+        gap = np.abs(x - y)
     gap[~np.isfinite(gap)] = np.inf
     gap[(x == y) | (np.isnan(x) & np.isnan(y))] = 0.0  # 同为 inf 或同为 NaN 不算差
     where = tuple(int(i) for i in np.unravel_index(int(gap.argmax()), gap.shape))
