@@ -243,6 +243,7 @@ def _compile(figure: Figure, suite: SuiteResult) -> None:
                 axes.plot(at, medians, marker="o", label=name, color=PALETTE[1 + index])
         if cases is sizes:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")  # 指数里的减号，汉字字体没有
         axes.set_xlabel("参数量（十亿，对数）" if cases is sizes else "层数")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
