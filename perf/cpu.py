@@ -65,9 +65,9 @@ class Scenario(NamedTuple):
         return 2 * self.B * self.H * macs
 
 
-def scenarios(isas: tuple[str, ...], quick: bool) -> Iterator[Scenario]:
-    """要测的全部场景。"""
-    contexts = (256, 8192) if quick else (256, 1024, 4096, 8192, 16384, 32768)
+def scenarios(isas: tuple[str, ...], quick: bool, contexts: tuple[int, ...] = ()) -> Iterator[Scenario]:
+    """要测的全部场景；``contexts`` 换掉解码的上下文。"""
+    contexts = contexts or ((256, 8192) if quick else (256, 1024, 4096, 8192, 16384, 32768))
     batches = (1,) if quick else (1, 2, 8)
     for isa, cache_dtype in itertools.product(isas, CACHE_DTYPES):
         for H, B, T in itertools.product((16, 128), batches, contexts):
@@ -122,15 +122,25 @@ def timed(call: Callable[[], Any]) -> float:
 @click.option("--threads", default=2, show_default=True, help="ONNX Runtime 的线程数。")
 @click.option("--runs", default=7, show_default=True, help="每个场景跑几轮。")
 @click.option("--isa", "isas", multiple=True, help="只测这些指令集；缺省全部。")
+@click.option(
+    "--context", "contexts", multiple=True, type=int, help="解码只测这些上下文；缺省 256 到 32768。"
+)
 @click.option("--result", type=click.Path(path_type=Path), help="结果写到这个 JSON 文件。")
-def main(quick: bool, threads: int, runs: int, isas: tuple[str, ...], result: Path | None) -> None:
+def main(
+    quick: bool,
+    threads: int,
+    runs: int,
+    isas: tuple[str, ...],
+    contexts: tuple[int, ...],
+    result: Path | None,
+) -> None:
     """测 kernel 的带宽与算力。"""
     library = find_library()
     if library is None:
         raise click.ClickException(f"没有 C++ 算子库：{BUILD_COMMAND}")
     probes = machine_probes(threads)
     rows: list[dict[str, Any]] = []
-    for case in scenarios(isas or library.isas, quick):
+    for case in scenarios(isas or library.isas, quick, contexts):
         calls = {"kernel": prepare(library, case, threads), **probes}
         timers = {name: partial(timed, call) for name, call in calls.items()}
         rows.append(_row(case, interleaved(timers, runs)))
