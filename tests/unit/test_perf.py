@@ -106,7 +106,7 @@ def every_suite() -> list[SuiteResult]:
         Case(
             name=name,
             values={f"{engine}.{peers.RATE}": spread(30.0, 33.0) for engine in peers.SERIES},
-            ratios={f"dsx/{peers.LLAMA}": spread(0.3, 0.4)},
+            ratios={f"dsx 块 128/{peers.LLAMA}": spread(0.3, 0.4)},
         )
         for name in ("prefill 256", "depth 0", "depth 8192")
     ]
