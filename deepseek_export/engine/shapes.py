@@ -12,7 +12,7 @@ from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS
 
 Range = tuple[int, int, int]
 
-_TODO = "写成 B=最小:最优:最大,S=最优:最大,T=容量，例如 B=1:1:8,S=128:512,T=4096；没写的用缺省值"
+_HINT = "写成 B=最小:最优:最大,S=最优:最大,T=容量，例如 B=1:1:8,S=128:512,T=4096；没写的用缺省值"
 _DEFAULT_CAPACITY = 4096
 _COUNTS = {"B": 3, "S": 2, "T": 1}
 
@@ -47,23 +47,23 @@ class ProfileShapes(BaseModel):
         for part in filter(None, text.split(",")):
             match = re.fullmatch(r"\s*([BST])=(\d+(?::\d+)*)\s*", part)
             if match is None or match[1] in found:
-                raise DsxError("DSX-E919", f"--profile-shapes {text!r} 里的 {part.strip()!r}", _TODO)
+                raise DsxError("DSX-E919", f"--profile-shapes {text!r} 里的 {part.strip()!r}", _HINT)
             found[match[1]] = [int(number) for number in match[2].split(":")]
             if len(found[match[1]]) != _COUNTS[match[1]]:
                 raise DsxError(
-                    "DSX-E919", f"{match[1]} 要 {_COUNTS[match[1]]} 个数，给的是 {match[2]}", _TODO
+                    "DSX-E919", f"{match[1]} 要 {_COUNTS[match[1]]} 个数，给的是 {match[2]}", _HINT
                 )
         capacity = found.get("T", [min(_DEFAULT_CAPACITY, max_positions)])[0]
         if not MAX_DECODE_TOKENS < capacity <= max_positions:
             allowed = f"{MAX_DECODE_TOKENS + 1} 到 max_position_embeddings = {max_positions}"
-            raise DsxError("DSX-E919", f"容量 T = {capacity}，应在 {allowed} 之间", _TODO)
+            raise DsxError("DSX-E919", f"容量 T = {capacity}，应在 {allowed} 之间", _HINT)
         low, middle, high = found.get("B", (1, 1, 8))
         if not 1 <= low <= middle <= high:
-            raise DsxError("DSX-E919", f"B = {low}:{middle}:{high} 不是递增的正整数", _TODO)
+            raise DsxError("DSX-E919", f"B = {low}:{middle}:{high} 不是递增的正整数", _HINT)
         best, largest = found.get("S", [min(size, capacity) for size in (128, 512)])
         if not MAX_DECODE_TOKENS < best <= largest <= capacity:
             allowed = f"{MAX_DECODE_TOKENS + 1} <= 最优 <= 最大 <= T = {capacity}"
-            raise DsxError("DSX-E919", f"S = {best}:{largest}，应满足 {allowed}", _TODO)
+            raise DsxError("DSX-E919", f"S = {best}:{largest}，应满足 {allowed}", _HINT)
         return cls(batch=(low, middle, high), prefill=(best, largest), capacity=capacity)
 
     def profiles(self, prefill: bool) -> Mapping[str, Mapping[str, Range]]:

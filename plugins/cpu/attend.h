@@ -15,6 +15,15 @@ using dsx::kBlockRows;
 using dsx::kTile;
 using dsx::padded;
 
+// 只是提示：取不取、地址在不在缓存里，都不影响结果。
+inline void prefetch(const char* line) {
+#if defined(__GNUC__)
+    __builtin_prefetch(line, 0, 2);
+#else
+    (void)line;
+#endif
+}
+
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 inline float widen_one(Dtype dtype, const void* src, int64_t i) {
@@ -48,7 +57,7 @@ void widen_rows(const void* src, int64_t src_stride, int64_t rows, int64_t width
         float* to = dst + row * dst_stride;
         int64_t i = 0;
         for (; i + 2 * L <= width; i += 2 * L) {
-            __builtin_prefetch(static_cast<const char*>(src) + dsx::bytes_of(D) * (from + i) + kAhead);
+            prefetch(static_cast<const char*>(src) + dsx::bytes_of(D) * (from + i) + kAhead);
             store(to + i, load_as<D>(src, from + i));
             store(to + i + L, load_as<D>(src, from + i + L));
         }
@@ -154,7 +163,7 @@ inline void dot_block(const float* a, int64_t lda, const float* b, int64_t ldb, 
     }
     for (int64_t t = 0; t < k; t += Vector::kLanes) {
         if (ahead != nullptr) {
-            __builtin_prefetch(ahead + t * 4, 0, 2);
+            prefetch(ahead + t * 4);
         }
         Vector rows[M];
         for (int i = 0; i < M; ++i) {

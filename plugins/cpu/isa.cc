@@ -15,7 +15,6 @@ bool has_avx512_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 5)) != 0;
 }
-#endif
 
 // Intel 的核上 VDPBF16PS 每周期的乘加不比两条 FMA 多，还要先交错 value：整个 kernel 反而慢三成以上（torch 的 bfloat16 矩阵乘同样
 // 慢于 float32）。AMD 从 Zen 4 起快一倍。只影响缺省取哪个，DSX_CPU_ISA 照样能指定。
@@ -24,6 +23,7 @@ bool bf16_beats_float32() {
     constexpr unsigned kGenuineIntel = 0x756e6547;  // ebx 里的 "Genu"
     return __get_cpuid(0, &a, &b, &c, &d) != 0 && b != kGenuineIntel;
 }
+#endif
 
 std::vector<const Kernels*> detect() {
     std::vector<const Kernels*> found;
