@@ -58,13 +58,15 @@ class Recipe(BaseModel):
 
     Attributes:
         op: ``copy`` 原样（可改 dtype）；``stack`` 在新的第 0 维叠放；``stack_swiglu`` 来源按 gate、up 交替给出，每个专家内
-            gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``zeros`` 全零；
+            gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``deinterleave`` 按 ``groups``
+            重排行；``zeros`` 全零；
             ``codes``、``scales`` 是 ``of`` 按 ``form`` 量化之后的码与 scale；码的 dtype 是 ``uint8`` 则是无符号的写法，是
             ``int8``、``int4`` 则是有符号的。
         sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
             ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
         dtype: initializer 的 dtype。
+        groups: （每组行数，组末几行）：每组最后那几行由成对 (x0, x1) 改成前后两半，只有 ``deinterleave`` 有。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
         of: 量化之前的配方，只有 ``codes``、``scales`` 有。
         form: 量化的格式，只有 ``codes``、``scales`` 有。
@@ -72,10 +74,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    op: Literal["copy", "stack", "stack_swiglu", "zeros", "codes", "scales"]
+    op: Literal["copy", "stack", "stack_swiglu", "deinterleave", "zeros", "codes", "scales"]
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: InitializerDtype
+    groups: tuple[int, int] | None = None
     block_size: tuple[int, int] | None = None
     of: Recipe | None = None
     form: BlockFormat | None = None
@@ -259,7 +262,8 @@ def materialize(
                 yield np.stack(pair, axis=1).reshape(-1, recipe.shape[-1])
     else:
         for source in recipe.sources:
-            yield from _converted(name, source, recipe, store, chunk_bytes)
+            for rows in _converted(name, source, recipe, store, chunk_bytes):
+                yield rows if recipe.groups is None else _deinterleaved(rows, *recipe.groups)
 
 
 def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantError:
@@ -292,8 +296,11 @@ def _converted(
     """一个来源：逐块读出、反量化、查 NaN、转 dtype。"""
     shape, dtype = store[source].shape, NUMPY_DTYPES[recipe.dtype]
     rows = max(chunk_bytes // (4 * math.prod(shape[1:]) or 1), 1)
-    if recipe.block_size is not None:
-        rows = max(rows // recipe.block_size[0], 1) * recipe.block_size[0]
+    # 一块从 FP8 的块、也从一组的边界开始。
+    unit = math.lcm(
+        recipe.block_size[0] if recipe.block_size else 1, recipe.groups[0] if recipe.groups else 1
+    )
+    rows = max(rows // unit, 1) * unit
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
         if recipe.block_size is None:
@@ -315,6 +322,13 @@ def _converted(
                 what = f"张量 {_first(source, array, finite, start)} 超出 {dtype.name} 的范围"
                 raise DsxError("DSX-E116", what, "改用 --dtype float32")
         yield converted
+
+
+def _deinterleaved(array: np.ndarray, rows: int, tail: int) -> np.ndarray:
+    """``rows`` 行一组，每组最后 ``tail`` 行由 x0 y0 x1 y1 … 排成 x0 x1 … y0 y1 …。"""
+    head = np.arange(rows - tail)
+    order = np.concatenate([head, np.arange(rows - tail, rows).reshape(-1, 2).T.ravel()])
+    return array.reshape(-1, rows, *array.shape[1:])[:, order].reshape(array.shape)
 
 
 def _first(source: str, array: np.ndarray, finite: np.ndarray, start: int) -> str:

@@ -99,6 +99,20 @@ class GraphModule:
         old.outputs.clear()
         self.graph.nodes[index : index + 1] = list(new)
 
+    def reroute(self, old: gs.Tensor, new: gs.Tensor) -> None:
+        """读 ``old`` 的节点改读 ``new``；图的输出不动。"""
+        for reader in list(old.outputs):
+            for index, tensor in enumerate(reader.inputs):
+                if tensor is old:
+                    reader.inputs[index] = new
+
+    def drop_unused(self) -> None:
+        """去掉结果没有人读、也不是图的输出的节点。"""
+        outputs = {id(tensor) for tensor in self.graph.outputs}
+        for node in reversed(list(self.graph.nodes)):
+            if not any(tensor.outputs or id(tensor) in outputs for tensor in node.outputs):
+                self.replace(node, [])
+
     def constant(self, name: str, value: np.ndarray) -> gs.Constant:
         """全图共用的具名常量；同名的取已有的那一个。"""
         for node in self.graph.nodes:

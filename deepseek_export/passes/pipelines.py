@@ -26,8 +26,10 @@ from deepseek_export.ops.table import (
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
 )
+from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
 from deepseek_export.passes.base import MAX_ELEMENTS, GraphModule, Pass, PassResult
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
+from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
 from deepseek_export.passes.inline_bodies import (
     InlineMoeGatePass,
     InlineSpecAcceptPass,
@@ -95,6 +97,8 @@ PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
 QUANT_PIPELINES: Mapping[str, Sequence[Callable[[Quantization], Pass]]] = MappingProxyType(
     {
         "ort-cpu": (
+            # 权重反正要重写，RoPE 的通道次序顺便排进去；没有量化时不做，检查点里能按引用读的权重还按引用读。
+            lambda _: AbsorbRopeLayoutPass(),
             # 专家占 MoE 模型权重的绝大部分；只认下沉好的 MoE，所以排在前面的流水线之后。
             QuantizeMoeToQMoePass,
             # 其余线性层，包括 lm_head 与共享专家。
@@ -107,6 +111,9 @@ QUANT_PIPELINES: Mapping[str, Sequence[Callable[[Quantization], Pass]]] = Mappin
         "tensorrt-rtx": (QuantizeWeightsToDequantizeLinearPass,),
     }
 )
+
+#: 最后收拾的 pass：与算子无关，前面的都做完了才看得出什么用不着。
+FINISH: Mapping[str, Sequence[Callable[[], Pass]]] = MappingProxyType({"ort-cpu": (FoldReshapeShapesPass,)})
 
 #: 产物用来建 TensorRT 引擎的目标。
 TENSORRT_TARGETS = ("tensorrt", "tensorrt-rtx")
@@ -207,6 +214,10 @@ def lower(
             results.append(rewrite(module, [earlier.name for earlier in results]))
             check_legality(module, rewrite.name, target)
         notes = _float_experts(module, quantization, results)
+    for finish in FINISH.get(target, ()):
+        rewrite = finish()
+        results.append(rewrite(module, [earlier.name for earlier in results]))
+        check_legality(module, rewrite.name, target)
     proto = module.to_proto()
     helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
     return LoweredModel(proto, module.weights, results, _fallbacks(results) + notes, module.quantized)

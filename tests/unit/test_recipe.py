@@ -135,6 +135,18 @@ def test_zeros(tmp_path: Path):
     assert (got.dtype, got.shape, got.any()) == (np.float32, (7,), False)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 3 * 14, 1 << 20])
+def test_deinterleave(tmp_path: Path, chunk_bytes):
+    """每组最后几行由成对改成前后两半；一块总是若干整组。"""
+    array = np.arange(21 * 3, dtype=np.float32).reshape(21, 3)
+    r = recipe("deinterleave", "x", shape=(21, 3)).model_copy(update={"groups": (7, 4)})
+    assert Recipe.model_validate_json(r.model_dump_json()) == r
+    chunks = list(materialize("w", r, store_of(tmp_path, x=array), chunk_bytes))
+    assert all(len(chunk) % 7 == 0 for chunk in chunks)
+    order = [head + row for head in (0, 7, 14) for row in (0, 1, 2, 3, 5, 4, 6)]
+    np.testing.assert_array_equal(np.concatenate(chunks), array[order])
+
+
 @pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("source", [np.dtype(np.float32), np.dtype(np.float16), BF16])
 def test_casts(tmp_path: Path, source, target):

@@ -1,0 +1,130 @@
+"""FoldReshapeShapesPass 与 AbsorbRopeLayoutPass：节点少了，数值一位不变，第二遍不再改。"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+
+from deepseek_export.capture import capture_model
+from deepseek_export.checkpoint.recipe import load_array
+from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
+from deepseek_export.passes.base import GraphModule
+from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
+from deepseek_export.profile import resolve_profile
+from tests.models import TOLERANCE, distance, model_config, ort_session
+
+pytestmark = pytest.mark.unit
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def captured():
+    found = {}
+
+    def module(variant: str, profile: str = "mla+moe") -> GraphModule:
+        config = model_config(variant)
+        if (variant, profile) not in found:
+            found[variant, profile] = capture_model(config, resolve_profile(profile))
+        return GraphModule.from_captured(copy.deepcopy(found[variant, profile]), config, "float32")
+
+    return module
+
+
+def outputs(module: GraphModule, checkpoint) -> list[np.ndarray]:
+    """两行、40 个 token 的 logits 与第一层的缓存。"""
+    config = module.config
+    feeds = {name: load_array(name, recipe, checkpoint.store) for name, recipe in module.weights.items()}
+    feeds["input_ids"] = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
+    feeds["past_lens"], feeds["logits_positions"] = np.array([0, 5]), np.tile(np.arange(40), (2, 1))
+    cache = np.ones((2, 1, 48, config.latent_cache_values), np.float32)
+    feeds |= {f"kv_cache.{i}": cache for i in range(LAYERS)}
+    return ort_session(module.to_proto()).run(["logits", "kv_cache_out.0"], feeds)
+
+
+def operators(module: GraphModule) -> Counter[str]:
+    return Counter(node.op for node in module.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [
+        ("v3", 2 * LAYERS),
+        ("v3-bias-tied", LAYERS),  # kv_a_proj 带 bias
+        ("v2-lite", 0),
+    ],
+)
+def test_the_channel_order_moves_into_the_weights(captured, saved, variant, count):
+    """EXPORT-34：两个投影的行序变了，转置没有了，logits 与缓存不变；别的布局、带 bias 的不动。"""
+    module, checkpoint = captured(variant), saved(variant)[1]
+    want, before = outputs(module, checkpoint), operators(module)
+    assert AbsorbRopeLayoutPass()(module).count == count
+    changed = {name for name, recipe in module.weights.items() if recipe.op == "deinterleave"}
+    assert len(changed) == count
+    assert all("q_" in name or "kv_a_proj" in name for name in changed)
+    assert before["Transpose"] - operators(module)["Transpose"] == count
+    for got, expected in zip(outputs(module, checkpoint), want, strict=True):
+        assert distance(got, expected) < TOLERANCE[torch.float32]
+    assert not AbsorbRopeLayoutPass()(module).changed
+
+
+@pytest.mark.parametrize("variant", ["v3", "v2-lite"])
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_shapes_are_constants(captured, saved, variant, absorbed):
+    """EXPORT-34：形状不再逐层拼，结果一位不变。"""
+    module, checkpoint = captured(variant), saved(variant)[1]
+    if absorbed:
+        AbsorbRopeLayoutPass()(module)
+    want = outputs(module, checkpoint)
+    assert FoldReshapeShapesPass()(module).changed
+    assert operators(module)["Concat"] <= 1
+    assert operators(module)["Shape"] <= 3
+    for got, expected in zip(outputs(module, checkpoint), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert not FoldReshapeShapesPass()(module).changed
+
+
+def reshaped(before, after) -> GraphModule:
+    """借一个真的模块，图换成一个 ``Reshape``。"""
+    x, y = gs.Variable("x", np.float32, before), gs.Variable("y", np.float32, after)
+    z, shape = gs.Variable("z", np.float32, after), gs.Variable("s", np.int64, [len(after)])
+    nodes = [
+        gs.Node("Reshape", "n", inputs=[x, shape], outputs=[y], attrs={"allowzero": 1}),
+        gs.Node("Relu", "m", inputs=[y], outputs=[z]),
+    ]
+    graph = gs.Graph(nodes, inputs=[x, shape], outputs=[z], opset=24)
+    return GraphModule(graph, {}, {}, "float32", model_config("v3"), (), "main", (), None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "target"),
+    [
+        (["B", "S", 12], ["B", "S", 3, 4], [0, 0, 3, 4]),
+        (["B", "S", 12], ["B*S", 12], [-1, 12]),
+        (["B", 1, "S", 12], ["B", "S", 12], [0, -1, 12]),
+        ([6, "S"], ["S", 6], [-1, 6]),
+        (["B*S", 12], ["B", "S", 12], None),
+        (None, ["B", 12], None),
+        (["B", 12], ["B", None], None),
+    ],
+)
+def test_what_can_be_known_ahead(before, after, target):
+    module = reshaped(before, after)
+    assert FoldReshapeShapesPass()(module).changed == (target is not None)
+    shape = module.find("Reshape", domain="")[0].inputs[1]
+    assert isinstance(shape, gs.Constant) == (target is not None)
+    if target is not None:
+        assert shape.values.tolist() == target
+
+
+def test_a_round_trip_disappears(captured):
+    """[B, S, dr] 展成 [B, 1, S, dr] 又压回去：直接用起点。"""
+    module = reshaped(["B", 12], ["B", 12])
+    assert FoldReshapeShapesPass()(module).changed
+    assert [node.op for node in module.graph.nodes] == ["Relu"]
+    assert module.graph.nodes[0].inputs[0].name == "x"
