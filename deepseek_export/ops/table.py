@@ -20,7 +20,7 @@ OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "dsx"
 PLUGIN_VERSION = "1"
 
-TypeVar = Literal["T", "C", "W", "I64", "I32", "F32"]
+TypeVar = Literal["T", "C", "W", "I64", "I32", "F32", "U8"]
 
 #: 类型变量 → 允许的 ONNX 类型。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``W`` 是权重
 #: 的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
@@ -32,6 +32,7 @@ TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
         "I64": ("tensor(int64)",),
         "I32": ("tensor(int32)",),
         "F32": ("tensor(float)",),
+        "U8": ("tensor(uint8)",),
     }
 )
 
@@ -193,6 +194,23 @@ SPEC_ACCEPT_REJECTION = OpSpec(
     ),
 )
 
+#: 只量化权重的线性层：码减 128 乘 scale 就是权重。只由 ``ort-cpu`` 的量化产生，函数体是一个 ``MatMulNBits``。
+INT8_LINEAR = OpSpec(
+    name="Int8Linear",
+    torch_name="int8_linear",
+    inputs=(
+        Port("x", "F32", ("...", "K")),
+        Port("codes", "U8", ("N", "K/block_size", "block_size")),
+        Port("scales", "F32", ("N", "K/block_size")),
+    ),
+    outputs=(Port("y", "F32", ("...", "N")),),
+    attributes=(Attribute("K", "int"), Attribute("N", "int"), Attribute("block_size", "int")),
+    doc=(
+        "Linear layer with blockwise symmetric int8 weights: weight = (code - 128) * scale, the last block padded. "
+        "A kernel may quantise each block of x to int8 as well."
+    ),
+)
+
 OPS: Mapping[str, OpSpec] = MappingProxyType(
     {
         spec.name: spec
@@ -203,6 +221,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             MOE_EXPERTS,
             SPEC_ACCEPT,
             SPEC_ACCEPT_REJECTION,
+            INT8_LINEAR,
         )
     }
 )

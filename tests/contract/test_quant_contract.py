@@ -57,10 +57,8 @@ def test_what_is_quantised(bundles, kind: str, ratio: float):
     counts, recipes = bundle.manifest.main.op_counts, bundle.manifest.weights.recipes
     config = bundle.manifest.model
     assert counts["com.microsoft::QMoE"] == config.num_moe_layers
-    assert (
-        counts["com.microsoft::MatMulNBits"]
-        == 4 * config.num_hidden_layers + 3 * config.num_hidden_layers + 1
-    )
+    linear = {"int8": "dsx::Int8Linear", "int4": "com.microsoft::MatMulNBits"}[kind]
+    assert counts[linear] == 4 * config.num_hidden_layers + 3 * config.num_hidden_layers + 1
     kept = {
         name.rpartition("layers.")[2].partition(".")[2] or name
         for name, r in recipes.items()
