@@ -9,8 +9,9 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from deepseek_export.ops.table import DOMAIN, INT8_LINEAR, OPSET_VERSION, OpSpec
+from deepseek_export.ops.table import DOMAIN, INT8_EXPERTS, INT8_LINEAR, OPSET_VERSION, OpSpec
 from deepseek_export.passes.base import MICROSOFT
+from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, SENTINEL
 from deepseek_export.runtime.cache import ort_value
 
 ELEMENTS = {"U8": TensorProto.UINT8, "F32": TensorProto.FLOAT}
@@ -40,6 +41,26 @@ def onnxruntime_linear(K: int, N: int, block: int):
     attributes = {"K": K, "N": N, "block_size": block, "bits": 8, "accuracy_level": 4}
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain=MICROSOFT, **attributes)
     return _session(node, INT8_LINEAR)
+
+
+def experts_session(library, k: int, block: int, isa: str = "", threads: int = 1):
+    """``dsx::Int8Experts``。"""
+    return op_session(library, INT8_EXPERTS, {"k": k, "block_size": block}, isa, threads)
+
+
+def onnxruntime_experts(k: int, block: int):
+    """``QMoE``，函数体里的那个节点。"""
+    names = [port.name for port in INT8_EXPERTS.inputs]
+    own = {
+        "k": k,
+        "block_size": block,
+        "expert_weight_bits": 8,
+        "accuracy_level": 4,
+        "weights_prepacked": 0,
+    }
+    inputs = [*names[:4], "", *names[4:]]
+    node = helper.make_node("QMoE", inputs, ["y"], domain=MICROSOFT, **MOE_ATTRIBUTES, **own)
+    return _session(node, INT8_EXPERTS)
 
 
 def _session(node, spec: OpSpec, library=None, isa: str = "", threads: int = 1) -> ort.InferenceSession:
@@ -74,6 +95,43 @@ def linear_inputs(rows: tuple[int, ...], K: int, N: int, block: int, seed: int =
         "codes": rng.integers(0, 256, (N, blocks, block), dtype=np.uint8),
         "scales": rng.uniform(0.5, 1.5, (N, blocks)).astype(np.float32) / np.float32(74 * K**0.5),
     }
+
+
+def experts_inputs(
+    N: int, D: int, inner: int, E: int, k: int, block: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """随机的 x、码与 scale；每个 token 有 k 个专家的 log 权重，其余是哨兵。"""
+    rng = np.random.default_rng(seed)
+    log_weights = np.full((N, E), SENTINEL, np.float32)
+    for row in log_weights:
+        row[rng.choice(E, k, replace=False)] = rng.uniform(-3, 0, k)
+    made = {"x": rng.standard_normal((N, D), dtype=np.float32), "log_weights": log_weights}
+    for name, rows, width in (("gate_up", 2 * inner, D), ("down", D, inner)):
+        made[name] = rng.integers(0, 256, (E, rows, width), dtype=np.uint8)
+        scales = rng.uniform(0.5, 1.5, (E, rows, width // block))
+        made[f"{name}_scales"] = (scales / (74 * width**0.5)).astype(np.float32)
+    return made
+
+
+def experts_reference(inputs: dict[str, np.ndarray], k: int, block: int, exact: bool = False) -> np.ndarray:
+    """按定义逐 token 逐专家计算，float64；``exact`` 时激活不量化。"""
+
+    def rounded(x):
+        return x if exact else quantized(x.astype(np.float32), block)
+
+    def widened(name, e):
+        codes = inputs[name][e]
+        return weights(codes.reshape(len(codes), -1, block), inputs[f"{name}_scales"][e], codes.shape[-1])
+
+    y = np.zeros(inputs["x"].shape, np.float64)
+    for n, row in enumerate(inputs["log_weights"].astype(np.float64)):
+        top = np.argsort(-row, kind="stable")[:k]
+        shares = np.exp(row[top] - row[top[0]])
+        for e, share in zip(top, shares / shares.sum(), strict=True):
+            h = widened("gate_up", e) @ rounded(inputs["x"][n])
+            gate, up = h[0::2], h[1::2]
+            y[n] += share * (widened("down", e) @ rounded(gate / (1 + np.exp(-gate)) * up))
+    return y.astype(np.float32)
 
 
 def quantized(x: np.ndarray, block: int) -> np.ndarray:

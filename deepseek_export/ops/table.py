@@ -211,6 +211,27 @@ INT8_LINEAR = OpSpec(
     ),
 )
 
+#: 只量化权重的路由专家，路由权重以对数给出；函数体是一个 ``QMoE``。D、I 是 block_size 的倍数。
+INT8_EXPERTS = OpSpec(
+    name="Int8Experts",
+    torch_name="int8_experts",
+    inputs=(
+        Port("x", "F32", ("N", "D")),
+        Port("log_weights", "F32", ("N", "E")),
+        Port("gate_up", "U8", ("E", "2*I", "D")),
+        Port("gate_up_scales", "F32", ("E", "2*I", "D/block_size")),
+        Port("down", "U8", ("E", "D", "I")),
+        Port("down_scales", "F32", ("E", "D", "I/block_size")),
+    ),
+    outputs=(Port("y", "F32", ("N", "D")),),
+    attributes=(Attribute("k", "int"), Attribute("block_size", "int")),
+    doc=(
+        "Routed SwiGLU experts with blockwise symmetric int8 weights, weight = (code - 128) * scale; gate and up rows "
+        "alternate. Each token uses the k experts of largest log_weights, weighted by the softmax over those k. "
+        "A kernel may quantise each block of the activations to int8 as well."
+    ),
+)
+
 OPS: Mapping[str, OpSpec] = MappingProxyType(
     {
         spec.name: spec
@@ -222,6 +243,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             SPEC_ACCEPT,
             SPEC_ACCEPT_REJECTION,
             INT8_LINEAR,
+            INT8_EXPERTS,
         )
     }
 )

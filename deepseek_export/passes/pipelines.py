@@ -18,6 +18,7 @@ from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import (
     DOMAIN,
+    INT8_EXPERTS,
     INT8_LINEAR,
     LATENT_ATTENTION,
     MLA_ATTENTION,
@@ -239,7 +240,7 @@ def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
     main_mtp = module.role == "main" and profile.mtp.enabled
     expected = {
         MLA_ATTENTION.name: len(module.layers) if profile.mla.enabled else 0,
-        **dict.fromkeys((LATENT_ATTENTION.name, INT8_LINEAR.name), 0),  # 只由下沉产生
+        **dict.fromkeys((LATENT_ATTENTION.name, INT8_LINEAR.name, INT8_EXPERTS.name), 0),  # 只由下沉产生
         MOE_GATE.name: moe,
         MOE_EXPERTS.name: moe,
         SPEC_ACCEPT.name: int(main_mtp and profile.mtp.verify == "greedy"),

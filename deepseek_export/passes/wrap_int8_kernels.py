@@ -1,4 +1,4 @@
-"""8 位的 ``MatMulNBits`` → ``dsx::Int8Linear``，原来的节点成为它的函数体。"""
+"""8 位的 ``MatMulNBits``、``QMoE`` → ``dsx::Int8Linear``、``dsx::Int8Experts``，原来的节点成为函数体。"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from onnx import helper
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.ops.table import (
     DOMAIN,
+    INT8_EXPERTS,
     INT8_LINEAR,
     OPSET_VERSION,
     PLUGIN_NAMESPACE,
@@ -18,11 +19,17 @@ from deepseek_export.ops.table import (
     OpSpec,
 )
 from deepseek_export.passes.base import DOMAIN_VERSIONS, MICROSOFT, GraphModule, Pass, PassResult
-from deepseek_export.passes.ort_moe import scope
+from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, scope
+from deepseek_export.passes.ort_quant import ACCURACY_LEVEL
 
 _PLUGIN = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 #: 各节点不同、函数体经属性引用取值的属性；其余固化在函数体里。
 _FREE = ("K", "N")
+#: onnxruntime 的算子、属性必须是什么、dsx 的算子。
+_WRAPPED = (
+    ("MatMulNBits", {"bits": 8, "accuracy_level": ACCURACY_LEVEL}, INT8_LINEAR),
+    ("QMoE", {"expert_weight_bits": 8, **MOE_ATTRIBUTES}, INT8_EXPERTS),
+)
 
 
 class WrapInt8KernelsPass(Pass):
@@ -32,11 +39,13 @@ class WrapInt8KernelsPass(Pass):
 
     改写：
 
-    1. ``MatMulNBits(bits=8)`` → ``Int8Linear``。
+    1. ``MatMulNBits(bits=8)`` → ``Int8Linear``；
+    2. ``QMoE(expert_weight_bits=8)`` → ``Int8Experts``，其余属性（swiglu、在选中的 k 个上归一化）固化在函数体里，也就是
+       ``Int8Experts`` 的语义。
 
     不改写：
 
-    2. 4 位的：算子库没有这样的 kernel。
+    3. 4 位的：算子库没有这样的 kernel。
 
     名字：输入、输出与权重保留。
     """
@@ -49,10 +58,11 @@ class WrapInt8KernelsPass(Pass):
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
         count = 0
-        for node in module.find("MatMulNBits", domain=MICROSOFT):
-            if node.attrs["bits"] == 8:
-                _wrap(module, node, INT8_LINEAR)
-                count += 1
+        for op, required, spec in _WRAPPED:
+            for node in module.find(op, domain=MICROSOFT):
+                if required.items() <= node.attrs.items():
+                    _wrap(module, node, spec)
+                    count += 1
         return PassResult(name=self.name, changed=count > 0, count=count)
 
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "int8_experts_op.h"
 #include "int8_linear_op.h"
 #include "isa.h"
 #include "mla_attention.h"
@@ -186,9 +187,10 @@ const OrtCustomOpDomain* domain() {
                 }
             }
         }
-        // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 MatMulNBits 在那里快得多，走函数体。
+        // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 kernel 在那里快得多，走函数体。
         if (available_kernels().size() > 1) {
             add_int8_linear(made);
+            add_int8_experts(made);
         }
     });
     return made;

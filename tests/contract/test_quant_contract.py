@@ -56,8 +56,11 @@ def test_what_is_quantised(bundles, kind: str, ratio: float):
     bundle = bundles[kind]
     counts, recipes = bundle.manifest.main.op_counts, bundle.manifest.weights.recipes
     config = bundle.manifest.model
-    assert counts["com.microsoft::QMoE"] == config.num_moe_layers
-    linear = {"int8": "dsx::Int8Linear", "int4": "com.microsoft::MatMulNBits"}[kind]
+    experts, linear = {
+        "int8": ("dsx::Int8Experts", "dsx::Int8Linear"),
+        "int4": ("com.microsoft::QMoE", "com.microsoft::MatMulNBits"),
+    }[kind]
+    assert counts[experts] == config.num_moe_layers
     assert counts[linear] == 4 * config.num_hidden_layers + 3 * config.num_hidden_layers + 1
     kept = {
         name.rpartition("layers.")[2].partition(".")[2] or name

@@ -343,6 +343,11 @@ def test_moe_becomes_qmoe(kind, rows):
     (got,) = ort_session(module.to_proto()).run(["y"], given_feeds)
     assert tolerance("op", "float32", kind).accepts(measure(got, want))
     assert not rewrite(module).changed
+    # CPU-13：int8 的再成为 Int8Experts 的函数体，没有算子库时逐位不变；int4 的不动。
+    assert WrapInt8KernelsPass(Quantization(kind=kind))(module).count == (kind == "int8")
+    assert ("Int8Experts" if kind == "int8" else "QMoE") in ops(module)
+    (wrapped,) = ort_session(module.to_proto()).run(["y"], given_feeds)
+    assert wrapped.tobytes() == got.tobytes()
 
 
 @pytest.mark.parametrize(
