@@ -63,6 +63,14 @@ def exported(saved, tmp_path_factory) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def library() -> Any:
+    """构建好的 C++ 算子库；没有就跳过并说明原因。"""
+    from tests.cpu_build import built_library
+
+    return built_library()
+
+
+@pytest.fixture(scope="session")
 def v3_checkpoint(saved) -> Any:
     """deepseek_v3 检查点的目录（奇数尺寸，yarn）。"""
     return saved("v3-yarn")[1].path

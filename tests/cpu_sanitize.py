@@ -9,12 +9,15 @@ from pathlib import Path
 
 from deepseek_export.cpu_library import CpuLibrary
 from tests.cpu_node import NUMPY, ODD, WIDE, call, make_inputs, make_session
+from tests.int8_node import call as call_int8
+from tests.int8_node import experts_inputs, experts_session, linear_inputs, linear_session
 
+INT8_SHAPES = (((1,), 256, 70), ((3,), 96, 33), ((2, 3), 70, 5), ((23,), 160, 67))
 SHAPES = ((1, 1, 1, (0,)), (1, 3, 300, (299, 17, 0)), (5, 4, 40, (0, 35)), (70, 2, 200, (100,)))
 
 
 def main(path: Path) -> None:
-    """每种指令集、形式、dtype 组合、形状各一次；越界或未定义行为会使进程非零退出。"""
+    """每种指令集、形式、dtype 组合、形状各一次，int8 的线性层与专家每种块大小各一次；越界或未定义行为会使进程非零退出。"""
     native = ctypes.CDLL(str(path))
     native.dsx_cpu_isas.restype = ctypes.c_char_p
     isas = tuple(native.dsx_cpu_isas().decode().split(","))
@@ -23,6 +26,11 @@ def main(path: Path) -> None:
         session = make_session(library, dtype, cache, isa, form, threads=2)
         for (S, H, T, past), widths, in_place in itertools.product(SHAPES, (ODD, WIDE), (True, False)):
             call(session, make_inputs(dtype, cache, S, H, T, past, **widths), in_place)
+    for isa, block, (rows, K, N) in itertools.product(isas, (32, 64, 128), INT8_SHAPES):
+        call_int8(linear_session(library, K, N, block, isa, threads=2), linear_inputs(rows, K, N, block))
+    for isa, block, N in itertools.product(isas, (32, 64, 128), (1, 30)):
+        inputs = experts_inputs(N, 256, 128, 5, 2, block)
+        call_int8(experts_session(library, 2, block, isa, threads=2), inputs)
     print("clean")
 
 

@@ -13,11 +13,13 @@ import torch
 from onnx import defs
 from onnxscript import values
 
+from deepseek_export.ops import int8_experts, int8_linear, moe_experts, moe_gate, spec_accept
 from deepseek_export.ops import latent_attention as latent
 from deepseek_export.ops import mla_attention as mla
-from deepseek_export.ops import moe_experts, moe_gate, spec_accept
 from deepseek_export.ops.table import (
     DOMAIN,
+    INT8_EXPERTS,
+    INT8_LINEAR,
     LATENT_ATTENTION,
     MLA_ATTENTION,
     MOE_EXPERTS,
@@ -39,6 +41,8 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),
     SPEC_ACCEPT.name: (spec_accept.spec_accept, spec_accept.fake),
     SPEC_ACCEPT_REJECTION.name: (spec_accept.spec_accept_rejection, spec_accept.fake),
+    INT8_LINEAR.name: (int8_linear.int8_linear, int8_linear.fake),
+    INT8_EXPERTS.name: (int8_experts.int8_experts, int8_experts.fake),
 }
 _ATTRIBUTE_TYPES = {
     "int": defs.OpSchema.AttrType.INT,

@@ -20,7 +20,7 @@ OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "dsx"
 PLUGIN_VERSION = "1"
 
-TypeVar = Literal["T", "C", "W", "I64", "I32", "F32"]
+TypeVar = Literal["T", "C", "W", "I64", "I32", "F32", "U8"]
 
 #: 类型变量 → 允许的 ONNX 类型。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``W`` 是权重
 #: 的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
@@ -32,6 +32,7 @@ TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
         "I64": ("tensor(int64)",),
         "I32": ("tensor(int32)",),
         "F32": ("tensor(float)",),
+        "U8": ("tensor(uint8)",),
     }
 )
 
@@ -193,6 +194,44 @@ SPEC_ACCEPT_REJECTION = OpSpec(
     ),
 )
 
+#: 只量化权重的线性层：码减 128 乘 scale 就是权重。只由 ``ort-cpu`` 的量化产生，函数体是一个 ``MatMulNBits``。
+INT8_LINEAR = OpSpec(
+    name="Int8Linear",
+    torch_name="int8_linear",
+    inputs=(
+        Port("x", "F32", ("...", "K")),
+        Port("codes", "U8", ("N", "K/block_size", "block_size")),
+        Port("scales", "F32", ("N", "K/block_size")),
+    ),
+    outputs=(Port("y", "F32", ("...", "N")),),
+    attributes=(Attribute("K", "int"), Attribute("N", "int"), Attribute("block_size", "int")),
+    doc=(
+        "Linear layer with blockwise symmetric int8 weights: weight = (code - 128) * scale, the last block padded. "
+        "A kernel may quantise each block of x to int8 as well."
+    ),
+)
+
+#: 只量化权重的路由专家，路由权重以对数给出；函数体是一个 ``QMoE``。D、I 是 block_size 的倍数。
+INT8_EXPERTS = OpSpec(
+    name="Int8Experts",
+    torch_name="int8_experts",
+    inputs=(
+        Port("x", "F32", ("N", "D")),
+        Port("log_weights", "F32", ("N", "E")),
+        Port("gate_up", "U8", ("E", "2*I", "D")),
+        Port("gate_up_scales", "F32", ("E", "2*I", "D/block_size")),
+        Port("down", "U8", ("E", "D", "I")),
+        Port("down_scales", "F32", ("E", "D", "I/block_size")),
+    ),
+    outputs=(Port("y", "F32", ("N", "D")),),
+    attributes=(Attribute("k", "int"), Attribute("block_size", "int")),
+    doc=(
+        "Routed SwiGLU experts with blockwise symmetric int8 weights, weight = (code - 128) * scale; gate and up rows "
+        "alternate. Each token uses the k experts of largest log_weights, weighted by the softmax over those k. "
+        "A kernel may quantise each block of the activations to int8 as well."
+    ),
+)
+
 OPS: Mapping[str, OpSpec] = MappingProxyType(
     {
         spec.name: spec
@@ -203,6 +242,8 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             MOE_EXPERTS,
             SPEC_ACCEPT,
             SPEC_ACCEPT_REJECTION,
+            INT8_LINEAR,
+            INT8_EXPERTS,
         )
     }
 )

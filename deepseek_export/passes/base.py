@@ -28,7 +28,7 @@ IR_VERSION = 11
 MAX_ELEMENTS = (1 << 31) - 1
 
 #: 非标准域的 opset 版本；只在用到时声明。
-_DOMAIN_VERSIONS = {DOMAIN: OPSET_VERSION, MICROSOFT: 1}
+DOMAIN_VERSIONS = {DOMAIN: OPSET_VERSION, MICROSOFT: 1}
 
 
 @dataclass
@@ -172,7 +172,7 @@ class GraphModule:
         used = {node.domain for node in nodes}
         model.opset_import.extend(
             helper.make_opsetid(domain, version)
-            for domain, version in _DOMAIN_VERSIONS.items()
+            for domain, version in DOMAIN_VERSIONS.items()
             if domain in used
         )
         return model

@@ -27,7 +27,7 @@ ALLOWED_DOMAINS: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 
 #: 函数体里通过属性引用取值、允许各节点不同的属性；其余属性已固化在函数体的结构里。
-_FREE_ATTRIBUTES = frozenset({"scale"})
+_FREE_ATTRIBUTES = frozenset({"scale", "K", "N"})
 
 _PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 
@@ -93,7 +93,7 @@ def _operators(c: _Context) -> Iterator[str]:
 
 
 def _shared_bodies(c: _Context) -> Iterator[str]:
-    """共用函数体的节点除 ``scale`` 外属性全同；每个 dsx 算子都有函数体，签名与契约表一致。"""
+    """共用函数体的节点除 :data:`_FREE_ATTRIBUTES` 外属性全同；每个 dsx 算子都有函数体，签名与契约表一致。"""
     first: dict[str, gs.Node] = {}
     for node in c.dsx_nodes:
         other = first.setdefault(node.op, node)

@@ -24,7 +24,7 @@ SENTINEL = -1e4
 LOG_FLOOR = 1e-20
 
 #: swiglu 的一般形式是 G·sigmoid(alpha·G)·(L+beta)；DeepSeek 的 SwiGLU 是 silu(G)·L。
-_MOE_ATTRIBUTES = {
+MOE_ATTRIBUTES = {
     "activation_type": "swiglu",
     "swiglu_fusion": 1,
     "activation_alpha": 1.0,
@@ -51,7 +51,7 @@ def refuse_experts(module: GraphModule, experts: gs.Node, kernels: OrtKernels) -
     if x.dtype != np.float32:
         reason = "onnxruntime 的 CPU MoE 只有 float32 kernel"
         return Refusal(node=experts.name, reason=reason, value=f"{x.name} 的 dtype = {x.dtype}")
-    if problem := kernels.missing("MoE", {*_MOE_ATTRIBUTES, "k"}):
+    if problem := kernels.missing("MoE", {*MOE_ATTRIBUTES, "k"}):
         return Refusal(node=experts.name, reason=problem, value=f"onnxruntime = {kernels.version}")
     for name in ("w_gate", "w_up", "w_down"):
         weight = port(experts, name)
@@ -96,7 +96,7 @@ def moe_node(module: GraphModule, experts: gs.Node, log_weights: gs.Tensor, out:
         op="MoE",
         name=f"{scope(experts)}/MoE",
         domain=MICROSOFT,
-        attrs={**_MOE_ATTRIBUTES, "k": port(experts, "topk_ids").shape[1]},
+        attrs={**MOE_ATTRIBUTES, "k": port(experts, "topk_ids").shape[1]},
         inputs=[port(experts, "x"), log_weights, gate_up, gs.Variable.empty(), down],
         outputs=[out],
     )

@@ -18,6 +18,8 @@ from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import (
     DOMAIN,
+    INT8_EXPERTS,
+    INT8_LINEAR,
     LATENT_ATTENTION,
     MLA_ATTENTION,
     MOE_EXPERTS,
@@ -47,6 +49,7 @@ from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
 )
 from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
+from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
 from deepseek_export.profile import OptimizationProfile
 
 
@@ -105,6 +108,8 @@ QUANT_PIPELINES: Mapping[str, Sequence[Callable[[Quantization], Pass]]] = Mappin
             QuantizeLinearsToMatMulNBitsPass,
             # 吸收进注意力的 kv_b 不是线性层，每一步却也要整个读一遍。
             NarrowKvBWeightsPass,
+            # int8 的换成 dsx 算子：有算子库时走自己的 kernel，没有时函数体就是上面换成的节点。
+            WrapInt8KernelsPass,
         ),
         # 线性层与专家一样：TensorRT 自己决定哪些 DequantizeLinear 融进矩阵乘。
         "tensorrt": (QuantizeWeightsToDequantizeLinearPass,),
@@ -246,7 +251,7 @@ def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
     main_mtp = module.role == "main" and profile.mtp.enabled
     expected = {
         MLA_ATTENTION.name: len(module.layers) if profile.mla.enabled else 0,
-        LATENT_ATTENTION.name: 0,  # 只由下沉产生
+        **dict.fromkeys((LATENT_ATTENTION.name, INT8_LINEAR.name, INT8_EXPERTS.name), 0),  # 只由下沉产生
         MOE_GATE.name: moe,
         MOE_EXPERTS.name: moe,
         SPEC_ACCEPT.name: int(main_mtp and profile.mtp.verify == "greedy"),

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "prefetch.h"
 
 namespace {
 
@@ -14,15 +15,6 @@ using dsx::Dtype;
 using dsx::kBlockRows;
 using dsx::kTile;
 using dsx::padded;
-
-// 只是提示：取不取、地址在不在缓存里，都不影响结果。
-inline void prefetch(const char* line) {
-#if defined(__GNUC__)
-    __builtin_prefetch(line, 0, 2);
-#else
-    (void)line;
-#endif
-}
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 

@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <cstdlib>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -61,6 +62,22 @@ const Kernels& choose_kernels(const std::string& name) {
         names += names.empty() ? kernels->name : std::string("、") + kernels->name;
     }
     throw std::invalid_argument("DSX_CPU_ISA=" + name + " 不可用，这台机器能用：" + names);
+}
+
+const Kernels& requested_kernels() {
+    const char* value = std::getenv("DSX_CPU_ISA");
+    return choose_kernels(value ? value : "");
+}
+
+const Int8Kernels& requested_int8_kernels() {
+    const Kernels* kernels = &requested_kernels();
+#if defined(__x86_64__)
+    if (kernels != &kPlainKernels) {
+        const bool vnni = kernels != &kAvx2Kernels && __builtin_cpu_supports("avx512vnni");
+        return vnni ? kAvx512VnniInt8 : kAvx2Int8;
+    }
+#endif
+    return kPlainInt8;
 }
 
 }  // namespace dsx

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "int8_kernels.h"
 #include "kernels.h"
 
 namespace dsx {
@@ -13,5 +14,11 @@ const std::vector<const Kernels*>& available_kernels();
 
 // 名字对应的函数表；空串取最快的。名字不认识、或这台机器跑不了时抛 std::invalid_argument，说明能用哪些。
 const Kernels& choose_kernels(const std::string& name);
+
+// 环境变量 DSX_CPU_ISA 指定的，没有设就是最快的。
+const Kernels& requested_kernels();
+
+// 与之配套的 int8 矩阵乘：AVX-512 的机器没有 VNNI 时用 AVX2 的。
+const Int8Kernels& requested_int8_kernels();
 
 }  // namespace dsx

@@ -1,9 +1,4 @@
-// ONNX Runtime 的算子库：登记 dsx::MlaAttention。同名的函数体因此不再使用，模型不用改。
-//
-// 头文件可以比 1.21 新，但只用 1.21 就有的接口，并按 1.21 的版本登记，所以同一个 .so 能装进 1.21 以上的任何 ONNX Runtime。
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime_cxx_api.h>
-
+// ONNX Runtime 的算子库：登记各个算子。同名的函数体因此不再使用，模型不用改。
 #include <array>
 #include <cstdlib>
 #include <memory>
@@ -11,8 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "int8_experts_op.h"
+#include "int8_linear_op.h"
 #include "isa.h"
 #include "mla_attention.h"
+#include "ort.h"
 
 #if defined(_WIN32)
 #define DSX_EXPORT __declspec(dllexport)
@@ -22,9 +20,6 @@
 
 namespace dsx {
 namespace {
-
-constexpr uint32_t kOrtApi = 21;
-static_assert(ORT_API_VERSION >= kOrtApi, "ONNX Runtime 的头文件要 1.21 以上");
 
 struct Type {
     Dtype dtype;
@@ -43,27 +38,6 @@ constexpr size_t kCacheInput = 4, kPastLens = 5, kWeight = 6, kCacheOutput = 1;
 
 [[noreturn]] void refuse(const std::string& what) {
     throw Ort::Exception("dsx::MlaAttention：" + what, ORT_INVALID_ARGUMENT);
-}
-
-// 异常不能越过 C 接口：换成 OrtStatus，由 ONNX Runtime 报给调用方。
-template <typename Body>
-OrtStatusPtr guard(Body&& body) {
-    try {
-        body();
-        return nullptr;
-    } catch (const Ort::Exception& error) {
-        return Ort::GetApi().CreateStatus(error.GetOrtErrorCode(), error.what());
-    } catch (const std::exception& error) {
-        return Ort::GetApi().CreateStatus(ORT_FAIL, error.what());
-    }
-}
-
-std::string text(const std::vector<int64_t>& shape) {
-    std::string out = "[";
-    for (size_t i = 0; i < shape.size(); ++i) {
-        out += (i ? ", " : "") + std::to_string(shape[i]);
-    }
-    return out + "]";
 }
 
 using Shapes = std::array<std::vector<int64_t>, kInputs.size()>;
@@ -117,11 +91,6 @@ Form requested_form() {
     throw std::invalid_argument("DSX_CPU_MLA_FORM=" + name + " 不可用，能用：auto、absorb、naive");
 }
 
-const Kernels& requested_kernels() {
-    const char* value = std::getenv("DSX_CPU_ISA");
-    return choose_kernels(value ? value : "");
-}
-
 class Kernel {
 public:
     // 指令集与形式在会话建立时定下，之后的环境变量不影响它。
@@ -157,19 +126,7 @@ private:
         const std::array<int64_t, 4> o_shape{op.B, op.S, op.H, op.dv};
         op.o = context.GetOutput(0, o_shape.data(), o_shape.size()).GetTensorMutableRawData();
         op.kv_cache_out = context.GetOutput(kCacheOutput, shapes[kCacheInput]).GetTensorMutableRawData();
-        run(op, form_, kernels_, [&](int64_t total, const std::function<void(int64_t)>& task) {
-            if (total <= 1) {
-                if (total == 1) {
-                    task(0);
-                }
-                return;
-            }
-            const auto call = [](void* body, size_t i) {
-                (*static_cast<const std::function<void(int64_t)>*>(body))(static_cast<int64_t>(i));
-            };
-            const auto count = static_cast<size_t>(total);
-            context.ParallelFor(call, count, count, const_cast<void*>(static_cast<const void*>(&task)));
-        });
+        run(op, form_, kernels_, pool_of(context));
     }
 
     Dtype dtype_, cache_dtype_, weight_dtype_;
@@ -229,6 +186,11 @@ const OrtCustomOpDomain* domain() {
                     made.Add(operators.back().get());
                 }
             }
+        }
+        // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 kernel 在那里快得多，走函数体。
+        if (available_kernels().size() > 1) {
+            add_int8_linear(made);
+            add_int8_experts(made);
         }
     });
     return made;

@@ -4,10 +4,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <vector>
 
 #include "half.h"
+#include "scratch.h"
 
 namespace dsx {
 namespace {
@@ -23,36 +23,6 @@ constexpr int64_t kExpandTile = 256;
 // 解码时沿缓存切成几段，每段至少几个 key：任务够多，各线程才分得匀；段数只由形状决定，结果因此与线程数无关。
 constexpr int64_t kTasks = 32;
 constexpr int64_t kShortestSplit = 128;
-
-// 只增不减、64 字节对齐的内存。每个线程一块，一步里不再分配。
-class Scratch {
-public:
-    Scratch() = default;
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { release(); }
-
-    float* need(int64_t floats) {
-        if (floats > size_) {
-            release();
-            data_ = static_cast<float*>(::operator new(static_cast<size_t>(floats) * sizeof(float), kAlignment));
-            size_ = floats;
-        }
-        return data_;
-    }
-
-private:
-    static constexpr std::align_val_t kAlignment{64};
-
-    void release() {
-        ::operator delete(data_, kAlignment);
-        data_ = nullptr;
-        size_ = 0;
-    }
-
-    float* data_ = nullptr;
-    int64_t size_ = 0;
-};
 
 thread_local Scratch call_scratch;  // 发起调用的线程：各阶段之间传递的结果
 thread_local Scratch task_scratch;  // 执行任务的线程；可能是同一个，所以另有一块

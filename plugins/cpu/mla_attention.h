@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace dsx {
 
@@ -24,9 +24,6 @@ struct MlaAttention {
     void* o;                    // [B, S, H, dv]
     void* kv_cache_out;         // 与 kv_cache 相同时原地写，否则先复制
 };
-
-// parallel(n, task)：把 task(0) … task(n-1) 分给各线程，全部做完才返回。
-using Parallel = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
 enum class Form { kAuto, kAbsorb, kNaive };
 

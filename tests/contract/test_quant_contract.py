@@ -56,11 +56,12 @@ def test_what_is_quantised(bundles, kind: str, ratio: float):
     bundle = bundles[kind]
     counts, recipes = bundle.manifest.main.op_counts, bundle.manifest.weights.recipes
     config = bundle.manifest.model
-    assert counts["com.microsoft::QMoE"] == config.num_moe_layers
-    assert (
-        counts["com.microsoft::MatMulNBits"]
-        == 4 * config.num_hidden_layers + 3 * config.num_hidden_layers + 1
-    )
+    experts, linear = {
+        "int8": ("dsx::Int8Experts", "dsx::Int8Linear"),
+        "int4": ("com.microsoft::QMoE", "com.microsoft::MatMulNBits"),
+    }[kind]
+    assert counts[experts] == config.num_moe_layers
+    assert counts[linear] == 4 * config.num_hidden_layers + 3 * config.num_hidden_layers + 1
     kept = {
         name.rpartition("layers.")[2].partition(".")[2] or name
         for name, r in recipes.items()

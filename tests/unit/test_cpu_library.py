@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -21,44 +19,21 @@ from hypothesis import strategies as st
 
 import deepseek_export
 from deepseek_export.cli import doctor
-from deepseek_export.cpu_library import INSTALLED, CpuLibrary, find_library, library_for
+from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.table import MLA_ATTENTION, TYPE_CONSTRAINTS
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.runtime import ModelSession
+from tests.cpu_build import SOURCES, builder
 from tests.cpu_node import NUMPY, ODD, SCALE, WIDE, call, make_inputs, make_session
 
 pytestmark = pytest.mark.unit
 
-SOURCES = Path(__file__).resolve().parents[2] / "plugins/cpu"
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 #: (S, H, T, past_lens)：空缓存、长度悬殊的解码（分段合并）、多 token 验证、跨多块的 prefill。
 SHAPES = ((1, 4, 8, (0,)), (1, 4, 300, (299, 17)), (5, 4, 40, (0, 1, 35)), (70, 3, 200, (100,)))
-
-
-@pytest.fixture(scope="module")
-def library() -> CpuLibrary:
-    """构建好的库；没有就跳过并说明原因。"""
-    found = next(INSTALLED.glob("libdsx_cpu.*"), None)
-    if found is None:
-        try:
-            builder().build(directory=INSTALLED.parent.parent / "build/cpu")
-        except builder().Unavailable as reason:
-            pytest.skip(f"C++ 算子库没有构建：{reason}")
-    made = find_library()
-    assert made is not None
-    return made
-
-
-@functools.cache
-def builder():
-    """``plugins/cpu/build.py``，它不在包里。"""
-    spec = importlib.util.spec_from_file_location("build_cpu", SOURCES / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @functools.cache

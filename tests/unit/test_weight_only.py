@@ -44,6 +44,7 @@ from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
     QuantizeWeightsToDequantizeLinearPass,
 )
 from deepseek_export.passes.split_experts import SplitExpertsPass
+from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
 from deepseek_export.runtime.cache import ort_value
 from tests.models import model_config, ort_session
 from tests.unit.test_passes_moe import feeds_for, moe_module, ops
@@ -229,6 +230,30 @@ def test_linear_becomes_matmul_nbits(form):
     assert not rewrite(module).changed
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_int8_kernels_become_functions(kind):
+    """CPU-12：int8 的 MatMulNBits 成为 Int8Linear 的函数体，没有算子库时逐位不变；int4 的不动；再跑一遍不变。"""
+    module, quantization = linear_module(), Quantization(kind=kind)
+    QuantizeLinearsToMatMulNBitsPass(quantization)(module)
+    before = module.to_proto()
+    rewrite = WrapInt8KernelsPass(quantization)
+    result = rewrite(module)
+    assert result.count == (kind == "int8")
+    assert ops(module) == ["Int8Linear" if kind == "int8" else "MatMulNBits", "Transpose", "MatMul"]
+    after = module.to_proto()
+    onnx.checker.check_model(after, full_check=True)
+    rng, (name,), form = np.random.default_rng(0), module.quantized, quantization.format("float32")
+    weights, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((24, 70), (2, 3, 70)))
+    feeds = {
+        "x": x,
+        f"{name}.{kind}": block_codes(weights, form),
+        f"{name}.{kind}.scales": block_scales(weights, form),
+    }
+    want, got = (ort_session(proto).run(None, feeds)[0] for proto in (before, after))
+    assert got.tobytes() == want.tobytes()
+    assert not rewrite(module).changed
+
+
 @pytest.mark.parametrize("rewrite", [QuantizeLinearsToMatMulNBitsPass, QuantizeWeightsToDequantizeLinearPass])
 @pytest.mark.parametrize("keep", ["o_proj", "layers.0", "self_attn"])
 def test_kept_linear_stays(keep, rewrite):
@@ -318,6 +343,11 @@ def test_moe_becomes_qmoe(kind, rows):
     (got,) = ort_session(module.to_proto()).run(["y"], given_feeds)
     assert tolerance("op", "float32", kind).accepts(measure(got, want))
     assert not rewrite(module).changed
+    # CPU-13：int8 的再成为 Int8Experts 的函数体，没有算子库时逐位不变；int4 的不动。
+    assert WrapInt8KernelsPass(Quantization(kind=kind))(module).count == (kind == "int8")
+    assert ("Int8Experts" if kind == "int8" else "QMoE") in ops(module)
+    (wrapped,) = ort_session(module.to_proto()).run(["y"], given_feeds)
+    assert wrapped.tobytes() == got.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""只有一个 int8 节点的模型：``dsx`` 的没有函数体，所以跑的一定是算子库的 kernel；另有 onnxruntime 自己的那个作对照。不导入 torch。"""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from deepseek_export.ops.table import DOMAIN, INT8_EXPERTS, INT8_LINEAR, OPSET_VERSION, OpSpec
+from deepseek_export.passes.base import MICROSOFT
+from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, SENTINEL
+from deepseek_export.runtime.cache import ort_value
+
+ELEMENTS = {"U8": TensorProto.UINT8, "F32": TensorProto.FLOAT}
+
+
+def op_session(library, spec: OpSpec, attributes: dict, isa: str = "", threads: int = 1):
+    """算子库的 kernel；指令集在建会话时定下。"""
+    node = helper.make_node(
+        spec.name,
+        [port.name for port in spec.inputs],
+        ["y"],
+        domain=DOMAIN,
+        plugin_namespace="dsx",
+        plugin_version="1",
+        **attributes,
+    )
+    return _session(node, spec, library, isa, threads)
+
+
+def linear_session(library, K: int, N: int, block: int, isa: str = "", threads: int = 1):
+    """``dsx::Int8Linear``。"""
+    return op_session(library, INT8_LINEAR, {"K": K, "N": N, "block_size": block}, isa, threads)
+
+
+def onnxruntime_linear(K: int, N: int, block: int):
+    """``MatMulNBits``，函数体里的那个节点。"""
+    attributes = {"K": K, "N": N, "block_size": block, "bits": 8, "accuracy_level": 4}
+    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain=MICROSOFT, **attributes)
+    return _session(node, INT8_LINEAR)
+
+
+def experts_session(library, k: int, block: int, isa: str = "", threads: int = 1):
+    """``dsx::Int8Experts``。"""
+    return op_session(library, INT8_EXPERTS, {"k": k, "block_size": block}, isa, threads)
+
+
+def onnxruntime_experts(k: int, block: int):
+    """``QMoE``，函数体里的那个节点。"""
+    names = [port.name for port in INT8_EXPERTS.inputs]
+    own = {
+        "k": k,
+        "block_size": block,
+        "expert_weight_bits": 8,
+        "accuracy_level": 4,
+        "weights_prepacked": 0,
+    }
+    inputs = [*names[:4], "", *names[4:]]
+    node = helper.make_node("QMoE", inputs, ["y"], domain=MICROSOFT, **MOE_ATTRIBUTES, **own)
+    return _session(node, INT8_EXPERTS)
+
+
+def _session(node, spec: OpSpec, library=None, isa: str = "", threads: int = 1) -> ort.InferenceSession:
+    def info(port):
+        # 秩不写死：x 可以是 [N, K] 也可以是 [B, S, K]。
+        return helper.make_tensor_value_info(port.name, ELEMENTS[port.type], None)
+
+    graph = helper.make_graph(
+        [node], "one", list(map(info, spec.inputs)), [info(port) for port in spec.outputs]
+    )
+    opsets = [helper.make_opsetid(*pair) for pair in (("", 24), (DOMAIN, OPSET_VERSION), (MICROSOFT, 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library.path))
+    with mock.patch.dict(os.environ, {"DSX_CPU_ISA": isa}):
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def linear_inputs(rows: tuple[int, ...], K: int, N: int, block: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """随机的 x [*rows, K]、码与 scale；补满最后一块的码也是随机的，不该影响结果。"""
+    rng = np.random.default_rng(seed)
+    blocks = -(-K // block)
+    x = rng.standard_normal((*rows, K), dtype=np.float32)
+    x[..., K // 2 :] *= 30  # 各块的 scale 不同
+    if x.size:
+        x.reshape(-1, K)[0, : min(K, block)] = 0  # 全零的块
+    return {
+        "x": x,
+        "codes": rng.integers(0, 256, (N, blocks, block), dtype=np.uint8),
+        "scales": rng.uniform(0.5, 1.5, (N, blocks)).astype(np.float32) / np.float32(74 * K**0.5),
+    }
+
+
+def experts_inputs(
+    N: int, D: int, inner: int, E: int, k: int, block: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """随机的 x、码与 scale；每个 token 有 k 个专家的 log 权重，其余是哨兵。"""
+    rng = np.random.default_rng(seed)
+    log_weights = np.full((N, E), SENTINEL, np.float32)
+    for row in log_weights:
+        row[rng.choice(E, k, replace=False)] = rng.uniform(-3, 0, k)
+    made = {"x": rng.standard_normal((N, D), dtype=np.float32), "log_weights": log_weights}
+    for name, rows, width in (("gate_up", 2 * inner, D), ("down", D, inner)):
+        made[name] = rng.integers(0, 256, (E, rows, width), dtype=np.uint8)
+        scales = rng.uniform(0.5, 1.5, (E, rows, width // block))
+        made[f"{name}_scales"] = (scales / (74 * width**0.5)).astype(np.float32)
+    return made
+
+
+def experts_reference(inputs: dict[str, np.ndarray], k: int, block: int, exact: bool = False) -> np.ndarray:
+    """按定义逐 token 逐专家计算，float64；``exact`` 时激活不量化。"""
+
+    def rounded(x):
+        return x if exact else quantized(x.astype(np.float32), block)
+
+    def widened(name, e):
+        codes = inputs[name][e]
+        return weights(codes.reshape(len(codes), -1, block), inputs[f"{name}_scales"][e], codes.shape[-1])
+
+    y = np.zeros(inputs["x"].shape, np.float64)
+    for n, row in enumerate(inputs["log_weights"].astype(np.float64)):
+        top = np.argsort(-row, kind="stable")[:k]
+        shares = np.exp(row[top] - row[top[0]])
+        for e, share in zip(top, shares / shares.sum(), strict=True):
+            h = widened("gate_up", e) @ rounded(inputs["x"][n])
+            gate, up = h[0::2], h[1::2]
+            y[n] += share * (widened("down", e) @ rounded(gate / (1 + np.exp(-gate)) * up))
+    return y.astype(np.float32)
+
+
+def quantized(x: np.ndarray, block: int) -> np.ndarray:
+    """激活逐块量化到 int8 再还原，float64：块里最大的绝对值对应 127。"""
+    width = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % block)])
+    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block)
+    top = np.abs(blocks).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+    steps = np.rint(blocks * inverse).astype(np.float64)
+    return (steps * (top / np.float32(127))).reshape(padded.shape)[..., :width]
+
+
+def weights(codes: np.ndarray, scales: np.ndarray, width: int) -> np.ndarray:
+    """还原的权重 [..., width]，float64。"""
+    values = (codes.astype(np.float64) - 128) * scales[..., None]
+    return values.reshape(*scales.shape[:-1], -1)[..., :width]
+
+
+def call(session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """跑一次。"""
+    feeds = {name: ort_value(np.ascontiguousarray(array)) for name, array in inputs.items()}
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    return session.run_with_ort_values(None, feeds, options)[0].numpy()
