@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from deepseek_export.cpu_library import CpuLibrary
-from tests.cpu_node import NUMPY, ODD, WIDE, call, make_inputs, make_session
+from tests.cpu_node import CACHES, NUMPY, ODD, WIDE, call, make_inputs, make_session
 
 SHAPES = ((1, 1, 1, (0,)), (1, 3, 300, (299, 17, 0)), (5, 4, 40, (0, 35)), (70, 2, 200, (100,)))
 
@@ -19,7 +19,7 @@ def main(path: Path) -> None:
     native.dsx_cpu_isas.restype = ctypes.c_char_p
     isas = tuple(native.dsx_cpu_isas().decode().split(","))
     library = CpuLibrary(path, isas, isas[0])
-    for isa, form, dtype, cache in itertools.product(isas, ("absorb", "naive"), NUMPY, NUMPY):
+    for isa, form, dtype, cache in itertools.product(isas, ("absorb", "naive"), NUMPY, CACHES):
         session = make_session(library, dtype, cache, isa, form, threads=2)
         for (S, H, T, past), widths, in_place in itertools.product(SHAPES, (ODD, WIDE), (True, False)):
             call(session, make_inputs(dtype, cache, S, H, T, past, **widths), in_place)

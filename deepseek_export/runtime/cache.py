@@ -176,6 +176,15 @@ class CacheBuffers:
         return np.zeros((self.batch, tensor.heads, capacity, tensor.width), tensor.dtype)
 
 
+def random_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """测速用的缓存内容：浮点是标准正态的随机数；int8 是随机的码，末尾两个 scale 使它们代表的数同样大小。"""
+    if dtype != np.int8:
+        return rng.standard_normal(shape, np.float32).astype(dtype)
+    rows = rng.integers(-127, 128, shape, np.int8)
+    rows[..., -4:] = (64, -12, 64, -20)  # 均匀分布，latent 至多 127 * 64 * 2^-12，旋转部分至多 2
+    return rows
+
+
 def contract_broken(what: str) -> DsxError:
     """模型的输入输出与 dsx 的约定不符（``DSX-E508``）。"""
     return DsxError("DSX-E508", what, "用 dsx export 重新导出；不是 dsx 导出的 ONNX 不能在这里运行")
