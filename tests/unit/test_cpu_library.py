@@ -98,7 +98,9 @@ def check(
     poisoned = inputs | {"kv_cache": inputs["kv_cache"].copy()}
     for b, past in enumerate(inputs["past_lens"]):
         rows = poisoned["kv_cache"][b, :, past:]
-        rows[...] = np.nan if cache_dtype != "int8" else np.random.default_rng(1).integers(-128, 128, rows.shape)
+        rows[...] = (
+            np.nan if cache_dtype != "int8" else np.random.default_rng(1).integers(-128, 128, rows.shape)
+        )
     again, copied = call(session, poisoned, in_place=False)
     assert again.tobytes() == o.tobytes()
     for b, past in enumerate(inputs["past_lens"]):
