@@ -126,7 +126,12 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
             4e-3,
             "bfloat16 缓存少三位，幅度是上一行的八倍；2、3 层实测 1.8e-2（calc_diff 2e-6）",
         ),
-        ("cache_loss", "int8"): Tolerance(8e-2, 2e-5, 4e-3, "int8 缓存的舍入与 bfloat16 的相当"),
+        ("cache_loss", "int8"): Tolerance(
+            1.6e-1,
+            1e-4,
+            4e-3,
+            "int8 缓存：latent 像正态分布时相对误差约 6e-3，calc_diff 是它平方的一半；2、3 层实测 4.2e-2（calc_diff 2.5e-5），留四倍",
+        ),
         ("logits_after_near_tie", "float32"): Tolerance(
             1e-4, 1e-9, 1e-4, "float32 的近平局判据只有 1e-6，之后的行仍按正常容差要求"
         ),

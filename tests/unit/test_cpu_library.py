@@ -209,6 +209,15 @@ def test_wrong_shapes_are_refused(library, name: str, change, message: str):
         session_for(library, "float32", "float32").run_with_ort_values(None, feeds)
 
 
+def test_int8_rows_of_another_width_are_refused(library):
+    """CPU-4：int8 缓存的宽度由 r 与 dr 决定，不是 r+dr。"""
+    inputs = make_inputs("float32", "int8", 1, 2, 8, (0,), **ODD)
+    feeds = {key: ort.OrtValue.ortvalue_from_numpy(value) for key, value in inputs.items()}
+    feeds["kv_cache"] = ort.OrtValue.ortvalue_from_numpy(inputs["kv_cache"][..., :24].copy())
+    with pytest.raises(Exception, match=re.escape("kv_cache 是 [1, 1, 8, 24]，应为 [1, 1, 8, 32]")):
+        session_for(library, "float32", "int8").run_with_ort_values(None, feeds)
+
+
 def test_wrong_dtypes_and_isas_are_refused_when_the_session_is_made(library):
     """CPU-4：没有 kernel 的 dtype、不认识的指令集与形式，建会话时就拒绝。"""
     with pytest.raises(Exception, match="MlaAttention"):
@@ -261,9 +270,10 @@ def test_export_without_the_library_says_so(saved, tmp_path, monkeypatch):
     assert "make plugins" in line
 
 
-def test_narrow_cache_verifies(library, exported):
-    """CPU-1：bfloat16 缓存的 bundle 走 kernel，每一级仍在容差之内。"""
-    bundle = exported("v3-yarn", "mla+moe", "ort-cpu", "float32", ("mla.cache_dtype=bfloat16",))
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_narrow_cache_verifies(library, exported, cache_dtype: str):
+    """CPU-1：窄缓存的 bundle 走 kernel，每一级仍在容差之内。"""
+    bundle = exported("v3-yarn", "mla+moe", "ort-cpu", "float32", (f"mla.cache_dtype={cache_dtype}",))
     report = deepseek_export.verify(bundle.path, steps=16)
     assert report.passed, report.first_failure
 

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from deepseek_export.ops.int8_cache import LATENT_CODES, ROPE_CODES, decode_rows, encode_rows
 from deepseek_export.ops.mla_attention import mla_attention
+from deepseek_export.runtime.cache import random_rows
 from tests.models import TOLERANCE, distance
 from tests.unit.test_ops_mla import FORMS, loops, make_inputs
 
@@ -71,6 +72,14 @@ def test_edges():
     assert not decode_rows(encode_rows(torch.tensor([[1e-45, -1e-38]]), torch.tensor([[1e-45]])), 2).any()
     garbage = torch.randint(-128, 128, (1000, 20), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     assert decode_rows(garbage, 8).isfinite().all()
+
+
+def test_rows_made_for_timing_are_ordinary_numbers():
+    """``dsx bench`` 填的 int8 缓存还原出来与标准正态同样大小。"""
+    rows = random_rows(np.random.default_rng(0), (1000, 40 + 2 * 8 + 4), np.dtype(np.int8))
+    decoded = decode_rows(torch.from_numpy(rows), 40)
+    for part in (decoded[:, :40], decoded[:, 40:]):
+        assert 0.5 < part.std() < 2
 
 
 @pytest.mark.parametrize("form", FORMS)
