@@ -39,7 +39,7 @@ LARGEST_CACHE = 2 << 30
 def row_bytes(cache_dtype: str) -> int:
     """一个 token 的缓存占多少字节。"""
     r, dr = WIDTHS["r"], WIDTHS["dr"]
-    return r + 2 * dr + 4 if cache_dtype == "int8" else (r + dr) * np.dtype(CACHES[cache_dtype]).itemsize
+    return r + 2 * dr + 6 if cache_dtype == "int8" else (r + dr) * np.dtype(CACHES[cache_dtype]).itemsize
 
 
 class Scenario(NamedTuple):

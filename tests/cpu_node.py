@@ -89,7 +89,7 @@ def make_inputs(
     made = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     made["w_kv_b"] *= r**-0.5
     own = {"w_kv_b": weight_dtype or dtype}
-    width = r + 2 * dr + 4 if cache_dtype == "int8" else r + dr
+    width = r + 2 * dr + 6 if cache_dtype == "int8" else r + dr
     return {name: array.astype(NUMPY[own.get(name, dtype)]) for name, array in made.items()} | {
         "kv_cache": random_rows(rng, (B, 1, T, width), np.dtype(CACHES[cache_dtype])),
         "past_lens": np.array(past, np.int64),

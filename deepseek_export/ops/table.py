@@ -5,7 +5,7 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
-``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+4``，见 ``ops/int8_cache.py``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
+``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ MLA_ATTENTION = OpSpec(
         "Multi-head latent attention over a latent KV cache. q_pe/k_pe are rotated, c_kv is normalised. The new rows are "
         "written at past_lens[b]..past_lens[b]+S-1; key j is visible to query i when j <= past_lens[b]+i. "
         "Softmax accumulates in float32. An int8 cache row holds r latent codes, dr high and dr low bytes of the rotated part, "
-        "and two scales k * 2^e as the bytes k, e, k, e."
+        "and two scales k * 2^e as the bytes k >> 8, k & 255 (balanced), e."
     ),
 )
 

@@ -181,7 +181,7 @@ def random_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtyp
     if dtype != np.int8:
         return rng.standard_normal(shape, np.float32).astype(dtype)
     rows = rng.integers(-127, 128, shape, np.int8)
-    rows[..., -4:] = (64, -12, 64, -20)  # 均匀分布，latent 至多 127 * 64 * 2^-12，旋转部分至多 2
+    rows[..., -6:] = (64, 0, -20, 64, 0, -28)  # 乘以 2^-6 与 2^-14：均匀分布，都至多是 2
     return rows
 
 

@@ -102,7 +102,7 @@ void unpack(const int8_t* src, int64_t rows, int64_t r, int64_t dr, float* laten
     const int64_t stride = dsx::cache_width(Dtype::kInt8, r, dr);
     for (int64_t row = 0; row < rows; ++row) {
         const int8_t *codes = src + row * stride, *high = codes + r, *low = high + dr, *scales = low + dr;
-        const float latent_scale = scale_of(scales), rope_scale = scale_of(scales + 2);
+        const float latent_scale = scale_of(scales), rope_scale = scale_of(scales + 3);
         float* to = latent + row * latent_stride;
         int64_t i = 0;
         for (; i + 4 * L <= r; i += 4 * L) {

@@ -8,8 +8,7 @@
 namespace {
 
 constexpr float kLatentCodes = 127, kRopeCodes = 127 * 256;
-constexpr float kLargestFactor = 127;
-constexpr int kLeastExponent = -100, kLargestExponent = 100;
+constexpr int kLeastExponent = -112, kLargestExponent = 92;
 
 // 2^e，e 限制在可用的范围里：任何字节都还原成有限的数。
 inline float power_of_two(int e) {
@@ -20,12 +19,20 @@ inline float power_of_two(int e) {
     return value;
 }
 
-inline float scale_of(const int8_t* bytes) { return static_cast<float>(bytes[0]) * power_of_two(bytes[1]); }
+inline float scale_of(const int8_t* bytes) {
+    return static_cast<float>(256 * bytes[0] + bytes[1]) * power_of_two(bytes[2]);
+}
 
 // NaN 得 -most：转成整数要有定义。
 inline float limited(float x, float most) { return !(x > -most) ? -most : x > most ? most : x; }
 
-// 一段数的 scale，写成 (k, e) 两个字节。
+inline void write_code(float code, int8_t* high, int8_t* low) {
+    const float upper = std::floor((code + 128) / 256);
+    *high = static_cast<int8_t>(upper);
+    *low = static_cast<int8_t>(code - 256 * upper);
+}
+
+// 一段数的 scale，写成三个字节。
 inline float write_scale(const float* x, int64_t count, float codes, int8_t* bytes) {
     float top = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -33,12 +40,12 @@ inline float write_scale(const float* x, int64_t count, float codes, int8_t* byt
     }
     const float step = top / codes;
     int e = kLeastExponent;
-    while (e < kLargestExponent && step > kLargestFactor * power_of_two(e)) {
+    while (e < kLargestExponent && step > kRopeCodes * power_of_two(e)) {
         ++e;
     }
     const float factor = std::ceil(step / power_of_two(e));
-    bytes[0] = static_cast<int8_t>(factor < 1 ? 1 : limited(factor, kLargestFactor));
-    bytes[1] = static_cast<int8_t>(e);
+    write_code(factor < 1 ? 1 : limited(factor, kRopeCodes), bytes, bytes + 1);
+    bytes[2] = static_cast<int8_t>(e);
     return scale_of(bytes);
 }
 
@@ -48,12 +55,9 @@ inline void encode_row(const float* latent, int64_t r, const float* rope, int64_
     for (int64_t i = 0; i < r; ++i) {
         row[i] = static_cast<int8_t>(std::nearbyint(limited(latent[i] / latent_scale, kLatentCodes)));
     }
-    const float rope_scale = write_scale(rope, dr, kRopeCodes, scales + 2);
+    const float rope_scale = write_scale(rope, dr, kRopeCodes, scales + 3);
     for (int64_t i = 0; i < dr; ++i) {
-        const float code = std::nearbyint(limited(rope[i] / rope_scale, kRopeCodes));
-        const float upper = std::floor((code + 128) / 256);
-        high[i] = static_cast<int8_t>(upper);
-        low[i] = static_cast<int8_t>(code - 256 * upper);
+        write_code(std::nearbyint(limited(rope[i] / rope_scale, kRopeCodes)), high + i, low + i);
     }
 }
 

@@ -14,7 +14,7 @@ constexpr int64_t kTile = 64;     // attend 一次看几个 key：64 行 576 个
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2; }
 // 缓存一行的元素数；int8 的一行见 int8_cache.h。
-constexpr int64_t cache_width(Dtype dtype, int64_t r, int64_t dr) { return dtype == Dtype::kInt8 ? r + 2 * dr + 4 : r + dr; }
+constexpr int64_t cache_width(Dtype dtype, int64_t r, int64_t dr) { return dtype == Dtype::kInt8 ? r + 2 * dr + 6 : r + dr; }
 
 // 一块 query 对一段连续的 key：在线 softmax 的状态 (acc, max, sum) 就地更新，所以可以分段调用。
 struct Block {
