@@ -122,7 +122,7 @@ def test_mla_body_with_narrow_cache(bodies):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
 def test_mla_body_with_int8_cache(bodies, dtype):
-    """int8 缓存：写进去的字节逐位相同，输出等于 eager。"""
+    """MLA-7：写进 int8 缓存的字节逐位相同，输出等于 eager。"""
     kind, start = NUMPY[dtype], mla_inputs(*MLA_SHAPES[0], dtype, torch.int8)
     function = bodies("mla", "auto", dtype, torch.int8)
     model = one_node_model(function, arrays(start), {"o": kind, "kv_cache_out": np.int8}, scale=SCALE)

@@ -153,7 +153,7 @@ def test_empty_batch(library):
 
 
 def test_int8_rows_are_the_same_bytes(library):
-    """CPU-1：各种大小的行（零、非规格化、饱和、±inf）写进 int8 缓存，字节与参考实现相同。"""
+    """CPU-1、MLA-7：各种大小的行（零、非规格化、饱和、±inf）写进 int8 缓存，字节与参考实现相同。"""
     inputs = make_inputs("float32", "int8", 400, 1, 400, (0,), **ODD)
     rng = np.random.default_rng(0)
     for name in ("c_kv", "k_pe"):

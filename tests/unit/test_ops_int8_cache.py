@@ -29,7 +29,7 @@ def rows_of(values: np.ndarray, r: int) -> torch.Tensor:
 @given(data=st.data(), r=st.integers(1, 40), dr=st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
 def test_rounding_is_half_a_step(data, r: int, dr: int):
-    """误差至多半个 scale；scale 是行内最大值除以码的最大值，向上至多大 1/16256；码不超界。"""
+    """MLA-7：误差至多半个 scale；scale 是行内最大值除以码的最大值，向上至多大 1/16256；码不超界。"""
     span = st.one_of(st.just(0.0), st.floats(LEAST, LARGEST, width=32))
     magnitude = np.float32(data.draw(span))
     unit = arrays.arrays(np.float32, (3, r + dr), elements=st.floats(-1, 1, width=32))
@@ -46,7 +46,7 @@ def test_rounding_is_half_a_step(data, r: int, dr: int):
 
 
 def test_decoding_rounds_at_most_once():
-    """latent 在 float32 里没有舍入，旋转部分只有一次：与 float64 算出再舍入的逐位相同，所以各个实现必然一致。"""
+    """MLA-7：latent 在 float32 里没有舍入，旋转部分只有一次：与 float64 算出再舍入的逐位相同，所以各个实现必然一致。"""
     rng = np.random.default_rng(0)
     values = rng.standard_normal((500, 72)).astype(np.float32) * np.exp(rng.uniform(-60, 60, (500, 1)))
     rows = rows_of(values.astype(np.float32), 64)
@@ -61,7 +61,7 @@ def test_decoding_rounds_at_most_once():
 
 
 def test_edges():
-    """全零的行与没写过的缓存都是零；最大值取到最大的码；太大（含无穷）饱和，太小归零；任何字节都是有限的数。"""
+    """MLA-7：全零的行与没写过的缓存都是零；最大值取到最大的码；太大（含无穷）饱和，太小归零；任何字节都是有限的数。"""
     assert not decode_rows(encode_rows(torch.zeros(2, 5), torch.zeros(2, 3)), 5).any()
     assert not decode_rows(torch.zeros(2, 5 + 6 + 6, dtype=torch.int8), 5).any()
     exact = torch.tensor([[127.0, -127.0, 1.0]])
@@ -87,7 +87,7 @@ def test_rows_made_for_timing_are_ordinary_numbers():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_attention_reads_the_rounded_latents(form, dtype):
-    """int8 缓存上的注意力等于把 latent（含本次新写的）先舍入，再做通常的注意力。"""
+    """MLA-7：int8 缓存上的注意力等于把 latent（含本次新写的）先舍入，再做通常的注意力。"""
     inputs = list(make_inputs(2, 3, 2, 6, 4, 5, 8, 11, [0, 7], dtype=dtype))
     plain = inputs[4].float()
     inputs[4] = encode_rows(plain[..., :8], plain[..., 8:])

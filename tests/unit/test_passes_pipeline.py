@@ -190,7 +190,7 @@ def test_unknown_target_lists_the_targets():
 
 @pytest.mark.parametrize("target", TENSORRT_TARGETS)
 def test_int8_cache_is_refused_for_tensorrt(v3_checkpoint, tmp_path, target: str):
-    """TensorRT 的核只读浮点的缓存；捕获之前就拒绝，什么也不写。"""
+    """MLA-7：TensorRT 的核只读浮点的缓存；捕获之前就拒绝，什么也不写。"""
     with pytest.raises(DsxError, match=f"目标 {target} 不支持 mla.cache_dtype=int8") as caught:
         deepseek_export.export(
             v3_checkpoint, tmp_path / "out", "mla", target=target, overrides=["mla.cache_dtype=int8"]
