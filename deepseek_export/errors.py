@@ -51,6 +51,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E313": "没有可以量化的权重",
         "DSX-E320": "注意力头太宽，TensorRT 没有原生核",
         "DSX-E321": "bfloat16 只能在 TensorRT 上运行",
+        "DSX-E322": "这个目标不支持 int8 缓存",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
         "DSX-E402": "bundle 不完整",

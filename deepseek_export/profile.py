@@ -28,7 +28,7 @@ class MlaSection(_Section):
 
     enabled: bool = False
     form: Literal["absorb", "naive", "auto"] = "auto"
-    cache_dtype: Literal["model", "float32", "float16", "bfloat16"] = "model"
+    cache_dtype: Literal["model", "float32", "float16", "bfloat16", "int8"] = "model"
 
 
 class MoeSection(_Section):

@@ -23,17 +23,23 @@ from deepseek_export.bench.environment import environment
 from deepseek_export.bench.spread import Spread, interleaved
 from deepseek_export.cpu_library import BUILD_COMMAND, CpuLibrary, find_library
 from deepseek_export.runtime.cache import ort_value
-from tests.cpu_node import NUMPY, make_inputs, make_session
+from tests.cpu_node import CACHES, make_inputs, make_session
 
 ROOT = Path(__file__).resolve().parent.parent
 
 #: DeepSeek-V2 / V3 的头：qk_nope 128、qk_rope 64、v 128、kv_lora_rank 512。
 WIDTHS = {"dn": 128, "dr": 64, "dv": 128, "r": 512}
-CACHE_DTYPES = ("float32", "float16", "bfloat16")
+CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 COPY_BYTES = 256 << 20
 MATMUL = 1024
 #: 一个场景的缓存至多这么大，再大就不测。
 LARGEST_CACHE = 2 << 30
+
+
+def row_bytes(cache_dtype: str) -> int:
+    """一个 token 的缓存占多少字节。"""
+    r, dr = WIDTHS["r"], WIDTHS["dr"]
+    return r + 2 * dr + 6 if cache_dtype == "int8" else (r + dr) * np.dtype(CACHES[cache_dtype]).itemsize
 
 
 class Scenario(NamedTuple):
@@ -50,8 +56,7 @@ class Scenario(NamedTuple):
     @property
     def cache_bytes(self) -> int:
         """一次调用至少要读的缓存。"""
-        width = WIDTHS["r"] + WIDTHS["dr"]
-        return self.B * (self.past + self.S) * width * np.dtype(NUMPY[self.cache_dtype]).itemsize
+        return self.B * (self.past + self.S) * row_bytes(self.cache_dtype)
 
     @property
     def flops(self) -> int:

@@ -12,13 +12,15 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION
-from deepseek_export.runtime.cache import ort_value
+from deepseek_export.runtime.cache import ort_value, random_rows
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CACHES = {**NUMPY, "int8": np.int8}
 ONNX = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
+    "int8": TensorProto.INT8,
     "float64": TensorProto.DOUBLE,
 }
 SCALE = 0.1
@@ -82,14 +84,15 @@ def make_inputs(
         "q_pe": (B, S, H, dr),
         "c_kv": (B, S, r),
         "k_pe": (B, S, dr),
-        "kv_cache": (B, 1, T, r + dr),
         "w_kv_b": (H * (dn + dv), r),
     }
     made = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     made["w_kv_b"] *= r**-0.5
-    own = {"kv_cache": cache_dtype, "w_kv_b": weight_dtype or dtype}
+    own = {"w_kv_b": weight_dtype or dtype}
+    width = r + 2 * dr + 6 if cache_dtype == "int8" else r + dr
     return {name: array.astype(NUMPY[own.get(name, dtype)]) for name, array in made.items()} | {
-        "past_lens": np.array(past, np.int64)
+        "kv_cache": random_rows(rng, (B, 1, T, width), np.dtype(CACHES[cache_dtype])),
+        "past_lens": np.array(past, np.int64),
     }
 
 

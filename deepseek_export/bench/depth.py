@@ -6,18 +6,18 @@ from time import perf_counter
 
 import numpy as np
 
-from deepseek_export.runtime.cache import CacheBuffers
+from deepseek_export.runtime.cache import CacheBuffers, random_rows
 from deepseek_export.runtime.session import ModelSession
 
 _BLOCK = 256
 
 
 def fill_caches(caches: CacheBuffers, length: int, seed: int) -> None:
-    """把前 ``length`` 个位置写成标准正态的随机数：每一页都落到物理内存上，一步的计算量与真的上下文相同。"""
+    """把前 ``length`` 个位置写成随机数：每一页都落到物理内存上，一步的计算量与真的上下文相同。"""
     rng = np.random.default_rng(seed)
     for tensor in caches.spec.tensors:
         array = caches.array(tensor.name)
-        block = rng.standard_normal((tensor.heads, _BLOCK, tensor.width), np.float32).astype(tensor.dtype)
+        block = random_rows(rng, (tensor.heads, _BLOCK, tensor.width), tensor.dtype)
         for start in range(0, length, _BLOCK):
             width = min(_BLOCK, length - start)
             array[:, :, start : start + width] = block[:, :width]

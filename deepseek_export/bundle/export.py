@@ -54,10 +54,11 @@ from deepseek_export.checkpoint.recipe import (
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import LIBRARY_TARGET, NO_LIBRARY, CpuLibrary, library_for
 from deepseek_export.errors import DsxError
-from deepseek_export.passes import LoweredModel, check_quantization, check_target, lower
+from deepseek_export.passes import LoweredModel, check_cache, check_quantization, check_target, lower
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
+from deepseek_export.reference.weights import TORCH_DTYPES
 
 MODEL_FILE = "model.onnx"
 _MOST_SENSITIVE = 5
@@ -127,12 +128,13 @@ def export_bundle(
 
     Raises:
         DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E119`` 方案打开了 MTP 而检查点没有；
-            ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重。
+            ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E322`` 目标不支持 int8 缓存。
     """
     progress = progress or Progress()
     out = Path(out)
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
     check_target(target, dtype)
+    check_cache(target, profile)
     if quantization is not None:
         check_quantization(target, dtype)
     check_output(out, overwrite)
@@ -262,7 +264,8 @@ def _manifest(
     files: dict[str, FileEntry],
 ) -> Manifest:
     config = source.config
-    caches = cache_tensors(config, Forms.for_capture(profile))
+    cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
+    caches = cache_tensors(config, Forms.for_capture(profile), TORCH_DTYPES[cache_dtype])
     islands: Counter[str] = Counter()
     if dtype != "float32":
         for graph in graphs:
@@ -285,7 +288,7 @@ def _manifest(
             tensors=[
                 CacheTensorEntry(name=name, heads=heads, width=width) for name, (heads, width) in caches
             ],
-            dtype=dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype,
+            dtype=cache_dtype,
             num_layers=sum(len(graph.captured.layers) for graph in graphs),
         ),
         weights=weights,

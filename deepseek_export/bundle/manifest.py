@@ -80,12 +80,12 @@ class CacheEntry(_Entry):
     """KV cache 的布局。"""
 
     tensors: list[CacheTensorEntry]
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: Literal["float32", "float16", "bfloat16", "int8"]
     num_layers: int
 
     @property
     def values_per_token_per_layer(self) -> int:
-        """每个 token 在一层里占多少个数；MLA 打开时是 ``kv_lora_rank + qk_rope_head_dim``。"""
+        """每个 token 在一层里占多少个元素；MLA 打开时浮点的缓存是 ``kv_lora_rank + qk_rope_head_dim``。"""
         return sum(tensor.heads * tensor.width for tensor in self.tensors)
 
     @property

@@ -48,7 +48,7 @@ def layer_block(
         "sin": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
         "past_lens": Spec(("B",), torch.int64),
     }
-    caches = cache_tensors(config, forms)
+    caches = cache_tensors(config, forms, cache_dtype)
     inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
     outputs = ["attn_residual", "x", *(f"{cache}_out" for cache, _ in caches)]
     build = partial(_meta, lambda: DecoderLayer(config, is_moe, forms), dtype)
@@ -92,7 +92,7 @@ def mtp_block(
     angle = Spec(("B", "S", config.qk_rope_head_dim // 2), dtype)
     inputs = {"embedding": hidden, "prev_hidden": hidden, "cos": angle, "sin": angle}
     inputs["past_lens"] = Spec(("B",), torch.int64)
-    caches = cache_tensors(config, forms)
+    caches = cache_tensors(config, forms, cache_dtype)
     inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
     outputs = ["combined", "attn_residual", "x", "hidden", *(f"{cache}_out" for cache, _ in caches)]
     build = partial(_meta, lambda: MtpModule(config, index, forms), dtype)

@@ -48,7 +48,7 @@ def mla_attention_body(
     """
     H, dn, dv, r = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
     dr = config.qk_rope_head_dim
-    cache = Spec(("B", 1, "T", r + dr), cache_dtype)
+    cache = Spec(("B", 1, "T", config.latent_cache_width(cache_dtype == torch.int8)), cache_dtype)
     lens = Spec(("B",), torch.int64)
     new = {
         "c_kv": Spec(("B", "S", r), dtype),

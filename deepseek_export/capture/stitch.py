@@ -45,6 +45,7 @@ _ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.int8: onnx.TensorProto.INT8,
 }
 
 
@@ -121,7 +122,7 @@ class _Stitcher:
         cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
         self.cache_dtype = TORCH_DTYPES[cache_dtype]
         self.forms = Forms.for_capture(profile)
-        self.caches = cache_tensors(config, self.forms)
+        self.caches = cache_tensors(config, self.forms, self.cache_dtype)
         self.recipes = weight_recipes(config, dtype)
         self.dtype_name: ModelDtype = dtype
         self.parameter_name: Callable[[str], str] = functools.partial(initializer_name, config=config)

@@ -108,8 +108,12 @@ class ModelConfig:
 
     @property
     def latent_cache_values(self) -> int:
-        """潜缓存每 token 每层的元素数。"""
+        """潜缓存每 token 每层有几个数。"""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def latent_cache_width(self, int8: bool) -> int:
+        """潜缓存的一行有几个元素；int8 的行里 latent 各一个码、旋转部分各两个字节、两个 scale 共六个字节。"""
+        return self.kv_lora_rank + 2 * self.qk_rope_head_dim + 6 if int8 else self.latent_cache_values
 
     @property
     def expanded_cache_values(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
 from deepseek_export.cli.console import console, echo_json, facts, size, table, weights_size
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
@@ -77,7 +78,9 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         config.qk_rope_head_dim,
         config.v_head_dim,
     )
-    expanded = cache.bytes_per_token * shape.expanded // cache.values_per_token_per_layer
+    # 展开的缓存没有 int8 这一种，按模型的 dtype 比。
+    wide = manifest.dtype if cache.dtype == "int8" else cache.dtype
+    expanded = shape.expanded * cache.num_layers * NUMPY_DTYPES[wide].itemsize
     return {
         "dsx_version": manifest.dsx_version,
         "family": config.family,
@@ -188,6 +191,7 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
     heads = "、".join(f"{t['name']}[B,{t['heads']},T,{t['width']}]" for t in cache["tensors"])
     values, expanded = cache["values_per_token_per_layer"], cache["expanded_values_per_token_per_layer"]
     at = f"{CONTEXT} token（batch 1）"
+    unit = "字节" if cache["dtype"] == "int8" else "个数"
     if values < expanded:
         against = f"展开的缓存是 {size(cache['expanded_bytes_at_context'])}，即 {cache['ratio']:.1f} 倍"
     else:
@@ -197,7 +201,7 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
             "KV 缓存",
             [
                 ("每层", f"{heads}，{cache['dtype']}"),
-                ("每个 token 每层", f"{values:,} 个数（展开是 {expanded:,}）"),
+                ("每个 token 每层", f"{values:,} {unit}（展开是 {expanded:,} 个数）"),
                 ("每个 token", f"{cache['bytes_per_token']:,} 字节"),
                 (at, f"{size(cache['bytes_at_context'])}；{against}"),
             ],

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deepseek_export.ops.int8_cache import decode_rows, encode_rows
 from deepseek_export.ops.standard import tensor_scatter
 
 MlaForm = Literal["absorb", "naive", "auto"]
@@ -28,14 +29,24 @@ def update_cache(c_kv: Tensor, k_pe: Tensor, kv_cache: Tensor, past_lens: Tensor
     Args:
         c_kv: [B, S, r]，已过 ``kv_a_layernorm``。
         k_pe: [B, S, dr]，已旋转。
-        kv_cache: [B, 1, T, r+dr]，dtype 可与 ``c_kv`` 不同（``mla.cache_dtype``）。
+        kv_cache: [B, 1, T, r+dr]，dtype 可与 ``c_kv`` 不同（``mla.cache_dtype``）；int8 的一行见
+            :mod:`~deepseek_export.ops.int8_cache`。
         past_lens: [B] int64。
 
     Returns:
-        [B, 1, T, r+dr]，第 ``past_lens[b] .. past_lens[b]+S-1`` 行是新值。
+        形状同 ``kv_cache``，第 ``past_lens[b] .. past_lens[b]+S-1`` 行是新值。
     """
-    new = torch.cat([c_kv, k_pe], dim=-1).unsqueeze(1).to(kv_cache.dtype)
-    return tensor_scatter(kv_cache, new, past_lens)
+    if kv_cache.dtype == torch.int8:
+        new = encode_rows(c_kv, k_pe)
+    else:
+        new = torch.cat([c_kv, k_pe], dim=-1).to(kv_cache.dtype)
+    return tensor_scatter(kv_cache, new.unsqueeze(1), past_lens)
+
+
+def read_cache(kv_cache: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
+    """缓存里的值：[B, T, r+dr]，转成 ``dtype``。"""
+    rows = kv_cache.squeeze(1)
+    return (decode_rows(rows, kv_lora_rank) if rows.dtype == torch.int8 else rows).to(dtype)
 
 
 def hidden_keys(past_lens: Tensor, S: int, T: int) -> Tensor:
@@ -82,7 +93,7 @@ def attend_latent(
 
     Args:
         q: [B, H, S, r+dr]，已吸收 W_UK。
-        kv_cache: [B, 1, T, r+dr]，已写入新行。
+        kv_cache: [B, 1, T, r+dr]（int8 见 :func:`update_cache`），已写入新行。
         past_lens: [B] int64。
         scale: softmax 缩放，已含 YaRN 的 mscale 平方。
         kv_lora_rank: r。
@@ -94,7 +105,7 @@ def attend_latent(
     B, H, S, _ = q.shape
     T = kv_cache.shape[2]
     # QK、softmax、PV 是 float32 孤岛：fp16 下 576 项点积会溢出或丢精度。
-    query, latent = q.float() * scale, kv_cache.squeeze(1).float()
+    query, latent = q.float() * scale, read_cache(kv_cache, kv_lora_rank, torch.float32)
     # 把 H 并进行维，一次 GEMM 只读一遍缓存，而不是每个头读一遍。
     scores = torch.matmul(query.reshape(B, H * S, -1), latent.transpose(1, 2)).view(B, H, S, T)
     if mask is None:
@@ -113,7 +124,7 @@ def attend_naive(
     """naive 形式：展开整个缓存再做普通注意力。参数与返回同 :func:`attend_absorb`。"""
     B, _S, H, dn = q_nope.shape
     r, T = w_kv_b.shape[1], kv_cache.shape[2]
-    c_kv, k_pe = kv_cache.squeeze(1).to(q_nope.dtype).split([r, kv_cache.shape[-1] - r], dim=-1)
+    c_kv, k_pe = read_cache(kv_cache, r, q_nope.dtype).split([r, q_pe.shape[-1]], dim=-1)
     kv = torch.matmul(c_kv, w_kv_b.transpose(0, 1)).view(B, T, H, -1).transpose(1, 2)
     k = torch.cat([kv[..., :dn], k_pe.unsqueeze(1).expand(-1, H, -1, -1)], dim=-1)
     return attend_expanded(torch.cat([q_nope, q_pe], dim=-1), k, kv[..., dn:], past_lens, scale)
@@ -168,7 +179,7 @@ def mla_attention(
     ``form`` 不是算子属性：两种形式语义相同，选哪种是函数体的事。
 
     Returns:
-        o: [B, S, H, dv]；kv_cache_out: [B, 1, T, r+dr]。
+        o: [B, S, H, dv]；kv_cache_out: 形状同 ``kv_cache``。
     """
     cache = update_cache(c_kv, k_pe, kv_cache, past_lens)
     _B, S, H, dn = q_nope.shape

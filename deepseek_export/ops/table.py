@@ -5,7 +5,7 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
-``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
+``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "dsx"
 PLUGIN_VERSION = "1"
 
-TypeVar = Literal["T", "C", "W", "I64", "I32", "F32", "U8"]
+TypeVar = Literal["T", "C", "F", "W", "I64", "I32", "F32", "U8"]
 
-#: 类型变量 → 允许的 ONNX 类型。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``W`` 是权重
-#: 的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
+#: 类型变量 → 允许的 ONNX 类型。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``F`` 是下沉到
+#: TensorRT 之后的缓存，只有浮点；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
         "T": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
-        "C": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
+        "C": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int8)"),
+        "F": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
         "W": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
         "I64": ("tensor(int64)",),
         "I32": ("tensor(int32)",),
@@ -91,19 +92,20 @@ MLA_ATTENTION = OpSpec(
         Port("q_pe", "T", ("B", "S", "H", "dr")),
         Port("c_kv", "T", ("B", "S", "r")),
         Port("k_pe", "T", ("B", "S", "dr")),
-        Port("kv_cache", "C", ("B", "1", "T", "r+dr")),
+        Port("kv_cache", "C", ("B", "1", "T", "cw")),
         Port("past_lens", "I64", ("B",)),
         Port("w_kv_b", "W", ("H*(dn+dv)", "r")),
     ),
     outputs=(
         Port("o", "T", ("B", "S", "H", "dv")),
-        Port("kv_cache_out", "C", ("B", "1", "T", "r+dr")),
+        Port("kv_cache_out", "C", ("B", "1", "T", "cw")),
     ),
     attributes=(Attribute("scale", "float"),),
     doc=(
         "Multi-head latent attention over a latent KV cache. q_pe/k_pe are rotated, c_kv is normalised. The new rows are "
         "written at past_lens[b]..past_lens[b]+S-1; key j is visible to query i when j <= past_lens[b]+i. "
-        "Softmax accumulates in float32."
+        "Softmax accumulates in float32. An int8 cache row holds r latent codes, dr high and dr low bytes of the rotated part, "
+        "and two scales k * 2^e as the bytes k >> 8, k & 255 (balanced), e."
     ),
 )
 
@@ -113,7 +115,7 @@ LATENT_ATTENTION = OpSpec(
     torch_name="latent_attention",
     inputs=(
         Port("q", "T", ("B", "S", "H", "r+dr")),
-        Port("kv_cache", "C", ("B", "1", "T", "r+dr")),
+        Port("kv_cache", "F", ("B", "1", "T", "r+dr")),
         Port("past_lens", "I64", ("B",)),
     ),
     outputs=(Port("context", "T", ("B", "S", "H", "r")),),

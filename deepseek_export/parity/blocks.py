@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
-from deepseek_export.parity.arrays import to_numpy
+from deepseek_export.ops.int8_cache import decode_rows
+from deepseek_export.parity.arrays import to_numpy, to_torch
 from deepseek_export.parity.logits import narrow_cache
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.report import Case, Level, compare
@@ -38,12 +39,14 @@ class Output:
         value: 图里的值名。
         want: 参考模型给出的值。
         key: 容差表的键。
+        kv_lora_rank: int8 的缓存才有：r。字节差一不说明差多少，所以比还原出来的值。
     """
 
     label: str
     value: str
     want: np.ndarray
     key: Key
+    kv_lora_rank: int | None = None
 
     @property
     def tolerance(self) -> Tolerance:
@@ -53,7 +56,10 @@ class Output:
     def compare(self, level: Level, name: str, got: np.ndarray) -> Case:
         """量一次、对照容差表。"""
         quantity, dtype, quant = self.key
-        return compare(level, name, quantity, dtype, got, self.want, quant)
+        want = self.want
+        if self.kv_lora_rank is not None:
+            got, want = (decode_rows(to_torch(a), self.kv_lora_rank).numpy() for a in (got, want))
+        return compare(level, name, quantity, dtype, got, want, quant)
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,8 @@ def attention_block(
     for tensor, old, new in zip(manifest.cache.tensors, caches, updated, strict=True):
         feeds[names.cache_input(tensor.name, index)] = to_numpy(old)
         value = names.cache_output(tensor.name, index)
-        outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key))
+        rank = manifest.model.kv_lora_rank if new.dtype == torch.int8 else None
+        outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key, rank))
     return Block(f"{prefix}self_attn", phase, feeds, tuple(outputs))
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import ml_dtypes
 import numpy as np
 import torch
+from torch import Tensor
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import GraphEntry
@@ -18,13 +18,15 @@ from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
 from deepseek_export.checkpoint.weight_only import dequantized
+from deepseek_export.ops.int8_cache import encode_rows
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
-from deepseek_export.parity.arrays import to_torch
+from deepseek_export.parity.arrays import to_numpy, to_torch
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
+from deepseek_export.reference.weights import TORCH_DTYPES
 
 #: (B, S, T, past_lens)：空缓存、解码、MTP 校验式的小 S、长 prefill（auto 走 naive）、长度不等、容量恰好用满。
 _MLA_SHAPES = (
@@ -74,7 +76,6 @@ def op_cases(
 def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
     manifest = bundle.manifest
     c, dtype = manifest.model, np.dtype(manifest.dtype)
-    cache_dtype = np.dtype(ml_dtypes.bfloat16 if manifest.cache.dtype == "bfloat16" else manifest.cache.dtype)
     ports = dict(zip((port.name for port in MLA_ATTENTION.inputs), site.inputs, strict=True))
     w_kv_b = weight(ports.pop("w_kv_b"))
     outputs = [site.outputs[0]]
@@ -87,8 +88,8 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
             "k_pe": (B, S, c.qk_rope_head_dim),
         }
         arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
-        width = c.kv_lora_rank + c.qk_rope_head_dim
-        arrays["kv_cache"] = rng.standard_normal((B, 1, T, width)).astype(cache_dtype)
+        latents = torch.from_numpy(rng.standard_normal((B, 1, T, c.latent_cache_values), np.float32))
+        arrays["kv_cache"] = to_numpy(_cached(latents, c.kv_lora_rank, TORCH_DTYPES[manifest.cache.dtype]))
         arrays["past_lens"] = np.array(past, np.int64)
         (got,) = call({ports[name]: array for name, array in arrays.items()}, outputs)
         tensors = {name: to_torch(array) for name, array in arrays.items()}
@@ -103,6 +104,13 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
             want.numpy(),
             manifest.quant,
         )
+
+
+def _cached(latents: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
+    """[..., r+dr] float32 → 缓存里的样子。"""
+    if dtype == torch.int8:
+        return encode_rows(latents[..., :kv_lora_rank], latents[..., kv_lora_rank:])
+    return latents.to(dtype)
 
 
 def _moe_cases(bundle, graph, gate: OpSite, site: OpSite, weight, rng) -> Iterator[Case]:

@@ -24,7 +24,7 @@ Quantity = Literal[
     "loss",
     "loss_all",
 ]
-Dtype = Literal["float32", "float16", "bfloat16"]
+Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 #: 容差表的键：量、dtype、权重量化。
 Key = tuple[Quantity, Dtype, QuantKind | None]
 
@@ -91,6 +91,12 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
             4e-3,
             "bfloat16 缓存：同上，相邻两值差 2^-7 乘以均方根的几倍；也容得下 float16 模型的舍入",
         ),
+        ("narrow_cache", "int8"): Tolerance(
+            8e-2,
+            2e-5,
+            4e-3,
+            "int8 缓存：一个码差一，即行内最大值的 1/125，约 3e-2 个均方根；旋转部分是 16 位",
+        ),
         ("logits", "float32"): Tolerance(1e-4, 1e-9, 1e-4, "整个模型逐层累计；发布承诺 1e-4，实测约 5e-6"),
         ("logits", "float16"): Tolerance(
             1e-1, 1e-3, 2e-2, "float16 误差逐层累计；两个 float16 实现之间的差与各自到 float32 的差同量级"
@@ -107,6 +113,7 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
             4e-3,
             "同上，邻值差 2^-7；算子库还把乘数舍入到 bfloat16，实测 1e-2（不经它时 2 层约 1e-5，24 层 8e-3）",
         ),
+        ("logits_narrow_cache", "int8"): Tolerance(4e-2, 2e-5, 4e-3, "同上，一个码差一，逐层传开"),
         ("cache_loss", "float16"): Tolerance(
             1e-2,
             1e-6,
@@ -118,6 +125,12 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
             2e-5,
             4e-3,
             "bfloat16 缓存少三位，幅度是上一行的八倍；2、3 层实测 1.8e-2（calc_diff 2e-6）",
+        ),
+        ("cache_loss", "int8"): Tolerance(
+            1.6e-1,
+            1e-4,
+            4e-3,
+            "int8 缓存：latent 像正态分布时相对误差约 6e-3，calc_diff 是它平方的一半；2、3 层实测 4.2e-2（calc_diff 2.5e-5），留四倍",
         ),
         ("logits_after_near_tie", "float32"): Tolerance(
             1e-4, 1e-9, 1e-4, "float32 的近平局判据只有 1e-6，之后的行仍按正常容差要求"
@@ -131,6 +144,7 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
         ("logits_after_near_tie", "bfloat16"): Tolerance(
             float("inf"), 1e-1, 1e-1, "同上：换了专家之后差多少，与是谁的舍入引起的无关"
         ),
+        ("logits_after_near_tie", "int8"): Tolerance(float("inf"), 1e-1, 1e-1, "同上"),
     }
 )
 
@@ -202,6 +216,7 @@ ROUTER_MARGIN: Mapping[Dtype, float] = MappingProxyType(
         "float32": 1e-6,  # float32 的 sigmoid/softmax 末位误差
         "float16": 4e-3,  # router 的输入是 float16，logit 误差约 1e-2，sigmoid 斜率至多 1/4
         "bfloat16": 1.6e-2,  # bfloat16 的缓存：logit 误差按 logits_narrow_cache 至多 4e-2，斜率同上，留余量
+        "int8": 1.6e-2,  # 与 bfloat16 的缓存相同
     }
 )
 

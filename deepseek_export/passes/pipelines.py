@@ -156,6 +156,20 @@ def check_target(target: str, dtype: ModelDtype = "float32") -> None:
         raise DsxError("DSX-E321", what, f"用 --dtype float16，或 --target {' / '.join(TENSORRT_TARGETS)}")
 
 
+def check_cache(target: str, profile: OptimizationProfile) -> None:
+    """这个目标能不能用方案里的缓存 dtype。
+
+    Raises:
+        DsxError: ``DSX-E322``，目标不支持 int8 缓存。
+    """
+    if profile.mla.cache_dtype == "int8" and target in TENSORRT_TARGETS:
+        raise DsxError(
+            "DSX-E322",
+            f"目标 {target} 不支持 mla.cache_dtype=int8：TensorRT 的注意力核只读浮点的缓存",
+            "换 --target ort-cpu 或 portable；或 --set mla.cache_dtype=float16",
+        )
+
+
 def check_quantization(target: str, dtype: ModelDtype) -> None:
     """这个目标、这个 dtype 能不能量化权重。
 
@@ -199,6 +213,7 @@ def lower(
         PassError: pass 自身的缺陷。
     """
     check_target(target, dtype)
+    check_cache(target, profile)
     if quantization is not None:
         check_quantization(target, dtype)
     module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)

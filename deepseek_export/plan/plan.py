@@ -26,7 +26,7 @@ Split = Literal["single", "tensor", "expert", "pipeline"]
 #: 每个参数的字节数；量化的按块 32、float32 的 scale 计。
 _BYTES: dict[WeightKind, float] = {"float32": 4.0, "float16": 2.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}
 _QUANTIZED = ("int8", "int4")
-_CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 #: 显存里留给激活、工作区与碎片的比例。
 RESERVE = 0.10
 #: 捕获与改图的内存，与模型大小无关：演示检查点的导出峰值（README）。
@@ -173,7 +173,7 @@ def make_plan(
     kinds: dict[WeightKind, dict[Part, float]] = {kind: _parts(shape, kind) for kind in _BYTES}
     kinds["stored"] = _stored_parts(source, used)
     cache_dtype = config.dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
-    cache = _cache(shape, cache_dtype, batch * context)
+    cache = _cache(shape, cache_dtype, config.dtype, batch * context)
     estimate = _Estimate(shape, kinds[weights], cache, batch, context)
     totals = {kind: round(sum(parts.values())) for kind, parts in kinds.items()}
     return Plan(
@@ -239,8 +239,11 @@ def _parts(shape: ModelShape, kind: WeightKind) -> dict[Part, float]:
     return parts
 
 
-def _cache(shape: ModelShape, dtype: str, tokens: int) -> CachePlan:
-    latent, expanded = (shape.cache_values(kind) * _CACHE_BYTES[dtype] for kind in (True, False))
+def _cache(shape: ModelShape, dtype: str, model_dtype: str, tokens: int) -> CachePlan:
+    """展开的缓存没有 int8 这一种，按模型的 dtype 比。"""
+    int8 = dtype == "int8"
+    latent = shape.latent_cache_values(int8) * _CACHE_BYTES[dtype]
+    expanded = shape.expanded_cache_values * _CACHE_BYTES[model_dtype if int8 else dtype]
     return CachePlan(
         dtype=dtype,
         used="latent" if shape.latent else "expanded",

@@ -70,10 +70,14 @@ class ModelShape:
         share = c.num_experts_per_tok / c.n_routed_experts if self.sparse and c.n_routed_experts else 1.0
         return self.total - lookup - round(self.parameters["experts"] * (1 - share))
 
-    def cache_values(self, latent: bool) -> int:
-        """每个 token 在所有层里缓存的元素数。"""
-        c = self.config
-        return self.cached_layers * (c.latent_cache_values if latent else c.expanded_cache_values)
+    def latent_cache_values(self, int8: bool) -> int:
+        """每个 token 在所有层的潜缓存里占几个元素。"""
+        return self.cached_layers * self.config.latent_cache_width(int8)
+
+    @property
+    def expanded_cache_values(self) -> int:
+        """每个 token 在所有层的展开的缓存里占几个元素。"""
+        return self.cached_layers * self.config.expanded_cache_values
 
     def attention_flops(self, context: int) -> float:
         """一个新 token 对 ``context`` 个已缓存的 token 做注意力的浮点次数；潜缓存按 absorb 形式算。"""

@@ -151,14 +151,15 @@ class ReferenceModel(nn.Module):
         """全零缓存；``dtype`` 缺省为模型 dtype。"""
         dtype = dtype or self.head.norm.weight.dtype
         shapes = [
-            (batch, *dims[:1], capacity, *dims[1:]) for _, dims in cache_tensors(self.config, self.forms)
+            (batch, heads, capacity, width)
+            for _, (heads, width) in cache_tensors(self.config, self.forms, dtype)
         ]
         return [tuple(torch.zeros(shape, dtype=dtype) for shape in shapes) for _ in self.layers]
 
 
-def cache_tensors(config: ModelConfig, forms: Forms) -> list[tuple[str, tuple[int, int]]]:
-    """每层缓存张量的名字与静态维度 ``(heads, width)``；完整形状是 [B, heads, T, width]。"""
+def cache_tensors(config: ModelConfig, forms: Forms, dtype: torch.dtype) -> list[tuple[str, tuple[int, int]]]:
+    """每层缓存张量的名字与静态维度 ``(heads, width)``；完整形状是 [B, heads, T, width]。``dtype`` 是缓存的。"""
     H = config.num_attention_heads
     if forms.attention == "expanded":
         return [("k_cache", (H, config.qk_head_dim)), ("v_cache", (H, config.v_head_dim))]
-    return [("kv_cache", (1, config.latent_cache_values))]
+    return [("kv_cache", (1, config.latent_cache_width(dtype == torch.int8)))]

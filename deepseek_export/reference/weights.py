@@ -15,7 +15,12 @@ from deepseek_export.checkpoint.weight_only import BlockFormat, dequantized
 from deepseek_export.reference.model import Forms, ReferenceModel
 from deepseek_export.reference.mtp import DraftModel
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,  # 只用于缓存
+}
 
 
 def initializer_name(parameter: str, config: ModelConfig) -> str:

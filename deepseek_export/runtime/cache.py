@@ -21,6 +21,7 @@ _CACHE_DTYPES: dict[str, np.dtype] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+    "tensor(int8)": np.dtype(np.int8),
 }
 
 
@@ -173,6 +174,15 @@ class CacheBuffers:
 
     def _allocate(self, tensor: CacheTensor, capacity: int) -> np.ndarray:
         return np.zeros((self.batch, tensor.heads, capacity, tensor.width), tensor.dtype)
+
+
+def random_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """测速用的缓存内容：浮点是标准正态的随机数；int8 是随机的码，末尾两个 scale 使它们代表的数同样大小。"""
+    if dtype != np.int8:
+        return rng.standard_normal(shape, np.float32).astype(dtype)
+    rows = rng.integers(-127, 128, shape, np.int8)
+    rows[..., -6:] = (64, 0, -20, 64, 0, -28)  # 乘以 2^-6 与 2^-14：均匀分布，都至多是 2
+    return rows
 
 
 def contract_broken(what: str) -> DsxError:

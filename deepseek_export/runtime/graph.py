@@ -24,6 +24,7 @@ _DTYPES: dict[str, np.dtype] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+    "tensor(int8)": np.dtype(np.int8),
 }
 _LOGITS_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 # ORT 的异常类分不清原因（缺权重和缺算子都是 Fail），只能看原话；靠前的更具体。

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "int8_cache.h"
 #include "kernels.h"
 #include "prefetch.h"
 
@@ -23,6 +24,7 @@ inline float widen_one(Dtype dtype, const void* src, int64_t i) {
     case Dtype::kFloat32: return static_cast<const float*>(src)[i];
     case Dtype::kFloat16: return float_of_f16(static_cast<const uint16_t*>(src)[i]);
     case Dtype::kBfloat16: return float_of_bf16(static_cast<const uint16_t*>(src)[i]);
+    case Dtype::kInt8: return static_cast<const int8_t*>(src)[i];
     }
     return 0;
 }
@@ -33,8 +35,10 @@ inline Vector load_as(const void* src, int64_t i) {
         return load(static_cast<const float*>(src) + i);
     } else if constexpr (D == Dtype::kFloat16) {
         return load_f16(static_cast<const uint16_t*>(src) + i);
-    } else {
+    } else if constexpr (D == Dtype::kBfloat16) {
         return load_bf16(static_cast<const uint16_t*>(src) + i);
+    } else {
+        return load_i8(static_cast<const int8_t*>(src) + i);
     }
 }
 
@@ -77,6 +81,45 @@ void widen(Dtype dtype, const void* src, int64_t src_stride, int64_t rows, int64
     case Dtype::kBfloat16:
         widen_rows<Dtype::kBfloat16>(src, src_stride, rows, width, dst, dst_width, dst_stride);
         return;
+    case Dtype::kInt8:
+        widen_rows<Dtype::kInt8>(src, src_stride, rows, width, dst, dst_width, dst_stride);
+        return;
+    }
+}
+
+void unpack(const int8_t* src, int64_t rows, int64_t r, int64_t dr, float* latent, int64_t latent_width,
+    int64_t latent_stride, float* rope, int64_t rope_width, int64_t rope_stride) {
+    constexpr int L = Vector::kLanes;
+    constexpr int64_t kAhead = 1024;
+    const int64_t stride = dsx::cache_width(Dtype::kInt8, r, dr);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int8_t *codes = src + row * stride, *high = codes + r, *low = high + dr, *scales = low + dr;
+        const float latent_scale = scale_of(scales), rope_scale = scale_of(scales + 3);
+        float* to = latent + row * latent_stride;
+        int64_t i = 0;
+        for (; i + 4 * L <= r; i += 4 * L) {
+            prefetch(reinterpret_cast<const char*>(codes + i) + kAhead);
+            for (int j = 0; j < 4; ++j) {
+                store(to + i + j * L, mul(splat(latent_scale), load_i8(codes + i + j * L)));
+            }
+        }
+        for (; i < r; ++i) {
+            to[i] = latent_scale * static_cast<float>(codes[i]);
+        }
+        for (; i < latent_width; ++i) {
+            to[i] = 0;
+        }
+        to = rope + row * rope_stride;
+        for (i = 0; i + L <= dr; i += L) {
+            const Vector code = fma(splat(256), load_i8(high + i), load_i8(low + i));
+            store(to + i, mul(splat(rope_scale), code));
+        }
+        for (; i < dr; ++i) {
+            to[i] = rope_scale * static_cast<float>(256 * high[i] + low[i]);
+        }
+        for (; i < rope_width; ++i) {
+            to[i] = 0;
+        }
     }
 }
 
@@ -255,7 +298,12 @@ void attend(const Block& block, float* scratch) {
         // 四行一组，展宽之后趁还在 L1 里就用掉；一边算一边取下一格的四行，读内存的时间因此藏在计算后面。
         for (int64_t j = 0; j < count; j += 4) {
             const int64_t n = count - j < 4 ? count - j : 4;
-            if (!direct) {
+            if (block.dtype == Dtype::kInt8) {
+                const int64_t r = block.value_width;
+                float* rows = key_tile + j * width;
+                unpack(reinterpret_cast<const int8_t*>(source) + j * key_bytes, n, r, block.width - r, rows, r, width,
+                    rows + r, width - r, width);
+            } else if (!direct) {
                 widen(block.dtype, source + j * key_bytes, block.key_stride, n, block.width, key_tile + j * width, width,
                     width);
             }

@@ -5,14 +5,16 @@
 
 namespace dsx {
 
-enum class Dtype { kFloat32, kFloat16, kBfloat16 };
+enum class Dtype { kFloat32, kFloat16, kBfloat16, kInt8 };
 
 constexpr int64_t kPad = 16;      // 各指令集向量长度的公倍数：内部矩阵的宽度都补零到它的倍数
 constexpr int64_t kBlockRows = 64;  // attend 一次最多几行 query
 constexpr int64_t kTile = 64;     // attend 一次看几个 key：64 行 576 个 float32 是 144 KiB，与 query、累加器一起留在 L2
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
-constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2; }
+// 缓存一行的元素数；int8 的一行见 int8_cache.h。
+constexpr int64_t cache_width(Dtype dtype, int64_t r, int64_t dr) { return dtype == Dtype::kInt8 ? r + 2 * dr + 6 : r + dr; }
 
 // 一块 query 对一段连续的 key：在线 softmax 的状态 (acc, max, sum) 就地更新，所以可以分段调用。
 struct Block {
@@ -20,7 +22,7 @@ struct Block {
     int64_t rows;            // 1..kBlockRows
     const void* keys;        // 第 begin 个 key；行距 key_stride 个元素
     const void* values;      // 第 begin 个 value；行距 value_stride。与 keys 相等表示 latent：value 是 key 的前几列
-    Dtype dtype;             // keys、values 的 dtype
+    Dtype dtype;             // keys、values 的 dtype；int8 只能是 latent，一行是 r = value_width、dr = width - r 的字节
     int64_t key_stride;
     int64_t value_stride;
     int64_t width;           // key 的宽度
@@ -40,6 +42,9 @@ struct Kernels {
     // dst[rows, dst_width] = src[rows, width]，多出的列填 0。
     void (*widen)(Dtype dtype, const void* src, int64_t src_stride, int64_t rows, int64_t width, float* dst,
         int64_t dst_width, int64_t dst_stride);
+    // int8 缓存的行 → latent[rows, latent_width] 与 rope[rows, rope_width]，多出的列填 0；先写 latent，后写 rope。
+    void (*unpack)(const int8_t* src, int64_t rows, int64_t r, int64_t dr, float* latent, int64_t latent_width,
+        int64_t latent_stride, float* rope, int64_t rope_width, int64_t rope_stride);
     // c[m, n] = a[m, k] · b[k, n]；n 是 kPad 的倍数。
     void (*multiply)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
         float* c, int64_t ldc);

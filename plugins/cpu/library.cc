@@ -25,11 +25,12 @@ struct Type {
     Dtype dtype;
     ONNXTensorElementDataType onnx;
 };
-constexpr std::array<Type, 3> kTypes{{
-    {Dtype::kFloat32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-    {Dtype::kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
-    {Dtype::kBfloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
-}};
+constexpr Type kFloat{Dtype::kFloat32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
+constexpr Type kHalf{Dtype::kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
+constexpr Type kBrain{Dtype::kBfloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
+constexpr Type kByte{Dtype::kInt8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8};
+constexpr std::array<Type, 3> kComputeTypes{kFloat, kHalf, kBrain};
+constexpr std::array<Type, 4> kCacheTypes{kFloat, kHalf, kBrain, kByte};
 
 // 次序与名字同 deepseek_export/ops/table.py 的 MLA_ATTENTION（tests/unit/test_cpu_library.py 核对）。
 constexpr std::array<const char*, 7> kInputs{"q_nope", "q_pe", "c_kv", "k_pe", "kv_cache", "past_lens", "w_kv_b"};
@@ -55,7 +56,7 @@ void check_shape(const Shapes& shapes, size_t input, const std::vector<int64_t>&
 }
 
 // 由各输入的形状得出尺寸，并核对它们彼此相符。
-MlaAttention sizes_of(const Shapes& shapes) {
+MlaAttention sizes_of(const Shapes& shapes, Dtype cache_dtype) {
     constexpr std::array<size_t, kInputs.size()> ranks{4, 4, 3, 3, 4, 1, 2};
     for (size_t i = 0; i < ranks.size(); ++i) {
         check_rank(shapes, i, ranks[i]);
@@ -73,7 +74,7 @@ MlaAttention sizes_of(const Shapes& shapes) {
     check_shape(shapes, 1, {op.B, op.S, op.H, op.dr});
     check_shape(shapes, 2, {op.B, op.S, op.r});
     check_shape(shapes, 3, {op.B, op.S, op.dr});
-    check_shape(shapes, 4, {op.B, 1, op.T, op.r + op.dr});
+    check_shape(shapes, 4, {op.B, 1, op.T, cache_width(cache_dtype, op.r, op.dr)});
     check_shape(shapes, 5, {op.B});
     check_shape(shapes, 6, {op.H * (op.dn + op.dv), op.r});
     return op;
@@ -111,7 +112,7 @@ private:
             inputs[i] = context.GetInput(i);
             shapes[i] = inputs[i].GetTensorTypeAndShapeInfo().GetShape();
         }
-        MlaAttention op = sizes_of(shapes);
+        MlaAttention op = sizes_of(shapes, cache_dtype_);
         op.scale = scale_, op.dtype = dtype_, op.cache_dtype = cache_dtype_, op.weight_dtype = weight_dtype_;
         op.q_nope = inputs[0].GetTensorRawData(), op.q_pe = inputs[1].GetTensorRawData();
         op.c_kv = inputs[2].GetTensorRawData(), op.k_pe = inputs[3].GetTensorRawData();
@@ -179,13 +180,15 @@ const OrtCustomOpDomain* domain() {
     static std::once_flag once;
     std::call_once(once, [] {
         made = Ort::CustomOpDomain("dsx");
-        for (const Type& compute : kTypes) {
-            for (const Type& cache : kTypes) {
-                for (const Type& weight : kTypes) {
-                    operators.push_back(std::make_unique<Operator>(compute, cache, weight));
-                    made.Add(operators.back().get());
-                }
+        const auto add = [](const Type& compute, const Type& cache, const Type& weight) {
+            operators.push_back(std::make_unique<Operator>(compute, cache, weight));
+            made.Add(operators.back().get());
+        };
+        for (const Type& cache : kCacheTypes) {
+            for (const Type& compute : kComputeTypes) {
+                add(compute, cache, compute);
             }
+            add(kFloat, cache, kBrain);  // 量化的 bundle 把 w_kv_b 存成 bfloat16
         }
         // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 kernel 在那里快得多，走函数体。
         if (available_kernels().size() > 1) {

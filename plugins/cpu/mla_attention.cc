@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "half.h"
+#include "int8_cache.h"
 #include "scratch.h"
 
 namespace dsx {
@@ -35,6 +36,7 @@ void narrow(const float* src, int64_t count, Dtype dtype, void* dst) {
     case Dtype::kFloat32: std::memcpy(dst, src, static_cast<size_t>(count) * sizeof(float)); return;
     case Dtype::kFloat16: std::transform(src, src + count, static_cast<uint16_t*>(dst), f16_of_float); return;
     case Dtype::kBfloat16: std::transform(src, src + count, static_cast<uint16_t*>(dst), bf16_of_float); return;
+    case Dtype::kInt8: return;  // 整行一起编码，见 encode_rows
     }
 }
 
@@ -55,13 +57,14 @@ private:
 // 每个形状量只在这里算一次。
 struct Shape : MlaAttention {
     Shape(const MlaAttention& op, const Kernels& k, const Parallel& p)
-        : MlaAttention(op), kernels(k), parallel(p), width(r + dr), width_pad(padded(width)), r_pad(padded(r)) {}
+        : MlaAttention(op), kernels(k), parallel(p), width(r + dr), width_pad(padded(width)), r_pad(padded(r)), stride(cache_width(cache_dtype, r, dr)) {}
 
     const Kernels& kernels;
     const Parallel& parallel;
     int64_t width, width_pad, r_pad;
+    int64_t stride;  // 缓存的行距，以元素计
 
-    const void* cache_row(int64_t b, int64_t t) const { return at(kv_cache_out, cache_dtype, (b * T + t) * width); }
+    const void* cache_row(int64_t b, int64_t t) const { return at(kv_cache_out, cache_dtype, (b * T + t) * stride); }
 
     // 计算 dtype 的一行 → float32，补零到 dst_width。
     void widen_row(const void* source, int64_t count, float* dst, int64_t dst_width) const {
@@ -88,16 +91,16 @@ void copy_cache(const Shape& s) {
     const int64_t rows = s.B * s.T;
     s.parallel((rows + kRows - 1) / kRows, [&](int64_t task) {
         const int64_t begin = task * kRows, count = std::min(kRows, rows - begin);
-        std::memcpy(at(s.kv_cache_out, s.cache_dtype, begin * s.width), at(s.kv_cache, s.cache_dtype, begin * s.width),
-            static_cast<size_t>(count * s.width * bytes_of(s.cache_dtype)));
+        std::memcpy(at(s.kv_cache_out, s.cache_dtype, begin * s.stride), at(s.kv_cache, s.cache_dtype, begin * s.stride),
+            static_cast<size_t>(count * s.stride * bytes_of(s.cache_dtype)));
     });
 }
 
-// 把 [count, width] 从计算 dtype 转成缓存 dtype，写进行距为 s.width 的缓存。
+// 把 [count, columns] 从计算 dtype 转成缓存 dtype，写进行距为 s.stride 的缓存。
 void convert_rows(const Shape& s, const void* source, int64_t count, int64_t columns, void* target) {
     for (int64_t i = 0; i < count; ++i) {
         const void* from = at(source, s.dtype, i * columns);
-        void* to = at(target, s.cache_dtype, i * s.width);
+        void* to = at(target, s.cache_dtype, i * s.stride);
         if (s.dtype == s.cache_dtype) {
             std::memcpy(to, from, static_cast<size_t>(columns * bytes_of(s.dtype)));
             continue;
@@ -108,15 +111,30 @@ void convert_rows(const Shape& s, const void* source, int64_t count, int64_t col
     }
 }
 
+void encode_rows(const Shape& s, const void* c_kv, const void* k_pe, int64_t count, int8_t* target) {
+    float* latent = task_scratch.need(s.r_pad + padded(s.dr));
+    float* rope = latent + s.r_pad;
+    for (int64_t i = 0; i < count; ++i) {
+        s.widen_row(at(c_kv, s.dtype, i * s.r), s.r, latent, s.r);
+        s.widen_row(at(k_pe, s.dtype, i * s.dr), s.dr, rope, s.dr);
+        encode_row(latent, s.r, rope, s.dr, target + i * s.stride);
+    }
+}
+
 void write_cache(const Shape& s) {
     constexpr int64_t kRows = 64;
     const int64_t per_sequence = (s.S + kRows - 1) / kRows;
     s.parallel(s.B * per_sequence, [&](int64_t task) {
         const int64_t b = task / per_sequence, first = task % per_sequence * kRows, count = std::min(kRows, s.S - first);
-        void* target = at(s.kv_cache_out, s.cache_dtype, (b * s.T + s.past_lens[b] + first) * s.width);
-        convert_rows(s, at(s.c_kv, s.dtype, (b * s.S + first) * s.r), count, s.r, target);
-        convert_rows(
-            s, at(s.k_pe, s.dtype, (b * s.S + first) * s.dr), count, s.dr, at(target, s.cache_dtype, s.r));
+        void* target = at(s.kv_cache_out, s.cache_dtype, (b * s.T + s.past_lens[b] + first) * s.stride);
+        const void* c_kv = at(s.c_kv, s.dtype, (b * s.S + first) * s.r);
+        const void* k_pe = at(s.k_pe, s.dtype, (b * s.S + first) * s.dr);
+        if (s.cache_dtype == Dtype::kInt8) {
+            encode_rows(s, c_kv, k_pe, count, static_cast<int8_t*>(target));
+            return;
+        }
+        convert_rows(s, c_kv, count, s.r, target);
+        convert_rows(s, k_pe, count, s.dr, at(target, s.cache_dtype, s.r));
     });
 }
 
@@ -196,8 +214,8 @@ private:
         float* sum = sum_ + index * kBlockRows;
         start_rows(split.rows, s.r_pad, acc, max, sum);
         const void* keys = s.cache_row(split.b, split.begin);
-        const Block block{q_ + (split.b * rows_ + split.row) * s.width_pad, split.rows, keys, keys, s.cache_dtype, s.width,
-            s.width, s.width, s.r, split.begin, split.end, s.past_lens[split.b] + first_, split.row, s.H, acc, max, sum};
+        const Block block{q_ + (split.b * rows_ + split.row) * s.width_pad, split.rows, keys, keys, s.cache_dtype, s.stride,
+            s.stride, s.width, s.r, split.begin, split.end, s.past_lens[split.b] + first_, split.row, s.H, acc, max, sum};
         s.kernels.attend(block, task_scratch.need(attend_scratch(s.width)));
     }
 
@@ -282,15 +300,22 @@ void attend_head(const Shape& s, int64_t b, int64_t h, int64_t first, int64_t co
         const int64_t n = std::min(kExpandTile, length - t);
         const void* source = s.cache_row(b, t);
         const float* rows = static_cast<const float*>(source);
-        int64_t stride = s.width;
+        int64_t stride = s.stride;
         if (s.cache_dtype != Dtype::kFloat32 || s.r != s.r_pad) {
-            s.kernels.widen(s.cache_dtype, source, s.width, n, s.r, latent, s.r_pad, s.r_pad);
             rows = latent;
             stride = s.r_pad;
         }
+        if (s.cache_dtype == Dtype::kInt8) {
+            s.kernels.unpack(static_cast<const int8_t*>(source), n, s.r, s.dr, latent, s.r_pad, s.r_pad, k + s.dn,
+                qk_pad - s.dn, qk_pad);
+        } else {
+            if (rows == latent) {
+                s.kernels.widen(s.cache_dtype, source, s.stride, n, s.r, latent, s.r_pad, s.r_pad);
+            }
+            s.kernels.widen(
+                s.cache_dtype, at(source, s.cache_dtype, s.r), s.stride, n, s.dr, k + s.dn, qk_pad - s.dn, qk_pad);
+        }
         s.kernels.multiply_transposed(rows, stride, w_uk, s.r_pad, n, s.dn, s.r_pad, k, qk_pad);
-        s.kernels.widen(
-            s.cache_dtype, at(source, s.cache_dtype, s.r), s.width, n, s.dr, k + s.dn, qk_pad - s.dn, qk_pad);
         s.kernels.multiply_transposed(rows, stride, w_uv, s.r_pad, n, s.dv, s.r_pad, v, dv_pad);
         for (int64_t row = 0; row < count; row += kBlockRows) {
             const int64_t block_rows = std::min(kBlockRows, count - row);

@@ -13,12 +13,12 @@ struct MlaAttention {
     float scale;
     Dtype dtype;        // q、c_kv、k_pe、o
     Dtype weight_dtype; // w_kv_b
-    Dtype cache_dtype;  // 两个缓存
+    Dtype cache_dtype;  // 两个缓存；int8 的一行见 int8_cache.h
     const void* q_nope;         // [B, S, H, dn]
     const void* q_pe;           // [B, S, H, dr]
     const void* c_kv;           // [B, S, r]
     const void* k_pe;           // [B, S, dr]
-    const void* kv_cache;       // [B, 1, T, r+dr]
+    const void* kv_cache;       // [B, 1, T, cache_width(cache_dtype, r, dr)]
     const int64_t* past_lens;   // [B]，已核对 0 <= past_lens[b] <= T - S
     const void* w_kv_b;         // [H*(dn+dv), r]
     void* o;                    // [B, S, H, dv]

@@ -21,6 +21,9 @@ inline Vector load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
+inline Vector load_i8(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store(float* p, Vector a) { _mm256_storeu_ps(p, a.v); }
 inline Vector add(Vector a, Vector b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vector sub(Vector a, Vector b) { return {_mm256_sub_ps(a.v, b.v)}; }

@@ -21,6 +21,9 @@ inline Vector load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+inline Vector load_i8(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store(float* p, Vector a) { _mm512_storeu_ps(p, a.v); }
 inline Vector add(Vector a, Vector b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vector sub(Vector a, Vector b) { return {_mm512_sub_ps(a.v, b.v)}; }

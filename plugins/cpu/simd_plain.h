@@ -34,6 +34,9 @@ inline Vector load_f16(const uint16_t* p) {
 inline Vector load_bf16(const uint16_t* p) {
     return each([&](int i) { return float_of_bf16(p[i]); });
 }
+inline Vector load_i8(const int8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+}
 inline void store(float* p, const Vector& a) {
     for (int i = 0; i < Vector::kLanes; ++i) {
         p[i] = a.v[i];

@@ -116,7 +116,7 @@ def test_first_drafts_equal_transformers_generate(checkpoint: Checkpoint, transf
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16", "int8"])
 def test_narrow_cache_verifies_with_the_draft(checkpoint: Checkpoint, tmp_path: Path, cache_dtype: str):
     """PARITY-12：草稿模型与投机解码的缓存同样窄，也四级全过。"""
     overrides = (f"mla.cache_dtype={cache_dtype}",)

@@ -66,7 +66,7 @@ def test_both_forms_and_dtypes_pass(exported, form: str, dtype: str):
     assert report.passed, report.first_failure
 
 
-@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16", pytest.param("int8", marks=pytest.mark.slow)])
 class TestNarrowCache:
     """PARITY-12：缓存比模型窄的 bundle。"""
 
@@ -76,7 +76,8 @@ class TestNarrowCache:
 
     def test_verifies_at_every_level(self, bundle: Bundle, cache_dtype: str):
         """对的 bundle 四级全过、命令的退出码是 0；op 层喂同样的窄缓存，仍按 float32 的容差；舍入的代价另列一级。"""
-        assert bundle.manifest.cache.bytes_per_token == 56 * 3 * 2
+        row = 40 + 2 * 16 + 6 if cache_dtype == "int8" else 56 * 2
+        assert bundle.manifest.cache.bytes_per_token == row * 3
         result = CliRunner().invoke(verify_command, [str(bundle.path), "--steps", "16", "--json"])
         assert result.exit_code == 0, result.output
         report = ParityReport.model_validate(_without_passed(bundle.path / "reports/parity.json"))
@@ -221,6 +222,17 @@ class TestCompare:
             inputs = load_json(str(tmp_path / "out/model/inputs.json"))
         assert inputs[0]["kv_cache.1"].dtype == np.float32
         assert not any("layers.2" in name for name in inputs[0])
+
+    @pytest.mark.slow
+    def test_int8_cache_is_compared_by_value(self, exported, tmp_path: Path):
+        """PARITY-8：int8 缓存按还原出来的值比；Polygraphy 不会还原，命令里放过它，其余照比。"""
+        bundle = exported("v3-yarn", "mla+moe", overrides=("mla.cache_dtype=int8",))
+        report = deepseek_export.compare(bundle.path, blocks=["1"], folder=tmp_path / "out")
+        assert report.passed, report.first_failure
+        (cache,) = [row.case for row in report.cases if "kv_cache" in row.case.name and row.phase == "decode"]
+        assert cache.tolerance == tolerance("narrow_cache", "int8")
+        process = run_polygraphy(report.commands["model.onnx"])
+        assert process.returncode == 0, process.stdout
 
     def test_weights_by_reference(self, v3_checkpoint: Path, tmp_path: Path):
         """PARITY-8：按引用的 bundle 也一样，存下的目录自带权重，不靠检查点。"""

@@ -89,7 +89,7 @@ def test_latent_cache_size(name, expanded):
     config = parse_model_config(data, name)
 
     def values(forms: Forms) -> int:
-        return sum(heads * width for _, (heads, width) in cache_tensors(config, forms))
+        return sum(heads * width for _, (heads, width) in cache_tensors(config, forms, torch.float32))
 
     assert values(Forms("op", "op")) == config.latent_cache_values == 576
     assert values(Forms("expanded", "dense")) == config.expanded_cache_values == expanded

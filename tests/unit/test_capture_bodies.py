@@ -10,6 +10,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from deepseek_export.capture.bodies import gate_attributes
+from deepseek_export.ops.int8_cache import encode_rows
 from deepseek_export.ops.mla_attention import mla_attention, prefers_naive
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
@@ -52,7 +53,9 @@ def mla_inputs(B, S, T, past, dtype, cache_dtype=None):
         "q_pe": rand(B, S, H, DR),
         "c_kv": rand(B, S, R),
         "k_pe": rand(B, S, DR),
-        "kv_cache": rand(B, 1, T, R + DR).to(cache_dtype or dtype),
+        "kv_cache": encode_rows(rand(B, 1, T, R), rand(B, 1, T, DR))
+        if cache_dtype == torch.int8
+        else rand(B, 1, T, R + DR).to(cache_dtype or dtype),
         "past_lens": torch.tensor(past),
         "w_kv_b": rand(H * (DN + DV), R, spread=R**-0.5),
     }
@@ -115,6 +118,22 @@ def test_mla_body_with_narrow_cache(bodies):
         got_o, got_cache = run(arrays(inputs))
         assert distance(got_o, o) < TOLERANCE[torch.float32]
         assert np.array_equal(got_cache, cache.numpy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+def test_mla_body_with_int8_cache(bodies, dtype):
+    """MLA-7：写进 int8 缓存的字节逐位相同，输出等于 eager。"""
+    kind, start = NUMPY[dtype], mla_inputs(*MLA_SHAPES[0], dtype, torch.int8)
+    function = bodies("mla", "auto", dtype, torch.int8)
+    model = one_node_model(function, arrays(start), {"o": kind, "kv_cache_out": np.int8}, scale=SCALE)
+    runners = both_runtimes(model)
+    for B, S, T, past in MLA_SHAPES:
+        inputs = mla_inputs(B, S, T, past, dtype, torch.int8)
+        o, cache = mla_attention(*inputs.values(), SCALE)
+        for name, run in runners.items():
+            got_o, got_cache = run(arrays(inputs))
+            assert distance(got_o, o) < TOLERANCE[dtype], (name, B, S, T)
+            assert np.array_equal(got_cache, cache.numpy()), (name, B, S, T)
 
 
 def test_auto_condition_in_the_graph(bodies):

@@ -27,7 +27,7 @@ from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.runtime import ModelSession
 from tests.cpu_build import SOURCES, builder
-from tests.cpu_node import NUMPY, ODD, SCALE, WIDE, call, make_inputs, make_session
+from tests.cpu_node import CACHES, NUMPY, ODD, SCALE, WIDE, call, make_inputs, make_session
 
 pytestmark = pytest.mark.unit
 
@@ -62,7 +62,7 @@ def check(
     inputs,
     weight_dtype: str | None = None,
 ) -> None:
-    """结果在容差之内，缓存逐位相同；长度之外填 NaN、换成不原地，结果一位不变。"""
+    """结果在容差之内，缓存逐位相同；长度之外填 NaN（int8 填任意字节）、换成不原地，结果一位不变。"""
     session = session_for(library, dtype, cache_dtype, isa, form, 1, weight_dtype)
     o, cache = call(session, inputs)
     want, want_cache = reference(inputs)
@@ -72,7 +72,10 @@ def check(
     assert np.array_equal(cache.astype(np.float32), want_cache)
     poisoned = inputs | {"kv_cache": inputs["kv_cache"].copy()}
     for b, past in enumerate(inputs["past_lens"]):
-        poisoned["kv_cache"][b, :, past:] = np.nan
+        rows = poisoned["kv_cache"][b, :, past:]
+        rows[...] = (
+            np.nan if cache_dtype != "int8" else np.random.default_rng(1).integers(-128, 128, rows.shape)
+        )
     again, copied = call(session, poisoned, in_place=False)
     assert again.tobytes() == o.tobytes()
     for b, past in enumerate(inputs["past_lens"]):
@@ -83,11 +86,11 @@ def check(
 @pytest.mark.parametrize("form", ["absorb", "naive"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa_and_dtype_matches_the_reference(library, isa: str, form: str):
-    """CPU-1、CPU-2：九种 dtype 组合、两种形式、各种形状；每个指令集都强制跑到。"""
+    """CPU-1、CPU-2：每种计算 dtype 与缓存 dtype 的组合、两种形式、各种形状；每个指令集都强制跑到。"""
     if isa not in library.isas:
         pytest.skip(f"这台机器没有 {isa}")
     for dtype in NUMPY:
-        for cache_dtype in NUMPY:
+        for cache_dtype in CACHES:
             for S, H, T, past in SHAPES:
                 for widths in (ODD, WIDE):
                     inputs = make_inputs(dtype, cache_dtype, S, H, T, past, **widths)
@@ -102,7 +105,7 @@ def cases(draw):
         widths |= {"dr": 32 * draw(st.integers(1, 2)), "r": 32 * draw(st.integers(1, 3))}
     S, H, extra = draw(st.integers(1, 20)), draw(st.integers(1, 9)), draw(st.integers(0, 400))
     past = draw(st.lists(st.integers(0, extra), min_size=1, max_size=3))
-    dtypes = draw(st.sampled_from(sorted(NUMPY))), draw(st.sampled_from(sorted(NUMPY)))
+    dtypes = draw(st.sampled_from(sorted(NUMPY))), draw(st.sampled_from(sorted(CACHES)))
     return *dtypes, S, H, S + extra, past, widths, draw(st.sampled_from(["absorb", "naive", "auto"]))
 
 
@@ -122,6 +125,19 @@ def test_empty_batch(library):
     inputs = make_inputs("float32", "float32", 2, 3, 8, (), **ODD)
     o, cache = call(session_for(library, "float32", "float32"), inputs)
     assert (o.shape, cache.shape) == ((0, 2, 3, 5), (0, 1, 8, 24))
+
+
+def test_int8_rows_are_the_same_bytes(library):
+    """CPU-1、MLA-7：各种大小的行（零、非规格化、饱和、±inf）写进 int8 缓存，字节与参考实现相同。"""
+    inputs = make_inputs("float32", "int8", 400, 1, 400, (0,), **ODD)
+    rng = np.random.default_rng(0)
+    for name in ("c_kv", "k_pe"):
+        inputs[name] *= np.exp2(rng.uniform(-160, 127, (1, 400, 1))).astype(np.float32)
+        inputs[name][0, :3] = [[0], [1e-45], [3e38]]
+        inputs[name][0, 3:40, 0] = np.exp2(np.arange(-20, 17)) * 127
+        inputs[name][0, 40, 0] = -np.inf
+    (_, cache), (_, want) = call(session_for(library, "float32", "int8"), inputs), reference(inputs)
+    assert np.array_equal(cache.astype(np.float32), want)
 
 
 def test_long_prefill_in_slabs(library):
@@ -168,6 +184,15 @@ def test_wrong_shapes_are_refused(library, name: str, change, message: str):
         session_for(library, "float32", "float32").run_with_ort_values(None, feeds)
 
 
+def test_int8_rows_of_another_width_are_refused(library):
+    """CPU-4：int8 缓存的宽度由 r 与 dr 决定，不是 r+dr。"""
+    inputs = make_inputs("float32", "int8", 1, 2, 8, (0,), **ODD)
+    feeds = {key: ort.OrtValue.ortvalue_from_numpy(value) for key, value in inputs.items()}
+    feeds["kv_cache"] = ort.OrtValue.ortvalue_from_numpy(inputs["kv_cache"][..., :24].copy())
+    with pytest.raises(Exception, match=re.escape("kv_cache 是 [1, 1, 8, 24]，应为 [1, 1, 8, 34]")):
+        session_for(library, "float32", "int8").run_with_ort_values(None, feeds)
+
+
 def test_wrong_dtypes_and_isas_are_refused_when_the_session_is_made(library):
     """CPU-4：没有 kernel 的 dtype、不认识的指令集与形式，建会话时就拒绝。"""
     with pytest.raises(Exception, match="MlaAttention"):
@@ -188,7 +213,7 @@ def test_table_is_the_same_on_both_sides():
     assert listed("kInputs") == [port.name for port in MLA_ATTENTION.inputs]
     assert listed("kOutputs") == [port.name for port in MLA_ATTENTION.outputs]
     assert f'return "{MLA_ATTENTION.name}"' in source
-    types = {"FLOAT": "float", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+    types = {"FLOAT": "float", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT8": "int8"}
     found = re.findall(r"Dtype::k\w+, ONNX_TENSOR_ELEMENT_DATA_TYPE_(\w+)\}", source)
     assert tuple(f"tensor({types[name]})" for name in found) == TYPE_CONSTRAINTS["C"]
 
@@ -220,9 +245,10 @@ def test_export_without_the_library_says_so(saved, tmp_path, monkeypatch):
     assert "make plugins" in line
 
 
-def test_narrow_cache_verifies(library, exported):
-    """CPU-1：bfloat16 缓存的 bundle 走 kernel，每一级仍在容差之内。"""
-    bundle = exported("v3-yarn", "mla+moe", "ort-cpu", "float32", ("mla.cache_dtype=bfloat16",))
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_narrow_cache_verifies(library, exported, cache_dtype: str):
+    """CPU-1：窄缓存的 bundle 走 kernel，每一级仍在容差之内。"""
+    bundle = exported("v3-yarn", "mla+moe", "ort-cpu", "float32", (f"mla.cache_dtype={cache_dtype}",))
     report = deepseek_export.verify(bundle.path, steps=16)
     assert report.passed, report.first_failure
 

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
+import deepseek_export
 from deepseek_export.capture import capture_model
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.errors import DsxError
@@ -189,6 +190,17 @@ def test_unknown_target_lists_the_targets():
     ) as caught:
         lowered("v3", "mla+moe", "tpu")
     assert caught.value.code == "DSX-E301"
+
+
+@pytest.mark.parametrize("target", TENSORRT_TARGETS)
+def test_int8_cache_is_refused_for_tensorrt(v3_checkpoint, tmp_path, target: str):
+    """MLA-7：TensorRT 的核只读浮点的缓存；捕获之前就拒绝，什么也不写。"""
+    with pytest.raises(DsxError, match=f"目标 {target} 不支持 mla.cache_dtype=int8") as caught:
+        deepseek_export.export(
+            v3_checkpoint, tmp_path / "out", "mla", target=target, overrides=["mla.cache_dtype=int8"]
+        )
+    assert caught.value.code == "DSX-E322"
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_count_after_capture_names_capture():

@@ -98,6 +98,7 @@ def test_bad_value_names_key_value_and_allowed(override, allowed):
         ("moe", "mla.form=absorb"),
         ("moe", "mla.form=auto"),
         ("moe", "mla.cache_dtype=float32"),
+        ("moe", "mla.cache_dtype=int8"),
         ("mla", "mtp.num_draft_tokens=1"),
         ("mla", "mtp.verify=rejection"),
         ("moe", "fallback.on_drift=naive"),
@@ -157,7 +158,7 @@ def test_toml_content_is_checked(tmp_path: Path, text, code):
 @given(
     spec=st.sampled_from(["mla", "mla+moe", "mla+mtp", "full"]),
     form=st.sampled_from(["absorb", "naive", "auto"]),
-    cache=st.sampled_from(["model", "float32", "float16", "bfloat16"]),
+    cache=st.sampled_from(["model", "float32", "float16", "bfloat16", "int8"]),
 )
 def test_toml_round_trip(tmp_path_factory, spec, form, cache):
     profile = resolve_profile(spec, [f"mla.form={form}", f"mla.cache_dtype={cache}"])

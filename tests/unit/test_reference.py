@@ -222,9 +222,10 @@ def test_loaded_model_needs_no_gradient(saved):
 def test_cache_tensors(saved):
     """潜缓存与展开缓存的张量名和宽度；empty_caches 的形状与 dtype。"""
     config = saved("v3")[1].config
-    assert cache_tensors(config, Forms("op", "op")) == [("kv_cache", (1, 40 + 16))]
+    assert cache_tensors(config, Forms("op", "op"), torch.float32) == [("kv_cache", (1, 40 + 16))]
+    assert cache_tensors(config, Forms("op", "op"), torch.int8) == [("kv_cache", (1, 40 + 2 * 16 + 6))]
     expanded = Forms("expanded", "dense")
-    assert cache_tensors(config, expanded) == [("k_cache", (6, 24 + 16)), ("v_cache", (6, 20))]
+    assert cache_tensors(config, expanded, torch.float32) == [("k_cache", (6, 24 + 16)), ("v_cache", (6, 20))]
     caches = load_reference(saved("v3")[1], expanded).empty_caches(2, 5, torch.float16)
     assert [tuple(t.shape) for t in caches[0]] == [(2, 6, 5, 40), (2, 6, 5, 20)]
     assert len(caches) == 3

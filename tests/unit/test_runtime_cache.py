@@ -56,18 +56,18 @@ def test_spec_comes_from_the_session(session: ModelSession) -> None:
     assert caches.nbytes == 3 * 256 * session.cache_spec.bytes_per_token
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int8])
 def test_growth_keeps_rows_and_zeroes_the_rest(dtype: type) -> None:
     spec = CacheSpec((CacheTensor("kv_cache.0", "kv_cache_out.0", np.dtype(dtype), 2, 3),))
     caches = CacheBuffers(spec, 2, max_positions=700)
     assert not caches.array("kv_cache.0").any()
-    caches.array("kv_cache.0")[...] = 1.5
+    caches.array("kv_cache.0")[...] = 3
     assert not caches.ensure(256)
     assert caches.version == 0
     assert caches.ensure(257)
     assert (caches.capacity, caches.version) == (512, 1)
     grown = caches.array("kv_cache.0")
-    assert (grown[:, :, :256] == 1.5).all()
+    assert (grown[:, :, :256] == 3).all()
     assert not grown[:, :, 256:].any()
     assert caches.value("kv_cache.0").data_ptr() == grown.ctypes.data
     assert caches.ensure(600)
