@@ -160,3 +160,24 @@ def test_saved_sequences_of_other_settings_are_refused(tool, distill, tiny_confi
     ):
         with pytest.raises(ValueError, match=r"s\.pt"):
             distill.load_sequences(tmp_path / "s.pt", other, changed)
+
+
+def test_the_card_keeps_its_other_sections(tool, distill, tiny_config, exported):
+    """蒸馏一节加在结果之前，结果重测，首尾原样；蒸馏前的 MTP 损失来自还没有改写的检查点。"""
+    (exported / "README.md").write_text(
+        "# 首\n\n## 留出集上的结果\n\n旧表\n\n## 样例\n\n尾\n", encoding="utf-8"
+    )
+    trainer = make_distiller(tool, distill, tiny_config)
+    trainer.history.append({"step": 0, "train": [], "zh": [0.5, 0.25, 0.125], "en": [0.75, 0.5, 0.25]})
+    held = {name: [([9, 8, 7], list(range(first, first + 60)))] for name, first in (("zh", 10), ("en", 30))}
+    text = tool["distill_card"].rewritten(exported, trainer, held, "python 命令")
+    titles = [line for line in text.splitlines() if line.startswith("#")]
+    assert titles == ["# 首", "## MTP 自蒸馏", "## 留出集上的结果", "## 样例"]
+    assert text.endswith("## 样例\n\n尾\n")
+    assert "旧表" not in text
+    assert "| 0 | — | 50.0% | 25.0% | 12.5% | 75.0% | 50.0% | 25.0% |" in text
+    assert "python 命令" in text
+    original = tool["export"].load_model(exported)
+    windows = tool["evaluate"].held_windows(held["zh"], 256)
+    before = tool["evaluate"].held_losses(original, windows)[1:]
+    assert "中文 " + " / ".join(f"{value:.3f}" for value in before) in text
