@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,37 +20,6 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "deepseek_export" / "demo_checkpoint"
 MEGABYTES = 12_000_000
 PEAK = 1e-4  # float32 下 logits 的最大绝对误差；实测约 5e-6
-
-TINY = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-}
-
-
-@pytest.fixture(scope="module")
-def tool():
-    """``demo_training`` 的各个模块；它住在 tools/ 里，不是安装的包。"""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        names = ("data", "evaluate", "export", "loop", "model")
-        yield {name: importlib.import_module(f"demo_training.{name}") for name in names}
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-
-
-@pytest.fixture(scope="module")
-def tiny_config(tool):
-    return {**tool["export"].demo_config(), **TINY}
 
 
 @pytest.fixture(scope="module")

@@ -41,9 +41,6 @@ def measure(
     """
     export.write_checkpoint(out, trainer.model, tokenizer)
     model = export.load_model(out)
-    windows = {
-        name: evaluate.held_windows(items, trainer.recipe.length) for name, items in data["held"].items()
-    }
     report: dict[str, Any] = {
         "config": model.config,
         "recipe": {key: getattr(trainer.recipe, key) for key in trainer.recipe.__dataclass_fields__},
@@ -52,20 +49,28 @@ def measure(
         "train_tokens": {
             name: sum(len(a) + len(b) for a, b in items) for name, items in data["train"].items()
         },
-        "held_tokens": {name: part.shape[0] * trainer.recipe.length for name, part in windows.items()},
         "history": trainer.history,
         "schedule": trainer.schedule,
-        "held_losses": {name: evaluate.held_losses(model, part) for name, part in windows.items()},
-        "agreement": {name: evaluate.agreement(model, part) for name, part in windows.items()},
-        "balance": _held_balance(model, windows),
+        **measure_held(model, data["held"], trainer.recipe.length),
     }
-    report["acceptance"] = {name: _acceptance(model, items) for name, items in data["held"].items()}
-    report["acceptance"]["全部"] = sum(report["acceptance"].values(), Acceptance())
     report["samples"] = [
         (kind, tokenizer.decode(ids, skip_special_tokens=kind != "对话"), _complete(model, tokenizer, ids))
         for kind, ids in _sample_prompts(tokenizer, data["held"])
     ]
     return report
+
+
+def measure_held(model: DemoModel, held: dict[str, Encoded], length: int) -> dict[str, Any]:
+    """留出集上的损失、接受率、一致率与负载均衡；``length`` 是窗口的 token 数。"""
+    windows = {name: evaluate.held_windows(items, length) for name, items in held.items()}
+    acceptance = {name: _acceptance(model, items) for name, items in held.items()}
+    return {
+        "held_tokens": {name: part.shape[0] * length for name, part in windows.items()},
+        "held_losses": {name: evaluate.held_losses(model, part) for name, part in windows.items()},
+        "agreement": {name: evaluate.agreement(model, part) for name, part in windows.items()},
+        "balance": _held_balance(model, windows),
+        "acceptance": acceptance | {"全部": sum(acceptance.values(), Acceptance())},
+    }
 
 
 def write_prompts(out: Path, tokenizer: Any, held: dict[str, Encoded]) -> None:
@@ -142,12 +147,46 @@ def write(out: Path, work: Path, report: dict[str, Any], command: str) -> None:
 
 
 def _render(r: dict[str, Any], command: str) -> str:
-    c, p, names = r["config"], r["parameters"], {"zh": "中文", "en": "英文", "全部": "全部"}
+    c, p = r["config"], r["parameters"]
     curve = "\n".join(
         f"| {row['step']} | {row['train'][0]:.3f} | {row['train'][1]:.3f} | {row['zh'][0]:.3f} | {row['en'][0]:.3f} |"
         for row in r["history"]
         if row["step"] % 500 == 0 or row is r["history"][-1]
     )
+    samples = "\n\n".join(
+        f"{kind}：\n\n```text\n{text}【续】{output}\n```" for kind, text, output in r["samples"]
+    )
+    experts = (
+        f"{c['n_routed_experts']} 个路由专家（宽 {c['moe_intermediate_size']}）加 1 个共享专家，分 {c['n_group']} 组，"
+        f"先选 {c['topk_group']} 组再选 {c['num_experts_per_tok']} 个，sigmoid 打分，noaux_tc"
+    )
+    if not r["balance"]:
+        experts = f"没有：对照组，全部层稠密，宽 {c['intermediate_size']}"
+    return _CARD.format(
+        total=p["total"] / 1e6,
+        mtp=p["mtp"] / 1e6,
+        active=p["active"] / 1e6,
+        c=c,
+        experts=experts,
+        curve=curve,
+        results=render_results(r),
+        samples=samples,
+        command=command,
+        minutes=r["seconds"] / 60,
+        zh=r["train_tokens"]["zh"] / 1e3,
+        en=r["train_tokens"]["en"] / 1e3,
+        schedule="".join(
+            f"日程改过：先按 {before} 步的余弦走（`--steps {before}`），第 {step} 步起改按 {after} 步（`--resume --steps {after}`）。"
+            for (_, before), (step, after) in pairwise(r["schedule"])
+        ),
+        **_budget(r["recipe"], r["train_tokens"]),
+        r=r["recipe"],
+    )
+
+
+def render_results(r: dict[str, Any]) -> str:
+    """模型卡的“留出集上的结果”一节，数据见 :func:`measure_held`。"""
+    c, names = r["config"], {"zh": "中文", "en": "英文", "全部": "全部"}
     held = "\n".join(
         f"| {names[name]} | {r['held_tokens'][name]} | "
         + " | ".join(f"{value:.3f}" for value in values)
@@ -171,39 +210,13 @@ def _render(r: dict[str, Any], command: str) -> str:
         "；".join(f"{n} {m:.2f}、{e:.3f}" for n, (m, e) in zip(layers, r["balance"], strict=False))
         or "（稠密，没有专家）"
     )
-    samples = "\n\n".join(
-        f"{kind}：\n\n```text\n{text}【续】{output}\n```" for kind, text, output in r["samples"]
-    )
-    experts = (
-        f"{c['n_routed_experts']} 个路由专家（宽 {c['moe_intermediate_size']}）加 1 个共享专家，分 {c['n_group']} 组，"
-        f"先选 {c['topk_group']} 组再选 {c['num_experts_per_tok']} 个，sigmoid 打分，noaux_tc"
-    )
-    if not r["balance"]:
-        experts = f"没有：对照组，全部层稠密，宽 {c['intermediate_size']}"
-    return _CARD.format(
-        total=p["total"] / 1e6,
-        mtp=p["mtp"] / 1e6,
-        active=p["active"] / 1e6,
-        c=c,
-        experts=experts,
-        curve=curve,
+    return _RESULTS.format(
         held=held,
         accepted=accepted,
         agreed=agreed,
         load=load,
-        samples=samples,
-        command=command,
-        minutes=r["seconds"] / 60,
-        zh=r["train_tokens"]["zh"] / 1e3,
-        en=r["train_tokens"]["en"] / 1e3,
-        schedule="".join(
-            f"日程改过：先按 {before} 步的余弦走（`--steps {before}`），第 {step} 步起改按 {after} 步（`--resume --steps {after}`）。"
-            for (_, before), (step, after) in pairwise(r["schedule"])
-        ),
-        **_budget(r["recipe"], r["train_tokens"]),
         prompt=_PROMPT_TOKENS,
         new=_NEW_TOKENS,
-        r=r["recipe"],
     )
 
 
@@ -221,3 +234,4 @@ def _budget(recipe: dict[str, Any], train_tokens: dict[str, int]) -> dict[str, f
 
 
 _CARD = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+_RESULTS = (Path(__file__).parent / "card_results.md").read_text(encoding="utf-8")

@@ -103,10 +103,49 @@ def write_checkpoint(out: Path, model: DemoModel, tokenizer: Any) -> None:
 
 def load_model(path: Path) -> DemoModel:
     """把检查点读回训练模型（float32），评估的就是写出去的权重。"""
-    model = DemoModel(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path / SINGLE_NAME).items()})
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return _loaded(config, load_file(path / SINGLE_NAME))
+
+
+def as_exported(model: DemoModel) -> DemoModel:
+    """写出再读回会得到的模型：权重舍入到 bf16。"""
+    return _loaded(model.config, export_tensors(model))
+
+
+def _loaded(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DemoModel:
+    model = DemoModel(config)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return model.eval()
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def mtp_prefix(config: dict[str, Any]) -> str:
+    """MTP 层的张量名的开头。"""
+    return f"model.layers.{config['num_hidden_layers']}."
+
+
+def replace_mtp(path: Path, model: DemoModel) -> None:
+    """只改写检查点里 MTP 层的张量。
+
+    Raises:
+        ValueError: 模型的主干与检查点的不是逐字节相同，或张量的名字、形状、精度不同。
+    """
+    old, new = load_file(path / SINGLE_NAME), export_tensors(model)
+    prefix = mtp_prefix(model.config)
+    if {name: (t.shape, t.dtype) for name, t in old.items()} != {
+        name: (t.shape, t.dtype) for name, t in new.items()
+    }:
+        raise ValueError(f"{path / SINGLE_NAME} 的张量与模型的不同名、不同形状或不同精度")
+    if moved := [
+        name for name in old if not name.startswith(prefix) and not _same_bytes(old[name], new[name])
+    ]:
+        raise ValueError(f"主干的权重变了：{'、'.join(moved)}")
+    save_file(new, path / SINGLE_NAME, metadata={"format": "pt"})
+
+
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """逐字节相同。"""
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))

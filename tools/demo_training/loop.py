@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from demo_training.data import Stream
-from demo_training.model import DemoModel, MoE
+from demo_training.model import DemoModel, Gate, MoE
 
 DEPTH = 3  # 训练与评估都递归应用 MTP 模块三次
 
@@ -75,13 +75,24 @@ class Trainer:
         model: 待训练的模型。
         streams: ``zh`` 与 ``en`` 两条 token 流。
         recipe: 超参数。
+        trained: 只训练模型的这一部分，其余冻结；缺省全部训练。
     """
 
-    def __init__(self, model: DemoModel, streams: dict[str, Stream], recipe: Recipe) -> None:
+    def __init__(
+        self,
+        model: DemoModel,
+        streams: dict[str, Stream],
+        recipe: Recipe,
+        trained: torch.nn.Module | None = None,
+    ) -> None:
         self.model, self.streams, self.recipe = model.train(), streams, recipe
-        self.parameters, self.pool = list(model.parameters()), ThreadPoolExecutor(recipe.workers)
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() == 1]
+        trained = trained or model
+        self.parameters, self.pool = list(trained.parameters()), ThreadPoolExecutor(recipe.workers)
+        self.gates = [module for module in trained.modules() if isinstance(module, Gate)]
+        model.requires_grad_(False)
+        trained.requires_grad_(True)
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() == 1]
         groups = [
             {"params": matrices, "weight_decay": recipe.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -93,14 +104,9 @@ class Trainer:
         self.schedule: list[tuple[int, int]] = [(0, recipe.steps)]  # (从第几步起, 按总共几步的余弦)
 
     def train_step(self) -> list[float]:
-        """走一步，返回 ``[主损失, MTP 损失 1..3]``。"""
+        """走一步，返回各项损失（见 :meth:`objective`）。"""
         began, r = time.perf_counter(), self.recipe
-        batches = [
-            self.streams[name].windows(count, r.length, 1 + DEPTH)
-            for name, count in (("zh", r.batch_zh), ("en", r.batch_en))
-            if count
-        ]
-        tokens = torch.cat(batches)
+        tokens = self.batch()
         for group in self.optimizer.param_groups:
             group["lr"] = r.lr(self.step)
         parts = [tokens[worker :: r.workers] for worker in range(min(r.workers, len(tokens)))]
@@ -109,21 +115,35 @@ class Trainer:
             parameter.grad = sum(grads[1:], grads[0]) / len(grads)
         torch.nn.utils.clip_grad_norm_(self.parameters, r.clip)
         self.optimizer.step()
-        self.loads = [gate.update_bias(r.bias_gamma if r.bias_update else 0.0) for gate in self.model.gates]
+        self.loads = [gate.update_bias(r.bias_gamma if r.bias_update else 0.0) for gate in self.gates]
         self.step += 1
         values = torch.stack([values for values, _ in results]).mean(0)
         self.seconds += time.perf_counter() - began
         return values.tolist()
 
-    def _gradients(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """一份小批的各项损失与总梯度；在线程池里跑，不碰共享状态。"""
+    def batch(self) -> Tensor:
+        """这一步的批，按行分给各个线程。"""
+        r = self.recipe
+        batches = [
+            self.streams[name].windows(count, r.length, 1 + DEPTH)
+            for name, count in (("zh", r.batch_zh), ("en", r.batch_en))
+            if count
+        ]
+        return torch.cat(batches)
+
+    def objective(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        """``[主损失, MTP 损失 1..3]`` 与要最小化的总损失。"""
         r = self.recipe
         rows = torch.arange(self.step % 2, len(tokens), 2) if len(tokens) > 1 else None
         with torch.autocast("cpu", torch.bfloat16, enabled=r.autocast):
             values = losses(self.model, tokens, rows)
-        total = values[0] + sum(
+        return values, values[0] + sum(
             weight * value for weight, value in zip(r.mtp_weights, values[1:], strict=True)
         )
+
+    def _gradients(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """一份小批的各项损失与总梯度；在线程池里跑，不碰共享状态。"""
+        values, total = self.objective(tokens)
         return torch.stack(values).detach(), torch.autograd.grad(
             total, self.parameters, materialize_grads=True
         )
