@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.ort_moe import scope
 
 #: 只改形状、不动数据的算子。
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze")
@@ -21,8 +22,9 @@ class FoldReshapeShapesPass(Pass):
     改写：
 
     1. ``Reshape`` 的输出的每一维或是常数，或与输入同一位置的符号维相同（写 0），此外至多一维未知（写 -1）：目标形状换成常量；
-    2. 一串只改形状的算子，终点与起点形状相同：直接用起点；
-    3. ``Shape`` 取的是同样的符号维、``Concat`` 拼的是同样的形状：全图只留第一个。
+    2. 一串只改形状的算子，终点与起点形状相同：直接用起点；终点是 dsx 算子的输入或输出时名字要留着（逐算子校验按名字找），换成
+       ``Identity``，ONNX Runtime 加载时会去掉它；
+    3. ``Shape`` 取的是同样的符号维、``Concat`` 拼的是同样的形状：一层只留第一个。不跨层，逐块校验才能从层的边界处断开。
 
     不改写：
 
@@ -75,13 +77,20 @@ def _skip_round_trips(module: GraphModule) -> int:
     """情形 2；返回改写了几处。"""
     count = 0
     outputs = {id(tensor) for tensor in module.graph.outputs}
+    ports = {name for site in module.sites for name in (*site.inputs, *site.outputs)}
     for node in module.graph.nodes:
-        if node.op not in _VIEWS or id(node.outputs[0]) in outputs:
+        end = node.outputs[0]
+        if node.op not in _VIEWS or id(end) in outputs or not end.outputs:
             continue
-        end, source = node.outputs[0], _origin(node)
-        if source is not None and end.outputs:
+        if (source := _origin(node)) is None:
+            continue
+        if end.name in ports:
+            node.op, node.attrs = "Identity", {}
+            node.inputs.clear()
+            node.inputs.append(source)
+        else:
             module.reroute(end, source)
-            count += 1
+        count += 1
     return count
 
 
@@ -114,13 +123,14 @@ def _share_shapes(module: GraphModule) -> int:
 
 def _key(node: gs.Node) -> tuple | None:
     """算的是同一个值的节点，这个键相同；``None`` 表示不在此列。"""
+    layer = scope(node).split(".")[:2]
     if node.op == "Shape":
         shape = _shape(node.inputs[0])
         if shape is None:
             return None
-        return "Shape", shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
+        return *layer, "Shape", shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
     if node.op == "Concat" and all(_is_shape_part(tensor) for tensor in node.inputs):
-        return "Concat", node.attrs["axis"], *(tensor.name for tensor in node.inputs)
+        return *layer, "Concat", node.attrs["axis"], *(tensor.name for tensor in node.inputs)
     return None
 
 
