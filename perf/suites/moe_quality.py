@@ -1,6 +1,6 @@
 """MoE 的质量（MOE-6）：激活参数相同、训练 token 相同，小 MoE 对稠密模型的留出损失；有没有偏置更新时的专家负载。
 
-几个模型在同一次运行里逐步交替地训练（``tools/demo_training``）：同样的批、步数、优化器与学习率，只训练主干，不带 MTP。
+训练代码是 ``tools/demo_training``，各模型同样的批、步数、优化器与学习率，只训练主干，不带 MTP。
 配置是演示检查点的一半宽、专家切得更细：演示检查点自己的宽度在几分钟的训练里用不满稠密模型的容量，看不出专家的作用（specs/moe 的表）。
 语料来自 Debian 软件包 fortunes-zh 与 bible-kjv，没装就拒绝。
 """
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from deepseek_export.bench.spread import Spread, paired_ratio
+from perf import isolate
 from perf.results import ROOT, Case, SuiteResult
 from perf.workspace import Workspace
 
@@ -49,8 +53,8 @@ class Scenario:
         seeds: 每个种子从头训练一遍；散布就是种子之间的。不更新偏置的只用第一个种子。
     """
 
-    steps: int = 700
-    evaluations: int = 7
+    steps: int = 600
+    evaluations: int = 6
     load_steps: int = 50
     windows: int = 40
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -61,70 +65,99 @@ QUICK = Scenario(steps=6, evaluations=2, load_steps=3, windows=12, seeds=(0,))
 
 
 def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
-    """训练、评估；线程数由训练配方决定（两个 Python 线程，各算各的梯度，算子都用一个线程）。"""
-    import torch
-
+    """训练、评估；一个模型一个进程、一个线程，同时训练 ``threads`` 个。模型太小，一个进程里多开线程只会互相等。"""
     sys.path.insert(0, str(ROOT / "tools"))
-    scenario, before = QUICK if quick else FULL, torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = [_train(workspace, scenario, seed) for seed in scenario.seeds]
-    finally:
-        torch.set_num_threads(before)
+    from demo_training import data, export
+
+    scenario = QUICK if quick else FULL
+    for seed in scenario.seeds:
+        path = _tokenizer_path(workspace.folder, seed)
+        export.load_or_train_tokenizer(path, data.load_corpora(seed), _config(False)["vocab_size"], False)
+
+    def train_one(job: tuple[str, int]) -> dict[str, Any]:
+        name, seed = job
+        where, options = str(workspace.folder), asdict(scenario)
+        return isolate.call("perf.suites.moe_quality:prepare", folder=where, name=name, seed=seed, **options)
+
+    first = scenario.seeds[0]
+    jobs = [(name, seed) for seed in scenario.seeds for name in SERIES if name != "no-bias" or seed == first]
+    with ThreadPoolExecutor(threads) as pool:
+        found = dict(zip(jobs, pool.map(train_one, jobs), strict=True))
     values = {
-        f"{name}.held_loss": Spread.of([one["curves"][name][-1] for one in found if name in one["curves"]])
+        f"{name}.held_loss": Spread.of([one["curve"][-1] for job, one in found.items() if job[0] == name])
         for name in SERIES
     }
+    shown = {name: found[name, first] for name in SERIES}
+    routed = {name: one for name, one in shown.items() if not SERIES[name][0]}
+    facts = {
+        "steps": shown["moe"]["steps"],
+        "curves": {name: one["curve"] for name, one in shown.items()},
+        "active_parameters": {name: one["active_parameters"] for name, one in shown.items()},
+        "loads": {name: one["loads"] for name, one in routed.items()},
+        "balance": {name: one["balance"] for name, one in routed.items()},
+    }
     ratio = paired_ratio(values["moe.held_loss"], values["dense.held_loss"])
-    case = Case(name="demo", values=values, ratios={"held loss moe/dense": ratio}, facts=found[0])
+    case = Case(name="demo", values=values, ratios={"held loss moe/dense": ratio}, facts=facts)
     return SuiteResult(suite="moe-quality", title=TITLE, scenario=asdict(scenario) | SHAPE, cases=[case])
 
 
-def _train(workspace: Workspace, scenario: Scenario, seed: int) -> dict[str, Any]:
-    """一个种子：几个模型逐步交替地训练。"""
+def _tokenizer_path(folder: Path, seed: int) -> Path:
+    return folder / f"tokenizer-{seed}.json"
+
+
+def _config(dense: bool) -> dict[str, Any]:
+    from demo_training import export
+
+    width = {"intermediate_size": DENSE_WIDTH} if dense else {}
+    return export.demo_config(dense=dense) | SHAPE | width
+
+
+def prepare(folder: str, name: str, seed: int, **options: Any) -> Callable[[], dict[str, Any]]:
+    """子进程的准备：语料、分词器与模型；返回的函数训练并评估。"""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import torch
     from demo_training import card, data, evaluate, export
     from demo_training.loop import Recipe, Trainer, balance
     from demo_training.model import DemoModel
 
-    corpora = data.load_corpora(seed)
-    tokenizer_path = workspace.folder / f"tokenizer-{seed}.json"
-    series = {name: kind for name, kind in SERIES.items() if name != "no-bias" or seed == scenario.seeds[0]}
-    wider = {False: SHAPE, True: SHAPE | {"intermediate_size": DENSE_WIDTH}}
-    config = {name: export.demo_config(dense=dense) | wider[dense] for name, (dense, _) in series.items()}
-    tokenizer = export.load_or_train_tokenizer(tokenizer_path, corpora, config["moe"]["vocab_size"], False)
-    train = {name: evaluate.encode(tokenizer, corpus.train) for name, corpus in corpora.items()}
-    held = {name: evaluate.encode(tokenizer, corpus.held) for name, corpus in corpora.items()}
-    windows = {
-        name: evaluate.held_windows(items, Recipe.length, scenario.windows) for name, items in held.items()
-    }
-    warmup = min(Recipe.warmup, max(scenario.steps // 10, 1))
-    trainers = {
-        name: Trainer(
-            DemoModel(config[name], seed),
-            evaluate.streams_of(train, seed),
-            Recipe(steps=scenario.steps, warmup=warmup, mtp_weights=(), bias_update=bias, seed=seed),
-        )
-        for name, (_, bias) in series.items()
-    }
+    torch.set_num_threads(1)
+    scenario, (dense, bias) = Scenario(**options), SERIES[name]
+    config, corpora = _config(dense), data.load_corpora(seed)
+    tokenizer = export.load_or_train_tokenizer(
+        _tokenizer_path(Path(folder), seed), corpora, config["vocab_size"], True
+    )
+    train = {language: evaluate.encode(tokenizer, corpus.train) for language, corpus in corpora.items()}
+    held = [evaluate.encode(tokenizer, corpus.held) for corpus in corpora.values()]
+    windows = [evaluate.held_windows(items, Recipe.length, scenario.windows) for items in held]
+    recipe = Recipe(
+        steps=scenario.steps,
+        workers=1,
+        warmup=min(Recipe.warmup, max(scenario.steps // 10, 1)),
+        mtp_weights=(),
+        bias_update=bias,
+        seed=seed,
+    )
+    trainer = Trainer(DemoModel(config, seed), evaluate.streams_of(train, seed), recipe)
     every = max(scenario.steps // scenario.evaluations, 1)
-    steps: list[int] = []
-    curves: dict[str, list[float]] = {name: [] for name in series}
-    loads: dict[str, list[Any]] = {name: [] for name, (dense, _) in series.items() if not dense}
-    for step in range(1, scenario.steps + 1):
-        for name, trainer in trainers.items():
+
+    def work() -> dict[str, Any]:
+        steps, curve, loads = [], [], []
+        for step in range(1, scenario.steps + 1):
             trainer.train_step()
-            if name in loads and step > scenario.steps - scenario.load_steps:
-                loads[name].append(trainer.loads)
-        if step % every == 0 or step == scenario.steps:
-            steps.append(step)
-            for name, trainer in trainers.items():
-                losses = [evaluate.held_losses(trainer.model, part)[0] for part in windows.values()]
-                curves[name].append(statistics.mean(losses))
-    summed = {name: [sum(layer) for layer in zip(*found, strict=True)] for name, found in loads.items()}
-    return {
-        "steps": steps,
-        "curves": curves,
-        "active_parameters": {name: card.parameter_counts(t.model)["active"] for name, t in trainers.items()},
-        "loads": {name: [layer.tolist() for layer in layers] for name, layers in summed.items()},
-        "balance": {name: balance(layers) for name, layers in summed.items()},
-    }
+            if step > scenario.steps - scenario.load_steps:
+                loads.append(trainer.loads)
+            if step % every == 0 or step == scenario.steps:
+                steps.append(step)
+                curve.append(
+                    statistics.mean(evaluate.held_losses(trainer.model, part)[0] for part in windows)
+                )
+        summed = [torch.stack(layer).sum(0) for layer in zip(*loads, strict=True)]
+        return {
+            "steps": steps,
+            "curve": curve,
+            "active_parameters": card.parameter_counts(trainer.model)["active"],
+            "loads": [layer.tolist() for layer in summed],
+            "balance": balance(summed),
+        }
+
+    return work
