@@ -28,7 +28,7 @@ from tests.cpu_node import CACHES, make_inputs, make_session
 ROOT = Path(__file__).resolve().parent.parent
 
 #: DeepSeek-V2 / V3 的头：qk_nope 128、qk_rope 64、v 128、kv_lora_rank 512。
-WIDTHS = {"dn": 128, "dr": 64, "dv": 128, "r": 512}
+WIDTHS: dict[str, Any] = {"dn": 128, "dr": 64, "dv": 128, "r": 512}
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 COPY_BYTES = 256 << 20
 MATMUL = 1024

@@ -93,6 +93,7 @@ class Worker:
             RuntimeError: 方法抛了异常、超过了时限，或进程已经死了；带子进程的原话。
         """
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with suppress(BrokenPipeError):  # 死因由 _reply 说
             self._process.stdin.write(json.dumps([method, arguments]) + "\n")
             self._process.stdin.flush()

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def packed(scratch: Path, seed: int) -> dict[str, Any]:
     total = (once / "weights/model.safetensors").stat().st_size
     rng, kills = random.Random(seed), []
     for target in sorted(rng.uniform(0.02, 0.98) * total for _ in range(_KILLS)):
-        run = measured([*_DSX, *arguments, str(killed)], lambda target=target: _written(killed) >= target)
+        run = measured([*_DSX, *arguments, str(killed)], partial(_has_written, killed, target))
         if run["exit"] != -signal.SIGKILL:
             raise SystemExit(f"本该被杀，却以 {run['exit']} 退出")
         kills.append(run | {"killed_at_bytes": _written(killed)})
@@ -124,6 +125,10 @@ def packed(scratch: Path, seed: int) -> dict[str, Any]:
         "last": last,
         "hashes_equal": True,
     }
+
+
+def _has_written(out: Path, target: float) -> bool:
+    return _written(out) >= target
 
 
 def _written(out: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,29 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # 磁盘缓存放在检出目录里：各个 worker 与子进程里的 dsx 共用，又不碰用户自己的。
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / "build/test-cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_export_is_not_covered():
+    """覆盖率的追踪器让 ``torch.export`` 与 ``torch.onnx.export`` 慢 75%，而里面几乎全是 PyTorch 自己的代码：期间停下。"""
+    import torch
+
+    def uncovered(call):
+        @functools.wraps(call)
+        def run(*arguments, **options):
+            tracer = sys.gettrace()
+            sys.settrace(None)
+            try:
+                return call(*arguments, **options)
+            finally:
+                sys.settrace(tracer)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", uncovered(torch.export.export))
+        patch.setattr(torch.onnx, "export", uncovered(torch.onnx.export))
+        yield
 
 
 @pytest.fixture(scope="session")

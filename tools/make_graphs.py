@@ -26,11 +26,10 @@ DENSE_PROFILES = ("baseline", "mla")
 #: 带 MTP 的家族另记 ``full`` 的主模型与草稿模型。
 MTP_FAMILIES = ("deepseek_v3",)
 
-#: 量化的清单：家族 → 方案与格式；换上的节点与方案无关，记一份就够。块 32 要求专家的宽度是 32 的倍数。
+#: 量化的清单：家族 → 方案与格式；换上的节点与方案无关，记一份就够。块 32 要求这个家族的专家宽度是 32 的倍数。
 QUANTIZED: dict[str, tuple[str, Quantization]] = {
     "deepseek_v3": ("mla+moe", Quantization(kind="int4", block=32, keep=("lm_head",)))
 }
-_QUANT_WIDTHS = {"moe_intermediate_size": 32}
 
 #: 节点的写法由它们决定，记在每份清单的第一行。
 TOOLCHAIN = ("torch", "onnxscript", "onnx")
@@ -85,6 +84,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _SHARED
     | {
         "model_type": "deepseek_v3",
+        "moe_intermediate_size": 96,
         "q_lora_rank": 20,
         "n_group": 4,
         "topk_group": 2,
@@ -138,10 +138,9 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
     if family in QUANTIZED:
         name, quantization = QUANTIZED[family]
         profile = resolve_profile(name)
-        wide = parse_model_config(CONFIGS[family] | _QUANT_WIDTHS, f"tools/make_graphs.py 的 {family}")
-        captured = capture_model(wide, profile)
+        captured = capture_model(config, profile)
         for target in QUANT_PIPELINES:
-            proto = lower(captured, wide, profile, "float32", target, quantization=quantization).proto
+            proto = lower(captured, config, profile, "float32", target, quantization=quantization).proto
             name = f"{family}.{profile.name}.{quantization.kind}.{target}.txt"
             yield name, f"{toolchain_line()}\n{graph_listing(proto)}"
     if family in MTP_FAMILIES:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepseek_export.capture.aten import AtenProgram
+from deepseek_export.capture.translations import parsed_once
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.ops.registry import TRANSLATIONS
 
@@ -231,7 +232,7 @@ def _trace(
         example = [torch.empty(spec.example, dtype=spec.dtype) for spec in specs]
         example += [torch.empty(p.shape, dtype=p.dtype) for p in module.parameters()]
         program = torch.export.export(functional, tuple(example), dynamic_shapes=(dynamic,), strict=False)
-    with _quiet():
+    with _quiet(), parsed_once():
         onnx_program = torch.onnx.export(
             program,
             (),

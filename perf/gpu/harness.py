@@ -64,7 +64,7 @@ def time_graph(call: Callable[[], None]) -> Timing:
     return time_call(graph.replay)
 
 
-def time_call(call: Callable[[], None]) -> Timing:
+def time_call(call: Callable[[], object]) -> Timing:
     """计时；重复到约 0.25 秒，至少 5 次，至多 100 次。"""
     flush = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
 

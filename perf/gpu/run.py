@@ -24,7 +24,7 @@ from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # 不要求安装 dsx
 
@@ -88,7 +88,7 @@ class Session:
         self.sm = major * 10 + minor
         properties = torch.cuda.get_device_properties(0)
         self.seed = secrets.randbelow(2**31)
-        self.environment = {
+        self.environment: dict[str, Any] = {
             "card": properties.name,
             "sm": self.sm,
             "multiprocessors": properties.multi_processor_count,
@@ -339,8 +339,8 @@ def _rates(timing, traffic: int, flops: int, ceilings) -> dict[str, Any]:
     }
 
 
-def _name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(dtype) -> Literal["float16", "bfloat16"]:
+    return cast(Any, str(dtype).removeprefix("torch."))
 
 
 if __name__ == "__main__":

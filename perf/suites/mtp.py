@@ -35,7 +35,7 @@ class Scenario:
     models: tuple[str, ...] = ("demo", "padded")
     batches: tuple[int, ...] = (8, 1)
     draft_tokens: int = 3
-    new_tokens: tuple[int, ...] = (256, 96)
+    new_tokens: tuple[int, ...] = (256, 256)
     runs: tuple[int, ...] = (7, 3)
 
 

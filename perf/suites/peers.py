@@ -192,7 +192,7 @@ def _case(name: str, samples: dict[str, list[float]], facts: dict[str, Any]) -> 
 
 def _memory(engines: dict[str, Worker], facts: dict[str, Any]) -> Case:
     """全部测完之后：最深的缓存还在，各进程现在与最多占多少。"""
-    values = {}
+    values: dict[str, Spread] = {}
     for name, worker in engines.items():
         found = worker.memory()
         values |= {f"{name}.resident": Spread.of([found.resident]), f"{name}.peak": Spread.of([found.peak])}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -22,7 +21,6 @@ from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.graph import external_location
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint.synthetic import write_checkpoint
-from deepseek_export.checkpoint.weight_only import packed_int4
 from deepseek_export.cli import doctor
 from deepseek_export.cli.build import command as build_command
 from deepseek_export.cli.bundle_plugins import diagnose_bundle
@@ -42,12 +40,12 @@ from deepseek_export.parity.tensorrt import TensorRTRunner
 from deepseek_export.progress import Progress
 from deepseek_export.runtime.plan import find_engine
 from tests.bundles import edit_model, find_node, run_polygraphy, set_float, tampered
+from tests.engines import assert_listing, assert_plugin_layers, refused
 from tools.make_engine_graphs import (
     ARCHES,
     ENGINE_GRAPHS,
     NAMES,
     build_for,
-    listing,
     listing_name,
     make_bundle,
 )
@@ -73,37 +71,6 @@ def built(bundle):
     with building_for(89) as observer:
         engine = build_for(bundle, 89)
     return engine, observer.calls
-
-
-def refused(code: str, call, *arguments) -> DsxError:
-    with pytest.raises(DsxError) as caught:
-        call(*arguments)
-    assert caught.value.code == code
-    return caught.value
-
-
-def assert_listing(name: str, sm: int, layers) -> None:
-    """与记下的清单一致；RTX 换了版本只比插件层。"""
-    recorded = (ENGINE_GRAPHS / listing_name(name, sm)).read_text(encoding="utf-8").splitlines()
-    now = listing(layers).splitlines()
-    if recorded[0] != now[0]:
-        recorded, now = (
-            [line for line in text if line.startswith(("[", "dsx::"))] for text in (recorded, now)
-        )
-        recorded, now = ([line.partition("]")[0] for line in text] for text in (recorded, now))
-    difference = "\n".join(difflib.unified_diff(recorded, now, "graphs/engines/", "now", lineterm="", n=1))
-    assert not difference, f"确认是有意的就运行 tools/make_engine_graphs.py：\n{difference}"
-
-
-def assert_plugin_layers(layers, num_layers: int, num_moe_layers: int) -> None:
-    ops = Counter(layer.op for layer in layers["decode"] if layer.op)
-    assert ops == {"LatentAttention": num_layers, "MoeExperts": num_moe_layers}
-    assert all(len(layer.onnx) == 1 for layer in layers["decode"] if layer.op)
-    fused = [layer for layer in layers["prefill"] if "mha" in layer.name]
-    assert [len(layer.onnx) for layer in fused] == [1] * num_layers
-    assert all(layer.onnx[0].endswith("/mla/Attention") for layer in fused)
-    assert not any("/mla/absorb_" in name for layer in layers["prefill"] for name in layer.onnx)
-    assert not any("/mla/Attention" in name for layer in layers["decode"] for name in layer.onnx)
 
 
 def test_every_mla_and_moe_layer_is_one_plugin_layer(bundle, built):
@@ -276,50 +243,6 @@ def test_weights_by_reference_build_the_same_engine(built, tmp_path):
     assert all(array.tobytes() in plan for array in experts)
 
 
-#: 宽度都是 32 的倍数而且不止一块，每个线性层都量化得了，int4 的都融得了。
-WIDE = CONFIGS["deepseek_v3"] | {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 64,
-    "q_lora_rank": 64,
-    "v_head_dim": 32,
-}
-
-
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
-def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
-    """TRT-13：码原样在 plan 里；int4 的还原与矩阵乘融成一层，int8 的各是一层，专家由一层还原喂给插件。"""
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", WIDE, dtype="float16")
-    bundle = deepseek_export.export(
-        checkpoint,
-        tmp_path / "out",
-        "mla+moe",
-        target="tensorrt-rtx",
-        dtype="float16",
-        weights="reference",
-        quantization=deepseek_export.Quantization.model_validate({"kind": kind}),
-    )
-    assert bundle.manifest.fallbacks == []
-    engine = build_for(bundle, 89)
-    plan = (engine.path / "model.plan").read_bytes()
-    arrays = BundleWeights(bundle).arrays(bundle.model_path)
-    codes = {name: array for name, array in arrays.items() if name.endswith(kind)}
-    assert len(codes) == len(bundle.manifest.quantization.tensors)
-    for name, array in codes.items():
-        # 编译器按自己的需要转置 int8 的线性层。
-        ways = (packed_int4(array),) if kind == "int4" else (array, array.swapaxes(-1, -2))
-        assert any(way.tobytes() in plan for way in ways), name
-    layers = engine.layers["model.plan"]["decode"]
-    restored = [layer for layer in layers if any("/DequantizeLinear" in name for name in layer.onnx)]
-    fused = [layer for layer in restored if any("/MatMul" in name for name in layer.onnx)]
-    experts = [layer for layer in restored if all("/MoeExperts" in name for name in layer.onnx)]
-    assert len(experts) == 3 * bundle.manifest.model.num_moe_layers
-    assert len(restored) == len(codes)
-    assert len(fused) == (len(codes) - len(experts) if kind == "int4" else 0)
-    moe = bundle.manifest.model.num_moe_layers
-    assert_plugin_layers(engine.layers["model.plan"], bundle.manifest.model.num_hidden_layers, moe)
-
-
 def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):
     """TRT-4：插件里的异常带着自己的文字出来；DsxError 原样出来；TensorRT 自己的错误附原话。"""
     flavour, path = choose("rtx"), built[0].path / "model.onnx"
@@ -387,17 +310,6 @@ def test_progress_comes_from_tensorrt(built):
     assert stage == "TensorRT 构建 model（sm89）"
     assert total is not None
     assert 0 < len(steps) <= total
-
-
-def assert_parity(bundle: Bundle) -> None:
-    report = deepseek_export.verify(bundle.path, levels=("op", "block", "model"))
-    assert report.passed, report.first_failure
-    assert {case.level for case in report.cases} == {"op", "block", "model"}
-
-
-def test_lowered_float32_bundle_passes_parity_on_onnxruntime(exported):
-    """TRT-2：tensorrt-rtx 目标的 bundle 在 ONNX Runtime 上过 op、block、model 三级校验。"""
-    assert_parity(exported("v3-yarn", "mla+moe", "tensorrt-rtx"))
 
 
 def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
@@ -534,31 +446,6 @@ def test_build_command(bundle):
     refused(
         "DSX-E912", lambda: CliRunner().invoke(build_command, [*arguments[:2], "ada"], catch_exceptions=False)
     )
-
-
-def test_lowered_float16_bundle_passes_parity_on_onnxruntime(bundle, folder):
-    """TRT-2：同上，float16。"""
-    out = folder / "tensorrt-out"
-    options = {"target": "tensorrt-rtx", "dtype": "float16"}
-    assert_parity(deepseek_export.export(bundle.manifest.source.path, out, "mla+moe", **options))
-
-
-@pytest.mark.slow
-def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(bundle, folder):
-    """TRT-11：bfloat16 的图下沉、建成引擎，插件一个不少；ONNX Runtime 上按码拒绝。"""
-    source, options = bundle.manifest.source.path, {"dtype": "bfloat16"}
-    refused("DSX-E321", lambda: deepseek_export.export(source, folder / "no", "mla+moe", **options))
-    options["target"] = "tensorrt-rtx"
-    made = deepseek_export.export(source, folder / "bfloat16", "mla+moe", **options)
-    assert made.manifest.dtype == "bfloat16"
-    assert made.manifest.float32_islands["RMSNormalization"] > 0
-    assert made.manifest.float32_islands["TopK"] > 0
-    refused("DSX-E321", deepseek_export.verify, made.path)
-    refused("DSX-E321", deepseek_export.compare, made.path)
-    refused("DSX-E321", deepseek_export.load, made.path)
-    config = made.manifest.model
-    layers = build_for(made, 89).layers["model.plan"]
-    assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers)
 
 
 def test_listings_are_recorded_for_every_arch_and_nothing_else():

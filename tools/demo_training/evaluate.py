@@ -27,11 +27,9 @@ def held_losses(model: DemoModel, windows: Tensor, batch: int = 8) -> list[float
     """``[主损失, MTP 损失 1..3]``，每 token 的自然对数。"""
     training = model.training
     model.eval()
-    sums = torch.zeros(1 + DEPTH, dtype=torch.double)
-    for part in windows.split(batch):
-        sums += len(part) * torch.stack(losses(model, part)).double()
+    sums = [len(part) * torch.stack(losses(model, part)).double() for part in windows.split(batch)]
     model.train(training)
-    return (sums / len(windows)).tolist()
+    return (torch.stack(sums).sum(0) / len(windows)).tolist()
 
 
 @torch.no_grad()

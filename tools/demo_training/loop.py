@@ -52,7 +52,7 @@ class Recipe:
 
 
 def losses(model: DemoModel, tokens: Tensor, rows: Tensor | None = None) -> list[Tensor]:
-    """主损失与三次 MTP 应用的损失；tokens [B, T + 1 + DEPTH]。``rows`` 见 ``DemoModel.drafts``。"""
+    """主损失与三次 MTP 应用的损失（没有 MTP 模块就只有前者）；tokens [B, T + 1 + DEPTH]。``rows`` 见 ``DemoModel.drafts``。"""
     T = tokens.shape[1] - 1 - DEPTH
     hidden = model.trunk(tokens[:, :T])
     result = [_cross_entropy(model, hidden, tokens[:, 1 : T + 1])]

@@ -202,7 +202,8 @@ class Backbone(nn.Module):
         self.depth = c["num_hidden_layers"]
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
         layers: list[nn.Module] = [DecoderLayer(c, layer) for layer in range(self.depth)]
-        self.layers = nn.ModuleList([*layers, MtpLayer(c, self.depth)])
+        drafts = [MtpLayer(c, self.depth)] if c["num_nextn_predict_layers"] else []
+        self.layers = nn.ModuleList([*layers, *drafts])
         self.norm = RMSNorm(c["hidden_size"])
 
 
@@ -210,7 +211,7 @@ class DemoModel(nn.Module):
     """演示模型。
 
     Args:
-        config: HF 的 ``config.json`` 内容（普通 RoPE、有 q_lora、一个 MTP 模块、不共享词嵌入）。
+        config: HF 的 ``config.json`` 内容（普通 RoPE、有 q_lora、至多一个 MTP 模块、不共享词嵌入）。
         seed: 初始化的种子。
     """
 
@@ -240,7 +241,7 @@ class DemoModel(nn.Module):
 
     @property
     def gates(self) -> list[Gate]:
-        """各 MoE 层的 router，最后一个属于 MTP 层。"""
+        """各 MoE 层的 router，有 MTP 时最后一个属于 MTP 层。"""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
     def rope(self, start: int, length: int) -> Rope:
@@ -259,10 +260,10 @@ class DemoModel(nn.Module):
         """递归应用 MTP 模块，逐次给出隐状态 [B, T, D]。
 
         第 s 次在位置 i 的输入是词 ``ids[:, i+s]`` 与上一次的输出（第一次是主干的隐状态），预测 ``ids[:, i+s+1]``；
-        第二次起只算 ``rows`` 指定的几行（省训练时间），缺省全算。``ids`` 至少有 T+depth 个词。
+        第二次起只算 ``rows`` 指定的几行（省训练时间），缺省全算。``ids`` 至少有 T+depth 个词。没有 MTP 模块就一次也不给。
         """
         T, past = hidden.shape[1], list[KeyValue]()
-        for step in range(1, depth + 1):
+        for step in range(1, depth + 1) if self.config["num_nextn_predict_layers"] else ():
             if step == 2 and rows is not None:
                 ids, hidden = ids[rows], hidden[rows]
                 past = [(key[rows], value[rows]) for key, value in past]

@@ -1,0 +1,102 @@
+"""specs/tensorrt：下沉后的图在 ONNX Runtime 上的校验，以及 bfloat16、量化的引擎；各用自己的 bundle。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import deepseek_export
+from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.checkpoint.weight_only import packed_int4
+from tests.engines import assert_plugin_layers, refused
+from tools.make_engine_graphs import build_for, make_checkpoint
+from tools.make_graphs import CONFIGS
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """deepseek_v3 小配置的检查点。"""
+    return make_checkpoint("deepseek_v3", tmp_path_factory.mktemp("targets"))
+
+
+def assert_parity(bundle: Bundle) -> None:
+    report = deepseek_export.verify(bundle.path, levels=("op", "block", "model"))
+    assert report.passed, report.first_failure
+    assert {case.level for case in report.cases} == {"op", "block", "model"}
+
+
+def test_lowered_float32_bundle_passes_parity_on_onnxruntime(exported):
+    """TRT-2：tensorrt-rtx 目标的 bundle 在 ONNX Runtime 上过 op、block、model 三级校验。"""
+    assert_parity(exported("v3-yarn", "mla+moe", "tensorrt-rtx"))
+
+
+def test_lowered_float16_bundle_passes_parity_on_onnxruntime(checkpoint, tmp_path):
+    """TRT-2：同上，float16。"""
+    options = {"target": "tensorrt-rtx", "dtype": "float16"}
+    assert_parity(deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", **options))
+
+
+@pytest.mark.slow
+def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(checkpoint, tmp_path):
+    """TRT-11：bfloat16 的图下沉、建成引擎，插件一个不少；ONNX Runtime 上按码拒绝。"""
+    options = {"dtype": "bfloat16"}
+    refused("DSX-E321", lambda: deepseek_export.export(checkpoint, tmp_path / "no", "mla+moe", **options))
+    options["target"] = "tensorrt-rtx"
+    made = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", **options)
+    assert made.manifest.dtype == "bfloat16"
+    assert made.manifest.float32_islands["RMSNormalization"] > 0
+    assert made.manifest.float32_islands["TopK"] > 0
+    refused("DSX-E321", deepseek_export.verify, made.path)
+    refused("DSX-E321", deepseek_export.compare, made.path)
+    refused("DSX-E321", deepseek_export.load, made.path)
+    config = made.manifest.model
+    layers = build_for(made, 89).layers["model.plan"]
+    assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers)
+
+
+#: 宽度都是 32 的倍数而且不止一块，每个线性层都量化得了，int4 的都融得了。
+WIDE = CONFIGS["deepseek_v3"] | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "q_lora_rank": 64,
+    "v_head_dim": 32,
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
+    """TRT-13：码原样在 plan 里；int4 的还原与矩阵乘融成一层，int8 的各是一层，专家由一层还原喂给插件。"""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", WIDE, dtype="float16")
+    bundle = deepseek_export.export(
+        checkpoint,
+        tmp_path / "out",
+        "mla+moe",
+        target="tensorrt-rtx",
+        dtype="float16",
+        weights="reference",
+        quantization=deepseek_export.Quantization.model_validate({"kind": kind}),
+    )
+    assert bundle.manifest.fallbacks == []
+    engine = build_for(bundle, 89)
+    plan = (engine.path / "model.plan").read_bytes()
+    arrays = BundleWeights(bundle).arrays(bundle.model_path)
+    codes = {name: array for name, array in arrays.items() if name.endswith(kind)}
+    assert len(codes) == len(bundle.manifest.quantization.tensors)
+    for name, array in codes.items():
+        # 编译器按自己的需要转置 int8 的线性层。
+        ways = (packed_int4(array),) if kind == "int4" else (array, array.swapaxes(-1, -2))
+        assert any(way.tobytes() in plan for way in ways), name
+    layers = engine.layers["model.plan"]["decode"]
+    restored = [layer for layer in layers if any("/DequantizeLinear" in name for name in layer.onnx)]
+    fused = [layer for layer in restored if any("/MatMul" in name for name in layer.onnx)]
+    experts = [layer for layer in restored if all("/MoeExperts" in name for name in layer.onnx)]
+    assert len(experts) == 3 * bundle.manifest.model.num_moe_layers
+    assert len(restored) == len(codes)
+    assert len(fused) == (len(codes) - len(experts) if kind == "int4" else 0)
+    moe = bundle.manifest.model.num_moe_layers
+    assert_plugin_layers(engine.layers["model.plan"], bundle.manifest.model.num_hidden_layers, moe)

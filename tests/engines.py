@@ -1,0 +1,42 @@
+"""TensorRT 测试共用的断言。"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+
+import pytest
+
+from deepseek_export.errors import DsxError
+from tools.make_engine_graphs import ENGINE_GRAPHS, listing, listing_name
+
+
+def refused(code: str, call, *arguments) -> DsxError:
+    with pytest.raises(DsxError) as caught:
+        call(*arguments)
+    assert caught.value.code == code
+    return caught.value
+
+
+def assert_listing(name: str, sm: int, layers) -> None:
+    """与记下的清单一致；RTX 换了版本只比插件层。"""
+    recorded = (ENGINE_GRAPHS / listing_name(name, sm)).read_text(encoding="utf-8").splitlines()
+    now = listing(layers).splitlines()
+    if recorded[0] != now[0]:
+        recorded, now = (
+            [line for line in text if line.startswith(("[", "dsx::"))] for text in (recorded, now)
+        )
+        recorded, now = ([line.partition("]")[0] for line in text] for text in (recorded, now))
+    difference = "\n".join(difflib.unified_diff(recorded, now, "graphs/engines/", "now", lineterm="", n=1))
+    assert not difference, f"确认是有意的就运行 tools/make_engine_graphs.py：\n{difference}"
+
+
+def assert_plugin_layers(layers, num_layers: int, num_moe_layers: int) -> None:
+    ops = Counter(layer.op for layer in layers["decode"] if layer.op)
+    assert ops == {"LatentAttention": num_layers, "MoeExperts": num_moe_layers}
+    assert all(len(layer.onnx) == 1 for layer in layers["decode"] if layer.op)
+    fused = [layer for layer in layers["prefill"] if "mha" in layer.name]
+    assert [len(layer.onnx) for layer in fused] == [1] * num_layers
+    assert all(layer.onnx[0].endswith("/mla/Attention") for layer in fused)
+    assert not any("/mla/absorb_" in name for layer in layers["prefill"] for name in layer.onnx)
+    assert not any("/mla/Attention" in name for layer in layers["decode"] for name in layer.onnx)
