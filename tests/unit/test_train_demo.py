@@ -204,6 +204,27 @@ def test_comparison_flags(tool, tiny_config):
     assert not dense.gates
 
 
+def test_trunk_alone_is_the_trunk_of_the_same_model(tool, tiny_config):
+    """没有 MTP 的配置：主干、损失与带 MTP 的同一个模型逐位相同，照样训练。"""
+    full = tool["model"].DemoModel(tiny_config, seed=1)
+    trainer = make_trainer(tool, {**tiny_config, "num_nextn_predict_layers": 0}, mtp_weights=())
+    alone = trainer.model
+    alone.load_state_dict({name: full.state_dict()[name] for name in alone.state_dict()})
+    windows = torch.randint(4, 96, (3, 20), generator=torch.Generator().manual_seed(0))
+    assert tool["evaluate"].held_losses(alone, windows) == tool["evaluate"].held_losses(full, windows)[:1]
+    assert len(trainer.train_step()) == 1
+    assert len(alone.gates) == len(full.gates) - 1
+
+
+def test_quality_comparison_has_equal_active_parameters(tool):
+    """MOE-6：两种模型每 token 激活的参数一个不差，router 也算。"""
+    from perf.suites import moe_quality
+
+    card = importlib.import_module("demo_training.card")
+    sparse, dense = (tool["model"].DemoModel(moe_quality.model_config(flag)) for flag in (False, True))
+    assert card.parameter_counts(sparse)["active"] == card.parameter_counts(dense)["active"]
+
+
 def test_committed_demo_checkpoint():
     checkpoint = Checkpoint.open(DEMO)
     assert checkpoint.config.num_mtp_layers == 1
