@@ -30,6 +30,7 @@ class Gate(_Model):
     max: float
     kind: Kind
     case: str = ""
+    full: bool = False
     open: str = ""
 
 
@@ -73,7 +74,7 @@ def check(run: Run, gates: Gates) -> list[Verdict]:
     suites = {suite.suite: suite for suite in run.suites}
     verdicts = []
     for gate in gates.gates:
-        if gate.suite not in suites:
+        if gate.suite not in suites or (gate.full and run.quick):
             continue
         found = [
             (case.name, case.ratios[gate.ratio])

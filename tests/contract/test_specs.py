@@ -48,7 +48,8 @@ def test_gates_are_promises_with_the_same_number_and_command():
         assert gate.suite in SUITES
         assert f"`python -m perf run {gate.suite}`" in section
         assert f"{gate.max:.2f}" in section
-        assert ("未达到" in section) == bool(gate.open)
+        # 一个编号可以有几条门槛，有一条没有达到就要写明。
+        assert ("未达到" in section) == any(other.open for other in gates if other.id == gate.id)
 
 
 def test_error_codes_are_raised_tested_and_documented():

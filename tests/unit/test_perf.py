@@ -114,7 +114,7 @@ def every_suite() -> list[SuiteResult]:
     return [
         suite("mla-memory", [memory_case("v3 b1 float32", spread(0.1, 0.12))]),
         suite("mla-decode", decode),
-        suite("mtp", [speculation]),
+        suite("mtp", [speculation, speculation.model_copy(update={"name": "padded b8"})]),
         suite("moe", [experts]),
         suite("moe-quality", [quality]),
         suite("compile", [sizes, layers, engine]),
@@ -175,6 +175,9 @@ def test_gate_statuses():
     ]
     assert "原因" in report.verdict_line(verdicts[-1])
     assert gates.check(make_run([]), limits) == []
+    limits.gates[1] = limits.gates[1].model_copy(update={"full": True})
+    quick = make_run([suite("mla-memory", cases[:1])], quick=True)  # 没有 b，缩小的场景不看它
+    assert [v.ratio for v in gates.check(quick, limits)] == ["cache"]
     with pytest.raises(ValueError, match="process"):
         gates.check(make_run([suite("mla-memory", cases[:1])]), limits)
 
