@@ -68,7 +68,8 @@ def _match(module: GraphModule, rope: gs.Node, weights: dict[str, gs.Variable]) 
         return None
     source = pairs.inputs[0]
     unsqueeze = _producer(source, "Unsqueeze")
-    split = _producer(unsqueeze.inputs[0] if unsqueeze else source, "Split")
+    part = unsqueeze.inputs[0] if unsqueeze else source
+    split = _producer(part, "Split")
     if split is None or any(
         len(tensor.outputs) != 1 for tensor in (*_path(rope, flatten), *split.outputs[1:])
     ):
@@ -80,13 +81,10 @@ def _match(module: GraphModule, rope: gs.Node, weights: dict[str, gs.Variable]) 
     # 情形 3。
     if weight is None or any(len(tensor.outputs) != 1 for tensor in (whole, linear, weight)):
         return None
-    rows, tail = whole.shape[-1], split.outputs[-1].shape[-1]
-    if split.outputs[-1] is not (unsqueeze.inputs[0] if unsqueeze else source):
+    rows, recipe = whole.shape[-1], module.weights[weight.name]
+    if part is not split.outputs[-1] or recipe.op != "copy" or recipe.shape[0] % rows:
         return None
-    recipe = module.weights[weight.name]
-    if recipe.op != "copy" or recipe.shape[0] % rows:
-        return None
-    return _Match(weight, source, flatten, rows, tail)
+    return _Match(weight, source, flatten, rows, part.shape[-1])
 
 
 def _path(rope: gs.Node, flatten: gs.Node) -> tuple[gs.Tensor, ...]:

@@ -109,7 +109,7 @@ QUANT_PIPELINES: Mapping[str, Sequence[Callable[[Quantization], Pass]]] = Mappin
             # 吸收进注意力的 kv_b 不是线性层，每一步却也要整个读一遍。
             NarrowKvBWeightsPass,
             # int8 的换成 dsx 算子：有算子库时走自己的 kernel，没有时函数体就是上面换成的节点。
-            WrapInt8KernelsPass,
+            lambda _: WrapInt8KernelsPass(),
         ),
         # 线性层与专家一样：TensorRT 自己决定哪些 DequantizeLinear 融进矩阵乘。
         "tensorrt": (QuantizeWeightsToDequantizeLinearPass,),

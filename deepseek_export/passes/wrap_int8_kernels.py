@@ -8,7 +8,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
 
-from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.ops.table import (
     DOMAIN,
     INT8_EXPERTS,
@@ -51,9 +50,6 @@ class WrapInt8KernelsPass(Pass):
     """
 
     name: ClassVar[str] = "wrap-int8-kernels"
-
-    def __init__(self, quantization: Quantization) -> None:
-        self.quantization = quantization
 
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""

@@ -1,4 +1,4 @@
-"""FoldReshapeShapesPass 与 AbsorbRopeLayoutPass：节点少了，数值一位不变，第二遍不再改。"""
+"""FoldReshapeShapesPass 与 AbsorbRopeLayoutPass：节点少了，前者一位不变、后者在容差之内，第二遍不再改。"""
 
 from __future__ import annotations
 
