@@ -1,13 +1,18 @@
-"""只有一个 int8 节点的模型：``dsx`` 的没有函数体，所以跑的一定是算子库的 kernel；另有 onnxruntime 自己的那个作对照。不导入 torch。"""
+"""只有一个 int8 节点的模型：``dsx`` 的没有函数体，所以跑的一定是算子库的 kernel；另有 onnxruntime 自己的那个作对照。不导入 torch。
+
+onnxruntime 的节点以常量给权重，与 bundle 里一样：只有常量会预先打包，走量化激活的 kernel；否则它先还原权重，再做 float32 的乘法。
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from deepseek_export.ops.table import DOMAIN, INT8_EXPERTS, INT8_LINEAR, OPSET_VERSION, OpSpec
 from deepseek_export.passes.base import MICROSOFT
@@ -36,11 +41,13 @@ def linear_session(library, K: int, N: int, block: int, isa: str = "", threads: 
     return op_session(library, INT8_LINEAR, {"K": K, "N": N, "block_size": block}, isa, threads)
 
 
-def onnxruntime_linear(K: int, N: int, block: int):
-    """``MatMulNBits``，函数体里的那个节点。"""
+def onnxruntime_linear(inputs: dict[str, np.ndarray], block: int) -> np.ndarray:
+    """``MatMulNBits``，函数体里的那个节点，的输出。"""
+    K, N = inputs["x"].shape[-1], len(inputs["codes"])
     attributes = {"K": K, "N": N, "block_size": block, "bits": 8, "accuracy_level": 4}
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain=MICROSOFT, **attributes)
-    return _session(node, INT8_LINEAR)
+    constants = {name: inputs[name] for name in ("codes", "scales")}
+    return call(_session(node, INT8_LINEAR, constants=constants), {"x": inputs["x"]})
 
 
 def experts_session(library, k: int, block: int, isa: str = "", threads: int = 1):
@@ -48,8 +55,8 @@ def experts_session(library, k: int, block: int, isa: str = "", threads: int = 1
     return op_session(library, INT8_EXPERTS, {"k": k, "block_size": block}, isa, threads)
 
 
-def onnxruntime_experts(k: int, block: int):
-    """``QMoE``，函数体里的那个节点。"""
+def onnxruntime_experts(inputs: dict[str, np.ndarray], k: int, block: int) -> np.ndarray:
+    """``QMoE``，函数体里的那个节点，的输出。"""
     names = [port.name for port in INT8_EXPERTS.inputs]
     own = {
         "k": k,
@@ -58,18 +65,31 @@ def onnxruntime_experts(k: int, block: int):
         "accuracy_level": 4,
         "weights_prepacked": 0,
     }
-    inputs = [*names[:4], "", *names[4:]]
-    node = helper.make_node("QMoE", inputs, ["y"], domain=MICROSOFT, **MOE_ATTRIBUTES, **own)
-    return _session(node, INT8_EXPERTS)
+    ports = [*names[:4], "", *names[4:]]
+    node = helper.make_node("QMoE", ports, ["y"], domain=MICROSOFT, **MOE_ATTRIBUTES, **own)
+    constants = {name: inputs[name] for name in names[2:]}
+    feeds = {name: inputs[name] for name in names[:2]}
+    return call(_session(node, INT8_EXPERTS, constants=constants), feeds)
 
 
-def _session(node, spec: OpSpec, library=None, isa: str = "", threads: int = 1) -> ort.InferenceSession:
+def _session(
+    node,
+    spec: OpSpec,
+    library=None,
+    isa: str = "",
+    threads: int = 1,
+    constants: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> ort.InferenceSession:
     def info(port):
         # 秩不写死：x 可以是 [N, K] 也可以是 [B, S, K]。
         return helper.make_tensor_value_info(port.name, ELEMENTS[port.type], None)
 
     graph = helper.make_graph(
-        [node], "one", list(map(info, spec.inputs)), [info(port) for port in spec.outputs]
+        [node],
+        "one",
+        [info(port) for port in spec.inputs if port.name not in constants],
+        [info(port) for port in spec.outputs],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid(*pair) for pair in (("", 24), (DOMAIN, OPSET_VERSION), (MICROSOFT, 1))]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
@@ -135,13 +155,16 @@ def experts_reference(inputs: dict[str, np.ndarray], k: int, block: int, exact: 
 
 
 def quantized(x: np.ndarray, block: int) -> np.ndarray:
-    """激活逐块量化到 int8 再还原，float64：块里最大的绝对值对应 127。"""
+    """激活逐块量化成两个 int8 平面再还原，float64：块里最大的绝对值对应 127，余数再分 254 档。"""
     width = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % block)])
     blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block)
     top = np.abs(blocks).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
-    steps = np.rint(blocks * inverse).astype(np.float64)
+    scaled = blocks * inverse
+    high = np.rint(scaled)
+    low = np.rint((scaled - high) * np.float32(254))
+    steps = high.astype(np.float64) + low.astype(np.float64) / 254
     return (steps * (top / np.float32(127))).reshape(padded.shape)[..., :width]
 
 

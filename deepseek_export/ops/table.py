@@ -209,7 +209,7 @@ INT8_LINEAR = OpSpec(
     attributes=(Attribute("K", "int"), Attribute("N", "int"), Attribute("block_size", "int")),
     doc=(
         "Linear layer with blockwise symmetric int8 weights: weight = (code - 128) * scale, the last block padded. "
-        "A kernel may quantise each block of x to int8 as well."
+        "A kernel may round each block of x, to about 15 bits at best (ours) or to int8 (MatMulNBits)."
     ),
 )
 
@@ -230,7 +230,7 @@ INT8_EXPERTS = OpSpec(
     doc=(
         "Routed SwiGLU experts with blockwise symmetric int8 weights, weight = (code - 128) * scale; gate and up rows "
         "alternate. Each token uses the k experts of largest log_weights, weighted by the softmax over those k. "
-        "A kernel may quantise each block of the activations to int8 as well."
+        "A kernel may round each block of the activations, to about 15 bits at best (ours) or to int8 (QMoE)."
     ),
 )
 

@@ -90,7 +90,7 @@ QuantizedRows gather(const QuantizedRows& tokens, const Routing& routing, const 
         const QuantizedRows from = tokens.from(routing.token[row], 1), to = out.from(row, 1);
         std::memcpy(to.codes, from.codes, static_cast<size_t>(from.code_stride()));
         std::memcpy(to.scales, from.scales, static_cast<size_t>(from.scale_stride()) * sizeof(float));
-        std::memcpy(to.starts, from.starts, static_cast<size_t>(from.blocks) * sizeof(int32_t));
+        std::memcpy(to.starts, from.starts, static_cast<size_t>(from.start_stride()) * sizeof(int32_t));
     };
     parallel((count + kSliceRows - 1) / kSliceRows, [&](int64_t task) {
         for (int64_t row = task * kSliceRows; row < std::min(count, (task + 1) * kSliceRows); ++row) {

@@ -11,16 +11,20 @@
 namespace {
 
 using dsx::Int8Weights;
+using dsx::kPlanes;
 using dsx::QuantizedRows;
 
 constexpr int kLanes = Vector::kLanes;
 constexpr int kBytes = 4 * kLanes;  // 一个向量的 int8
 constexpr int kColumnTile = kTileVectors * kLanes;
+// 一次算几行：每行每个向量两个平面各占一个累加器，AVX-512 时是 16 个；再多就放不下寄存器了（6 行慢三成）。
+constexpr int kTileRows = 4;
 // 少于这么多行时直接读权重的行；否则先把一组列重排成“一路一列”，省掉横向求和，各行共用。
 constexpr int64_t kPackRows = 4;
 
 void quantize_row(const float* x, int64_t width, const QuantizedRows& to) {
-    const int64_t total = to.code_stride();
+    const int64_t total = to.plane_stride();
+    int8_t* const low = to.codes + total;
     for (int64_t b = 0; b < to.blocks; ++b) {
         const int64_t begin = b * to.block, end = begin + to.block < width ? begin + to.block : width;
         Vector top = splat(0);
@@ -36,31 +40,38 @@ void quantize_row(const float* x, int64_t width, const QuantizedRows& to) {
         }
         const float inverse = largest > 0 ? 127.0f / largest : 0;
         to.scales[b] = largest / 127.0f;
+        const auto store_codes = [&](int64_t at, Vector v) {
+            const Vector scaled = mul(v, splat(inverse)), high = nearest(scaled);
+            store_int8(to.codes + at, high);
+            store_int8(low + at, mul(sub(scaled, high), splat(dsx::kLowSteps)));
+        };
         for (i = begin; i + kLanes <= end; i += kLanes) {
-            store_int8(to.codes + i, mul(load(x + i), splat(inverse)));
+            store_codes(i, load(x + i));
         }
         if (i < end) {
             float rest[kLanes] = {};
             for (int64_t j = i; j < end; ++j) {
                 rest[j - i] = x[j];
             }
-            store_int8(to.codes + i, mul(load(rest), splat(inverse)));
+            store_codes(i, load(rest));
             i += kLanes;
         }
         for (; i < begin + to.block; ++i) {
-            to.codes[i] = 0;
+            to.codes[i] = low[i] = 0;
         }
-        int32_t sum = 0;
-        if constexpr (kFoldZeroPoint) {
-            for (i = begin; i < begin + to.block; ++i) {
-                sum += to.codes[i];
+        for (int p = 0; p < kPlanes; ++p) {
+            int32_t sum = 0;
+            if constexpr (kFoldZeroPoint) {
+                for (i = begin; i < begin + to.block; ++i) {
+                    sum += to.codes[p * total + i];
+                }
             }
+            to.starts[b * kPlanes + p] = -dsx::kZeroPoint * sum;
         }
-        to.starts[b] = -dsx::kZeroPoint * sum;
     }
     to.scales[to.blocks] = 0;
     for (int64_t i = to.blocks * to.block; i < total; ++i) {
-        to.codes[i] = 0;
+        to.codes[i] = low[i] = 0;
     }
 }
 
@@ -68,6 +79,11 @@ void quantize(const float* x, int64_t x_stride, int64_t width, const QuantizedRo
     for (int64_t i = 0; i < rows.rows; ++i) {
         quantize_row(x + i * x_stride, width, rows.from(i, 1));
     }
+}
+
+// 两个平面的整数和，合成以 scale 为单位的值。
+inline Vector join_planes(const Ints (&acc)[kPlanes]) {
+    return fma(to_float(acc[1]), splat(1 / dsx::kLowSteps), to_float(acc[0]));
 }
 
 // R 行激活对 J 行权重，逐向量走过 K。权重多半在内存里：一边算一边把下一组的同一位置取进 L1，再往后两组的取进 L2
@@ -83,12 +99,14 @@ inline void direct_block(const QuantizedRows& a, const Int8Weights& w, int64_t c
             sums[i][j] = splat(0);
         }
     }
-    const auto step = [&](int64_t t, int64_t vectors, auto load_weights, auto scale_of) {
-        Ints acc[R][J], start[R];
+    const auto step = [&](int64_t t, int64_t vectors, auto load_weights, auto scale_of, auto start_of) {
+        Ints acc[R][J][kPlanes];
         for (int i = 0; i < R; ++i) {
-            start[i] = splat_ints(0);
-            for (int j = 0; j < J; ++j) {
-                acc[i][j] = splat_ints(0);
+            for (int p = 0; p < kPlanes; ++p) {
+                const Ints start = start_of(a.starts + i * a.start_stride() + p);
+                for (int j = 0; j < J; ++j) {
+                    acc[i][j][p] = start;
+                }
             }
         }
         for (int64_t v = 0; v < vectors; ++v) {
@@ -100,10 +118,11 @@ inline void direct_block(const QuantizedRows& a, const Int8Weights& w, int64_t c
                 row[j] = load_weights(codes + j * width + at);
             }
             for (int i = 0; i < R; ++i) {
-                const Acts x = load_acts(a.codes + i * a.code_stride() + at);
-                start[i] = fold(start[i], x);
-                for (int j = 0; j < J; ++j) {
-                    acc[i][j] = dot(acc[i][j], row[j], x);
+                for (int p = 0; p < kPlanes; ++p) {
+                    const Acts x = load_acts(a.codes + i * a.code_stride() + p * a.plane_stride() + at);
+                    for (int j = 0; j < J; ++j) {
+                        acc[i][j][p] = dot(acc[i][j][p], row[j], x);
+                    }
                 }
             }
         }
@@ -111,7 +130,7 @@ inline void direct_block(const QuantizedRows& a, const Int8Weights& w, int64_t c
             const Vector mine = scale_of(a.scales + i * a.scale_stride());
             for (int j = 0; j < J; ++j) {
                 const Vector scale = mul(mine, scale_of(scales + j * a.blocks));
-                sums[i][j] = fma(to_float(add(acc[i][j], start[i])), scale, sums[i][j]);
+                sums[i][j] = fma(join_planes(acc[i][j]), scale, sums[i][j]);
             }
         }
     };
@@ -119,16 +138,19 @@ inline void direct_block(const QuantizedRows& a, const Int8Weights& w, int64_t c
 #ifdef DSX_INT8_HALF
     if (a.block < kBytes) {
         for (; b + 2 <= a.blocks; b += 2) {
-            step(b * a.block, 1, load_codes, [b](const float* s) { return halves(s[b], s[b + 1]); });
+            step(b * a.block, 1, load_codes, [b](const float* s) { return halves(s[b], s[b + 1]); },
+                [b](const int32_t* s) { return first_lanes(s[b * kPlanes], s[(b + 1) * kPlanes]); });
         }
         if (b < a.blocks) {
-            step(b * a.block, 1, load_half_codes, [b](const float* s) { return halves(s[b], 0); });
+            step(b * a.block, 1, load_half_codes, [b](const float* s) { return halves(s[b], 0); },
+                [b](const int32_t* s) { return first_lanes(s[b * kPlanes], 0); });
         }
         b = a.blocks;
     }
 #endif
     for (; b < a.blocks; ++b) {
-        step(b * a.block, a.block / kBytes, load_codes, [b](const float* s) { return splat(s[b]); });
+        step(b * a.block, a.block / kBytes, load_codes, [b](const float* s) { return splat(s[b]); },
+            [b](const int32_t* s) { return first_lane(s[b * kPlanes]); });
     }
     for (int i = 0; i < R; ++i) {
         if constexpr (J == 4) {
@@ -183,15 +205,18 @@ void pack(const Int8Weights& w, int64_t column, int64_t blocks, int64_t width, u
 // R 行激活对重排好的 kColumnTile 列：一路一列，激活每 4 个一组广播。
 template <int R>
 inline void packed_block(const QuantizedRows& a, const uint8_t* codes, const float* scales, float* out) {
-    const int64_t stride = a.code_stride();
+    const int64_t stride = a.code_stride(), plane = a.plane_stride();
     for (int i = 0; i < R * kTileVectors; ++i) {
         store(out + i * kLanes, splat(0));
     }
     for (int64_t b = 0; b < a.blocks; ++b) {
-        Ints acc[R][kTileVectors];
+        Ints acc[R][kTileVectors][kPlanes];
         for (int i = 0; i < R; ++i) {
-            for (int j = 0; j < kTileVectors; ++j) {
-                acc[i][j] = splat_ints(a.starts[i * a.blocks + b]);
+            for (int p = 0; p < kPlanes; ++p) {
+                const Ints start = splat_ints(a.starts[i * a.start_stride() + b * kPlanes + p]);
+                for (int j = 0; j < kTileVectors; ++j) {
+                    acc[i][j][p] = start;
+                }
             }
         }
         for (int64_t t = b * a.block; t < (b + 1) * a.block; t += 4) {
@@ -200,9 +225,11 @@ inline void packed_block(const QuantizedRows& a, const uint8_t* codes, const flo
                 row[j] = load_codes(codes + t * kColumnTile + j * kBytes);
             }
             for (int i = 0; i < R; ++i) {
-                const Acts x = splat_acts(a.codes + i * stride + t);
-                for (int j = 0; j < kTileVectors; ++j) {
-                    acc[i][j] = dot(acc[i][j], row[j], x);
+                for (int p = 0; p < kPlanes; ++p) {
+                    const Acts x = splat_acts(a.codes + i * stride + p * plane + t);
+                    for (int j = 0; j < kTileVectors; ++j) {
+                        acc[i][j][p] = dot(acc[i][j][p], row[j], x);
+                    }
                 }
             }
         }
@@ -211,7 +238,7 @@ inline void packed_block(const QuantizedRows& a, const uint8_t* codes, const flo
             for (int j = 0; j < kTileVectors; ++j) {
                 float* to = out + (i * kTileVectors + j) * kLanes;
                 const Vector scale = mul(mine, load(scales + b * kColumnTile + j * kLanes));
-                store(to, fma(to_float(acc[i][j]), scale, load(to)));
+                store(to, fma(join_planes(acc[i][j]), scale, load(to)));
             }
         }
     }
@@ -237,10 +264,7 @@ void multiply_packed(const QuantizedRows& a, const Int8Weights& w, float* y, int
     for (int64_t column = 0; column < w.columns; column += kColumnTile) {
         const int64_t left = w.columns - column, columns = left < kColumnTile ? left : kColumnTile;
         pack(w, column, a.blocks, width, codes, scales);
-        int64_t row = packed_rows<kTileRows>(a, 0, codes, scales, columns, y + column, ldy);
-        if constexpr (kTileRows > 4) {
-            row = packed_rows<4>(a, row, codes, scales, columns, y + column, ldy);
-        }
+        const int64_t row = packed_rows<kTileRows>(a, 0, codes, scales, columns, y + column, ldy);
         packed_rows<1>(a, row, codes, scales, columns, y + column, ldy);
     }
 }

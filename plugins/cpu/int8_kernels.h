@@ -7,20 +7,27 @@ namespace dsx {
 
 constexpr int64_t kInt8Pad = 64;  // 量化后的激活每行补零到它的倍数：最宽的一次读取
 constexpr int32_t kZeroPoint = 128;
+// 激活拆成两个 int8 平面：x = (high + low / 254) * scale，scale = 块里最大的绝对值 / 127。余数 x / scale - high 在 ±0.5 之内，
+// 所以 low 也在 ±127 之内；误差是 scale / 508，约 15 位。只留 high 就是普通的 int8 激活，每个算子多约 6e-3 的相对误差。
+constexpr int kPlanes = 2;
+constexpr float kLowSteps = 254;
 
-// 逐块量化到 int8 的激活，scale = 块里最大的绝对值 / 127。
+// 逐块量化的激活。
 struct QuantizedRows {
     int64_t rows;
     int64_t blocks;   // 每行几块
     int64_t block;    // 32、64 或 128
-    int8_t* codes;    // [rows, code_stride()]，块之外的列是 0
+    int8_t* codes;    // [rows, kPlanes, plane_stride()]，块之外的列是 0
     float* scales;    // [rows, blocks + 1]，最后一个是 0：成对读取时的伴
-    int32_t* starts;  // [rows, blocks]：整数累加器的起点，折叠了权重的零点
+    int32_t* starts;  // [rows, blocks, kPlanes]：整数累加器的起点，折叠了权重的零点
 
-    int64_t code_stride() const { return (blocks * block + kInt8Pad - 1) / kInt8Pad * kInt8Pad; }
+    int64_t plane_stride() const { return (blocks * block + kInt8Pad - 1) / kInt8Pad * kInt8Pad; }
+    int64_t code_stride() const { return kPlanes * plane_stride(); }
     int64_t scale_stride() const { return blocks + 1; }
+    int64_t start_stride() const { return kPlanes * blocks; }
     QuantizedRows from(int64_t row, int64_t count) const {
-        return {count, blocks, block, codes + row * code_stride(), scales + row * scale_stride(), starts + row * blocks};
+        return {count, blocks, block, codes + row * code_stride(), scales + row * scale_stride(),
+            starts + row * start_stride()};
     }
 };
 

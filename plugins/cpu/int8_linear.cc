@@ -26,7 +26,7 @@ int64_t columns_per_task(int64_t columns, int64_t width, int64_t multiple) {
 
 int64_t quantized_floats(int64_t rows, int64_t blocks, int64_t block) {
     const QuantizedRows shape{rows, blocks, block, nullptr, nullptr, nullptr};
-    return rows * (shape.code_stride() / 4 + shape.scale_stride() + blocks);
+    return rows * (shape.code_stride() / 4 + shape.scale_stride() + shape.start_stride());
 }
 
 QuantizedRows carve_rows(float* memory, int64_t rows, int64_t blocks, int64_t block) {

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kTileVectors = 1, kTileRows = 4;
+constexpr int kTileVectors = 1;
 constexpr bool kFoldZeroPoint = false;
 
 struct Ints {
@@ -20,7 +20,7 @@ struct Acts {
 };
 
 inline Ints splat_ints(int32_t x) { return {_mm256_set1_epi32(x)}; }
-inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Ints first_lane(int32_t x) { return {_mm256_zextsi128_si256(_mm_cvtsi32_si128(x))}; }
 inline Codes load_codes(const uint8_t* p) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     const __m256i value = _mm256_xor_si256(raw, _mm256_set1_epi8(static_cast<char>(0x80)));
@@ -36,8 +36,8 @@ inline Ints dot(Ints acc, Codes w, Acts a) {
     const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(a.v, w.value));
     return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
-inline Ints fold(Ints acc, Acts) { return acc; }
 inline Vector to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Vector nearest(Vector a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline void store_int8(int8_t* p, Vector a) {
     const __m256i wide = _mm256_cvtps_epi32(a.v);
     const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));

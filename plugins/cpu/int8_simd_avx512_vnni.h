@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kTileVectors = 2, kTileRows = 8;
+constexpr int kTileVectors = 2;
 // vpdpbusd 的权重是无符号的：零点乘激活之和，从累加器的起点里减去。
 constexpr bool kFoldZeroPoint = true;
 
@@ -23,7 +23,11 @@ struct Acts {
 };
 
 inline Ints splat_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+// 第 0 路是 x，其余是 0；两块合在一个向量里时，后一块的在第 8 路。
+inline Ints first_lane(int32_t x) { return {_mm512_zextsi128_si512(_mm_cvtsi32_si128(x))}; }
+inline Ints first_lanes(int32_t a, int32_t b) {
+    return {_mm512_inserti64x4(first_lane(a).v, _mm256_zextsi128_si256(_mm_cvtsi32_si128(b)), 1)};
+}
 inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Codes load_half_codes(const uint8_t* p) {
     return {_mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -35,11 +39,8 @@ inline Acts splat_acts(const int8_t* p) {
     return {_mm512_set1_epi32(four)};
 }
 inline Ints dot(Ints acc, Codes w, Acts a) { return {_mm512_dpbusd_epi32(acc.v, w.v, a.v)}; }
-inline Ints fold(Ints acc, Acts a) {
-    const __m512i zero_points = _mm512_set1_epi8(static_cast<char>(0x80));
-    return {_mm512_sub_epi32(acc.v, _mm512_dpbusd_epi32(_mm512_setzero_si512(), zero_points, a.v))};
-}
 inline Vector to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Vector nearest(Vector a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 // 前 8 路是 a，后 8 路是 b。
 inline Vector halves(float a, float b) { return {_mm512_mask_mov_ps(_mm512_set1_ps(a), 0xFF00, _mm512_set1_ps(b))}; }
 inline void store_int8(int8_t* p, Vector a) {

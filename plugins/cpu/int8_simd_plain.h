@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int kTileVectors = 1, kTileRows = 4;
+constexpr int kTileVectors = 1;
 constexpr bool kFoldZeroPoint = false;
 
 struct Ints {
@@ -26,11 +26,9 @@ inline Ints splat_ints(int32_t x) {
     std::fill_n(out.v, Vector::kLanes, x);
     return out;
 }
-inline Ints add(const Ints& a, const Ints& b) {
-    Ints out;
-    for (int i = 0; i < Vector::kLanes; ++i) {
-        out.v[i] = a.v[i] + b.v[i];
-    }
+inline Ints first_lane(int32_t x) {
+    Ints out = splat_ints(0);
+    out.v[0] = x;
     return out;
 }
 inline Codes load_codes(const uint8_t* p) {
@@ -63,9 +61,11 @@ inline Ints dot(const Ints& acc, const Codes& w, const Acts& a) {
     }
     return out;
 }
-inline Ints fold(const Ints& acc, const Acts&) { return acc; }
 inline Vector to_float(const Ints& a) {
     return each([&](int i) { return static_cast<float>(a.v[i]); });
+}
+inline Vector nearest(const Vector& a) {
+    return each([&](int i) { return std::nearbyint(a.v[i]); });
 }
 inline void store_int8(int8_t* p, const Vector& a) {
     for (int i = 0; i < Vector::kLanes; ++i) {
