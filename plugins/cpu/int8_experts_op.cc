@@ -9,19 +9,10 @@ namespace dsx {
 namespace {
 
 // 次序与名字同 deepseek_export/ops/table.py 的 INT8_EXPERTS（tests/unit/test_cpu_int8.py 核对）。
+constexpr const char* kName = "Int8Experts";
 constexpr std::array<const char*, 6> kInputs{
     "x", "log_weights", "gate_up", "gate_up_scales", "down", "down_scales"};
 constexpr size_t kGateUp = 2, kDown = 4;
-
-[[noreturn]] void refuse(const std::string& what) { throw Ort::Exception("dsx::Int8Experts：" + what, ORT_INVALID_ARGUMENT); }
-
-using Shapes = std::array<std::vector<int64_t>, kInputs.size()>;
-
-void check(const Shapes& shapes, size_t input, const std::vector<int64_t>& expected) {
-    if (shapes[input] != expected) {
-        refuse(std::string(kInputs[input]) + " 是 " + text(shapes[input]) + "，应为 " + text(expected));
-    }
-}
 
 class Kernel {
 public:
@@ -30,7 +21,7 @@ public:
         const Ort::ConstKernelInfo node(info);
         k_ = node.GetAttribute<int64_t>("k"), block_ = node.GetAttribute<int64_t>("block_size");
         if (k_ < 1 || (block_ != 32 && block_ != 64 && block_ != 128)) {
-            refuse("k 要大于 0，block_size 是 32、64 或 128：k=" + std::to_string(k_) + "，block_size=" + std::to_string(block_));
+            refuse(kName, "k 要大于 0，block_size 是 32、64 或 128：k=" + std::to_string(k_) + "，block_size=" + std::to_string(block_));
         }
     }
 
@@ -40,44 +31,33 @@ public:
 
 private:
     void compute(const Ort::KernelContext& context) const {
-        std::array<Ort::ConstValue, kInputs.size()> inputs;
-        Shapes shapes;
-        for (size_t i = 0; i < kInputs.size(); ++i) {
-            inputs[i] = context.GetInput(i);
-            shapes[i] = inputs[i].GetTensorTypeAndShapeInfo().GetShape();
-        }
-        Int8Experts op = sizes_of(shapes);
-        op.x = inputs[0].GetTensorData<float>(), op.log_weights = inputs[1].GetTensorData<float>();
-        op.gate_up = inputs[kGateUp].GetTensorData<uint8_t>(), op.down = inputs[kDown].GetTensorData<uint8_t>();
-        op.gate_up_scales = inputs[kGateUp + 1].GetTensorData<float>();
-        op.down_scales = inputs[kDown + 1].GetTensorData<float>();
-        op.y = context.GetOutput(0, shapes[0]).GetTensorMutableData<float>();
+        const Inputs inputs(kName, kInputs, context);
+        Int8Experts op = sizes_of(inputs);
+        op.x = inputs.data<float>(0), op.log_weights = inputs.data<float>(1);
+        op.gate_up = inputs.data<uint8_t>(kGateUp), op.gate_up_scales = inputs.data<float>(kGateUp + 1);
+        op.down = inputs.data<uint8_t>(kDown), op.down_scales = inputs.data<float>(kDown + 1);
+        op.y = context.GetOutput(0, inputs.shape(0)).GetTensorMutableData<float>();
         run(op, kernels_, pool_of(context));
     }
 
     // 由各输入的形状得出尺寸，并核对它们彼此相符。
-    Int8Experts sizes_of(const Shapes& shapes) const {
-        constexpr std::array<size_t, kInputs.size()> ranks{2, 2, 3, 3, 3, 3};
-        for (size_t i = 0; i < ranks.size(); ++i) {
-            if (shapes[i].size() != ranks[i]) {
-                refuse(std::string(kInputs[i]) + " 是 " + text(shapes[i]) + "，应有 " + std::to_string(ranks[i]) + " 维");
-            }
-        }
+    Int8Experts sizes_of(const Inputs<kInputs.size()>& inputs) const {
+        inputs.check_ranks({2, 2, 3, 3, 3, 3});
         Int8Experts op{};
         op.k = k_, op.block = block_;
-        op.N = shapes[0][0], op.D = shapes[0][1], op.E = shapes[1][1], op.I = shapes[kDown][2];
+        op.N = inputs.shape(0)[0], op.D = inputs.shape(0)[1], op.E = inputs.shape(1)[1], op.I = inputs.shape(kDown)[2];
         if (op.E < k_) {
-            refuse("log_weights 是 " + text(shapes[1]) + "，专家少于 k=" + std::to_string(k_));
+            inputs.refuse(inputs.shown(1) + "，专家少于 k=" + std::to_string(k_));
         }
         if (op.D < 1 || op.I < 1 || op.D % block_ != 0 || op.I % block_ != 0) {
-            refuse("D、I 要是 block_size=" + std::to_string(block_) + " 的倍数：x 是 " + text(shapes[0]) + "，down 是 " +
-                   text(shapes[kDown]));
+            inputs.refuse("D、I 要是 block_size=" + std::to_string(block_) + " 的倍数：" + inputs.shown(0) + "，" +
+                          inputs.shown(kDown));
         }
-        check(shapes, 1, {op.N, op.E});
-        check(shapes, kGateUp, {op.E, 2 * op.I, op.D});
-        check(shapes, kGateUp + 1, {op.E, 2 * op.I, op.D / block_});
-        check(shapes, kDown, {op.E, op.D, op.I});
-        check(shapes, kDown + 1, {op.E, op.D, op.I / block_});
+        inputs.check_shape(1, {op.N, op.E});
+        inputs.check_shape(kGateUp, {op.E, 2 * op.I, op.D});
+        inputs.check_shape(kGateUp + 1, {op.E, 2 * op.I, op.D / block_});
+        inputs.check_shape(kDown, {op.E, op.D, op.I});
+        inputs.check_shape(kDown + 1, {op.E, op.D, op.I / block_});
         return op;
     }
 
@@ -91,7 +71,7 @@ struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
     OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
         return guard([&] { *kernel = new Kernel(info); });
     }
-    const char* GetName() const { return "Int8Experts"; }
+    const char* GetName() const { return kName; }
     const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
     size_t GetInputTypeCount() const { return kInputs.size(); }
     ONNXTensorElementDataType GetInputType(size_t i) const {

@@ -9,9 +9,8 @@ namespace dsx {
 namespace {
 
 // 次序与名字同 deepseek_export/ops/table.py 的 INT8_LINEAR（tests/unit/test_cpu_int8.py 核对）。
+constexpr const char* kName = "Int8Linear";
 constexpr std::array<const char*, 3> kInputs{"x", "codes", "scales"};
-
-[[noreturn]] void refuse(const std::string& what) { throw Ort::Exception("dsx::Int8Linear：" + what, ORT_INVALID_ARGUMENT); }
 
 class Kernel {
 public:
@@ -21,7 +20,7 @@ public:
         K_ = node.GetAttribute<int64_t>("K"), N_ = node.GetAttribute<int64_t>("N");
         block_ = node.GetAttribute<int64_t>("block_size");
         if (K_ < 1 || N_ < 1 || (block_ != 32 && block_ != 64 && block_ != 128)) {
-            refuse("K、N 要大于 0，block_size 是 32、64 或 128：K=" + std::to_string(K_) + "，N=" + std::to_string(N_) +
+            refuse(kName, "K、N 要大于 0，block_size 是 32、64 或 128：K=" + std::to_string(K_) + "，N=" + std::to_string(N_) +
                    "，block_size=" + std::to_string(block_));
         }
     }
@@ -33,29 +32,22 @@ public:
 private:
     void compute(const Ort::KernelContext& context) const {
         const int64_t blocks = (K_ + block_ - 1) / block_;
-        const Ort::ConstValue x = context.GetInput(0), codes = context.GetInput(1), scales = context.GetInput(2);
-        std::vector<int64_t> shape = x.GetTensorTypeAndShapeInfo().GetShape();
+        const Inputs inputs(kName, kInputs, context);
+        std::vector<int64_t> shape = inputs.shape(0);
         if (shape.empty() || shape.back() != K_) {
-            refuse("x 是 " + text(shape) + "，最后一维应为 K=" + std::to_string(K_));
+            inputs.refuse(inputs.shown(0) + "，最后一维应为 K=" + std::to_string(K_));
         }
-        check(codes, 1, {N_, blocks, block_});
-        check(scales, 2, {N_, blocks});
+        inputs.check_shape(1, {N_, blocks, block_});
+        inputs.check_shape(2, {N_, blocks});
         int64_t rows = 1;
         for (size_t i = 0; i + 1 < shape.size(); ++i) {
             rows *= shape[i];
         }
         shape.back() = N_;
         float* y = context.GetOutput(0, shape).GetTensorMutableData<float>();
-        const Int8Linear op{rows, K_, N_, block_, x.GetTensorData<float>(), codes.GetTensorData<uint8_t>(),
-            scales.GetTensorData<float>(), y};
+        const Int8Linear op{
+            rows, K_, N_, block_, inputs.data<float>(0), inputs.data<uint8_t>(1), inputs.data<float>(2), y};
         run(op, kernels_, pool_of(context));
-    }
-
-    static void check(const Ort::ConstValue& input, size_t index, const std::vector<int64_t>& expected) {
-        const std::vector<int64_t> shape = input.GetTensorTypeAndShapeInfo().GetShape();
-        if (shape != expected) {
-            refuse(std::string(kInputs[index]) + " 是 " + text(shape) + "，应为 " + text(expected));
-        }
     }
 
     const Int8Kernels& kernels_;
@@ -68,7 +60,7 @@ struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
     OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
         return guard([&] { *kernel = new Kernel(info); });
     }
-    const char* GetName() const { return "Int8Linear"; }
+    const char* GetName() const { return kName; }
     const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
     size_t GetInputTypeCount() const { return kInputs.size(); }
     ONNXTensorElementDataType GetInputType(size_t i) const {

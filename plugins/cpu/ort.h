@@ -8,6 +8,7 @@
 #endif
 #include <onnxruntime_cxx_api.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,49 @@ inline std::string text(const std::vector<int64_t>& shape) {
     }
     return out + "]";
 }
+
+[[noreturn]] inline void refuse(const char* op, const std::string& what) {
+    throw Ort::Exception("dsx::" + std::string(op) + "：" + what, ORT_INVALID_ARGUMENT);
+}
+
+// 一次调用的输入与它们的形状；形状不对就抛出，说明是哪个输入、应是什么。
+template <size_t kCount>
+class Inputs {
+public:
+    Inputs(const char* op, const std::array<const char*, kCount>& names, const Ort::KernelContext& context)
+        : op_(op), names_(names) {
+        for (size_t i = 0; i < kCount; ++i) {
+            values_[i] = context.GetInput(i);
+            shapes_[i] = values_[i].GetTensorTypeAndShapeInfo().GetShape();
+        }
+    }
+
+    const std::vector<int64_t>& shape(size_t input) const { return shapes_[input]; }
+    std::string shown(size_t input) const { return std::string(names_[input]) + " 是 " + text(shapes_[input]); }
+    template <typename T>
+    const T* data(size_t input) const { return values_[input].template GetTensorData<T>(); }
+    const void* raw(size_t input) const { return values_[input].GetTensorRawData(); }
+
+    [[noreturn]] void refuse(const std::string& what) const { dsx::refuse(op_, what); }
+    void check_ranks(const std::array<size_t, kCount>& ranks) const {
+        for (size_t i = 0; i < kCount; ++i) {
+            if (shapes_[i].size() != ranks[i]) {
+                refuse(shown(i) + "，应有 " + std::to_string(ranks[i]) + " 维");
+            }
+        }
+    }
+    void check_shape(size_t input, const std::vector<int64_t>& expected) const {
+        if (shapes_[input] != expected) {
+            refuse(shown(input) + "，应为 " + text(expected));
+        }
+    }
+
+private:
+    const char* op_;
+    const std::array<const char*, kCount>& names_;
+    std::array<Ort::ConstValue, kCount> values_;
+    std::array<std::vector<int64_t>, kCount> shapes_;
+};
 
 // 用会话自己的线程池。
 inline Parallel pool_of(const Ort::KernelContext& context) {

@@ -194,4 +194,4 @@ def test_table_is_the_same_on_both_sides(spec: OpSpec, file: str):
     source = (SOURCES / f"{file}_op.cc").read_text(encoding="utf-8")
     listed = re.findall(r'"(\w+)"', re.search(r"kInputs\{(.*?)\}", source, re.DOTALL)[1])
     assert listed == [port.name for port in spec.inputs]
-    assert f'return "{spec.name}"' in source
+    assert f'kName = "{spec.name}"' in source

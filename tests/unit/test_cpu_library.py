@@ -205,14 +205,14 @@ def test_wrong_dtypes_and_isas_are_refused_when_the_session_is_made(library):
 
 def test_table_is_the_same_on_both_sides():
     """C++ 里的算子名、输入输出的次序、dtype 与契约表一致。"""
-    source = (SOURCES / "library.cc").read_text(encoding="utf-8")
+    source = (SOURCES / "mla_attention_op.cc").read_text(encoding="utf-8")
 
     def listed(name: str) -> list[str]:
         return re.findall(r'"(\w+)"', re.search(rf"{name}\{{(.*?)\}}", source)[1])
 
     assert listed("kInputs") == [port.name for port in MLA_ATTENTION.inputs]
     assert listed("kOutputs") == [port.name for port in MLA_ATTENTION.outputs]
-    assert f'return "{MLA_ATTENTION.name}"' in source
+    assert f'kName = "{MLA_ATTENTION.name}"' in source
     types = {"FLOAT": "float", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT8": "int8"}
     found = re.findall(r"Dtype::k\w+, ONNX_TENSOR_ELEMENT_DATA_TYPE_(\w+)\}", source)
     assert tuple(f"tensor({types[name]})" for name in found) == TYPE_CONSTRAINTS["C"]
