@@ -201,3 +201,20 @@ def test_a_tensorrt_session_needs_a_gpu(v3_bundle, monkeypatch):
     monkeypatch.setattr(cuda, "device_sm", lambda: None)
     with pytest.raises(dsx.DsxError, match="DSX-E918"):
         dsx.DsxForCausalLM.from_pretrained(v3_bundle.path, backend="trt")
+
+
+def test_int8_weights_and_cache(saved, tmp_path):
+    """HF-9、MLA-7：int8 权重、int8 缓存的 bundle 也是同一个接口；token 与 dsx 自己的循环相同，补齐与否都一样。"""
+    bundle = dsx.export(
+        saved("v3-yarn")[1].path,
+        tmp_path / "out",
+        "mla+moe",
+        target="ort-cpu",
+        overrides=("mla.cache_dtype=int8",),
+        quantization=dsx.Quantization(kind="int8"),
+    )
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(IDS, MASK, strict=True)]
+    want = dsx.load(bundle.path, threads=1).generate(rows, 6, ignore_eos=True).token_ids
+    model = dsx.DsxForCausalLM.from_pretrained(bundle.path, threads=1)
+    got = generate(model, eos_token_id=None)[:, IDS.shape[1] :]
+    assert got.tolist() == [list(row) for row in want]
