@@ -15,7 +15,9 @@ from typing import Any
 
 from deepseek_export.bundle.manifest import FileEntry
 from deepseek_export.errors import DsxError
+from deepseek_export.plan.written import HEADROOM
 from deepseek_export.progress import Progress
+from deepseek_export.units import size
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -24,9 +26,6 @@ WEIGHTS_FOLDER, JOURNAL_FILE = "weights", ".resume.json"
 
 #: 换上新内容时，旧的先改成这个名字。
 _RETIRED = ".old"
-
-#: 权重之外的文件（图、tokenizer、报告）至多这么大，预检时一并留出。
-_HEADROOM = 64 << 20
 
 
 @contextlib.contextmanager
@@ -47,7 +46,7 @@ def check_free_space(out: Path, needed: int) -> None:
 
     Args:
         out: 输出目录，可以还不存在。
-        needed: 权重的字节数。
+        needed: 要写的权重的字节数；其余文件另留 :data:`~deepseek_export.plan.written.HEADROOM`。
 
     Raises:
         DsxError: ``DSX-E404``。
@@ -57,11 +56,11 @@ def check_free_space(out: Path, needed: int) -> None:
     for stale in _stale(out):
         if _is_half_written(stale):
             needed -= sum(file.stat().st_size for file in (stale / WEIGHTS_FOLDER).glob("*"))
-    free = shutil.disk_usage(existing).free
-    if free < needed + _HEADROOM:
+    free, wanted = shutil.disk_usage(existing).free, needed + HEADROOM
+    if free < wanted:
         raise DsxError(
             "DSX-E404",
-            f"{existing} 剩余 {free / 1e9:.2f} GB，导出需要约 {(needed + _HEADROOM) / 1e9:.2f} GB",
+            f"{existing} 剩余 {size(free)}，需要约 {size(wanted)}，还差 {size(wanted - free)}",
             "清理磁盘，或把 -o 指向空间足够的位置",
         )
 

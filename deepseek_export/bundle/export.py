@@ -54,7 +54,15 @@ from deepseek_export.checkpoint.recipe import (
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import LIBRARY_TARGET, NO_LIBRARY, CpuLibrary, library_for
 from deepseek_export.errors import DsxError
-from deepseek_export.passes import LoweredModel, check_cache, check_quantization, check_target, lower
+from deepseek_export.passes import (
+    TENSORRT_TARGETS,
+    LoweredModel,
+    check_cache,
+    check_quantization,
+    check_target,
+    lower,
+)
+from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
@@ -143,7 +151,9 @@ def export_bundle(
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
         modules = require_mtp(source) if profile.mtp.enabled else 0
-        check_free_space(out, _weight_bytes(source.config, modules, dtype) if weights == "packed" else 0)
+        tensorrt = target in TENSORRT_TARGETS
+        parts = written_bytes(source.config, profile, modules, dtype, quantization, tensorrt)
+        check_free_space(out, sum(parts.values()) if weights == "packed" else 0)
         if quantization is not None:
             _check_keep(quantization, source.config, modules)
     # 权重怎么存与图无关：FP8 检查点与它反量化后的孪生得到同一张图。
@@ -180,6 +190,8 @@ def export_bundle(
             f"方案 {profile.name}、--keep {','.join(quantization.keep) or '（空）'} 之下没有一个权重可以量化"
         )
         raise DsxError("DSX-E313", what, "去掉 --quant，或少保留一些；换不了的原因见 dsx export -v")
+    if weights == "packed":  # 有的权重没有换成：这时才知道真正要写多少
+        check_free_space(out, sum(recipe.nbytes for recipe in recipes.values()))
     with atomic_directory(out, overwrite) as directory:
         with watch("weights"):
             if weights == "packed":
@@ -226,14 +238,6 @@ class _Graph:
     captured: CapturedModel
     lowered: LoweredModel
     model: onnx.ModelProto = field(default_factory=onnx.ModelProto)
-
-
-def _weight_bytes(config: ModelConfig, modules: int, dtype: ModelDtype) -> int:
-    """打包的权重有多大，不量化时；pass 只重排权重，不改变总量。"""
-    recipes = weight_recipes(config, dtype)
-    for index in range(modules):
-        recipes |= mtp_recipes(config, index, dtype)
-    return sum(recipe.nbytes for recipe in recipes.values())
 
 
 def _file_name(index: int) -> str:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, size, table
+from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.units import size
 
 if TYPE_CHECKING:
     from deepseek_export.bench.bundle import BenchReport

@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from deepseek_export.units import size
+
 _LOG_WIDTH = 120
 
 
@@ -57,16 +59,3 @@ def echo_json(data: Any) -> None:
 def weights_size(count: int, mode: str) -> str:
     """权重有多大；不在 bundle 自己的文件里就注明。"""
     return size(count) + ("，按引用，加载时从检查点生成" if mode == "reference" else "")
-
-
-def size(count: float) -> str:
-    """字节数，二进制单位，三位有效数字：``549 MiB``、``38.1 GiB``。"""
-    unit = "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1000 or unit == "TiB":
-            break
-        count /= 1024
-    if unit == "B":
-        return f"{count:.0f} B"
-    digits = 2 if count < 10 else 1 if count < 100 else 0
-    return f"{count:.{digits}f} {unit}"

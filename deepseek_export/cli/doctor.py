@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import click
 
 from deepseek_export import __version__
-from deepseek_export.cli.console import console, echo_json, facts, size, table
+from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import json_option
 from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
 from deepseek_export.machine import cores, cpu_flags, memory_bytes
+from deepseek_export.units import size
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 

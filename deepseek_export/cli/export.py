@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, size, weights_size
+from deepseek_export.cli.console import console, echo_json, facts, weights_size
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import checkpoint_argument, json_option, set_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import DsxError
+from deepseek_export.units import size
 
 if TYPE_CHECKING:
     from deepseek_export.bundle import Bundle

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
-from deepseek_export.cli.console import console, echo_json, facts, size, table, weights_size
+from deepseek_export.cli.console import console, echo_json, facts, table, weights_size
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
 from deepseek_export.cpu_library import LIBRARY_TARGET
+from deepseek_export.units import size
 
 if TYPE_CHECKING:
     from deepseek_export.bundle import Manifest

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, size
+from deepseek_export.cli.console import console, echo_json, facts
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.units import size
 
 
 @click.command("pack", cls=Command, short_help="把按引用的 bundle 打包成自包含的文件夹")

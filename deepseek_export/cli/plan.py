@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, size, table
+from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import checkpoint_argument, json_option, set_option
+from deepseek_export.units import size
 
 if TYPE_CHECKING:
     from deepseek_export.plan import Plan

@@ -13,8 +13,9 @@ from rich.progress import Progress as RichBars
 from rich.table import Column
 from rich.text import Text
 
-from deepseek_export.cli.console import console, size
+from deepseek_export.cli.console import console
 from deepseek_export.progress import Progress, Unit
+from deepseek_export.units import size
 
 
 class CliProgress(Progress):

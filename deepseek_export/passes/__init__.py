@@ -5,6 +5,7 @@ from deepseek_export.passes.listing import graph_listing
 from deepseek_export.passes.pipelines import (
     PIPELINES,
     QUANT_PIPELINES,
+    TENSORRT_TARGETS,
     LoweredModel,
     check_cache,
     check_quantization,
@@ -15,6 +16,7 @@ from deepseek_export.passes.pipelines import (
 __all__ = [
     "PIPELINES",
     "QUANT_PIPELINES",
+    "TENSORRT_TARGETS",
     "GraphModule",
     "LoweredModel",
     "Pass",

@@ -14,18 +14,24 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.checkpoint import Checkpoint, require_mtp
-from deepseek_export.checkpoint.recipe import CHUNK_BYTES
+from deepseek_export.checkpoint.recipe import CHUNK_BYTES, WeightDtype
+from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.plan.gpus import GPUS, Gpu
 from deepseek_export.plan.shape import PARTS, ModelShape, Part, part_of
+from deepseek_export.plan.written import HEADROOM, written_bytes
 from deepseek_export.profile import OptimizationProfile
 
 WeightKind = Literal["stored", "float32", "float16", "int8", "int4"]
 Split = Literal["single", "tensor", "expert", "pipeline"]
 
-#: 每个参数的字节数；量化的按块 32、float32 的 scale 计。
-_BYTES: dict[WeightKind, float] = {"float32": 4.0, "float16": 2.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}
-_QUANTIZED = ("int8", "int4")
+#: 每种权重写成什么：模型 dtype 与量化。
+_WRITTEN: dict[WeightKind, tuple[WeightDtype, Quantization | None]] = {
+    "float32": ("float32", None),
+    "float16": ("float16", None),
+    "int8": ("float32", Quantization(kind="int8")),
+    "int4": ("float32", Quantization(kind="int4")),
+}
 _CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 #: 显存里留给激活、工作区与碎片的比例。
 RESERVE = 0.10
@@ -35,8 +41,6 @@ _EXPORT_BASE = 460 << 20
 _PER_TENSOR = 2 << 10
 #: 打包时同时在内存里的块：gate、up 各有原文、转换后的一份、每元素一字节的掩码，再加交错好的两块。
 _CHUNKS = 6.5
-#: 权重之外的文件（图、tokenizer、报告）；与导出前的磁盘预检相同。
-_HEADROOM = 64 << 20
 #: ``dsx build`` 的峰值内存：底数加 float16 权重的几倍（TensorRT-RTX 1.7，8、97、433、818 MiB 的权重实测 0.69、0.90、2.34、3.84 GiB）；
 #: 引擎里权重之外的是代码。
 _BUILD_BASE = 700 << 20
@@ -70,10 +74,10 @@ class CachePlan(_Entry):
 
 
 class ExportPlan(_Entry):
-    """导出要多少磁盘与内存；``mode`` 同 ``dsx export --weights``。"""
+    """导出要多少磁盘与内存；``mode`` 同 ``dsx export --weights``，``dtype`` 的 int8、int4 是 ``--quant``（``ort-cpu``）。"""
 
     mode: Literal["packed", "reference"]
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "int8", "int4"]
     disk_bytes: int
     peak_ram_bytes: int
 
@@ -170,7 +174,10 @@ def make_plan(
     modules = require_mtp(source) if profile.mtp.enabled else 0
     shape = ModelShape.build(config, profile, modules)
     used = _used(source, modules)
-    kinds: dict[WeightKind, dict[Part, float]] = {kind: _parts(shape, kind) for kind in _BYTES}
+    kinds: dict[WeightKind, dict[Part, float]] = {
+        kind: {part: float(count) for part, count in written_bytes(config, profile, modules, *how).items()}
+        for kind, how in _WRITTEN.items()
+    }
     kinds["stored"] = _stored_parts(source, used)
     cache_dtype = config.dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
     cache = _cache(shape, cache_dtype, config.dtype, batch * context)
@@ -226,19 +233,6 @@ def _stored_parts(source: Checkpoint, used: list[str]) -> dict[Part, float]:
     return parts
 
 
-def _parts(shape: ModelShape, kind: WeightKind) -> dict[Part, float]:
-    """各部分换成 ``kind`` 之后的字节数；量化时词嵌入、norm、router 仍是 float32，absorb 用的 kv_b 是 bfloat16，与词嵌入共享的 lm_head 另存一份。"""
-    parts = {part: count * _BYTES[kind] for part, count in shape.parameters.items()}
-    if kind in _QUANTIZED:
-        kept: tuple[Part, ...] = ("embed", "small")
-        parts |= {part: shape.parameters[part] * _BYTES["float32"] for part in kept}
-        if shape.latent:
-            parts["kv_b"] = shape.parameters["kv_b"] * _CACHE_BYTES["bfloat16"]
-        if shape.config.tie_word_embeddings:
-            parts["head"] = shape.parameters["embed"] * _BYTES[kind]
-    return parts
-
-
 def _cache(shape: ModelShape, dtype: str, model_dtype: str, tokens: int) -> CachePlan:
     """展开的缓存没有 int8 这一种，按模型的 dtype 比。"""
     int8 = dtype == "int8"
@@ -257,21 +251,17 @@ def _cache(shape: ModelShape, dtype: str, model_dtype: str, tokens: int) -> Cach
 def _exports(tensors: int, totals: dict[WeightKind, int]) -> list[ExportPlan]:
     base = _EXPORT_BASE + tensors * _PER_TENSOR
     streaming = base + int(_CHUNKS * CHUNK_BYTES)
-    return [
+    packed = [
         ExportPlan(
             mode="packed",
-            dtype="float32",
-            disk_bytes=totals["float32"] + _HEADROOM,
+            dtype=kind,
+            disk_bytes=totals[kind] + HEADROOM,
             peak_ram_bytes=streaming,
-        ),
-        ExportPlan(
-            mode="packed",
-            dtype="float16",
-            disk_bytes=totals["float16"] + _HEADROOM,
-            peak_ram_bytes=streaming,
-        ),
-        ExportPlan(mode="reference", dtype="float32", disk_bytes=_HEADROOM, peak_ram_bytes=base),
+        )
+        for kind in _WRITTEN
     ]
+    reference = ExportPlan(mode="reference", dtype="float32", disk_bytes=HEADROOM, peak_ram_bytes=base)
+    return [*packed, reference]
 
 
 _ASSUMPTIONS = [

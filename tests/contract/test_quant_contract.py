@@ -12,12 +12,16 @@ from click.testing import CliRunner
 
 import deepseek_export
 from deepseek_export import DsxError, Quantization
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, disk
+from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cli.main import cli
 from deepseek_export.parity import ParityReport
 from deepseek_export.parity.tolerances import TOLERANCES
+from deepseek_export.plan.written import HEADROOM, written_bytes
+from deepseek_export.profile import resolve_profile
 from tests.contract.test_parity_contract import edit_weight, tampered
+from tests.integration.cli import TINY
 
 pytestmark = pytest.mark.contract
 
@@ -84,6 +88,46 @@ def test_what_is_quantised(bundles, kind: str, ratio: float):
     assert errors[worst[0]]["relative"] == max(error["relative"] for error in errors.values())
     float32 = sum(np.prod(shape) for shape in map(_shape, recipes.values())) * 4
     assert report["weight_bytes"] < ratio * float32
+
+
+@pytest.mark.parametrize(
+    ("profile", "target", "kind", "block", "keep", "changes"),
+    [
+        ("mla+moe", "ort-cpu", "int4", 64, ("layers.1.self_attn",), {"tie_word_embeddings": True}),
+        pytest.param(
+            *("moe", "ort-cpu", "int8", 32, ("o_proj", "layers.1.mlp.experts", "gate_proj"), {}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(*("mla", "ort-cpu", "int8", 32, (), {}), marks=pytest.mark.slow),
+        ("mla+moe", "tensorrt", "int4", 32, ("lm_head",), {"moe_intermediate_size": 48}),
+    ],
+)
+def test_the_planned_size_is_what_is_written(
+    tmp_path: Path, profile: str, target: str, kind: str, block: int, keep: tuple[str, ...], changes: dict
+):
+    """EXPORT-31：磁盘预检与 ``dsx plan`` 用的字节数，与改完图之后的配方一个字节不差。"""
+    shape = {"hidden_size": 64, "moe_intermediate_size": 32}
+    checkpoint = write_checkpoint(tmp_path / "ckpt", {**TINY, **shape, **changes})
+    resolved = resolve_profile(profile)
+    quantization = Quantization.model_validate({"kind": kind, "block": block, "keep": keep})
+    options = {"target": target, "quantization": quantization, "weights": "reference"}
+    bundle = deepseek_export.export(checkpoint, tmp_path / "out", resolved, **options)
+    manifest = bundle.manifest
+    parts = written_bytes(manifest.model, resolved, 0, "float32", quantization, target == "tensorrt")
+    assert sum(parts.values()) == sum(recipe.nbytes for recipe in manifest.weights.recipes.values())
+
+
+def test_free_space_is_checked_against_the_quantised_size(bundles, tmp_path: Path, monkeypatch):
+    """EXPORT-32：磁盘只放得下量化之后的，``--quant`` 照常导出；不量化的在动工之前拒绝，写明还差多少。"""
+    free = HEADROOM + bundles["int4"].manifest.files["weights/model.safetensors"].bytes
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
+    options = {"target": "ort-cpu", "quantization": Quantization(kind="int4")}
+    bundle = deepseek_export.export(CHECKPOINT, tmp_path / "int4", "mla+moe", **options)
+    assert bundle.manifest.files == bundles["int4"].manifest.files
+    with pytest.raises(DsxError) as error:
+        deepseek_export.export(CHECKPOINT, tmp_path / "float32", "mla+moe", target="ort-cpu")
+    assert error.value.code == "DSX-E404"
+    assert "剩余 67.3 MiB，需要约 79.5 MiB，还差 12.3 MiB" in error.value.what
 
 
 def _shape(recipe) -> tuple[int, ...]:

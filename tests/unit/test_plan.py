@@ -48,10 +48,13 @@ def test_deepseek_v3(v3: Path):
     assert (plan.cache.latent_bytes_per_token, plan.cache.expanded_bytes_per_token) == (70_272, 4_997_120)
     assert (plan.cache.used, plan.cache.latent_bytes) == ("latent", 70_272 * 2 * 8192)
     assert plan.weight_bytes["float32"] == 4 * plan.parameters
-    packed, half, reference = plan.export
+    packed, half, *quantized, reference = plan.export
     assert (packed.mode, half.dtype, reference.mode) == ("packed", "float16", "reference")
     assert packed.disk_bytes > plan.weight_bytes["float32"] > half.disk_bytes > reference.disk_bytes
     assert reference.peak_ram_bytes < packed.peak_ram_bytes == half.peak_ram_bytes < 1.5e9
+    assert [entry.dtype for entry in quantized] == ["int8", "int4"]
+    for entry in quantized:
+        assert 0 < entry.disk_bytes - plan.weight_bytes[entry.dtype] < 1e8
     assert plan.weight_bytes["float16"] < plan.build.disk_bytes < 1.01 * plan.weight_bytes["float16"]
     assert plan.build.peak_ram_bytes > 4 * plan.weight_bytes["float16"]
     assert plan.gpus == []

@@ -1,0 +1,79 @@
+"""打包导出会写多少字节的权重：只凭配置，不捕获、不改图；``dsx plan`` 与导出前的磁盘预检用的是同一个数。"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.recipe import (
+    Recipe,
+    WeightDtype,
+    mtp_recipes,
+    quantized_recipes,
+    weight_recipes,
+)
+from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.plan.shape import PARTS, Part, part_of
+from deepseek_export.profile import OptimizationProfile
+
+#: 权重之外的文件（图、tokenizer、报告）至多这么大。
+HEADROOM = 64 << 20
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def written_bytes(
+    config: ModelConfig,
+    profile: OptimizationProfile,
+    modules: int,
+    dtype: WeightDtype,
+    quantization: Quantization | None = None,
+    tensorrt: bool = False,
+) -> Mapping[Part, int]:
+    """各部分的权重写出来多少字节。
+
+    除了量化与存成 bfloat16 的 kv_b，pass 只重排权重，不改变总量。安装的 onnxruntime 缺 kernel 之类的个别拒绝这里看不到，
+    导出在改完图之后再按真正的配方核对一次。
+
+    Args:
+        config: 模型配置。
+        profile: 优化方案。
+        modules: 一并导出的 MTP 模块数。
+        dtype: 模型 dtype。
+        quantization: 只量化权重；``None`` 不量化。与词嵌入共享的 lm_head 量化之后另存一份，算在 ``head``。
+        tensorrt: 目标是 TensorRT；只在量化时有区别。
+    """
+    recipes = weight_recipes(config, dtype)
+    for index in range(modules):
+        recipes |= mtp_recipes(config, index, dtype)
+    total: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    for name, recipe in recipes.items():
+        part = part_of(name, recipe.shape)
+        if quantization is None or part in ("embed", "small"):
+            total[part] += recipe.nbytes
+        elif part == "kv_b" and profile.mla.enabled:
+            narrow = not tensorrt and not quantization.keeps(name)
+            total[part] += recipe.nbytes // 2 if narrow else recipe.nbytes
+        elif part == "experts" and not tensorrt:
+            whole = profile.moe.enabled and _fits_qmoe(name, config, quantization)
+            total[part] += _quantized(recipe, quantization, dtype) if whole else recipe.nbytes
+        elif quantization.keeps(name) or (tensorrt and recipe.shape[-1] % quantization.block):
+            total[part] += recipe.nbytes  # TensorRT 没有不满的块
+        else:
+            total[part] += _quantized(recipe, quantization, dtype)
+    if config.tie_word_embeddings and quantization is not None and not quantization.keeps(_HEAD, _EMBED):
+        whole = not tensorrt or config.hidden_size % quantization.block == 0
+        total["head"] += _quantized(recipes[_EMBED], quantization, dtype) if whole else 0
+    return total
+
+
+def _fits_qmoe(name: str, config: ModelConfig, quantization: Quantization) -> bool:
+    """一层的三个专家权重要么都换、要么都不换；``QMoE`` 要求两个输入宽度都是 block 的倍数。"""
+    prefix = name.rpartition(".experts.")[0]
+    kept = quantization.keeps(*(f"{prefix}.experts.*.{kind}_proj.weight" for kind in ("gate", "up", "down")))
+    widths = (config.hidden_size, config.moe_intermediate_size)
+    return not kept and all(width % quantization.block == 0 for width in widths)
+
+
+def _quantized(recipe: Recipe, quantization: Quantization, dtype: WeightDtype) -> int:
+    """码与 scale。"""
+    return sum(part.nbytes for part in quantized_recipes(recipe, quantization.format(dtype)))
