@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle, pack_bundle
 from deepseek_export.bundle.disk import check_output
 from deepseek_export.capture import ModelDtype
+from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import (
@@ -163,13 +164,11 @@ class CompiledModel:
 
     def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
         self.bundle = bundle
-        config = bundle.manifest.model
+        eos = stop_token_ids(bundle.path, bundle.manifest.model)
         self.tokenizer = BundleTokenizer.load(bundle.path)
         weights = BundleWeights(bundle)
         self.session = open_session(bundle, weights, threads, backend)
-        self.generator = Generator(
-            self.session, self.tokenizer, config.eos_token_ids, self.session.prefill_chunk
-        )
+        self.generator = Generator(self.session, self.tokenizer, eos, self.session.prefill_chunk)
         self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
 
     @property
@@ -247,7 +246,7 @@ def load(bundle: Path | str, threads: int | None = None, backend: Backend = "ort
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
 
     Raises:
-        DsxError: 4xx bundle 有问题；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
+        DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
             引擎用不了。
     """
     return CompiledModel(Bundle.open(bundle), threads, backend)

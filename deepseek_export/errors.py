@@ -41,6 +41,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E118": "索引文件与分片不一致",
         "DSX-E119": "检查点没有需要的 MTP 权重",
         "DSX-E120": "量化声明与张量不符",
+        "DSX-E121": "结束生成的 token 不能用",
         # 3xx：pass
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",

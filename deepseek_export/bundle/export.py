@@ -43,7 +43,7 @@ from deepseek_export.bundle.manifest import (
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.bundle.reference import link_checkpoint, reference_slots
 from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
-from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
+from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp, stop_token_ids
 from deepseek_export.checkpoint.recipe import (
     Recipe,
     bind_recipes,
@@ -150,6 +150,7 @@ def export_bundle(
     progress.start("读检查点")
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
+        stop_token_ids(source.path, source.config)
         modules = require_mtp(source) if profile.mtp.enabled else 0
         tensorrt = target in TENSORRT_TARGETS
         parts = written_bytes(source.config, profile, modules, dtype, quantization, tensorrt)

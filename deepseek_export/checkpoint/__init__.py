@@ -7,6 +7,7 @@ from deepseek_export.checkpoint.checkpoint import (
     require_mtp,
 )
 from deepseek_export.checkpoint.config import ModelConfig, load_model_config, parse_model_config
+from deepseek_export.checkpoint.generation_config import stop_token_ids
 from deepseek_export.checkpoint.rope_config import RopeConfig
 from deepseek_export.checkpoint.store import TensorSpec, TensorStore
 
@@ -21,4 +22,5 @@ __all__ = [
     "load_model_config",
     "parse_model_config",
     "require_mtp",
+    "stop_token_ids",
 ]

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest
+from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
@@ -80,9 +81,10 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎，缓存在显存里，不能用 beam search。
 
         Raises:
-            DsxError: 4xx bundle 有问题；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
+            DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
         """
         bundle = Bundle.open(path)
+        stop_token_ids(bundle.path, bundle.manifest.model)  # transformers 读同一个文件，却不报坏在哪里
         session = open_session(bundle, BundleWeights(bundle), threads, backend)
         return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.cpu_library import library_for
 from deepseek_export.runtime.cuda import require_gpu
 from deepseek_export.runtime.draft import DraftSession
@@ -64,7 +65,7 @@ def open_speculative(
         threads: 草稿模型的线程数。
 
     Raises:
-        DsxError: ``DSX-E507`` / ``DSX-E508``，草稿模型加载失败或不符合约定。
+        DsxError: ``DSX-E507`` / ``DSX-E508``，草稿模型加载失败或不符合约定；``DSX-E121`` 结束生成的 token 不能用。
     """
     config, mtp = bundle.manifest.model, bundle.manifest.profile.mtp
     if not bundle.draft_paths:
@@ -89,7 +90,7 @@ def open_speculative(
         session,
         drafts,
         tokenizer,
-        config.eos_token_ids,
+        stop_token_ids(bundle.path, config),
         mtp.num_draft_tokens,
         mtp.verify,
         session.prefill_chunk,

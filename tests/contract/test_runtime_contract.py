@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import deepseek_export
 from deepseek_export.bundle import Bundle
 from deepseek_export.errors import DsxError
+from deepseek_export.integration.causal_lm import DsxForCausalLM
+from tests.bundles import tampered
 
 pytestmark = pytest.mark.contract
 
@@ -108,3 +115,62 @@ def test_sampling_is_seeded_and_independent_of_the_batch(v3_bundle: Bundle):
     assert first != model.generate([[1, 2, 3], [4, 5]], 12, **{**options, "seed": 8}).token_ids
     greedy = model.generate([[1, 2, 3]], 12).token_ids
     assert greedy == model.generate([[1, 2, 3]], 12, temperature=1.0, top_k=1, seed=0).token_ids
+
+
+@pytest.mark.parametrize("eos", [(138, 200), (200, 149), (138,)])
+def test_stops_where_transformers_stops(v3_bundle: Bundle, saved, tmp_path: Path, eos: tuple[int, ...]):
+    """RUNTIME-6：结束符取自 generation_config.json（整数或列表），不是 config.json 的；DsxForCausalLM 也一样。"""
+    text = json.dumps({"eos_token_id": eos[0] if len(eos) == 1 else eos})
+    checkpoint = shutil.copytree(saved("v3-yarn")[1].path, tmp_path / "checkpoint")
+    (checkpoint / "generation_config.json").write_text(text)
+    path = tampered(v3_bundle, tmp_path, lambda folder: _write(folder / "generation_config.json", text)).path
+    prompt = torch.tensor([[3, 5, 7]])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    want = AutoModelForCausalLM.from_pretrained(checkpoint).eval().generate(prompt, **options)[0, 3:].tolist()
+    assert len(want) < 8
+    result = deepseek_export.load(path).generate(prompt.tolist(), 8)
+    assert (result.token_ids, result.finish_reasons) == ([want], ["eos"])
+    assert DsxForCausalLM.from_pretrained(path).generate(prompt, **options)[0, 3:].tolist() == want
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", *(f'{{"eos_token_id": {eos}}}' for eos in ('"1"', "true", "[]", "[1, 211]", "-1", "1.0"))],
+)
+def test_bad_stop_tokens_are_refused(v3_bundle: Bundle, saved, tmp_path: Path, text: str):
+    """RUNTIME-6：坏的 generation_config.json 在导出与加载时按码拒绝。"""
+    path = tampered(v3_bundle, tmp_path, lambda folder: _write(folder / "generation_config.json", text)).path
+    checkpoint = shutil.copytree(saved("v3-yarn")[1].path, tmp_path / "checkpoint")
+    _write(checkpoint / "generation_config.json", text)
+    for call in (
+        lambda: deepseek_export.load(path),
+        lambda: DsxForCausalLM.from_pretrained(path),
+        lambda: deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe"),
+    ):
+        with pytest.raises(DsxError) as error:
+            call()
+        assert error.value.code == "DSX-E121"
+        assert "generation_config.json" in error.value.what
+
+
+def test_without_a_generation_config_the_model_config_decides(v3_bundle: Bundle, tmp_path: Path):
+    """RUNTIME-6：没有写 eos_token_id 才看 config.json 的；它超出词表同样拒绝。"""
+
+    def stops_at(eos: int) -> Path:
+        def change(folder: Path) -> None:
+            _write(folder / "generation_config.json", "{}")
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest["model"]["eos_token_ids"] = [eos]
+            _write(folder / "manifest.json", json.dumps(manifest))
+
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        return tampered(v3_bundle, tmp_path, change).path
+
+    assert deepseek_export.load(stops_at(138)).generate([[3, 5, 7]], 8).token_ids == [[116, 149, 138]]
+    with pytest.raises(DsxError) as error:
+        deepseek_export.load(stops_at(211))
+    assert error.value.code == "DSX-E121"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

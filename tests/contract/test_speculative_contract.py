@@ -13,6 +13,7 @@ from deepseek_export.api import CompiledModel
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.runtime import MeasuredFloor, SpeculativeFloor
+from tests.bundles import tampered
 from tests.contract.test_mtp_contract import SMALL
 
 pytestmark = pytest.mark.contract
@@ -47,6 +48,21 @@ def test_speculative_greedy_equals_plain_greedy(model: CompiledModel, K: int):
         assert drafted.token_ids == plain.token_ids
         assert drafted.speculation is not None
         assert drafted.speculation.num_draft_tokens == K
+
+
+def test_speculative_stops_at_the_generation_config_too(model: CompiledModel, tmp_path: Path):
+    """RUNTIME-6：投机解码在同一个结束符停，草稿里它之后的不算。"""
+    tokens = model.generate([[1, 2, 3]], 24, speculative=False, ignore_eos=True).token_ids[0]
+    text = json.dumps({"eos_token_id": [tokens[9], 159]})
+
+    def change(folder: Path) -> None:
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
+
+    stopped = deepseek_export.load(tampered(model.bundle, tmp_path, change).path)
+    end = tokens.index(tokens[9]) + 1
+    for speculative in (False, True):
+        result = stopped.generate([[1, 2, 3]], 24, speculative=speculative)
+        assert (result.token_ids, result.finish_reasons) == ([tokens[:end]], ["eos"])
 
 
 def test_low_acceptance_falls_back_and_says_so(model: CompiledModel):
