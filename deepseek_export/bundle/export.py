@@ -41,7 +41,7 @@ from deepseek_export.bundle.manifest import (
     WeightsMode,
 )
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
-from deepseek_export.bundle.reference import link_checkpoint, reference_slots
+from deepseek_export.bundle.reference import check_small, link_checkpoint, reference_slots
 from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp, stop_token_ids
 from deepseek_export.checkpoint.recipe import (
@@ -200,6 +200,7 @@ def export_bundle(
                 slots, weight_files, hashed = packed.slots, [WEIGHTS_FILE], {WEIGHTS_FILE: packed.entry}
             else:
                 progress.start("链接检查点")
+                check_small(recipes, source.store)
                 slots, hashed = reference_slots(recipes, source.store), {}
                 with disk_errors(directory):
                     weight_files = link_checkpoint(source.store, directory)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.fingerprint import Fingerprint
 from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
 from deepseek_export.checkpoint.weight_only import (
     BlockFormat,
@@ -29,11 +30,11 @@ class _Entry(BaseModel):
 
 
 class SourceEntry(_Entry):
-    """检查点的出处与指纹：路径、config.json 的 sha256、每个 safetensors 文件的大小与头部 sha256。"""
+    """检查点的出处与指纹：路径、config.json 的 sha256、每个 safetensors 文件的身份。"""
 
     path: str
     config_sha256: str
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     mtp_tensors: int
 
 

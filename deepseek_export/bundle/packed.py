@@ -124,7 +124,7 @@ def _identity(head: bytes, recipes: Mapping[str, Recipe], store: TensorStore) ->
     facts = {
         "dsx": __version__,
         "recipes": {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()},
-        "checkpoint": store.fingerprint(),
+        "checkpoint": store.fingerprint().model_dump(),
         "modified": [file.stat().st_mtime_ns for file in store.files],
     }
     return hashlib.sha256(head + json.dumps(facts).encode()).hexdigest()

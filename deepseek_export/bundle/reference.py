@@ -22,11 +22,14 @@ from deepseek_export.bundle.disk import WEIGHTS_FOLDER
 from deepseek_export.bundle.graph import Slot, external_location
 from deepseek_export.bundle.packed import TAGS
 from deepseek_export.checkpoint import TensorStore
-from deepseek_export.checkpoint.recipe import Recipe, load_array
+from deepseek_export.checkpoint.recipe import Recipe, load_array, materialize
 from deepseek_export.checkpoint.store import INDEX_NAME
 from deepseek_export.errors import DsxError
 
 BY_RECIPE_FILE = f"{WEIGHTS_FOLDER}/by-recipe.txt"
+
+#: 至多这么大的权重导出时就读一遍。
+_SMALL_BYTES = 1 << 20
 
 _BY_RECIPE_TEXT = """\
 指向这个文件的 initializer 没有现成的字节：dsx 加载时按 manifest.json 里 weights.recipes 的配方，从旁边的 safetensors 生成。
@@ -52,6 +55,18 @@ def _slot(recipe: Recipe, store: TensorStore) -> Slot:
         if (spec.dtype, spec.shape) == (TAGS[recipe.dtype], recipe.shape):
             return Slot(f"{WEIGHTS_FOLDER}/{spec.file.name}", spec.offset, spec.nbytes)
     return Slot(BY_RECIPE_FILE, 0, recipe.nbytes)
+
+
+def check_small(recipes: Mapping[str, Recipe], store: TensorStore) -> None:
+    """不大的权重（norm、bias）导出时就查 NaN 与溢出；大的要读一遍整个检查点，留到打包、加载或执行。
+
+    Raises:
+        DsxError: ``DSX-E115`` / ``DSX-E116``，同打包时。
+    """
+    for name, recipe in recipes.items():
+        if recipe.nbytes <= _SMALL_BYTES:
+            for _ in materialize(name, recipe, store):
+                pass
 
 
 def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:
@@ -94,19 +109,20 @@ def open_referenced(bundle: Bundle) -> TensorStore:
         DsxError: ``DSX-E408``，检查点与导出时不同；``DSX-E110`` / ``DSX-E118``，文件坏了。
     """
     store = TensorStore.open(bundle.path / WEIGHTS_FOLDER)
-    recorded = {entry["name"]: entry for entry in bundle.manifest.source.fingerprint["files"]}
-    for entry in store.fingerprint()["files"]:
-        if recorded.pop(entry["name"], None) != entry:
-            raise _changed(bundle, entry["name"])
+    recorded = {entry.name: entry for entry in bundle.manifest.source.fingerprint.files}
+    for entry in store.fingerprint().files:
+        if (before := recorded.pop(entry.name, None)) != entry:
+            same = before is not None and before.header_sha256 == entry.header_sha256
+            raise _changed(bundle, entry.name, "数据" if same else "大小或文件头")
     if recorded:
-        raise _changed(bundle, next(iter(recorded)))
+        raise _changed(bundle, next(iter(recorded)), "大小或文件头")
     return store
 
 
-def _changed(bundle: Bundle, name: str) -> DsxError:
+def _changed(bundle: Bundle, name: str, what: str) -> DsxError:
     return DsxError(
         "DSX-E408",
-        f"{bundle.path / WEIGHTS_FOLDER / name} 的大小或文件头与导出时不同",
+        f"{bundle.path / WEIGHTS_FOLDER / name} 的{what}与导出时不同",
         "检查点被改过：从原来的检查点重新导出；想不受检查点影响，用 --weights packed 或 dsx pack",
     )
 

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_export.checkpoint.fields import unique_object
+from deepseek_export.checkpoint.fingerprint import FileFingerprint, Fingerprint, sample_sha256
 from deepseek_export.errors import DsxError
 
 MAX_HEADER = 100 << 20
@@ -73,7 +74,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class TensorStore:
-    """一个检查点目录里的全部张量；只有 :meth:`read` 与 :meth:`read_rows` 才会碰数据。"""
+    """一个检查点目录里的全部张量；只有 :meth:`read`、:meth:`read_rows` 与 :meth:`fingerprint` 才会碰数据。"""
 
     directory: Path
     _shards: tuple[_Shard, ...]
@@ -193,12 +194,26 @@ class TensorStore:
             raise DsxError("DSX-E110", f"{spec.file} 在读取 {name} 时变短了", "不要在导出期间改动检查点")
         return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(stop - start, *spec.shape[1:])
 
-    def fingerprint(self) -> dict[str, list[dict[str, Any]]]:
-        """检查点的身份：每个文件的名字、大小、文件头的 SHA-256；可写成 JSON，不含时间戳。"""
-        files = [
-            {"name": s.path.name, "size": s.size, "header_sha256": s.header_sha256} for s in self._shards
-        ]
-        return {"files": files}
+    def fingerprint(self) -> Fingerprint:
+        """检查点的身份，见 :mod:`~deepseek_export.checkpoint.fingerprint`。
+
+        Raises:
+            DsxError: ``DSX-E110`` 打开之后读不了。
+        """
+        return Fingerprint(files=tuple(_fingerprint(shard) for shard in self._shards))
+
+
+def _fingerprint(shard: _Shard) -> FileFingerprint:
+    try:
+        samples = sample_sha256(shard.path, sorted((s.offset, s.nbytes) for s in shard.specs.values()))
+    except OSError as error:
+        raise _broken(shard.path, f"读不了：{error.strerror}") from error
+    return FileFingerprint(
+        name=shard.path.name,
+        size=shard.size,
+        header_sha256=shard.header_sha256,
+        samples_sha256=samples,
+    )
 
 
 def _is_file(path: Path) -> bool:

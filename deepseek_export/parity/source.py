@@ -35,7 +35,7 @@ def open_source(bundle: Bundle, against: Path | str | None) -> Checkpoint:
     if checkpoint.config != bundle.manifest.model or checkpoint.store.fingerprint() != source.fingerprint:
         raise DsxError(
             "DSX-E602",
-            f"{path} 与导出时的检查点不是同一个（config 或张量头部不同）",
+            f"{path} 与导出时的检查点不是同一个（config、文件头或权重不同）",
             "给对检查点，或重新导出",
         )
     return checkpoint

@@ -20,8 +20,9 @@ from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
-from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.checkpoint import Checkpoint, TensorStore
 from deepseek_export.checkpoint.recipe import bind_recipes, weight_recipes
+from deepseek_export.checkpoint.store import NUMPY_DTYPES
 from deepseek_export.cli import pack
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
@@ -190,6 +191,45 @@ def test_another_shard_set_is_refused_at_load(referenced, twins, tmp_path: Path)
     path = copy_of(referenced[0], tmp_path / "out")
     shutil.copyfile(twins[1] / "model.safetensors", path / "weights/model.safetensors")
     assert code_of(deepseek_export.load, path) == "DSX-E408"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_small_weights_are_checked_at_a_reference_export(twins, tmp_path: Path, value: float):
+    """EXPORT-21：直接指进检查点的 norm 里有 NaN、Inf，按引用导出时就拒绝，不等到打包。"""
+    checkpoint = shutil.copytree(twins[1], tmp_path / "ckpt")
+    spec = TensorStore.open(checkpoint)["model.layers.1.input_layernorm.weight"]
+    with spec.file.open("r+b") as stream:
+        stream.seek(spec.offset + 12)
+        stream.write(np.float32(value).tobytes())
+    with pytest.raises(DsxError, match=r"layers.1.input_layernorm.weight\[3\]") as error:
+        deepseek_export.export(checkpoint, tmp_path / "out", "full", weights="reference")
+    assert error.value.code == "DSX-E115"
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_rewritten_in_place_is_refused(referenced, tmp_path: Path):
+    """EXPORT-22：文件头一字未改、只有一个张量的数据被就地重写，加载与打包都拒绝，不会悄悄换了权重。"""
+    path = copy_of(referenced[0], tmp_path / "out")
+    spec = TensorStore.open(path / "weights")["model.norm.weight"]
+    with spec.file.open("r+b") as stream:
+        stream.seek(spec.offset)
+        scaled = np.frombuffer(stream.read(spec.nbytes), NUMPY_DTYPES[spec.dtype]) * 2
+        stream.seek(spec.offset)
+        stream.write(scaled.tobytes())
+    for call in (deepseek_export.load, deepseek_export.pack):
+        with pytest.raises(DsxError, match="的数据与导出时不同") as error:
+            call(path)
+        assert error.value.code == "DSX-E408"
+
+
+def test_manifest_without_samples_is_refused(referenced, tmp_path: Path):
+    """EXPORT-22：旧的 manifest 没有数据的哈希，要重新导出。"""
+    path = copy_of(referenced[0], tmp_path / "out")
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    for entry in manifest["source"]["fingerprint"]["files"]:
+        del entry["samples_sha256"]
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert code_of(Bundle.open, path) == "DSX-E403"
 
 
 def test_other_file_system_is_refused(twins, tmp_path: Path):

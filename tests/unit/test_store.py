@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from deepseek_export.checkpoint import TensorStore
+from deepseek_export.checkpoint.fingerprint import Fingerprint
 from deepseek_export.errors import DsxError
 
 pytestmark = pytest.mark.unit
@@ -66,11 +67,31 @@ def test_reads_what_safetensors_wrote(tmp_path: Path):
 def test_fingerprint_sees_headers_not_timestamps(tmp_path: Path):
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
     first = TensorStore.open(tmp_path).fingerprint()
-    assert json.loads(json.dumps(first)) == first
+    assert Fingerprint.model_validate_json(first.model_dump_json()) == first
     (tmp_path / "model.safetensors").touch()
     assert TensorStore.open(tmp_path).fingerprint() == first
     save_file({"b": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
     assert TensorStore.open(tmp_path).fingerprint() != first
+
+
+@pytest.mark.parametrize(("size", "at"), [(1000, 0), (1000, 500), (1000, 999), (24, 11), (24, 12)])
+def test_fingerprint_samples_every_tensor(tmp_path: Path, size: int, at: int):
+    """每个张量的开头、正中、末尾都取样，不大的整个都算；别处的不看。"""
+    arrays = {"a": np.zeros(size, np.float32), "b": np.zeros(size, np.float32), "empty": np.zeros(0, np.int8)}
+    save_file(arrays, tmp_path / "model.safetensors")
+    first = TensorStore.open(tmp_path).fingerprint().files[0]
+    for name in ("a", "b"):
+        changed = arrays[name].copy()
+        changed[at] = 1.0
+        save_file({**arrays, name: changed}, tmp_path / "model.safetensors")
+        second = TensorStore.open(tmp_path).fingerprint().files[0]
+        assert second.header_sha256 == first.header_sha256
+        assert second.samples_sha256 != first.samples_sha256
+    elsewhere = arrays["a"].copy()
+    elsewhere[size // 3] = 1.0
+    save_file({**arrays, "a": elsewhere}, tmp_path / "model.safetensors")
+    same = TensorStore.open(tmp_path).fingerprint().files[0] == first
+    assert same == (size == 1000)
 
 
 def test_shards_and_index_wins(tmp_path: Path):
@@ -81,7 +102,7 @@ def test_shards_and_index_wins(tmp_path: Path):
     store = TensorStore.open(tmp_path)
     assert store.names == ("a", "b")
     assert store["b"].file.name == "2.safetensors"
-    assert len(store.fingerprint()["files"]) == 2
+    assert len(store.fingerprint().files) == 2
 
 
 def test_no_weights_or_only_pickle(tmp_path: Path):
