@@ -43,7 +43,13 @@ from deepseek_export.bundle.manifest import (
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.bundle.reference import check_small, link_checkpoint, reference_slots
 from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
-from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp, stop_token_ids
+from deepseek_export.checkpoint import (
+    Checkpoint,
+    ModelConfig,
+    dtype_conflict,
+    require_mtp,
+    stop_token_ids,
+)
 from deepseek_export.checkpoint.recipe import (
     Recipe,
     bind_recipes,
@@ -182,6 +188,8 @@ def export_bundle(
     lines = [*notes, *(line for graph in graphs for line in graph.lowered.fallbacks)]
     if target == LIBRARY_TARGET and profile.mla.enabled and library is None:
         lines.append(NO_LIBRARY)
+    if conflict := dtype_conflict(source):
+        lines.append(conflict)
     fallbacks = list(dict.fromkeys(lines))
     for line in fallbacks:
         progress.note(line)

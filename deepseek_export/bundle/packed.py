@@ -23,6 +23,7 @@ from deepseek_export.bundle.manifest import FileEntry
 from deepseek_export.checkpoint.recipe import Recipe, materialize
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.progress import Progress
+from deepseek_export.units import size
 
 WEIGHTS_FILE = f"{WEIGHTS_FOLDER}/model.safetensors"
 #: safetensors 没有 int4：两个一字节，最后一维减半，记作 U8。
@@ -75,6 +76,8 @@ def write_packed(
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
         done = journal.read(path)
+        if done:
+            progress.note(f"接着上一次没写完的导出：权重已有 {size(done)}")
         with path.open("r+b" if done else "w+b") as file:
             digest = _existing(file, done, progress) if done else hashlib.sha256(head)
             if not done:
@@ -90,9 +93,9 @@ def write_packed(
                     progress.advance(chunk.nbytes, name)
                 if file.tell() - synced >= sync_bytes:
                     synced = journal.record(file)
-            size = journal.record(file)
-    assert size == len(head) + sum(recipe.nbytes for recipe in recipes.values())
-    return Packed(slots, FileEntry(bytes=size, sha256=digest.hexdigest()))
+            total = journal.record(file)
+    assert total == len(head) + sum(recipe.nbytes for recipe in recipes.values())
+    return Packed(slots, FileEntry(bytes=total, sha256=digest.hexdigest()))
 
 
 def _layout(recipes: Mapping[str, Recipe]) -> tuple[bytes, dict[str, Slot]]:

@@ -2,6 +2,7 @@
 
 from deepseek_export.checkpoint.checkpoint import (
     Checkpoint,
+    dtype_conflict,
     expected_mtp_tensors,
     expected_tensors,
     require_mtp,
@@ -17,6 +18,7 @@ __all__ = [
     "RopeConfig",
     "TensorSpec",
     "TensorStore",
+    "dtype_conflict",
     "expected_mtp_tensors",
     "expected_tensors",
     "load_model_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from deepseek_export.checkpoint.config import ModelConfig, load_model_config
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
-from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.checkpoint.store import NUMPY_DTYPES, TensorStore
 from deepseek_export.errors import DsxError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -138,7 +139,7 @@ class Checkpoint:
         if not path.is_dir():
             got = "不是目录" if path.exists() else "不存在"
             raise DsxError("DSX-E101", f"检查点目录 {path} {got}", "给出含 config.json 与 safetensors 的目录")
-        config = load_model_config(path / "config.json")
+        config = load_model_config(path)
         store = TensorStore.open(path)
         expected = expected_tensors(config)
         ignored = [name for name in store.names if name.endswith("rotary_emb.inv_freq")]
@@ -172,6 +173,23 @@ class Checkpoint:
         if _HEAD in ignored:
             _check_tied(store)
         return cls(path, config, store, tuple(sorted(mtp)), tuple(sorted(ignored)))
+
+
+def dtype_conflict(checkpoint: Checkpoint) -> str | None:
+    """矩阵大多数（按字节）是什么 dtype，与 ``config.json`` 写的不同就说一句；FP8 的另有声明，不比。
+
+    不拒绝：transformers 也以文件头为准，转过 dtype 的检查点常常没有改 ``config.json``。可如果是文件头标错了，数值就全错了。
+    """
+    sizes: Counter[str] = Counter()
+    for name in checkpoint.store:
+        spec = checkpoint.store[name]
+        if len(spec.shape) == 2:
+            sizes[spec.dtype] += spec.nbytes
+    ((most, _),) = sizes.most_common(1)
+    declared = checkpoint.config.dtype
+    if most == FP8_DTYPE or NUMPY_DTYPES[most].name == declared:
+        return None
+    return f"检查点的矩阵多是 {most}，config.json 的 dtype 却是 {declared}：按 {most} 读；如果是文件头标错了，数值全是错的"
 
 
 def require_mtp(checkpoint: Checkpoint, modules: int = 1) -> int:

@@ -12,8 +12,8 @@ from rich.cells import cell_len
 
 _HEADINGS = {"Options": "选项", "Commands": "命令"}
 _WIDE = "\u2e80-\ufaff\uff00-\uffef\u3000-\u303f"
-# 折行的最小单位：一段西文，或一个汉字连同其后不能出现在行首的标点。
-_UNIT = re.compile(rf"[（「《“]*[{_WIDE}][，。；：、）」》”！？]*|[^\s{_WIDE}]+[，。；：、）」》”！？]*|\s+")
+# 折行的最小单位：一段西文，或一个汉字，连同其前不能出现在行尾、其后不能出现在行首的标点。
+_UNIT = re.compile(rf"[（「《“]*(?:[^\s{_WIDE}]+|[{_WIDE}])[，。；：、）」》”！？]*|\s+")
 _MAX_FIRST_COLUMN = 34
 
 

@@ -274,6 +274,10 @@ class Counted(Progress):
     """记下接着上一次的有多少字节。"""
 
     resumed = 0
+    line = ""
+
+    def note(self, line: str) -> None:
+        self.line = line
 
     def advance(self, amount: int = 1, detail: str = "") -> None:
         self.resumed += amount if detail == "接着上一次" else 0
@@ -303,7 +307,7 @@ def test_resumes_after_sigkill_at_any_moment(twins, tmp_path: Path):
         counted = Counted()
         assert write_packed(directory, recipes, checkpoint.store, counted) == want
         assert (directory / WEIGHTS_FILE).read_bytes() == (tmp_path / "once" / WEIGHTS_FILE).read_bytes()
-        assert (counted.resumed > 0) == (fraction >= 0.5)
+        assert (counted.resumed > 0) == (fraction >= 0.5) == ("接着上一次" in counted.line)
 
 
 def test_resumes_after_being_killed_twice(twins, tmp_path: Path):

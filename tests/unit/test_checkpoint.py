@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from deepseek_export.checkpoint import Checkpoint, expected_mtp_tensors, expected_tensors
+from deepseek_export.checkpoint import Checkpoint, dtype_conflict, expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint, write_demo_checkpoint
 from deepseek_export.errors import DsxError
 
@@ -123,6 +123,27 @@ def test_not_a_directory(tmp_path: Path, kind):
     if kind == "file":
         path.touch()
     refused("DSX-E101", path)
+
+
+def test_config_that_is_a_directory(tmp_path: Path):
+    (tmp_path / "config.json").mkdir()
+    what = refused("DSX-E102", tmp_path).what
+    assert what.count("config.json") == 1, what
+
+
+def test_a_dtype_the_config_does_not_state_is_reported(tmp_path: Path):
+    """BF16 标成 F16 也打得开（transformers 同样以文件头为准），但要说一句；少数张量的 dtype 不同、FP8 都不说。"""
+    path = write_checkpoint(tmp_path / "ckpt", TINY)
+    assert dtype_conflict(Checkpoint.open(path)) is None
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"BF16"', b'"F16" '))
+    said = dtype_conflict(Checkpoint.open(path))
+    assert said is not None
+    assert "F16" in said
+    assert "bfloat16" in said
+    quantization: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    fp8 = write_checkpoint(tmp_path / "fp8", {**TINY, "quantization_config": quantization})
+    assert dtype_conflict(Checkpoint.open(fp8)) is None
 
 
 def test_missing_tensors_are_listed_up_to_five(tmp_path: Path):

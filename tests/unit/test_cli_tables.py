@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from importlib import metadata
 
@@ -10,7 +11,7 @@ import click
 import pytest
 
 from deepseek_export import machine
-from deepseek_export.cli import compare, demo, doctor, inspect, progress, verify
+from deepseek_export.cli import compare, console, demo, doctor, inspect, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
 from deepseek_export.parity import LEVELS, Case, Culprit, ParityReport
 from deepseek_export.parity.bisect import NodeEntry
@@ -38,6 +39,24 @@ def test_every_command_has_chinese_help():
         for option in command.params:
             if isinstance(option, click.Option):
                 assert option.help, (name, option.name)
+
+
+def _lines(renderable, width: int) -> list[str]:
+    out = console.Console(file=io.StringIO(), width=width, highlight=False, markup=False)
+    out.print(renderable)
+    return [line.rstrip() for line in out.file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [120, 80])
+def test_names_are_not_broken_in_the_middle(width: int):
+    """张量名整个换到下一行；一行放不下才在点、斜杠之后断。"""
+    names = [f"model.layers.{i}.mlp.shared_experts.down_proj.weight" for i in range(4)]
+    shown = "\n".join(_lines(console.facts("已导出", [("量化", "最敏感的：" + "、".join(names))]), width))
+    assert all(name in shown for name in names)
+    made = console.table("表", "名字", "值", right=("值",))
+    made.add_row("layers.1.mlp.shared_experts.down_proj/MatMul", "1")
+    firsts = [line.split()[0] for line in _lines(made, 36)[3:]]
+    assert firsts == ["layers.1.mlp.shared_experts.", "down_proj/MatMul"]
 
 
 def test_published_cache_sizes():
