@@ -153,11 +153,12 @@ def test_engine_is_refused_where_it_does_not_match(tmp_path: Path):
 
 def test_full_tensorrt_builds_only_for_the_present_gpu(monkeypatch):
     monkeypatch.setattr(flavours, "device_sm", lambda: None)
-    error = refused("DSX-E912", flavours.select_arch, FLAVOURS["tensorrt"], None, None, 90)
+    error = refused("DSX-E912", flavours.check_arch, FLAVOURS["tensorrt"], None, 90)
     assert "没有 GPU" in error.what
     monkeypatch.setattr(flavours, "device_sm", lambda: 90)
-    flavours.select_arch(FLAVOURS["tensorrt"], None, None, 90)
-    refused("DSX-E912", flavours.select_arch, FLAVOURS["tensorrt"], None, None, 89)
+    flavours.check_arch(FLAVOURS["tensorrt"], None, 90)
+    refused("DSX-E912", flavours.check_arch, FLAVOURS["tensorrt"], None, 89)
+    refused("DSX-E901", flavours.check_arch, FLAVOURS["tensorrt"], None, 75)
 
 
 def test_shapes_choose_the_profile():
