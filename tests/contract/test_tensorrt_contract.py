@@ -316,7 +316,9 @@ def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
     """TRT-8：每个插件节点（portable 的是下沉之后的）、它的 creator、登记得上没有；建好的引擎；缺什么。"""
     found = diagnose_bundle(bundle.path)
     version = load(choose("rtx")).__version__
-    assert found["engines"] == [{"directory": "rtx-sm89", "version": version, "plans": ["model.plan"]}]
+    described = {"directory": "rtx-sm89", "version": version, "plans": ["model.plan"], "problem": None}
+    assert found["engines"] == [described]
+    assert found["refusal"] is None
     assert found["flavours"]["rtx"]["creators"] == ["LatentAttention", "MoeExperts"]
     config = bundle.manifest.model
     assert Counter(node["creator"] for node in found["nodes"]) == {
@@ -327,6 +329,25 @@ def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
     assert found["missing"] == []
     refused("DSX-E402", diagnose_bundle, folder / "none")
     refused("DSX-E402", diagnose_bundle, _without_graph(bundle, folder))
+
+
+def test_doctor_says_what_is_wrong_instead_of_a_traceback(bundle, exported, folder):
+    """TRT-8：manifest、图、engine.json 坏了各有说法；dsx build 会拒绝的，给出能建的那条导出命令。"""
+    broken = folder / "broken"
+    shutil.copytree(bundle.path, broken, ignore=shutil.ignore_patterns("engines"))
+    record = broken / "engines/rtx-sm89/engine.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{", encoding="utf-8")
+    assert diagnose_bundle(broken)["engines"][0]["problem"].startswith("DSX-E917 ")
+    model = broken / "model.onnx"
+    model.write_bytes(b"\xff" * model.stat().st_size)
+    refused("DSX-E406", diagnose_bundle, broken)
+    (broken / "manifest.json").write_text("{", encoding="utf-8")
+    refused("DSX-E403", diagnose_bundle, broken)
+    found = diagnose_bundle(exported("v3-yarn", "mla+moe", "tensorrt-rtx").path)
+    assert not found["ok"]
+    assert found["refusal"]["code"] == "DSX-E913"
+    assert "-p mla+moe --target tensorrt-rtx --dtype float16 -o " in found["refusal"]["todo"]
 
 
 def _without_graph(bundle: Bundle, folder: Path) -> Path:
