@@ -7,10 +7,10 @@ import functools
 import hashlib
 import json
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -41,10 +41,13 @@ from deepseek_export.progress import Progress
 from deepseek_export.runtime.plan import find_engine
 from tests.bundles import edit_model, find_node, run_polygraphy, set_float, tampered
 from tests.engines import assert_listing, assert_plugin_layers, refused
+from tests.integration.cli import DSX
+from tests.rebuilt import assert_rebuilt, kernel_images, read_engine
 from tools.make_engine_graphs import (
     ARCHES,
     ENGINE_GRAPHS,
     NAMES,
+    SHAPES,
     build_for,
     listing_name,
     make_bundle,
@@ -199,16 +202,29 @@ def test_without_plugins_the_function_bodies_build(built):
     assert counts["gemm"] > 0
 
 
-def test_rebuilding_gives_the_same_graph_and_layers(bundle, built):
-    """TRT-7：重建得到同样的 ONNX、同样的层、同样大小的 plan；plan 里只有编号随内存地址变，不到千分之一个字节。"""
-    old = {path.name: path.read_bytes() for path in built[0].path.iterdir() if path.is_file()}
+def test_rebuilding_changes_only_the_numbering(bundle, built):
+    """TRT-7：重建得到同样的 ONNX、层、cubin 与权重，同样大小的 plan；变的只有编号与次序，不到千分之一个字节。"""
+    old = read_engine(built[0].path)
     again = build_for(bundle, 89)
-    for name in ("model.onnx", "layers.json"):
-        assert (again.path / name).read_bytes() == old[name]
-    plan = (again.path / "model.plan").read_bytes()
-    assert len(plan) == len(old["model.plan"])
-    differing = np.count_nonzero(np.frombuffer(plan, np.uint8) != np.frombuffer(old["model.plan"], np.uint8))
-    assert differing < len(plan) / 1000
+    assert_rebuilt(old, read_engine(again.path), again.path)
+    plan = bytearray(old["model.plan"])
+    plan[next(iter(kernel_images(old["model.plan"]))) + 64] ^= 1  # 第一个 cubin 里改一位就要看得出来
+    with pytest.raises(AssertionError):
+        assert_rebuilt(old, {**old, "model.plan": bytes(plan)}, again.path)
+
+
+@pytest.mark.slow
+def test_rebuilding_in_fresh_processes_changes_only_the_numbering(tmp_path):
+    """TRT-7：带 MTP 的演示检查点，SM80、SM89、SM120，两次各用一个新的进程。"""
+    bundle = make_bundle("demo", tmp_path)
+    arches = ",".join(f"sm{sm}" for sm in ARCHES)
+    command = [*DSX, "build", str(bundle.path), "--arch", arches, "--profile-shapes", SHAPES]
+    folders = [bundle.path / f"engines/rtx-sm{sm}" for sm in ARCHES]
+    subprocess.run(command, check=True)
+    before = [read_engine(folder) for folder in folders]
+    subprocess.run(command, check=True)
+    for folder, old in zip(folders, before, strict=True):
+        assert_rebuilt(old, read_engine(folder), folder)
 
 
 def test_unsuitable_bundles_are_refused(bundle, built, exported, tmp_path):
