@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from rich.cells import cell_len
 
-from deepseek_export.cli.console import size
 from deepseek_export.cli.formatting import HelpFormatter, wrap
 from deepseek_export.cli.generate import parse_ids
 from deepseek_export.errors import DsxError
+from deepseek_export.units import size
 
 pytestmark = pytest.mark.unit
 
