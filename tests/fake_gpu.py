@@ -215,11 +215,10 @@ class FakeEngine:
         )
         return config
 
-    def create_execution_context(self, config: Any) -> FakeContext:
+    def create_execution_context(self, config: Any) -> FakeContext | None:
         assert getattr(config, "strategy", config) == "user"
-        return FakeContext(
-            self, getattr(config, "dynamic_shapes_kernel_specialization_strategy", "") == "eager"
-        )
+        fixed_kernels = getattr(config, "dynamic_shapes_kernel_specialization_strategy", "") == "eager"
+        return None if fixed_kernels and self.gpu.out_of_memory else FakeContext(self, fixed_kernels)
 
     def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         """读输入、运行、写输出；每个端口都要有地址。"""
@@ -267,11 +266,12 @@ class FakeGpu:
     Attributes:
         capturable: TensorRT 说能不能录。
         allocates_while_capturing: 录制时引擎要分配显存（于是录不成）。
+        out_of_memory: 建不出专用的上下文。
     """
 
     def __init__(self, patch: Any) -> None:
         self.driver = FakeDriver()
-        self.capturable, self.allocates_while_capturing = True, False
+        self.capturable, self.allocates_while_capturing, self.out_of_memory = True, False, False
         self._engines: dict[bytes, tuple[Path, dict[str, Node]]] = {}
         trt = FakeTensorRT()
         trt.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=self._deserialize)
