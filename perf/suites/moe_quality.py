@@ -66,7 +66,7 @@ class Scenario:
     batch_zh: int = 2
     batch_en: int = 22
     peak_lr: float = 1.6e-2
-    evaluations: int = 6
+    evaluations: int = 10
     load_steps: int = 50
     windows: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
