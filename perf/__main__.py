@@ -48,8 +48,7 @@ def run(suites: tuple[str, ...], threads: int, quick: bool, out: Path) -> None:
     for name in suites or tuple(SUITES):
         # 一套一行：后面的失败了，前面量好的已经在历史里。
         results.append(measure((name,), threads, quick))
-    latest = results.latest(results.load())
-    _write(latest, gates.check(latest, gates.load_gates()), out)
+    _write_latest(out)
 
 
 @cli.command()
@@ -60,8 +59,8 @@ def run(suites: tuple[str, ...], threads: int, quick: bool, out: Path) -> None:
 def check(suites: tuple[str, ...], threads: int, no_time: bool, out: Path) -> None:
     """缩小的场景，对照门槛与历史里的上一次；不过时退出码是 1。"""
     found, limits = measure(suites or QUICK_SUITES, threads, quick=True), gates.load_gates()
-    verdicts = [*gates.check(found, limits), *gates.regressions(found, results.load(), limits)]
-    _write(found, verdicts, out)
+    verdicts = [*gates.check([found], limits), *gates.regressions(found, results.load(), limits)]
+    _write([found], verdicts, out)
     failed = [v for v in verdicts if v.status == "fail" and not (no_time and v.kind == "time")]
     for verdict in verdicts:
         click.echo(report.verdict_line(verdict))
@@ -78,8 +77,7 @@ def check(suites: tuple[str, ...], threads: int, no_time: bool, out: Path) -> No
 @out_option
 def rewrite(figures: Path | None, out: Path) -> None:
     """只用历史重写报告。"""
-    latest = results.latest(results.load())
-    _write(latest, gates.check(latest, gates.load_gates()), out)
+    latest = _write_latest(out)
     if figures is not None:
         for path in report.write_figures(latest, figures):
             click.echo(str(path))
@@ -106,8 +104,14 @@ def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:
     )
 
 
-def _write(run: Run, verdicts: list[gates.Verdict], out: Path) -> None:
-    for path in report.write(run, verdicts, out):
+def _write_latest(out: Path) -> list[Run]:
+    latest = results.latest(results.load())
+    _write(latest, gates.check(latest, gates.load_gates()), out)
+    return latest
+
+
+def _write(runs: list[Run], verdicts: list[gates.Verdict], out: Path) -> None:
+    for path in report.write(runs, verdicts, out):
         click.echo(str(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +33,8 @@ FONTS = (
     "Microsoft YaHei",
     "SimHei",
 )
+#: ``normal`` 的字重。
+_NORMAL = 400
 #: 画图时用的两个占位颜色，写出 SVG 之后换成 CSS 变量，或某一种主题的真颜色。
 _INK, _GRID = "#010203", "#040506"
 THEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -56,9 +59,13 @@ def chinese_font() -> str:
     Raises:
         NoChineseFont: 一个也没有。
     """
-    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    fonts = font_manager.fontManager.ttflist
+    installed = {entry.name: entry for entry in fonts}
     for name in FONTS:
         if name in installed:
+            # 文泉驿只有一种字重，自称 500；不按 normal 登记一份，matplotlib 每张图都警告一次找不到。
+            if _NORMAL not in {entry.weight for entry in fonts if entry.name == name}:
+                fonts.append(replace(installed[name], weight=_NORMAL))
             return name
     raise NoChineseFont(
         "没有中文字体，图没有画。apt-get install fonts-wqy-zenhei（或 fonts-noto-cjk），再 python -m perf report"

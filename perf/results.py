@@ -78,17 +78,26 @@ def machine(run: Run) -> tuple[object, ...]:
     return cpu["model"], cpu["cores"], run.environment["threads"]
 
 
-def latest(runs: list[Run]) -> Run:
-    """与最后一次同一种机器的运行里，每一套各取最近一次（完整的优先于缩小的），拼成一份给报告用；环境取最后一次的。
+def latest(runs: list[Run]) -> list[Run]:
+    """与最后一次同一种机器的运行里，每一套各取最近一次（完整的优先于缩小的）。
+
+    Returns:
+        留下的运行，从旧到新，各只含被取的那几套与仍没有结果的跳过；环境是它自己的。
 
     Raises:
         ValueError: 历史是空的。
     """
     if not runs:
         raise ValueError("还没有测过：先运行 python -m perf run")
-    last = runs[-1]
-    same = [run for run in runs if machine(run) == machine(last)]
+    same = [run for run in runs if machine(run) == machine(runs[-1])]
     chosen = {s.suite: s for quick in (True, False) for run in same if run.quick is quick for s in run.suites}
-    skipped = {line: None for run in same for line in run.skipped if line.split("：")[0] not in chosen}
-    quick = any(suite in run.suites for run in same if run.quick for suite in chosen.values())
-    return last.model_copy(update={"suites": list(chosen.values()), "skipped": list(skipped), "quick": quick})
+    kept = [
+        run.model_copy(
+            update={
+                "suites": [suite for suite in run.suites if chosen[suite.suite] is suite],
+                "skipped": [line for line in run.skipped if line.split("：")[0] not in chosen],
+            }
+        )
+        for run in same
+    ]
+    return [run for run in kept if run.suites or run.skipped]

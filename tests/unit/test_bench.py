@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -64,6 +66,26 @@ def test_environment_names_the_machine(tmp_path):
     assert found["git"] is None
     assert environment(None, tmp_path)["git"] is None  # 不是 git 检出
     json.dumps(found)
+
+
+def test_results_a_measurement_writes_do_not_make_the_source_dirty(tmp_path):
+    def git(*command: str) -> None:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@t")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True, capture_output=True)
+
+    history, source = tmp_path / "perf/results/history.jsonl", tmp_path / "source.py"
+    history.parent.mkdir(parents=True)
+    history.touch()
+    source.touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = environment(None, tmp_path)["git"]
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    history.write_text("新的一行")
+    assert environment(None, tmp_path)["git"] == clean
+    source.write_text("改了")
+    assert environment(None, tmp_path)["git"] == f"{clean}-dirty"
 
 
 def test_process_memory(tmp_path):
