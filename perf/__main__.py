@@ -3,6 +3,7 @@
 python -m perf run [SUITE...]      完整的场景，追加进历史，重写报告
 python -m perf check               缩小的场景，对照门槛与上一次，不写历史
 python -m perf report              只用历史重写报告
+python -m perf compare [SUITE...]  每套最后两次完整的运行：每个比值的散布相不相交
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import click
 
 from deepseek_export.bench.environment import environment
 from deepseek_export.machine import cores
-from perf import gates, report, results
+from perf import gates, report, reproduce, results
 from perf.results import ROOT, Run
 from perf.suites import SUITES
 from perf.workspace import workspace
@@ -81,6 +82,17 @@ def rewrite(figures: Path | None, out: Path) -> None:
     if figures is not None:
         for path in report.write_figures(latest, figures):
             click.echo(str(path))
+
+
+@cli.command()
+@suite_argument
+def compare(suites: tuple[str, ...]) -> None:
+    """SUITES（缺省全部）最后两次完整的运行，每个比值的散布相不相交；有不相交的，或没有两次可比的，退出码是 1。"""
+    found = reproduce.compare(suites or tuple(SUITES), results.load())
+    for comparison in found:
+        click.echo("\n".join(comparison.lines()))
+    if failed := [comparison.suite for comparison in found if not comparison.reproduced]:
+        raise click.ClickException(f"没有重现：{'、'.join(failed)}")
 
 
 def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:

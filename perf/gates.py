@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.bench.spread import Spread
-from perf.results import Run, machine
+from perf.results import Run, comparable
 
 GATES = Path(__file__).with_name("gates.toml")
 
@@ -117,17 +117,8 @@ def regressions(run: Run, history: list[Run], gates: Gates) -> list[Verdict]:
     kinds: dict[tuple[str, str], Kind] = {(gate.suite, gate.ratio): gate.kind for gate in gates.gates}
     verdicts = []
     for suite in run.suites:
-        before = next(
-            (
-                old
-                for past in reversed(history)
-                if machine(past) == machine(run)
-                for old in past.suites
-                if old.suite == suite.suite and old.scenario == suite.scenario
-            ),
-            None,
-        )
-        previous = {} if before is None else {case.name: case.ratios for case in before.cases}
+        before = comparable(run, suite, history)
+        previous = {} if before is None else {case.name: case.ratios for case in before[1].cases}
         for case in suite.cases:
             for name, value in case.ratios.items():
                 old = previous.get(case.name, {}).get(name)

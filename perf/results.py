@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from deepseek_export.bench.spread import Spread
 
@@ -40,6 +41,13 @@ class SuiteResult(_Model):
     title: str
     scenario: dict[str, Any]
     cases: list[Case]
+
+    @field_validator("scenario")
+    @classmethod
+    def _as_written(cls, scenario: dict[str, Any]) -> dict[str, Any]:
+        """刚量的与历史里读回来的要能比：JSON 没有元组。"""
+        found: dict[str, Any] = json.loads(json.dumps(scenario))
+        return found
 
 
 class Run(_Model):
@@ -76,6 +84,16 @@ def machine(run: Run) -> tuple[object, ...]:
     """CPU 型号、核数、线程数：都相同的两次运行才能比。"""
     cpu = run.environment["cpu"]
     return cpu["model"], cpu["cores"], run.environment["threads"]
+
+
+def comparable(run: Run, suite: SuiteResult, history: list[Run]) -> tuple[Run, SuiteResult] | None:
+    """``history`` 里与 ``run`` 的这一套可比的最近一次：同一种机器、同样的场景。"""
+    for past in reversed(history):
+        if machine(past) == machine(run):
+            for old in past.suites:
+                if old.suite == suite.suite and old.scenario == suite.scenario:
+                    return past, old
+    return None
 
 
 def latest(runs: list[Run]) -> list[Run]:

@@ -40,6 +40,13 @@ def test_spread_and_paired_ratio():
     spread = Spread.of([3, 1, 2])
     assert (spread.median, spread.low, spread.high, spread.samples) == (2, 1, 3, (3, 1, 2))
     assert spread.scaled(10).samples == (30, 10, 20)
+    wide = Spread.of([100, 100.5]).at_least(0.01)
+    assert (wide.low, wide.high, wide.samples) == (99.2475, 101.2525, (100, 100.5))
+    assert spread.at_least(0.01) == spread
+    assert (wide.scaled(2).low, wide.scaled(2).high) == (2 * wide.low, 2 * wide.high)
+    assert wide.overlaps(Spread.of([99.25]))
+    assert Spread.of([101.25]).overlaps(wide)
+    assert not wide.overlaps(Spread.of([101.26]))
     # 机器在第三对里慢了一倍：逐对之比不变。
     ratio = paired_ratio(Spread.of([1, 1, 2]), Spread.of([4, 4, 8]))
     assert ratio.samples == (0.25, 0.25, 0.25)
