@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deepseek_export.bench.spread import Spread
+from deepseek_export.cli.console import size
 
 _SERIES: Mapping[str, str] = MappingProxyType(
     {
@@ -74,7 +75,7 @@ _SCENARIO: Mapping[str, str] = MappingProxyType(
         "slow_tokens": "其中 transformers 的",
         "new_tokens": "新 token",
         "draft_tokens": "草稿 token",
-        "compile_s": "torch.compile 的时限（秒）",
+        "compile_s": "torch.compile 每种形状的时限（秒）",
         "sizes": "参数量",
         "peer_sizes": "其中 OnnxExporter 也导出的",
         "packed_sizes": "其中也打包的",
@@ -212,12 +213,13 @@ _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "prompt_tokens": ("提示词共几个 token", _count),
         "balance": ("各层最忙的专家 / 平均", _each(_balance)),
         "nodes": ("节点", _counts),
+        "written": ("写了多少", _each(size)),
         "peer_error": ("OnnxExporter 失败的原话", str),
         "failed": ("没有跑成的原话", _each(str)),
         "difference": ("最后一行 logits 与 transformers 差多少（calc_diff）", _each(lambda x: f"{x:.1e}")),
         "build": ("llama.cpp 的编译选项", str),
-        "graphs": ("编译了几个图", _any),
-        "recompiled": ("测量之中又编译了几次", _any),
+        "graphs": ("torch.compile 编译了几个图", str),
+        "recompiled": ("其中在测量之中", str),
         "resolution": ("比值的散布不窄于", _resolution),
         "layers": ("层数", str),
         "arch": ("SM", str),

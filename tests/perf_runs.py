@@ -6,7 +6,7 @@ from importlib import import_module
 
 from deepseek_export.bench.spread import Spread
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, mtp, peers
+from perf.suites import SUITES, compile, mtp, peers
 
 ENVIRONMENT = {
     "command": "python -m perf run",
@@ -76,8 +76,12 @@ def every_suite() -> list[SuiteResult]:
     )
     sizes = Case(
         name="0.1B",
-        values={"dsx.seconds": one, "dsx.peak": spread(4e8)},
-        facts={"parameters": 1e8},
+        values={
+            f"{name}.{field}": value
+            for name in (compile.REFERENCE, compile.PACKED, compile.PEER)
+            for field, value in (("seconds", one), ("peak", spread(4e8)))
+        },
+        facts={"parameters": 1e8, "written": {compile.REFERENCE: 9e5, compile.PACKED: 4e8}},
     )
     layers = Case(name="V3 61 层 / 4 层", values={"61.seconds": one}, ratios={"capture": spread(1.0)})
     engine = Case(
