@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 from deepseek_export.bench.environment import environment
+from deepseek_export.cpu_library import find_library
 from deepseek_export.machine import cores
 from perf import gates, report, reproduce, results
 from perf.results import ROOT, Run
@@ -98,7 +99,11 @@ def compare(suites: tuple[str, ...]) -> None:
 def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:
     """跑几套场景；没装依赖或语料而跑不了的，写明跳过。"""
     started, skipped, found = datetime.now(UTC), [], []
-    machine = environment(threads, ROOT) | {"command": shlex.join(["python", "-m", "perf", *sys.argv[1:]])}
+    library = find_library()
+    machine = environment(threads, ROOT) | {
+        "command": shlex.join(["python", "-m", "perf", *sys.argv[1:]]),
+        "cpu_library": None if library is None else library.isa,
+    }
     for name in suites:
         click.echo(f"{datetime.now(UTC):%H:%M:%S} {name}", err=True)
         with workspace() as folder:

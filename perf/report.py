@@ -126,6 +126,7 @@ def environment_rows(run: Run) -> Rows:
         ("GPU", gpus or "没有"),
         ("系统", f"{e['system']}，Python {e['python']}"),
         ("库", "、".join(f"{name} {version or '未装'}" for name, version in e["libraries"].items())),
+        ("C++ 算子库", e.get("cpu_library", "没有记") or "没有"),  # 早先的历史里没有这一项
         ("线程", str(e["threads"])),
     ]
 

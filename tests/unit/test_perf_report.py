@@ -45,6 +45,16 @@ def test_every_suite_reports_its_own_environment():
     )
 
 
+def test_environment_says_whether_the_cpu_library_was_used():
+    """没有库，同一个 bundle 走函数体，内存与时间都不同。"""
+    found = {
+        library: dict(report.environment_rows(make_run([], cpu_library=library)))["C++ 算子库"]
+        for library in ("avx512", None)
+    }
+    assert found == {"avx512": "avx512", None: "没有"}
+    assert ("C++ 算子库", "没有记") in report.environment_rows(make_run([]))
+
+
 def test_numbers_have_units_and_no_exponents():
     assert labels.measured("plain.decode_s", spread(43.6)) == "43.6 s"
     assert labels.measured("plain.decode_s", spread(0.4, 0.41)) == "405（400–410）ms"
