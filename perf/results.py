@@ -87,9 +87,10 @@ def machine(run: Run) -> tuple[object, ...]:
 
 
 def comparable(run: Run, suite: SuiteResult, history: list[Run]) -> tuple[Run, SuiteResult] | None:
-    """``history`` 里与 ``run`` 的这一套可比的最近一次：同一种机器、同样的场景。"""
+    """``history`` 里与 ``run`` 的这一套可比的最近一次：同一种机器、同样的场景，C++ 算子库也相同（早先的历史没有记，算相同）。"""
+    library = run.environment.get("cpu_library")
     for past in reversed(history):
-        if machine(past) == machine(run):
+        if machine(past) == machine(run) and past.environment.get("cpu_library", library) == library:
             for old in past.suites:
                 if old.suite == suite.suite and old.scenario == suite.scenario:
                     return past, old

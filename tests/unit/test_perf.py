@@ -92,6 +92,9 @@ def test_regression_needs_disjoint_ranges_on_the_same_machine():
     assert gates.regressions(run(0.115, 0.3), history, limits) == []  # 范围相交
     assert gates.regressions(run(0.1201, 0.1201), [run(0.12)], limits) == []  # 不到 5%
     assert gates.regressions(run(0.20, 0.22, threads=4), history, limits) == []  # 不是同一种配置
+    library = [run(0.10, 0.12, cpu_library="avx512")]
+    assert gates.regressions(run(0.20, 0.22, cpu_library=None), library, limits) == []  # 这次走函数体
+    assert gates.regressions(run(0.20, 0.22, cpu_library="avx512"), history, limits)  # 早先没有记
 
 
 def test_a_fresh_run_is_compared_with_what_the_history_gives_back(tmp_path):
