@@ -95,6 +95,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E615": "没有这个块",
         "DSX-E616": "比较后端执行失败",
         # 7xx：命令行
+        "DSX-E700": "命令行的用法不对",
         "DSX-E701": "--ids 写得不对",
         "DSX-E702": "生成的输入给得不对",
         "DSX-E703": "不认识的 GPU",

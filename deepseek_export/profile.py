@@ -92,6 +92,16 @@ class OptimizationProfile(_Section):
         on = [name for name in _SWITCHES if getattr(self, name).enabled]
         return "full" if len(on) == len(_SWITCHES) else "+".join(on) or "baseline"
 
+    @property
+    def overrides(self) -> list[str]:
+        """在 :attr:`name` 之上还改了哪些键，``--set`` 的写法。"""
+        return [
+            f"{name}.{key}={getattr(section, key)}"
+            for name, section in self
+            for key, info in type(section).model_fields.items()
+            if key != "enabled" and getattr(section, key) != info.default
+        ]
+
     def to_toml(self) -> str:
         """写成 TOML 文本，含全部键；再读回来得到相等的方案。"""
         return tomli_w.dumps(self.model_dump())

@@ -6,7 +6,7 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -204,8 +204,13 @@ def export_bundle(
             with watch("hashes"):
                 files = dict(sorted((hashed | hash_files(directory, weight_files, progress)).items()))
             entry = WeightsEntry(mode=weights, files=weight_files, recipes=recipes)
-            manifest = _manifest(source, profile, target, dtype, graphs, entry, fallbacks, library, files)
-            report = _report(watch, graphs, recipes)
+            islands = (
+                {} if dtype == "float32" else {graph.file: float32_islands(graph.model) for graph in graphs}
+            )
+            manifest = _manifest(
+                source, profile, target, dtype, graphs, entry, fallbacks, library, files, islands
+            )
+            report = _report(watch, graphs, recipes) | {"float32_islands": islands}
             if quantization is not None:
                 manifest = manifest.model_copy(
                     update={"quantization": QuantizationEntry.of(quantization, quantized)}
@@ -262,14 +267,14 @@ def _manifest(
     fallbacks: list[str],
     library: CpuLibrary | None,
     files: dict[str, FileEntry],
+    islands: Mapping[str, Mapping[str, list[str]]],
 ) -> Manifest:
     config = source.config
     cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
     caches = cache_tensors(config, Forms.for_capture(profile), TORCH_DTYPES[cache_dtype])
-    islands: Counter[str] = Counter()
-    if dtype != "float32":
-        for graph in graphs:
-            islands.update(float32_islands(graph.model))
+    counts: Counter[str] = Counter()
+    for found in islands.values():
+        counts.update({op: len(names) for op, names in found.items()})
     return Manifest(
         schema_version=SCHEMA_VERSION,
         dsx_version=__version__,
@@ -294,7 +299,7 @@ def _manifest(
         weights=weights,
         fallbacks=fallbacks,
         cpu_library=None if library is None else library.isa,
-        float32_islands=dict(sorted(islands.items())),
+        float32_islands=dict(sorted(counts.items())),
         files=files,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,15 +78,15 @@ def check_onnx(path: Path) -> None:
         onnx.checker.check_model(str(Path(scratch) / path.name), full_check=True)
 
 
-def float32_islands(model: onnx.ModelProto) -> dict[str, int]:
-    """float16 模型里以 float32 计算的节点：``op_type`` → 个数（函数体先内联再数，含 ``Loop``/``If`` 里的）。
+def float32_islands(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """半精度模型里以 float32 计算的节点：``op_type`` → 节点名（函数体先内联，含 ``Loop``/``If`` 里的）。
 
     ``RMSNormalization`` 输入输出是 float16，但 ``stash_type=1`` 使它内部用 float32，也算。
     """
     inlined = onnx.shape_inference.infer_shapes(inliner.inline_local_functions(model))
-    counts: Counter[str] = Counter()
-    _count_islands(inlined.graph, counts)
-    return dict(sorted(counts.items()))
+    found: dict[str, list[str]] = defaultdict(list)
+    _find_islands(inlined.graph, found)
+    return dict(sorted(found.items()))
 
 
 #: 只搬运、改形状或产生常量的算子，不算计算。
@@ -107,14 +107,14 @@ _MOVES = {
 }
 
 
-def _count_islands(graph: onnx.GraphProto, counts: Counter[str]) -> None:
+def _find_islands(graph: onnx.GraphProto, found: dict[str, list[str]]) -> None:
     values = (*graph.value_info, *graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     for node in graph.node:
         if node.op_type == "RMSNormalization" or (
             node.op_type not in _MOVES and any(types.get(o) == onnx.TensorProto.FLOAT for o in node.output)
         ):
-            counts[node.op_type] += 1
+            found[node.op_type].append(node.name)
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                _count_islands(attribute.g, counts)
+                _find_islands(attribute.g, found)

@@ -42,7 +42,7 @@ def command(bundle: Path, arches: str, flavour: str | None, shapes: str, as_json
 
     每种 SM 一个目录：model.plan（有 MTP 时还有 mtp.plan）、layers.json（引擎的每一层从哪些 ONNX 节点来，哪些是 dsx
     插件）、engine.json，以及解析时用的 ONNX。有两个优化配置：decode（一次至多 8 个 token）与 prefill。预期的插件有一个没有留在
-    引擎里就失败。portable 的 bundle 先在途中下沉；bundle 要是 float16 的。
+    引擎里就失败。portable 的 bundle 先在途中下沉；bundle 要是 float16 或 bfloat16 的。
 
     \b
     例：
@@ -57,10 +57,16 @@ def command(bundle: Path, arches: str, flavour: str | None, shapes: str, as_json
         progress.start("加载 torch 与 onnx")
         from deepseek_export.bundle import Bundle
         from deepseek_export.engine.build import build_engine
+        from deepseek_export.engine.flavour import check_arch, load
+        from deepseek_export.engine.lowered import check_buildable
         from deepseek_export.engine.shapes import ProfileShapes
 
         opened = Bundle.open(bundle)
         parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
+        # 都先看一遍：不要建好前几个才发现后面的建不了。
+        check_buildable(opened)
+        for sm in targets:
+            check_arch(chosen, load(chosen), sm)
         for sm in targets:
             built.append(build_engine(opened, sm, chosen, parsed, progress))
     if as_json:

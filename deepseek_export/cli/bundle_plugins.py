@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,39 @@ from deepseek_export.ops.table import (
 
 
 def diagnose_bundle(path: Path) -> dict[str, Any]:
-    """读 manifest 与图；不加载权重，不导入 torch。portable 的 bundle 还没有下沉，列的是下沉之后的插件核。
+    """读 manifest 与图；不加载权重。portable 的 bundle 还没有下沉，列的是下沉之后的插件核。
 
     Raises:
-        DsxError: ``DSX-E402``，不是 bundle 或缺图文件。
+        DsxError: ``DSX-E402`` 不是 bundle 或缺文件；``DSX-E403`` manifest 读不了；``DSX-E406`` 文件大小或内容不对。
     """
     import onnx
+    from google.protobuf.message import DecodeError
 
+    from deepseek_export.bundle import Bundle
+    from deepseek_export.engine.lowered import check_buildable
     from deepseek_export.engine.plugins import PLUGIN_OPS
 
-    manifest = path / "manifest.json"
-    if not manifest.is_file():
-        raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
-    described = json.loads(manifest.read_text(encoding="utf-8"))
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
     plugins = {spec.name: spec.name for spec in PLUGIN_OPS}
-    if described["target"] == "portable" and described["profile"]["mla"]["form"] != "naive":
+    if manifest.target == "portable" and manifest.profile.mla.form != "naive":
         plugins[MLA_ATTENTION.name] = LATENT_ATTENTION.name  # 下沉之后每个 MlaAttention 里有一个
     nodes = []
-    for graph in described["graphs"]:
-        file = path / graph["file"]
-        if not file.is_file():
-            raise DsxError("DSX-E402", f"{path} 缺少 {graph['file']}", "重新导出，或把整个目录一起拷贝")
-        model = onnx.load(file, load_external_data=False)
+    for graph in manifest.graphs:
+        file = path / graph.file
+        try:
+            model = onnx.load(file, load_external_data=False)
+        except DecodeError as error:
+            raise DsxError(
+                "DSX-E406", f"{file} 不是 ONNX：{error}", "文件损坏：重新拷贝或重新导出"
+            ) from error
         bodies = {function.name for function in model.functions}
         for node in model.graph.node:
             plugin = plugins.get(node.op_type) if node.domain == DOMAIN else None
             if plugin is not None:
                 nodes.append(
                     {
-                        "graph": graph["file"],
+                        "graph": graph.file,
                         "node": node.name,
                         "creator": f"{PLUGIN_NAMESPACE}::{plugin}/{PLUGIN_VERSION}",
                         "function_body": node.op_type in bodies,
@@ -59,13 +62,19 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
         node["registered"] = {
             name: node["op"] in found["creators"] for name, found in flavours.items() if found["version"]
         }
+    try:
+        check_buildable(bundle)
+        refusal = None
+    except DsxError as error:
+        refusal = {"code": error.code, "what": error.what, "todo": error.todo}
     missing = _missing(flavours)
     unregistered = [node["node"] for node in nodes if not all(node["registered"].values())]
     return {
-        "ok": not missing and not unregistered and not any(f["problem"] for f in flavours.values()),
+        "ok": not (missing or unregistered or refusal or any(f["problem"] for f in flavours.values())),
         "path": str(path),
-        "target": described["target"],
-        "dtype": described["dtype"],
+        "target": manifest.target,
+        "dtype": manifest.dtype,
+        "refusal": refusal,
         "nodes": nodes,
         "flavours": flavours,
         "engines": _engines(path),
@@ -97,17 +106,18 @@ def _flavour(name: str) -> dict[str, Any]:
 
 
 def _engines(path: Path) -> list[dict[str, Any]]:
-    """建好的引擎，照 ``engine.json`` 写的。"""
+    """建好的引擎，照 ``engine.json`` 写的；读不了的说明原因。"""
+    from deepseek_export.engine.record import RECORD_FILE, EngineRecord
+
     found = []
-    for record in sorted(path.glob("engines/*/engine.json")):
-        data = json.loads(record.read_text(encoding="utf-8"))
-        found.append(
-            {
-                "directory": record.parent.name,
-                "version": data["version"],
-                "plans": sorted(data["plans"]),
-            }
-        )
+    for file in sorted(path.glob(f"engines/*/{RECORD_FILE}")):
+        one: dict[str, Any] = {"directory": file.parent.name, "version": None, "plans": [], "problem": None}
+        try:
+            record = EngineRecord.read(file.parent)
+            one |= {"version": record.version, "plans": sorted(record.plans)}
+        except DsxError as error:
+            one["problem"] = f"{error.code} {error.what}"
+        found.append(one)
     return found
 
 
@@ -137,9 +147,14 @@ def print_bundle(found: dict[str, Any]) -> None:
         elif flavour["link_repaired"]:
             state += "；刚补上缺少的符号链接 libtensorrt_rtx.so"
         rows.append((FLAVOURS[name].module, state))
-    engines = [f"{e['directory']}（{e['version']}：{'、'.join(e['plans'])}）" for e in found["engines"]]
+    engines = [
+        f"{e['directory']}（{e['problem'] or e['version'] + '：' + '、'.join(e['plans'])}）"
+        for e in found["engines"]
+    ]
     rows.append(("引擎", "；".join(engines) or "还没有，用 dsx build 建"))
     rows += [("缺少", line) for line in found["missing"]]
+    if refusal := found["refusal"]:
+        rows += [("建不了引擎", f"{refusal['code']} {refusal['what']}"), ("怎么办", refusal["todo"])]
     out.print()
     out.print(facts(f"{found['path']}（{found['target']}，{found['dtype']}）", rows))
     if not found["nodes"]:

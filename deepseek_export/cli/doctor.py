@@ -56,8 +56,8 @@ _READY = "可用"
 def command(ctx: click.Context, bundle: Path | None, as_json: bool) -> None:
     """检查 Python、CPU、内存、依赖的版本，以及能编译到哪些目标；给出 OUT 时另看它的插件。
 
-    不给 OUT 时只读安装信息；给了则逐个列出插件节点、需要的 creator、在已装的 TensorRT 里登记得上没有，缺什么、怎么装。都不加载
-    torch。必需的依赖缺少或太旧、或有插件登记不上时，退出码是 1。
+    不给 OUT 时只读安装信息；给了则逐个列出插件节点、需要的 creator、在已装的 TensorRT 里登记得上没有，缺什么、怎么装，以及
+    dsx build 会不会拒绝它。必需的依赖缺少或太旧、有插件登记不上、这个 bundle 建不了引擎时，退出码是 1。
     """
     found = diagnose()
     if bundle is not None:

@@ -17,6 +17,7 @@ import click
 from deepseek_export import __version__
 from deepseek_export.cli.formatting import Group
 from deepseek_export.cli.options import wants_json
+from deepseek_export.cli.usage import usage_error
 from deepseek_export.errors import DsxError
 
 #: 命令 → 所在模块；次序就是帮助里的次序。模块顶层不许导入 torch、onnx 这类重的依赖。
@@ -101,6 +102,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = cli.main(args=argv, prog_name="dsx", standalone_mode=False)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # 什么都没给：印帮助
+        code = error.exit_code
+    except click.UsageError as error:
+        click.echo(str(usage_error(error)), err=True)
+        code = error.exit_code
     except click.ClickException as error:
         error.show()
         code = error.exit_code

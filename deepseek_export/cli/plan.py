@@ -22,7 +22,9 @@ _BOUNDS = {"memory": "受带宽限制", "compute": "受算力限制"}
 @click.command("plan", cls=Command, short_help="动工之前：多大、放不放得下、多快")
 @checkpoint_argument
 @click.option("-p", "--profile", default="mla+moe", show_default=True, help="优化方案。")
-@click.option("--gpu", "gpus", metavar="NAME,...", default="", help="GPU，逗号分隔，例如 h100,rtx4090。")
+@click.option(
+    "--gpu", "gpus", metavar="NAME,...", default="", help="GPU，逗号分隔，不分大小写，例如 h100,rtx4090。"
+)
 @click.option(
     "--gpus", "count", type=click.IntRange(min=1), default=1, show_default=True, help="每种有几块。"
 )
@@ -117,8 +119,9 @@ def _print(plan: Plan) -> None:
     )
     if plan.gpus:
         out.print()
-        out.print(_gpu_table(plan))
-        out.print()
+        if any(gpu.requested for gpu in plan.gpus):
+            out.print(_gpu_table(plan))
+            out.print()
         out.print(_gpu_facts(plan))
     click.echo()
     for line in plan.assumptions:
@@ -126,10 +129,10 @@ def _print(plan: Plan) -> None:
 
 
 def _gpu_table(plan: Plan) -> Any:
-    numbers = ("卡数", "每卡权重", "每卡缓存", "每卡可用")
+    numbers = ("卡数", "每卡权重", "每卡缓存", "每卡可用", "解码不超过")
     made = table(
         f"权重 {plan.weights}，batch {plan.batch} × {plan.context} token",
-        *("GPU", "切法", *numbers, "放得下"),
+        *("GPU", "切法", *numbers),
         right=numbers,
     )
     for gpu in plan.gpus:
@@ -141,9 +144,13 @@ def _gpu_table(plan: Plan) -> Any:
                 size(split.weight_bytes),
                 size(split.cache_bytes),
                 size(gpu.usable_bytes),
-                "是" if split.fits else "否",
+                _speed(split.decode_tokens_per_second),
             )
     return made
+
+
+def _speed(value: float | None) -> str:
+    return "放不下" if value is None else f"{value:,.0f} token/s"
 
 
 def _gpu_facts(plan: Plan) -> Any:
@@ -152,10 +159,13 @@ def _gpu_facts(plan: Plan) -> Any:
         least = "128 块也不够"
         if gpu.smallest is not None:
             least = f"至少 {gpu.smallest.gpus} 块（{_SPLITS[gpu.smallest.split]}）"
-        if gpu.decode_tokens_per_second is not None and gpu.decode_bound is not None:
+        if gpu.no_split is not None:
+            least += f"；{gpu.no_split}"
+        if gpu.decode_split is not None and gpu.decode_bound is not None:
             least += (
-                f"；解码不超过 {gpu.decode_tokens_per_second:,.0f} token/s（{_BOUNDS[gpu.decode_bound]}），"
-                f"prefill 不超过 {gpu.prefill_tokens_per_second:,.0f} token/s"
+                f"；解码不超过 {_speed(gpu.decode_tokens_per_second)}"
+                f"（{_SPLITS[gpu.decode_split]}，{_BOUNDS[gpu.decode_bound]}），"
+                f"prefill 不超过 {_speed(gpu.prefill_tokens_per_second)}"
             )
         rows.append((gpu.title, least))
     return facts("至少几块，多快", rows)

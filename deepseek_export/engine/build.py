@@ -28,7 +28,14 @@ from deepseek_export.bundle.disk import (
 )
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint.weight_only import packed_int4
-from deepseek_export.engine.flavour import Flavour, layer_information, load, network_flags, select_arch
+from deepseek_export.engine.flavour import (
+    Flavour,
+    check_arch,
+    layer_information,
+    load,
+    network_flags,
+    select_arch,
+)
 from deepseek_export.engine.layers import (
     EngineLayer,
     layer_counts,
@@ -42,6 +49,7 @@ from deepseek_export.engine.plugins import BuildTarget, building_for, registered
 from deepseek_export.engine.record import LAYERS_FILE, RECORD_FILE, EngineRecord, PlanEntry
 from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
+from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.progress import Progress
 
 ENGINES = "engines"
@@ -86,6 +94,7 @@ def build_engine(
     progress = progress or Progress()
     check_buildable(bundle)
     trt = load(flavour)
+    check_arch(flavour, trt, sm)
     out = bundle.path / ENGINES / f"{flavour.name}-sm{sm}"
     plans: dict[str, PlanEntry] = {}
     layers: dict[str, dict[str, list[EngineLayer]]] = {}
@@ -106,7 +115,8 @@ def build_engine(
             seconds = round(time.perf_counter() - began, 3)
             name = f"{entry.file.removesuffix('.onnx')}.plan"
             layers[name] = parse_layers(text, list(profiles), graph.plugins)
-            check_plugins(name, layers[name]["decode"], graph.plugins)
+            for profile, found in layers[name].items():
+                check_plugins(f"{name} 的 {profile} 配置", found, expected_plugins(profile, graph.plugins))
             unfused = unfused_attention(layers[name].get("prefill", ()), graph.attentions)
             if unfused:
                 progress.note(
@@ -162,13 +172,13 @@ def build_plan(
         trt: TensorRT 模块。
         flavour: 它是哪种。
         model: ONNX 文件。
-        sm: 目标计算能力。
+        sm: 目标计算能力，先过 :func:`~deepseek_export.engine.flavour.check_arch`。
         profiles: 每个优化配置里各具名维的范围。
         progress: 进度。
         initializers: 代替文件里内容的权重，按引用的 bundle 里按配方生成的那些；引擎建好之前数组不能释放。
 
     Raises:
-        DsxError: ``DSX-E912`` 建不了这种 SM；``DSX-E914`` TensorRT 报错；``DSX-E916`` 插件内部出错。
+        DsxError: ``DSX-E914`` TensorRT 报错；``DSX-E916`` 插件内部出错。
     """
     logger = logger_for(trt)
     logger.clear()
@@ -193,7 +203,11 @@ def build_plan(
         plan = builder.build_serialized_network(network, config)
         if plan is None or target.failures:
             raise _failure(target, model, logger.errors())
-    return bytes(plan), layer_information(flavour, trt, logger.messages(), bytes(plan), logger)
+        # 仍在 building_for 之内：完整的 TensorRT 在这里把引擎读回来，插件随之重建。
+        text = layer_information(flavour, trt, logger.messages(), bytes(plan), logger)
+        if not text or target.failures:
+            raise _failure(target, model, logger.errors())
+    return bytes(plan), text
 
 
 def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> bool:
@@ -210,8 +224,15 @@ def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> 
     )
 
 
+def expected_plugins(profile: str, plugins: Mapping[str, str]) -> Mapping[str, str]:
+    """一个优化配置里一定要有的插件：解码是全部；prefill 的注意力走原生融合核，走不到的插件可以整条删掉，专家总要经过。"""
+    if profile == "decode":
+        return plugins
+    return {node: op for node, op in plugins.items() if op == MOE_EXPERTS.name}
+
+
 def check_plugins(name: str, layers: Iterable[EngineLayer], plugins: Mapping[str, str]) -> None:
-    """每个插件节点都是一个插件层；走不到的路径可以整条删掉，所以看解码配置的层。
+    """每个插件节点都是一个插件层。
 
     Raises:
         DsxError: ``DSX-E915``。

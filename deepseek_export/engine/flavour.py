@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from deepseek_export.errors import DsxError
+from deepseek_export.kernels.table import SMS, check_sm
 
 FlavourName = Literal["rtx", "tensorrt"]
 
@@ -141,22 +142,23 @@ def parse_arch(text: str) -> int:
     return int(match[1])
 
 
-def select_arch(flavour: Flavour, trt: Any, config: Any, sm: int) -> None:
-    """让 ``config`` 为 ``sm`` 建引擎。
+def check_arch(flavour: Flavour, trt: Any, sm: int) -> None:
+    """这种发行、这台机器能不能为 ``sm`` 建引擎，插件有没有它的 kernel。
 
     Raises:
-        DsxError: ``DSX-E912``，这种发行、这台机器不能为它建。
+        DsxError: ``DSX-E912``。
     """
     if flavour.cross_builds:
-        capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
-        if capability is None:
-            known = "、".join(name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM"))
-            todo = f"可用的有 {known}；sm90、sm100 用完整的 TensorRT 在目标卡上建（--flavour tensorrt）"
-            raise DsxError("DSX-E912", f"TensorRT-RTX {trt.__version__} 不支持 sm{sm}", todo)
-        # 从不用 CURRENT：没有 GPU 时它与插件一起会让进程中止。
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(capability, 0)
+        known = [known for known in SMS if hasattr(trt.ComputeCapability, f"SM{known}")]
+        if sm not in known:
+            todo = (
+                f"可用的有 {'、'.join(f'sm{known}' for known in known)}；sm90、sm100 用完整的 TensorRT 在目标卡上建"
+                "（--flavour tensorrt）"
+            )
+            what = f"TensorRT-RTX {trt.__version__} 或插件的 kernel 不支持 sm{sm}"
+            raise DsxError("DSX-E912", what, todo)
         return
+    check_sm(sm)
     current = device_sm()
     if current != sm:
         found = "没有 GPU" if current is None else f"当前的 GPU 是 sm{current}"
@@ -165,6 +167,14 @@ def select_arch(flavour: Flavour, trt: Any, config: Any, sm: int) -> None:
             f"完整的 TensorRT 只能为当前的 GPU 建引擎，要的是 sm{sm}，{found}",
             "在目标 GPU 上建，或用 --flavour rtx 跨卡建",
         )
+
+
+def select_arch(flavour: Flavour, trt: Any, config: Any, sm: int) -> None:
+    """让 ``config`` 为 ``sm`` 建引擎；``sm`` 先过 :func:`check_arch`。"""
+    if flavour.cross_builds:
+        # 从不用 CURRENT：没有 GPU 时它与插件一起会让进程中止。
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
 
 
 def device_sm() -> int | None:
@@ -194,13 +204,15 @@ def network_flags(trt: Any) -> int:
 
 
 def layer_information(flavour: Flavour, trt: Any, log: list[str], plan: bytes, logger: Any) -> str:
-    """引擎的全部层，一行一层。
+    """引擎的全部层，一行一层；引擎读不回来时为空。
 
     RTX 没有 GPU 也在详细日志里印出来；完整的 TensorRT 反序列化之后由 inspector 给出同样的文本。
     """
     if flavour.cross_builds:
         return next((text for text in reversed(log) if text.startswith("Layers:")), "")
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        return ""  # 反序列化失败：没有任何层，由调用方按日志里的原话报告
     inspector = engine.create_engine_inspector()
     information: str = inspector.get_engine_information(trt.LayerInformationFormat.ONELINE)
     return information

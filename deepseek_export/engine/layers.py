@@ -15,7 +15,8 @@ _ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 #: 编译器自己加的：优化配置、重名编号、图的编号与层号。
 _DECORATION = re.compile(r" \[profile \d+\]|(_U\d+)?_myl\d+_\d+$")
 
-_PLUGIN_KIND = "custom_layer"
+#: 插件层的种类：RTX 与 TensorRT 11 是前一个，TensorRT 10 的 inspector 是后一个。
+_PLUGIN_KINDS = {"custom_layer", "PluginV3"}
 #: 原生融合注意力的层名里都有它，例如 ``_gemm_mha_v2``。
 _FUSED_ATTENTION = "mha"
 #: 编译器的调度与形状计算，不是算子。
@@ -27,7 +28,7 @@ class EngineLayer(BaseModel):
 
     Attributes:
         name: 编译器起的名字，去掉编号。
-        kind: ``gemm``、``kgen``（生成的融合 kernel）、``custom_layer``（插件）、``runtime_fusion`` 等。
+        kind: ``gemm``、``kgen``（生成的融合 kernel）、``custom_layer`` 或 ``PluginV3``（插件）、``runtime_fusion`` 等。
         onnx: 来自哪些 ONNX 节点。
         op: 它是插件时，对应的 ``dsx`` 算子。
     """
@@ -71,7 +72,7 @@ def parse_layers(
             name=_DECORATION.sub("", match["name"]),
             kind=match["kind"],
             onnx=onnx,
-            op=op if match["kind"] == _PLUGIN_KIND else None,
+            op=op if match["kind"] in _PLUGIN_KINDS else None,
         )
         found[profiles[graphs.get(graph_id, own) if graph_id else own]].append(layer)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 import onnx
@@ -49,15 +50,30 @@ def check_buildable(bundle: Bundle) -> None:
     manifest = bundle.manifest
     if manifest.target not in _BUILDABLE:
         what = f"{bundle.path} 的目标是 {manifest.target}，它的图已为别的运行时改写"
-        raise DsxError("DSX-E913", what, f"用 --target {' 或 '.join(_BUILDABLE)} 重新导出")
+        raise DsxError("DSX-E913", what, _export_again(bundle))
     if manifest.target == "portable" and any(
         r.name == SplitExpertsPass.name and r.count for r in manifest.passes
     ):
         what = f"{bundle.path} 的专家权重太大，导出 portable 时已拆成几组，下沉认不出原来的一层"
-        raise DsxError("DSX-E913", what, f"用 --target {' 或 '.join(TENSORRT_TARGETS)} 重新导出")
+        raise DsxError("DSX-E913", what, _export_again(bundle))
     if manifest.dtype == "float32":
         what = f"{bundle.path} 是 float32：插件核与融合注意力都没有 float32 的实现"
-        raise DsxError("DSX-E913", what, "用 --dtype float16 重新导出")
+        raise DsxError("DSX-E913", what, _export_again(bundle))
+
+
+def _export_again(bundle: Bundle) -> str:
+    """从同一个检查点、以同一个方案导出一个建得了引擎的，整条命令。"""
+    manifest = bundle.manifest
+    target = manifest.target if manifest.target in TENSORRT_TARGETS else TENSORRT_TARGETS[-1]
+    dtype = "float16" if manifest.dtype == "float32" else manifest.dtype
+    words = ["dsx", "export", manifest.source.path, "-p", manifest.profile.name]
+    for override in manifest.profile.overrides:
+        words += ["--set", override]
+    words += ["--target", target, "--dtype", dtype]
+    if (quantization := manifest.quantization) is not None:
+        words += ["--quant", quantization.kind, "--quant-block", str(quantization.block)]
+        words += ["--keep", ",".join(quantization.keep)] if quantization.keep else []
+    return "重新导出：" + shlex.join([*words, "-o", f"{bundle.path}-{target}"])
 
 
 def has_prefill(profile: OptimizationProfile) -> bool:

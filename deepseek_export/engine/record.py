@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -87,7 +88,7 @@ class EngineRecord(BaseModel):
             ) from error
 
     def check(self, directory: Path, version: str | None, sm: int | None, bundle_sha256: str) -> None:
-        """能不能在这里加载。
+        """能不能在这里加载；plan 的内容在 :meth:`read_plan` 时核对。
 
         Args:
             directory: 引擎目录。
@@ -106,7 +107,20 @@ class EngineRecord(BaseModel):
         for name, built, here in pairs:
             if built != here:
                 what = f"{directory}：{name}建的时候是 {built}，这里是 {here}"
-                raise DsxError("DSX-E917", what, f"重建：dsx build --arch sm{sm or self.sm}")
+                raise DsxError(
+                    "DSX-E917", what, f"重建：dsx build {directory.parents[1]} --arch sm{sm or self.sm}"
+                )
         for name, entry in self.plans.items():
             if not (directory / name).is_file() or (directory / name).stat().st_size != entry.bytes:
                 raise DsxError("DSX-E917", f"{directory / name} 缺失或大小不符", "用 dsx build 重建")
+
+    def read_plan(self, path: Path) -> bytes:
+        """读一个 plan，核对哈希。
+
+        Raises:
+            DsxError: ``DSX-E917``，内容与建的时候不同。
+        """
+        plan = path.read_bytes()
+        if hashlib.sha256(plan).hexdigest() != self.plans[path.name].sha256:
+            raise DsxError("DSX-E917", f"{path} 的内容与建的时候不同", "文件损坏或改过：用 dsx build 重建")
+        return plan

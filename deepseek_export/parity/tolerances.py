@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from deepseek_export.checkpoint.weight_only import QuantKind
 from deepseek_export.parity.measures import Measure
+
+if TYPE_CHECKING:
+    from deepseek_export.checkpoint.weight_only import QuantKind
 
 Quantity = Literal[
     "op",
@@ -26,7 +28,7 @@ Quantity = Literal[
 ]
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 #: 容差表的键：量、dtype、权重量化。
-Key = tuple[Quantity, Dtype, QuantKind | None]
+Key = tuple[Quantity, Dtype, "QuantKind | None"]
 
 
 @dataclass(frozen=True)

@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.checkpoint import Checkpoint, require_mtp
 from deepseek_export.checkpoint.recipe import CHUNK_BYTES
 from deepseek_export.errors import DsxError
-from deepseek_export.plan.gpus import GPUS, Gpu
+from deepseek_export.plan.gpus import GPUS
+from deepseek_export.plan.result import BuildPlan, CachePlan, ExportPlan, Plan, StoredWeights, WeightKind
+from deepseek_export.plan.roofline import ROOFLINE_ASSUMPTIONS, Estimate
 from deepseek_export.plan.shape import PARTS, ModelShape, Part, part_of
 from deepseek_export.profile import OptimizationProfile
-
-WeightKind = Literal["stored", "float32", "float16", "int8", "int4"]
-Split = Literal["single", "tensor", "expert", "pipeline"]
 
 #: 每个参数的字节数；量化的按块 32、float32 的 scale 计。
 _BYTES: dict[WeightKind, float] = {"float32": 4.0, "float16": 2.0, "int8": 1 + 4 / 32, "int4": 0.5 + 4 / 32}
 _QUANTIZED = ("int8", "int4")
 _CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-#: 显存里留给激活、工作区与碎片的比例。
-RESERVE = 0.10
 #: 捕获与改图的内存，与模型大小无关：演示检查点的导出峰值（README）。
 _EXPORT_BASE = 460 << 20
 #: 每个检查点张量的文件头、配方与它那一份图；DeepSeek-V3（91,991 个张量）按引用导出的峰值实测 549 MiB，这样算是 640 MiB。
@@ -43,92 +37,6 @@ _BUILD_BASE = 700 << 20
 _BUILD_COPIES = 4.4
 _BUILD_CODE = 64 << 20
 DEFAULT_CONTEXT = 4096
-_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StoredWeights(_Entry):
-    """检查点里一种 dtype 的张量。"""
-
-    dtype: str
-    tensors: int
-    bytes: int
-
-
-class CachePlan(_Entry):
-    """KV 缓存：潜向量与展开的各多大；``used`` 是方案实际用的那一种。"""
-
-    dtype: str
-    used: Literal["latent", "expanded"]
-    latent_bytes_per_token: int
-    expanded_bytes_per_token: int
-    latent_bytes: int
-    expanded_bytes: int
-
-
-class ExportPlan(_Entry):
-    """导出要多少磁盘与内存；``mode`` 同 ``dsx export --weights``。"""
-
-    mode: Literal["packed", "reference"]
-    dtype: Literal["float32", "float16"]
-    disk_bytes: int
-    peak_ram_bytes: int
-
-
-class BuildPlan(_Entry):
-    """由 float16 的 bundle 建一个 TensorRT 引擎（一种 SM）要多少磁盘与内存。"""
-
-    disk_bytes: int
-    peak_ram_bytes: int
-
-
-class SplitPlan(_Entry):
-    """``gpus`` 块卡按一种方式切：最满的那块卡放多少，放不放得下。"""
-
-    split: Split
-    gpus: int
-    weight_bytes: int
-    cache_bytes: int
-    fits: bool
-
-
-class GpuPlan(_Entry):
-    """在一种 GPU 上：请求的卡数怎么切得下，至少要几块，速度的上界。"""
-
-    gpu: str
-    title: str
-    usable_bytes: int
-    requested: list[SplitPlan]
-    smallest: SplitPlan | None
-    decode_tokens_per_second: float | None
-    decode_bound: Literal["memory", "compute"] | None
-    prefill_tokens_per_second: float | None
-
-
-class Plan(_Entry):
-    """全部估算。"""
-
-    checkpoint: str
-    family: str
-    layers: int
-    moe_layers: int
-    mtp_modules: int
-    profile: str
-    weights: WeightKind
-    batch: int
-    context: int
-    parameters: int
-    active_parameters: int
-    stored: list[StoredWeights]
-    weight_bytes: dict[WeightKind, int]
-    cache: CachePlan
-    export: list[ExportPlan]
-    build: BuildPlan
-    gpus: list[GpuPlan]
-    assumptions: list[str]
 
 
 def make_plan(
@@ -146,7 +54,7 @@ def make_plan(
     Args:
         checkpoint: 检查点目录。
         profile: 优化方案，决定缓存的形式与每步跑哪些专家。
-        gpus: :data:`~deepseek_export.plan.gpus.GPUS` 里的名字。
+        gpus: :data:`~deepseek_export.plan.gpus.GPUS` 里的名字，不分大小写。
         count: 每种 GPU 有几块。
         batch: 同时生成的序列数。
         context: 每条序列的长度；缺省 4096，模型不到就取它的最大长度。
@@ -156,7 +64,7 @@ def make_plan(
         DsxError: 1xx 检查点；``DSX-E119`` 方案打开了 MTP 而检查点没有；``DSX-E703`` 不认识的 GPU；
             ``DSX-E704`` 长度超过 max_position_embeddings。
     """
-    unknown = [name for name in gpus if name not in GPUS]
+    unknown = [name for name in gpus if name.lower() not in GPUS]
     if unknown:
         raise DsxError("DSX-E703", f"没有叫 {unknown[0]!r} 的 GPU", f"认识的 GPU：{'、'.join(GPUS)}")
     source = Checkpoint.open(checkpoint)
@@ -174,7 +82,9 @@ def make_plan(
     kinds["stored"] = _stored_parts(source, used)
     cache_dtype = config.dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
     cache = _cache(shape, cache_dtype, config.dtype, batch * context)
-    estimate = _Estimate(shape, kinds[weights], cache, batch, context)
+    cache_bytes = cache.latent_bytes if shape.latent else cache.expanded_bytes
+    fp8 = _fp8_share(source, used, shape) if weights == "stored" else dict.fromkeys(PARTS, 0.0)
+    estimate = Estimate(shape, kinds[weights], fp8, cache_bytes, batch, context)
     totals = {kind: round(sum(parts.values())) for kind, parts in kinds.items()}
     return Plan(
         checkpoint=str(checkpoint),
@@ -196,8 +106,8 @@ def make_plan(
             disk_bytes=totals["float16"] + _BUILD_CODE,
             peak_ram_bytes=_BUILD_BASE + int(_BUILD_COPIES * totals["float16"]),
         ),
-        gpus=[estimate.on(name, GPUS[name], count) for name in gpus],
-        assumptions=_ASSUMPTIONS + _GPU_ASSUMPTIONS if gpus else _ASSUMPTIONS,
+        gpus=[estimate.on(name, GPUS[name], count) for name in map(str.lower, gpus)],
+        assumptions=_ASSUMPTIONS + ROOFLINE_ASSUMPTIONS if gpus else _ASSUMPTIONS,
     )
 
 
@@ -224,6 +134,16 @@ def _stored_parts(source: Checkpoint, used: list[str]) -> dict[Part, float]:
         spec = source.store[name]
         parts[part_of(name, spec.shape)] += spec.nbytes
     return parts
+
+
+def _fp8_share(source: Checkpoint, used: list[str], shape: ModelShape) -> dict[Part, float]:
+    """各部分有几分之几的参数存成 FP8。"""
+    counts: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    for name in used:
+        spec = source.store[name]
+        if spec.dtype.startswith("F8"):
+            counts[part_of(name, spec.shape)] += math.prod(spec.shape)
+    return {part: counts[part] / max(shape.parameters[part], 1) for part in PARTS}
 
 
 def _parts(shape: ModelShape, kind: WeightKind) -> dict[Part, float]:
@@ -279,84 +199,3 @@ _ASSUMPTIONS = [
     "int8、int4 按块 32、float32 的 scale 计；词嵌入、norm、router 不量化，按 float32 计，absorb 用的 kv_b 按 bfloat16 计",
     "建引擎：float16，TensorRT-RTX，内存按 0.7 GiB 加权重的 4.4 倍，由 0.8 GiB 以内的权重实测得来，更大的没有量过",
 ]
-_GPU_ASSUMPTIONS = [
-    f"显存留出 {RESERVE:.0%} 给激活、工作区与碎片；GB 按十进制",
-    "tensor：头与列均分，潜缓存每卡一份（MLA 只有一个 KV 头），展开的缓存按头均分；"
-    "expert：专家均分，其余每卡一份，batch 按卡分；pipeline：按层均分，词嵌入与 lm_head 各在一端",
-    "速度是 roofline 上界：每步把用到的权重与缓存各读一遍，带宽与算力都取峰值，不计通信与 kernel 开销；"
-    "batch 里命中的专家数按均匀路由估计；pipeline 一步要走完各段，单个 batch 只有一块卡的带宽；投机解码不计",
-]
-
-
-class _Estimate:
-    """同一个模型、同一组 batch 与 context，在不同 GPU 上各算一遍。"""
-
-    def __init__(
-        self, shape: ModelShape, parts: dict[Part, float], cache: CachePlan, batch: int, context: int
-    ) -> None:
-        self.shape, self.parts, self.batch, self.context = shape, parts, batch, context
-        self.cache_bytes = cache.latent_bytes if shape.latent else cache.expanded_bytes
-        self.total = sum(parts.values())
-
-    def on(self, name: str, gpu: Gpu, count: int) -> GpuPlan:
-        usable = int(gpu.memory * (1 - RESERVE))
-        requested = list(self._splits(count, usable))
-        fitting = [split for n in _COUNTS for split in self._splits(n, usable) if split.fits]
-        smallest = min(fitting, key=lambda s: (s.gpus, s.weight_bytes + s.cache_bytes), default=None)
-        chosen = [split for split in requested if split.fits]
-        decode = [self._decode(gpu, split) for split in chosen]
-        best = max(decode, key=lambda pair: pair[0], default=None)
-        return GpuPlan(
-            gpu=name,
-            title=gpu.title,
-            usable_bytes=usable,
-            requested=requested,
-            smallest=smallest,
-            decode_tokens_per_second=best and best[0],
-            decode_bound=best and best[1],
-            prefill_tokens_per_second=self._prefill(gpu, count) if chosen else None,
-        )
-
-    def _splits(self, n: int, usable: int) -> Iterator[SplitPlan]:
-        """``n`` 块卡的每一种切法里最满的那块卡；切不开的（头数、专家数、层数不够）不列。"""
-        c, parts, shape = self.shape.config, self.parts, self.shape
-
-        def split(kind: Split, weights: float, cache: float) -> SplitPlan:
-            weight_bytes, cache_bytes = math.ceil(weights), math.ceil(cache)
-            fits = weight_bytes + cache_bytes <= usable
-            return SplitPlan(
-                split=kind, gpus=n, weight_bytes=weight_bytes, cache_bytes=cache_bytes, fits=fits
-            )
-
-        if n == 1:
-            yield split("single", self.total, self.cache_bytes)
-            return
-        if c.num_attention_heads % n == 0:
-            weights = parts["small"] + (self.total - parts["small"]) / n
-            yield split("tensor", weights, self.cache_bytes / (1 if shape.latent else n))
-        if parts["experts"] and c.n_routed_experts % n == 0:
-            rows = math.ceil(self.batch / n) / self.batch
-            weights = self.total - parts["experts"] * (1 - 1 / n)
-            yield split("expert", weights, self.cache_bytes * rows)
-        if n <= shape.cached_layers:
-            rows = math.ceil(shape.cached_layers / n) / shape.cached_layers
-            ends = max(parts["embed"], parts["head"])
-            inner = self.total - parts["embed"] - parts["head"]
-            yield split("pipeline", inner * rows + ends, self.cache_bytes * rows)
-
-    def _decode(self, gpu: Gpu, split: SplitPlan) -> tuple[float, Literal["memory", "compute"]]:
-        """一步给每条序列一个 token：带宽与算力各要多久，取慢的。"""
-        shape, parts = self.shape, self.parts
-        weights = self.total - parts["experts"] * (1 - shape.experts_read(self.batch))
-        if parts["head"]:  # 另有 lm_head 时，词嵌入只查几行
-            weights -= parts["embed"]
-        copies = split.gpus if split.split == "tensor" and shape.latent else 1
-        n = 1 if split.split == "pipeline" else split.gpus
-        memory = (weights + self.cache_bytes * copies) / (gpu.bandwidth * n)
-        flops = self.batch * (2.0 * shape.active + shape.attention_flops(self.context))
-        compute = flops / (gpu.flops * n)
-        return self.batch / max(memory, compute), "memory" if memory >= compute else "compute"
-
-    def _prefill(self, gpu: Gpu, count: int) -> float:
-        """长 prompt 受算力限制；注意力按平均长度 ``context / 2`` 计。"""
-        return gpu.flops * count / (2.0 * self.shape.active + self.shape.attention_flops(self.context // 2))

@@ -25,6 +25,7 @@ class ModelShape:
         cached_layers: 有缓存的层数；打开 MTP 时含 MTP 模块。
         latent: 缓存的是潜向量（``mla.enabled``），还是逐头 K/V。
         sparse: 只跑被选中的专家（``moe.enabled``），还是全部。
+        absorb_prefill: prefill 的注意力也用 absorb 形式（``mla.form`` 是 ``absorb``）。
     """
 
     config: ModelConfig
@@ -32,6 +33,7 @@ class ModelShape:
     cached_layers: int
     latent: bool
     sparse: bool
+    absorb_prefill: bool
 
     @classmethod
     def build(cls, config: ModelConfig, profile: OptimizationProfile, modules: int) -> ModelShape:
@@ -48,27 +50,35 @@ class ModelShape:
         for name, shape in shapes.items():
             parameters[part_of(name, shape)] += math.prod(shape)
         layers = config.num_hidden_layers + modules
-        return cls(config, parameters, layers, profile.mla.enabled, profile.moe.enabled)
+        latent = profile.mla.enabled
+        absorb_prefill = latent and profile.mla.form == "absorb"
+        return cls(config, parameters, layers, latent, profile.moe.enabled, absorb_prefill)
 
     @property
     def total(self) -> int:
         """全部参数。"""
         return sum(self.parameters.values())
 
-    def experts_read(self, batch: int) -> float:
-        """一步解码里平均有多大比例的路由专家被读到（假设路由均匀、各 token 独立）。"""
+    def experts_read(self, tokens: float) -> float:
+        """``tokens`` 个 token 平均读到多大比例的路由专家（假设路由均匀、各 token 独立）。"""
         c = self.config
         if not self.parameters["experts"] or not self.sparse:
             return 1.0
-        return 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** batch
+        return 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens
 
     @property
     def active(self) -> int:
-        """每个 token 参与矩阵乘的参数；词嵌入只是查表，不算。"""
-        c = self.config
-        lookup = 0 if c.tie_word_embeddings else self.parameters["embed"]
-        share = c.num_experts_per_tok / c.n_routed_experts if self.sparse and c.n_routed_experts else 1.0
-        return self.total - lookup - round(self.parameters["experts"] * (1 - share))
+        """每个 token 参与矩阵乘的参数。"""
+        return sum(round(self.active_in(part)) for part in PARTS)
+
+    def active_in(self, part: Part) -> float:
+        """一部分里每个 token 参与矩阵乘的参数；不兼作 lm_head 的词嵌入只是查表，不算。"""
+        c, count = self.config, self.parameters[part]
+        if part == "embed" and not c.tie_word_embeddings:
+            return 0
+        if part == "experts" and self.sparse and c.n_routed_experts:
+            return count * c.num_experts_per_tok / c.n_routed_experts
+        return count
 
     def latent_cache_values(self, int8: bool) -> int:
         """每个 token 在所有层的潜缓存里占几个元素。"""
@@ -81,8 +91,15 @@ class ModelShape:
 
     def attention_flops(self, context: int) -> float:
         """一个新 token 对 ``context`` 个已缓存的 token 做注意力的浮点次数；潜缓存按 absorb 形式算。"""
+        return self._attention_flops(context, self.latent)
+
+    def prefill_attention_flops(self, context: int) -> float:
+        """同上，用 prefill 的形式；展开 K/V 的矩阵乘已经算在 kv_b 的参数里。"""
+        return self._attention_flops(context, self.absorb_prefill)
+
+    def _attention_flops(self, context: int, absorb: bool) -> float:
         c = self.config
-        width = c.latent_cache_values + c.kv_lora_rank if self.latent else c.qk_head_dim + c.v_head_dim
+        width = c.latent_cache_values + c.kv_lora_rank if absorb else c.qk_head_dim + c.v_head_dim
         return 2.0 * self.cached_layers * c.num_attention_heads * context * width
 
 

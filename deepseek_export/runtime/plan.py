@@ -150,7 +150,7 @@ class TensorRTPlan(LoadedPlan):
         graph = next(g for g in bundle.manifest.graphs if g.file == self.entry.graph)
         self._inputs = [Node.from_entry(value) for value in graph.inputs]
         self._outputs = [Node.from_entry(value) for value in graph.outputs]
-        super().__init__(flavour, sm, path.read_bytes(), self.entry.profiles, str(path))
+        super().__init__(flavour, sm, record.read_plan(path), self.entry.profiles, str(path))
 
     def get_inputs(self) -> list[Node]:
         """输入，次序同 ONNX。"""

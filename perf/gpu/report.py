@@ -33,7 +33,7 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if "ceilings" not in report:
         return "\n".join([*lines, "", "核对不过，没有计时。"]) + "\n"
-    ceilings = report["ceilings"]
+    ceilings, engine = report["ceilings"], report["engine"]
     lines += [
         "## 计时（bfloat16，中位数）",
         "",
@@ -59,8 +59,20 @@ def markdown(report: dict[str, Any]) -> str:
                 for row in report["experts"]
             ],
         ),
+        "",
+        "### 引擎",
+        "",
+        engine["skipped"] if "skipped" in engine else _engine(engine),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _engine(engine: dict[str, Any]) -> str:
+    verified = "逐层校验通过" if engine["verified"] else f"校验不过：{engine['first_failure']}"
+    return (
+        f"{engine['flavour']} {engine['version']}，{engine['bundle']}：{verified}，"
+        f"batch 1 解码 {engine['decode_tokens_s']} token/s"
+    )
 
 
 def _rates(row: dict[str, Any]) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """在一张 NVIDIA 卡上核对并测量插件的 kernel：先与 torch 参考实现比，再计时（KERNEL-7）。
 
-    python perf/gpu/run.py [--out perf/results] [--budget 450]
+    python perf/gpu/run.py [--out perf/results] [--budget 450] [--bundle OUT]
 
-一条命令，不联网，8 分钟之内；只要 Python 3.11+、torch、triton、cuda-bindings、numpy。写出 ``gpu-<卡>-<日期>.json`` 与同名的
+一条命令，不联网，8 分钟之内；只要 Python 3.11+、torch、triton、cuda-bindings、numpy。给了 ``--bundle``（要装 dsx 与能用的 TensorRT）
+再建它的引擎，逐层校验、生成一段；没有跑引擎时报告里有一行说明为什么。写出 ``gpu-<卡>-<日期>.json`` 与同名的
 ``.md``。任何一项核对不过就不计时，退出码 1；没有 GPU 时只说一行。时间用完时剩下的点记为未测。
 
 启动走的就是插件的路径：提前编译的 :class:`Program` 与 :class:`Launcher`，不经过 Triton 的运行时。输入每次随机（种子印在报告里），
@@ -39,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results")
     parser.add_argument("--budget", type=float, default=450, help="整个命令的秒数上限")
+    parser.add_argument("--bundle", type=Path, help="另用这个 bundle 建引擎、校验、生成")
     options = parser.parse_args()
     missing = [name for name in ("torch", "triton", "cuda.bindings", "numpy") if not _installed(name)]
     if missing:
@@ -54,7 +56,10 @@ def main() -> int:
     failed = [row for row in correctness if not row["ok"]]
     report: dict[str, Any] = {"environment": session.environment, "correctness": correctness}
     if not failed:
+        from perf.gpu.engine import run_engine
+
         report |= session.measure_everything()
+        report["engine"] = run_engine(options.bundle, session.sm)
     report["seconds"] = round(session.elapsed(), 1)
     card = re.sub(r"\W+", "-", session.environment["card"]).strip("-").lower()
     stem = options.out / f"gpu-{card}-{session.environment['date']}"

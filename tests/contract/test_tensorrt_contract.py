@@ -7,10 +7,10 @@ import functools
 import hashlib
 import json
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -41,10 +41,13 @@ from deepseek_export.progress import Progress
 from deepseek_export.runtime.plan import find_engine
 from tests.bundles import edit_model, find_node, run_polygraphy, set_float, tampered
 from tests.engines import assert_listing, assert_plugin_layers, refused
+from tests.integration.cli import DSX
+from tests.rebuilt import assert_rebuilt, kernel_images, read_engine
 from tools.make_engine_graphs import (
     ARCHES,
     ENGINE_GRAPHS,
     NAMES,
+    SHAPES,
     build_for,
     listing_name,
     make_bundle,
@@ -199,16 +202,29 @@ def test_without_plugins_the_function_bodies_build(built):
     assert counts["gemm"] > 0
 
 
-def test_rebuilding_gives_the_same_graph_and_layers(bundle, built):
-    """TRT-7：重建得到同样的 ONNX、同样的层、同样大小的 plan；plan 里只有编号随内存地址变，不到千分之一个字节。"""
-    old = {path.name: path.read_bytes() for path in built[0].path.iterdir() if path.is_file()}
+def test_rebuilding_changes_only_the_numbering(bundle, built):
+    """TRT-7：重建得到同样的 ONNX、层、cubin 与权重，同样大小的 plan；变的只有编号与次序，不到千分之一个字节。"""
+    old = read_engine(built[0].path)
     again = build_for(bundle, 89)
-    for name in ("model.onnx", "layers.json"):
-        assert (again.path / name).read_bytes() == old[name]
-    plan = (again.path / "model.plan").read_bytes()
-    assert len(plan) == len(old["model.plan"])
-    differing = np.count_nonzero(np.frombuffer(plan, np.uint8) != np.frombuffer(old["model.plan"], np.uint8))
-    assert differing < len(plan) / 1000
+    assert_rebuilt(old, read_engine(again.path), again.path)
+    plan = bytearray(old["model.plan"])
+    plan[next(iter(kernel_images(old["model.plan"]))) + 64] ^= 1  # 第一个 cubin 里改一位就要看得出来
+    with pytest.raises(AssertionError):
+        assert_rebuilt(old, {**old, "model.plan": bytes(plan)}, again.path)
+
+
+@pytest.mark.slow
+def test_rebuilding_in_fresh_processes_changes_only_the_numbering(tmp_path):
+    """TRT-7：带 MTP 的演示检查点，SM80、SM89、SM120，两次各用一个新的进程。"""
+    bundle = make_bundle("demo", tmp_path)
+    arches = ",".join(f"sm{sm}" for sm in ARCHES)
+    command = [*DSX, "build", str(bundle.path), "--arch", arches, "--profile-shapes", SHAPES]
+    folders = [bundle.path / f"engines/rtx-sm{sm}" for sm in ARCHES]
+    subprocess.run(command, check=True)
+    before = [read_engine(folder) for folder in folders]
+    subprocess.run(command, check=True)
+    for folder, old in zip(folders, before, strict=True):
+        assert_rebuilt(old, read_engine(folder), folder)
 
 
 def test_unsuitable_bundles_are_refused(bundle, built, exported, tmp_path):
@@ -316,7 +332,9 @@ def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
     """TRT-8：每个插件节点（portable 的是下沉之后的）、它的 creator、登记得上没有；建好的引擎；缺什么。"""
     found = diagnose_bundle(bundle.path)
     version = load(choose("rtx")).__version__
-    assert found["engines"] == [{"directory": "rtx-sm89", "version": version, "plans": ["model.plan"]}]
+    described = {"directory": "rtx-sm89", "version": version, "plans": ["model.plan"], "problem": None}
+    assert found["engines"] == [described]
+    assert found["refusal"] is None
     assert found["flavours"]["rtx"]["creators"] == ["LatentAttention", "MoeExperts"]
     config = bundle.manifest.model
     assert Counter(node["creator"] for node in found["nodes"]) == {
@@ -327,6 +345,25 @@ def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
     assert found["missing"] == []
     refused("DSX-E402", diagnose_bundle, folder / "none")
     refused("DSX-E402", diagnose_bundle, _without_graph(bundle, folder))
+
+
+def test_doctor_says_what_is_wrong_instead_of_a_traceback(bundle, exported, folder):
+    """TRT-8：manifest、图、engine.json 坏了各有说法；dsx build 会拒绝的，给出能建的那条导出命令。"""
+    broken = folder / "broken"
+    shutil.copytree(bundle.path, broken, ignore=shutil.ignore_patterns("engines"))
+    record = broken / "engines/rtx-sm89/engine.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{", encoding="utf-8")
+    assert diagnose_bundle(broken)["engines"][0]["problem"].startswith("DSX-E917 ")
+    model = broken / "model.onnx"
+    model.write_bytes(b"\xff" * model.stat().st_size)
+    refused("DSX-E406", diagnose_bundle, broken)
+    (broken / "manifest.json").write_text("{", encoding="utf-8")
+    refused("DSX-E403", diagnose_bundle, broken)
+    found = diagnose_bundle(exported("v3-yarn", "mla+moe", "tensorrt-rtx").path)
+    assert not found["ok"]
+    assert found["refusal"]["code"] == "DSX-E913"
+    assert "-p mla+moe --target tensorrt-rtx --dtype float16 -o " in found["refusal"]["todo"]
 
 
 def _without_graph(bundle: Bundle, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,10 @@ def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(checkpoint, tm
     assert made.manifest.dtype == "bfloat16"
     assert made.manifest.float32_islands["RMSNormalization"] > 0
     assert made.manifest.float32_islands["TopK"] > 0
+    report = json.loads((made.path / "reports/export.json").read_text(encoding="utf-8"))
+    listed = report["float32_islands"]["model.onnx"]
+    assert {op: len(names) for op, names in listed.items()} == made.manifest.float32_islands
+    assert all("layers." in name or "norm" in name for name in listed["RMSNormalization"])
     refused("DSX-E321", deepseek_export.verify, made.path)
     refused("DSX-E321", deepseek_export.compare, made.path)
     refused("DSX-E321", deepseek_export.load, made.path)

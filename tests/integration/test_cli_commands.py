@@ -66,11 +66,20 @@ def test_help_is_chinese(name):
 
 def test_version_and_usage_errors():
     assert dsx("--version").stdout == f"dsx {__version__}\n"
-    for args in (["nothing"], ["export"], ["generate", "OUT", "--threads", "0"]):
+    for args, what in (
+        (["nothing"], "没有命令 nothing"),
+        (["export"], "缺少参数"),
+        (["export", "CKPT", "-o", "x", "--quant", "int3"], "--quant：int3 不在可选的值里"),
+        (["export", "CKPT", "--outptu", "x"], "没有选项 --outptu，是不是 --output"),
+        (["build", "OUT"], "缺少选项 --arch"),
+        (["generate", "OUT", "--threads", "0"], "--threads：0 不在"),
+        (["inspect", "OUT", "more"], "多余的参数：more"),
+    ):
         process = dsx(*args)
         assert process.returncode == 2
         assert process.stdout == ""
-        assert "Traceback" not in process.stderr
+        assert process.stderr.startswith("DSX-E700 "), process.stderr
+        assert what in process.stderr
 
 
 def test_profiles_show_round_trips(tmp_path):

@@ -108,6 +108,13 @@ def test_layers_are_parsed_per_profile():
     assert unfused_attention(found["prefill"], ["a/Attention", "b/Attention"]) == ["b/Attention"]
 
 
+def test_plugin_layers_of_tensorrt_10():
+    """TensorRT 10 的 inspector 把插件层叫 PluginV3。"""
+    line = "Name: a/MoeExperts, LayerType: PluginV3, Inputs: [], Metadata: [ONNX Layer: a/MoeExperts]"
+    found = parse_layers(line, ["decode"], {"a/MoeExperts": "MoeExperts"})
+    assert layer_counts(found["decode"]) == {"dsx::MoeExperts": 1}
+
+
 def record() -> EngineRecord:
     entry = PlanEntry(
         graph="model.onnx",
@@ -143,6 +150,7 @@ def test_engine_is_refused_where_it_does_not_match(tmp_path: Path):
     read.check(tmp_path, "1.7", 89, "abc")
     for arguments in (("1.8", 89, "abc"), ("1.7", 80, "abc"), ("1.7", None, "abc"), ("1.7", 89, "abd")):
         refused("DSX-E917", read.check, tmp_path, *arguments)
+    refused("DSX-E917", read.read_plan, tmp_path / "model.plan")
     (tmp_path / "model.plan").write_bytes(b"ab")
     refused("DSX-E917", read.check, tmp_path, "1.7", 89, "abc")
     (tmp_path / RECORD_FILE).write_text(json.dumps({"schema_version": 2}))
@@ -153,11 +161,12 @@ def test_engine_is_refused_where_it_does_not_match(tmp_path: Path):
 
 def test_full_tensorrt_builds_only_for_the_present_gpu(monkeypatch):
     monkeypatch.setattr(flavours, "device_sm", lambda: None)
-    error = refused("DSX-E912", flavours.select_arch, FLAVOURS["tensorrt"], None, None, 90)
+    error = refused("DSX-E912", flavours.check_arch, FLAVOURS["tensorrt"], None, 90)
     assert "没有 GPU" in error.what
     monkeypatch.setattr(flavours, "device_sm", lambda: 90)
-    flavours.select_arch(FLAVOURS["tensorrt"], None, None, 90)
-    refused("DSX-E912", flavours.select_arch, FLAVOURS["tensorrt"], None, None, 89)
+    flavours.check_arch(FLAVOURS["tensorrt"], None, 90)
+    refused("DSX-E912", flavours.check_arch, FLAVOURS["tensorrt"], None, 89)
+    refused("DSX-E901", flavours.check_arch, FLAVOURS["tensorrt"], None, 75)
 
 
 def test_shapes_choose_the_profile():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from perf.gpu.engine import run_engine
 from perf.gpu.report import markdown
 
 pytestmark = pytest.mark.unit
@@ -70,9 +73,55 @@ def test_report_of_timings():
     ]
     report = {"environment": ENVIRONMENT, "correctness": [PASSED], "seconds": 300.0}
     report |= {"ceilings": {"copy_gb_s": 2500.0, "matmul_tflop_s": 600.0}}
+    report |= {"engine": {"skipped": "没有给 --bundle，没有运行引擎"}}
     rows = markdown({**report, "attention": attention, "experts": experts}).splitlines()
     assert "| 16 | 1 | 1 | 1024 | 12.3 | 2000 | 55.5 | 带宽 | 81% | 是 |" in rows
     assert "| 128 | 16 | 1 | 8192 | 12.3 | 2000 | 55.5 | 算力 | 59% | 否 |" in rows
     assert "| 128 | 128 | 1 | 32768 | 未测 | - | - | - | - | - |" in rows
     assert "| V3 | 16 | 100 | 12.3 | 2000 | 55.5 | 带宽 | 50% | 否 | 25.0 | 2.03 |" in rows
     assert "| V3 | 4096 | - | 未测 | - | - | - | - | - | - | - |" in rows
+    assert rows[-1] == "没有给 --bundle，没有运行引擎"
+    engine = {"flavour": "tensorrt", "version": "11.0", "bundle": "OUT", "decode_tokens_s": 99.5}
+    engine |= {"verified": True, "first_failure": None}
+    rows = markdown({**report, "attention": [], "experts": [], "engine": engine}).splitlines()
+    assert rows[-1] == "tensorrt 11.0，OUT：逐层校验通过，batch 1 解码 99.5 token/s"
+
+
+def test_an_engine_that_cannot_run_says_why(tmp_path):
+    """没有 bundle、不是 bundle：一句话，不抛异常。"""
+    assert run_engine(None, 90) == {"skipped": "没有给 --bundle，没有运行引擎"}
+    assert run_engine(tmp_path, 90)["skipped"].startswith("DSX-E402 ")
+
+
+#: 那台机器上只有 torch、triton、cuda-bindings、numpy：其余的依赖一律导入不了。
+BLOCKED = """
+import ast, importlib, sys
+blocked, path = set(sys.argv[1].split(",")), sys.argv[2]
+
+class Blocker:
+    def find_spec(self, name, where=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, path)
+tree = ast.parse(open(f"{path}/perf/gpu/run.py", encoding="utf-8").read())
+names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+for name in sorted(names):
+    importlib.import_module(name)
+print(len([name for name in names if name.startswith("deepseek_export")]))
+"""
+
+
+def test_needs_nothing_but_what_it_says():
+    """KERNEL-7：run.py 用到的每个模块，没有 dsx 的其余依赖也导入得了。"""
+    requirements = metadata.requires("deepseek-export") or []
+    required = {
+        re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in requirements if "extra" not in line
+    }
+    blocked = required - {"torch", "numpy"} | {"transformers", "tensorrt_rtx", "tensorrt", "onnx_ir"}
+    assert {"onnx", "pydantic", "ml_dtypes", "click"} <= blocked
+    command = [sys.executable, "-c", BLOCKED, ",".join(blocked), str(SCRIPT.parents[2])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 4

@@ -15,7 +15,7 @@ from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cli.main import cli
 from deepseek_export.errors import DsxError
 from deepseek_export.plan import GPUS, make_plan
-from deepseek_export.plan.plan import RESERVE
+from deepseek_export.plan.roofline import RESERVE
 from deepseek_export.profile import resolve_profile
 
 pytestmark = pytest.mark.unit
@@ -29,6 +29,19 @@ def v3(tmp_path_factory) -> Path:
     """DeepSeek-V3 发布的样子：61 层、256 个专家、FP8、一个 MTP 模块、163 个分片；不占磁盘。"""
     out = tmp_path_factory.mktemp("v3") / "ckpt"
     return write_checkpoint(out, PUBLISHED["V3"], mtp=True, shards=163, sparse=True)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory) -> Path:
+    """同上，9 层，其中 MoE 6 层：手算用。"""
+    out = tmp_path_factory.mktemp("shallow") / "ckpt"
+    return write_checkpoint(out, PUBLISHED["V3"] | {"num_hidden_layers": 9}, sparse=True)
+
+
+#: ``shallow`` 的参数，逐项手算。
+HEAD = 129280 * 7168
+EXPERTS = 6 * 256 * 3 * 7168 * 2048
+SMALL = 6 * (256 * 7168 + 256) + 9 * (2 * 7168 + 1536 + 512) + 7168  # router、它的 bias、norm
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +120,94 @@ def test_roofline_is_bandwidth_at_batch_one(minicpm: Path):
     assert gpu.decode_tokens_per_second == pytest.approx(GPUS["rtx4090"].bandwidth / read)
     big = make_plan(minicpm, resolve_profile("mla"), gpus=["rtx4090"], batch=4096, context=1).gpus[0]
     assert big.decode_bound == "compute"
+
+
+def test_decode_bound_is_the_busiest_card(shallow: Path):
+    """EXPORT-31：每种切法的上界逐项手算：每卡一份的权重每卡都读，专家读命中的，缓存按卡分到的条数。"""
+    n, batch, context = 4, 9, 8192
+    plan = make_plan(shallow, ON, gpus=["b200"], count=n, batch=batch, context=context, weights="float16")
+    rest = plan.parameters - 2 * HEAD - EXPERTS - SMALL  # 词嵌入只查几行，不读
+    cache = batch * context * 9 * 576 * 2
+
+    def hit(tokens: float) -> float:
+        return EXPERTS * (1 - (31 / 32) ** tokens)
+
+    def pipeline(m: int) -> float:
+        inner, share = 2 * (rest + SMALL + hit(batch / m)), 3 / 9  # 9 层分 4 段，最多的一段 3 层
+        return max(share * (m * inner + cache), inner + 2 * HEAD + cache / m)
+
+    read = {
+        "tensor": 2 * (SMALL + (rest + HEAD + hit(batch)) / n) + cache,
+        "expert": 2 * (SMALL + rest + HEAD + hit(batch) / n) + cache * 3 / 9,  # 9 条分给 4 块，最多的 3 条
+        "pipeline": min(pipeline(m) for m in range(1, n + 1)),
+    }
+    gpu = plan.gpus[0]
+    assert [split.split for split in gpu.requested] == list(read)
+    for split in gpu.requested:
+        assert split.decode_bound == "memory"
+        assert split.decode_tokens_per_second == pytest.approx(batch * 8.0e12 / read[split.split])
+    best = max(gpu.requested, key=lambda split: split.decode_tokens_per_second or 0)
+    assert (gpu.decode_split, gpu.decode_tokens_per_second) == (best.split, best.decode_tokens_per_second)
+
+
+def test_decode_bound_by_compute(shallow: Path):
+    """EXPORT-31：受算力限制时同样看最忙的那块卡：专家之外按它经手的条数，专家按整个 batch 均分。"""
+    n, batch = 4, 4 * 300 + 1
+    settings = {"count": n, "batch": batch, "context": 1, "weights": "float16"}
+    h20, rtx = make_plan(shallow, ON, gpus=["h20-141", "rtx4090"], **settings).gpus
+    active_experts = EXPERTS * 8 // 256
+    others = make_plan(shallow, ON).active_parameters - active_experts
+    attention = 9 * 128 * (576 + 512)  # 一个缓存的 token
+    expert = next(split for split in h20.requested if split.split == "expert")
+    flops = 301 * 2 * (others + attention) + batch * 2 * active_experts / n
+    assert expert.decode_bound == "compute"
+    assert expert.decode_tokens_per_second == pytest.approx(batch * 148e12 / flops)
+    assert {split.decode_tokens_per_second for split in rtx.requested} == {None}  # 放不下就不给
+    assert rtx.decode_split is None
+
+
+def test_prefill_bound(shallow: Path):
+    """EXPORT-31：FP8 的权重按 FP8 峰值，没有 FP8 的 GPU 按 FP16；lm_head 只过最后一个位置，注意力按 mla.form 的形式。"""
+    plan = make_plan(shallow, ON, gpus=["h200", "a100"], count=4, context=4096)
+    fp8 = plan.active_parameters - HEAD - SMALL
+    naive = 9 * 128 * 2048 * (192 + 128)
+    h200, a100 = plan.gpus
+    seconds = 2 * fp8 / 1979e12 + 2 * (SMALL + naive) / 989e12
+    assert h200.prefill_tokens_per_second == pytest.approx(4 / seconds)
+    assert a100.prefill_tokens_per_second == pytest.approx(4 * 312e12 / (2 * (fp8 + SMALL + naive)))
+    absorb = resolve_profile("mla+moe", ["mla.form=absorb"])
+    slower = make_plan(shallow, absorb, gpus=["a100"], count=4, context=4096).gpus[0]
+    wide = 9 * 128 * 2048 * (576 + 512)
+    assert slower.prefill_tokens_per_second == pytest.approx(4 * 312e12 / (2 * (fp8 + SMALL + wide)))
+
+
+def test_every_gpu_names_its_source():
+    """规格都有出处；FP8 的峰值约是 FP16 的两倍。"""
+    for name, gpu in GPUS.items():
+        assert name == name.lower()
+        assert gpu.source
+        if gpu.fp8_flops is not None:
+            assert gpu.fp8_flops == pytest.approx(2 * gpu.flops, rel=0.02)
+
+
+def test_gpu_names_ignore_case(minicpm: Path):
+    """EXPORT-31：--gpu 不分大小写。"""
+    plan = make_plan(minicpm, resolve_profile("mla"), gpus=["H100", "Rtx4090"])
+    assert [gpu.gpu for gpu in plan.gpus] == ["h100", "rtx4090"]
+
+
+def test_no_split(shallow: Path, minicpm: Path):
+    """EXPORT-31：请求的卡数没有一种切法时用一行说明，不打空表。"""
+    gpu = make_plan(shallow, ON, gpus=["h200"], count=12).gpus[0]
+    assert (gpu.requested, gpu.decode_tokens_per_second, gpu.prefill_tokens_per_second) == ([], None, None)
+    assert gpu.no_split == (
+        "12 块没有一种切法：128 个注意力头、256 个专家都不能被 12 整除，9 层也不够分给 12 块"
+    )
+    assert make_plan(shallow, ON, gpus=["h200"], count=4).gpus[0].no_split is None
+    result = CliRunner().invoke(cli, ["plan", str(minicpm), "-p", "mla", "--gpu", "h200", "--gpus", "100"])
+    assert result.exit_code == 0, result.output
+    assert "100 块没有一种切法：40 个注意力头不能被 100 整除" in result.output
+    assert "每卡权重" not in result.output
 
 
 def test_quantised_weights_keep_what_dsx_keeps(minicpm: Path):

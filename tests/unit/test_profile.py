@@ -171,3 +171,13 @@ def test_toml_round_trip(tmp_path_factory, spec, form, cache):
 def test_any_override_is_accepted_or_refused_by_code(text):
     with contextlib.suppress(DsxError):
         resolve_profile("full", [text, f"mla.form={text}"])
+
+
+def test_overrides_lead_back_to_the_same_profile():
+    """名字加上 overrides，再解析得到同一个方案。"""
+    profile = resolve_profile(
+        "mla+mtp", ["mla.form=absorb", "mtp.num_draft_tokens=3", "fallback.on_drift=naive"]
+    )
+    assert profile.overrides == ["mla.form=absorb", "mtp.num_draft_tokens=3", "fallback.on_drift=naive"]
+    assert resolve_profile(profile.name, profile.overrides) == profile
+    assert resolve_profile("full").overrides == []

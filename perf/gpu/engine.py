@@ -1,0 +1,57 @@
+"""在这张卡上再跑一遍真正的引擎：给了 ``--bundle``、装了能用的 TensorRT 时才有，否则一句话说明为什么没有。"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+#: TensorRT 的 Python 包，与 ``deepseek_export.engine.flavour`` 的次序一致。
+_PACKAGES = ("tensorrt_rtx", "tensorrt")
+_NEW_TOKENS = 64
+
+
+def run_engine(bundle: Path | None, sm: int) -> dict[str, Any]:
+    """没有这个 SM 的引擎就先建，再逐层校验、生成一段。
+
+    Args:
+        bundle: ``dsx build`` 收的 bundle；``None`` 时只说明。
+        sm: 这张卡的计算能力。
+
+    Returns:
+        ``{"skipped": 原因}``，或发行、plan 大小、校验结果与每秒 token 数。
+    """
+    if not any(find_spec(name) for name in _PACKAGES):
+        return {"skipped": f"没有安装 {' 或 '.join(_PACKAGES)}，没有运行引擎"}
+    if bundle is None:
+        return {"skipped": "没有给 --bundle，没有运行引擎"}
+    import deepseek_export as dsx
+    from deepseek_export.bundle import Bundle
+    from deepseek_export.engine.build import build_engine
+    from deepseek_export.engine.flavour import FLAVOURS, check_arch, choose, load
+    from deepseek_export.engine.shapes import ProfileShapes
+    from deepseek_export.errors import DsxError
+    from deepseek_export.runtime.plan import find_engine
+
+    try:
+        opened = Bundle.open(bundle)
+        try:
+            _, record = find_engine(opened, sm)
+        except DsxError:
+            flavour = choose()
+            check_arch(flavour, load(flavour), sm)
+            shapes = ProfileShapes.parse("", opened.manifest.model.max_position_embeddings)
+            record = build_engine(opened, sm, flavour, shapes).record
+        report = dsx.verify(bundle, backend="trt")
+        found = dsx.load(bundle, backend="trt").generate([[1, 2, 3]], _NEW_TOKENS, ignore_eos=True)
+    except DsxError as error:
+        return {"skipped": f"{error.code} {error.what}"}
+    return {
+        "bundle": str(bundle),
+        "flavour": FLAVOURS[record.flavour].module,
+        "version": record.version,
+        "plan_bytes": {name: entry.bytes for name, entry in record.plans.items()},
+        "verified": report.passed,
+        "first_failure": None if report.passed else str(report.first_failure),
+        "decode_tokens_s": round(found.decode_tokens_per_s, 1),
+    }
