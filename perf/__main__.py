@@ -3,6 +3,7 @@
 python -m perf run [SUITE...]      完整的场景，追加进历史，重写报告
 python -m perf check               缩小的场景，对照门槛与上一次，不写历史
 python -m perf report              只用历史重写报告
+python -m perf compare [SUITE...]  每套最后两次完整的运行：每个比值的散布相不相交
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 import click
 
 from deepseek_export.bench.environment import environment
+from deepseek_export.cpu_library import find_library
 from deepseek_export.machine import cores
-from perf import gates, report, results
+from perf import gates, report, reproduce, results
 from perf.results import ROOT, Run
 from perf.suites import SUITES
 from perf.workspace import workspace
@@ -48,8 +50,7 @@ def run(suites: tuple[str, ...], threads: int, quick: bool, out: Path) -> None:
     for name in suites or tuple(SUITES):
         # 一套一行：后面的失败了，前面量好的已经在历史里。
         results.append(measure((name,), threads, quick))
-    latest = results.latest(results.load())
-    _write(latest, gates.check(latest, gates.load_gates()), out)
+    _write_latest(out)
 
 
 @cli.command()
@@ -60,8 +61,8 @@ def run(suites: tuple[str, ...], threads: int, quick: bool, out: Path) -> None:
 def check(suites: tuple[str, ...], threads: int, no_time: bool, out: Path) -> None:
     """缩小的场景，对照门槛与历史里的上一次；不过时退出码是 1。"""
     found, limits = measure(suites or QUICK_SUITES, threads, quick=True), gates.load_gates()
-    verdicts = [*gates.check(found, limits), *gates.regressions(found, results.load(), limits)]
-    _write(found, verdicts, out)
+    verdicts = [*gates.check([found], limits), *gates.regressions(found, results.load(), limits)]
+    _write([found], verdicts, out)
     failed = [v for v in verdicts if v.status == "fail" and not (no_time and v.kind == "time")]
     for verdict in verdicts:
         click.echo(report.verdict_line(verdict))
@@ -78,17 +79,31 @@ def check(suites: tuple[str, ...], threads: int, no_time: bool, out: Path) -> No
 @out_option
 def rewrite(figures: Path | None, out: Path) -> None:
     """只用历史重写报告。"""
-    latest = results.latest(results.load())
-    _write(latest, gates.check(latest, gates.load_gates()), out)
+    latest = _write_latest(out)
     if figures is not None:
         for path in report.write_figures(latest, figures):
             click.echo(str(path))
 
 
+@cli.command()
+@suite_argument
+def compare(suites: tuple[str, ...]) -> None:
+    """SUITES（缺省全部）最后两次完整的运行，每个比值的散布相不相交；有不相交的，或没有两次可比的，退出码是 1。"""
+    found = reproduce.compare(suites or tuple(SUITES), results.load())
+    for comparison in found:
+        click.echo("\n".join(comparison.lines()))
+    if failed := [comparison.suite for comparison in found if not comparison.reproduced]:
+        raise click.ClickException(f"没有重现：{'、'.join(failed)}")
+
+
 def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:
     """跑几套场景；没装依赖或语料而跑不了的，写明跳过。"""
     started, skipped, found = datetime.now(UTC), [], []
-    machine = environment(threads, ROOT) | {"command": shlex.join(["python", "-m", "perf", *sys.argv[1:]])}
+    library = find_library()
+    machine = environment(threads, ROOT) | {
+        "command": shlex.join(["python", "-m", "perf", *sys.argv[1:]]),
+        "cpu_library": None if library is None else library.isa,
+    }
     for name in suites:
         click.echo(f"{datetime.now(UTC):%H:%M:%S} {name}", err=True)
         with workspace() as folder:
@@ -106,8 +121,14 @@ def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:
     )
 
 
-def _write(run: Run, verdicts: list[gates.Verdict], out: Path) -> None:
-    for path in report.write(run, verdicts, out):
+def _write_latest(out: Path) -> list[Run]:
+    latest = results.latest(results.load())
+    _write(latest, gates.check(latest, gates.load_gates()), out)
+    return latest
+
+
+def _write(runs: list[Run], verdicts: list[gates.Verdict], out: Path) -> None:
+    for path in report.write(runs, verdicts, out):
         click.echo(str(path))
 
 

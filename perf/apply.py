@@ -9,14 +9,13 @@ latent 填到指定的长度，每个样本是一次 S=1 的前向，走完就�
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import click
 
+ROOT = Path(__file__).resolve().parents[1]
 CONTEXTS = (256, 1024, 4096, 8192)
 
 
@@ -73,11 +72,12 @@ def filled_cache(model, length: int):
 def main(steps: int, threads: int, out: Path | None) -> None:
     """比较原样的 transformers 与 apply(model, "mla") 的单步时间。"""
     import torch
-    import transformers
 
     import deepseek_export as dsx
+    from deepseek_export.bench.environment import environment
     from deepseek_export.integration.compat import cache_name
 
+    machine = environment(threads, ROOT)
     torch.set_num_threads(threads)
     model = build()
     token = torch.tensor([[1]])
@@ -110,16 +110,8 @@ def main(steps: int, threads: int, out: Path | None) -> None:
             f"mla / 原样 = {statistics.median(ratios):.3f}（逐对 {min(ratios):.3f}–{max(ratios):.3f}）"
         )
     if out is not None:
-        environment = {
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": threads,
-            "load_average": os.getloadavg()[0],
-        }
         history = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
-        history.append({"environment": environment, "samples": samples})
+        history.append({"environment": machine, "samples": samples})
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(history, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deepseek_export.bench.spread import Spread
+from perf import labels
 from perf.results import SuiteResult
 from perf.suites import peers
+from perf.suites.compile import PACKED, PEER, REFERENCE
 
 #: 依次找，用第一个装了的。
 FONTS = (
@@ -32,6 +35,8 @@ FONTS = (
     "Microsoft YaHei",
     "SimHei",
 )
+#: ``normal`` 的字重。
+_NORMAL = 400
 #: 画图时用的两个占位颜色，写出 SVG 之后换成 CSS 变量，或某一种主题的真颜色。
 _INK, _GRID = "#010203", "#040506"
 THEMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -56,9 +61,13 @@ def chinese_font() -> str:
     Raises:
         NoChineseFont: 一个也没有。
     """
-    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    fonts = font_manager.fontManager.ttflist
+    installed = {entry.name: entry for entry in fonts}
     for name in FONTS:
         if name in installed:
+            # 文泉驿只有一种字重，自称 500；不按 normal 登记一份，matplotlib 每张图都警告一次找不到。
+            if _NORMAL not in {entry.weight for entry in fonts if entry.name == name}:
+                fonts.append(replace(installed[name], weight=_NORMAL))
             return name
     raise NoChineseFont(
         "没有中文字体，图没有画。apt-get install fonts-wqy-zenhei（或 fonts-noto-cjk），再 python -m perf report"
@@ -231,16 +240,19 @@ def _compile(figure: Figure, suite: SuiteResult) -> None:
         (engines, "seconds", 1.0, "秒", "建引擎的时间"),
         (engines, "plan_bytes", 1 / _MIB, "MiB", "plan 的大小"),
     ]
+    # 引擎那几格只有 dsx 一个系列；历史里早先的导出也叫这个名字，那时只有按引用的。
+    series = {"dsx": REFERENCE, REFERENCE: REFERENCE, PACKED: PACKED, PEER: PEER}
+    colours = {REFERENCE: PALETTE[1], PACKED: PALETTE[3], PEER: PALETTE[2]}
     shown = panels if engines else panels[:2]
     figure.set_figheight(4 * len(shown) // 2)
-    grid = figure.subplots(len(shown) // 2, 2, squeeze=False).flat
+    grid = figure.subplots(len(shown) // 2, 2, squeeze=False).ravel()
     for axes, (cases, field, factor, label, title) in zip(grid, shown, strict=True):
-        for index, name in enumerate(("dsx", "transformers OnnxExporter")):
+        for name, shown_as in series.items():
             with_it = [case for case in cases if f"{name}.{field}" in case.values]
             if with_it:
                 at = [case.facts.get("layers") or case.facts["parameters"] / 1e9 for case in with_it]
                 medians = [case.values[f"{name}.{field}"].median * factor for case in with_it]
-                axes.plot(at, medians, marker="o", label=name, color=PALETTE[1 + index])
+                axes.plot(at, medians, marker="o", label=labels.series(shown_as), color=colours[shown_as])
         if cases is sizes:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")  # 指数里的减号，汉字字体没有
@@ -248,7 +260,8 @@ def _compile(figure: Figure, suite: SuiteResult) -> None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.set_title(title)
-        axes.legend()
+        if axes is grid[0]:
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(colours))
 
 
 def _peers(figure: Figure, suite: SuiteResult) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.bench.spread import Spread
-from perf.results import Run, machine
+from perf.results import Run, comparable
 
 GATES = Path(__file__).with_name("gates.toml")
 
@@ -65,20 +66,23 @@ def load_gates(path: Path = GATES) -> Gates:
     return Gates.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
 
 
-def check(run: Run, gates: Gates) -> list[Verdict]:
-    """对照门槛；这次没有跑的套件不看。
+def check(runs: Sequence[Run], gates: Gates) -> list[Verdict]:
+    """对照门槛；没有跑的套件不看。
 
     Raises:
         ValueError: 跑了的套件里没有门槛要的格子或比值：门槛写错了，或测量少了东西。
     """
-    suites = {suite.suite: suite for suite in run.suites}
+    suites = {suite.suite: (run, suite) for run in runs for suite in run.suites}
     verdicts = []
     for gate in gates.gates:
-        if gate.suite not in suites or (gate.full and run.quick):
+        if gate.suite not in suites:
+            continue
+        run, suite = suites[gate.suite]
+        if gate.full and run.quick:
             continue
         found = [
             (case.name, case.ratios[gate.ratio])
-            for case in suites[gate.suite].cases
+            for case in suite.cases
             if case.name.startswith(gate.case) and gate.ratio in case.ratios
         ]
         if not found:
@@ -113,17 +117,8 @@ def regressions(run: Run, history: list[Run], gates: Gates) -> list[Verdict]:
     kinds: dict[tuple[str, str], Kind] = {(gate.suite, gate.ratio): gate.kind for gate in gates.gates}
     verdicts = []
     for suite in run.suites:
-        before = next(
-            (
-                old
-                for past in reversed(history)
-                if machine(past) == machine(run)
-                for old in past.suites
-                if old.suite == suite.suite and old.scenario == suite.scenario
-            ),
-            None,
-        )
-        previous = {} if before is None else {case.name: case.ratios for case in before.cases}
+        before = comparable(run, suite, history)
+        previous = {} if before is None else {case.name: case.ratios for case in before[1].cases}
         for case in suite.cases:
             for name, value in case.ratios.items():
                 old = previous.get(case.name, {}).get(name)

@@ -9,15 +9,16 @@
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 
-PROMPTS = Path(__file__).resolve().parent.parent / "deepseek_export/demo_checkpoint/heldout_prompts.json"
+from deepseek_export.bench.environment import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ROOT / "deepseek_export/demo_checkpoint/heldout_prompts.json"
 
 #: 格式 → 保留。后两行看 lm_head 与注意力各占多少。
 CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -39,6 +40,7 @@ CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 @click.option("--result", type=click.Path(path_type=Path), help="结果写到这个 JSON 文件。")
 def main(checkpoint: Path, profile: str, text: Path | None, result: Path | None) -> None:
     """逐种格式导出、校验，列出损失。"""
+    machine = environment(None, ROOT)
     with tempfile.TemporaryDirectory() as folder:
         passage = text or Path(folder) / "heldout_prompts.txt"
         if text is None:
@@ -51,8 +53,7 @@ def main(checkpoint: Path, profile: str, text: Path | None, result: Path | None)
             rows[-1]["size_ratio"] = round(rows[-1]["weight_bytes"] / plain, 4)
             click.echo(json.dumps(rows[-1], ensure_ascii=False))
     if result is not None:
-        environment = {"machine": platform.machine(), "onnxruntime": version("onnxruntime")}
-        data = {"environment": environment, "profile": profile, "float32_bytes": plain, "cases": rows}
+        data = {"environment": machine, "profile": profile, "float32_bytes": plain, "cases": rows}
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

@@ -1,38 +1,61 @@
-"""一次运行 → Markdown 表与自包含的 HTML（图内联，不联网，亮暗两色）。"""
+"""各套的最近一次运行 → Markdown 表与自包含的 HTML（图内联，不联网，亮暗两色）。每一套各带自己的环境。"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from deepseek_export.bench.spread import Spread
 from deepseek_export.cli.console import size
-from perf import figures
+from perf import figures, labels
 from perf.gates import Verdict
-from perf.results import Run, SuiteResult
+from perf.results import Case, Run, SuiteResult
+from perf.suites import SUITES
 
 _STATUS = {"pass": "达到", "within-spread": "在散布之内", "fail": "不过", "open": "未达到（已知）"}
-_BYTES = ("cache_computed", "cache_resident", "loaded", "resident", "peak", "plan_bytes")
+_LEGEND = "中位数（最小–最大），比值是优化后 / 对照，越小越好"
+
+Rows = list[tuple[str, str]]
 
 
-def write(run: Run, verdicts: list[Verdict], out: Path) -> list[Path]:
-    """写 ``report.md``、``report.html`` 与 ``run.json``。没有中文字体时 HTML 里没有图，并在页首写明。"""
+@dataclass(frozen=True)
+class Section:
+    """报告里的一套。
+
+    Attributes:
+        environment: 只有这一套的，与各套都相同的那几行不在内。
+        tables: 量相同的格子一张表，第一行是表头，第一列是量。
+        facts: 格子 → 不是重复测量的东西。
+    """
+
+    suite: SuiteResult
+    environment: Rows
+    scenario: str
+    tables: list[list[list[str]]]
+    facts: list[tuple[str, Rows]]
+
+
+def write(runs: Sequence[Run], verdicts: list[Verdict], out: Path) -> list[Path]:
+    """写 ``report.md``、``report.html`` 与 ``runs.json``。没有中文字体时 HTML 里没有图，并在页首写明。"""
     out.mkdir(parents=True, exist_ok=True)
+    raw = [run.model_dump(mode="json") for run in runs]
     texts = {
-        "run.json": run.model_dump_json(indent=1) + "\n",
-        "report.md": markdown(run, verdicts),
-        "report.html": html(run, verdicts),
+        "runs.json": json.dumps(raw, ensure_ascii=False, indent=1) + "\n",
+        "report.md": markdown(runs, verdicts),
+        "report.html": html(runs, verdicts),
     }
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
     return [out / name for name in texts]
 
 
-def write_figures(run: Run, folder: Path) -> list[Path]:
+def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     """每套一张图，亮色暗色各一份。"""
     folder.mkdir(parents=True, exist_ok=True)
-    return [path for suite in run.suites for path in figures.write_themes(suite, folder)]
+    return [path for run in runs for suite in run.suites for path in figures.write_themes(suite, folder)]
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -43,96 +66,114 @@ def verdict_line(verdict: Verdict) -> str:
     return f"{_STATUS[verdict.status]}  {verdict.id}  {where} = {value}，门槛 {verdict.limit:.3f}{note}"
 
 
-def markdown(run: Run, verdicts: list[Verdict]) -> str:
-    """Markdown：环境、结论、每套一张表。"""
-    lines = ["# 性能报告", "", f"{_headline(run)}。", ""]
-    lines += [f"- {name}：{value}" for name, value in environment_rows(run)]
-    lines += [f"- 跳过：{line}" for line in run.skipped]
+def markdown(runs: Sequence[Run], verdicts: list[Verdict]) -> str:
+    """Markdown：各套共同的环境、结论，再每套一节。"""
+    common, sections = _sections(runs)
+    lines = ["# 性能报告", "", f"{_LEGEND}。", "", *_list(common)]
+    lines += [f"- 跳过：{line}" for line in _skipped(runs)]
     lines += ["", "## 门槛", "", *(f"- {verdict_line(verdict)}" for verdict in verdicts)]
-    for suite in run.suites:
-        head, *rows = table_rows(suite)
-        lines += ["", f"## {suite.title}", "", f"场景：{_scenario(suite)}。", ""]
-        lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+    for section in sections:
+        lines += ["", f"## {section.suite.title}", "", *_list(section.environment)]
+        lines += [f"- 场景：{section.scenario}"]
+        for head, *rows in section.tables:
+            lines += ["", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+            lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines += [""] if section.facts else []
+        for case, found in section.facts:
+            lines += [f"- {case}", *(f"  {line}" for line in _list(found))]
     return "\n".join(lines) + "\n"
 
 
-def html(run: Run, verdicts: list[Verdict]) -> str:
+def html(runs: Sequence[Run], verdicts: list[Verdict]) -> str:
     """自包含的 HTML。"""
+    common, sections = _sections(runs)
     problem, drawn = "", {}
     try:
-        for suite in run.suites:
-            drawn[suite.suite] = figures.coloured(figures.draw(suite), figures.VARIABLES)
+        for section in sections:
+            svg = figures.draw(section.suite)
+            drawn[section.suite.suite] = figures.coloured(svg, figures.VARIABLES)
     except figures.NoChineseFont as error:
         problem, drawn = str(error), {}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("report.html.j2").render(
-        headline=_headline(run),
-        environment=environment_rows(run),
-        skipped=run.skipped,
+        legend=_LEGEND,
+        common=common,
+        skipped=_skipped(runs),
         problem=problem,
         verdicts=[(verdict.status, verdict_line(verdict)) for verdict in verdicts],
-        suites=[(s, _scenario(s), table_rows(s), drawn.get(s.suite, "")) for s in run.suites],
+        sections=sections,
+        drawn=drawn,
         themes={theme: list(colours.values()) for theme, colours in figures.THEMES.items()},
     )
 
 
-def environment_rows(run: Run) -> list[tuple[str, str]]:
+def environment_rows(run: Run) -> Rows:
     """环境块，给人看。"""
     e = run.environment
     cpu, memory = e["cpu"], e["memory_bytes"]
     gpus = "、".join(f"{gpu['name']}（驱动 {gpu['driver']}）" for gpu in e["gpus"])
+    flags = " ".join(cpu["flags"] or ["标志未知"])
     return [
+        ("时刻", run.started),
+        ("源码", e["git"] or "未知"),
         ("命令", e["command"]),
-        (
-            "CPU",
-            f"{cpu['model'] or cpu['machine']}，{cpu['cores']} 核（{' '.join(cpu['flags'] or ['标志未知'])}）",
-        ),
+        ("规模", "缩小的场景，数字不可引用" if run.quick else "完整的场景"),
+        ("开始时的负载", "未知" if e["load_average"] is None else f"{e['load_average']:.2f}"),
+        ("CPU", f"{cpu['model'] or cpu['machine']}，{cpu['cores']} 核（{flags}）"),
         ("内存", "未知" if memory is None else size(memory)),
         ("GPU", gpus or "没有"),
         ("系统", f"{e['system']}，Python {e['python']}"),
         ("库", "、".join(f"{name} {version or '未装'}" for name, version in e["libraries"].items())),
+        ("C++ 算子库", e.get("cpu_library", "没有记") or "没有"),  # 早先的历史里没有这一项
         ("线程", str(e["threads"])),
-        ("开始时的负载", "未知" if e["load_average"] is None else f"{e['load_average']:.2f}"),
-        ("源码", e["git"] or "未知"),
     ]
 
 
-def table_rows(suite: SuiteResult) -> list[list[str]]:
-    """第一行是表头：格子、每个值、每个比值；某一格没有的写「—」。"""
-    keys = list(dict.fromkeys(key for case in suite.cases for key in case.values))
-    ratios = list(dict.fromkeys(key for case in suite.cases for key in case.ratios))
-    rows = [["", *keys, *(f"比值 {name}" for name in ratios)]]
-    for case in suite.cases:
-        values = [_value(key, case.values[key]) if key in case.values else "—" for key in keys]
-        shares = [_spread(case.ratios[key]) if key in case.ratios else "—" for key in ratios]
-        rows.append([case.name, *values, *shares])
+def tables(cases: Sequence[Case]) -> list[list[list[str]]]:
+    """量与比值相同的格子放一张表：一行一个量，一列一格；某一格没有的写「—」。"""
+    groups: dict[tuple[frozenset[str], frozenset[str]], list[Case]] = {}
+    for case in cases:
+        fields = frozenset(key.rpartition(".")[2] for key in case.values)
+        groups.setdefault((fields, frozenset(case.ratios)), []).append(case)
+    return [_table(group) for group in groups.values()]
+
+
+def _table(cases: list[Case]) -> list[list[str]]:
+    keys = dict.fromkeys(key for case in cases for key in case.values)
+    ratios = dict.fromkeys(key for case in cases for key in case.ratios)
+    rows = [["", *(case.name for case in cases)]]
+    for key in keys:
+        cells = [labels.measured(key, case.values[key]) if key in case.values else "—" for case in cases]
+        rows.append([labels.quantity(key), *cells])
+    rows += [[labels.ratio(key), *(labels.share(case.ratios[key]) for case in cases)] for key in ratios]
     return rows
 
 
-def _headline(run: Run) -> str:
-    kind = "缩小的场景，数字不可引用" if run.quick else "完整的场景"
-    return f"{run.started}，{kind}；中位数（最小–最大），比值是优化后 / 对照，越小越好"
+def _sections(runs: Sequence[Run]) -> tuple[Rows, list[Section]]:
+    """各套都相同的环境，与各套；次序是 :data:`SUITES` 的。"""
+    order = list(SUITES)
+    found = sorted(
+        ((run, suite) for run in runs for suite in run.suites), key=lambda pair: order.index(pair[1].suite)
+    )
+    environments = [environment_rows(run) for run, _ in found]
+    common = [row for row in environments[0] if all(row in rows for rows in environments)] if found else []
+    return common, [
+        Section(
+            suite=suite,
+            environment=[row for row in rows if row not in common],
+            scenario=labels.scenario(suite.scenario),
+            tables=tables(suite.cases),
+            facts=[(case.name, shown) for case in suite.cases if (shown := labels.facts(case.facts))],
+        )
+        for (_, suite), rows in zip(found, environments, strict=True)
+    ]
 
 
-def _scenario(suite: SuiteResult) -> str:
-    return "，".join(f"{key}={_plain(value)}" for key, value in suite.scenario.items())
+def _skipped(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(line for run in runs for line in run.skipped))
 
 
-def _plain(value: object) -> str:
-    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _value(key: str, spread: Spread) -> str:
-    field = key.rpartition(".")[2]
-    if field in _BYTES:
-        return f"{size(spread.median)}（{size(spread.low)}–{size(spread.high)}）"
-    if field.endswith("_s"):
-        return f"{_spread(spread.scaled(1e3))} ms"
-    return _spread(spread)
-
-
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:.3g}（{spread.low:.3g}–{spread.high:.3g}）"
+def _list(rows: Rows) -> list[str]:
+    return [f"- {name}：{value}" for name, value in rows]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from deepseek_export.bench.spread import Spread
 
@@ -40,6 +41,13 @@ class SuiteResult(_Model):
     title: str
     scenario: dict[str, Any]
     cases: list[Case]
+
+    @field_validator("scenario")
+    @classmethod
+    def _as_written(cls, scenario: dict[str, Any]) -> dict[str, Any]:
+        """刚量的与历史里读回来的要能比：JSON 没有元组。"""
+        found: dict[str, Any] = json.loads(json.dumps(scenario))
+        return found
 
 
 class Run(_Model):
@@ -78,17 +86,37 @@ def machine(run: Run) -> tuple[object, ...]:
     return cpu["model"], cpu["cores"], run.environment["threads"]
 
 
-def latest(runs: list[Run]) -> Run:
-    """与最后一次同一种机器的运行里，每一套各取最近一次（完整的优先于缩小的），拼成一份给报告用；环境取最后一次的。
+def comparable(run: Run, suite: SuiteResult, history: list[Run]) -> tuple[Run, SuiteResult] | None:
+    """``history`` 里与 ``run`` 的这一套可比的最近一次：同一种机器、同样的场景，C++ 算子库也相同（早先的历史没有记，算相同）。"""
+    library = run.environment.get("cpu_library")
+    for past in reversed(history):
+        if machine(past) == machine(run) and past.environment.get("cpu_library", library) == library:
+            for old in past.suites:
+                if old.suite == suite.suite and old.scenario == suite.scenario:
+                    return past, old
+    return None
+
+
+def latest(runs: list[Run]) -> list[Run]:
+    """与最后一次同一种机器的运行里，每一套各取最近一次（完整的优先于缩小的）。
+
+    Returns:
+        留下的运行，从旧到新，各只含被取的那几套与仍没有结果的跳过；环境是它自己的。
 
     Raises:
         ValueError: 历史是空的。
     """
     if not runs:
         raise ValueError("还没有测过：先运行 python -m perf run")
-    last = runs[-1]
-    same = [run for run in runs if machine(run) == machine(last)]
+    same = [run for run in runs if machine(run) == machine(runs[-1])]
     chosen = {s.suite: s for quick in (True, False) for run in same if run.quick is quick for s in run.suites}
-    skipped = {line: None for run in same for line in run.skipped if line.split("：")[0] not in chosen}
-    quick = any(suite in run.suites for run in same if run.quick for suite in chosen.values())
-    return last.model_copy(update={"suites": list(chosen.values()), "skipped": list(skipped), "quick": quick})
+    kept = [
+        run.model_copy(
+            update={
+                "suites": [suite for suite in run.suites if chosen[suite.suite] is suite],
+                "skipped": [line for line in run.skipped if line.split("：")[0] not in chosen],
+            }
+        )
+        for run in same
+    ]
+    return [run for run in kept if run.suites or run.skipped]

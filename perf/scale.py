@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -26,11 +25,13 @@ from typing import Any
 
 import click
 
+from deepseek_export.bench.environment import environment
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.progress import Progress
 
-_MAKER = Path(__file__).resolve().parents[1] / "tools/make_checkpoint.py"
+_ROOT = Path(__file__).resolve().parents[1]
+_MAKER = _ROOT / "tools/make_checkpoint.py"
 _DSX = (sys.executable, "-m", "deepseek_export.cli.main")
 _PACKED_LAYERS = 7  # V2-Lite 的 1 层稠密加 6 层 MoE：40.0 亿参数
 _KILLS = 3
@@ -39,8 +40,8 @@ _KILLS = 3
 def measured(command: Sequence[str], kill_when: Callable[[], bool] | None = None) -> dict[str, Any]:
     """跑一个命令：退出码、用时、CPU 用时、峰值常驻内存；``kill_when`` 成立时 SIGKILL 它。"""
     start = time.perf_counter()
-    environment = {**os.environ, "DSX_NO_CACHE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    variables = {**os.environ, "DSX_NO_CACHE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=variables)
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
@@ -158,9 +159,9 @@ def main(parts: tuple[str, ...], runs: int, seed: int, scratch: Path | None, out
     results: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {}
     for part in parts or ("reference", "packed"):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            load = os.getloadavg()[0]
+            machine = environment(None, _ROOT)
             result = reference(Path(folder), runs) if part == "reference" else packed(Path(folder), seed)
-        results[part] = result | {"environment": _environment(load)}
+        results[part] = result | {"environment": machine}
         click.echo(_line(part, result))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -182,19 +183,6 @@ def _line(part: str, result: dict[str, Any]) -> str:
         f"{statistics.median(seconds):.1f} s（{min(seconds):.1f}–{max(seconds):.1f}，CPU {min(cpu):.1f}–{max(cpu):.1f} s），"
         f"峰值常驻 {peak / 1e6:.0f} MB"
     )
-
-
-def _environment(load: float) -> dict[str, Any]:
-    import onnx
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "cpus": os.cpu_count(),
-        "load_before": round(load, 2),
-    }
 
 
 if __name__ == "__main__":

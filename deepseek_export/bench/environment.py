@@ -17,13 +17,16 @@ _LIBRARIES = ("torch", "onnxruntime", "onnx", "transformers", "numpy")
 #: 决定矩阵乘快慢的那些标志。
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
+#: 测量自己写的：先量的一套写了，后量的一套并不因此是改过的源码。
+_WRITTEN = ("perf/results", "docs/perf")
+
 
 def environment(threads: int | None, source: Path | None = None) -> dict[str, Any]:
     """测量当时的机器、库与负载。
 
     Args:
         threads: 这次用几个线程；``None`` 由 ONNX Runtime 决定。
-        source: 源码的 git 检出，给了就记下版本；有没提交的改动时带 ``-dirty``。
+        source: 源码的 git 检出，给了就记下版本；有没提交的改动时带 ``-dirty``，测量自己写的结果与图（:data:`_WRITTEN`）不算。
     """
     flags = cpu_flags()
     return {
@@ -41,10 +44,17 @@ def environment(threads: int | None, source: Path | None = None) -> dict[str, An
         "python": platform.python_version(),
         "libraries": {"deepseek-export": __version__, **{name: _version(name) for name in _LIBRARIES}},
         "threads": threads,
-        "git": None
-        if source is None
-        else _output("git", "-C", str(source), "describe", "--always", "--dirty"),
+        "git": None if source is None else _revision(source),
     }
+
+
+def _revision(source: Path) -> str | None:
+    git = ("git", "-C", str(source))
+    found = _output(*git, "describe", "--always")
+    kept = [f":(exclude,top){path}" for path in _WRITTEN]
+    if found and _output(*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *kept):
+        return f"{found}-dirty"
+    return found
 
 
 def _version(name: str) -> str | None:

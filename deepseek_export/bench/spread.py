@@ -16,7 +16,7 @@ class Spread(BaseModel):
 
     Attributes:
         median: 中位数。
-        low, high: 最小与最大；「散布」就是这个区间。
+        low, high: 最小与最大，量的分辨力更粗时放宽到它；「散布」就是这个区间。
         samples: 每一次的值，按测量的先后。
     """
 
@@ -34,8 +34,22 @@ class Spread(BaseModel):
         return cls(median=statistics.median(values), low=min(values), high=max(values), samples=values)
 
     def scaled(self, factor: float) -> Spread:
-        """每个样本乘 ``factor``（为正）。"""
-        return Spread.of([value * factor for value in self.samples])
+        """每个样本与范围乘 ``factor``（为正）。"""
+        return Spread(
+            median=self.median * factor,
+            low=self.low * factor,
+            high=self.high * factor,
+            samples=tuple(value * factor for value in self.samples),
+        )
+
+    def at_least(self, share: float) -> Spread:
+        """范围不窄于中位数的 ±``share``：两三个样本碰巧一样，不等于量得那么准。"""
+        low, high = self.median * (1 - share), self.median * (1 + share)
+        return self.model_copy(update={"low": min(self.low, low), "high": max(self.high, high)})
+
+    def overlaps(self, other: Spread) -> bool:
+        """两个范围有没有公共的点。"""
+        return self.low <= other.high and other.low <= self.high
 
 
 def paired_ratio(numerator: Spread, denominator: Spread) -> Spread:

@@ -81,7 +81,8 @@ class Bundle:
             raise DsxError(
                 "DSX-E321",
                 f"{self.path} 是 bfloat16，ONNX Runtime 的 CPU 没有 bfloat16 的算子",
-                "用 dsx build 建引擎；要在这里校验，用 --dtype float16 再导出一份：图与 pass 相同",
+                "先 dsx build，再在有 GPU 的机器上用 --backend trt（dsx verify 的 model、tokens 两级，dsx generate）；"
+                "没有 GPU 就用 --dtype float16 再导出一份来校验：图与 pass 相同",
             )
 
     def check_hashes(self, progress: Progress) -> None:

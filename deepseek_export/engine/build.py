@@ -197,6 +197,9 @@ def build_plan(
             messages = [f"{e.node_name() or '图'}（{e.node_operator() or '-'}）：{e.desc()}" for e in errors]
             raise _failure(target, model, messages)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # 没有它就不知道引擎有哪些层
+        # 执行时不许自己分配显存，否则录不成 CUDA graph；完整的 TensorRT 本来就不会，没有这个标志。
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.progress_monitor = _monitor(trt, progress, f"TensorRT 构建 {model.stem}（sm{sm}）")
         for ranges in profiles.values():
             config.add_optimization_profile(_optimization_profile(builder, network, ranges))

@@ -15,6 +15,8 @@ Range = tuple[int, int, int]
 _HINT = "写成 B=最小:最优:最大,S=最优:最大,T=容量，例如 B=1:1:8,S=128:512,T=4096；没写的用缺省值"
 _DEFAULT_CAPACITY = 4096
 _COUNTS = {"B": 3, "S": 2, "T": 1}
+#: CUDA 的线程格在 y、z 上的上限；LatentAttention 的核把 B 放在这两维上。
+_MAX_BATCH = 65535
 
 
 class ProfileShapes(BaseModel):
@@ -58,8 +60,9 @@ class ProfileShapes(BaseModel):
             allowed = f"{MAX_DECODE_TOKENS + 1} 到 max_position_embeddings = {max_positions}"
             raise DsxError("DSX-E919", f"容量 T = {capacity}，应在 {allowed} 之间", _HINT)
         low, middle, high = found.get("B", (1, 1, 8))
-        if not 1 <= low <= middle <= high:
-            raise DsxError("DSX-E919", f"B = {low}:{middle}:{high} 不是递增的正整数", _HINT)
+        if not 1 <= low <= middle <= high <= _MAX_BATCH:
+            what = f"B = {low}:{middle}:{high} 不是 1 到 {_MAX_BATCH} 之间递增的整数"
+            raise DsxError("DSX-E919", what, _HINT)
         best, largest = found.get("S", [min(size, capacity) for size in (128, 512)])
         if not MAX_DECODE_TOKENS < best <= largest <= capacity:
             allowed = f"{MAX_DECODE_TOKENS + 1} <= 最优 <= 最大 <= T = {capacity}"

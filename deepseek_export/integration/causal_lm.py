@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,8 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = np.maximum(index - held.lens[:, None], 0)[:, kept]
         logits = self._run(ids, valid, wanted, held.lens, buffers)
         held.append(valid)
+        for note in self.session.notes:
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
         output = CausalLMOutputWithPast(logits=torch.from_numpy(logits).to(input_ids.device))
         if use_cache is not False:
             output[cache_name()] = held
@@ -167,8 +170,10 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             np.arange(ids.shape[1]) < counts[:, None], np.take_along_axis(ids, order, 1), PAD_ID
         )
         out = np.zeros((*wanted.shape, self.session.vocab_size), np.float32)
-        for start in range(0, width, self.session.prefill_chunk):
-            part = packed[:, start : min(start + self.session.prefill_chunk, width)]
+        limit = self.session.logits_chunk
+        chunk = self.session.prefill_chunk if limit is None or wanted.shape[1] <= limit else limit
+        for start in range(0, width, chunk):
+            part = packed[:, start : min(start + chunk, width)]
             lens = past + np.minimum(start, counts)
             buffers.ensure(int(lens.max()) + part.shape[1])
             here = (wanted >= start) & (wanted < start + part.shape[1])

@@ -61,6 +61,7 @@ class Backend:
 
 
 def _onnxruntime(bundle: Bundle) -> Backend:
+    bundle.check_runs_on_onnxruntime()
     return Backend(run_onnxruntime, lambda entry, capacity: ModelGraph(bundle, entry.file))
 
 
@@ -70,7 +71,7 @@ def _tensorrt(bundle: Bundle) -> Backend:
     reason = None
     if not has_prefill(bundle.manifest.profile):
         reason = f"mla.form=absorb 的插件核一次至多 {MAX_DECODE_TOKENS} 个 token，逐块比较的 prefill 更长"
-    elif bundle.manifest.cache.dtype == "bfloat16":
+    elif "bfloat16" in (bundle.manifest.dtype, bundle.manifest.cache.dtype):
         reason = "Polygraphy 的格式存不了 bfloat16，而 TensorRT 要缓存直接是图的输入，不能经过转换"
     if reason is not None:
         todo = "去掉 trt；整个模型用 dsx verify --backend trt 比"
@@ -97,7 +98,7 @@ def open_backends(backends: Sequence[str], bundle: Bundle) -> dict[str, Backend]
     """按名字取后端，保持次序；一个不可用就整个拒绝，不悄悄少比一个。
 
     Raises:
-        DsxError: ``DSX-E613`` 没有这个后端；``DSX-E918`` / ``DSX-E913`` / ``DSX-E614`` / ``DSX-E920`` / ``DSX-E917`` 这台机器、这个
+        DsxError: ``DSX-E613`` 没有这个后端；``DSX-E321`` ``ort`` 跑不了 bfloat16；``DSX-E918`` / ``DSX-E913`` / ``DSX-E614`` / ``DSX-E920`` / ``DSX-E917`` 这台机器、这个
             bundle 上用不了 TensorRT。
     """
     for name in backends:

@@ -130,7 +130,6 @@ def compare_bundle(
     """
     progress = progress or Progress()
     manifest = bundle.manifest
-    bundle.check_runs_on_onnxruntime()
     runners = open_backends(backends, bundle)
     wanted = _prefixes(manifest, blocks)
     bundle.check_hashes(progress)

@@ -115,9 +115,10 @@ def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[
         rows: 等长的 token 序列。
 
     Returns:
-        复现命令；缓存是 bfloat16（Polygraphy 存不了）或权重按引用（Polygraphy 不会按配方生成）时为 ``None``。
+        复现命令；模型或缓存是 bfloat16（Polygraphy 存不了）或权重按引用（Polygraphy 不会按配方生成）时为 ``None``。
     """
-    if bundle.manifest.cache.dtype == "bfloat16" or bundle.manifest.weights.mode == "reference":
+    manifest = bundle.manifest
+    if "bfloat16" in (manifest.dtype, manifest.cache.dtype) or manifest.weights.mode == "reference":
         return None
     folder = bundle.path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

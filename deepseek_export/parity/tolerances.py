@@ -103,6 +103,12 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
         ("logits", "float16"): Tolerance(
             1e-1, 1e-3, 2e-2, "float16 误差逐层累计；两个 float16 实现之间的差与各自到 float32 的差同量级"
         ),
+        ("logits", "bfloat16"): Tolerance(
+            3e-1,
+            1e-3,
+            2e-2,
+            "尾数少三位；路由没有翻转时，两个 bfloat16 实现在 2、3 层的模型上实测差 7e-2（calc_diff 8e-5、norm 1e-3），留四倍",
+        ),
         ("logits_narrow_cache", "float16"): Tolerance(
             5e-3,
             1e-6,
@@ -217,7 +223,7 @@ ROUTER_MARGIN: Mapping[Dtype, float] = MappingProxyType(
     {
         "float32": 1e-6,  # float32 的 sigmoid/softmax 末位误差
         "float16": 4e-3,  # router 的输入是 float16，logit 误差约 1e-2，sigmoid 斜率至多 1/4
-        "bfloat16": 1.6e-2,  # bfloat16 的缓存：logit 误差按 logits_narrow_cache 至多 4e-2，斜率同上，留余量
+        "bfloat16": 1.6e-2,  # bfloat16 的缓存或模型：router 的 logit 误差约 4e-2，斜率同上，留余量
         "int8": 1.6e-2,  # 与 bfloat16 的缓存相同
     }
 )

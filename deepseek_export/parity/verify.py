@@ -60,7 +60,8 @@ def verify_bundle(
         steps: tokens 层续写的长度。
         seed: 随机输入的种子。
         text: 在这个文件的文本上比困惑度；只用于权重量化过的 bundle。
-        backend: model、tokens 两级在哪里运行；``trt`` 时 op、block 两级仍在 ONNX Runtime 上比，引擎里没有它们的边界。
+        backend: model、tokens 两级在哪里运行；``trt`` 时 op、block 两级与草稿模型仍在 ONNX Runtime 上比，引擎里没有它们的边界，
+            bfloat16 的 bundle 就不比这些。
         progress: 进度。
 
     Returns:
@@ -68,21 +69,29 @@ def verify_bundle(
 
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E603`` transformers 太旧；
-            ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过。
+            ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过；``DSX-E321`` 要比的只能在
+            ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` ``trt`` 而没有 GPU。
     """
     progress = progress or Progress()
-    bundle.check_runs_on_onnxruntime()
+    manifest = bundle.manifest
+    levels = [level for level in LEVELS if level in levels]
+    cases: list[Case] = []
+    notes: list[str] = []
+    on_onnxruntime = manifest.dtype != "bfloat16"
     if backend == "trt":
         require_gpu()  # 前面的层级要好几分钟，不该跑完才说没有 GPU
-    manifest = bundle.manifest
+    if not on_onnxruntime:
+        levels = [level for level in levels if backend == "trt" and level in ("model", "tokens")]
+        if not levels:
+            bundle.check_runs_on_onnxruntime()
+        notes.append(
+            "bfloat16 只在引擎上比整个模型：op、block 与草稿模型的逐块比较要 ONNX Runtime，它没有 bfloat16 的算子"
+        )
     bundle.check_hashes(progress)
     checkpoint = open_source(bundle, against)
-    levels = [level for level in LEVELS if level in levels]
     tokenizer = BundleTokenizer.load(bundle.path)
     rows = _rows(bundle, tokenizer, prompts, steps, seed)
     passage = None if text is None else read_passage(bundle, tokenizer, Path(text))
-    cases: list[Case] = []
-    notes: list[str] = []
 
     progress.start("加载参考模型")
     forms = Forms.for_reference(manifest.profile)
@@ -100,7 +109,7 @@ def verify_bundle(
         progress.start("校验 block", main_block_count(manifest))
         blocks = main_blocks(manifest, model, tokens)
         cases += block_cases(graph, blocks, lambda name: progress.advance(1, name))
-    if manifest.drafts and ("block" in levels or "model" in levels):
+    if manifest.drafts and on_onnxruntime and ("block" in levels or "model" in levels):
         progress.start("校验 MTP 草稿模型", len(manifest.drafts))
         drafts = [
             load_draft(checkpoint, i, model, manifest.dtype, manifest.formats)
@@ -116,9 +125,14 @@ def verify_bundle(
         for line in missing:
             progress.note(line)
         notes += missing
-        weights = BundleWeights(bundle)
+        weights, speculative = BundleWeights(bundle), None
         session = open_session(bundle, weights, backend=backend)
         generator = Generator(session, tokenizer, (), session.prefill_chunk)
+        if session.max_batch is not None and session.max_batch < len(rows):
+            notes.append(
+                f"引擎的批大小至多 {session.max_batch}：model、tokens 两级只比前 {session.max_batch} 条"
+            )
+            rows = rows[: session.max_batch]
         narrow = narrow_cache(manifest)
         same = oracle
         if manifest.quantization is not None or narrow is not None:
@@ -126,8 +140,16 @@ def verify_bundle(
         advance = lambda name: progress.advance(0, name)  # noqa: E731
         if "model" in levels:
             progress.start("校验 model")
+            limit = session.logits_chunk
+            if limit is not None and limit < max(map(len, rows)):
+                notes.append(f"引擎一次至多给 {limit} 行 logits：model 级里一次走完的，其实 {limit} 个一段")
             cases += model_cases(manifest, generator, same, model, rows, advance)
-        if manifest.quantization is not None:
+        if manifest.quantization is not None and not on_onnxruntime:
+            levels = [level for level in levels if level != "tokens"]
+            notes.append(
+                "量化的 bfloat16 bundle 只比 model：换一个 token 不算错；量化的代价要逐层看路由，引擎里看不到"
+            )
+        elif manifest.quantization is not None:
             progress.start("量化损失")
             levels = [level for level in levels if level != "tokens"] + ["loss"]
             notes.append("量化的 bundle 不逐 token 比：权重变了，换一个 token 不算错；代价见 loss 一行")
@@ -153,6 +175,8 @@ def verify_bundle(
             if speculative is not None:
                 speculative.floor = None  # 校验要一直投机，不因不划算而退回
             cases += token_cases(manifest, generator, speculative, same, model, rows, steps, advance)
+        drafts_used = [] if speculative is None else speculative.drafts
+        notes += dict.fromkeys(note for s in (session, *drafts_used) for note in s.notes)
     report = ParityReport(
         bundle=str(bundle.path),
         checkpoint=str(checkpoint.path),

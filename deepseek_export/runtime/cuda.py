@@ -21,7 +21,9 @@ def require_gpu() -> int:
     sm = device_sm()
     if sm is None:
         raise DsxError(
-            "DSX-E918", "--backend trt 要有 NVIDIA GPU 与驱动，这里没有", "用 --backend ort（缺省）"
+            "DSX-E918",
+            "--backend trt 要有 NVIDIA GPU 与驱动，这里没有",
+            "换到有 GPU 的机器；在这里用 --backend ort（缺省），bfloat16 的先用 --dtype float16 再导出一份",
         )
     return sm
 
@@ -70,27 +72,41 @@ class Cuda:
         self._call(self._driver.cuStreamSynchronize, self._stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """把 ``work`` 在流上排的事录成 CUDA graph；``work`` 不能分配、不能同步。"""
+        """把 ``work`` 在流上排的事录成 CUDA graph，不执行；``work`` 不能分配、不能同步。
+
+        Raises:
+            DsxError: ``DSX-E914``，录不下来；``work`` 自己的错误原样抛出。流回到平常的状态。
+        """
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call(self._driver.cuStreamBeginCapture, self._stream, mode)
         try:
             work()
+        except BaseException:
+            # 录制已经作废，这个返回值只会这么说，盖过真正的原因。
+            self._driver.cuStreamEndCapture(self._stream)
+            raise
+        graph = self._call(self._driver.cuStreamEndCapture, self._stream)
+        try:
+            return self._call(self._driver.cuGraphInstantiate, graph, 0)
         finally:
-            graph = self._call(self._driver.cuStreamEndCapture, self._stream)
-        return self._call(self._driver.cuGraphInstantiate, graph, 0)
+            self._call(self._driver.cuGraphDestroy, graph)
 
     def launch(self, graph: Any) -> None:
-        """在流上重放录好的 graph。"""
+        """在流上重放 :meth:`capture` 录下的 graph。"""
         self._call(self._driver.cuGraphLaunch, graph, self._stream)
+
+    def discard(self, graph: Any) -> None:
+        """归还 :meth:`capture` 录下的 graph。"""
+        self._call(self._driver.cuGraphExecDestroy, graph)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         status, *values = function(*arguments)
         if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise DsxError(
-                "DSX-E914",
-                f"{function.__name__} 返回 {status.name}",
-                "显存不足就减小批大小；其余见驱动的日志",
+            full = status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+            todo = (
+                "显存不足：减小批大小，或用更小的 T 重建引擎" if full else "见驱动的日志（dmesg、nvidia-smi）"
             )
+            raise DsxError("DSX-E914", f"{function.__name__} 返回 {status.name}", todo)
         return values[0] if values else None
 
 

@@ -88,6 +88,7 @@ class Generator:
             finish_reasons=out.reasons,
             prefill_s=prefilled - started,
             decode_s=finished - prefilled,
+            notes=self.session.notes,
         )
 
     def logits(self, ids: Sequence[Sequence[int]], chunk: int | None = None) -> list[np.ndarray]:
@@ -95,7 +96,7 @@ class Generator:
 
         Args:
             ids: B 个 token id 序列。
-            chunk: 每次调用多少个位置；``None`` 一次走完，1 逐个 token。结果应当与切法无关。
+            chunk: 每次调用多少个位置；``None`` 一次走完，1 逐个 token。不超过会话的 ``logits_chunk``。结果应当与切法无关。
 
         Returns:
             B 个 ``[len, V]`` float32。
@@ -105,6 +106,8 @@ class Generator:
         """
         if chunk is not None:
             check_positive("chunk", chunk)
+        if self.session.logits_chunk is not None:
+            chunk = min(chunk or self.session.logits_chunk, self.session.logits_chunk)
         rows = self._check_rows(ids)
         caches = self.session.new_caches(len(rows), max(len(row) for row in rows))
         out = [np.empty((len(row), self.session.vocab_size), np.float32) for row in rows]

@@ -59,12 +59,17 @@ class GraphSession:
         cache_spec: 模型要的缓存。
         max_positions: 同参数。
         prefill_chunk: prefill 每块宜取的长度。
+        logits_chunk: 一次调用至多能要几行 logits（此时新 token 也不能更多）；``None`` 不限。
+        max_batch: 一次调用至多几行；``None`` 不限。
+        notes: 要告诉用户的话，例如退回了较慢的执行方式。
 
     Raises:
         DsxError: ``DSX-E507``，加载失败，附 ONNX Runtime 原话；``DSX-E508``，输入输出与约定不符。
     """
 
     prefill_chunk = 512
+    logits_chunk: int | None = None
+    max_batch: int | None = None
 
     def __init__(
         self,
@@ -88,6 +93,11 @@ class GraphSession:
         self._bindings: WeakKeyDictionary[CacheBuffers, dict[tuple[str, ...], CallBinding]] = (
             WeakKeyDictionary()
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """见类说明；不断变长，说过的不再消失。"""
+        return ()
 
     def new_caches(self, batch: int, needed: int = 1) -> CacheBuffers:
         """给一个新批次分配清零的缓存，至少放得下 ``needed`` 个位置。

@@ -130,7 +130,7 @@ class SpeculativeGenerator(Generator):
             prefill_s=prefilled - started,
             decode_s=finished - prefilled,
             speculation=run.tally.stats(draft_calls, fell_back=bool(notes)),
-            notes=notes,
+            notes=(*notes, *dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes)),
         )
 
     def _start(

@@ -1,13 +1,12 @@
 """在 TensorRT 上运行 ``dsx build`` 的引擎，接口与 ONNX Runtime 的会话相同。
 
-缓存在显存里，输入输出绑同一块；两个优化配置各一个执行上下文，按形状选；解码的一步形状固定，第二次起用 CUDA graph 重放。
+缓存在显存里，输入输出绑同一块；两个优化配置各一个执行上下文，按形状选；解码的一步由 :mod:`.replay` 用 CUDA graph 重放。
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -18,11 +17,9 @@ from deepseek_export.errors import DsxError
 from deepseek_export.runtime.cache import CacheSpec
 from deepseek_export.runtime.cuda import Buffer, Cuda
 from deepseek_export.runtime.draft import DraftSession
-from deepseek_export.runtime.plan import TensorRTPlan, select_profile
+from deepseek_export.runtime.plan import Call, TensorRTPlan, max_logits_rows, select_profile
+from deepseek_export.runtime.replay import Replayer
 from deepseek_export.runtime.session import ModelSession
-
-#: 解码一步用 CUDA graph；先照常跑一次，让 TensorRT 把该分配的分配完。
-_GRAPH_PROFILE = "decode"
 
 
 class DeviceCaches:
@@ -64,22 +61,25 @@ class TensorRTBinding:
 
     Args:
         plan: 加载好的 plan。
+        replayer: 由它执行。
         inputs: 缓存以外的输入名与 dtype。
         outputs: 缓存以外要取回主机的输出名与 dtype。
     """
 
     def __init__(
-        self, plan: TensorRTPlan, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]
+        self,
+        plan: TensorRTPlan,
+        replayer: Replayer,
+        inputs: Mapping[str, np.dtype],
+        outputs: Mapping[str, np.dtype],
     ) -> None:
-        self._plan, self._wanted = plan, tuple(outputs)
+        self._plan, self._replayer, self._wanted = plan, replayer, tuple(outputs)
         self._inputs = {name: Buffer(plan.cuda, dtype) for name, dtype in inputs.items()}
         self._shapes = {node.name: node.shape for node in (*plan.get_inputs(), *plan.get_outputs())}
         # 引擎的每个输出都要有地址，不取回的也要。
         self._outputs = {
             node.name: Buffer(plan.cuda, node.dtype) for node in plan.get_outputs() if "T" not in node.shape
         }
-        self._graphs: dict[tuple, Any] = {}
-        self._warm: set[tuple] = set()
 
     def run(
         self,
@@ -93,24 +93,18 @@ class TensorRTBinding:
             DsxError: ``DSX-E921`` 形状放不下；``DSX-E914`` / ``DSX-E916`` 执行失败。
         """
         cuda, sizes = self._plan.cuda, self._sizes(inputs)
-        name = select_profile(self._plan.entry, sizes)
-        context = self._plan.contexts[name]
+        profile = select_profile(self._plan.entry, sizes)
+        dims = sizes | {"T": caches.capacity, "K+1": sizes.get("K", 0) + 1}
+        shapes = {node.name: _resolve(node.shape, dims) for node in self._plan.get_inputs()}
         for port, buffer in self._inputs.items():
-            buffer.reshape(inputs[port].shape)
+            buffer.reshape(shapes[port])
             np.copyto(buffer.array, inputs[port])
             cuda.upload(buffer.address, buffer.array)
-            context.set_input_shape(port, inputs[port].shape)
-        dims = sizes | {"T": caches.capacity, "K+1": sizes.get("K", 0) + 1}
-        for port, shape in self._shapes.items():
-            if "T" in shape and port in caches.addresses and port not in self._outputs:
-                context.set_tensor_address(port, caches.addresses[port])
-                if not port.partition(".")[0].endswith("_out"):
-                    context.set_input_shape(port, _resolve(shape, dims))
         for port, buffer in self._outputs.items():
             buffer.reshape(_resolve(self._shapes[port], dims))
-        for port, buffer in (*self._inputs.items(), *self._outputs.items()):
-            context.set_tensor_address(port, buffer.address)
-        self._execute(context, name, caches, sizes)
+        buffers = self._inputs | self._outputs
+        addresses = caches.addresses | {port: buffer.address for port, buffer in buffers.items()}
+        self._replayer.run(Call(profile, tuple(shapes.items()), tuple(addresses.items())))
         for port in self._wanted:
             cuda.download(self._outputs[port].array, self._outputs[port].address)
         cuda.synchronize()
@@ -127,26 +121,6 @@ class TensorRTBinding:
                 if dim in ("B", "S", "L", "K"):
                     found[str(dim)] = size
         return found
-
-    def _execute(self, context: Any, name: str, caches: DeviceCaches, sizes: Mapping[str, int]) -> None:
-        plan = self._plan
-        if name != _GRAPH_PROFILE:
-            plan.execute(context, name)
-            return
-        # 录下的 graph 里写死了形状与每块内存的地址。
-        addresses = (
-            *(b.address for b in self._inputs.values()),
-            *(b.address for b in self._outputs.values()),
-        )
-        key = (tuple(sizes.items()), addresses, tuple(caches.addresses.values()))
-        if key in self._graphs:
-            plan.cuda.launch(self._graphs[key])
-        elif key in self._warm:
-            self._graphs[key] = plan.cuda.capture(lambda: plan.execute(context, name))
-            plan.cuda.launch(self._graphs[key])
-        else:
-            self._warm.add(key)
-            plan.execute(context, name)
 
 
 class TensorRTGraph:
@@ -165,14 +139,23 @@ class TensorRTGraph:
         self, path: Path, threads: int | None, initializers: Mapping[str, ort.OrtValue]
     ) -> TensorRTPlan:
         self._plan = TensorRTPlan(self._bundle, path)
-        # 每个配置最多放得下多少个新 token，取最大的。
-        self.prefill_chunk = max(ranges["S"][2] for ranges in self._plan.entry.profiles.values())
+        self._replayer = Replayer(self._plan)
+        profiles = self._plan.entry.profiles.values()
+        self.prefill_chunk = max(ranges["S"][2] for ranges in profiles)
+        self.max_batch = max(ranges["B"][2] for ranges in profiles)
+        verifies = any("K" in node.shape for node in self._plan.get_inputs())
+        self.logits_chunk = max_logits_rows(self._plan.entry, verifies)
         return self._plan
 
     def _make_binding(
         self, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]
     ) -> TensorRTBinding:
-        return TensorRTBinding(self._plan, inputs, outputs)
+        return TensorRTBinding(self._plan, self._replayer, inputs, outputs)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """CUDA graph 用不了时说明原因。"""
+        return self._replayer.notes
 
     def new_caches(self, batch: int, needed: int = 1) -> DeviceCaches:
         """显存里清零的缓存。

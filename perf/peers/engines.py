@@ -62,9 +62,16 @@ class Transformers:
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
         self._forward: Callable[..., Any] = self._model
         if compiled:
-            # 上下文每步长一个 token，形状不写死，否则每步都重新编译。
+            # 上下文每步长一个 token，形状不写死，否则每步都重新编译；空缓存、新填的与退回过的各要一个图，缺省到 8 个就悄悄退回原样执行。
+            torch._dynamo.config.recompile_limit = 64
             self._forward = torch.compile(self._model, dynamic=True)
         self._cache: Any = None
+
+    def compilations(self) -> int:
+        """``torch.compile`` 至今编译了几个图。"""
+        from torch._dynamo.utils import counters
+
+        return counters["stats"]["unique_graphs"]
 
     def logits(self, tokens: list[int], cache: Any) -> np.ndarray:
         """在 ``cache`` 之后再来 ``tokens``；最后一行的 logits。"""

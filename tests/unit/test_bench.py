@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -38,6 +40,13 @@ def test_spread_and_paired_ratio():
     spread = Spread.of([3, 1, 2])
     assert (spread.median, spread.low, spread.high, spread.samples) == (2, 1, 3, (3, 1, 2))
     assert spread.scaled(10).samples == (30, 10, 20)
+    wide = Spread.of([100, 100.5]).at_least(0.01)
+    assert (wide.low, wide.high, wide.samples) == (99.2475, 101.2525, (100, 100.5))
+    assert spread.at_least(0.01) == spread
+    assert (wide.scaled(2).low, wide.scaled(2).high) == (2 * wide.low, 2 * wide.high)
+    assert wide.overlaps(Spread.of([99.25]))
+    assert Spread.of([101.25]).overlaps(wide)
+    assert not wide.overlaps(Spread.of([101.26]))
     # 机器在第三对里慢了一倍：逐对之比不变。
     ratio = paired_ratio(Spread.of([1, 1, 2]), Spread.of([4, 4, 8]))
     assert ratio.samples == (0.25, 0.25, 0.25)
@@ -64,6 +73,26 @@ def test_environment_names_the_machine(tmp_path):
     assert found["git"] is None
     assert environment(None, tmp_path)["git"] is None  # 不是 git 检出
     json.dumps(found)
+
+
+def test_results_a_measurement_writes_do_not_make_the_source_dirty(tmp_path):
+    def git(*command: str) -> None:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@t")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True, capture_output=True)
+
+    history, source = tmp_path / "perf/results/history.jsonl", tmp_path / "source.py"
+    history.parent.mkdir(parents=True)
+    history.touch()
+    source.touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = environment(None, tmp_path)["git"]
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    history.write_text("新的一行")
+    assert environment(None, tmp_path)["git"] == clean
+    source.write_text("改了")
+    assert environment(None, tmp_path)["git"] == f"{clean}-dirty"
 
 
 def test_process_memory(tmp_path):

@@ -74,7 +74,8 @@ def test_profile_shapes():
 
 
 @pytest.mark.parametrize(
-    "text", ["B=1", "B=2:1:4", "S=4:8", "S=300:9999", "T=8", "T=9999", "X=1", "B=0:1:1", "T=64,T=64"]
+    "text",
+    ["B=1", "B=2:1:4", "S=4:8", "S=300:9999", "T=8", "T=9999", "X=1", "B=0:1:1", "B=1:1:65536", "T=64,T=64"],
 )
 def test_bad_profile_shapes(text):
     refused("DSX-E919", ProfileShapes.parse, text, 4096)

@@ -124,6 +124,62 @@ def test_worker_keeps_an_object_alive_and_reports_failures():
         Worker("tests.isolated:Counter", wrong=1)
 
 
+class Compiling:
+    """像 torch.compile 那样的引擎：新填的与退回过的缓存各编译一次，深浅也各一次；``never`` 则每次都编译。"""
+
+    def __init__(self, never: bool = False) -> None:
+        self._seen: set[object] = set()
+        self._never, self._depth, self._fresh = never, 0, True
+
+    def ask(self, method: str, **arguments):
+        if method == "compilations":
+            return len(self._seen)
+        if method == "go_to":
+            self._depth, self._fresh = arguments["depth"], True
+        elif method == "decode":
+            self._seen.add(object() if self._never else (self._depth > 0, self._fresh))
+            self._fresh = False
+        else:
+            self._seen.add(method)
+        return 0.0
+
+
+def test_nothing_compiles_while_samples_are_taken():
+    """排练走过测量会遇到的每种布局；怎么走都还在编译的，原话说明。"""
+    engine = Compiling()
+    assert peers._rehearse(engine, peers.FULL, [0] * 4) is None
+    before = engine.ask("compilations")
+    assert before == 5
+    for depth in peers.FULL.depths:
+        engine.ask("go_to", depth=depth)
+        for _ in range(3):
+            engine.ask("decode", tokens=[0])
+    assert engine.ask("compilations") == before
+    assert "decode 走了 8 遍还在重新编译" in peers._rehearse(Compiling(never=True), peers.FULL, [0] * 4)
+
+
+@pytest.mark.slow  # 真的 torch.compile，两三分钟
+def test_torch_compile_settles_in_rehearsal(small):
+    checkpoint, tokens, _ = small
+    worker = Worker(
+        "perf.peers.engines:Transformers",
+        checkpoint=str(checkpoint),
+        threads=1,
+        dtype="float32",
+        compiled=True,
+    )
+    scenario = peers.Scenario(depths=(0, 40), tokens=2)
+    assert peers._rehearse(worker, scenario, tokens) is None
+    before = worker.ask("compilations")
+    assert before > 0
+    for depth in scenario.depths:
+        worker.ask("go_to", depth=depth)
+        for _ in range(3):
+            worker.ask("decode", tokens=tokens[:2])
+    assert worker.ask("compilations") == before
+    worker.close()
+
+
 def test_a_case_reports_rates_and_time_ratios():
     """每秒 token 数越大越好，比值仍是时间之比，越小越好。"""
     samples = {peers.DSX: [0.01, 0.02], peers.DSX_COARSE: [0.005, 0.01], peers.LLAMA: [0.02, 0.04]}

@@ -1,135 +1,30 @@
-"""perf/：统计、门槛、退步、历史、报告与图。测量本身不在测试里跑。"""
+"""perf/：门槛、退步、历史、两次运行之比与隔离的进程。测量本身不在测试里跑。"""
 
 from __future__ import annotations
 
-import re
-import xml.etree.ElementTree as ET
+import json
+from dataclasses import asdict
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
-from deepseek_export.bench.spread import Spread
+from deepseek_export.bench.environment import environment
+from deepseek_export.bench.memory import MemorySample
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.reference import Forms, load_draft, load_reference
-from perf import figures, gates, isolate, report, results, tensorrt_build
+from perf import apply, gates, isolate, quant, report, results, scale, tensorrt_build
+from perf.__main__ import cli
 from perf.padded import write_padded
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, mtp, peers
+from perf.suites import SUITES, mla_memory, mtp
 from perf.workspace import SHAPES, Workspace, parameter_count
+from tests.perf_runs import make_run, memory_case, spread, suite
 
-pytestmark = [
-    pytest.mark.unit,
-    # 测试用随 matplotlib 带的字体画，没有汉字的字形。
-    pytest.mark.filterwarnings("ignore:Glyph .* missing from font"),
-]
-
-ENVIRONMENT = {
-    "command": "python -m perf run",
-    "cpu": {"model": "某 CPU", "machine": "x86_64", "cores": 2, "flags": ["avx2"]},
-    "memory_bytes": 8 << 30,
-    "load_average": 0.1,
-    "gpus": [],
-    "system": "Linux",
-    "python": "3.11",
-    "libraries": {"onnxruntime": "1.32.0", "transformers": None},
-    "threads": 2,
-    "git": "abc1234",
-}
-
-
-def spread(*samples: float) -> Spread:
-    return Spread.of(samples)
-
-
-def memory_case(name: str, ratio: Spread) -> Case:
-    fields = ("cache_computed", "cache_resident", "peak")
-    values = {
-        f"{profile}.{field}": spread(size, size * 1.1)
-        for profile, size in (("baseline", 5e8), ("mla", 1e8))
-        for field in fields
-    }
-    return Case(name=name, values=values, ratios={"cache": ratio, "process": ratio})
-
-
-def suite(name: str, cases: list[Case]) -> SuiteResult:
-    title = import_module(SUITES[name]).TITLE
-    return SuiteResult(suite=name, title=title, scenario={"context": 8192, "batches": [1, 4]}, cases=cases)
-
-
-def every_suite() -> list[SuiteResult]:
-    """每套一份小结果，字段与真的相同。"""
-    one = spread(0.01, 0.012, 0.011)
-    decode = [
-        Case(
-            name=f"context {context}",
-            values={f"{name}.step_s": one for name in ("baseline", "naive", "absorb", "transformers")},
-            ratios={"absorb/transformers": spread(0.1, 0.2)},
-            facts={"context": context},
-        )
-        for context in (256, 8192)
-    ]
-    speculation = Case(
-        name="demo b8",
-        values={"plain.token_s": one, "speculative.token_s": one, "speculative.round_cost": spread(2.0)},
-        ratios={"time": spread(1.9, 2.1)},
-        facts={"acceptances": list(mtp.ACCEPTANCES), "curve": [2.0] * len(mtp.ACCEPTANCES)},
-    )
-    experts = Case(
-        name="b1",
-        values={f"{n}.{field}": one for n in ("moe", "off", "dense") for field in ("token_s", "prefill_s")},
-        ratios={"decode moe/off": spread(0.3), "decode moe/dense": spread(0.4)},
-    )
-    quality = Case(
-        name="demo",
-        values={"moe.held_loss": spread(3.0), "dense.held_loss": spread(3.1)},
-        ratios={"held loss moe/dense": spread(0.97)},
-        facts={
-            "steps": [1, 2],
-            "curves": {name: [4.0, 3.0] for name in ("moe", "no-bias", "dense")},
-            "loads": {name: [[3.0, 1.0], [2.0, 2.0]] for name in ("moe", "no-bias")},
-        },
-    )
-    sizes = Case(
-        name="0.1B",
-        values={"dsx.seconds": one, "dsx.peak": spread(4e8)},
-        facts={"parameters": 1e8},
-    )
-    layers = Case(name="V3 61 层 / 4 层", values={"61.seconds": one}, ratios={"capture": spread(1.0)})
-    engine = Case(
-        name="引擎 8 层",
-        values={"dsx.seconds": one, "dsx.peak": spread(1e9), "dsx.plan_bytes": spread(9e6)},
-        facts={"layers": 8},
-    )
-    speeds = [
-        Case(
-            name=name,
-            values={f"{engine}.{peers.RATE}": spread(30.0, 33.0) for engine in peers.SERIES},
-            ratios={f"dsx 块 128/{peers.LLAMA}": spread(0.3, 0.4)},
-        )
-        for name in ("prefill 256", "depth 0", "depth 8192")
-    ]
-    memory = Case(name="内存", values={f"{engine}.peak": spread(2e9) for engine in peers.SERIES})
-    return [
-        suite("mla-memory", [memory_case("v3 b1 float32", spread(0.1, 0.12))]),
-        suite("mla-decode", decode),
-        suite("mtp", [speculation, speculation.model_copy(update={"name": "padded b8"})]),
-        suite("moe", [experts]),
-        suite("moe-quality", [quality]),
-        suite("compile", [sizes, layers, engine]),
-        suite("peers", [*speeds, memory]),
-    ]
-
-
-def make_run(suites: list[SuiteResult], quick: bool = False, **environment: object) -> Run:
-    return Run(
-        started="2026-01-01T00:00:00+00:00",
-        quick=quick,
-        environment=ENVIRONMENT | environment,
-        suites=suites,
-        skipped=["peers：没有装"],
-    )
+pytestmark = pytest.mark.unit
 
 
 def test_history_is_append_only_and_latest_prefers_full_runs(tmp_path):
@@ -144,12 +39,11 @@ def test_history_is_append_only_and_latest_prefers_full_runs(tmp_path):
         results.append(run, path)
         assert path.read_text().startswith(before)
     assert results.load(path) == [full, quick]
-    assert results.latest([full, quick]).suites == full.suites
-    assert not results.latest([full, quick]).quick
-    assert results.latest([quick]).quick
+    assert [run.suites for run in results.latest([full, quick])] == [full.suites, []]
+    assert results.latest([quick])[0].quick
     # 另一种配置的结果不混进同一份报告。
     other = make_run([suite("moe", [])], threads=4)
-    assert results.latest([full, other]).suites == other.suites
+    assert [run.suites for run in results.latest([full, other])] == [other.suites]
 
 
 def test_gate_statuses():
@@ -165,7 +59,7 @@ def test_gate_statuses():
     )
     cases = [memory_case("a", spread(0.5, 0.7, 0.6)), memory_case("b", spread(0.7, 0.8))]
     cases.append(memory_case("c", spread(0.59, 0.61, 0.62)))
-    verdicts = gates.check(make_run([suite("mla-memory", cases)]), limits)
+    verdicts = gates.check([make_run([suite("mla-memory", cases)])], limits)
     found = [(v.case, v.ratio, v.status) for v in verdicts]
     assert found == [
         ("a", "cache", "pass"),
@@ -174,12 +68,12 @@ def test_gate_statuses():
         ("b", "process", "open"),
     ]
     assert "原因" in report.verdict_line(verdicts[-1])
-    assert gates.check(make_run([]), limits) == []
+    assert gates.check([make_run([])], limits) == []
     limits.gates[1] = limits.gates[1].model_copy(update={"full": True})
     quick = make_run([suite("mla-memory", cases[:1])], quick=True)  # 没有 b，缩小的场景不看它
-    assert [v.ratio for v in gates.check(quick, limits)] == ["cache"]
+    assert [v.ratio for v in gates.check([quick], limits)] == ["cache"]
     with pytest.raises(ValueError, match="process"):
-        gates.check(make_run([suite("mla-memory", cases[:1])]), limits)
+        gates.check([make_run([suite("mla-memory", cases[:1])])], limits)
 
 
 def test_regression_needs_disjoint_ranges_on_the_same_machine():
@@ -198,6 +92,87 @@ def test_regression_needs_disjoint_ranges_on_the_same_machine():
     assert gates.regressions(run(0.115, 0.3), history, limits) == []  # 范围相交
     assert gates.regressions(run(0.1201, 0.1201), [run(0.12)], limits) == []  # 不到 5%
     assert gates.regressions(run(0.20, 0.22, threads=4), history, limits) == []  # 不是同一种配置
+    library = [run(0.10, 0.12, cpu_library="avx512")]
+    assert gates.regressions(run(0.20, 0.22, cpu_library=None), library, limits) == []  # 这次走函数体
+    assert gates.regressions(run(0.20, 0.22, cpu_library="avx512"), history, limits)  # 早先没有记
+
+
+def test_a_fresh_run_is_compared_with_what_the_history_gives_back(tmp_path):
+    """场景里的元组写进 JSON 就是列表：不认作同一个场景，退步就从来比不出来。"""
+
+    def run(ratio: float) -> Run:
+        scenario = asdict(mla_memory.QUICK)
+        found = SuiteResult(
+            suite="mla-memory", title="", scenario=scenario, cases=[memory_case("a", spread(ratio))]
+        )
+        return make_run([found])
+
+    results.append(run(0.1), tmp_path / "history.jsonl")
+    history = results.load(tmp_path / "history.jsonl")
+    assert [v.ratio for v in gates.regressions(run(0.2), history, gates.load_gates())] == ["cache", "process"]
+
+
+def test_compare_asks_for_overlap_of_every_ratio(monkeypatch):
+    """第二次运行的每个比值都要与第一次的散布相交；缩小的、别的场景与别的机器不算；没有两次就是没有重现。"""
+
+    def run(case: Case, quick: bool = False, **environment: object) -> Run:
+        return make_run([suite("mla-memory", [case])], quick, **environment)
+
+    def compared(*history: Run) -> Result:
+        monkeypatch.setattr(results, "load", lambda: list(history))
+        return CliRunner().invoke(cli, ["compare", "mla-memory"])
+
+    old = run(memory_case("a", spread(0.10, 0.12)), git="1111111")
+    same = compared(
+        old, run(memory_case("a", spread(0.5)), quick=True), run(memory_case("a", spread(0.12, 0.2)))
+    )
+    assert same.exit_code == 0, same.output
+    assert "1111111" in same.output
+    assert "相交  a · process：0.11（0.1–0.12）、0.16（0.12–0.2）" in same.output
+    apart = compared(old, run(memory_case("a", spread(0.13))))
+    assert apart.exit_code == 1
+    assert "不相交  a · cache" in apart.output
+    assert "没有重现：mla-memory" in apart.output
+    renamed = compared(old, run(memory_case("b", spread(0.11))))
+    assert renamed.exit_code == 1
+    assert "不相交  b · cache：没有、0.11" in renamed.output
+    for alone in ((), (old,), (old, run(memory_case("a", spread(0.11)), threads=4))):
+        assert compared(*alone).exit_code == 1
+        assert "没有两次可比的完整运行" in compared(*alone).output
+
+
+def test_memory_ratios_state_at_least_the_resolution(monkeypatch):
+    """MLA-4：几个样本一模一样，散布也写 ±1 %；报告写明是多少。"""
+    sample = MemorySample(cache_computed=1, cache_resident=100, loaded=1, resident=1, peak=1000)
+    monkeypatch.setattr(mla_memory, "memory_in_subprocess", lambda *_: sample)
+    workspace = SimpleNamespace(bundle=lambda *_: None, checkpoint=lambda *_: None)
+    found = mla_memory.run(workspace, True, 1)
+    ratio = found.cases[0].ratios["process"]
+    assert (ratio.low, ratio.median, ratio.high) == (0.99, 1, 1.01)
+    assert "比值的散布不窄于：±1.0 %" in report.markdown([make_run([found])], [])
+
+
+def test_scripts_write_the_common_environment(tmp_path, monkeypatch):
+    """单独的脚本写的结果带同一个环境块；测量换成空的，只看写了什么。"""
+    out = tmp_path / "result.json"
+    monkeypatch.setattr(apply, "CONTEXTS", ())
+    monkeypatch.setattr(apply, "build", lambda: None)
+    monkeypatch.setattr(quant, "CASES", ())
+    monkeypatch.setattr(quant, "_export", lambda *_: 1)
+    monkeypatch.setattr(scale, "reference", lambda *_: {})
+    monkeypatch.setattr(scale, "_line", lambda *_: "")
+    threads = str(torch.get_num_threads())
+    for command, arguments in (
+        (apply.main, ["--threads", threads, "--out", str(out)]),
+        (quant.main, [str(CHECKPOINT), "--result", str(out)]),
+        (scale.main, ["--part", "reference", "--out", str(out)]),
+    ):
+        out.unlink(missing_ok=True)
+        done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        written = json.loads(out.read_text())
+        written = written[0] if isinstance(written, list) else written.get("reference", written)
+        assert set(written["environment"]) == set(environment(1))
 
 
 def test_break_even():
@@ -208,50 +183,6 @@ def test_break_even():
     assert mtp.break_even(4.1, 3) is None
     for cost in (1.5, 2.0, 3.9):
         assert mtp.tokens_per_round(mtp.break_even(cost, 3), 3) == pytest.approx(cost)
-
-
-def test_report_is_self_contained_and_every_figure_parses(tmp_path):
-    run = make_run(every_suite())
-    verdicts = gates.check(run, gates.load_gates())
-    assert {v.id for v in verdicts} == {gate.id for gate in gates.load_gates().gates}
-    paths = report.write(run, verdicts, tmp_path)
-    assert [path.name for path in paths] == ["run.json", "report.md", "report.html"]
-    assert Run.model_validate_json(paths[0].read_text()) == run
-    text, page = paths[1].read_text(), paths[2].read_text()
-    for expected in ("MLA 的内存", "baseline.peak", "peers：没有装", "某 CPU", "未达到（已知）", "abc1234"):
-        assert expected in text
-        assert expected in page
-    # 除了 XML 命名空间，没有任何网址，也没有外部资源。
-    assert all(part.startswith("://www.w3.org/") for part in page.split("http")[1:])
-    assert "src=" not in page
-    assert "prefers-color-scheme: dark" in page
-
-
-def test_figures_use_a_chinese_font_or_say_so(tmp_path, monkeypatch):
-    """没有中文字体：报告照写，页首说明怎么办，没有图；有就把每张图画成合法的 SVG，占位颜色全部换掉。"""
-    run = make_run(every_suite())
-    monkeypatch.setattr(figures, "FONTS", ("没有这个字体",))
-    page = report.html(run, [])
-    assert "fonts-wqy-zenhei" in page
-    assert "<svg" not in page
-    with pytest.raises(figures.NoChineseFont):
-        figures.draw(run.suites[0])
-    # 用随 matplotlib 带的字体画，缺的字形是方框，但版式、颜色与结构照验。
-    monkeypatch.setattr(figures, "FONTS", ("DejaVu Sans",))
-    paths = report.write_figures(run, tmp_path)
-    assert len(paths) == 2 * len(SUITES)
-    for path in paths:
-        text = path.read_text()
-        ET.fromstring(text)
-        colours = figures.THEMES[path.stem.rpartition("-")[2]]
-        assert all(colour in text for colour in colours.values())
-        assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text)) <= set(
-            re.findall(r' id="([^"]+)"', text)
-        )
-        assert not any(placeholder in text for placeholder in colours)
-    page = report.html(make_run(every_suite()[:1]), [])
-    assert page.count("<svg") == 1
-    assert "var(--ink)" in page
 
 
 def test_every_suite_is_declared_with_its_scenario():
@@ -313,4 +244,4 @@ def test_engine_curve_says_when_it_was_not_measured(monkeypatch, tmp_path):
     """TRT-10：没有装 TensorRT-RTX 时，报告里有一行写明没有测，别的照常。"""
     monkeypatch.setattr("deepseek_export.engine.flavour.Flavour.version", lambda self: None)
     found = tensorrt_build.cases(tmp_path, (8,), 1)
-    assert "没有装 tensorrt_rtx" in report.markdown(make_run([suite("compile", found)]), [])
+    assert "没有装 tensorrt_rtx" in report.markdown([make_run([suite("compile", found)])], [])

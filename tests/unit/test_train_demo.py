@@ -216,13 +216,16 @@ def test_trunk_alone_is_the_trunk_of_the_same_model(tool, tiny_config):
     assert len(alone.gates) == len(full.gates) - 1
 
 
-def test_quality_comparison_has_equal_active_parameters(tool):
-    """MOE-6：两种模型每 token 激活的参数一个不差，router 也算。"""
+def test_quality_comparison_has_equal_active_parameters_and_enough_tokens(tool):
+    """MOE-6：两种模型每 token 激活的参数一个不差，router 也算；每个激活参数至少训练 20 个 token。"""
     from perf.suites import moe_quality
 
     card = importlib.import_module("demo_training.card")
     sparse, dense = (tool["model"].DemoModel(moe_quality.model_config(flag)) for flag in (False, True))
-    assert card.parameter_counts(sparse)["active"] == card.parameter_counts(dense)["active"]
+    active = card.parameter_counts(sparse)["active"]
+    assert active == card.parameter_counts(dense)["active"]
+    full = moe_quality.FULL
+    assert full.steps * (full.batch_zh + full.batch_en) * full.length >= 20 * active
 
 
 def test_committed_demo_checkpoint():

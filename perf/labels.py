@@ -1,0 +1,229 @@
+"""报告里的字：结果里的键 → 中文（没有登记的照写），数 → 带单位、不用指数的写法。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from deepseek_export.bench.spread import Spread
+from deepseek_export.cli.console import size
+
+_SERIES: Mapping[str, str] = MappingProxyType(
+    {
+        "plain": "普通解码",
+        "speculative": "投机解码",
+        "moe": "稀疏专家",
+        "off": "每个专家都算",
+        "dense": "稠密模型",
+        "no-bias": "不更新偏置",
+        "dsx reference": "dsx 按引用（不写权重）",
+        "dsx packed": "dsx 打包（写权重）",
+        "transformers OnnxExporter": "transformers OnnxExporter（写权重）",
+    }
+)
+_TIME = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+_BYTES = ((float(1 << 30), "GiB"), (float(1 << 20), "MiB"), (float(1 << 10), "KiB"), (1.0, "B"))
+_PLAIN = ((1.0, ""),)
+#: 量 → 显示名与单位。
+_FIELDS: Mapping[str, tuple[str, tuple[tuple[float, str], ...]]] = MappingProxyType(
+    {
+        "cache_computed": ("缓存，按形状算", _BYTES),
+        "cache_resident": ("缓存，实测", _BYTES),
+        "loaded": ("装载之后的内存", _BYTES),
+        "resident": ("测完时的内存", _BYTES),
+        "peak": ("内存峰值", _BYTES),
+        "plan_bytes": ("plan 大小", _BYTES),
+        "seconds": ("用时", _TIME),
+        "step_s": ("一步", _TIME),
+        "decode_s": ("解码共", _TIME),
+        "token_s": ("每个 token", _TIME),
+        "prefill_s": ("prefill", _TIME),
+        "round_cost": ("一轮相当于几个普通步", _PLAIN),
+        "tokens_per_second": ("token / 秒", _PLAIN),
+        "held_loss": ("留出损失", _PLAIN),
+    }
+)
+_RATIOS: Mapping[str, str] = MappingProxyType(
+    {
+        "cache": "缓存 mla / baseline",
+        "process": "进程峰值 mla / baseline",
+        "time": "时间 投机 / 普通",
+        "decode moe/off": "解码 稀疏 / 每个都算",
+        "decode moe/dense": "解码 稀疏 / 稠密",
+        "prefill moe/off": "prefill 稀疏 / 每个都算",
+        "prefill moe/dense": "prefill 稀疏 / 稠密",
+        "held loss moe/dense": "留出损失 稀疏 / 稠密",
+        "capture": "捕获的时间 深 / 浅",
+    }
+)
+_SCENARIO: Mapping[str, str] = MappingProxyType(
+    {
+        "shape": "形状",
+        "shapes": "形状",
+        "models": "模型",
+        "batch": "batch",
+        "batches": "batch",
+        "dtypes": "dtype",
+        "context": "上下文",
+        "contexts": "上下文",
+        "depths": "深度",
+        "runs": "遍数",
+        "prompt": "prefill token",
+        "prompt_len": "提示词 token",
+        "tokens": "解码一个样本的 token",
+        "slow_tokens": "其中 transformers 的",
+        "new_tokens": "新 token",
+        "draft_tokens": "草稿 token",
+        "compile_s": "torch.compile 每种形状的时限（秒）",
+        "sizes": "参数量",
+        "peer_sizes": "其中 OnnxExporter 也导出的",
+        "packed_sizes": "其中也打包的",
+        "packed_runs": "打包的遍数",
+        "engine_depths": "引擎的层数",
+        "engine_runs": "建引擎的遍数",
+        "steps": "训练步数",
+        "peak_lr": "学习率峰值",
+        "evaluations": "评估次数",
+        "load_steps": "统计负载的步数",
+        "windows": "每种语言的留出窗口",
+        "seeds": "种子",
+    }
+)
+
+
+def series(key: str) -> str:
+    """系列的显示名。"""
+    return _SERIES.get(key, key)
+
+
+def quantity(key: str) -> str:
+    """``系列.量`` 的显示名。"""
+    name, _, field = key.rpartition(".")
+    return f"{series(name)}：{_FIELDS[field][0] if field in _FIELDS else field}"
+
+
+def ratio(name: str) -> str:
+    """比值的显示名。"""
+    return f"比值 {_RATIOS.get(name, name)}"
+
+
+def scenario(values: Mapping[str, Any]) -> str:
+    """场景，一行。"""
+    return "，".join(f"{_SCENARIO.get(key, key)} {_joined(value)}" for key, value in values.items())
+
+
+def measured(key: str, spread: Spread) -> str:
+    """一个量：中位数（最小–最大）与单位；单位按中位数挑，三个数用同一个。"""
+    units = _FIELDS.get(key.rpartition(".")[2], ("", _PLAIN))[1]
+    factor, unit = next((u for u in units if spread.median >= u[0]), units[-1])
+    text = _span(spread.scaled(1 / factor), number)
+    return text + unit if text.endswith("）") else f"{text} {unit}".rstrip()
+
+
+def share(spread: Spread) -> str:
+    """一个比值：中位数（最小–最大），三位小数，不到 0.1 的三位有效数字。"""
+    return _span(spread, lambda value: f"{value:.3f}" if value >= 0.1 else f"{value:#.3g}")
+
+
+def _span(spread: Spread, shown: Callable[[float], str]) -> str:
+    """写出来都一样就只写一个。"""
+    middle, low, high = map(shown, (spread.median, spread.low, spread.high))
+    return middle if low == middle == high else f"{middle}（{low}–{high}）"
+
+
+def number(value: float) -> str:
+    """三位有效数字；大数不用指数，按千分节。"""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """一格里不是重复测量的东西 → 名字与内容；只为画图、或已写在格子名字里的不写。"""
+    rows = []
+    for key, value in found.items():
+        if key not in _DRAWN:
+            label, shown = _FACTS.get(key, (key, _any))
+            rows.append((label, shown(value)))
+    return rows
+
+
+def _joined(value: object) -> str:
+    return " / ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _any(value: object) -> str:
+    if isinstance(value, dict):
+        return _each(_any)(value)
+    if isinstance(value, (list, tuple)):
+        return "、".join(map(_any, value))
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _each(shown: Callable[[Any], str]) -> Callable[[Any], str]:
+    """字典里的每一个。"""
+    return lambda found: "；".join(f"{series(name)} {shown(value)}" for name, value in found.items())
+
+
+def _count(value: float) -> str:
+    """个数；大的用万、亿。"""
+    for unit, name in ((1e8, "亿"), (1e4, "万")):
+        if value >= unit:
+            return f"{number(value / unit)} {name}"
+    return f"{value:.0f}"
+
+
+def _counts(value: Any) -> str:
+    return _each(_count)(value) if isinstance(value, dict) else _count(value)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}".replace("%", " %")
+
+
+def _speculation(value: Any) -> str:
+    stopped = "；中途止损，改成了普通解码" if value["fell_back"] else ""
+    return (
+        f"{'、'.join(map(_percent, value['acceptance']))}；平均接受 {number(value['mean_accepted'])} 个，"
+        f"主模型每次调用产出 {number(value['tokens_per_call'])} 个 token{stopped}"
+    )
+
+
+def _break_even(value: float | None) -> str:
+    return "全中也不划算" if value is None else _percent(value)
+
+
+def _balance(layers: Any) -> str:
+    """``balance`` 给每层的最大 / 平均与归一化的熵。"""
+    busiest, entropy = zip(*layers, strict=True)
+    return f"{'、'.join(f'{x:.2f}' for x in busiest)}（熵 {'、'.join(f'{x:.3f}' for x in entropy)}）"
+
+
+def _resolution(value: float) -> str:
+    return f"±{_percent(value)}"
+
+
+#: 画在图里的，或格子的名字里已有的。
+_DRAWN = frozenset(("acceptances", "curve", "steps", "curves", "loads", "context", "depth", "batch"))
+_FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
+    {
+        "speculation": ("各个草稿的条件接受率", _speculation),
+        "break_even": ("盈亏平衡的接受率", _break_even),
+        "parameters": ("参数", _counts),
+        "active_parameters": ("每个 token 激活的参数", _counts),
+        "prompt_tokens": ("提示词共几个 token", _count),
+        "balance": ("各层最忙的专家 / 平均", _each(_balance)),
+        "nodes": ("节点", _counts),
+        "written": ("写了多少", _each(size)),
+        "peer_error": ("OnnxExporter 失败的原话", str),
+        "failed": ("没有跑成的原话", _each(str)),
+        "difference": ("最后一行 logits 与 transformers 差多少（calc_diff）", _each(lambda x: f"{x:.1e}")),
+        "build": ("llama.cpp 的编译选项", str),
+        "graphs": ("torch.compile 编译了几个图", str),
+        "recompiled": ("其中在测量之中", str),
+        "resolution": ("比值的散布不窄于", _resolution),
+        "layers": ("层数", str),
+        "arch": ("SM", str),
+        "tensorrt_rtx": ("TensorRT-RTX", str),
+        "engine_layers": ("引擎的层", _any),
+    }
+)

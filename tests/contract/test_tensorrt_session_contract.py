@@ -1,0 +1,204 @@
+"""specs/tensorrt 的 TRT-9：会话、CUDA graph、dsx verify --backend trt。在没有 GPU 的替身上证明，替了什么见 tests/fake_gpu.py。"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import deepseek_export
+from deepseek_export import DsxForCausalLM
+from deepseek_export.bundle import Bundle
+from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.parity import compare_bundle, verify_bundle
+from deepseek_export.parity.tolerances import tolerance
+from tests.contract.test_mtp_contract import SMALL
+from tests.engines import refused
+from tests.fake_gpu import FakeGpu
+
+pytestmark = pytest.mark.contract
+
+PROMPTS = ([5, 9, 23, 100, 7], [44, 3, 2, *range(9, 27)])
+_EXPORTS = {
+    "mla+moe": {"profile": "mla+moe", "dtype": "float16"},
+    "full": {"profile": "full", "dtype": "float16"},
+    "absorb": {"profile": "full", "dtype": "float16", "overrides": ["mla.form=absorb"]},
+    "bfloat16": {"profile": "full", "dtype": "bfloat16", "target": "tensorrt-rtx"},
+}
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        yield FakeGpu(patch)
+
+
+@pytest.fixture(scope="module")
+def bundles(gpu, tmp_path_factory) -> Callable[[str], Bundle]:
+    """同一个检查点的几份 bundle，各建好引擎；bfloat16 的引擎由 float16 的那一份代跑。"""
+    folder = tmp_path_factory.mktemp("session")
+    checkpoint = write_checkpoint(folder / "ck", SMALL, dtype="float32", mtp=True)
+
+    @functools.cache
+    def make(name: str) -> Bundle:
+        bundle = deepseek_export.export(checkpoint, folder / name, **_EXPORTS[name])
+        gpu.build(bundle, run=gpu.build(make("full")) if name == "bfloat16" else None)
+        return bundle
+
+    return make
+
+
+@pytest.fixture
+def counts(gpu):
+    gpu.driver.counts.clear()
+    return gpu.driver.counts
+
+
+def tokens(model, prompts, **options) -> list[list[int]]:
+    return model.generate(prompts, max_new_tokens=24, **options).token_ids
+
+
+@pytest.mark.parametrize("name", ["mla+moe", "full", "absorb"])
+def test_tokens_equal_onnxruntime(bundles, counts, name):
+    """TRT-9：贪心的 token 与 ONNX Runtime 的相同，投机与否、一条与一批；缓存原地更新，解码重放 CUDA graph。"""
+    path = bundles(name).path
+    here, there = deepseek_export.load(path), deepseek_export.load(path, backend="trt")
+    for prompts in ([PROMPTS[0]], list(PROMPTS)):
+        for speculative in (False, None) if there.speculative else (False,):
+            assert tokens(there, prompts, speculative=speculative) == tokens(
+                here, prompts, speculative=speculative
+            )
+    assert there.generate([PROMPTS[0]], max_new_tokens=4).notes == ()
+    assert counts["launch"] > counts["plain"] > 0
+
+
+def test_nothing_is_left_on_the_device(bundles, gpu):
+    """TRT-9：会话与结果都放手之后，显存与 CUDA graph 全部归还。"""
+    gc.collect()
+    before = len(gpu.driver.live), len(gpu.driver.graphs)
+    model = deepseek_export.load(bundles("full").path, backend="trt")
+    tokens(model, list(PROMPTS))
+    assert (len(gpu.driver.live), len(gpu.driver.graphs)) > before
+    del model
+    gc.collect()
+    assert (len(gpu.driver.live), len(gpu.driver.graphs)) == before
+
+
+def test_one_graph_per_call_and_context(bundles, counts):
+    """TRT-9：同一次调用连着第二次才录，录的那次也照常执行；换了形状再换回来，录过的仍然有效；别的批次不误用它。"""
+    session = deepseek_export.load(bundles("full").path, backend="trt").session
+    one, two = session.new_caches(1), session.new_caches(1)
+
+    def step(caches, size, times):
+        for _ in range(times):
+            ids, zero = np.full((1, size), 3), np.zeros(1, np.int64)
+            session.run(ids, zero, np.zeros((1, 1), np.int64), caches)
+        return counts["plain"], counts["capture"], counts["launch"]
+
+    step(one, 12, 1), step(two, 12, 1)  # 缓冲区先长到最大，以后地址不变
+    assert step(one, 1, 1) == (3, 0, 0)
+    assert step(one, 1, 1) == (4, 1, 0)
+    assert step(one, 1, 2) == (4, 1, 2)
+    assert step(one, 2, 1) == (5, 1, 2)
+    assert step(one, 1, 1) == (5, 1, 3)
+    assert step(two, 1, 1) == (6, 1, 3)
+    assert step(one, 1, 1) == (6, 1, 4)
+    assert step(two, 1, 3) == (8, 2, 5)
+    assert step(one, 12, 3) == (11, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "value", "said"),
+    [
+        ("capturable", False, "不能录成"),
+        ("allocates_while_capturing", True, "执行 decode"),
+        ("out_of_memory", True, "的配置 decode"),
+    ],
+)
+def test_failed_capture_is_said_once(bundles, gpu, counts, monkeypatch, trouble, value, said):
+    """TRT-9：录不了时结果不变，原因写进结果的说明；流回到平常的状态，以后都照常执行。"""
+    monkeypatch.setattr(gpu, trouble, value)
+    path = bundles("full").path
+    model = deepseek_export.load(path, backend="trt")
+    want = tokens(deepseek_export.load(path), [PROMPTS[0]], speculative=False)
+    result = model.generate([PROMPTS[0]], max_new_tokens=24, speculative=False)
+    assert result.token_ids == want
+    (note,) = result.notes
+    assert "没有用 CUDA graph" in note
+    assert said in note
+    assert (counts["capture"], counts["launch"], gpu.driver.recording) == (0, 0, None)
+    assert model.generate(list(PROMPTS), max_new_tokens=4, speculative=False).notes == (note,)
+
+
+def test_transformers_front_end_runs_the_engine(bundles, gpu, monkeypatch):
+    """TRT-9：``DsxForCausalLM`` 要的 logits 行数超过引擎的也分段；CUDA graph 用不了时发警告。"""
+    path = bundles("full").path
+    ids = torch.tensor([[*range(5, 30)]])
+    monkeypatch.setattr(gpu, "capturable", False)
+    model = DsxForCausalLM.from_pretrained(path, backend="trt")
+    got, want = model(ids).logits, DsxForCausalLM.from_pretrained(path)(ids).logits
+    scale = float(want.square().mean().sqrt())
+    assert float((got - want).abs().max()) <= tolerance("logits", "float16").limit(scale)
+    with pytest.warns(RuntimeWarning, match="没有用 CUDA graph"):
+        model.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize("name", ["full", "absorb", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_engine_is_verified(bundles, name):
+    """TRT-9、TRT-11：引擎的整个模型与 PyTorch 比；一次要不了那么多行 logits 就分段，bfloat16 的只在这里能比。"""
+    report = deepseek_export.verify(
+        bundles(name).path, levels=("op", "model", "tokens"), backend="trt", steps=12
+    )
+    assert report.passed, report.first_failure
+    levels = {case.level for case in report.cases}
+    assert levels == ({"model", "tokens"} if name == "bfloat16" else {"op", "model", "tokens"})
+    limit = 8 if name == "absorb" else 9
+    assert any(f"一次至多给 {limit} 行" in note for note in report.notes)
+    assert not any("CUDA graph" in note for note in report.notes)
+
+
+def test_small_profiles_are_verified(bundles, gpu):
+    """TRT-9：prefill 配置比校验的序列短也分段走完，批放不下就少比几条并说明。"""
+    gpu.build(bundles("full"), "B=1:1:1,S=9:16,T=128")
+    report = deepseek_export.verify(bundles("full").path, levels=("model",), backend="trt")
+    gpu.build(bundles("full"))
+    assert report.passed, report.first_failure
+    assert any("只比前 1 条" in note for note in report.notes)
+
+
+def test_where_bfloat16_can_be_checked(bundles):
+    """TRT-11：引擎比得了 model、tokens 两级；要 ONNX Runtime 的级别与逐块比较各自拒绝，建议里没有行不通的。"""
+    bundle = bundles("full")
+    manifest = bundle.manifest
+    cache = manifest.cache.model_copy(update={"dtype": "bfloat16"})
+    changes = {"dtype": "bfloat16", "cache": cache}
+    bundle = dataclasses.replace(bundle, manifest=manifest.model_copy(update=changes))
+    report = verify_bundle(bundle, backend="trt", steps=8)
+    assert report.passed, report.first_failure
+    assert {case.level for case in report.cases} == {"model", "tokens"}
+    for call in (
+        lambda: verify_bundle(bundle),
+        lambda: verify_bundle(bundle, levels=("block",), backend="trt"),
+        lambda: compare_bundle(bundle),
+    ):
+        assert "--backend trt" in refused("DSX-E321", call).todo
+    error = refused("DSX-E614", lambda: compare_bundle(bundle, backends=["trt"]))
+    assert "dsx verify --backend trt" in error.todo
+
+
+def test_shapes_that_do_not_fit_say_what_to_do(bundles):
+    """TRT-9：批太大要重建，一次的行太多要分几次（重建也放不宽）。"""
+    session = deepseek_export.load(bundles("full").path, backend="trt").session
+    run = lambda batch, size: session.run(  # noqa: E731
+        np.zeros((batch, size), np.int64),
+        np.zeros(batch, np.int64),
+        np.broadcast_to(np.arange(size), (batch, size)),
+        session.new_caches(batch),
+    )
+    assert "重建" in refused("DSX-E921", run, 9, 1).todo
+    assert "分成几次" in refused("DSX-E921", run, 1, 20).todo
