@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deepseek_export.bench.spread import Spread
-from deepseek_export.cli.console import size
+from deepseek_export.units import size
 
 _SERIES: Mapping[str, str] = MappingProxyType(
     {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from deepseek_export.cli.console import size
+from deepseek_export.units import size
 from perf import figures, labels
 from perf.gates import Verdict
 from perf.results import Case, Run, SuiteResult
