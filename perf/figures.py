@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -17,6 +17,7 @@ matplotlib.use("svg")
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from deepseek_export.bench.spread import Spread
 from perf import labels
@@ -150,12 +151,20 @@ def _series(suite: SuiteResult, keys: Mapping[str, str], factor: float) -> dict[
     return {shown: [case.values[key].scaled(factor) for case in suite.cases] for shown, key in keys.items()}
 
 
+def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    """对数轴；刻度写成普通的数：指数里的减号，汉字字体没有。"""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _mla_memory(figure: Figure, suite: SuiteResult) -> None:
     names = [case.name.replace(" ", "\n") for case in suite.cases]
     left, right = figure.subplots(1, 2)
     cache = {"baseline": "baseline.cache_resident", "mla": "mla.cache_resident"}
     _bars(left, names, _series(suite, cache, 1 / _MIB), "MiB（对数）")
-    left.set_yscale("log")
+    _logarithmic(left, "y")
     left.set_title("KV 缓存实测占用")
     _bars(right, names, _series(suite, {"baseline": "baseline.peak", "mla": "mla.peak"}, 1 / _MIB), "MiB")
     right.set_title("整个进程的峰值")
@@ -171,7 +180,7 @@ def _mla_decode(figure: Figure, suite: SuiteResult) -> None:
             contexts, [s.low for s in spreads], [s.high for s in spreads], color=PALETTE[index], alpha=0.2
         )
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    _logarithmic(axes, "y")
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.minorticks_off()
     axes.set_xlabel("上下文（token）")
@@ -184,8 +193,7 @@ def _mtp(figure: Figure, suite: SuiteResult) -> None:
     left, right = figure.subplots(1, 2)
     keys = {"普通": "plain.token_s", "投机": "speculative.token_s"}
     _bars(left, [case.name for case in suite.cases], _series(suite, keys, 1e3), "ms（对数）")
-    left.set_yscale("log")
-    left.yaxis.set_major_formatter("{x:g}")  # 指数里的减号，汉字字体没有
+    _logarithmic(left, "y")
     left.set_title("解码：每个 token 的时间")
     for index, case in enumerate(suite.cases):
         colour = PALETTE[1 + index % (len(PALETTE) - 1)]
@@ -254,8 +262,7 @@ def _compile(figure: Figure, suite: SuiteResult) -> None:
                 medians = [case.values[f"{name}.{field}"].median * factor for case in with_it]
                 axes.plot(at, medians, marker="o", label=labels.series(shown_as), color=colours[shown_as])
         if cases is sizes:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")  # 指数里的减号，汉字字体没有
+            _logarithmic(axes, "x")
         axes.set_xlabel("参数量（十亿，对数）" if cases is sizes else "层数")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
