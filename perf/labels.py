@@ -202,6 +202,15 @@ def _resolution(value: float) -> str:
     return f"±{_percent(value)}"
 
 
+def _languages(seeds: list[dict[str, float]]) -> str:
+    return "、".join(" / ".join(f"{name} {number(loss)}" for name, loss in one.items()) for one in seeds)
+
+
+def _budget(found: dict[str, Any]) -> str:
+    epochs = "、".join(f"{name} {number(count)}" for name, count in found["epochs"].items())
+    return f"每个激活参数 {number(found['tokens_per_active_parameter'])} 个；语料重复的遍数 {epochs}"
+
+
 #: 画在图里的，或格子的名字里已有的。
 _DRAWN = frozenset(("acceptances", "curve", "steps", "curves", "loads", "context", "depth", "batch"))
 _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
@@ -212,6 +221,8 @@ _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "active_parameters": ("每个 token 激活的参数", _counts),
         "prompt_tokens": ("提示词共几个 token", _count),
         "balance": ("各层最忙的专家 / 平均", _each(_balance)),
+        "languages": ("各种子、各语言的留出损失", _each(_languages)),
+        "budget": ("训练的 token", _budget),
         "nodes": ("节点", _counts),
         "written": ("写了多少", _each(size)),
         "peer_error": ("OnnxExporter 失败的原话", str),
