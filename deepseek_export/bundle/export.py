@@ -158,9 +158,12 @@ def export_bundle(
         source = Checkpoint.open(checkpoint)
         stop_token_ids(source.path, source.config)
         modules = require_mtp(source) if profile.mtp.enabled else 0
-        tensorrt = target in TENSORRT_TARGETS
-        parts = written_bytes(source.config, profile, modules, dtype, quantization, tensorrt)
-        check_free_space(out, sum(parts.values()) if weights == "packed" else 0)
+        needed = 0
+        if weights == "packed":
+            tensorrt = target in TENSORRT_TARGETS
+            parts = written_bytes(source.config, profile, modules, dtype, quantization, tensorrt)
+            needed = sum(parts.values())
+        check_free_space(out, needed)
         if quantization is not None:
             _check_keep(quantization, source.config, modules)
     # 权重怎么存与图无关：FP8 检查点与它反量化后的孪生得到同一张图。

@@ -11,7 +11,7 @@ from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
-from deepseek_export.engine.flavour import FLAVOURS, choose, parse_arch
+from deepseek_export.engine.flavour import FLAVOURS, check_arch, choose, load, parse_arch
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def command(bundle: Path, arches: str, flavour: str | None, shapes: str, as_json
         progress.start("加载 torch 与 onnx")
         from deepseek_export.bundle import Bundle
         from deepseek_export.engine.build import build_engine
-        from deepseek_export.engine.flavour import check_arch, load
         from deepseek_export.engine.lowered import check_buildable
         from deepseek_export.engine.shapes import ProfileShapes
 

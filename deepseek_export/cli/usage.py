@@ -29,7 +29,7 @@ _MESSAGES = (
 def usage_error(error: click.UsageError) -> DsxError:
     """click 的用法错误 → ``DSX-E700``。"""
     command = error.ctx.command_path if error.ctx is not None else "dsx"
-    return DsxError("DSX-E700", _what(error), f"看用法：{command} --help")
+    return DsxError("DSX-E700", _what(error), f"{command} --help 有全部用法")
 
 
 def _what(error: click.UsageError) -> str:

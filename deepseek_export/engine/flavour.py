@@ -146,7 +146,7 @@ def check_arch(flavour: Flavour, trt: Any, sm: int) -> None:
     """这种发行、这台机器能不能为 ``sm`` 建引擎，插件有没有它的 kernel。
 
     Raises:
-        DsxError: ``DSX-E912``。
+        DsxError: ``DSX-E912``；``DSX-E901``，完整的 TensorRT 而插件没有这种 SM 的 kernel。
     """
     if flavour.cross_builds:
         known = [known for known in SMS if hasattr(trt.ComputeCapability, f"SM{known}")]

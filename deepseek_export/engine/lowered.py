@@ -68,7 +68,8 @@ def _export_again(bundle: Bundle) -> str:
     dtype = "float16" if manifest.dtype == "float32" else manifest.dtype
     words = ["dsx", "export", manifest.source.path, "-p", manifest.profile.name]
     for override in manifest.profile.overrides:
-        words += ["--set", override]
+        if override != "mla.cache_dtype=int8":  # TensorRT 的目标没有 int8 缓存
+            words += ["--set", override]
     words += ["--target", target, "--dtype", dtype]
     if (quantization := manifest.quantization) is not None:
         words += ["--quant", quantization.kind, "--quant-block", str(quantization.block)]

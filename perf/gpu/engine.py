@@ -1,4 +1,4 @@
-"""在这张卡上再跑一遍真正的引擎：给了 ``--bundle``、装了能用的 TensorRT 时才有，否则一句话说明为什么没有。"""
+"""在这张卡上再跑一遍真正的引擎：给了 ``--bundle`` 才有，否则一句话说明为什么没有。"""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ def run_engine(bundle: Path | None, sm: int) -> dict[str, Any]:
         sm: 这张卡的计算能力。
 
     Returns:
-        ``{"skipped": 原因}``，或发行、plan 大小、校验结果与每秒 token 数。
+        没有要求时 ``{"skipped": 原因}``；要求了而跑不成是 ``{"verified": False, "error": 原因}``；否则是发行、plan 大小、校验结果与
+        每秒 token 数。
     """
-    if not any(find_spec(name) for name in _PACKAGES):
-        return {"skipped": f"没有安装 {' 或 '.join(_PACKAGES)}，没有运行引擎"}
+    missing = not any(find_spec(name) for name in _PACKAGES)
+    absent = f"没有安装 {' 或 '.join(_PACKAGES)}"
     if bundle is None:
-        return {"skipped": "没有给 --bundle，没有运行引擎"}
+        return {"skipped": f"{f'{absent}，' if missing else ''}没有给 --bundle，没有运行引擎"}
+    if missing:
+        return {"verified": False, "error": absent}
     import deepseek_export as dsx
     from deepseek_export.bundle import Bundle
     from deepseek_export.engine.build import build_engine
-    from deepseek_export.engine.flavour import FLAVOURS, check_arch, choose, load
+    from deepseek_export.engine.flavour import FLAVOURS, choose
     from deepseek_export.engine.shapes import ProfileShapes
     from deepseek_export.errors import DsxError
     from deepseek_export.runtime.plan import find_engine
@@ -38,14 +41,12 @@ def run_engine(bundle: Path | None, sm: int) -> dict[str, Any]:
         try:
             _, record = find_engine(opened, sm)
         except DsxError:
-            flavour = choose()
-            check_arch(flavour, load(flavour), sm)
             shapes = ProfileShapes.parse("", opened.manifest.model.max_position_embeddings)
-            record = build_engine(opened, sm, flavour, shapes).record
+            record = build_engine(opened, sm, choose(), shapes).record
         report = dsx.verify(bundle, backend="trt")
         found = dsx.load(bundle, backend="trt").generate([[1, 2, 3]], _NEW_TOKENS, ignore_eos=True)
     except DsxError as error:
-        return {"skipped": f"{error.code} {error.what}"}
+        return {"verified": False, "error": f"{error.code} {error.what}"}
     return {
         "bundle": str(bundle),
         "flavour": FLAVOURS[record.flavour].module,

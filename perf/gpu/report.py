@@ -68,6 +68,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _engine(engine: dict[str, Any]) -> str:
+    if "error" in engine:
+        return f"没有跑成：{engine['error']}"
     verified = "逐层校验通过" if engine["verified"] else f"校验不过：{engine['first_failure']}"
     return (
         f"{engine['flavour']} {engine['version']}，{engine['bundle']}：{verified}，"

@@ -3,8 +3,8 @@
     python perf/gpu/run.py [--out perf/results] [--budget 450] [--bundle OUT]
 
 一条命令，不联网，8 分钟之内；只要 Python 3.11+、torch、triton、cuda-bindings、numpy。给了 ``--bundle``（要装 dsx 与能用的 TensorRT）
-再建它的引擎，逐层校验、生成一段；没有跑引擎时报告里有一行说明为什么。写出 ``gpu-<卡>-<日期>.json`` 与同名的
-``.md``。任何一项核对不过就不计时，退出码 1；没有 GPU 时只说一行。时间用完时剩下的点记为未测。
+再建它的引擎，逐层校验、生成一段，不在 8 分钟之内；没有跑引擎时报告里有一行说明为什么。写出 ``gpu-<卡>-<日期>.json`` 与同名的
+``.md``。任何一项核对不过就不计时，退出码 1；要求了引擎而没有跑成或校验不过，退出码也是 1；没有 GPU 时只说一行。时间用完时剩下的点记为未测。
 
 启动走的就是插件的路径：提前编译的 :class:`Program` 与 :class:`Launcher`，不经过 Triton 的运行时。输入每次随机（种子印在报告里），
 输出与 workspace 预先填满 NaN。计时在 CUDA graph 里，每次之前冲掉 L2；上限是同一张卡当场测得的拷贝带宽与方阵乘法速率。
@@ -72,7 +72,7 @@ def main() -> int:
     text = markdown(report)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
-    return 1 if failed else 0
+    return 1 if failed or not report["engine"].get("verified", options.bundle is None) else 0
 
 
 def _installed(name: str) -> bool:

@@ -81,6 +81,10 @@ def test_report_of_timings():
     assert "| V3 | 16 | 100 | 12.3 | 2000 | 55.5 | 带宽 | 50% | 否 | 25.0 | 2.03 |" in rows
     assert "| V3 | 4096 | - | 未测 | - | - | - | - | - | - | - |" in rows
     assert rows[-1] == "没有给 --bundle，没有运行引擎"
+    broken = {"verified": False, "error": "DSX-E912 …"}
+    assert markdown({**report, "attention": [], "experts": [], "engine": broken}).endswith(
+        "没有跑成：DSX-E912 …\n"
+    )
     engine = {"flavour": "tensorrt", "version": "11.0", "bundle": "OUT", "decode_tokens_s": 99.5}
     engine |= {"verified": True, "first_failure": None}
     rows = markdown({**report, "attention": [], "experts": [], "engine": engine}).splitlines()
@@ -88,9 +92,11 @@ def test_report_of_timings():
 
 
 def test_an_engine_that_cannot_run_says_why(tmp_path):
-    """没有 bundle、不是 bundle：一句话，不抛异常。"""
+    """没有给 bundle 是一句话；给了却跑不成算没有通过，不抛异常。"""
     assert run_engine(None, 90) == {"skipped": "没有给 --bundle，没有运行引擎"}
-    assert run_engine(tmp_path, 90)["skipped"].startswith("DSX-E402 ")
+    found = run_engine(tmp_path, 90)
+    assert not found["verified"]
+    assert found["error"].startswith("DSX-E402 ")
 
 
 #: 那台机器上只有 torch、triton、cuda-bindings、numpy：其余的依赖一律导入不了。
