@@ -29,6 +29,7 @@ from deepseek_export.runtime import (
     GenerationResult,
     Generator,
     SamplingParams,
+    bundle_for,
     open_session,
     open_speculative,
 )
@@ -155,7 +156,7 @@ class CompiledModel:
     """加载好的 bundle。
 
     Attributes:
-        bundle: 打开的 bundle。
+        bundle: 打开的 bundle；``trt`` 时是引擎由之建成的那个，见 :mod:`deepseek_export.engine.derived`。
         tokenizer: 没有 tokenizer 的检查点为 ``None``。
         session: 主模型的会话。
         generator: 逐个 token 解码的生成器。
@@ -163,7 +164,7 @@ class CompiledModel:
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
-        self.bundle = bundle
+        self.bundle = bundle = bundle_for(bundle, backend)
         eos = stop_token_ids(bundle.path, bundle.manifest.model)
         self.tokenizer = BundleTokenizer.load(bundle.path)
         weights = BundleWeights(bundle)

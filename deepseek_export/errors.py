@@ -124,7 +124,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E910": "没有安装 TensorRT",
         "DSX-E911": "TensorRT-RTX 的库缺少不带版本号的名字",
         "DSX-E912": "不能为这种 SM 建引擎",
-        "DSX-E913": "这个 bundle 建不了引擎",
+        "DSX-E913": "这个 bundle 的图不能直接建引擎",
         "DSX-E914": "TensorRT 报错",
         "DSX-E915": "插件没有留在引擎里",
         "DSX-E916": "插件内部出错",

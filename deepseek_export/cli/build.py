@@ -37,13 +37,23 @@ _SHOWN = 8
     metavar="SHAPES",
     help="B=最小:最优:最大,S=最优:最大,T=缓存容量；缺省 B=1:1:8,S=128:512,T=4096。",
 )
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="要另导出时从哪里读检查点；缺省是 manifest 里记的出处。",
+)
 @json_option
-def command(bundle: Path, arches: str, flavour: str | None, shapes: str, as_json: bool) -> None:
+def command(
+    bundle: Path, arches: str, flavour: str | None, shapes: str, checkpoint: Path | None, as_json: bool
+) -> None:
     """为 bundle OUT 建 TensorRT 引擎，写进 OUT/engines/；TensorRT-RTX 不需要 GPU。
 
     每种 SM 一个目录：model.plan（有 MTP 时还有 mtp.plan）、layers.json（引擎的每一层从哪些 ONNX 节点来，哪些是 dsx
     插件）、engine.json，以及解析时用的 ONNX。有两个优化配置：decode（一次至多 8 个 token）与 prefill。预期的插件有一个没有留在
-    引擎里就失败。portable 的 bundle 先在途中下沉；bundle 要是 float16 或 bfloat16 的。
+    引擎里就失败。portable 的 bundle 先在途中下沉。
+
+    float32 的、ort-cpu 的、int8 缓存的、portable 而专家拆过组的，图不能直接建：由检查点以同样的方案与量化另导出一份（float32
+    的改成 float16），放在 OUT/engines/bundle/，引擎在它里面；--backend trt 会自己找到。
 
     \b
     例：
@@ -58,15 +68,15 @@ def command(bundle: Path, arches: str, flavour: str | None, shapes: str, as_json
         progress.start("加载 torch 与 onnx")
         from deepseek_export.bundle import Bundle
         from deepseek_export.engine.build import build_engine
-        from deepseek_export.engine.lowered import check_buildable
+        from deepseek_export.engine.derived import buildable_bundle
         from deepseek_export.engine.shapes import ProfileShapes
 
         opened = Bundle.open(bundle)
         parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
         # 都先看一遍：不要建好前几个才发现后面的建不了。
-        check_buildable(opened)
         for sm in targets:
             check_arch(chosen, load(chosen), sm)
+        opened = buildable_bundle(opened, chosen, checkpoint, progress)
         for sm in targets:
             built.append(build_engine(opened, sm, chosen, parsed, progress))
     if as_json:

@@ -18,7 +18,10 @@ from deepseek_export.ops.table import (
 
 
 def diagnose_bundle(path: Path) -> dict[str, Any]:
-    """读 manifest 与图；不加载权重。portable 的 bundle 还没有下沉，列的是下沉之后的插件核。
+    """读 manifest 与图；不加载权重。
+
+    portable 的 bundle 还没有下沉，列的是下沉之后的插件核。图不能直接建引擎的，已经另导出过就看那一份（``derived``），没有就说为什么
+    （``reason``），检查点不在的另说 ``dsx build`` 会怎样拒绝（``refusal``）。
 
     Raises:
         DsxError: ``DSX-E402`` 不是 bundle 或缺文件；``DSX-E403`` manifest 读不了；``DSX-E406`` 文件大小或内容不对。
@@ -27,11 +30,19 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     from google.protobuf.message import DecodeError
 
     from deepseek_export.bundle import Bundle
-    from deepseek_export.engine.lowered import check_buildable
+    from deepseek_export.bundle.source import source_folder
+    from deepseek_export.engine.derived import existing_derived, unbuildable_reason
     from deepseek_export.engine.plugins import PLUGIN_OPS
 
     bundle = Bundle.open(path)
-    manifest = bundle.manifest
+    reason, refusal, derived = unbuildable_reason(bundle.manifest), None, None
+    if reason is not None and (derived := existing_derived(bundle)) is None:
+        try:
+            source_folder(bundle, None, "--checkpoint")
+        except DsxError as error:
+            refusal = {"code": error.code, "what": error.what, "todo": error.todo}
+    bundle = derived or bundle
+    path, manifest = bundle.path, bundle.manifest
     plugins = {spec.name: spec.name for spec in PLUGIN_OPS}
     if manifest.target == "portable" and manifest.profile.mla.form != "naive":
         plugins[MLA_ATTENTION.name] = LATENT_ATTENTION.name  # 下沉之后每个 MlaAttention 里有一个
@@ -62,11 +73,6 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
         node["registered"] = {
             name: node["op"] in found["creators"] for name, found in flavours.items() if found["version"]
         }
-    try:
-        check_buildable(bundle)
-        refusal = None
-    except DsxError as error:
-        refusal = {"code": error.code, "what": error.what, "todo": error.todo}
     missing = _missing(flavours)
     unregistered = [node["node"] for node in nodes if not all(node["registered"].values())]
     return {
@@ -74,6 +80,8 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
         "path": str(path),
         "target": manifest.target,
         "dtype": manifest.dtype,
+        "reason": reason,
+        "derived": derived is not None,
         "refusal": refusal,
         "nodes": nodes,
         "flavours": flavours,
@@ -153,6 +161,9 @@ def print_bundle(found: dict[str, Any]) -> None:
     ]
     rows.append(("引擎", "；".join(engines) or "还没有，用 dsx build 建"))
     rows += [("缺少", line) for line in found["missing"]]
+    if found["reason"]:
+        state = "看的是由检查点另导出的这一份" if found["derived"] else "dsx build 先由检查点另导出一份"
+        rows.append(("原来的图", f"{found['reason']}；{state}"))
     if refusal := found["refusal"]:
         rows += [("建不了引擎", f"{refusal['code']} {refusal['what']}"), ("怎么办", refusal["todo"])]
     out.print()

@@ -28,6 +28,7 @@ from deepseek_export.bundle.disk import (
 )
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint.weight_only import packed_int4
+from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import (
     Flavour,
     check_arch,
@@ -44,15 +45,14 @@ from deepseek_export.engine.layers import (
     unfused_attention,
 )
 from deepseek_export.engine.logger import logger_for
-from deepseek_export.engine.lowered import check_buildable, has_prefill, lowered_graph
+from deepseek_export.engine.lowered import has_prefill, lowered_graph
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
-from deepseek_export.engine.record import LAYERS_FILE, RECORD_FILE, EngineRecord, PlanEntry
+from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineRecord, PlanEntry
 from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.progress import Progress
 
-ENGINES = "engines"
 NO_INITIALIZERS: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
@@ -81,7 +81,7 @@ def build_engine(
     """为一种 SM 建引擎，写进 ``engines/<flavour>-sm<SM>/``；已有的整个换掉。
 
     Args:
-        bundle: ``portable``、``tensorrt`` 或 ``tensorrt-rtx`` 的 float16 bundle。
+        bundle: 建得了引擎的 bundle；任意一个先过 :func:`~deepseek_export.engine.derived.buildable_bundle`。
         sm: 目标计算能力，例如 89。
         flavour: 用哪种 TensorRT。
         shapes: 优化配置的形状。

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 
 import onnx
@@ -13,15 +12,10 @@ from deepseek_export.bundle.graph import Slot, bind_external
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
-from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import DOMAIN
 from deepseek_export.passes import lower
 from deepseek_export.passes.lower_mla_to_tensorrt import NATIVE_ATTENTION
-from deepseek_export.passes.pipelines import TENSORRT_TARGETS
-from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.profile import OptimizationProfile
-
-_BUILDABLE = ("portable", *TENSORRT_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -41,42 +35,6 @@ class LoweredGraph:
     attentions: list[str]
 
 
-def check_buildable(bundle: Bundle) -> None:
-    """这个 bundle 能建引擎吗。
-
-    Raises:
-        DsxError: ``DSX-E913``。
-    """
-    manifest = bundle.manifest
-    if manifest.target not in _BUILDABLE:
-        what = f"{bundle.path} 的目标是 {manifest.target}，它的图已为别的运行时改写"
-        raise DsxError("DSX-E913", what, _export_again(bundle))
-    if manifest.target == "portable" and any(
-        r.name == SplitExpertsPass.name and r.count for r in manifest.passes
-    ):
-        what = f"{bundle.path} 的专家权重太大，导出 portable 时已拆成几组，下沉认不出原来的一层"
-        raise DsxError("DSX-E913", what, _export_again(bundle))
-    if manifest.dtype == "float32":
-        what = f"{bundle.path} 是 float32：插件核与融合注意力都没有 float32 的实现"
-        raise DsxError("DSX-E913", what, _export_again(bundle))
-
-
-def _export_again(bundle: Bundle) -> str:
-    """从同一个检查点、以同一个方案导出一个建得了引擎的，整条命令。"""
-    manifest = bundle.manifest
-    target = manifest.target if manifest.target in TENSORRT_TARGETS else TENSORRT_TARGETS[-1]
-    dtype = "float16" if manifest.dtype == "float32" else manifest.dtype
-    words = ["dsx", "export", manifest.source.path, "-p", manifest.profile.name]
-    for override in manifest.profile.overrides:
-        if override != "mla.cache_dtype=int8":  # TensorRT 的目标没有 int8 缓存
-            words += ["--set", override]
-    words += ["--target", target, "--dtype", dtype]
-    if (quantization := manifest.quantization) is not None:
-        words += ["--quant", quantization.kind, "--quant-block", str(quantization.block)]
-        words += ["--keep", ",".join(quantization.keep)] if quantization.keep else []
-    return "重新导出：" + shlex.join([*words, "-o", f"{bundle.path}-{target}"])
-
-
 def has_prefill(profile: OptimizationProfile) -> bool:
     """有没有 prefill 路径；``mla.form=absorb`` 只有插件核，一次至多 8 个 token。"""
     return not (profile.mla.enabled and profile.mla.form == "absorb")
@@ -86,7 +44,7 @@ def lowered_graph(bundle: Bundle, entry: GraphEntry, target: str, capacity: int)
     """取出 bundle 的一张图，需要时下沉。
 
     Args:
-        bundle: 先过 :func:`check_buildable`。
+        bundle: 先过 :func:`~deepseek_export.engine.derived.check_buildable`。
         entry: 哪张图。
         target: 下沉到 ``tensorrt`` 还是 ``tensorrt-rtx``。
         capacity: 缓存容量 T。

@@ -13,6 +13,8 @@ from deepseek_export.engine.flavour import FlavourName
 from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
 
+#: bundle 里放引擎的文件夹。
+ENGINES = "engines"
 RECORD_FILE, LAYERS_FILE = "engine.json", "layers.json"
 
 

@@ -27,7 +27,7 @@ from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
-from deepseek_export.runtime import Backend, ModelSession, open_session
+from deepseek_export.runtime import Backend, ModelSession, bundle_for, open_session
 from deepseek_export.runtime.batching import PAD_ID
 
 
@@ -84,7 +84,7 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
         """
-        bundle = Bundle.open(path)
+        bundle = bundle_for(Bundle.open(path), backend)
         stop_token_ids(bundle.path, bundle.manifest.model)  # transformers 读同一个文件，却不报坏在哪里
         session = open_session(bundle, BundleWeights(bundle), threads, backend)
         return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()

@@ -14,8 +14,9 @@ from polygraphy.logger import G_LOGGER
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import GraphEntry
+from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import FLAVOURS
-from deepseek_export.engine.lowered import check_buildable, has_prefill, lowered_graph
+from deepseek_export.engine.lowered import has_prefill, lowered_graph
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tensorrt import TensorRTRunner

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.disk import atomic_directory, disk_errors, write_json
 from deepseek_export.bundle.manifest import GraphEntry
+from deepseek_export.bundle.source import open_source
 from deepseek_export.capture import names
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
@@ -27,7 +28,7 @@ from deepseek_export.parity.blocks import PHASES, Block, block_key, main_blocks,
 from deepseek_export.parity.draft import draft_blocks, draft_runs
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
 from deepseek_export.parity.report import Case
-from deepseek_export.parity.source import block_rows, environment, open_source
+from deepseek_export.parity.source import block_rows, environment
 from deepseek_export.parity.subgraph import ModelGraph, feeds_for
 from deepseek_export.parity.tolerances import Dtype, tolerance
 from deepseek_export.progress import Progress

@@ -9,6 +9,7 @@ import numpy as np
 
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.disk import write_json
+from deepseek_export.bundle.source import open_source
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.blocks import block_cases, main_block_count, main_blocks
 from deepseek_export.parity.draft import draft_cases, draft_runs
@@ -19,13 +20,19 @@ from deepseek_export.parity.ops import op_cases
 from deepseek_export.parity.oracle import ReferenceOracle, make_oracle
 from deepseek_export.parity.polygraphy import save_model_comparison
 from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
-from deepseek_export.parity.source import block_rows, environment, open_source
+from deepseek_export.parity.source import block_rows, environment
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_draft, load_reference
-from deepseek_export.runtime import Backend, BundleTokenizer, Generator, open_session, open_speculative
-from deepseek_export.runtime.cuda import require_gpu
+from deepseek_export.runtime import (
+    Backend,
+    BundleTokenizer,
+    Generator,
+    bundle_for,
+    open_session,
+    open_speculative,
+)
 
 #: 有 tokenizer 时用真文本：中文、英文、代码，长度不等。
 DEFAULT_PROMPTS = (
@@ -70,16 +77,15 @@ def verify_bundle(
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E603`` transformers 太旧；
             ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过；``DSX-E321`` 要比的只能在
-            ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` ``trt`` 而没有 GPU。
+            ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` / ``DSX-E920`` ``trt`` 而没有 GPU、没有引擎。
     """
     progress = progress or Progress()
+    bundle = bundle_for(bundle, backend)  # 前面的层级要好几分钟，不该跑完才说没有 GPU、没有引擎
     manifest = bundle.manifest
     levels = [level for level in LEVELS if level in levels]
     cases: list[Case] = []
     notes: list[str] = []
     on_onnxruntime = manifest.dtype != "bfloat16"
-    if backend == "trt":
-        require_gpu()  # 前面的层级要好几分钟，不该跑完才说没有 GPU
     if not on_onnxruntime:
         levels = [level for level in levels if backend == "trt" and level in ("model", "tokens")]
         if not levels:

@@ -3,7 +3,7 @@
 from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, CacheTensor
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.generate import Generator
-from deepseek_export.runtime.loading import Backend, open_session, open_speculative
+from deepseek_export.runtime.loading import Backend, bundle_for, open_session, open_speculative
 from deepseek_export.runtime.result import FinishReason, GenerationResult
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
@@ -29,6 +29,7 @@ __all__ = [
     "SpeculativeFloor",
     "SpeculativeGenerator",
     "TokenStream",
+    "bundle_for",
     "open_session",
     "open_speculative",
 ]

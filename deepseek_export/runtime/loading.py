@@ -7,6 +7,7 @@ from typing import Literal
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.cpu_library import library_for
+from deepseek_export.engine.derived import engine_bundle
 from deepseek_export.runtime.cuda import require_gpu
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.plan import find_engine
@@ -19,13 +20,25 @@ from deepseek_export.runtime.tokenizer import BundleTokenizer
 Backend = Literal["ort", "trt"]
 
 
+def bundle_for(bundle: Bundle, backend: Backend) -> Bundle:
+    """在这个后端上实际运行的 bundle：``trt`` 时是引擎由之建成的那个，见 :mod:`deepseek_export.engine.derived`。
+
+    Raises:
+        DsxError: ``DSX-E918`` 没有 GPU；``DSX-E920`` 没有引擎。
+    """
+    if backend == "trt":
+        require_gpu()
+        return engine_bundle(bundle)
+    return bundle
+
+
 def open_session(
     bundle: Bundle, weights: BundleWeights, threads: int | None = None, backend: Backend = "ort"
 ) -> ModelSession:
     """打开主模型。
 
     Args:
-        bundle: 打开的 bundle。
+        bundle: 打开的 bundle，先过 :func:`bundle_for`。
         weights: 它的权重；与草稿模型用同一个，共有的权重只占一份内存。
         threads: 线程数；只对 ``ort`` 有意义。
         backend: ``ort`` 是 ONNX Runtime CPU，``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。

@@ -13,11 +13,10 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.bundle.manifest import ValueEntry
 from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
-from deepseek_export.engine.build import ENGINES
 from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
-from deepseek_export.engine.record import EngineRecord, PlanEntry
+from deepseek_export.engine.record import ENGINES, EngineRecord, PlanEntry
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.cuda import Cuda, require_gpu
 

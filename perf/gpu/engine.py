@@ -31,18 +31,20 @@ def run_engine(bundle: Path | None, sm: int) -> dict[str, Any]:
     import deepseek_export as dsx
     from deepseek_export.bundle import Bundle
     from deepseek_export.engine.build import build_engine
+    from deepseek_export.engine.derived import buildable_bundle
     from deepseek_export.engine.flavour import FLAVOURS, choose
     from deepseek_export.engine.shapes import ProfileShapes
     from deepseek_export.errors import DsxError
     from deepseek_export.runtime.plan import find_engine
 
     try:
-        opened = Bundle.open(bundle)
+        flavour = choose()
+        opened = buildable_bundle(Bundle.open(bundle), flavour)
         try:
             _, record = find_engine(opened, sm)
         except DsxError:
             shapes = ProfileShapes.parse("", opened.manifest.model.max_position_embeddings)
-            record = build_engine(opened, sm, choose(), shapes).record
+            record = build_engine(opened, sm, flavour, shapes).record
         report = dsx.verify(bundle, backend="trt")
         found = dsx.load(bundle, backend="trt").generate([[1, 2, 3]], _NEW_TOKENS, ignore_eos=True)
     except DsxError as error:

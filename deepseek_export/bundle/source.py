@@ -1,0 +1,45 @@
+"""bundle 的出处：导出它的检查点还在不在、是不是同一个。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.errors import DsxError
+
+
+def open_source(bundle: Bundle, given: Path | str | None, option: str = "--against") -> Checkpoint:
+    """打开导出这个 bundle 的检查点；缺省取 manifest 里记的出处。
+
+    Args:
+        bundle: 打开的 bundle。
+        given: 检查点目录；检查点挪过地方时要给。
+        option: 命令行上给它的选项，写进错误里。
+
+    Raises:
+        DsxError: ``DSX-E601`` 找不到；``DSX-E602`` 与导出时不是同一个；1xx 打不开。
+    """
+    path, source = source_folder(bundle, given, option), bundle.manifest.source
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.config != bundle.manifest.model or checkpoint.store.fingerprint() != source.fingerprint:
+        raise DsxError(
+            "DSX-E602",
+            f"{path} 与导出时的检查点不是同一个（config、文件头或权重不同）",
+            "给对检查点，或重新导出",
+        )
+    return checkpoint
+
+
+def source_folder(bundle: Bundle, given: Path | str | None, option: str) -> Path:
+    """检查点的目录，还没有打开；参数见 :func:`open_source`。
+
+    Raises:
+        DsxError: ``DSX-E601``，不存在。
+    """
+    recorded = bundle.manifest.source.path
+    path = Path(recorded) if given is None else Path(given)
+    if not path.is_dir():
+        what = f"检查点 {path} 不存在（manifest 记的出处是 {recorded}）"
+        raise DsxError("DSX-E601", what, f"用 {option} 指定检查点目录")
+    return path

@@ -1,0 +1,196 @@
+"""specs/tensorrt 的 TRT-5、TRT-8、TRT-9：图不能直接建引擎的 bundle，由检查点另导出一份来建。"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import deepseek_export
+from deepseek_export.bundle import Bundle
+from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.cli.bundle_plugins import diagnose_bundle
+from deepseek_export.engine.build import build_engine
+from deepseek_export.engine.derived import buildable_bundle, derived_folder, engine_bundle
+from deepseek_export.engine.flavour import FLAVOURS
+from deepseek_export.engine.record import EngineRecord
+from deepseek_export.engine.shapes import ProfileShapes
+from deepseek_export.passes import PassResult
+from deepseek_export.passes.split_experts import SplitExpertsPass
+from deepseek_export.progress import Progress
+from tests.contract.test_mtp_contract import SMALL
+from tests.engines import refused
+from tests.fake_gpu import FakeGpu
+from tests.integration.cli import assert_refused, dsx, last_json
+
+pytestmark = pytest.mark.contract
+
+RTX = FLAVOURS["rtx"]
+SHAPES = "T=128"
+PROMPTS = [[5, 9, 23, 100, 7], [44, 3, 2]]
+#: 宽度够分一块 32 的，int8 才量化得了。
+CONFIG = SMALL | {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+#: 名字 → 怎么导出。
+UNBUILDABLE = {
+    "float32": {"profile": "full"},
+    "ort-cpu": {"profile": "mla+moe", "target": "ort-cpu", "dtype": "float16"},
+    "int8": {
+        "profile": "mla+moe",
+        "target": "ort-cpu",
+        "quantization": Quantization(kind="int8", block=32, keep=("lm_head",)),
+    },
+    "int8 cache": {"profile": "mla+moe", "dtype": "float16", "overrides": ["mla.cache_dtype=int8"]},
+    "reference": {"profile": "mla+moe", "weights": "reference"},
+}
+
+
+class Notes(Progress):
+    """记下必须让用户看到的话。"""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("derived") / "ck", CONFIG, dtype="float32", mtp=True)
+
+
+@pytest.fixture(scope="module")
+def float32(checkpoint, tmp_path_factory) -> Bundle:
+    """还没有另导出过的 float32 bundle。"""
+    return deepseek_export.export(checkpoint, tmp_path_factory.mktemp("float32") / "out", "full")
+
+
+def copy_of(bundle: Bundle, out: Path) -> Bundle:
+    shutil.copytree(bundle.path, out)
+    return Bundle.open(out)
+
+
+@pytest.mark.parametrize("name", UNBUILDABLE)
+def test_any_bundle_becomes_buildable(name, checkpoint, tmp_path):
+    """TRT-5：同样的方案与量化、同一个检查点，能建的 dtype 与缓存；原因说出来、记进 fallbacks；权重的放法随原来的；校验得过。"""
+    bundle = deepseek_export.export(checkpoint, tmp_path / "out", **UNBUILDABLE[name])
+    refused("DSX-E920", engine_bundle, bundle)
+    notes = Notes()
+    derived = buildable_bundle(bundle, RTX, progress=notes)
+    old, new = bundle.manifest, derived.manifest
+    assert derived.path == derived_folder(bundle)
+    assert (new.target, new.dtype, new.cache.dtype) == ("tensorrt-rtx", "float16", "float16")
+    assert (new.model, new.source, new.weights.mode) == (old.model, old.source, old.weights.mode)
+    assert [(graph.file, graph.role) for graph in new.graphs] == [(g.file, g.role) for g in old.graphs]
+    assert new.profile.name == old.profile.name
+    assert new.profile.mla.form == old.profile.mla.form
+    kept = [
+        None if m.quantization is None else (m.quantization.kind, m.quantization.keep) for m in (old, new)
+    ]
+    assert kept[0] == kept[1]
+    assert new.fallbacks[0] in notes.lines
+    assert engine_bundle(bundle) == derived
+    assert deepseek_export.verify(derived.path, levels=["block", "model"]).passed
+
+
+def test_what_can_be_built_is_used_as_it_is(checkpoint, tmp_path):
+    """TRT-5：portable 的 float16 在途中下沉，不另导出。"""
+    bundle = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", dtype="float16")
+    assert buildable_bundle(bundle, RTX) is bundle
+    assert engine_bundle(bundle) is bundle
+    assert not derived_folder(bundle).exists()
+
+
+def test_split_experts_are_derived_too(checkpoint, float32, tmp_path):
+    """TRT-5：portable 导出时拆过组的专家，下沉认不出原来的一层，也另导出。"""
+    bundle = copy_of(float32, tmp_path / "out")
+    split = PassResult(name=SplitExpertsPass.name, changed=True, count=1, refused=[])
+    graphs = [bundle.manifest.graphs[0].model_copy(update={"passes": [split]}), *bundle.manifest.graphs[1:]]
+    manifest = bundle.manifest.model_copy(update={"dtype": "float16", "graphs": graphs})
+    assert "拆成几组" in buildable_bundle(Bundle(bundle.path, manifest), RTX).manifest.fallbacks[0]
+
+
+def test_derived_once_and_again_when_it_is_out_of_date(float32, tmp_path):
+    """TRT-5：另导出过而没有过时的直接用；不是由这个 bundle 的方案来的，当作没有，重新导出，连同它里面的引擎。"""
+    bundle = copy_of(float32, tmp_path / "out")
+    manifest = buildable_bundle(bundle, RTX).path / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    assert buildable_bundle(bundle, RTX).path == manifest.parent
+    assert manifest.stat().st_mtime_ns == written
+    (manifest.parent / "engines").mkdir()
+    profile = bundle.manifest.profile
+    drafts = profile.mtp.num_draft_tokens + 1
+    mtp = profile.mtp.model_copy(update={"num_draft_tokens": drafts})
+    changed = Bundle(
+        bundle.path,
+        bundle.manifest.model_copy(update={"profile": profile.model_copy(update={"mtp": mtp})}),
+    )
+    refused("DSX-E920", engine_bundle, changed)
+    assert buildable_bundle(changed, RTX).manifest.profile.mtp.num_draft_tokens == drafts
+    assert not (manifest.parent / "engines").exists()
+
+
+def test_the_checkpoint_has_to_be_there_and_the_same(float32, checkpoint, tmp_path):
+    """TRT-5：检查点不在了（``--checkpoint`` 另指）、换了，都按码拒绝，不留半份；doctor 事先就说。"""
+    bundle = copy_of(float32, tmp_path / "out")
+    source = bundle.manifest.source.model_copy(update={"path": str(tmp_path / "gone")})
+    moved = Bundle(bundle.path, bundle.manifest.model_copy(update={"source": source}))
+    (bundle.path / "manifest.json").write_text(moved.manifest.model_dump_json(), encoding="utf-8")
+    process = dsx("build", bundle.path, "--arch", "sm89")
+    assert_refused(process, "DSX-E601")
+    assert "--checkpoint" in process.stderr
+    assert diagnose_bundle(bundle.path)["refusal"]["code"] == "DSX-E601"
+    other = write_checkpoint(tmp_path / "other", CONFIG, dtype="float32", mtp=True, seed=7)
+    assert_refused(dsx("build", bundle.path, "--arch", "sm89", "--checkpoint", other), "DSX-E602")
+    assert not derived_folder(bundle).exists()
+    assert buildable_bundle(moved, RTX, checkpoint).manifest.source.path == str(checkpoint.resolve())
+
+
+def test_the_graph_itself_is_still_refused(float32):
+    """TRT-5：绕过另导出、直接拿去建的，按码拒绝，不悄悄换一个。"""
+    shapes = ProfileShapes.parse(SHAPES, CONFIG["max_position_embeddings"])
+    assert "float32" in refused("DSX-E913", build_engine, float32, 89, RTX, shapes).what
+
+
+def test_build_command_and_doctor_follow_the_derived_bundle(float32, tmp_path):
+    """TRT-5、TRT-8：``dsx build`` 一条命令建好；doctor 在此之前说会另导出，之后看的是那一份和它里面的引擎。"""
+    bundle = copy_of(float32, tmp_path / "out")
+    before = diagnose_bundle(bundle.path)
+    assert (before["ok"], before["derived"], before["refusal"]) == (True, False, None)
+    assert "float32" in before["reason"]
+    process = dsx("build", bundle.path, "--arch", "sm89", "--profile-shapes", SHAPES, "--json")
+    assert process.returncode == 0, process.stderr
+    assert "float32" in process.stderr
+    (built,) = last_json(process)
+    folder = derived_folder(bundle) / "engines/rtx-sm89"
+    assert built["path"] == str(folder)
+    assert sorted(EngineRecord.read(folder).plans) == ["model.plan", "mtp.plan"]
+    after = diagnose_bundle(bundle.path)
+    assert (after["ok"], after["derived"], after["dtype"]) == (True, True, "float16")
+    assert after["reason"] == before["reason"]
+    assert [engine["directory"] for engine in after["engines"]] == ["rtx-sm89"]
+    shown = dsx("doctor", bundle.path).stdout
+    assert "另导出的这一份" in shown
+
+
+def test_the_backend_finds_the_derived_engine(float32, tmp_path, monkeypatch):
+    """TRT-9：``--backend trt`` 给原来的 bundle 就行：token 与那一份在 ONNX Runtime 上的相同，校验的也是那一份；没有建过按码拒绝。"""
+    bundle = copy_of(float32, tmp_path / "out")
+    gpu = FakeGpu(monkeypatch)
+    refused("DSX-E920", deepseek_export.load, bundle.path, None, "trt")
+    derived = buildable_bundle(bundle, RTX)
+    refused("DSX-E920", deepseek_export.load, bundle.path, None, "trt")
+    gpu.build(derived, SHAPES)
+    there = deepseek_export.load(bundle.path, backend="trt")
+    assert there.bundle == derived
+    here = deepseek_export.load(derived.path)
+    for speculative in (False, None):
+        found = [model.generate(PROMPTS, 16, speculative=speculative).token_ids for model in (here, there)]
+        assert found[0] == found[1]
+    report = deepseek_export.verify(bundle.path, levels=["model"], backend="trt")
+    assert report.passed
+    assert (derived.path / "reports/parity.json").is_file()
+    compared = refused("DSX-E913", lambda: deepseek_export.compare(bundle.path, backends=["trt"]))
+    assert str(derived.path) in compared.todo
