@@ -48,6 +48,7 @@ from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
     QuantizeWeightsToDequantizeLinearPass,
 )
 from deepseek_export.passes.split_experts import SplitExpertsPass
+from deepseek_export.passes.split_pairs import SplitPairsPass
 from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
 from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
 from deepseek_export.profile import OptimizationProfile
@@ -118,7 +119,9 @@ QUANT_PIPELINES: Mapping[str, Sequence[Callable[[Quantization], Pass]]] = Mappin
 )
 
 #: 最后收拾的 pass：与算子无关，前面的都做完了才看得出什么用不着。
-FINISH: Mapping[str, Sequence[Callable[[], Pass]]] = MappingProxyType({"ort-cpu": (FoldReshapeShapesPass,)})
+FINISH: Mapping[str, Sequence[Callable[[], Pass]]] = MappingProxyType(
+    {"ort-cpu": (FoldReshapeShapesPass, SplitPairsPass)}
+)
 
 #: 产物用来建 TensorRT 引擎的目标。
 TENSORRT_TARGETS = ("tensorrt", "tensorrt-rtx")

@@ -71,7 +71,7 @@ def test_whole_model_is_equal_before_and_after(variant, fused, saved):
     checkpoint = saved(variant)[1]
     portable, ort = (lowered(variant, "mla+moe", target) for target in ("portable", "ort-cpu"))
     layers, all_layers = model_config(variant).num_moe_layers, model_config(variant).num_hidden_layers
-    *counts, _fold = [r.count for r in ort.results]
+    *counts, _fold, _split = [r.count for r in ort.results]
     assert counts == ([layers, 0, all_layers] if fused else [0, layers, all_layers])
     assert len(ort.fallbacks) == (0 if fused else 1)
     contract = [n for n in names(portable.proto.graph.input) if n not in portable.weights]
@@ -165,11 +165,12 @@ def test_lowered_model_is_self_consistent(target):
 
 
 def test_baseline_has_nothing_to_lower():
-    """没有 dsx 算子可下沉；ort-cpu 只收拾形状。"""
+    """没有 dsx 算子可下沉；ort-cpu 只收拾形状与转置。"""
     portable, ort, *others = (lowered("v3", "baseline", target) for target in PIPELINES)
-    assert [r.name for r in ort.results if r.changed] == ["fold-reshape-shapes"]
+    finishing = ["fold-reshape-shapes", "split-pairs"]
+    assert [r.name for r in ort.results if r.changed] == finishing
     for model in (ort, *others):
-        lowering = [r for r in model.results if r.name != "fold-reshape-shapes"]
+        lowering = [r for r in model.results if r.name not in finishing]
         assert {(r.changed, r.count, r.refused) for r in lowering} == {(False, 0, ())}
         assert model is ort or portable.proto.graph == model.proto.graph
         assert {opset.domain for opset in model.proto.opset_import} == {""}

@@ -1,4 +1,4 @@
-"""FoldReshapeShapesPass 与 AbsorbRopeLayoutPass：节点少了，前者一位不变、后者在容差之内，第二遍不再改。"""
+"""FoldReshapeShapesPass、SplitPairsPass 与 AbsorbRopeLayoutPass：前两个一位不变、后一个在容差之内，第二遍不再改。"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
 from deepseek_export.passes.base import GraphModule
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
+from deepseek_export.passes.split_pairs import SplitPairsPass
 from deepseek_export.profile import resolve_profile
 from tests.models import TOLERANCE, distance, model_config, ort_session
 
@@ -42,9 +43,12 @@ def outputs(module: GraphModule, checkpoint) -> list[np.ndarray]:
     feeds = {name: load_array(name, recipe, checkpoint.store) for name, recipe in module.weights.items()}
     feeds["input_ids"] = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     feeds["past_lens"], feeds["logits_positions"] = np.array([0, 5]), np.tile(np.arange(40), (2, 1))
-    cache = np.ones((2, 1, 48, config.latent_cache_values), np.float32)
-    feeds |= {f"kv_cache.{i}": cache for i in range(LAYERS)}
-    return ort_session(module.to_proto()).run(["logits", "kv_cache_out.0"], feeds)
+    sizes = {"B": 2, "T": 48}
+    for tensor in module.graph.inputs:
+        if "_cache." in tensor.name:
+            feeds[tensor.name] = np.ones([sizes.get(dim, dim) for dim in tensor.shape], np.float32)
+    wanted = [t.name for t in module.graph.outputs if t.name == "logits" or t.name.endswith("_cache_out.0")]
+    return ort_session(module.to_proto()).run(wanted, feeds)
 
 
 def operators(module: GraphModule) -> Counter[str]:
@@ -87,6 +91,36 @@ def test_shapes_are_constants(captured, saved, variant, absorbed):
     for got, expected in zip(outputs(module, checkpoint), want, strict=True):
         np.testing.assert_array_equal(got, expected)
     assert not FoldReshapeShapesPass()(module).changed
+
+
+@pytest.mark.parametrize(
+    ("variant", "profile", "count"),
+    [
+        ("v3", "mla+moe", 2 * LAYERS),
+        ("v3", "moe", 2 * LAYERS),
+        ("v3-bias-tied", "mla+moe", 2 * LAYERS),
+        ("v2-lite", "mla", 0),
+    ],
+)
+@pytest.mark.parametrize("folded", [False, True])
+def test_pairs_become_halves_without_a_transpose(captured, saved, variant, profile, count, folded):
+    """EXPORT-34：成对改成前后两半，不用转置，一位不变；别的布局没有这样的转置。"""
+    module, checkpoint = captured(variant, profile), saved(variant)[1]
+    if folded:
+        FoldReshapeShapesPass()(module)
+    want, before = outputs(module, checkpoint), operators(module)
+    assert SplitPairsPass()(module).count == count
+    assert before["Transpose"] - operators(module)["Transpose"] == count
+    for got, expected in zip(outputs(module, checkpoint), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert not SplitPairsPass()(module).changed
+
+
+def test_after_the_order_moved_into_the_weights_only_the_rest_is_split(captured):
+    """EXPORT-34：量化时行序已经排进权重的，没有转置可换；带 bias 的那一半照换。"""
+    module = captured("v3-bias-tied")
+    AbsorbRopeLayoutPass()(module)
+    assert SplitPairsPass()(module).count == LAYERS
 
 
 def reshaped(before, after) -> GraphModule:
