@@ -106,30 +106,42 @@ def latent_attention_reduce(
     num_splits,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """把一行的各段按 ``2^lse`` 加权平均；参数同 :func:`latent_attention_partial`。"""
+    """把一行的各段按 ``2^lse`` 加权平均；参数同 :func:`latent_attention_partial`。
+
+    一次读 ``BLOCK_S`` 段：批小而上下文长时有一百多段，一段一段地读，每段都要等一次显存的延迟，比 partial 还慢。
+    """
     row = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     keys = valid_keys(past_lens, b, S, T)
     length = split_length(keys, num_splits, BLOCK_N)
     if length >= keys:
         return
-    r = tl.arange(0, BLOCK_R)
+    splits = tl.cdiv(keys, length)
     rows = S * H
     first = b * num_splits * rows + row
-    top = float("-inf")
-    total = 0.0
-    acc = tl.zeros([BLOCK_R], tl.float32)
-    for split in range(tl.cdiv(keys, length)):
-        slot = first + split * rows
-        score = tl.load(lse + slot)
-        new_top = tl.maximum(top, score)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(score - base)
-        decay = tl.exp2(top - base)
-        total = total * decay + weight
-        acc = acc * decay + weight * tl.load(partial + slot * R + r, mask=r < R, other=0.0)
-        top = new_top
-    acc = acc / tl.where(total > 0.0, total, 1.0)
-    tl.store(context + (b * rows + row) * R + r, acc.to(context.dtype.element_ty), mask=r < R)
+    out = context + (b * rows + row) * R
+    for block in range(tl.program_id(2), tl.cdiv(R, BLOCK_R), tl.num_programs(2)):
+        r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        top = float("-inf")
+        total = 0.0
+        acc = tl.zeros([BLOCK_R], tl.float32)
+        for start in range(0, splits, BLOCK_S):
+            split = start + tl.arange(0, BLOCK_S)
+            slots = first + split * rows
+            stored = split < splits  # 之后的格子没有写过
+            scores = tl.load(lse + slots, mask=stored, other=float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 0))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp2(scores - base)
+            decay = tl.exp2(top - base)
+            total = total * decay + tl.sum(weights, 0)
+            values = tl.load(
+                partial + slots[:, None] * R + r[None, :], mask=stored[:, None] & (r < R)[None, :], other=0.0
+            )
+            acc = acc * decay + tl.sum(weights[:, None] * values, 0)
+            top = new_top
+        acc = acc / tl.where(total > 0.0, total, 1.0)
+        tl.store(out + r, acc.to(context.dtype.element_ty), mask=r < R)

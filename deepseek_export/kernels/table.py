@@ -144,7 +144,8 @@ _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
         227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 8, 2)),
     }
 )
-_REDUCE_WARPS = 4
+#: ``latent_attention_reduce`` 的块：一次几段、几列，几个 warp。
+_REDUCE_SPLITS, _REDUCE_COLUMNS, _REDUCE_WARPS = 64, 128, 4
 _ALIGNMENT = 256  # TensorRT 的 workspace 也是这个对齐
 
 
@@ -179,7 +180,7 @@ def latent_attention_plan(
     B, S, T = symbol("B"), symbol("S"), symbol("T")
     rows = S * num_heads
     blocks = {"R": r, "BLOCK_R": _block(r)}
-    tiles = _ATTENTION_TILES[limits.shared]
+    tiles, columns = _ATTENTION_TILES[limits.shared], min(_block(r), _REDUCE_COLUMNS)
     # 行数刚够一个小块时用小块，否则用最大的块，让同一段 KV 少读几遍。
     variants = []
     for tile in tiles:
@@ -241,11 +242,12 @@ def latent_attention_plan(
                 "latent_attention",
                 "latent_attention_reduce",
                 (*partial_signature[2:6], *integers),
-                {**blocks, "BLOCK_N": keys},
+                {"R": r, "BLOCK_R": columns, "BLOCK_S": _REDUCE_SPLITS, "BLOCK_N": keys},
                 _REDUCE_WARPS,
                 1,
             ),
-            (rows, B, one),
+            # 只有一段时 partial 直接写了结果，不必启动；段少时活也少，一个程序做几块列。
+            (rows, B, Expression.of(2).at_most(splits) * splits.min(math.ceil(r / columns))),
             (*pointers, *integer_arguments),
         )
         when = one if tile is tiles[-1] else rows.at_most(tile.rows)

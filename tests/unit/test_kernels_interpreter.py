@@ -127,6 +127,18 @@ else:
         past = [(37 * b) % 199 for b in range(44)]
         check_attention(44, 1, 3, 16, 16, 200, past, dtype, scale=0.6)
 
+    def test_attention_more_splits_than_reduce_reads_at_once():
+        """SM 多、批小、上下文长：段数超过 reduce 一次读的 64 段；分数的幅度大，各段的权重差得远。"""
+        check_attention(1, 1, 2, 24, 16, 3000, [2990], torch.float32, sm=120, scale=0.6)
+
+    def test_attention_with_one_split():
+        """批大到每个序列只有一段：partial 直接写结果，reduce 不启动。"""
+        plan = latent_attention_plan(89, 2, 16, 16, 0.1, "float16")
+        sizes = {"B": 128, "S": 1, "T": 64}
+        reduce = next(v for v in plan.variants if v.when.evaluate(sizes)).launches[1]
+        assert 0 in [axis.evaluate(sizes) for axis in reduce.grid]
+        check_attention(128, 1, 2, 16, 16, 64, [(7 * b) % 63 for b in range(128)], torch.float32)
+
     def test_attention_v2_lite_shape():
         """发布模型的宽度（H=16，512+64）。"""
         check_attention(1, 1, 16, 512, 64, 80, [70], torch.float16)
