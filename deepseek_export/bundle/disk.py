@@ -65,6 +65,19 @@ def check_free_space(out: Path, needed: int) -> None:
         )
 
 
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """硬链接；跨文件系统才复制。两边的内容以后都不就地改写，才能这样用。
+
+    Raises:
+        DsxError: ``DSX-E404``，要复制而空间不够。
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        check_free_space(Path(target).parent, Path(source).stat().st_size)
+        shutil.copyfile(source, target)
+
+
 def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> None:
     """输出目录能不能用。
 

@@ -14,6 +14,7 @@ from deepseek_export.bundle.disk import (
     check_free_space,
     disk_errors,
     hash_files,
+    link_or_copy,
     restore_interrupted,
     write_json,
 )
@@ -58,7 +59,8 @@ def pack_bundle(path: Path | str, progress: Progress | None = None) -> Bundle:
         with disk_errors(directory):
             for source in bundle.path.iterdir():
                 if source.is_dir() and source.name != WEIGHTS_FOLDER:
-                    shutil.copytree(source, directory / source.name)
+                    # engines/ 里也有权重的硬链接，复制就各成一份检查点那么大的文件。
+                    shutil.copytree(source, directory / source.name, copy_function=link_or_copy)
                 elif source.is_file() and source.name not in {*graphs, "manifest.json"}:
                     shutil.copyfile(source, directory / source.name)
             # engines/、reports/ 不归 manifest 的 files 管，只对导出时记下的那些文件算哈希。

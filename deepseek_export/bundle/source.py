@@ -20,7 +20,11 @@ def open_source(bundle: Bundle, given: Path | str | None, option: str = "--again
     Raises:
         DsxError: ``DSX-E601`` 找不到；``DSX-E602`` 与导出时不是同一个；1xx 打不开。
     """
-    path, source = source_folder(bundle, given, option), bundle.manifest.source
+    source = bundle.manifest.source
+    path = Path(source.path) if given is None else Path(given)
+    if not path.is_dir():
+        what = f"检查点 {path} 不存在（manifest 记的出处是 {source.path}）"
+        raise DsxError("DSX-E601", what, f"用 {option} 指定检查点目录")
     checkpoint = Checkpoint.open(path)
     if checkpoint.config != bundle.manifest.model or checkpoint.store.fingerprint() != source.fingerprint:
         raise DsxError(
@@ -29,17 +33,3 @@ def open_source(bundle: Bundle, given: Path | str | None, option: str = "--again
             "给对检查点，或重新导出",
         )
     return checkpoint
-
-
-def source_folder(bundle: Bundle, given: Path | str | None, option: str) -> Path:
-    """检查点的目录，还没有打开；参数见 :func:`open_source`。
-
-    Raises:
-        DsxError: ``DSX-E601``，不存在。
-    """
-    recorded = bundle.manifest.source.path
-    path = Path(recorded) if given is None else Path(given)
-    if not path.is_dir():
-        what = f"检查点 {path} 不存在（manifest 记的出处是 {recorded}）"
-        raise DsxError("DSX-E601", what, f"用 {option} 指定检查点目录")
-    return path

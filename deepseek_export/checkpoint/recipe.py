@@ -320,7 +320,7 @@ def _converted(
             finite = np.isfinite(converted)
             if not finite.all():
                 what = f"张量 {_first(source, array, finite, start)} 超出 {dtype.name} 的范围"
-                raise DsxError("DSX-E116", what, "改用 --dtype float32")
+                raise DsxError("DSX-E116", what, "改用 --dtype float32；TensorRT 的目标用 --dtype bfloat16")
         yield converted
 
 

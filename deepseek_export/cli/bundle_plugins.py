@@ -21,7 +21,7 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     """读 manifest 与图；不加载权重。
 
     portable 的 bundle 还没有下沉，列的是下沉之后的插件核。图不能直接建引擎的，已经另导出过就看那一份（``derived``），没有就说为什么
-    （``reason``），检查点不在的另说 ``dsx build`` 会怎样拒绝（``refusal``）。
+    （``reason``），检查点不在、换了的另说 ``dsx build`` 会怎样拒绝（``refusal``）。
 
     Raises:
         DsxError: ``DSX-E402`` 不是 bundle 或缺文件；``DSX-E403`` manifest 读不了；``DSX-E406`` 文件大小或内容不对。
@@ -30,7 +30,7 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     from google.protobuf.message import DecodeError
 
     from deepseek_export.bundle import Bundle
-    from deepseek_export.bundle.source import source_folder
+    from deepseek_export.bundle.source import open_source
     from deepseek_export.engine.derived import existing_derived, unbuildable_reason
     from deepseek_export.engine.plugins import PLUGIN_OPS
 
@@ -38,7 +38,7 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     reason, refusal, derived = unbuildable_reason(bundle.manifest), None, None
     if reason is not None and (derived := existing_derived(bundle)) is None:
         try:
-            source_folder(bundle, None, "--checkpoint")
+            open_source(bundle, None, "--checkpoint")
         except DsxError as error:
             refusal = {"code": error.code, "what": error.what, "todo": error.todo}
     bundle = derived or bundle
@@ -162,7 +162,9 @@ def print_bundle(found: dict[str, Any]) -> None:
     rows.append(("引擎", "；".join(engines) or "还没有，用 dsx build 建"))
     rows += [("缺少", line) for line in found["missing"]]
     if found["reason"]:
-        state = "看的是由检查点另导出的这一份" if found["derived"] else "dsx build 先由检查点另导出一份"
+        state = "看的是由检查点另导出的这一份"
+        if not found["derived"]:
+            state = "dsx build 先由检查点另导出一份" + ("" if found["nodes"] else "，那时才有插件节点")
         rows.append(("原来的图", f"{found['reason']}；{state}"))
     if refusal := found["refusal"]:
         rows += [("建不了引擎", f"{refusal['code']} {refusal['what']}"), ("怎么办", refusal["todo"])]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from deepseek_export.bundle.disk import (
     atomic_directory,
     check_free_space,
     disk_errors,
+    link_or_copy,
     sha256_file,
     write_json,
 )
@@ -308,8 +307,4 @@ def _link_weights(bundle: Bundle, directory: Path) -> None:
         source, target = bundle.path / name, directory / name
         with disk_errors(directory):
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, target)
-            except OSError:
-                check_free_space(directory, source.stat().st_size)
-                shutil.copyfile(source, target)
+            link_or_copy(source, target)

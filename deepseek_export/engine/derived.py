@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from deepseek_export.bundle import Bundle, Manifest, export_bundle
@@ -20,7 +21,7 @@ from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 
 _BUILDABLE = ("portable", *TENSORRT_TARGETS)
-_FOLDER = "bundle"
+_FOLDER, _OPTION = "bundle", "--checkpoint"
 
 
 def unbuildable_reason(manifest: Manifest) -> str | None:
@@ -47,7 +48,7 @@ def check_buildable(bundle: Bundle) -> None:
     reason = unbuildable_reason(bundle.manifest)
     if reason is not None:
         todo = (
-            f"dsx build {bundle.path} 由检查点另导出一份建得了的，放在 {derived_folder(bundle)}；直接用那一份"
+            f"dsx build {bundle.path} --arch smXY 由检查点另导出一份，放在 {derived_folder(bundle)}；用那一份"
         )
         raise DsxError("DSX-E913", f"{bundle.path}：{reason}", todo)
 
@@ -65,7 +66,7 @@ def buildable_bundle(
 ) -> Bundle:
     """建得了引擎的原样返回；否则由检查点、以同样的方案与量化另导出一份，已有而没有过时的直接用。
 
-    另导出的那一份：目标是这种发行的，float32 改成 float16，int8 缓存改成与模型相同的 dtype，权重打包还是按引用随原来的。
+    另导出的那一份：目标是这种发行的（两种发行的图相同，已有的不分发行），float32 改成 float16，int8 缓存改成与模型相同的 dtype，权重打包还是按引用随原来的。
 
     Args:
         bundle: 任意一个 bundle。
@@ -74,40 +75,54 @@ def buildable_bundle(
         progress: 进度；要另导出的原因由它说出来，也记进那一份的 ``fallbacks``。
 
     Raises:
-        DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；其余见
+        DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E116`` / ``DSX-E313``
+            换成 float16、换成这个目标之后放不下、量化不了，附自己导出的命令；``DSX-E401`` 那个目录里是别的东西；其余见
             :func:`~deepseek_export.bundle.export_bundle`。
     """
     progress = progress or Progress()
-    manifest = bundle.manifest
-    reason = unbuildable_reason(manifest)
+    manifest, reason = bundle.manifest, unbuildable_reason(bundle.manifest)
+    if checkpoint is not None:  # 用不用得到，给错了都要说
+        open_source(bundle, checkpoint, _OPTION)
+    derived = bundle if reason is None else existing_derived(bundle)
+    if derived is not None and checkpoint is not None:
+        progress.note("没有另导出，--checkpoint 用不到")
     if reason is None:
         return bundle
-    if (derived := existing_derived(bundle)) is not None:
+    note = f"原来的 bundle {reason}：建引擎用由检查点另导出的那一份（{_dtype(manifest)}）"
+    if derived is not None:
+        progress.note(note)
         return derived
     progress.start(f"{bundle.path} 的图不能直接建引擎：由检查点另导出一份")
-    source = open_source(bundle, checkpoint, "--checkpoint")
-    quantization = None
-    if (entry := manifest.quantization) is not None:
-        quantization = Quantization(kind=entry.kind, block=entry.block, keep=tuple(entry.keep))
-    return export_bundle(
-        source.path,
-        derived_folder(bundle),
-        _profile(manifest),
-        target=flavour.target,
-        dtype=_dtype(manifest),
-        weights=manifest.weights.mode,
-        quantization=quantization,
-        overwrite=True,
-        progress=progress,
-        notes=(f"原来的 bundle {reason}：建引擎用由检查点另导出的这一份（{_dtype(manifest)}）",),
-    )
+    try:
+        return export_bundle(
+            open_source(bundle, checkpoint, _OPTION).path,
+            derived_folder(bundle),
+            _profile(manifest),
+            target=flavour.target,
+            dtype=_dtype(manifest),
+            weights=manifest.weights.mode,
+            quantization=_quantization(manifest),
+            overwrite=True,
+            progress=progress,
+            notes=(note,),
+        )
+    except DsxError as error:
+        # 原来的建议说的是 dsx export 的选项。
+        advice = {
+            "DSX-E116": f"float16 放不下，自己导出 bfloat16 的再建：{_export_command(bundle, 'bfloat16', True)}",
+            "DSX-E313": f"自己导出不量化的再建：{_export_command(bundle, _dtype(manifest), False)}",
+            "DSX-E401": "移开它，再 dsx build",
+        }
+        if error.code not in advice:
+            raise
+        raise DsxError(error.code, error.what, advice[error.code]) from error
 
 
 def engine_bundle(bundle: Bundle) -> Bundle:
     """``bundle`` 的引擎由哪个 bundle 建成：它自己，或 :func:`buildable_bundle` 另导出的那一份。
 
     Raises:
-        DsxError: ``DSX-E920``，要另导出，而还没有 ``dsx build`` 过，或那一份过时了；4xx 那一份坏了。
+        DsxError: ``DSX-E920``，要另导出，而还没有 ``dsx build`` 过，或那一份过时了、坏了。
     """
     reason = unbuildable_reason(bundle.manifest)
     if reason is None:
@@ -123,11 +138,12 @@ def engine_bundle(bundle: Bundle) -> Bundle:
 
 
 def existing_derived(bundle: Bundle) -> Bundle | None:
-    """已经另导出的那一份；没有，或不是由这个 bundle 的检查点、方案与量化来的，是 ``None``。"""
-    folder, manifest = derived_folder(bundle), bundle.manifest
-    if not (folder / "manifest.json").is_file():
+    """已经另导出的那一份；没有、坏了，或不是由这个 bundle 的检查点、方案与量化来的，是 ``None``：再导出一次就好。"""
+    manifest = bundle.manifest
+    try:
+        derived = Bundle.open(derived_folder(bundle))
+    except DsxError:
         return None
-    derived = Bundle.open(folder)
     found = derived.manifest
     same = (
         found.source.fingerprint == manifest.source.fingerprint
@@ -150,6 +166,20 @@ def _dtype(manifest: Manifest) -> ModelDtype:
     return "float16" if manifest.dtype == "float32" else manifest.dtype
 
 
-def _quantization(manifest: Manifest) -> tuple[object, ...] | None:
-    entry = manifest.quantization
-    return None if entry is None else (entry.kind, entry.block, tuple(entry.keep))
+def _quantization(manifest: Manifest) -> Quantization | None:
+    if (entry := manifest.quantization) is None:
+        return None
+    return Quantization(kind=entry.kind, block=entry.block, keep=tuple(entry.keep))
+
+
+def _export_command(bundle: Bundle, dtype: ModelDtype, quantize: bool) -> str:
+    """从同一个检查点、以同样的方案导出一份 TensorRT 目标的，整条命令。"""
+    manifest, target = bundle.manifest, TENSORRT_TARGETS[-1]
+    profile, quantization = _profile(manifest), _quantization(manifest)
+    words = ["dsx", "export", manifest.source.path, "-p", profile.name]
+    words += [word for override in profile.overrides for word in ("--set", override)]
+    words += ["--target", target, "--dtype", dtype]
+    if quantize and quantization is not None:
+        words += ["--quant", quantization.kind, "--quant-block", str(quantization.block)]
+        words += ["--keep", ",".join(quantization.keep)] if quantization.keep else []
+    return shlex.join([*words, "-o", f"{bundle.path}-{target}"])

@@ -366,6 +366,19 @@ class TestCompare:
         (cause,) = culprit.causes
         assert "与捕获时的常量不同" in cause
 
+    def test_bisect_after_lowering_gives_no_false_reason(self, exported, tmp_path: Path):
+        """PARITY-11：下沉改写过的地方（形状成了常量，转置换成 Split 与 Concat）不是理由；出错的那一段说得出。"""
+
+        def swap(model):
+            node = find_node(model, "Concat", "layers.1.self_attn/Transpose")
+            first, second = node.input
+            node.input[:] = [second, first]
+
+        culprit = self.bisect(exported("v3-yarn", "mla+moe", "ort-cpu"), tmp_path, edit_model(swap))
+        assert culprit.block == "layers.1.self_attn"
+        assert "Concat" in [node.op for node in culprit.nodes]
+        assert culprit.causes == []
+
     def test_bisect_accuses_no_healthy_node(self, v3_bundle: Bundle, saved, tmp_path: Path):
         """PARITY-11：好的 bundle 里每个块、每个节点单独都对，如实说没有元凶（整块才错时就是这个结果）。"""
         manifest, checkpoint = v3_bundle.manifest, saved("v3-yarn")[1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import deepseek_export
 from deepseek_export.bundle import Bundle
@@ -116,9 +118,10 @@ def test_derived_once_and_again_when_it_is_out_of_date(float32, tmp_path):
     """TRT-5：另导出过而没有过时的直接用；不是由这个 bundle 的方案来的，当作没有，重新导出，连同它里面的引擎。"""
     bundle = copy_of(float32, tmp_path / "out")
     manifest = buildable_bundle(bundle, RTX).path / "manifest.json"
-    written = manifest.stat().st_mtime_ns
-    assert buildable_bundle(bundle, RTX).path == manifest.parent
+    written, notes = manifest.stat().st_mtime_ns, Notes()
+    assert buildable_bundle(bundle, RTX, progress=notes).path == manifest.parent
     assert manifest.stat().st_mtime_ns == written
+    assert notes.lines == buildable_bundle(bundle, RTX).manifest.fallbacks[:1]
     (manifest.parent / "engines").mkdir()
     profile = bundle.manifest.profile
     drafts = profile.mtp.num_draft_tokens + 1
@@ -130,6 +133,56 @@ def test_derived_once_and_again_when_it_is_out_of_date(float32, tmp_path):
     refused("DSX-E920", engine_bundle, changed)
     assert buildable_bundle(changed, RTX).manifest.profile.mtp.num_draft_tokens == drafts
     assert not (manifest.parent / "engines").exists()
+
+
+def test_a_broken_derived_bundle_is_made_again(float32, tmp_path):
+    """TRT-5：另导出的那一份坏了，再 ``dsx build`` 就好；那个位置上是别的东西则不碰它。"""
+    bundle = copy_of(float32, tmp_path / "out")
+    derived = buildable_bundle(bundle, RTX)
+    (weights,) = derived.manifest.weights.files
+    (derived.path / weights).write_bytes(b"short")
+    refused("DSX-E920", engine_bundle, bundle)
+    assert diagnose_bundle(bundle.path)["derived"] is False
+    assert buildable_bundle(bundle, RTX).manifest == derived.manifest
+    assert engine_bundle(bundle).manifest == derived.manifest
+    (derived.path / "manifest.json").unlink()
+    assert "移开" in refused("DSX-E401", buildable_bundle, bundle, RTX).todo
+    assert (derived.path / weights).is_file()
+
+
+def test_what_cannot_be_derived_comes_with_the_command(checkpoint, tmp_path):
+    """TRT-5：float16 放不下的权重、TensorRT 的目标上一个也量化不了的，附自己导出的整条命令，照着做得成。"""
+    copy = tmp_path / "ck"
+    shutil.copytree(checkpoint, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = 1e6
+    save_file(tensors, copy / "model.safetensors")
+    large = deepseek_export.export(copy, tmp_path / "large", "mla", overrides=["mla.form=naive"])
+    narrow = write_checkpoint(tmp_path / "narrow", SMALL, dtype="float32", mtp=True)
+    options = {"target": "ort-cpu", "quantization": Quantization(kind="int8", block=32)}
+    unquantised = deepseek_export.export(narrow, tmp_path / "int8", "mla+moe", **options)
+    for code, bundle, expected in (
+        ("DSX-E116", large, ("bfloat16", None)),
+        ("DSX-E313", unquantised, ("float16", None)),
+    ):
+        todo = refused(code, buildable_bundle, bundle, RTX).todo
+        assert not derived_folder(bundle).exists()
+        command = shlex.split(todo.partition("：")[2])
+        assert command[0] == "dsx"
+        assert dsx(*command[1:]).returncode == 0
+        made = Bundle.open(command[-1])
+        assert (made.manifest.dtype, made.manifest.quantization) == expected
+        assert made.manifest.profile == bundle.manifest.profile
+        assert buildable_bundle(made, RTX) is made
+
+
+def test_packing_keeps_the_derived_bundle_linked(checkpoint, tmp_path):
+    """EXPORT-23：``dsx pack`` 不把 engines/ 里权重的硬链接变成一份份的复制品。"""
+    bundle = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", weights="reference")
+    (weights,) = (name for name in buildable_bundle(bundle, RTX).manifest.weights.files)
+    deepseek_export.pack(bundle.path)
+    assert (derived_folder(bundle) / weights).samefile(checkpoint / "model.safetensors")
+    assert engine_bundle(Bundle.open(bundle.path)).path == derived_folder(bundle)
 
 
 def test_the_checkpoint_has_to_be_there_and_the_same(float32, checkpoint, tmp_path):
@@ -146,6 +199,15 @@ def test_the_checkpoint_has_to_be_there_and_the_same(float32, checkpoint, tmp_pa
     assert_refused(dsx("build", bundle.path, "--arch", "sm89", "--checkpoint", other), "DSX-E602")
     assert not derived_folder(bundle).exists()
     assert buildable_bundle(moved, RTX, checkpoint).manifest.source.path == str(checkpoint.resolve())
+    notes = Notes()
+    buildable_bundle(moved, RTX, checkpoint, notes)
+    assert "--checkpoint 用不到" in notes.lines[0]
+    refused("DSX-E602", buildable_bundle, moved, RTX, other)
+    shutil.rmtree(derived_folder(bundle))
+    replaced = bundle.manifest.source.model_copy(update={"path": str(other)})
+    stale = bundle.manifest.model_copy(update={"source": replaced})
+    (bundle.path / "manifest.json").write_text(stale.model_dump_json(), encoding="utf-8")
+    assert diagnose_bundle(bundle.path)["refusal"]["code"] == "DSX-E602"
 
 
 def test_the_graph_itself_is_still_refused(float32):
