@@ -27,9 +27,9 @@ def command(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    made = table("内置的优化方案", "名字", "效果", "这一版能否导出")
-    for name, profile in BUILTIN_PROFILES.items():
-        made.add_row(name, _EFFECTS[name], "还不能" if profile.mtp.enabled else "能")
+    made = table("内置的优化方案", "名字", "效果")
+    for name in BUILTIN_PROFILES:
+        made.add_row(name, _EFFECTS[name])
     console().print(made)
     click.echo("\n组合：-p mla+moe    全部键：dsx profiles show mla+moe")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +36,7 @@ from deepseek_export.engine.flavour import (
     network_flags,
     select_arch,
 )
+from deepseek_export.engine.interrupts import deferred_interrupts
 from deepseek_export.engine.layers import (
     EngineLayer,
     layer_counts,
@@ -189,7 +190,7 @@ def build_plan(
     given = {n: packed_int4(a) if a.dtype == ml_dtypes.int4 else a for n, a in initializers.items()}
     network = builder.create_network(network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    with building_for(sm) as target:
+    with deferred_interrupts() as interrupted, building_for(sm) as target:
         progress.start(f"TensorRT 解析 {model.name}")
         if not _parse(parser, model, given):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -199,7 +200,9 @@ def build_plan(
         # 执行时不许自己分配显存，否则录不成 CUDA graph；完整的 TensorRT 本来就不会，没有这个标志。
         if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        config.progress_monitor = _monitor(trt, progress, f"TensorRT 构建 {model.stem}（sm{sm}）")
+        config.progress_monitor = _monitor(
+            trt, progress, f"TensorRT 构建 {model.stem}（sm{sm}）", interrupted
+        )
         for ranges in profiles.values():
             config.add_optimization_profile(_optimization_profile(builder, network, ranges))
         plan = builder.build_serialized_network(network, config)
@@ -273,8 +276,8 @@ def _failure(target: BuildTarget, model: Path, messages: Sequence[str]) -> DsxEr
     )
 
 
-def _monitor(trt: Any, progress: Progress, stage: str) -> Any:
-    """TensorRT 的进度 → dsx 的进度：只报最外层阶段的步数。"""
+def _monitor(trt: Any, progress: Progress, stage: str, interrupted: Callable[[], bool]) -> Any:
+    """TensorRT 的进度 → dsx 的进度：只报最外层阶段的步数；``interrupted`` 之后说一句为什么还没有停。"""
 
     class Monitor(trt.IProgressMonitor):
         """每个外层阶段重新开始一条进度。"""
@@ -282,6 +285,7 @@ def _monitor(trt: Any, progress: Progress, stage: str) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.outer: str | None = None
+            self.told = False
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if self.outer is None:
@@ -291,6 +295,9 @@ def _monitor(trt: Any, progress: Progress, stage: str) -> Any:
         def step_complete(self, phase: str, step: int) -> bool:
             if phase == self.outer:
                 progress.advance(1, phase)
+            if interrupted() and not self.told:
+                self.told = True
+                progress.note("收到中断：TensorRT 半路停不下来，建完这一个就退出；再来一次立即退出")
             return True
 
         def phase_finish(self, phase: str) -> None:

@@ -41,7 +41,7 @@ from deepseek_export.progress import Progress
 from deepseek_export.runtime.plan import find_engine
 from tests.bundles import edit_model, find_node, run_polygraphy, set_float, tampered
 from tests.engines import assert_listing, assert_plugin_layers, refused
-from tests.integration.cli import DSX
+from tests.integration.cli import DSX, environment
 from tests.rebuilt import assert_rebuilt, kernel_images, read_engine
 from tools.make_engine_graphs import (
     ARCHES,
@@ -319,6 +319,20 @@ def test_progress_comes_from_tensorrt(built):
     assert stage == "TensorRT 构建 model（sm89）"
     assert total is not None
     assert 0 < len(steps) <= total
+
+
+def test_a_signal_while_tensorrt_builds_stops_it(bundle):
+    """TRT-14：TensorRT 构建时收到 SIGTERM：说一句，建完这一个就停，退出码 143，不留半个引擎，也不接着建下一个。"""
+    command = [*DSX, "build", str(bundle.path), "--arch", "sm86,sm80", "--profile-shapes", SHAPES]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        assert any("TensorRT 构建 model" in line for line in process.stderr)
+        process.terminate()
+        rest = process.stderr.read()
+    assert process.returncode == 143, rest
+    assert "Traceback" not in rest
+    assert "建完这一个就退出" in rest
+    assert "构建 model（sm80）" not in rest
+    assert [path for path in (bundle.path / "engines").iterdir() if "sm89" not in path.name] == []
 
 
 def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):

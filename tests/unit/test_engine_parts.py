@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 from deepseek_export.engine import flavour as flavours
 from deepseek_export.engine.flavour import FLAVOURS, ensure_library_link, library_link_missing, parse_arch
+from deepseek_export.engine.interrupts import deferred_interrupts
 from deepseek_export.engine.layers import (
     EngineLayer,
     layer_counts,
@@ -37,6 +40,34 @@ def test_missing_flavour_names_the_install_command(monkeypatch):
     assert "deepseek-export[rtx]" in error.todo
     assert "deepseek-export[tensorrt]" in error.todo
     assert refused("DSX-E910", flavours.choose, "tensorrt").what == "没有安装 tensorrt"
+
+
+def test_signals_are_delivered_after_the_callbacks():
+    """TRT-14：其间的信号只记下；离开时恢复原来的处理者再交给它，期间的异常让位；原来忽略的仍旧忽略。"""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("信号只到主线程")
+
+    def stop(number, frame):
+        raise InterruptedError(number)
+
+    def build():
+        with deferred_interrupts() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupted()
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupted()
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "再来一次立即结束"
+            raise ValueError("构建被叫停")
+
+    before = signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(InterruptedError):
+            build()
+        assert signal.getsignal(signal.SIGTERM) is stop
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
 
 
 def test_library_link_is_repaired_once(tmp_path: Path):
