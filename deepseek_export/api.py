@@ -73,7 +73,7 @@ def export(
 
     Raises:
         DsxError: 见各层；``DSX-E605`` 校验不过；``DSX-E004`` 设了 ``fallback.on_drift=naive`` 而没有 ``check``；
-            ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出。
+            ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出；``DSX-E501`` 目录里的 tokenizer 读不了。
     """
     resolved = resolve_profile(profile, overrides)
     if resolved.fallback.on_drift == "naive" and not check:
@@ -109,6 +109,7 @@ def export(
     if tokenizer is not None:
         raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
     source = checkpoint
+    BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
 
     def run(profile: OptimizationProfile, notes: tuple[str, ...] = ()) -> Bundle:
         return export_bundle(

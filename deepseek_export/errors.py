@@ -85,8 +85,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E520": "C++ 算子库装载不了",
         "DSX-E521": "指令集在这台机器上不能用",
         # 6xx：对齐校验
-        "DSX-E601": "找不到对照的检查点",
-        "DSX-E602": "对照的检查点与导出时不同",
+        "DSX-E601": "找不到检查点",
+        "DSX-E602": "检查点与导出时不同",
         "DSX-E603": "transformers 版本太旧",
         "DSX-E604": "校验用的 prompt 不可用",
         "DSX-E605": "校验不过",

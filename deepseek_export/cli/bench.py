@@ -9,7 +9,7 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import bundle_argument, json_option, threads_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.units import size
 
@@ -46,7 +46,7 @@ _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "spe
 )
 @click.option("--runs", type=_COUNT, default=5, show_default=True, help="每种跑几遍，另有一遍预热。")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="随机种子。")
-@click.option("--threads", type=_COUNT, help="线程数；缺省由 ONNX Runtime 决定。")
+@threads_option
 @json_option
 def command(
     bundle: Path, against: Path | None, prompts: tuple[str, ...], as_json: bool, **scenario: Any

@@ -35,7 +35,7 @@ _SHOWN = 8
     "shapes",
     default="",
     metavar="SHAPES",
-    help="B=最小:最优:最大,S=最优:最大,T=缓存容量；缺省 B=1:1:8,S=128:512,T=4096。",
+    help="B=最小:最优:最大,S=最优:最大,T=缓存容量；缺省 B=1:1:8,S=128:512,T=4096（不超过模型的 max_position_embeddings）。",
 )
 @click.option(
     "--checkpoint",
@@ -61,7 +61,7 @@ def command(
       dsx build OUT --arch sm80,sm89,sm120 --profile-shapes B=1:1:4,S=256:1024,T=8192
       dsx build OUT --arch sm90 --flavour tensorrt
     """
-    targets = [parse_arch(arch) for arch in arches.split(",")]
+    targets = list(dict.fromkeys(parse_arch(arch) for arch in arches.split(",")))
     chosen = choose(flavour)
     built = []
     with open_progress(as_json) as progress:

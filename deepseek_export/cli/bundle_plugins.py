@@ -21,7 +21,7 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     """读 manifest 与图；不加载权重。
 
     portable 的 bundle 还没有下沉，列的是下沉之后的插件核。图不能直接建引擎的，已经另导出过就看那一份（``derived``），没有就说为什么
-    （``reason``），检查点不在、换了的另说 ``dsx build`` 会怎样拒绝（``refusal``）。
+    （``reason``），检查点不在、换了、改过的另说 ``dsx build`` 会怎样拒绝（``refusal``）。
 
     Raises:
         DsxError: ``DSX-E402`` 不是 bundle 或缺文件；``DSX-E403`` manifest 读不了；``DSX-E406`` 文件大小或内容不对。
@@ -30,17 +30,20 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     from google.protobuf.message import DecodeError
 
     from deepseek_export.bundle import Bundle
+    from deepseek_export.bundle.reference import open_referenced
     from deepseek_export.bundle.source import open_source
     from deepseek_export.engine.derived import existing_derived, unbuildable_reason
     from deepseek_export.engine.plugins import PLUGIN_OPS
 
     bundle = Bundle.open(path)
     reason, refusal, derived = unbuildable_reason(bundle.manifest), None, None
-    if reason is not None and (derived := existing_derived(bundle)) is None:
-        try:
+    try:
+        if reason is not None and (derived := existing_derived(bundle)) is None:
             open_source(bundle, None, "--checkpoint")
-        except DsxError as error:
-            refusal = {"code": error.code, "what": error.what, "todo": error.todo}
+        elif (derived or bundle).manifest.weights.mode == "reference":
+            open_referenced(derived or bundle)
+    except DsxError as error:
+        refusal = {"code": error.code, "what": error.what, "todo": error.todo}
     bundle = derived or bundle
     path, manifest = bundle.path, bundle.manifest
     plugins = {spec.name: spec.name for spec in PLUGIN_OPS}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "--profile",
     default="baseline",
     show_default=True,
-    help="优化方案：mla、moe、mla+moe，或 TOML 文件。",
+    help="优化方案：mla、moe、mtp，用 + 组合，full 是全开；或 TOML 文件。",
 )
 @click.option(
     "-o", "--output", "out", required=True, metavar="OUT", type=click.Path(path_type=Path), help="输出目录。"

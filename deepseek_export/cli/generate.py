@@ -10,7 +10,7 @@ import click
 
 from deepseek_export.cli.console import echo_json
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import backend_option, bundle_argument, json_option
+from deepseek_export.cli.options import backend_option, bundle_argument, json_option, threads_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import DsxError
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--no-speculative", is_flag=True, help="bundle 带 MTP 时也逐个 token 解码。")
 @click.option("--no-floor", is_flag=True, help="投机解码不划算也不退回普通解码。")
 @click.option("--stats", is_flag=True, help="在 stderr 上打印投机解码的接受率与调用次数。")
-@click.option("--threads", type=click.IntRange(min=1), help="线程数；缺省由 ONNX Runtime 决定。")
+@threads_option
 @backend_option
 @json_option
 def command(

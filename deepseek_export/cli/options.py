@@ -36,6 +36,11 @@ set_option = click.option(
     multiple=True,
     help="覆盖方案里的一个键，例如 mla.form=absorb；可重复。",
 )
+#: 再多没有用处，几万个线程要占几 GB、永远起不完。
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), help="线程数；缺省由 ONNX Runtime 决定。"
+)
+
 backend_option = click.option(
     "--backend",
     type=click.Choice(["ort", "trt"]),

@@ -21,6 +21,7 @@ def command(bundle: Path, as_json: bool) -> None:
     """把 --weights reference 导出的 bundle OUT 变成自包含的文件夹，不再依赖检查点和 dsx。
 
     权重逐块写出，内存与模型大小无关；开工前先核对磁盘空间。被杀之后再运行一次，从写到的地方接着写，结果逐字节相同。完成之前 OUT 保持原样。
+    dsx build 另导出在 OUT/engines/bundle 里的那一份不随它打包，要另外 dsx pack OUT/engines/bundle。
 
     \b
     例：

@@ -25,18 +25,19 @@ _FOLDER, _OPTION = "bundle", "--checkpoint"
 
 
 def unbuildable_reason(manifest: Manifest) -> str | None:
-    """这个 bundle 的图为什么不能直接拿去建引擎；能建的是 ``None``。"""
+    """这个 bundle 的图为什么不能直接拿去建引擎，全部原因；能建的是 ``None``。"""
+    reasons = []
     if manifest.target not in _BUILDABLE:
-        return f"目标是 {manifest.target}，图已为别的运行时改写"
+        reasons.append(f"目标是 {manifest.target}（图已为别的运行时改写）")
     if manifest.target == "portable" and any(
         r.name == SplitExpertsPass.name and r.count for r in manifest.passes
     ):
-        return "专家权重太大，导出 portable 时已拆成几组，下沉认不出原来的一层"
+        reasons.append("专家权重太大而拆成了几组（下沉认不出原来的一层）")
     if manifest.dtype == "float32":
-        return "是 float32，插件核与融合注意力都没有 float32 的实现"
+        reasons.append("是 float32（插件核与融合注意力都没有 float32 的实现）")
     if manifest.cache.dtype == "int8":
-        return "缓存是 int8，TensorRT 的注意力核只读浮点的缓存"
-    return None
+        reasons.append("缓存是 int8（TensorRT 的注意力核只读浮点的缓存）")
+    return "，".join(reasons) or None
 
 
 def check_buildable(bundle: Bundle) -> None:
@@ -88,7 +89,9 @@ def buildable_bundle(
         progress.note("没有另导出，--checkpoint 用不到")
     if reason is None:
         return bundle
-    note = f"原来的 bundle {reason}：建引擎用由检查点另导出的那一份（{_dtype(manifest)}）"
+    profile = _profile(manifest)
+    cache = "" if profile == manifest.profile else "，缓存与模型同 dtype"
+    note = f"原来的 bundle {reason}：建引擎用由检查点另导出的那一份（{_dtype(manifest)}{cache}）"
     if derived is not None:
         progress.note(note)
         return derived
@@ -97,7 +100,7 @@ def buildable_bundle(
         return export_bundle(
             open_source(bundle, checkpoint, _OPTION).path,
             derived_folder(bundle),
-            _profile(manifest),
+            profile,
             target=flavour.target,
             dtype=_dtype(manifest),
             weights=manifest.weights.mode,

@@ -44,6 +44,7 @@ UNBUILDABLE = {
         "quantization": Quantization(kind="int8", block=32, keep=("lm_head",)),
     },
     "int8 cache": {"profile": "mla+moe", "dtype": "float16", "overrides": ["mla.cache_dtype=int8"]},
+    "float32, int8 cache": {"profile": "mla+moe", "overrides": ["mla.cache_dtype=int8"]},
     "reference": {"profile": "mla+moe", "weights": "reference"},
 }
 
@@ -93,6 +94,7 @@ def test_any_bundle_becomes_buildable(name, checkpoint, tmp_path):
     ]
     assert kept[0] == kept[1]
     assert new.fallbacks[0] in notes.lines
+    assert ("缓存是 int8" in new.fallbacks[0]) == (old.cache.dtype == "int8")
     assert engine_bundle(bundle) == derived
     assert deepseek_export.verify(derived.path, levels=["block", "model"]).passed
 
@@ -111,7 +113,7 @@ def test_split_experts_are_derived_too(checkpoint, float32, tmp_path):
     split = PassResult(name=SplitExpertsPass.name, changed=True, count=1, refused=[])
     graphs = [bundle.manifest.graphs[0].model_copy(update={"passes": [split]}), *bundle.manifest.graphs[1:]]
     manifest = bundle.manifest.model_copy(update={"dtype": "float16", "graphs": graphs})
-    assert "拆成几组" in buildable_bundle(Bundle(bundle.path, manifest), RTX).manifest.fallbacks[0]
+    assert "拆成了几组" in buildable_bundle(Bundle(bundle.path, manifest), RTX).manifest.fallbacks[0]
 
 
 def test_derived_once_and_again_when_it_is_out_of_date(float32, tmp_path):
@@ -174,6 +176,19 @@ def test_what_cannot_be_derived_comes_with_the_command(checkpoint, tmp_path):
         assert (made.manifest.dtype, made.manifest.quantization) == expected
         assert made.manifest.profile == bundle.manifest.profile
         assert buildable_bundle(made, RTX) is made
+
+
+def test_doctor_sees_a_checkpoint_changed_under_the_bundle(checkpoint, tmp_path):
+    """TRT-8：按引用的，检查点就地改过，``dsx build`` 会拒绝，doctor 事先就说。"""
+    copy = tmp_path / "ck"
+    shutil.copytree(checkpoint, copy)
+    bundle = deepseek_export.export(copy, tmp_path / "out", "mla+moe", weights="reference")
+    assert diagnose_bundle(bundle.path)["refusal"] is None
+    buildable_bundle(bundle, RTX)
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-400_000, 2)
+        file.write(bytes(400_000))
+    assert diagnose_bundle(bundle.path)["refusal"]["code"] == "DSX-E408"
 
 
 def test_packing_keeps_the_derived_bundle_linked(checkpoint, tmp_path):

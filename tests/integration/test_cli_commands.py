@@ -15,6 +15,7 @@ from deepseek_export import __version__
 from deepseek_export.bundle import Bundle
 from deepseek_export.cli.demo import BUNDLE, ENGINE_BUNDLE
 from deepseek_export.cli.main import COMMANDS
+from deepseek_export.profile import BUILTIN_PROFILES
 from tests.bundles import edit_weight, run_polygraphy, tampered
 from tests.integration.cli import DSX, assert_refused, dsx, dsx_process, environment, last_json
 
@@ -73,6 +74,7 @@ def test_version_and_usage_errors():
         (["export", "CKPT", "--outptu", "x"], "没有选项 --outptu，是不是 --output"),
         (["build", "OUT"], "缺少选项 --arch"),
         (["generate", "OUT", "--threads", "0"], "--threads：0 不在"),
+        (["bench", "OUT", "--threads", "100000"], "--threads：100000 不在"),
         (["inspect", "OUT", "more"], "多余的参数：more"),
     ):
         process = dsx(*args)
@@ -80,6 +82,14 @@ def test_version_and_usage_errors():
         assert process.stdout == ""
         assert process.stderr.startswith("DSX-E700 "), process.stderr
         assert what in process.stderr
+
+
+def test_profiles_lists_them_all():
+    """每个内置方案一行，说的是效果；都能导出。"""
+    listed = dsx("profiles").stdout
+    for name in BUILTIN_PROFILES:
+        assert f" {name} " in listed
+    assert "不能" not in listed
 
 
 def test_profiles_show_round_trips(tmp_path):

@@ -71,6 +71,7 @@ BROKEN = {
     "missing tensor": (_tensors(lambda t: t.pop("model.norm.weight")), "DSX-E111", "model.norm.weight"),
     "extra tensor": (_tensors(lambda t: t.update(mystery=np.zeros(3, np.float32))), "DSX-E112", "mystery"),
     "wrong shape": (_config(intermediate_size=40), "DSX-E113", "layers.0.mlp"),
+    "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "DSX-E501", "tokenizer.json"),
     "NaN": (_tensors(_put_nan), "DSX-E115", "layers.1.mlp.up_proj.weight[2, 5]"),
 }
 
