@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +77,16 @@ def command(
         # 都先看一遍：不要建好前几个才发现后面的建不了。
         for sm in targets:
             check_arch(chosen, load(chosen), sm)
-        opened = buildable_bundle(opened, chosen, checkpoint, progress)
+        source = buildable_bundle(opened, chosen, checkpoint, progress)
         for sm in targets:
-            built.append(build_engine(opened, sm, chosen, parsed, progress))
+            built.append(build_engine(source, sm, chosen, parsed, progress))
     if as_json:
         echo_json([_summary(engine) for engine in built])
         return
     for engine in built:
         _print(engine)
+    if source is not opened:
+        click.echo(f"另导出的这一份还没有校验过。下一步：dsx verify {shlex.quote(str(source.path))}")
 
 
 def _summary(engine: BuiltEngine) -> dict[str, Any]:
