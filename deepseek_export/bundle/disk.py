@@ -187,6 +187,17 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+def write_report(path: Path, data: dict[str, Any]) -> None:
+    """写进 bundle 的 ``reports/``。
+
+    Raises:
+        DsxError: ``DSX-E404`` / ``DSX-E405``，bundle 写不了。
+    """
+    with disk_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, data)
+
+
 def hash_files(directory: Path, skipped: Collection[str], progress: Progress) -> dict[str, FileEntry]:
     """除 ``skipped`` 之外每个文件的大小与 sha256：打包的权重边写边算过了，检查点的硬链接由指纹核对。"""
     left_out = {directory / name for name in (*skipped, JOURNAL_FILE)}

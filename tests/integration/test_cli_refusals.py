@@ -217,6 +217,18 @@ def test_advice_about_the_output_can_be_followed(plain, tiny_bundle, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["referenced"]
 
 
+def test_reports_of_a_read_only_bundle(tiny_bundle, tmp_path):
+    """校验、测速跑完了，报告却写不进去：按码说，不是 traceback。"""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    shutil.rmtree(bundle / "reports")
+    (bundle / "reports").touch()
+    small = ["--prompt-len", "4", "--new-tokens", "2", "--depth", "16", "--runs", "1"]
+    for command in (["verify", bundle, "--level", "model"], ["bench", bundle, *small]):
+        process = dsx(*command)
+        assert_refused(process, "DSX-E405")
+        assert "reports" in process.stderr
+
+
 def test_an_output_written_with_dots(plain, tmp_path):
     """``-o zz/../out``：不留下 zz，下一步的命令指向真正的位置。"""
     process = dsx("export", plain, "-p", "mla", "-o", "zz/../", cwd=tmp_path)
