@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle, pack_bundle
-from deepseek_export.bundle.disk import check_output
+from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -93,8 +93,9 @@ def export(
                 f"weights={weights!r}：模型对象没有可以指进去的文件",
                 "去掉 weights，或先 save_pretrained 再从目录导出",
             )
-        check_output(Path(out), overwrite)
-        with saved_checkpoint(checkpoint, Path(out), tokenizer) as directory:
+        out = output_path(out)
+        check_output(out, overwrite)
+        with saved_checkpoint(checkpoint, out, tokenizer) as directory:
             return export(
                 directory,
                 out,

@@ -11,6 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 ERRORS: Mapping[str, str] = MappingProxyType(
     {
@@ -21,7 +25,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E004": "方案的组合不成立",
         "DSX-E005": "方案文件读不了",
         # 1xx：检查点
-        "DSX-E101": "检查点目录不完整",
+        "DSX-E101": "检查点不完整或读不了",
         "DSX-E102": "config.json 读不了",
         "DSX-E103": "不支持的 model_type",
         "DSX-E104": "config.json 里有 dsx 不认识的字段",
@@ -55,7 +59,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E322": "这个目标不支持 int8 缓存",
         # 4xx：bundle 与磁盘
         "DSX-E401": "输出目录已存在",
-        "DSX-E402": "bundle 不完整",
+        "DSX-E402": "bundle 不完整或读不了",
         "DSX-E403": "manifest 读不了",
         "DSX-E404": "磁盘空间不足",
         "DSX-E405": "输出位置不可写",
@@ -152,3 +156,11 @@ class DsxError(Exception):
     def __init__(self, code: str, what: str, todo: str) -> None:
         self.code, self.title, self.what, self.todo = code, ERRORS[code], what, todo
         super().__init__(f"{code} {self.title}\n  {what}\n  建议：{todo}")
+
+
+def first_invalid(error: ValidationError) -> str:
+    """pydantic 的第一条错误，一行：字段的路径与原因。"""
+    first = error.errors(include_url=False)[0]
+    reasons = {"missing": "没有这个字段", "extra_forbidden": "不认识这个字段"}
+    reason = reasons.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    return "：".join([*filter(None, [".".join(map(str, first["loc"]))]), reason])

@@ -148,7 +148,7 @@ def resolve_profile(
         values: dict[str, dict[str, Any]] = spec.model_dump()
     elif isinstance(spec, Path):
         values = _read_toml(spec)
-    elif _is_path(spec) and Path(spec).is_file():
+    elif _is_path(spec) and _is_file(spec):
         values = _read_toml(Path(spec))
     else:
         values = _compose(spec)
@@ -166,6 +166,14 @@ def resolve_profile(
 
 def _is_path(part: str) -> bool:
     return "/" in part or part.endswith(".toml")
+
+
+def _is_file(spec: str) -> bool:
+    """看不了的（没有权限、名字太长）不算，留给读的时候报。"""
+    try:
+        return Path(spec).is_file()
+    except OSError:
+        return False
 
 
 def _compose(spec: str) -> dict[str, dict[str, Any]]:

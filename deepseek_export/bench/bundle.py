@@ -16,7 +16,7 @@ from deepseek_export.bench.environment import environment
 from deepseek_export.bench.memory import MemorySample, memory_in_subprocess
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.disk import write_json
+from deepseek_export.bundle.disk import write_report
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import GenerationResult
@@ -180,9 +180,7 @@ def bench_bundle(
         depths=depths,
         ratios=_ratios(ways, depths),
     )
-    path = bundles[BUNDLE].path / REPORT
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, report.model_dump(mode="json"))
+    write_report(bundles[BUNDLE].path / REPORT, report.model_dump(mode="json"))
     return report
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.bundle.manifest import SCHEMA_VERSION, Manifest
-from deepseek_export.errors import DsxError
+from deepseek_export.checkpoint import load_model_config
+from deepseek_export.errors import DsxError, first_invalid
+from deepseek_export.paths import check_readable, path_kind
 from deepseek_export.progress import Progress
 
 
@@ -26,12 +28,15 @@ class Bundle:
         """打开并核对文件是否齐全、大小是否相符（不算哈希，见 :meth:`check_hashes`）。
 
         Raises:
-            DsxError: ``DSX-E402`` 不是 bundle 或缺文件；``DSX-E403`` manifest 读不了或版本不认识；
+            DsxError: ``DSX-E402`` 不是 bundle、看不了或缺文件；``DSX-E403`` manifest 读不了、版本不认识或内容不成立；
                 ``DSX-E406`` 文件大小不符。
         """
         path = Path(path)
         manifest_path = path / "manifest.json"
-        if not manifest_path.is_file():
+        if (kind := path_kind(path, "DSX-E402")) != "directory":
+            what = f"{path} 不存在" if kind == "missing" else f"{path} 不是目录"
+            raise DsxError("DSX-E402", what, "确认路径；bundle 是 dsx export 产生的目录")
+        if path_kind(manifest_path, "DSX-E402") != "file":
             raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
         try:
             data = json.loads(manifest_path.read_text(encoding="utf-8"))
@@ -43,22 +48,27 @@ class Bundle:
                     "用当前的 dsx 重新导出",
                 )
             manifest = Manifest.model_validate(data)
-        except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            first = str(error).splitlines()[0]
-            raise DsxError("DSX-E403", f"{manifest_path}：{first}", "重新导出") from error
-        for name in manifest.weights.files:
-            if not (path / name).is_file():
+        except ValidationError as error:
+            raise DsxError("DSX-E403", f"{manifest_path}：{first_invalid(error)}", "重新导出") from error
+        except OSError as error:
+            what = f"打不开 {manifest_path}：{error.strerror}"
+            raise DsxError("DSX-E403", what, "检查权限") from error
+        except (ValueError, RecursionError) as error:
+            what = f"{manifest_path} 不是合法的 JSON：{error}"
+            raise DsxError("DSX-E403", what, "重新拷贝或重新导出") from error
+        for name in (*manifest.weights.files, *manifest.files):
+            if path_kind(path / name, "DSX-E402") != "file":
                 raise DsxError("DSX-E402", f"{path} 缺少 {name}", "重新导出，或把整个目录一起拷贝")
+            check_readable(path / name, "DSX-E402", "检查权限")
         for name, entry in manifest.files.items():
             file = path / name
-            if not file.is_file():
-                raise DsxError("DSX-E402", f"{path} 缺少 {name}", "重新导出，或把整个目录一起拷贝")
             if file.stat().st_size != entry.bytes:
                 raise DsxError(
                     "DSX-E406",
                     f"{file} 有 {file.stat().st_size} 字节，manifest 记的是 {entry.bytes}",
                     "文件被截断或改过：重新拷贝或重新导出",
                 )
+        _check_model(path, manifest)
         return cls(path, manifest)
 
     @property
@@ -101,3 +111,19 @@ class Bundle:
                     "文件被改过：重新拷贝或重新导出",
                 )
             progress.advance(entry.bytes, name)
+
+
+def _check_model(path: Path, manifest: Manifest) -> None:
+    """manifest 里的模型就是旁边 config.json 的那一个：取值成不成立，由读检查点的那一套来查。"""
+    config = path / "config.json"
+    try:
+        model = load_model_config(config)
+    except DsxError as error:
+        raise DsxError("DSX-E403", f"核对模型的配置时：{error.what}", "重新拷贝或重新导出") from error
+    for field in fields(model):
+        written, found = getattr(manifest.model, field.name), getattr(model, field.name)
+        if written != found:
+            what = (
+                f"{path / 'manifest.json'}：model.{field.name} 是 {written!r}，{config.name} 里却是 {found!r}"
+            )
+            raise DsxError("DSX-E403", what, "重新拷贝或重新导出")

@@ -15,6 +15,7 @@ from typing import Any
 
 from deepseek_export.bundle.manifest import FileEntry
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import path_kind
 from deepseek_export.plan.written import HEADROOM
 from deepseek_export.progress import Progress
 from deepseek_export.units import size
@@ -35,10 +36,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise DsxError(
-                "DSX-E404", f"写 {path} 时：{error.strerror}", "清理磁盘，或把 -o 指向空间足够的位置"
-            ) from error
-        raise DsxError("DSX-E405", f"{path}：{error.strerror}", "检查路径与权限，换一个可写的 -o") from error
+            what = f"写 {path} 时：{error.strerror}"
+            raise DsxError("DSX-E404", what, "清理磁盘，或换到空间足够的位置") from error
+        where = error.filename if isinstance(error.filename, str) else path
+        what = f"{where}：{error.strerror}"
+        raise DsxError("DSX-E405", what, "检查路径与权限，或换到可写的位置") from error
+
+
+def output_path(out: Path | str) -> Path:
+    """消去中间的 ``..``：``a/../b`` 里的 ``a`` 不必存在，也不该为它建目录。
+
+    ``a`` 是符号链接时照文件系统的意思来；没有中间的 ``..`` 就原样返回，相对路径还是相对的。
+    """
+    out = Path(out)
+    return out if Path(os.path.normpath(out)) == out else Path(os.path.realpath(out))
 
 
 def check_free_space(out: Path, needed: int) -> None:
@@ -61,7 +72,7 @@ def check_free_space(out: Path, needed: int) -> None:
         raise DsxError(
             "DSX-E404",
             f"{existing} 剩余 {size(free)}，需要约 {size(wanted)}，还差 {size(wanted - free)}",
-            "清理磁盘，或把 -o 指向空间足够的位置",
+            "清理磁盘，或换到空间足够的位置",
         )
 
 
@@ -87,16 +98,22 @@ def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> N
         marker: 有这个文件的目录才是 dsx 的产物。
 
     Raises:
-        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 dsx 的产物（任何时候都不替换）。
+        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 dsx 的产物（任何时候都不替换）；``DSX-E405`` 看不了。
     """
     restore_interrupted(out, marker)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    kind = path_kind(out, "DSX-E405")
+    if kind == "missing":
         return
-    if not overwrite:
-        raise DsxError("DSX-E401", f"{out} 已存在", "换一个 -o，或加 --overwrite 替换它")
-    if not (out / marker).is_file():
+    if kind != "directory":
+        raise DsxError("DSX-E401", f"{out} 已存在，不是目录，不会替换它", "换一个输出位置")
+    with disk_errors(out):
+        if not any(out.iterdir()):
+            return
+    if path_kind(out / marker, "DSX-E405") != "file":
         what = f"{out} 已存在，里面没有 {marker}，不是 dsx 的产物，不会替换它"
-        raise DsxError("DSX-E401", what, "换一个 -o，或把它移开")
+        raise DsxError("DSX-E401", what, "换一个输出位置，或把它移开")
+    if not overwrite:
+        raise DsxError("DSX-E401", f"{out} 已存在", "换一个输出位置，或加 --overwrite 替换它")
 
 
 def restore_interrupted(out: Path, marker: str = "manifest.json") -> None:
@@ -108,7 +125,7 @@ def restore_interrupted(out: Path, marker: str = "manifest.json") -> None:
     """
     out = out.absolute()
     with disk_errors(out):
-        for old in () if out.exists() else _stale(out):
+        for old in () if os.path.exists(out) else _stale(out):  # 看不了的当作不在，由随后打开它的报
             if old.name.endswith(_RETIRED) and (old / marker).is_file():
                 old.rename(out)
                 return
@@ -132,7 +149,7 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") 
     Raises:
         DsxError: ``DSX-E401`` 目标已存在；``DSX-E405`` 目标不可写。
     """
-    out = out.absolute()
+    out = output_path(out).absolute()
     check_output(out, overwrite, marker)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +185,17 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """写成缩进的 UTF-8 JSON。"""
     path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def write_report(path: Path, data: dict[str, Any]) -> None:
+    """写进 bundle 的 ``reports/``。
+
+    Raises:
+        DsxError: ``DSX-E404`` / ``DSX-E405``，bundle 写不了。
+    """
+    with disk_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, data)
 
 
 def hash_files(directory: Path, skipped: Collection[str], progress: Progress) -> dict[str, FileEntry]:

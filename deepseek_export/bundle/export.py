@@ -23,6 +23,7 @@ from deepseek_export.bundle.disk import (
     check_output,
     disk_errors,
     hash_files,
+    output_path,
     sha256_file,
     write_json,
 )
@@ -68,6 +69,7 @@ from deepseek_export.passes import (
     check_target,
     lower,
 )
+from deepseek_export.paths import check_readable, path_kind
 from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
@@ -145,7 +147,7 @@ def export_bundle(
             ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E322`` 目标不支持 int8 缓存。
     """
     progress = progress or Progress()
-    out = Path(out)
+    out = output_path(out)
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
     check_target(target, dtype)
     check_cache(target, profile)
@@ -156,6 +158,7 @@ def export_bundle(
     progress.start("读检查点")
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
+        carried = _carried_files(source.path)
         stop_token_ids(source.path, source.config)
         modules = require_mtp(source) if profile.mtp.enabled else 0
         needed = 0
@@ -223,9 +226,8 @@ def export_bundle(
                     onnx.save(graph.model, directory / graph.file)
                 check_onnx(directory / graph.file)
         with disk_errors(directory):
-            for name in CARRIED_FILES:
-                if (source.path / name).is_file():
-                    shutil.copyfile(source.path / name, directory / name)
+            for file in carried:
+                shutil.copyfile(file, directory / file.name)
             with watch("hashes"):
                 files = dict(sorted((hashed | hash_files(directory, weight_files, progress)).items()))
             entry = WeightsEntry(mode=weights, files=weight_files, recipes=recipes)
@@ -246,6 +248,18 @@ def export_bundle(
             write_json(directory / "reports/export.json", report)
         accept(directory)
     return Bundle.open(out)
+
+
+def _carried_files(directory: Path) -> list[Path]:
+    """要原样带进 bundle 的文件；有而读不了的当场拒绝。
+
+    Raises:
+        DsxError: ``DSX-E501``；config.json 与 generation_config.json 另有人读过，到这里的都是分词器的。
+    """
+    files = [file for name in CARRIED_FILES if path_kind(file := directory / name, "DSX-E101") == "file"]
+    for file in files:
+        check_readable(file, "DSX-E501", "检查权限；不需要的话从检查点里移走")
+    return files
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
@@ -17,12 +18,29 @@ from deepseek_export.checkpoint.weight_only import (
     QuantKind,
     ScaleDtype,
 )
-from deepseek_export.passes import PassResult
+from deepseek_export.passes import PIPELINES, PassResult
 from deepseek_export.profile import OptimizationProfile
 
 SCHEMA_VERSION: Literal[1] = 1
 
 WeightsMode = Literal["packed", "reference"]
+
+
+def _inside(name: str) -> str:
+    """bundle 里面的文件：规范的相对路径，不往外走。"""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or str(path) != name or "\0" in name:
+        raise ValueError(f"{name!r} 不是 bundle 里面的文件")
+    return name
+
+
+def _known_target(target: str) -> str:
+    if target not in PIPELINES:
+        raise ValueError(f"没有目标 {target!r}")
+    return target
+
+
+BundleFile = Annotated[str, AfterValidator(_inside)]
 
 
 class _Entry(BaseModel):
@@ -59,7 +77,7 @@ class GraphEntry(_Entry):
         sites: 每个 ``dsx::`` 节点的位置。
     """
 
-    file: str
+    file: BundleFile
     role: Literal["main", "draft"]
     layers: list[int]
     inputs: list[ValueEntry]
@@ -129,7 +147,7 @@ class WeightsEntry(_Entry):
     """
 
     mode: WeightsMode
-    files: list[str]
+    files: list[BundleFile]
     recipes: dict[str, Recipe]
 
 
@@ -151,7 +169,7 @@ class Manifest(_Entry):
 
     schema_version: Literal[1]
     dsx_version: str
-    target: str
+    target: Annotated[str, AfterValidator(_known_target)]
     dtype: Literal["float32", "float16", "bfloat16"]
     profile: OptimizationProfile
     model: ModelConfig
@@ -163,7 +181,17 @@ class Manifest(_Entry):
     fallbacks: list[str]
     float32_islands: dict[str, int]
     cpu_library: str | None = None
-    files: dict[str, FileEntry]
+    files: dict[BundleFile, FileEntry]
+
+    @model_validator(mode="after")
+    def _check_graphs(self) -> Manifest:
+        """恰有一个主模型；每张图都在 ``files`` 里，打开时查得到它在不在。"""
+        if (mains := [graph.role for graph in self.graphs].count("main")) != 1:
+            raise ValueError(f"graphs 里有 {mains} 个主模型，应恰有一个")
+        for graph in self.graphs:
+            if graph.file not in self.files:
+                raise ValueError(f"graphs 的 {graph.file} 不在 files 里")
+        return self
 
     @property
     def formats(self) -> dict[str, BlockFormat]:

@@ -94,7 +94,7 @@ def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:
             raise DsxError(
                 "DSX-E407",
                 f"{file} 链接到 {folder}：{error.strerror}",
-                "把 -o 放到检查点所在的文件系统，并确认检查点文件归自己所有；或改用 --weights packed",
+                "把输出放到检查点所在的文件系统，并确认检查点文件归自己所有；或改用 --weights packed",
             ) from error
     if (store.directory / INDEX_NAME).is_file():
         shutil.copyfile(store.directory / INDEX_NAME, folder / INDEX_NAME)

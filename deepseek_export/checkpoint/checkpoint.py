@@ -14,6 +14,7 @@ from deepseek_export.checkpoint.config import ModelConfig, load_model_config
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import NUMPY_DTYPES, TensorStore
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import path_kind
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -130,15 +131,16 @@ class Checkpoint:
         """打开并核对一个 HF 检查点目录。
 
         Raises:
-            DsxError: ``DSX-E101`` 目录不存在或没有权重；``DSX-E111`` 缺张量；``DSX-E112`` 多张量；
+            DsxError: ``DSX-E101`` 目录不存在、看不了或没有权重；``DSX-E111`` 缺张量；``DSX-E112`` 多张量；
                 ``DSX-E113`` 形状不符；``DSX-E114`` dtype 不支持；``DSX-E117`` 声明共享词嵌入，
                 ``lm_head`` 却与它不同；``DSX-E120`` 声明是 FP8 却没有 FP8 张量；配置与文件的错误见
                 ``load_model_config``、``TensorStore.open``。
         """
         path = Path(path)
-        if not path.is_dir():
-            got = "不是目录" if path.exists() else "不存在"
+        if (kind := path_kind(path, "DSX-E101")) != "directory":
+            got = "不存在" if kind == "missing" else "不是目录"
             raise DsxError("DSX-E101", f"检查点目录 {path} {got}", "给出含 config.json 与 safetensors 的目录")
+        path_kind(path.resolve(), "DSX-E101")  # manifest 记的是它，也得是 UTF-8
         config = load_model_config(path)
         store = TensorStore.open(path)
         expected = expected_tensors(config)

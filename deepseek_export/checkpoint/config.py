@@ -136,7 +136,7 @@ def load_model_config(path: Path) -> ModelConfig:
         data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_object)
     except OSError as error:
         raise DsxError(
-            "DSX-E102", f"打不开 {file}：{error.strerror}", "确认检查点目录里有 config.json"
+            "DSX-E102", f"打不开 {file}：{error.strerror}", "确认检查点目录里有 config.json，有权限读"
         ) from error
     except (ValueError, RecursionError) as error:
         raise DsxError(

@@ -40,6 +40,7 @@ NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "F64": np.dtype(np.float64),
     }
 )
+_PERMISSIONS = "检查文件的权限与磁盘，确认读得了"
 _REDOWNLOAD = "重新下载这个文件，并核对大小与 SHA-256"
 
 
@@ -86,14 +87,14 @@ class TensorStore:
         """读全部文件头并核对；有索引就以索引为准，否则读 ``model.safetensors``。
 
         Raises:
-            DsxError: ``DSX-E101`` 没有 safetensors 权重；``DSX-E110`` 文件头或长度不对、张量重复；
+            DsxError: ``DSX-E101`` 没有 safetensors 权重，或读不了；``DSX-E110`` 文件头或长度不对、张量重复；
                 ``DSX-E118`` 索引与分片不一致。
         """
         index = directory / INDEX_NAME
-        if index.is_file():
+        if _is_file(index):
             weight_map = _read_index(index)
             names = sorted(set(weight_map.values()))
-        elif (directory / SINGLE_NAME).is_file():
+        elif _is_file(directory / SINGLE_NAME):
             weight_map, names = None, [SINGLE_NAME]
         else:
             pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")])
@@ -177,7 +178,7 @@ class TensorStore:
             start, stop: 行的范围，不越界。
 
         Raises:
-            DsxError: ``DSX-E110`` 打开之后文件又变短了，或读不了。
+            DsxError: ``DSX-E110`` 打开之后文件又变短了；``DSX-E101`` 读不了。
         """
         spec = self._specs[name]
         row = spec.nbytes // max(spec.shape[0], 1)
@@ -189,7 +190,7 @@ class TensorStore:
                 while filled < raw.size and (got := stream.readinto(raw[filled:].data)):
                     filled += got
         except OSError as error:
-            raise _broken(spec.file, f"读 {name} 时：{error.strerror}") from error
+            raise _unreadable(spec.file, f"读 {name} 时：{error.strerror}") from error
         if filled != raw.size:
             raise DsxError("DSX-E110", f"{spec.file} 在读取 {name} 时变短了", "不要在导出期间改动检查点")
         return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(stop - start, *spec.shape[1:])
@@ -198,7 +199,7 @@ class TensorStore:
         """检查点的身份，见 :mod:`~deepseek_export.checkpoint.fingerprint`。
 
         Raises:
-            DsxError: ``DSX-E110`` 打开之后读不了。
+            DsxError: ``DSX-E101`` 打开之后读不了。
         """
         return Fingerprint(files=tuple(_fingerprint(shard) for shard in self._shards))
 
@@ -207,7 +208,7 @@ def _fingerprint(shard: _Shard) -> FileFingerprint:
     try:
         samples = sample_sha256(shard.path, sorted((s.offset, s.nbytes) for s in shard.specs.values()))
     except OSError as error:
-        raise _broken(shard.path, f"读不了：{error.strerror}") from error
+        raise _unreadable(shard.path, f"读不了：{error.strerror}") from error
     return FileFingerprint(
         name=shard.path.name,
         size=shard.size,
@@ -217,9 +218,11 @@ def _fingerprint(shard: _Shard) -> FileFingerprint:
 
 
 def _is_file(path: Path) -> bool:
-    """普通文件（或指向它的符号链接）吗；名字长到文件系统不认也算不是。"""
+    """普通文件（或指向它的符号链接）吗；名字长到文件系统不认也算不是，没有权限看的留给打开时报。"""
     try:
         return path.is_file()
+    except PermissionError:
+        return True
     except OSError:
         return False
 
@@ -229,7 +232,9 @@ def _read_index(index: Path) -> dict[str, str]:
     todo = "重新下载索引文件"
     try:
         data = json.loads(index.read_bytes(), object_pairs_hook=unique_object)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise _unreadable(index, f"打不开：{error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise DsxError("DSX-E118", f"{index} 读不了：{error}", todo) from error
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -258,12 +263,14 @@ def _read_shard(path: Path) -> _Shard:
         size = path.stat().st_size
         with path.open("rb") as stream:
             prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if len(prefix) < 8:
+                raise _broken(path, f"只有 {size} 字节，太短，连文件头的长度都放不下")
+            (length,) = struct.unpack("<Q", prefix)
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise _broken(path, f"文件头长度是 {length}，文件共 {size} 字节")
             header = stream.read(length)
     except OSError as error:
-        raise _broken(path, f"打不开：{error.strerror}") from error
+        raise _unreadable(path, f"打不开：{error.strerror}") from error
     try:
         entries = json.loads(header, object_pairs_hook=unique_object)
     except (ValueError, RecursionError) as error:
@@ -306,3 +313,8 @@ def _is_sizes(value: Any) -> bool:
 
 def _broken(path: Path, what: str) -> DsxError:
     return DsxError("DSX-E110", f"{path}：{what}", _REDOWNLOAD)
+
+
+def _unreadable(path: Path, what: str) -> DsxError:
+    """操作系统不给读：文件未必坏了，不叫人重新下载。"""
+    return DsxError("DSX-E101", f"{path}：{what}", _PERMISSIONS)

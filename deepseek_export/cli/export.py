@@ -127,7 +127,7 @@ def command(
         return
     if verbose:
         _print_passes(summary)
-    _print_summary(out, summary)
+    _print_summary(bundle.path, summary)
 
 
 def _quantization(quant: str | None, block: str | None, keep: str) -> Quantization | None:

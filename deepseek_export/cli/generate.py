@@ -17,6 +17,9 @@ from deepseek_export.errors import DsxError
 if TYPE_CHECKING:
     from deepseek_export.runtime import BundleTokenizer, GenerationResult, SpeculationStats
 
+#: 至多这么多位的 id 才交给模型去核对；再大的 64 位整数放不下。
+_ID_DIGITS = 18
+
 
 @click.command("generate", cls=Command, short_help="用 bundle 生成文本")
 @bundle_argument
@@ -127,7 +130,7 @@ def parse_ids(text: str) -> list[int]:
     """``1,2,3`` → ``[1, 2, 3]``。
 
     Raises:
-        DsxError: ``DSX-E701``。
+        DsxError: ``DSX-E701`` 不是非负整数；``DSX-E509`` 大得 64 位放不下。
     """
     ids = []
     for number, part in enumerate(text.split(","), start=1):
@@ -137,6 +140,13 @@ def parse_ids(text: str) -> list[int]:
                 "DSX-E701",
                 f"--ids {text!r} 的第 {number} 项是 {part!r}",
                 "写成逗号隔开的非负整数：--ids 1,2,3",
+            )
+        part = part.lstrip("0") or "0"
+        if len(part) > _ID_DIGITS:
+            raise DsxError(
+                "DSX-E509",
+                f"--ids 的第 {number} 项是 {part if len(part) <= 40 else part[:37] + '...'}，任何词表都没有这么大的 id",
+                "改成词表以内的 id",
             )
         ids.append(int(part))
     return ids

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deepseek_export.engine.flavour import FlavourName
 from deepseek_export.engine.shapes import ProfileShapes, Range
-from deepseek_export.errors import DsxError
+from deepseek_export.errors import DsxError, first_invalid
 
 #: bundle 里放引擎的文件夹。
 ENGINES = "engines"
@@ -84,10 +84,13 @@ class EngineRecord(BaseModel):
         path = directory / RECORD_FILE
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, ValidationError) as error:
+        except OSError as error:
             raise DsxError(
-                "DSX-E917", f"{path}：{str(error).splitlines()[0]}", "用 dsx build 重建"
+                "DSX-E917", f"{path}：{error.strerror}", "检查权限，或用 dsx build 重建"
             ) from error
+        except (ValueError, RecursionError) as error:
+            reason = first_invalid(error) if isinstance(error, ValidationError) else error
+            raise DsxError("DSX-E917", f"{path}：{reason}", "用 dsx build 重建") from error
 
     def check(self, directory: Path, version: str | None, sm: int | None, bundle_sha256: str) -> None:
         """能不能在这里加载；plan 的内容在 :meth:`read_plan` 时核对。

@@ -19,6 +19,7 @@ from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
 from deepseek_export.checkpoint.recipe import bind_recipes, mtp_recipes
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.compat import cache_name
+from deepseek_export.paths import path_kind
 from deepseek_export.reference.weights import load_tensor
 
 
@@ -139,7 +140,7 @@ def load_mtp(
     """
     path = Path(checkpoint if checkpoint is not None else model.config.name_or_path or "")
     todo = "给出检查点目录：apply(model, profile, checkpoint=DIR)"
-    if not str(path) or not (path / "config.json").is_file():
+    if not str(path) or path_kind(path / "config.json", "DSX-E806") != "file":
         raise DsxError("DSX-E806", f"模型加载自 {str(path)!r}，那里没有检查点", todo)
     source = Checkpoint.open(path)
     require_mtp(source)

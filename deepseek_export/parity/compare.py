@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.bundle import Bundle, Manifest
-from deepseek_export.bundle.disk import atomic_directory, disk_errors, write_json
+from deepseek_export.bundle.disk import atomic_directory, disk_errors, output_path, write_json
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.bundle.source import open_source
 from deepseek_export.capture import names
@@ -135,7 +135,7 @@ def compare_bundle(
     wanted = _prefixes(manifest, blocks)
     bundle.check_hashes(progress)
     checkpoint = open_source(bundle, against)
-    out = Path(folder) if folder is not None else bundle.path / FOLDER
+    out = output_path(folder) if folder is not None else bundle.path / FOLDER
     progress.start("加载参考模型")
     model = load_reference(
         checkpoint, Forms.for_reference(manifest.profile), manifest.dtype, manifest.formats

@@ -121,7 +121,8 @@ def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[
     if "bfloat16" in (manifest.dtype, manifest.cache.dtype) or manifest.weights.mode == "reference":
         return None
     folder = bundle.path / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     ids = torch.tensor([list(row) for row in rows])
     past = torch.zeros(ids.shape[0], dtype=torch.int64)
     positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
@@ -137,6 +138,7 @@ def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[
             feeds[names.cache_input(tensor.name, i)] = cache.numpy()
     logits, hidden, _ = model(ids, past, positions, caches)
     want = {names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}
-    save_iterations(folder, [Iteration(feeds, want)])
+    with disk_errors(folder):
+        save_iterations(folder, [Iteration(feeds, want)])
     limit = tolerance(*logits_key(bundle.manifest)).max_abs
     return polygraphy_command(bundle.model_path, folder, limit)

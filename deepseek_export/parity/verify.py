@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_export.bundle import Bundle, BundleWeights
-from deepseek_export.bundle.disk import write_json
+from deepseek_export.bundle.disk import write_report
 from deepseek_export.bundle.source import open_source
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.blocks import block_cases, main_block_count, main_blocks
@@ -77,7 +77,8 @@ def verify_bundle(
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E603`` transformers 太旧；
             ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过；``DSX-E321`` 要比的只能在
-            ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` / ``DSX-E920`` ``trt`` 而没有 GPU、没有引擎。
+            ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` / ``DSX-E920`` ``trt`` 而没有 GPU、没有引擎；
+            ``DSX-E404`` / ``DSX-E405`` 报告写不下。
     """
     progress = progress or Progress()
     bundle = bundle_for(bundle, backend)  # 前面的层级要好几分钟，不该跑完才说没有 GPU、没有引擎
@@ -197,9 +198,7 @@ def verify_bundle(
         loss=loss,
         polygraphy=None if manifest.quantization else save_model_comparison(bundle, model, tokens),
     )
-    path = bundle.path / "reports/parity.json"
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, report.to_json())
+    write_report(bundle.path / "reports/parity.json", report.to_json())
     return report
 
 

@@ -118,7 +118,8 @@ class GraphSession:
             DsxError: ``DSX-E509``，不是整数或不在 ``[0, V)`` 内，附第一个出错的坐标。
         """
         todo = "确认 tokenizer 与模型来自同一个检查点"
-        if ids.dtype.kind not in "iu":
+        big = ids.dtype == object and all(type(token) is int for token in ids.flat)  # 64 位放不下的
+        if ids.dtype.kind not in "iu" and not big:
             raise DsxError("DSX-E509", f"{where} 的 dtype 是 {ids.dtype}，不是整数", todo)
         if ids.size == 0 or (ids.min() >= 0 and ids.max() < self.vocab_size):
             return

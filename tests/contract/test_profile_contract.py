@@ -88,13 +88,19 @@ def test_refused_lowering_is_recorded_and_printed(exported, saved, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def drifting_checkpoint(tmp_path_factory) -> Path:
-    """一个 float16 下 absorb 会溢出、naive 不会的检查点：W_UK 与 query 很大而 latent 很小，乘积 q·W_UK 超过 65504。"""
-    model = build_model("v3")
+    """一个 float16 下 absorb 会溢出、naive 不会的检查点：W_UK 与 query 很大而 latent 很小，乘积 q·W_UK 超过 65504。
+
+    注意力的分数只放大到 8 倍，W_UK 只放大到 100 倍：softmax 还没有饱和，逐算子的随机输入上两个接近的分数也不会因舍入换了先后。
+    """
+    model, weights, latent = build_model("v3"), 100, 30
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.kv_b_proj.weight.mul_(3000)
-            layer.self_attn.kv_a_layernorm.weight.div_(3000)
-            layer.self_attn.q_b_proj.weight.mul_(8)
+            attention = layer.self_attn
+            attention.kv_b_proj.weight.mul_(weights)
+            attention.kv_a_layernorm.weight.div_(weights * latent)
+            attention.kv_a_proj_with_mqa.weight[attention.kv_b_proj.in_features :].div_(latent)
+            attention.q_b_proj.weight.mul_(8 * latent)
+            attention.o_proj.weight.mul_(latent)
     return save_checkpoint(model, tmp_path_factory.mktemp("drift"))
 
 

@@ -162,6 +162,8 @@ def test_without_a_generation_config_the_model_config_decides(v3_bundle: Bundle,
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             manifest["model"]["eos_token_ids"] = [eos]
             _write(folder / "manifest.json", json.dumps(manifest))
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            _write(folder / "config.json", json.dumps(config | {"eos_token_id": eos}))
 
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         return tampered(v3_bundle, tmp_path, change).path

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from tests.integration.cli import DSX, TINY, assert_refused, dsx, dsx_process, environment, last_json
+from tests.permissions import permissions_apply
 
 pytestmark = pytest.mark.integration
 
@@ -118,6 +119,141 @@ def test_bad_paths(plain, tiny_bundle, tmp_path):
     assert_refused(dsx("verify", tiny_bundle, "--against", tmp_path / "none"), "DSX-E601")
 
 
+CLOSED = {
+    "plan": ("DSX-E101", ["plan", "CLOSED"]),
+    "export": ("DSX-E101", ["export", "CLOSED", "-o", "OUT"]),
+    "export into it": ("DSX-E405", ["export", "CKPT", "-o", "CLOSED"]),
+    "inspect": ("DSX-E402", ["inspect", "CLOSED"]),
+    "doctor": ("DSX-E402", ["doctor", "CLOSED"]),
+    "generate": ("DSX-E402", ["generate", "CLOSED", "--ids", "1"]),
+    "pack": ("DSX-E402", ["pack", "CLOSED"]),
+    "verify": ("DSX-E601", ["verify", "BUNDLE", "--against", "CLOSED"]),
+    "profile": ("DSX-E005", ["export", "CKPT", "-o", "OUT", "-p", "CLOSED/p.toml"]),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_parent_that_may_not_be_entered(name, plain, tiny_bundle, tmp_path):
+    """上级目录没有权限、是文件、名字太长：都按码拒绝，说出操作系统的原因。"""
+    code, args = CLOSED[name]
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "file").touch()
+    places = {
+        "Permission denied": tmp_path / "closed/c",
+        "Not a directory": tmp_path / "file/c",
+        "File name too long": tmp_path / ("x" * 256),
+    }
+    for reason, place in places.items():
+        known = {"CKPT": plain, "BUNDLE": tiny_bundle, "OUT": tmp_path / "out"}
+        with permissions_apply():
+            process = dsx(*(known.get(arg, arg.replace("CLOSED", str(place))) for arg in args))
+        assert_refused(process, code)
+        assert reason in process.stderr
+    (tmp_path / "closed").rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_paths_that_are_not_utf8(plain, tiny_bundle, tmp_path):
+    """不是 UTF-8 的路径：动工之前就拒绝，什么也不写。"""
+    odd = tmp_path / os.fsdecode(b"n\xff8")
+    shutil.copytree(tiny_bundle, odd)
+    for code, *args in (
+        ("DSX-E405", "export", plain, "-p", "mla", "-o", tmp_path / os.fsdecode(b"o\xff8")),
+        ("DSX-E101", "export", odd, "-p", "mla", "-o", tmp_path / "out"),
+        ("DSX-E402", "build", odd, "--arch", "sm89"),
+        ("DSX-E402", "verify", odd),
+        ("DSX-E405", "compare", tiny_bundle, "--save", tmp_path / os.fsdecode(b"s\xff8")),
+        ("DSX-E601", "verify", tiny_bundle, "--against", odd),
+    ):
+        process = dsx(*args, "--json")
+        assert_refused(process, code)
+        assert "UTF-8" in process.stderr
+    (tmp_path / "link").symlink_to(odd)  # manifest 记的是真正的位置
+    assert_refused(dsx("export", tmp_path / "link", "-o", tmp_path / "out"), "DSX-E101")
+    assert set(tmp_path.iterdir()) == {odd, tmp_path / "link"}
+
+
+def test_a_file_given_as_the_checkpoint_exists(plain, tiny_bundle):
+    process = dsx("verify", tiny_bundle, "--against", plain / WEIGHTS)
+    assert_refused(process, "DSX-E601")
+    assert f"{WEIGHTS} 不是目录" in process.stderr
+    assert "不存在" not in process.stderr
+
+
+def test_checkpoint_files_that_may_not_be_read(demo, tmp_path):
+    """读不了与坏了、与输出写不了是三回事。"""
+    checkpoint = shutil.copytree(demo, tmp_path / "ckpt")
+    for name, code in ((WEIGHTS, "DSX-E101"), ("tokenizer.json", "DSX-E501"), ("config.json", "DSX-E102")):
+        (checkpoint / name).chmod(0)
+        with permissions_apply():
+            process = dsx("export", checkpoint, "-o", tmp_path / "out")
+        (checkpoint / name).chmod(0o600)
+        assert_refused(process, code)
+        assert f"{name}：" in process.stderr
+        assert "Permission denied" in process.stderr
+        assert "重新下载" not in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_advice_about_the_output_can_be_followed(plain, tiny_bundle, tmp_path):
+    """--overwrite 只在行得通时建议；没有 -o 的命令不提 -o。"""
+    for out in (plain, "/dev/null", plain / WEIGHTS):
+        process = dsx("export", plain, "-o", out)
+        assert_refused(process, "DSX-E401")
+        assert "--overwrite" not in process.stderr
+    process = dsx("export", plain, "-o", tiny_bundle)
+    assert_refused(process, "DSX-E401")
+    assert "--overwrite" in process.stderr
+    process = dsx("compare", tiny_bundle, "--save", plain)
+    assert_refused(process, "DSX-E401")
+    assert " -o" not in process.stderr
+    bundle = tmp_path / "referenced"
+    assert dsx("export", plain, "-o", bundle, "--weights", "reference").returncode == 0
+    tmp_path.chmod(0o500)
+    with permissions_apply():
+        process = dsx("pack", bundle)
+    tmp_path.chmod(0o700)
+    assert_refused(process, "DSX-E405")
+    assert " -o" not in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["referenced"]
+
+
+def test_reports_of_a_read_only_bundle(tiny_bundle, tmp_path):
+    """校验、测速跑完了，报告却写不进去：按码说，不是 traceback。"""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    shutil.rmtree(bundle / "reports")
+    (bundle / "reports").touch()
+    small = ["--prompt-len", "4", "--new-tokens", "2", "--depth", "16", "--runs", "1"]
+    for command in (["verify", bundle, "--level", "model"], ["bench", bundle, *small]):
+        process = dsx(*command)
+        assert_refused(process, "DSX-E405")
+        assert "reports" in process.stderr
+
+
+def test_an_output_written_with_dots(plain, tmp_path):
+    """``-o zz/../out``：不留下 zz，下一步的命令指向真正的位置。"""
+    process = dsx("export", plain, "-p", "mla", "-o", "zz/../", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "manifest.json" in {path.name for path in tmp_path.iterdir()}
+    assert "zz" not in {path.name for path in tmp_path.iterdir()}
+    process = dsx("export", plain, "-p", "mla", "-o", "zz/../", cwd=tmp_path.parent)
+    assert_refused(process, "DSX-E401")
+    process = dsx("export", plain, "-p", "mla", "-o", "zz/../out", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert f"dsx verify {tmp_path / 'out'}" in process.stdout
+    assert not (tmp_path / "zz").exists()
+
+
+def test_a_manifest_without_graphs_is_refused_by_every_command(tiny_bundle, tmp_path):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"graphs": []}))
+    for args in (["generate", bundle, "--ids", "1"], ["verify", bundle], ["build", bundle, "--arch", "sm89"]):
+        process = dsx(*args)
+        assert_refused(process, "DSX-E403")
+        assert "graphs 里有 0 个主模型" in process.stderr
+
+
 def test_a_cut_bundle_is_refused(tiny_bundle, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
@@ -138,10 +274,14 @@ def test_bad_generate_inputs(tiny_bundle):
         (["--ids", "1,二"], "DSX-E701"),
         (["-P", "你好"], "DSX-E514"),
         (["--ids", "1,9999"], "DSX-E509"),
+        (["--ids", "1,999999999999999999"], "DSX-E509"),
+        (["--ids", "1,99999999999999999999999"], "DSX-E509"),
+        (["--ids", "9" * 5000], "DSX-E509"),
     ):
         process = dsx("generate", tiny_bundle, *args, "--json")
         assert_refused(process, code)
         assert last_json(process)["error"]["code"] == code
+        assert "dtype" not in process.stderr
 
 
 @pytest.mark.parametrize(

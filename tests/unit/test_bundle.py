@@ -6,7 +6,9 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +17,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepseek_export.bundle import Bundle, export_bundle
-from deepseek_export.bundle.disk import atomic_directory, check_free_space, check_output, disk_errors
+from deepseek_export.bundle.disk import (
+    atomic_directory,
+    check_free_space,
+    check_output,
+    disk_errors,
+    output_path,
+)
 from deepseek_export.bundle.packed import write_packed
 from deepseek_export.bundle.reference import link_checkpoint
 from deepseek_export.checkpoint import Checkpoint, TensorStore
@@ -25,6 +33,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.profile import resolve_profile
 from deepseek_export.progress import Progress
 from tests.integration.cli import TINY
+from tests.permissions import permissions_apply
 
 pytestmark = pytest.mark.unit
 
@@ -108,6 +117,76 @@ class TestOpen:
     def test_broken_manifest(self, tmp_path: Path, text: str):
         (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
         assert code_of(Bundle.open, tmp_path) == "DSX-E403"
+
+    def edited(self, bundle: Bundle, tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+        """拷贝一份，只改 manifest。"""
+        path = self.copy(bundle, tmp_path)
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        change(manifest)
+        (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        return path
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda m: m.update(graphs=[]), "graphs 里有 0 个主模型"),
+            (lambda m: m["graphs"].append(m["graphs"][0]), "graphs 里有 2 个主模型"),
+            (
+                lambda m: m["graphs"][0].update(file="../copy/model.onnx"),
+                "graphs.0.file：'../copy/model.onnx'",
+            ),
+            (lambda m: m["graphs"][0].update(file="none.onnx"), "none.onnx 不在 files 里"),
+            (lambda m: m["graphs"][0].update(role="other"), "graphs.0.role："),
+            (
+                lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": ""}}),
+                "'/etc/passwd' 不是 bundle",
+            ),
+            (
+                lambda m: m["files"].update({"./model.onnx": {"bytes": 1, "sha256": ""}}),
+                "'./model.onnx' 不是 bundle",
+            ),
+            (lambda m: m["files"].update({"a\0b": {"bytes": 1, "sha256": ""}}), "不是 bundle"),
+            (lambda m: m["weights"].update(files=[""]), "weights.files.0：'' 不是 bundle"),
+            (lambda m: m["weights"].update(files=["weights/../../x"]), "weights.files.0："),
+            (lambda m: m.update(target="zzz"), "target：没有目标 'zzz'"),
+            (lambda m: m["model"].update(num_hidden_layers=-3), "model.num_hidden_layers 是 -3"),
+            (lambda m: m["model"]["rope"].update(theta=0.5), "model.rope"),
+            (lambda m: m.pop("cache"), "cache：没有这个字段"),
+            (lambda m: m.update(more=1), "more：不认识这个字段"),
+        ],
+    )
+    def test_a_manifest_that_does_not_hold(self, change, said, v3_bundle: Bundle, tmp_path: Path):
+        """内容不成立的打开时就拒绝，点名哪个字段、怎么不对，不留到用的时候才崩。"""
+        path = self.edited(v3_bundle, tmp_path, change)
+        with pytest.raises(DsxError) as error:
+            Bundle.open(path)
+        assert error.value.code == "DSX-E403"
+        assert said in error.value.what
+        assert "\n" not in error.value.what
+
+    def test_config_that_cannot_be_a_model(self, v3_bundle: Bundle, tmp_path: Path):
+        """manifest 没有列出 config.json 也一样要有。"""
+        path = self.edited(v3_bundle, tmp_path, lambda m: m["files"].pop("config.json"))
+        (path / "config.json").unlink()
+        with pytest.raises(DsxError, match=r"config\.json") as error:
+            Bundle.open(path)
+        assert error.value.code == "DSX-E403"
+
+    def test_a_file_is_not_called_an_empty_folder(self, v3_bundle: Bundle, tmp_path: Path):
+        for path, said in ((v3_bundle.model_path, "不是目录"), (tmp_path / "none", "不存在")):
+            with pytest.raises(DsxError, match=said) as error:
+                Bundle.open(path)
+            assert error.value.code == "DSX-E402"
+
+    @pytest.mark.parametrize(
+        ("name", "code"), [("manifest.json", "DSX-E403"), ("model.onnx", "DSX-E402"), (".", "DSX-E402")]
+    )
+    def test_no_permission(self, name: str, code: str, v3_bundle: Bundle, tmp_path: Path):
+        path = self.copy(v3_bundle, tmp_path)
+        (path / name).chmod(0)
+        with permissions_apply():
+            assert code_of(Bundle.open, path) == code
+        path.chmod(0o700)
 
     def test_missing_file(self, v3_bundle: Bundle, tmp_path: Path):
         path = self.copy(v3_bundle, tmp_path)
@@ -252,6 +331,47 @@ class TestAtomicDirectory:
                 pass
 
         assert code_of(enter) == "DSX-E405"
+
+    def test_what_is_not_a_product_of_ours_is_never_advised_to_be_overwritten(self, tmp_path: Path):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/config.json").touch()
+        (tmp_path / "file").touch()
+        for out, said in ((tmp_path / "mine", "不是 dsx 的产物"), (tmp_path / "file", "不是目录")):
+            for overwrite in (False, True):
+                with pytest.raises(DsxError, match=said) as error:
+                    check_output(out, overwrite)
+                assert error.value.code == "DSX-E401"
+                assert "--overwrite" not in error.value.todo
+        assert "manifest.json" not in str(error.value)  # 不是目录的，不说里面没有什么
+        (tmp_path / "mine/manifest.json").touch()
+        with pytest.raises(DsxError, match="--overwrite"):
+            check_output(tmp_path / "mine", False)
+        check_output(tmp_path / "mine", True)
+
+    def test_dots_in_the_middle_make_no_folder(self, tmp_path: Path):
+        """``zz/../out`` 里的 zz 不必存在，也不留下；zz 是符号链接就照它指的走；没有 .. 的原样不动。"""
+        with atomic_directory(tmp_path / "zz/../out", overwrite=False) as directory:
+            (directory / "file").touch()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert code_of(check_output, output_path(tmp_path / "zz/.."), False) == "DSX-E401"
+        (tmp_path / "far/inner").mkdir(parents=True)
+        (tmp_path / "zz").symlink_to(tmp_path / "far/inner")
+        assert output_path(tmp_path / "zz/../out") == tmp_path / "far/out"
+        for plain in ("out", "../out", tmp_path / "zz/out"):
+            assert output_path(plain) == Path(plain)
+
+
+def test_disk_errors_name_the_file_and_no_option():
+    """同一句话几个命令都会说：不提别的命令没有的选项；点名出错的那个文件。"""
+
+    def call(action: Callable[[], object]) -> DsxError:
+        with pytest.raises(DsxError) as error, disk_errors(Path("/somewhere/out")):
+            action()
+        assert "-o" not in error.value.todo
+        return error.value
+
+    assert "/dev/null" in call(lambda: Path("/dev/null").mkdir()).what
+    assert "/somewhere/out" in call(lambda: os.write(-1, b"")).what
 
 
 def test_full_disk_is_coded():

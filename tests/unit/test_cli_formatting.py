@@ -63,6 +63,16 @@ def test_size(count, text):
 
 def test_ids():
     assert parse_ids("0, 15,27") == [0, 15, 27]
+    assert parse_ids("0" * 5000 + "7") == [7]
+
+
+@pytest.mark.parametrize("text", ["9" * 19, "9" * 5000])
+def test_ids_beyond_64_bits_are_out_of_any_vocabulary(text):
+    with pytest.raises(DsxError) as caught:
+        parse_ids(f"1,{text}")
+    assert caught.value.code == "DSX-E509"
+    assert "第 2 项" in caught.value.what
+    assert len(caught.value.what) < 100
 
 
 @pytest.mark.parametrize("text", ["", "1,,2", "1,x", "-1", "1.5", "１,2"])

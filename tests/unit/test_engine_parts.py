@@ -186,6 +186,8 @@ def test_engine_is_refused_where_it_does_not_match(tmp_path: Path):
     (tmp_path / "model.plan").write_bytes(b"ab")
     refused("DSX-E917", read.check, tmp_path, "1.7", 89, "abc")
     (tmp_path / RECORD_FILE).write_text(json.dumps({"schema_version": 2}))
+    assert "：schema_version：" in refused("DSX-E917", EngineRecord.read, tmp_path).what
+    (tmp_path / RECORD_FILE).write_text("[" * 100_000)
     refused("DSX-E917", EngineRecord.read, tmp_path)
     (tmp_path / RECORD_FILE).unlink()
     refused("DSX-E917", EngineRecord.read, tmp_path)

@@ -225,4 +225,4 @@ def test_truncated_after_open_is_refused_while_reading(tmp_path: Path, name: str
     spec.file.unlink()
     with pytest.raises(DsxError, match=name) as err:
         store.read_rows(name, 0, 1)
-    assert err.value.code == "DSX-E110"
+    assert err.value.code == "DSX-E101"

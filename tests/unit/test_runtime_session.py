@@ -71,7 +71,7 @@ def test_float16_logits_are_returned_as_float32(toy: Toy, tmp_path: Path) -> Non
     assert logits[0] == pytest.approx(toy.forward([3, 1]), abs=1e-2)
 
 
-@pytest.mark.parametrize("bad", [-1, VOCAB])
+@pytest.mark.parametrize("bad", [-1, VOCAB, 10**23, -(10**23)])  # 最后两个 64 位放不下
 def test_ids_out_of_vocabulary(session: ModelSession, bad: int) -> None:
     with pytest.raises(DsxError, match=rf"\[0, 1\] = {bad}") as caught:
         session.run(np.array([[0, bad]]), np.array([0]), ONE, session.new_caches(1))

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from deepseek_export.checkpoint import TensorStore
 from deepseek_export.checkpoint.fingerprint import Fingerprint
 from deepseek_export.errors import DsxError
+from tests.permissions import permissions_apply
 
 pytestmark = pytest.mark.unit
 
@@ -161,6 +162,32 @@ def test_file_shrinks_after_open(tmp_path: Path):
     with pytest.raises(DsxError) as err:
         store.read("a")
     assert err.value.code == "DSX-E110"
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_file_too_short_for_a_header_says_so(tmp_path: Path, size: int):
+    (tmp_path / "model.safetensors").write_bytes(bytes(size))
+    what = refused("DSX-E110", tmp_path).what
+    assert f"只有 {size} 字节，太短" in what
+    assert "-1" not in what.removeprefix(str(tmp_path))
+
+
+def test_a_file_that_may_not_be_read_is_not_called_broken(tmp_path: Path):
+    """没有权限：说权限，不叫人重新下载；索引、放在别处的分片也一样。"""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    save_file({"a": np.zeros(2, np.float32)}, blobs / "1.safetensors")
+    write_index(tmp_path, {"a": "1.safetensors"})
+    (tmp_path / "1.safetensors").symlink_to(blobs / "1.safetensors")
+    for closed in (blobs, blobs / "1.safetensors", tmp_path / "model.safetensors.index.json"):
+        mode = closed.stat().st_mode
+        closed.chmod(0)
+        with permissions_apply():
+            error = refused("DSX-E101", tmp_path)
+        closed.chmod(mode)
+        assert "Permission denied" in error.what
+        assert "下载" not in error.todo
+    TensorStore.open(tmp_path)
 
 
 def test_tensor_in_two_shards(tmp_path: Path):
