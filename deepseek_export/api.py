@@ -21,6 +21,7 @@ from deepseek_export.parity import (
     verify_bundle,
 )
 from deepseek_export.parity.verify import DEFAULT_STEPS
+from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import (
@@ -110,7 +111,8 @@ def export(
     if tokenizer is not None:
         raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
     source = checkpoint
-    BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
+    if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
+        BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
 
     def run(profile: OptimizationProfile, notes: tuple[str, ...] = ()) -> Bundle:
         return export_bundle(

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import check_readable, path_kind
 from deepseek_export.runtime.chat_template import render_chat_template
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -64,8 +65,9 @@ class BundleTokenizer:
         """
         folder = Path(directory)
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if path_kind(path, "DSX-E501") != "file":
             return None
+        check_readable(path, "DSX-E501", "检查权限")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers 的 Rust 层只抛裸的 Exception
@@ -155,4 +157,6 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _unreadable(path: Path, reason: object) -> DsxError:
+    if isinstance(reason, OSError):
+        return DsxError("DSX-E501", f"打不开 {path}：{reason.strerror}", "检查权限")
     return DsxError("DSX-E501", f"{path}：{reason}", "重新下载这个文件，确认没有被截断")

@@ -149,7 +149,7 @@ def test_chunks_cover_each_row_once_and_stay_in_capacity(chunk: int | None) -> N
         ([[1], []], "DSX-E510", "第 1 条"),
         ([[1], [0] * (LIMIT + 1)], "DSX-E511", str(LIMIT + 1)),
         ([[1], [2, VOCAB]], "DSX-E509", rf"第 1 条提示词\[1\] = {VOCAB}"),
-        ([[1 << 70]], "DSX-E509", "object"),
+        ([[1 << 70]], "DSX-E509", rf"第 0 条提示词\[0\] = {1 << 70}"),
     ],
 )
 def test_refused_prompts(session: ModelSession, prompts: list[list[int]], code: str, named: str) -> None:
