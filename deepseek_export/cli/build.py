@@ -85,7 +85,7 @@ def command(
         return
     for engine in built:
         _print(engine)
-    if source is not opened:
+    if source is not opened and not (source.path / "reports/parity.json").is_file():
         click.echo(f"另导出的这一份还没有校验过。下一步：dsx verify {shlex.quote(str(source.path))}")
 
 
