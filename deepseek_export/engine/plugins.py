@@ -18,9 +18,11 @@ import numpy as np
 
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_plan
+from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
+from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.kernels.launcher import Launcher
 from deepseek_export.kernels.program import Program
-from deepseek_export.kernels.table import LaunchPlan, grouped_swiglu_plan, latent_attention_plan
+from deepseek_export.kernels.table import LaunchPlan
 from deepseek_export.ops.table import (
     LATENT_ATTENTION,
     MOE_EXPERTS,

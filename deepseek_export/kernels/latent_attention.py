@@ -111,7 +111,7 @@ def latent_attention_reduce(
 ):
     """把一行的各段按 ``2^lse`` 加权平均；参数同 :func:`latent_attention_partial`。
 
-    一次读 ``BLOCK_S`` 段：批小而上下文长时有一百多段，一段一段地读，每段都要等一次显存的延迟，比 partial 还慢。
+    一次读 ``BLOCK_S`` 段：批小而上下文长时有一百多段，一段一段地读就要等一百多次显存的延迟（还没有在 GPU 上量过）。
     """
     row = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)

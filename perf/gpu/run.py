@@ -148,7 +148,7 @@ class Session:
     def attention_program(self, H: int, dtype):
         """H 个头的注意力程序。"""
         from deepseek_export.kernels.compile import compile_plan
-        from deepseek_export.kernels.table import latent_attention_plan
+        from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 
         plan = latent_attention_plan(self.sm, H, LATENT, ROPE, SCALE, _name(dtype))
         return compile_plan(plan)
@@ -156,7 +156,7 @@ class Session:
     def experts_program(self, shape: str, dtype):
         """一种形状的专家程序。"""
         from deepseek_export.kernels.compile import compile_plan
-        from deepseek_export.kernels.table import grouped_swiglu_plan
+        from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
 
         return compile_plan(grouped_swiglu_plan(self.sm, *EXPERTS[shape], _name(dtype)))
 

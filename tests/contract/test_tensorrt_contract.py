@@ -33,7 +33,7 @@ from deepseek_export.engine.plugins import building_for, registered_creators
 from deepseek_export.engine.record import EngineRecord
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_plan
-from deepseek_export.kernels.table import latent_attention_plan
+from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.ops.table import LATENT_ATTENTION
 from deepseek_export.parity.backends import open_backends, run_onnxruntime
 from deepseek_export.parity.tensorrt import TensorRTRunner

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels import compile as module
 from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_plan
+from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
+from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.kernels.program import Program
-from deepseek_export.kernels.table import SMS, grouped_swiglu_plan, latent_attention_plan
+from deepseek_export.kernels.table import SMS
 
 pytestmark = pytest.mark.unit
 

@@ -16,8 +16,9 @@ import pytest
 from deepseek_export.engine.plugins import PLUGIN_OPS
 from deepseek_export.kernels.compile import compile_plan
 from deepseek_export.kernels.expression import OPERATORS
+from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
+from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.kernels.program import Program
-from deepseek_export.kernels.table import grouped_swiglu_plan, latent_attention_plan
 
 pytestmark = pytest.mark.unit
 

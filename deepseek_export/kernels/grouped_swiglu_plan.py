@@ -1,0 +1,197 @@
+"""``dsx::MoeExperts`` 的启动计划：在每种形状与 SM 上用多大的块、怎样的网格、多少 workspace。"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from deepseek_export.kernels.expression import Expression, symbol
+from deepseek_export.kernels.program import Argument, Tensor
+from deepseek_export.kernels.table import (
+    ALIGNMENT,
+    DTYPE_BYTES,
+    POINTERS,
+    KernelDtype,
+    LaunchPlan,
+    PlannedLaunch,
+    PlannedVariant,
+    block_size,
+    check_dtype,
+    check_sm,
+    kernel_spec,
+)
+from deepseek_export.ops.table import MOE_EXPERTS
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsTile:
+    """``gate_up`` 与 ``down`` 的块。
+
+    Attributes:
+        rows: ``BLOCK_M``，同一专家的 token。
+        columns: ``BLOCK_N``；``gate_up`` 同时算两个矩阵，用它的一半。
+        inner: ``BLOCK_K``。
+        num_warps, num_stages: 见 :class:`KernelSpec`。
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+#: 共享内存上限 → 各变体的块，行数升序。
+_EXPERTS_TILES: Mapping[int, tuple[ExpertsTile, ...]] = MappingProxyType(
+    {
+        99 << 10: (ExpertsTile(16, 64, 128, 4, 3), ExpertsTile(64, 128, 64, 4, 3)),
+        163 << 10: (ExpertsTile(16, 64, 128, 4, 4), ExpertsTile(128, 128, 64, 8, 3)),
+        227 << 10: (ExpertsTile(16, 64, 128, 4, 5), ExpertsTile(128, 256, 64, 8, 3)),
+    }
+)
+_SORT_BLOCK = 1024
+_GROUP = 8
+_COMBINE_BLOCK = 1024
+
+
+def grouped_swiglu_plan(
+    sm: int,
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    moe_intermediate_size: int,
+    dtype: KernelDtype,
+) -> LaunchPlan:
+    """``dsx::MoeExperts`` 的启动计划。
+
+    Args:
+        sm: 计算能力。
+        num_experts, top_k: E、k。
+        hidden_size, moe_intermediate_size: D、I。
+        dtype: ``x``、权重与输出的 dtype。
+
+    Raises:
+        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持。
+    """
+    limits = check_sm(sm)
+    check_dtype(MOE_EXPERTS, "x", dtype, ("float16", "bfloat16"))
+    E, k, D, inner = num_experts, top_k, hidden_size, moe_intermediate_size
+    N, one = symbol("N"), Expression.of(1)
+    pairs = N * k
+    T, i32 = POINTERS[dtype], POINTERS["int32"]
+    # workspace：排序后的对、各专家的起点、SwiGLU 的中间结果、各对的输出，依次排列。
+    offsets_at = (pairs * 4).align(ALIGNMENT)
+    hidden_at = offsets_at + Expression.of((E + 1) * 4).align(ALIGNMENT)
+    expert_out_at = hidden_at + (pairs * (inner * DTYPE_BYTES[dtype])).align(ALIGNMENT)
+    workspace = expert_out_at + pairs * (D * DTYPE_BYTES[dtype])
+    sorted_pairs, offsets = Argument("workspace", Expression.of(0)), Argument("workspace", offsets_at)
+    hidden, expert_out = Argument("workspace", hidden_at), Argument("workspace", expert_out_at)
+    x, ids, weights, w_gate, w_up, w_down = (Argument("input", index) for index in range(6))
+    y, top_k_argument = Argument("output", 0), Argument("int32", Expression.of(k))
+
+    sort = PlannedLaunch(
+        kernel_spec(
+            "grouped_swiglu",
+            "sort_pairs",
+            (("topk_ids", i32), ("sorted_pairs", i32), ("offsets", i32), ("pairs", "i32"), ("E", "i32")),
+            {"BLOCK": _SORT_BLOCK},
+            4,
+            1,
+        ),
+        (Expression.of(E + 1), one, one),
+        (ids, sorted_pairs, offsets, Argument("int32", pairs), Argument("int32", Expression.of(E))),
+    )
+    combine_block = min(_COMBINE_BLOCK, block_size(D))
+    combine = PlannedLaunch(
+        kernel_spec(
+            "grouped_swiglu",
+            "combine",
+            (
+                ("expert_out", T),
+                ("topk_ids", i32),
+                ("topk_weights", POINTERS["float32"]),
+                ("y", T),
+                ("top_k", "i32"),
+            ),
+            {"D": D, "E": E, "BLOCK_D": combine_block},
+            4,
+            1,
+        ),
+        (N, Expression.of(D).ceil(combine_block), one),
+        (expert_out, ids, weights, y, top_k_argument),
+    )
+
+    variants = []
+    tiles = _EXPERTS_TILES[limits.shared]
+    for tile in tiles:
+        # 每个有 token 的专家至多一个不满的行块，所以行块数有这个上界；多出来的程序立即退出。
+        row_tiles = pairs // tile.rows + pairs.min(E)
+        common = {
+            "D": D,
+            "INNER": inner,
+            "E": E,
+            "BLOCK_E": block_size(E),
+            "BLOCK_M": tile.rows,
+            "GROUP": _GROUP,
+        }
+        half = min(tile.columns // 2, block_size(inner))
+        full = min(tile.columns, block_size(D))
+        rows_argument = Argument("int32", row_tiles)
+        gate_up = PlannedLaunch(
+            kernel_spec(
+                "grouped_swiglu",
+                "gate_up",
+                (
+                    ("x", T),
+                    ("w_gate", T),
+                    ("w_up", T),
+                    ("sorted_pairs", i32),
+                    ("offsets", i32),
+                    ("hidden", T),
+                    ("top_k", "i32"),
+                    ("row_tiles", "i32"),
+                ),
+                {**common, "BLOCK_N": half, "BLOCK_K": min(tile.inner, block_size(D))},
+                tile.num_warps,
+                tile.num_stages,
+            ),
+            (row_tiles * math.ceil(inner / half), one, one),
+            (x, w_gate, w_up, sorted_pairs, offsets, hidden, top_k_argument, rows_argument),
+        )
+        down = PlannedLaunch(
+            kernel_spec(
+                "grouped_swiglu",
+                "down",
+                (
+                    ("hidden", T),
+                    ("w_down", T),
+                    ("sorted_pairs", i32),
+                    ("offsets", i32),
+                    ("expert_out", T),
+                    ("row_tiles", "i32"),
+                ),
+                {**common, "BLOCK_N": full, "BLOCK_K": min(tile.inner, block_size(inner))},
+                tile.num_warps,
+                tile.num_stages,
+            ),
+            (row_tiles * math.ceil(D / full), one, one),
+            (hidden, w_down, sorted_pairs, offsets, expert_out, rows_argument),
+        )
+        # 平均每个专家分到的 token 装不满一个大块时用小块：这时受限于读权重，大块只是空算。
+        when = one if tile is tiles[-1] else pairs.at_most(2 * tile.rows * E)
+        variants.append(PlannedVariant(when, workspace, (sort, gate_up, down, combine)))
+    shape_w = {"gate": (E, inner, D), "up": (E, inner, D), "down": (E, D, inner)}
+    return LaunchPlan(
+        MOE_EXPERTS.name,
+        sm,
+        (
+            Tensor(dtype, ("N", str(D))),
+            Tensor("int32", ("N", str(k))),
+            Tensor("float32", ("N", str(k))),
+            *(Tensor(dtype, tuple(map(str, shape))) for shape in shape_w.values()),
+        ),
+        (Tensor(dtype, ("N", str(D))),),
+        tuple(variants),
+    )
