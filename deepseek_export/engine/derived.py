@@ -82,10 +82,10 @@ def buildable_bundle(
     """
     progress = progress or Progress()
     manifest, reason = bundle.manifest, unbuildable_reason(bundle.manifest)
-    if checkpoint is not None:  # 用不用得到，给错了都要说
-        open_source(bundle, checkpoint, _OPTION)
+    # 用不用得到，给错了都要说。
+    source = None if checkpoint is None else open_source(bundle, checkpoint, _OPTION)
     derived = bundle if reason is None else existing_derived(bundle)
-    if derived is not None and checkpoint is not None:
+    if derived is not None and source is not None:
         progress.note("没有另导出，--checkpoint 用不到")
     if reason is None:
         return bundle
@@ -98,7 +98,7 @@ def buildable_bundle(
     progress.start(f"{bundle.path} 的图不能直接建引擎：由检查点另导出一份")
     try:
         return export_bundle(
-            open_source(bundle, checkpoint, _OPTION).path,
+            (source or open_source(bundle, None, _OPTION)).path,
             derived_folder(bundle),
             profile,
             target=flavour.target,

@@ -27,6 +27,7 @@ from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
 
 _CAPACITY_SLACK = 3
+_ROWS, _TOKENS = 2, 25
 PHASES = ("prefill", "decode")
 
 
@@ -308,3 +309,9 @@ def spread_near_ties(block: Block) -> tuple[Block, int]:
     feeds = {**block.feeds, block.residual: spread(block.feeds[block.residual])}
     outputs = (replace(output, want=spread(output.want)),)
     return replace(block, feeds=feeds, outputs=outputs, margin=spread(block.margin)), int(ties.sum())
+
+
+def block_rows(manifest: Manifest, seed: int) -> list[list[int]]:
+    """逐块比较用的等长随机 token 序列。"""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, manifest.model.vocab_size, (_ROWS, _TOKENS)).tolist()

@@ -24,11 +24,10 @@ from deepseek_export.errors import DsxError
 from deepseek_export.parity.arrays import widened
 from deepseek_export.parity.backends import Run, open_backends
 from deepseek_export.parity.bisect import Culprit, bisect_block
-from deepseek_export.parity.blocks import PHASES, Block, block_key, main_blocks, spread_near_ties
+from deepseek_export.parity.blocks import PHASES, Block, block_key, block_rows, main_blocks, spread_near_ties
 from deepseek_export.parity.draft import draft_blocks, draft_runs
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
-from deepseek_export.parity.report import Case
-from deepseek_export.parity.source import block_rows, environment
+from deepseek_export.parity.report import Case, environment
 from deepseek_export.parity.subgraph import ModelGraph, feeds_for
 from deepseek_export.parity.tolerances import Dtype, tolerance
 from deepseek_export.progress import Progress

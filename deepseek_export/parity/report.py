@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any, Literal
 
+import onnx
+import onnxruntime
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.checkpoint.weight_only import QuantKind
@@ -121,3 +125,14 @@ def compare(
     m, limit = measure(got, want), tolerance(quantity, dtype, quant)
     note = "" if limit.accepts(m) else f"最大差在 {list(m.coordinate)}"
     return Case(level=level, name=name, passed=limit.accepts(m), measure=m, tolerance=limit, note=note)
+
+
+def environment() -> dict[str, str]:
+    """决定结果的版本，写进报告。"""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }

@@ -11,7 +11,7 @@ from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.disk import write_report
 from deepseek_export.bundle.source import open_source
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.blocks import block_cases, main_block_count, main_blocks
+from deepseek_export.parity.blocks import block_cases, block_rows, main_block_count, main_blocks
 from deepseek_export.parity.draft import draft_cases, draft_runs
 from deepseek_export.parity.logits import narrow_cache
 from deepseek_export.parity.loss import loss_cases, read_passage
@@ -19,8 +19,7 @@ from deepseek_export.parity.model import cache_loss_cases, model_cases
 from deepseek_export.parity.ops import op_cases
 from deepseek_export.parity.oracle import ReferenceOracle, make_oracle
 from deepseek_export.parity.polygraphy import save_model_comparison
-from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport
-from deepseek_export.parity.source import block_rows, environment
+from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport, environment
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress

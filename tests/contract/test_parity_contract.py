@@ -25,8 +25,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS, ParityReport
 from deepseek_export.parity.backends import run_onnxruntime
 from deepseek_export.parity.bisect import bisect_block
-from deepseek_export.parity.blocks import main_blocks
-from deepseek_export.parity.source import block_rows
+from deepseek_export.parity.blocks import block_rows, main_blocks
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.reference import Forms, load_reference
