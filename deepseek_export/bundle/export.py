@@ -15,7 +15,6 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from deepseek_export import __version__
 from deepseek_export.bundle.bundle import Bundle
 from deepseek_export.bundle.disk import (
     atomic_directory,
@@ -75,6 +74,7 @@ from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
 from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.version import __version__
 
 MODEL_FILE = "model.onnx"
 _MOST_SENSITIVE = 5

@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from deepseek_export import __version__
 from deepseek_export.bundle.disk import JOURNAL_FILE, WEIGHTS_FOLDER, disk_errors
 from deepseek_export.bundle.graph import Slot
 from deepseek_export.bundle.manifest import FileEntry
@@ -24,6 +23,7 @@ from deepseek_export.checkpoint.recipe import Recipe, materialize
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.progress import Progress
 from deepseek_export.units import size
+from deepseek_export.version import __version__
 
 WEIGHTS_FILE = f"{WEIGHTS_FOLDER}/model.safetensors"
 #: safetensors 没有 int4：两个一字节，最后一维减半，记作 U8。

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import click
 
-from deepseek_export import __version__
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import json_option
@@ -19,6 +18,7 @@ from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
 from deepseek_export.machine import cores, cpu_flags, memory_bytes
 from deepseek_export.units import size
+from deepseek_export.version import __version__
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 

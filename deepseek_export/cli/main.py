@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 import click
 
-from deepseek_export import __version__
 from deepseek_export.cli.formatting import Group
 from deepseek_export.cli.options import wants_json
 from deepseek_export.cli.usage import usage_error
 from deepseek_export.errors import DsxError
+from deepseek_export.version import __version__
 
 #: 命令 → 所在模块；次序就是帮助里的次序。模块顶层不许导入 torch、onnx 这类重的依赖。
 COMMANDS = MappingProxyType(

@@ -15,7 +15,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from deepseek_export import __version__
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.disk import (
     atomic_directory,
@@ -52,6 +51,7 @@ from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.progress import Progress
+from deepseek_export.version import __version__
 
 NO_INITIALIZERS: Mapping[str, np.ndarray] = MappingProxyType({})
 
