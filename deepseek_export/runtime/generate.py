@@ -139,10 +139,12 @@ class Generator:
         """从 prefill 的 logits ``[B, V]`` 开始逐步生成，直到每行都结束。"""
         # 提示词恰好占满时这一行没有余地，但同批的调用仍会在 past_lens 处写一个填充位置，所以退一格。
         past_lens = np.minimum(lens, self.session.max_positions - 1)
+        sampled = lens.copy()  # 要选的 token 在整条序列里的下标
         input_ids = np.zeros((len(lens), 1), np.int64)
         positions = np.zeros((len(lens), 1), np.int64)
         while out.active.any():
-            input_ids[:, 0] = sampler.sample(logits)
+            input_ids[:, 0] = sampler.sample(logits, sampled)
+            sampled += 1
             for row in np.flatnonzero(out.active).tolist():
                 out.emit(row, [int(input_ids[row, 0])])
             if out.active.any():

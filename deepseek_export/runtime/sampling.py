@@ -1,4 +1,4 @@
-"""从 logits 里选下一个 token：温度 → top-k → top-p，每行一个独立的随机数发生器。"""
+"""从 logits 里选下一个 token：温度 → top-k → top-p；随机数按行、按位置取，见 :mod:`.randomness`。"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepseek_export.errors import DsxError
+from deepseek_export.runtime.randomness import Use, row_streams
 
 
 @dataclass(frozen=True)
@@ -79,42 +80,45 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
 
 
 class Sampler:
-    """给一个批次选 token，随机状态随实例保存。
+    """给一个批次选 token；没有状态：一行的结果只由种子、位置与 logits 决定，与同批还有谁无关。
 
     Args:
         params: 采样参数。
-        batch: 行数 B。第 b 行的发生器由 ``seed + b`` 播种，所以一行的结果与同批还有谁无关。
+        batch: 行数 B。第 b 行的种子是 ``seed + b``。
     """
 
     def __init__(self, params: SamplingParams, batch: int) -> None:
         self.params = params
         self.batch = batch
-        seeds = [None if params.seed is None else params.seed + row for row in range(batch)]
-        self._rngs = [np.random.default_rng(seed) for seed in seeds]
+        self._streams = row_streams(params.seed, batch)
 
-    def sample(self, logits: np.ndarray) -> np.ndarray:
+    def sample(self, logits: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """每行选一个 token。
 
         Args:
             logits: ``[B, V]``，浮点。
+            positions: ``[B]`` 整数，要选的 token 在整条序列（提示词加新 token）里的下标。
 
         Returns:
             ``[B]`` int64。
 
         Raises:
-            ValueError: 形状不是 ``[batch, V]``。
+            ValueError: 形状不是 ``[batch, V]`` 与 ``[batch]``。
             DsxError: ``DSX-E505``，某行含 NaN 或 +Inf，或全是 -Inf。
         """
         if logits.ndim != 2 or logits.shape[0] != self.batch:
             raise ValueError(f"logits 的形状应为 [{self.batch}, V]，实际是 {list(logits.shape)}")
+        if positions.shape != (self.batch,):
+            raise ValueError(f"positions 的形状应为 [{self.batch}]，实际是 {list(positions.shape)}")
         _check_finite(logits)
         if self.params.greedy:
             return logits.argmax(axis=1).astype(np.int64, copy=False)
         picked = np.empty(self.batch, np.int64)
-        for row, rng in enumerate(self._rngs):
+        for row, stream in enumerate(self._streams):
             ids, probs = candidates(logits[row], self.params)
             cumulative = np.cumsum(probs)
-            slot = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+            (aim,) = stream.uniforms(Use.NEXT, int(positions[row])) * cumulative[-1]
+            slot = int(np.searchsorted(cumulative, aim, side="right"))
             picked[row] = ids[min(slot, ids.size - 1)]
         return picked
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -19,7 +19,7 @@ from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import SamplingParams, unusable_logits
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
-from deepseek_export.runtime.speculation import Floor, Round, Tally, refused
+from deepseek_export.runtime.speculation import Floor, FloorWatch, Round, Tally, refused
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 MAX_DRAFT_TOKENS = 8
@@ -100,10 +100,11 @@ class SpeculativeGenerator(Generator):
         """批量生成；参数与结果的含义同 :meth:`Generator.generate`，另带 ``speculation`` 统计。
 
         ``greedy`` 的输出与普通贪心解码逐个 token 相同；``rejection`` 的输出与普通采样同分布（但同一个种子
-        给出的序列不同）。``on_token`` 在一次调用里先给完一行接受的几个 token，再轮到下一行。
+        给出的序列不同），一行给了种子的结果与同批还有谁无关。``on_token`` 在一次调用里先给完一行接受的几个 token，再轮到下一行。
 
         Raises:
-            DsxError: ``DSX-E515``，采样参数与验证方式不相容；其余同 :meth:`Generator.generate`。
+            DsxError: ``DSX-E515``，采样参数与验证方式不相容；``DSX-E516``，给了种子，止损线却要看时间；其余同
+                :meth:`Generator.generate`。
         """
         params = sampling or SamplingParams()
         self._check_sampling(params)
@@ -159,10 +160,10 @@ class SpeculativeGenerator(Generator):
     def _prefill_ids(self, rows: list[np.ndarray], run: _Run) -> np.ndarray:
         """填好主模型与草稿模型的缓存，返回每行的第一个新 token ``[B]``。"""
         first = np.zeros(len(rows), np.int64)
-        none = np.empty((len(rows), 0), np.int64)
+        none, no_drafts = np.empty((len(rows), 0), np.int64), np.zeros(len(rows), np.int64)
         for part in right_padded_chunks(rows, self.prefill_chunk):
             ends_here = (part.counts > 0) & (part.start + part.counts == run.newest)
-            chance = None if run.chance is None else run.chance.draw(0, ends_here)
+            chance = None if run.chance is None else run.chance.draw(run.newest, no_drafts, 0, ends_here)
             positions = np.maximum(part.counts - 1, 0)[:, None]
             got = self.session.verify(part.input_ids, part.past_lens, positions, none, run.caches, chance)
             _check_used(got, ends_here & run.out.active)
@@ -174,61 +175,87 @@ class SpeculativeGenerator(Generator):
     def _decode_rounds(self, run: _Run) -> tuple[tuple[str, ...], int]:
         """起草、验证、收下，直到每行都结束；返回说明与草稿模型的调用次数。"""
         out = run.out
-        watch = None if self.floor is None else self.floor.watch(self.num_draft_tokens)
-        notes: tuple[str, ...] = ()
+        watch = FloorWatch(self.floor, self.num_draft_tokens, len(run.newest))
         draft_calls = 0
         while out.active.any():
             began = perf_counter()
             active = out.active.copy()
-            drafts = self._propose(run, watch is not None and watch.wants_plain)
-            num_drafts = drafts.shape[1]
-            got = self._verify(run, drafts)
+            counts = self._draft_counts(run, watch.drafting)
+            drafts = self._propose(run, counts)
+            got = self._verify(run, drafts, counts)
             accepted = np.where(active, got.num_accepted, 0)
-            kept = produced = 0
+            rounds: dict[int, Round] = {}
             for row in np.flatnonzero(active).tolist():
-                count = int(accepted[row])
+                count, proposed = int(accepted[row]), int(counts[row])
                 new = [*drafts[row, :count].tolist(), int(got.next_id[row])]
                 taken = out.emit(row, new)
                 begin = run.newest[row] + 1
                 run.tokens[row, begin : begin + len(new)] = new
                 run.newest[row] += len(new)
                 # 被截断的行只算到截断处，后面的草稿对不对已经无所谓。
-                cut = taken < len(new)
-                run.tally.add(taken if cut else num_drafts, min(count, taken), taken)
-                kept, produced = kept + min(count, taken), produced + taken
+                run.tally.add(
+                    min(proposed, taken) if taken < len(new) else proposed, min(count, taken), taken
+                )
+                rounds[row] = Round(proposed, 1, min(count, taken), taken, 0.0)
             run.tally.main_calls += 1
             if run.drafter is None:
                 continue
             draft_calls = run.drafter.calls
             run.drafter.observe(got.hidden, np.where(active, accepted + 1, 0))
-            if watch is not None:
-                seconds = perf_counter() - began
-                verdict = watch.add(Round(num_drafts, int(active.sum()), kept, produced, seconds))
-                if verdict is not None and out.active.any():
-                    run.drafter, notes = None, (verdict,)
-        return notes, draft_calls
+            watch.add(rounds, perf_counter() - began, out.active)
+            if not watch.speculating[out.active].any():
+                run.drafter = None
+        return watch.notes, draft_calls
 
-    def _propose(self, run: _Run, plain: bool) -> np.ndarray:
-        """这一轮的草稿 ``[B, K]``；K 随剩余的长度收缩，可以为 0。"""
-        active = run.out.active
-        wanted = int(run.out.remaining[active].max()) - 1
-        if run.drafter is None or wanted == 0 or plain:
-            return np.empty((len(active), 0), np.int64)
-        room = self.session.max_positions - 1 - int(run.newest[active].max())
-        return run.drafter.propose(run.newest, active, min(self.num_draft_tokens, wanted, room))
+    def _draft_counts(self, run: _Run, drafting: np.ndarray) -> np.ndarray:
+        """``[B]``，这一轮各行起草几个，可以为 0；只看这一行自己：它剩余的长度，止损线停没停它。
 
-    def _verify(self, run: _Run, drafts: np.ndarray) -> Verified:
-        """主模型走一步 ``[t_n, d_1 .. d_K]``；已结束的行写在自己缓存的开头，反正不会再读。"""
+        剩余的长度已经把 max_positions 算在内，一行自己的草稿因此不会越过它。
+        """
+        if run.drafter is None:
+            return np.zeros(len(drafting), np.int64)
+        return np.where(
+            run.out.active & drafting, np.clip(run.out.remaining - 1, 0, self.num_draft_tokens), 0
+        )
+
+    def _propose(self, run: _Run, counts: np.ndarray) -> np.ndarray:
+        """这一轮的草稿 ``[B, K]``；K 是各行里最多的，可以为 0。"""
+        if run.drafter is None or not counts.any():
+            return np.empty((len(counts), 0), np.int64)
+        return run.drafter.propose(run.newest, run.out.active, counts)
+
+    def _verify(self, run: _Run, drafts: np.ndarray, counts: np.ndarray) -> Verified:
+        """主模型走一步 ``[t_n, d_1 .. d_K]``；一行自己的草稿不到 K 个时，多的只是占位，结果里没有它们。
+
+        已结束的行写在自己缓存的开头，反正不会再读。离最大长度不到 K 的行放不下占位，往前挪，连着把最后几个已知的 token
+        重走一遍：写回缓存的还是同样的行。
+        """
         active = run.out.active
-        past = np.where(active, run.newest, 0)
         batch, width = len(active), drafts.shape[1] + 1
+        past = np.where(active, np.minimum(run.newest, self.session.max_positions - width), 0)
+        shift = np.where(active, run.newest - past, 0)[:, None]
         run.caches.ensure(int(past.max()) + width)
-        input_ids = np.empty((batch, width), np.int64)
-        input_ids[:, 0] = run.tokens[np.arange(batch), run.newest]
-        input_ids[:, 1:] = drafts
-        positions = np.broadcast_to(np.arange(width), (batch, width))
-        chance = None if run.chance is None else run.chance.draw(width - 1, active)
+        line = np.concatenate([run.tokens[np.arange(batch), run.newest][:, None], drafts], axis=1)
+        columns = np.arange(width) - shift
+        known = np.take_along_axis(run.tokens, np.maximum(run.newest[:, None] + columns, 0), axis=1)
+        input_ids = np.where(columns < 0, known, np.take_along_axis(line, np.maximum(columns, 0), axis=1))
+        positions = np.minimum(np.arange(width) + shift, width - 1)
+        chance = None
+        if run.chance is not None:
+            chance = run.chance.draw(run.newest + 1, counts, width - 1, active)
         got = self.session.verify(input_ids, past, positions, drafts, run.caches, chance)
+        accepted = np.minimum(got.num_accepted, counts)
+        # greedy 会连占位一起接受：头一个占位既然对了，它就是下一个 token。rejection 的占位必被拒绝。
+        padded = np.concatenate([drafts, got.next_id[:, None]], axis=1)
+        beyond = np.take_along_axis(padded, counts[:, None], axis=1)[:, 0]
+        got = replace(
+            got,
+            num_accepted=accepted,
+            next_id=np.where(got.num_accepted > counts, beyond, got.next_id),
+            hidden=np.take_along_axis(got.hidden, positions[:, :, None], axis=1)
+            if shift.any()
+            else got.hidden,
+        )
         _check_used(got, active)
         return got
 
@@ -251,6 +278,12 @@ class SpeculativeGenerator(Generator):
                 "DSX-E515",
                 f"top_k={params.top_k}、top_p={params.top_p:g}：草稿验证不截断分布，输出会与普通采样不同分布",
                 "去掉 top-k 与 top-p，或加 --no-speculative",
+            )
+        elif params.seed is not None and self.floor is not None and not self.floor.per_row:
+            raise refused(
+                "floor",
+                self.floor,
+                "逐行看的止损线（SpeculativeFloor）或 None：看时间的停在哪一轮，凭种子重现不了",
             )
 
 
