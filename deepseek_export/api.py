@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle, pack_bundle
 from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.capture import ModelDtype
@@ -25,12 +26,10 @@ from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import (
-    Backend,
     BundleTokenizer,
     GenerationResult,
     Generator,
     SamplingParams,
-    bundle_for,
     open_session,
     open_speculative,
 )
@@ -167,14 +166,15 @@ class CompiledModel:
         speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
-        self.bundle = bundle = bundle_for(bundle, backend)
+    def __init__(self, bundle: Bundle, threads: int | None = None, backend: str = "ort") -> None:
+        chosen = backend_named(backend)
+        self.bundle = bundle = chosen.prepared(bundle)
         eos = stop_token_ids(bundle.path, bundle.manifest.model)
         self.tokenizer = BundleTokenizer.load(bundle.path)
         weights = BundleWeights(bundle)
-        self.session = open_session(bundle, weights, threads, backend)
-        self.generator = Generator(self.session, self.tokenizer, eos, self.session.prefill_chunk)
-        self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
+        self.session = open_session(chosen, bundle, weights, threads)
+        self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)
+        self.speculative = open_speculative(chosen, bundle, weights, self.session, self.tokenizer, threads)
 
     @property
     def manifest(self) -> Manifest:
@@ -242,7 +242,7 @@ class CompiledModel:
         return self.speculative
 
 
-def load(bundle: Path | str, threads: int | None = None, backend: Backend = "ort") -> CompiledModel:
+def load(bundle: Path | str, threads: int | None = None, backend: str = "ort") -> CompiledModel:
     """加载 bundle，准备生成。
 
     Args:
@@ -271,7 +271,7 @@ def verify(
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
     text: Path | str | None = None,
-    backend: Backend = "ort",
+    backend: str = "ort",
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""

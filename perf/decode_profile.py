@@ -13,44 +13,22 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import onnxruntime as ort
 
+from deepseek_export.backend.ort.runner import OrtRunner
+from deepseek_export.bench.depth import fill_caches
 from deepseek_export.bench.environment import environment
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.cpu_library import library_for
 from deepseek_export.runtime import ModelSession
-from deepseek_export.runtime.graph import give_initializers, use_library
 
 ROOT = Path(__file__).resolve().parent.parent
 #: 打印前几名。
 SHOWN = 12
-
-
-class ProfiledSession(ModelSession):
-    """打开了剖析的会话，其余与运行时用的相同。"""
-
-    def _open(
-        self, path: Path, threads: int | None, initializers: Mapping[str, np.ndarray]
-    ) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        give_initializers(options, initializers)
-        use_library(options, self._library)
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def events(self) -> list[dict[str, Any]]:
-        """停止剖析，读出全部事件。"""
-        return json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
 
 
 @click.command()
@@ -81,24 +59,24 @@ def main(out: Path, depths: tuple[int, ...], steps: int, threads: int, result: P
 
 def _profile(bundle: Bundle, weights: BundleWeights, depth: int, steps: int, threads: int) -> dict[str, Any]:
     library = library_for(bundle.manifest.target)
-    session = ProfiledSession(
+    runner = OrtRunner(
         bundle.model_path,
         threads=threads,
         max_positions=bundle.manifest.model.max_position_embeddings,
         initializers=weights.arrays(bundle.model_path),
         library=library,
+        profile=Path(tempfile.mkdtemp()) / "profile",
     )
+    session = ModelSession(runner)
     caches = session.new_caches(1, depth + steps + 1)
-    rng = np.random.default_rng(0)
-    for tensor in caches.spec.tensors:
-        caches.array(tensor.name)[...] = rng.standard_normal(tensor.width).astype(tensor.dtype)
+    fill_caches(caches, depth, seed=0)
     walls = []
     for step in range(steps + 1):
         start = time.perf_counter()
         session.run(np.array([[1]]), np.array([depth + step]), np.array([[0]]), caches)
         walls.append((time.perf_counter() - start) * 1e3)
     runs, operators = [], defaultdict[str, float](float)
-    events = session.events()
+    events = runner.profile_events()
     # 第一步要分配、要把权重读进来，不算。
     began = sorted(event["ts"] for event in events if event["name"] == "model_run")[1]
     for event in events:

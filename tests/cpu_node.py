@@ -11,8 +11,9 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from deepseek_export.backend.ort.values import ort_value
+from deepseek_export.bench.depth import random_rows
 from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION
-from deepseek_export.runtime.cache import ort_value, random_rows
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CACHES = {**NUMPY, "int8": np.int8}

@@ -14,10 +14,10 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.ops.table import DOMAIN, INT8_EXPERTS, INT8_LINEAR, OPSET_VERSION, OpSpec
 from deepseek_export.passes.base import MICROSOFT
 from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, SENTINEL
-from deepseek_export.runtime.cache import ort_value
 
 ELEMENTS = {"U8": TensorProto.UINT8, "F32": TensorProto.FLOAT}
 

@@ -81,20 +81,6 @@ class Bundle:
         """草稿模型的 ONNX 文件，按 MTP 模块的次序。"""
         return [self.path / graph.file for graph in self.manifest.drafts]
 
-    def check_runs_on_onnxruntime(self) -> None:
-        """能在 ONNX Runtime 的 CPU 上运行、与 PyTorch 比吗。
-
-        Raises:
-            DsxError: ``DSX-E321``，bfloat16 的只能建引擎。
-        """
-        if self.manifest.dtype == "bfloat16":
-            raise DsxError(
-                "DSX-E321",
-                f"{self.path} 是 bfloat16，ONNX Runtime 的 CPU 没有 bfloat16 的算子",
-                "先 dsx build，再在有 GPU 的机器上用 --backend trt（dsx verify 的 model、tokens 两级，dsx generate）；"
-                "没有 GPU 就用 --dtype float16 再导出一份来校验：图与 pass 相同",
-            )
-
     def check_hashes(self, progress: Progress) -> None:
         """核对每个文件的 sha256。
 

@@ -45,7 +45,7 @@ def command(
     prompts: tuple[str, ...],
     id_texts: tuple[str, ...],
     threads: int | None,
-    backend: Any,
+    backend: str,
     as_json: bool,
     no_speculative: bool,
     no_floor: bool,

@@ -63,7 +63,7 @@ def command(
     steps: int,
     seed: int,
     text: Path | None,
-    backend: Any,
+    backend: str,
     as_json: bool,
 ) -> None:
     """逐级比对 bundle OUT 与 PyTorch：算子、每一层、logits、greedy 续写的 token。

@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from deepseek_export.backend.base import Run
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import blocks as capture
@@ -26,7 +27,6 @@ from deepseek_export.capture.places import EMBED_PORTS, Place, head_ports, layer
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.parity.arrays import to_numpy, to_torch, widened
-from deepseek_export.parity.backends import Run
 from deepseek_export.parity.blocks import Block, Output
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison

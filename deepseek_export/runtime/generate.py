@@ -7,9 +7,9 @@ from time import perf_counter
 
 import numpy as np
 
+from deepseek_export.backend.base import Caches
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.cache import CacheBuffers
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
@@ -96,7 +96,7 @@ class Generator:
 
         Args:
             ids: B 个 token id 序列。
-            chunk: 每次调用多少个位置；``None`` 一次走完，1 逐个 token。不超过会话的 ``logits_chunk``。结果应当与切法无关。
+            chunk: 每次调用多少个位置；``None`` 一次走完，1 逐个 token。不超过后端一次给得出的行数。结果应当与切法无关。
 
         Returns:
             B 个 ``[len, V]`` float32。
@@ -106,8 +106,8 @@ class Generator:
         """
         if chunk is not None:
             check_positive("chunk", chunk)
-        if self.session.logits_chunk is not None:
-            chunk = min(chunk or self.session.logits_chunk, self.session.logits_chunk)
+        if self.session.limits.logits_rows is not None:
+            chunk = min(chunk or self.session.limits.logits_rows, self.session.limits.logits_rows)
         rows = self._check_rows(ids)
         caches = self.session.new_caches(len(rows), max(len(row) for row in rows))
         out = [np.empty((len(row), self.session.vocab_size), np.float32) for row in rows]
@@ -118,7 +118,7 @@ class Generator:
                 out[row][part.start : part.start + count] = logits[row, :count]
         return out
 
-    def _prefill(self, rows: list[np.ndarray], lens: np.ndarray, caches: CacheBuffers) -> np.ndarray:
+    def _prefill(self, rows: list[np.ndarray], lens: np.ndarray, caches: Caches) -> np.ndarray:
         """填好缓存，返回每行最后一个提示词 token 的 logits ``[B, V]`` float32。"""
         last = np.empty((len(rows), self.session.vocab_size), np.float32)
         for part in right_padded_chunks(rows, self.prefill_chunk):
@@ -132,7 +132,7 @@ class Generator:
         self,
         logits: np.ndarray,
         lens: np.ndarray,
-        caches: CacheBuffers,
+        caches: Caches,
         sampler: Sampler,
         out: OutputRows,
     ) -> None:

@@ -8,9 +8,10 @@ from time import perf_counter
 
 import numpy as np
 
+from deepseek_export.backend.base import Caches
+from deepseek_export.backend.contract import contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.cache import CacheBuffers, contract_broken
 from deepseek_export.runtime.chance import RowChance
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.drafting import Drafter
@@ -37,7 +38,7 @@ class _Run:
 
     tokens: np.ndarray
     newest: np.ndarray
-    caches: CacheBuffers
+    caches: Caches
     out: OutputRows
     drafter: Drafter | None
     chance: RowChance | None

@@ -29,13 +29,13 @@ def run_engine(bundle: Path | None, sm: int) -> dict[str, Any]:
     if missing:
         return {"verified": False, "error": absent}
     import deepseek_export as dsx
+    from deepseek_export.backend.tensorrt.engine import find_engine
     from deepseek_export.bundle import Bundle
     from deepseek_export.engine.build import build_engine
     from deepseek_export.engine.derived import buildable_bundle
     from deepseek_export.engine.flavour import FLAVOURS, choose
     from deepseek_export.engine.shapes import ProfileShapes
     from deepseek_export.errors import DsxError
-    from deepseek_export.runtime.plan import find_engine
 
     try:
         flavour = choose()

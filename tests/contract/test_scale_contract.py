@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import deepseek_export
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
@@ -160,7 +161,7 @@ def test_plain_onnxruntime_refuses_instead_of_reading_garbage(referenced):
     with pytest.raises(Exception, match="out of bounds"):
         ort.InferenceSession(str(path), options)
     with pytest.raises(DsxError, match="dsx pack") as error:
-        ModelSession(path, max_positions=16)
+        ModelSession(OrtRunner(path, max_positions=16))
     assert error.value.code == "DSX-E507"
     assert "dsx pack" in (referenced[0].path / BY_RECIPE_FILE).read_text(encoding="utf-8")
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepseek_export
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.cli import doctor
 from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
 from deepseek_export.errors import DsxError
@@ -228,7 +229,7 @@ def test_one_bundle_with_and_without_the_library(library, exported, monkeypatch)
     # 只有真的建了 kernel，才会去看指令集：证明库优先于函数体。
     monkeypatch.setenv("DSX_CPU_ISA", "sse9")
     with pytest.raises(DsxError, match="DSX_CPU_ISA=sse9") as caught:
-        ModelSession(bundle.model_path, max_positions=64, library=library)
+        ModelSession(OrtRunner(bundle.model_path, max_positions=64, library=library))
     assert caught.value.code == "DSX-E507"
     monkeypatch.setenv("DSX_CPU_LIBRARY", "off")
     assert deepseek_export.load(bundle.path, threads=1).generate(rows, 8).token_ids == with_library

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import BundleTokenizer, GenerationResult, Generator, ModelSession, SamplingParams
 from deepseek_export.runtime.batching import right_padded_chunks
@@ -25,7 +26,7 @@ def toy() -> Toy:
 @pytest.fixture(scope="module")
 def session(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> ModelSession:
     path = save_toy(toy, tmp_path_factory.mktemp("toy") / "model.onnx", external=True)
-    return ModelSession(path, threads=1, max_positions=LIMIT)
+    return ModelSession(OrtRunner(path, threads=1, max_positions=LIMIT))
 
 
 def generator(session: ModelSession, eos: tuple[int, ...] = (), chunk: int = 512) -> Generator:
@@ -57,7 +58,7 @@ def test_batch_equals_alone_for_every_cache_kind(
     toy: Toy, tmp_path_factory: pytest.TempPathFactory, cache_dtype: str, split_kv: bool
 ) -> None:
     path = save_toy(toy, tmp_path_factory.mktemp("toy") / "model.onnx", cache_dtype, split_kv=split_kv)
-    made = generator(ModelSession(path, threads=1, max_positions=LIMIT), chunk=4)
+    made = generator(ModelSession(OrtRunner(path, threads=1, max_positions=LIMIT)), chunk=4)
     together = made.generate(PROMPTS, 8).token_ids
     assert together == [made.generate([prompt], 8).token_ids[0] for prompt in PROMPTS]
 

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.runtime import ModelSession
 
 pytestmark = pytest.mark.unit
@@ -138,7 +139,7 @@ def save_toy(
 def test_toy_matches_numpy(tmp_path: Path, cache_dtype: str, split_kv: bool) -> None:
     toy = make_toy()
     path = save_toy(toy, tmp_path / "model.onnx", cache_dtype, split_kv=split_kv, external=True)
-    session = ModelSession(path, threads=1, max_positions=toy.max_positions)
+    session = ModelSession(OrtRunner(path, threads=1, max_positions=toy.max_positions))
     ids = np.array([[3, 1, 4, 1, 5]])
     got = session.run(ids, np.array([0]), np.arange(5)[None], session.new_caches(1, 5))
     bound = {"float32": 1e-5, "float16": 3e-2, "bfloat16": 3e-1}[cache_dtype]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from safetensors.numpy import save_file
 
+from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.checkpoint.recipe import (
     NUMPY_DTYPES,
     Recipe,
@@ -45,7 +46,6 @@ from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
 )
 from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
-from deepseek_export.runtime.cache import ort_value
 from tests.models import model_config, ort_session
 from tests.unit.test_passes_moe import feeds_for, moe_module, ops
 

@@ -1,4 +1,4 @@
-"""解码一步的 CUDA graph：同一次 :class:`~deepseek_export.runtime.plan.Call` 连着出现两次就录下，以后重放。
+"""解码一步的 CUDA graph：同一次 :class:`~deepseek_export.backend.tensorrt.engine.Call` 连着出现两次就录下，以后重放。
 
 照 NVIDIA 的说明（TensorRT 文档 CUDA Graphs 一节）：
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from deepseek_export.backend.tensorrt.engine import Call, LoadedEngine
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime.plan import Call, LoadedPlan
 
 _PROFILE = "decode"
 
@@ -29,17 +29,17 @@ class _Slot:
 
 
 class Replayer:
-    """按 :class:`~deepseek_export.runtime.plan.Call` 执行一个 plan；解码配置的能重放就重放。
+    """按 :class:`~deepseek_export.backend.tensorrt.engine.Call` 执行一个引擎；解码配置的能重放就重放。
 
     Args:
-        plan: 加载好的 plan；它的 ``contexts`` 用来照常执行。
+        engine: 加载好的引擎；它的 ``contexts`` 用来照常执行。
 
     Attributes:
         notes: CUDA graph 用不了时的一句说明。
     """
 
-    def __init__(self, plan: LoadedPlan) -> None:
-        self._plan = plan
+    def __init__(self, engine: LoadedEngine) -> None:
+        self._engine = engine
         self._slots: dict[tuple, _Slot] = {}
         self.notes: tuple[str, ...] = ()
 
@@ -50,29 +50,29 @@ class Replayer:
             DsxError: ``DSX-E914`` / ``DSX-E916``，执行失败。
         """
         if call.profile != _PROFILE or self.notes:
-            self._plan.run(self._plan.contexts[call.profile], call)
+            self._engine.run(self._engine.contexts[call.profile], call)
             return
         slot = self._slots.setdefault(call.shapes, _Slot())
         repeated, slot.last = slot.last == call, call
         if slot.captured == call:
-            self._plan.cuda.launch(slot.graph)
+            self._engine.cuda.launch(slot.graph)
         elif repeated:
             self._capture(slot, call)
         else:
-            self._plan.run(self._plan.contexts[call.profile], call)
+            self._engine.run(self._engine.contexts[call.profile], call)
 
     def _capture(self, slot: _Slot, call: Call) -> None:
         """照常执行一次，再录下同样的一次。"""
         try:
-            slot.context = slot.context or self._plan.create_context(call.profile, fixed_kernels=True)
+            slot.context = slot.context or self._engine.create_context(call.profile, fixed_kernels=True)
         except DsxError as error:
             self._give_up(error)
-            self._plan.run(self._plan.contexts[call.profile], call)
+            self._engine.run(self._engine.contexts[call.profile], call)
             return
         self._discard(slot)
-        self._plan.run(slot.context, call)
+        self._engine.run(slot.context, call)
         try:
-            slot.graph, slot.captured = self._plan.capture(slot.context, call.profile), call
+            slot.graph, slot.captured = self._engine.capture(slot.context, call.profile), call
         except DsxError as error:
             self._give_up(error)
 
@@ -84,7 +84,7 @@ class Replayer:
 
     def _discard(self, slot: _Slot) -> None:
         if slot.captured is not None:
-            self._plan.cuda.discard(slot.graph)
+            self._engine.cuda.discard(slot.graph)
             slot.graph = slot.captured = None
 
     def __del__(self) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnxruntime as ort
 
+from deepseek_export.backend.contract import Port, shape_of
+from deepseek_export.backend.ort.caches import OrtCaches
+from deepseek_export.backend.ort.session import run_options
+from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime.cache import CacheBuffers, ort_value
 
 
 class _Slot:
@@ -33,41 +36,34 @@ class _Slot:
 
 
 class CallBinding:
-    """某个 :class:`CacheBuffers` 专用、输出固定的绑定。
+    """某个 :class:`OrtCaches` 专用、输出固定的绑定。
 
-    不持有缓存本身，否则会话里的弱引用表永远清不掉；缓存由每次调用传入。
+    不持有缓存本身，否则 ``Runner`` 里的弱引用表永远清不掉；缓存由每次调用传入。
 
     Args:
         session: ONNX Runtime 会话。
-        inputs: 缓存以外的输入名与 dtype。
-        outputs: 缓存以外要取的输出名与 dtype；没列出的输出不绑定，也就不会被拷出来。
+        inputs: 缓存以外的输入。
+        outputs: 缓存以外要取的输出；没列出的不绑定，也就不会被拷出来。
     """
 
     def __init__(
-        self, session: ort.InferenceSession, inputs: Mapping[str, np.dtype], outputs: Mapping[str, np.dtype]
+        self, session: ort.InferenceSession, inputs: Iterable[Port], outputs: Iterable[Port]
     ) -> None:
         self._session = session
         self._io = session.io_binding()
-        self._inputs = {name: _Slot(dtype) for name, dtype in inputs.items()}
-        self._outputs = {name: _Slot(dtype) for name, dtype in outputs.items()}
-        self._float32 = _Slot(np.dtype(np.float32))
+        self._inputs = {port.name: _Slot(port.numpy) for port in inputs}
+        self._outputs = {port.name: _Slot(port.numpy) for port in outputs}
         self._bound_version: int | None = None
-        self._options = ort.RunOptions()
-        self._options.log_severity_level = 4
-        # 没有这一项时，onnxruntime 的 Python 层每次 run 都要接住一个 C++ 异常才知道，几十微秒；0 就是缺省。
-        self._options.add_run_config_entry("gpu_graph_id", "0")
+        self._options = run_options()
 
     def run(
-        self,
-        inputs: Mapping[str, np.ndarray],
-        output_shapes: Mapping[str, tuple[int, ...]],
-        caches: CacheBuffers,
+        self, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int], caches: OrtCaches
     ) -> dict[str, np.ndarray]:
         """跑一次。
 
         Args:
             inputs: 名字到数组，名字与构造时给的相同；dtype 不同的会转换。
-            output_shapes: 每个输出这一次的形状。
+            sizes: 各个具名维度这一次的大小。
             caches: 这个绑定所属的缓存，会被原地更新。
 
         Returns:
@@ -82,7 +78,7 @@ class CallBinding:
                 self._io.bind_ortvalue_input(name, value)
             np.copyto(slot.array, inputs[name])
         for name, slot in self._outputs.items():
-            value = slot.reshape(output_shapes[name])
+            value = slot.reshape(shape_of(name, sizes))
             if value is not None:
                 self._io.bind_ortvalue_output(name, value)
         if self._bound_version != caches.version:
@@ -95,11 +91,3 @@ class CallBinding:
                 "DSX-E513", f"ONNX Runtime：{error}", "核对 bundle 是否完整（dsx verify），内存是否够用"
             ) from error
         return {name: slot.array for name, slot in self._outputs.items()}
-
-    def as_float32(self, array: np.ndarray) -> np.ndarray:
-        """``array`` 的 float32 版本：已经是就原样返回，否则转进一块反复使用的缓冲区。"""
-        if array.dtype == np.float32:
-            return array
-        self._float32.reshape(array.shape)
-        np.copyto(self._float32.array, array)
-        return self._float32.array

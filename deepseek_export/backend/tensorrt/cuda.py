@@ -67,6 +67,11 @@ class Cuda:
         if array.nbytes:
             self._call(self._driver.cuMemcpyDtoHAsync, array.ctypes.data, address, array.nbytes, self._stream)
 
+    def copy(self, source: int, target: int, nbytes: int) -> None:
+        """设备 → 设备，在流上。"""
+        if nbytes:
+            self._call(self._driver.cuMemcpyDtoDAsync, target, source, nbytes, self._stream)
+
     def synchronize(self) -> None:
         """等流上的事做完。"""
         self._call(self._driver.cuStreamSynchronize, self._stream)

@@ -6,28 +6,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import helper
 
+from deepseek_export.backend.base import Arrays, CutRunner
+from deepseek_export.backend.tensorrt.cuda import Buffer, require_gpu
+from deepseek_export.backend.tensorrt.engine import LoadedEngine, find_engine
+from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.engine.build import build_plan, check_plugins
-from deepseek_export.engine.flavour import Flavour, load
+from deepseek_export.engine.derived import check_buildable
+from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
 from deepseek_export.engine.layers import EngineLayer, parse_layers
+from deepseek_export.engine.lowered import has_prefill, lowered_graph
 from deepseek_export.engine.shapes import Range
+from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import DOMAIN
+from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS
 from deepseek_export.progress import Progress
-from deepseek_export.runtime.cuda import Buffer
-from deepseek_export.runtime.plan import LoadedPlan
 
-Feeds = Mapping[str, np.ndarray]
 #: 建引擎用的图，与断开的图在同一个目录、用同一份权重。
 ENGINE_GRAPH = "engine.onnx"
 
 
-class TensorRTRunner:
+def cut_runner(bundle: Bundle) -> CutRunner:
+    """断开的图由之截出的是下沉到 TensorRT 之后的图。
+
+    Raises:
+        DsxError: ``DSX-E918`` / ``DSX-E913`` / ``DSX-E920`` / ``DSX-E917`` 这台机器、这个 bundle 上用不了 TensorRT；``DSX-E614`` 这种方案或
+            dtype 不能逐块比。
+    """
+    sm = require_gpu()
+    check_buildable(bundle)
+    reason = None
+    if not has_prefill(bundle.manifest.profile):
+        reason = f"mla.form=absorb 的插件核一次至多 {MAX_DECODE_TOKENS} 个 token，逐块比较的 prefill 更长"
+    elif "bfloat16" in (bundle.manifest.dtype, bundle.manifest.cache.dtype):
+        reason = "Polygraphy 的格式存不了 bfloat16，而 TensorRT 要缓存直接是图的输入，不能经过转换"
+    if reason is not None:
+        todo = "去掉 trt；整个模型用 dsx verify --backend trt 比"
+        raise DsxError("DSX-E614", f"后端 trt：{reason}", todo)
+    flavour = FLAVOURS[find_engine(bundle, sm)[1].flavour]
+
+    def lowered(entry: GraphEntry, capacity: int) -> onnx.ModelProto:
+        model = lowered_graph(bundle, entry, flavour.target, capacity).model
+        made = {name for node in model.graph.node for name in node.output}
+        # 下沉换上的节点推导不出形状；断开处的值下沉前后同名，形状也相同。
+        whole = onnx.load(bundle.path / entry.file, load_external_data=False)
+        known = onnx.shape_inference.infer_shapes(whole, data_prop=True).graph.value_info
+        model.graph.value_info.extend(value for value in known if value.name in made)
+        return model
+
+    return CutRunner(lowered, CutEngines(flavour, sm), ".trt")
+
+
+class CutEngines:
     """把一张断开的图建成引擎，每次前向一个优化配置。
 
     Args:
@@ -38,18 +75,18 @@ class TensorRTRunner:
     def __init__(self, flavour: Flavour, sm: int) -> None:
         self._flavour, self._sm = flavour, sm
 
-    def __call__(self, model: Path, feeds: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
+    def __call__(self, model: Path, feeds: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
         """建引擎并执行。
 
         Raises:
             DsxError: ``DSX-E914`` TensorRT 报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E916`` 插件出错。
         """
         plan, layers = self.build(model, feeds)
-        loaded = LoadedPlan(self._flavour, self._sm, plan, layers, str(model))
+        loaded = LoadedEngine(self._flavour, self._sm, plan, layers, str(model))
         graph = onnx.load(model, load_external_data=False).graph
         return [_execute(loaded, name, graph, feed) for name, feed in zip(layers, feeds, strict=True)]
 
-    def build(self, model: Path, feeds: Sequence[Feeds]) -> tuple[bytes, dict[str, list[EngineLayer]]]:
+    def build(self, model: Path, feeds: Sequence[Arrays]) -> tuple[bytes, dict[str, list[EngineLayer]]]:
         """只建引擎；不需要 GPU（发行允许的话）。
 
         Returns:
@@ -66,7 +103,7 @@ class TensorRTRunner:
         return plan, layers
 
 
-def fix_shapes(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> list[dict[str, Range]]:
+def fix_shapes(model: onnx.ModelProto, feeds: Sequence[Arrays]) -> list[dict[str, Range]]:
     """按这几次前向的输入写死形状：各次相同的维是常数，不同的维起一个名字。
 
     断开处的值多半没有推导出形状；输入的形状写全之后，其余的由 TensorRT 自己推导。
@@ -87,9 +124,9 @@ def fix_shapes(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> list[dict[str,
     return [{name: (sizes[i],) * 3 for sizes, name in found.items()} for i in range(len(feeds))]
 
 
-def _execute(plan: LoadedPlan, name: str, model: onnx.GraphProto, feed: Feeds) -> dict[str, np.ndarray]:
+def _execute(engine: LoadedEngine, name: str, model: onnx.GraphProto, feed: Arrays) -> dict[str, np.ndarray]:
     """一次前向。缓存写入（``TensorScatter`` → KV_CACHE_UPDATE）的输出与输入是同一块内存。"""
-    cuda, context = plan.cuda, plan.contexts[name]
+    cuda, context = engine.cuda, engine.contexts[name]
     shared = {node.output[0]: node.input[0] for node in model.node if node.op_type == "TensorScatter"}
     buffers: dict[str, Buffer] = {}
     for port, array in feed.items():
@@ -107,7 +144,7 @@ def _execute(plan: LoadedPlan, name: str, model: onnx.GraphProto, feed: Feeds) -
             buffers[value.name].reshape(tuple(context.get_tensor_shape(value.name)))
     for port, buffer in buffers.items():
         context.set_tensor_address(port, buffer.address)
-    plan.execute(context, f"第 {name} 次前向")
+    engine.execute(context, f"第 {name} 次前向")
     outputs = {value.name: buffers[value.name] for value in model.output}
     for buffer in outputs.values():
         cuda.download(buffer.array, buffer.address)

@@ -1,4 +1,4 @@
-"""引擎目录里的 plan：按 GPU 找到、核对、反序列化、执行。"""
+"""引擎目录里的引擎（TensorRT 叫 plan 文件）：按 GPU 找到、核对、反序列化、执行。"""
 
 from __future__ import annotations
 
@@ -7,45 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from deepseek_export.backend.contract import GraphContract, Port
+from deepseek_export.backend.tensorrt.cuda import Cuda, require_gpu
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import sha256_file
-from deepseek_export.bundle.manifest import ValueEntry
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
+from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
 from deepseek_export.engine.record import ENGINES, EngineRecord, PlanEntry
+from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime.cuda import Cuda, require_gpu
-
-_ORT_TYPES = {
-    "int64": "tensor(int64)",
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-}
-
-
-@dataclass(frozen=True)
-class Node:
-    """图的一个输入或输出，写法同 ONNX Runtime 的 ``NodeArg``。"""
-
-    name: str
-    type: str
-    shape: list[int | str]
-
-    @classmethod
-    def from_entry(cls, entry: ValueEntry) -> Node:
-        """manifest 里的一项。"""
-        return cls(entry.name, _ORT_TYPES[entry.dtype], entry.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """numpy 的 dtype。"""
-        kind = next(name for name, ort in _ORT_TYPES.items() if ort == self.type)
-        return NUMPY_DTYPES.get(kind, np.dtype(np.int64))
 
 
 def find_engine(bundle: Bundle, sm: int) -> tuple[Path, EngineRecord]:
@@ -88,8 +60,8 @@ class Call:
     addresses: tuple[tuple[str, int], ...]
 
 
-class LoadedPlan:
-    """一个反序列化好的 plan：每个优化配置一个执行上下文，共用一块中间值的显存（都在一条流上，不会同时执行）。
+class LoadedEngine:
+    """一个反序列化好的引擎：每个优化配置一个执行上下文，共用一块中间值的显存（都在一条流上，不会同时执行）。
 
     Args:
         flavour: 用哪种 TensorRT。
@@ -200,39 +172,54 @@ class LoadedPlan:
         return DsxError("DSX-E914", f"{what}：{text}", "用 dsx build 重建；仍不行请附上这段文字报告")
 
 
-class TensorRTPlan(LoadedPlan):
-    """``dsx build`` 建的一个 plan。
+@dataclass(frozen=True)
+class BundleEngine:
+    """``dsx build`` 为 bundle 的一张图建的引擎。
+
+    Attributes:
+        loaded: 反序列化好的引擎。
+        shapes: 建的时候给的形状。
+        entry: ``engine.json`` 里的说明。
+        contract: 图的约定，来自 manifest。
+    """
+
+    loaded: LoadedEngine
+    shapes: ProfileShapes
+    entry: PlanEntry
+    contract: GraphContract
+
+
+def open_engine(bundle: Bundle, path: Path) -> BundleEngine:
+    """加载一个引擎。
 
     Args:
         bundle: 引擎所属的 bundle。
-        path: plan 文件，在引擎目录里。
-
-    Attributes:
-        shapes: 建的时候给的形状。
-        entry: ``engine.json`` 里的说明。
+        path: 引擎目录里的 plan 文件。
 
     Raises:
-        DsxError: ``DSX-E918`` 没有 GPU；``DSX-E917`` 引擎与这里不符；其余见 :class:`LoadedPlan`。
+        DsxError: ``DSX-E918`` 没有 GPU；``DSX-E917`` 引擎与这里不符；其余见 :class:`LoadedEngine`。
     """
+    sm = require_gpu()
+    record = EngineRecord.read(path.parent)
+    flavour = FLAVOURS[record.flavour]
+    record.check(path.parent, flavour.version(), sm, sha256_file(bundle.path / "manifest.json"))
+    entry = record.plans[path.name]
+    graph = next(graph for graph in bundle.manifest.graphs if graph.file == entry.graph)
+    loaded = LoadedEngine(flavour, sm, record.read_plan(path), entry.profiles, str(path))
+    return BundleEngine(loaded, record.shapes, entry, graph_contract(graph))
 
-    def __init__(self, bundle: Bundle, path: Path) -> None:
-        sm = require_gpu()
-        record = EngineRecord.read(path.parent)
-        flavour = FLAVOURS[record.flavour]
-        record.check(path.parent, flavour.version(), sm, sha256_file(bundle.path / "manifest.json"))
-        self.shapes, self.entry = record.shapes, record.plans[path.name]
-        graph = next(g for g in bundle.manifest.graphs if g.file == self.entry.graph)
-        self._inputs = [Node.from_entry(value) for value in graph.inputs]
-        self._outputs = [Node.from_entry(value) for value in graph.outputs]
-        super().__init__(flavour, sm, record.read_plan(path), self.entry.profiles, str(path))
 
-    def get_inputs(self) -> list[Node]:
-        """输入，次序同 ONNX。"""
-        return self._inputs
+def graph_contract(graph: GraphEntry) -> GraphContract:
+    """manifest 里一张图的约定。
 
-    def get_outputs(self) -> list[Node]:
-        """输出，次序同 ONNX。"""
-        return self._outputs
+    Raises:
+        DsxError: ``DSX-E508``。
+    """
+    inputs, outputs = (
+        [Port(value.name, value.dtype, tuple(value.shape)) for value in values]
+        for values in (graph.inputs, graph.outputs)
+    )
+    return GraphContract.of(inputs, outputs)
 
 
 def select_profile(entry: PlanEntry, sizes: Mapping[str, int]) -> str:
