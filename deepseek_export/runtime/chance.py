@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.randomness import Use, row_streams
 from deepseek_export.runtime.sampling import SamplingParams, unusable_logits
 from deepseek_export.runtime.session import Chance
@@ -30,6 +31,10 @@ class RowChance:
         self.temperature = params.temperature
         self._streams = row_streams(params.seed, batch)
         self._probs = np.zeros((batch, num_draft_tokens, vocab_size), np.float32)
+
+    def pack(self, packing: Packing) -> None:
+        """结束了的行离开批次。"""
+        self._streams, self._probs = packing.items(self._streams), packing.array(self._probs)
 
     def choose(self, step: int, positions: np.ndarray, logits: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """给 ``rows`` 里为真的行各抽一个草稿，并记住从什么分布里抽的。

@@ -10,6 +10,7 @@ import numpy as np
 from deepseek_export.backend.base import Caches
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
+from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
@@ -136,21 +137,25 @@ class Generator:
         sampler: Sampler,
         out: OutputRows,
     ) -> None:
-        """从 prefill 的 logits ``[B, V]`` 开始逐步生成，直到每行都结束。"""
-        # 提示词恰好占满时这一行没有余地，但同批的调用仍会在 past_lens 处写一个填充位置，所以退一格。
-        past_lens = np.minimum(lens, self.session.max_positions - 1)
-        sampled = lens.copy()  # 要选的 token 在整条序列里的下标
-        input_ids = np.zeros((len(lens), 1), np.int64)
-        positions = np.zeros((len(lens), 1), np.int64)
-        while out.active.any():
-            input_ids[:, 0] = sampler.sample(logits, sampled)
-            sampled += 1
-            for row in np.flatnonzero(out.active).tolist():
-                out.emit(row, [int(input_ids[row, 0])])
-            if out.active.any():
-                caches.ensure(int(past_lens.max()) + 1)
-                logits = self.session.run(input_ids, past_lens, positions, caches)[:, 0]
-                past_lens += out.active
+        """从 prefill 的 logits ``[B, V]`` 开始逐步生成，直到每行都结束；结束了的行当即离开批次。"""
+        rows = np.arange(len(lens))  # 批次里的第几行是原来的第几行
+        newest = lens.copy()  # 要选的 token 在整条序列里的下标，也是缓存里已有的长度
+        if (packing := Packing.of(out.active)) is not None:  # 提示词恰好占满的行没有余地
+            caches = packing.caches(caches, newest)
+            rows, newest, logits = (packing.array(array) for array in (rows, newest, logits))
+        while rows.size:
+            picked = sampler.sample(logits, newest, rows)
+            for slot in np.argsort(rows).tolist():
+                out.emit(int(rows[slot]), [int(picked[slot])])
+            if (packing := Packing.of(out.active[rows])) is not None:
+                rows, picked = packing.array(rows), packing.array(picked)
+                caches = packing.caches(caches, newest)
+                newest = packing.array(newest)
+            if rows.size:
+                caches.ensure(int(newest.max()) + 1)
+                first = np.zeros((len(rows), 1), np.int64)
+                logits = self.session.run(picked[:, None], newest, first, caches)[:, 0]
+                newest += 1
 
     def _check_rows(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         if len(prompts) == 0:

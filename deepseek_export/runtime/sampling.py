@@ -89,37 +89,36 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, batch: int) -> None:
         self.params = params
-        self.batch = batch
         self._streams = row_streams(params.seed, batch)
 
-    def sample(self, logits: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """每行选一个 token。
+    def sample(self, logits: np.ndarray, positions: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """给几行各选一个 token。
 
         Args:
-            logits: ``[B, V]``，浮点。
-            positions: ``[B]`` 整数，要选的 token 在整条序列（提示词加新 token）里的下标。
+            logits: ``[n, V]``，浮点。
+            positions: ``[n]`` 整数，要选的 token 在整条序列（提示词加新 token）里的下标。
+            rows: ``[n]`` 整数，是哪几行，不必按次序；缺省是前 n 行。
 
         Returns:
-            ``[B]`` int64。
+            ``[n]`` int64。
 
         Raises:
-            ValueError: 形状不是 ``[batch, V]`` 与 ``[batch]``。
+            ValueError: 形状不是 ``[n, V]``、``[n]`` 与 ``[n]``。
             DsxError: ``DSX-E505``，某行含 NaN 或 +Inf，或全是 -Inf。
         """
-        if logits.ndim != 2 or logits.shape[0] != self.batch:
-            raise ValueError(f"logits 的形状应为 [{self.batch}, V]，实际是 {list(logits.shape)}")
-        if positions.shape != (self.batch,):
-            raise ValueError(f"positions 的形状应为 [{self.batch}]，实际是 {list(positions.shape)}")
-        _check_finite(logits)
+        rows = np.arange(len(positions)) if rows is None else rows
+        if logits.ndim != 2 or not positions.shape == rows.shape == logits.shape[:1]:
+            shapes = [list(array.shape) for array in (logits, positions, rows)]
+            raise ValueError(f"要求 [n, V]、[n]、[n]，实际是 {shapes}")
+        check_peaks(logits.max(axis=1), rows)  # max 会传播 NaN，一趟扫描就够
         if self.params.greedy:
             return logits.argmax(axis=1).astype(np.int64, copy=False)
-        picked = np.empty(self.batch, np.int64)
-        for row, stream in enumerate(self._streams):
-            ids, probs = candidates(logits[row], self.params)
+        picked = np.empty(len(rows), np.int64)
+        for slot, row in enumerate(rows.tolist()):
+            ids, probs = candidates(logits[slot], self.params)
             cumulative = np.cumsum(probs)
-            (aim,) = stream.uniforms(Use.NEXT, int(positions[row])) * cumulative[-1]
-            slot = int(np.searchsorted(cumulative, aim, side="right"))
-            picked[row] = ids[min(slot, ids.size - 1)]
+            (aim,) = self._streams[row].uniforms(Use.NEXT, int(positions[slot])) * cumulative[-1]
+            picked[slot] = ids[min(int(np.searchsorted(cumulative, aim, side="right")), ids.size - 1)]
         return picked
 
 
@@ -140,11 +139,11 @@ def unusable_logits(row: int, peak: float) -> DsxError:
     )
 
 
-def _check_finite(logits: np.ndarray) -> None:
-    peaks = logits.max(axis=1)  # max 会传播 NaN，一趟扫描就够
+def check_peaks(peaks: np.ndarray, rows: np.ndarray) -> None:
+    """``peaks[i]`` 是第 ``rows[i]`` 行 logits 的最大值；不是有限数就报 ``DSX-E505``。"""
     bad = np.flatnonzero(~np.isfinite(peaks))
     if bad.size:
-        raise unusable_logits(int(bad[0]), float(peaks[bad[0]]))
+        raise unusable_logits(int(rows[bad[0]]), float(peaks[bad[0]]))
 
 
 def _is_real(value: object) -> bool:

@@ -16,9 +16,10 @@ from deepseek_export.runtime.chance import RowChance
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.drafting import Drafter
 from deepseek_export.runtime.generate import Generator, check_positive
+from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
-from deepseek_export.runtime.sampling import SamplingParams, unusable_logits
+from deepseek_export.runtime.sampling import SamplingParams, check_peaks
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
 from deepseek_export.runtime.speculation import Floor, FloorWatch, Round, Tally, refused
 from deepseek_export.runtime.tokenizer import BundleTokenizer
@@ -28,14 +29,16 @@ MAX_DRAFT_TOKENS = 8
 
 @dataclass
 class _Run:
-    """一次生成的全部状态。
+    """一次生成的全部状态；解码时只有还没结束的行。
 
     Attributes:
+        rows: ``[B]``，批次里的第几行是原来的第几行。
         tokens: ``[B, W]``，提示词与生成的 token；``newest`` 之后的内容没有意义。
         newest: ``[B]``，每行最新 token 的下标，它还没有送进主模型。
         drafter: 不再投机时为 ``None``。
     """
 
+    rows: np.ndarray
     tokens: np.ndarray
     newest: np.ndarray
     caches: Caches
@@ -43,6 +46,19 @@ class _Run:
     drafter: Drafter | None
     chance: RowChance | None
     tally: Tally
+
+    def pack(self) -> None:
+        """结束了的行离开批次。"""
+        packing = Packing.of(self.out.active[self.rows])
+        if packing is None:
+            return
+        self.caches = packing.caches(self.caches, self.newest)
+        self.rows, self.tokens = packing.array(self.rows), packing.array(self.tokens)
+        if self.drafter is not None:
+            self.drafter.pack(packing, self.tokens, self.newest)
+        if self.chance is not None:
+            self.chance.pack(packing)
+        self.newest = packing.array(self.newest)
 
 
 class SpeculativeGenerator(Generator):
@@ -149,6 +165,7 @@ class SpeculativeGenerator(Generator):
         plain = 0 if self.floor is None else self.floor.max_plain_rounds
         drafter = Drafter(self.drafts, most, tokens, lens, chance, plain) if out.remaining.max() > 1 else None
         return _Run(
+            rows=np.arange(batch),
             tokens=tokens,
             newest=lens.copy(),
             caches=self.session.new_caches(batch, int(lens.max())),
@@ -167,7 +184,7 @@ class SpeculativeGenerator(Generator):
             chance = None if run.chance is None else run.chance.draw(run.newest, no_drafts, 0, ends_here)
             positions = np.maximum(part.counts - 1, 0)[:, None]
             got = self.session.verify(part.input_ids, part.past_lens, positions, none, run.caches, chance)
-            _check_used(got, ends_here & run.out.active)
+            _check_used(got, ends_here & run.out.active, run.rows)
             first[ends_here] = got.next_id[ends_here]
             if run.drafter is not None:
                 run.drafter.prefill(part, got.hidden)
@@ -176,36 +193,35 @@ class SpeculativeGenerator(Generator):
     def _decode_rounds(self, run: _Run) -> tuple[tuple[str, ...], int]:
         """起草、验证、收下，直到每行都结束；返回说明与草稿模型的调用次数。"""
         out = run.out
-        watch = FloorWatch(self.floor, self.num_draft_tokens, len(run.newest))
+        watch = FloorWatch(self.floor, self.num_draft_tokens, len(run.rows))
         draft_calls = 0
-        while out.active.any():
+        run.pack()
+        while run.rows.size:
             began = perf_counter()
-            active = out.active.copy()
-            counts = self._draft_counts(run, watch.drafting)
+            counts = self._draft_counts(run, watch.drafting[run.rows])
             drafts = self._propose(run, counts)
             got = self._verify(run, drafts, counts)
-            accepted = np.where(active, got.num_accepted, 0)
             rounds: dict[int, Round] = {}
-            for row in np.flatnonzero(active).tolist():
-                count, proposed = int(accepted[row]), int(counts[row])
-                new = [*drafts[row, :count].tolist(), int(got.next_id[row])]
+            for slot in np.argsort(run.rows).tolist():
+                row, count, proposed = int(run.rows[slot]), int(got.num_accepted[slot]), int(counts[slot])
+                new = [*drafts[slot, :count].tolist(), int(got.next_id[slot])]
                 taken = out.emit(row, new)
-                begin = run.newest[row] + 1
-                run.tokens[row, begin : begin + len(new)] = new
-                run.newest[row] += len(new)
+                begin = run.newest[slot] + 1
+                run.tokens[slot, begin : begin + len(new)] = new
+                run.newest[slot] += len(new)
                 # 被截断的行只算到截断处，后面的草稿对不对已经无所谓。
                 run.tally.add(
                     min(proposed, taken) if taken < len(new) else proposed, min(count, taken), taken
                 )
                 rounds[row] = Round(proposed, 1, min(count, taken), taken, 0.0)
             run.tally.main_calls += 1
-            if run.drafter is None:
-                continue
-            draft_calls = run.drafter.calls
-            run.drafter.observe(got.hidden, np.where(active, accepted + 1, 0))
-            watch.add(rounds, perf_counter() - began, out.active)
-            if not watch.speculating[out.active].any():
-                run.drafter = None
+            if run.drafter is not None:
+                draft_calls = run.drafter.calls
+                run.drafter.observe(got.hidden, got.num_accepted + 1)
+                watch.add(rounds, perf_counter() - began, out.active)
+                if not watch.speculating[out.active].any():
+                    run.drafter = None
+            run.pack()
         return watch.notes, draft_calls
 
     def _draft_counts(self, run: _Run, drafting: np.ndarray) -> np.ndarray:
@@ -215,49 +231,45 @@ class SpeculativeGenerator(Generator):
         """
         if run.drafter is None:
             return np.zeros(len(drafting), np.int64)
-        return np.where(
-            run.out.active & drafting, np.clip(run.out.remaining - 1, 0, self.num_draft_tokens), 0
-        )
+        return np.where(drafting, np.clip(run.out.remaining[run.rows] - 1, 0, self.num_draft_tokens), 0)
 
     def _propose(self, run: _Run, counts: np.ndarray) -> np.ndarray:
         """这一轮的草稿 ``[B, K]``；K 是各行里最多的，可以为 0。"""
         if run.drafter is None or not counts.any():
             return np.empty((len(counts), 0), np.int64)
-        return run.drafter.propose(run.newest, run.out.active, counts)
+        return run.drafter.propose(run.newest, counts)
 
     def _verify(self, run: _Run, drafts: np.ndarray, counts: np.ndarray) -> Verified:
         """主模型走一步 ``[t_n, d_1 .. d_K]``；一行自己的草稿不到 K 个时，多的只是占位，结果里没有它们。
 
-        已结束的行写在自己缓存的开头，反正不会再读。离最大长度不到 K 的行放不下占位，往前挪，连着把最后几个已知的 token
-        重走一遍：写回缓存的还是同样的行。
+        离最大长度不到 K 的行放不下占位，往前挪，连着把最后几个已知的 token 重走一遍：写回缓存的还是同样的行。
         """
-        active = run.out.active
-        batch, width = len(active), drafts.shape[1] + 1
-        past = np.where(active, np.minimum(run.newest, self.session.max_positions - width), 0)
-        shift = np.where(active, run.newest - past, 0)[:, None]
+        batch, width = len(counts), drafts.shape[1] + 1
+        past = np.minimum(run.newest, self.session.max_positions - width)
+        shift = (run.newest - past)[:, None]
         run.caches.ensure(int(past.max()) + width)
         line = np.concatenate([run.tokens[np.arange(batch), run.newest][:, None], drafts], axis=1)
         columns = np.arange(width) - shift
         known = np.take_along_axis(run.tokens, np.maximum(run.newest[:, None] + columns, 0), axis=1)
         input_ids = np.where(columns < 0, known, np.take_along_axis(line, np.maximum(columns, 0), axis=1))
         positions = np.minimum(np.arange(width) + shift, width - 1)
+        every = np.ones(batch, bool)
         chance = None
         if run.chance is not None:
-            chance = run.chance.draw(run.newest + 1, counts, width - 1, active)
+            chance = run.chance.draw(run.newest + 1, counts, width - 1, every)
         got = self.session.verify(input_ids, past, positions, drafts, run.caches, chance)
-        accepted = np.minimum(got.num_accepted, counts)
         # greedy 会连占位一起接受：头一个占位既然对了，它就是下一个 token。rejection 的占位必被拒绝。
         padded = np.concatenate([drafts, got.next_id[:, None]], axis=1)
         beyond = np.take_along_axis(padded, counts[:, None], axis=1)[:, 0]
         got = replace(
             got,
-            num_accepted=accepted,
+            num_accepted=np.minimum(got.num_accepted, counts),
             next_id=np.where(got.num_accepted > counts, beyond, got.next_id),
             hidden=np.take_along_axis(got.hidden, positions[:, :, None], axis=1)
             if shift.any()
             else got.hidden,
         )
-        _check_used(got, active)
+        _check_used(got, every, run.rows)
         return got
 
     def _check_sampling(self, params: SamplingParams) -> None:
@@ -288,11 +300,9 @@ class SpeculativeGenerator(Generator):
             )
 
 
-def _check_used(got: Verified, rows: np.ndarray) -> None:
+def _check_used(got: Verified, wanted: np.ndarray, rows: np.ndarray) -> None:
     """与普通解码一样，用到的 logits 里没有有限的最大值就报错（``DSX-E505``）；只求最大值，不复制。"""
     peaks = got.logits.max(axis=2)
-    used = rows[:, None] & (np.arange(peaks.shape[1]) <= got.num_accepted[:, None])
-    bad = np.argwhere(used & ~np.isfinite(peaks))
-    if bad.size:
-        row, column = bad[0].tolist()
-        raise unusable_logits(row, float(peaks[row, column]))
+    used = wanted[:, None] & (np.arange(peaks.shape[1]) <= got.num_accepted[:, None])
+    slots = np.nonzero(used)[0]
+    check_peaks(peaks[used], rows[slots])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,31 @@ def test_each_row_stops_at_its_own_eos(toy: Toy, session: ModelSession) -> None:
     assert result.finish_reasons == ["eos" if eos in ids else "length" for ids in plain]
     assert result.new_tokens == sum(map(len, want))
     assert generator(session, eos=(eos,)).generate(PROMPTS, 12, ignore_eos=True).token_ids == plain
+
+
+def test_finished_rows_leave_the_batch(
+    toy: Toy, session: ModelSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RUNTIME-9：一行结束之后不再占一步的计算；别的行补上它的位置，token 不变。"""
+    prompts = [[3, 1], [5], [9, 2, 6], [7, 7]]
+    alone = [toy.greedy(prompt, 12) for prompt in prompts]
+    eos = alone[0][2], alone[2][5]
+    want = [ids[: next((i + 1 for i, t in enumerate(ids) if t in eos), 12)] for ids in alone]
+    batches: list[int] = []
+    run = session.run
+
+    def spy(ids: np.ndarray, *rest: Any) -> np.ndarray:
+        batches.append(len(ids))
+        return run(ids, *rest)
+
+    monkeypatch.setattr(session, "run", spy)
+    seen: list[tuple[int, int]] = []
+    result = generator(session, eos).generate(
+        prompts, 12, on_token=lambda row, token: seen.append((row, token))
+    )
+    assert result.token_ids == want
+    assert batches[1:] == [sum(len(ids) > step for ids in want) for step in range(1, max(map(len, want)))]
+    assert [[token for at, token in seen if at == row] for row in range(4)] == want
 
 
 def test_on_token_sees_every_token_in_order(session: ModelSession) -> None:

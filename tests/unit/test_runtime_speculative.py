@@ -78,11 +78,11 @@ def test_output_is_plain_and_drafts_are_exact(
         assert result.token_ids == want
         whole = [prompt + ids for prompt, ids in zip(prompts, want, strict=True)]
         for ids, past in calls:
-            for row in np.flatnonzero(past).tolist():
-                known = whole[row][: past[row] + 1]
-                assert ids[row].tolist() == [
-                    known[-1],
-                    *draft_oracle(TOY, drafts[:count], known, ids.shape[1] - 1),
+            for line, start in zip(ids.tolist(), past.tolist(), strict=True):
+                known = [row[: start + 1] for row in whole if start + 1 < len(row)]
+                # 结束了的行离开批次，别的行补上它的位置，所以不看是第几行。
+                assert line in [
+                    [row[-1], *draft_oracle(TOY, drafts[:count], row, ids.shape[1] - 1)] for row in known
                 ]
         stats = result.speculation
         assert stats is not None
