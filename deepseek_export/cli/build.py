@@ -51,10 +51,10 @@ def command(
 
     每种 SM 一个目录：model.plan（有 MTP 时还有 mtp.plan）、layers.json（引擎的每一层从哪些 ONNX 节点来，哪些是 dsx
     插件）、engine.json，以及解析时用的 ONNX。有两个优化配置：decode（一次至多 8 个 token）与 prefill。预期的插件有一个没有留在
-    引擎里就失败。portable 的 bundle 先在途中下沉。
+    引擎里就失败。
 
-    float32 的、ort-cpu 的、int8 缓存的、portable 而专家拆过组的，图不能直接建：由检查点以同样的方案与量化另导出一份（float32
-    的改成 float16），放在 OUT/engines/bundle/，引擎在它里面；--backend trt 会自己找到。
+    引擎只由 TensorRT 目标的 float16、bfloat16 bundle 建。别的（portable、ort-cpu、float32）由检查点以同样的方案与量化另导出一份，
+    放在 OUT/engines/bundle/，引擎在它里面；--backend trt 会自己找到。检查点要在，挪过地方用 --checkpoint 指。
 
     \b
     例：

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
@@ -16,7 +17,8 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import FLAVOURS
-from deepseek_export.engine.lowered import has_prefill, lowered_graph
+from deepseek_export.engine.graph import fix_capacity
+from deepseek_export.engine.shapes import has_prefill
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tensorrt import TensorRTRunner
@@ -79,15 +81,12 @@ def _tensorrt(bundle: Bundle) -> Backend:
         raise DsxError("DSX-E614", f"后端 trt：{reason}", todo)
     flavour = FLAVOURS[find_engine(bundle, sm)[1].flavour]
 
-    def lowered(entry: GraphEntry, capacity: int) -> ModelGraph:
-        model = lowered_graph(bundle, entry, flavour.target, capacity).model
-        made = {name for node in model.graph.node for name in node.output}
-        # 下沉换上的节点推导不出形状；断开处的值下沉前后同名，形状也相同。
-        known = ModelGraph(bundle, entry.file).model.graph.value_info
-        model.graph.value_info.extend(value for value in known if value.name in made)
+    def parsed(entry: GraphEntry, capacity: int) -> ModelGraph:
+        model = onnx.load(bundle.path / entry.file, load_external_data=False)
+        fix_capacity(model, capacity)
         return ModelGraph(bundle, entry.file, model)
 
-    return Backend(TensorRTRunner(flavour, sm), lowered, ".trt")
+    return Backend(TensorRTRunner(flavour, sm), parsed, ".trt")
 
 
 BACKENDS: Mapping[str, Callable[[Bundle], Backend]] = MappingProxyType(
