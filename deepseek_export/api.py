@@ -1,4 +1,4 @@
-"""Python 接口：``export``、``load``、``pack``、``verify``、``compare``。命令行只是它们的一层薄壳。"""
+"""Python 接口：``export``、``load``、``pack``、``build``、``verify``、``compare``。命令行只是它们的一层薄壳。"""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.engine.build import BuiltEngine, build_engine
+from deepseek_export.engine.derived import buildable_bundle
+from deepseek_export.engine.flavour import FlavourName, check_arch, choose
+from deepseek_export.engine.flavour import load as load_tensorrt
+from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import (
     LEVELS,
@@ -260,6 +265,43 @@ def load(bundle: Path | str, threads: int | None = None, backend: Backend = "ort
 def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
     """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
     return pack_bundle(bundle, progress)
+
+
+def build(
+    bundle: Path | str,
+    sms: Sequence[int],
+    *,
+    flavour: FlavourName | None = None,
+    shapes: str = "",
+    checkpoint: Path | str | None = None,
+    progress: Progress | None = None,
+) -> list[BuiltEngine]:
+    """为几种 SM 各建一个 TensorRT 引擎；``rtx`` 不需要 GPU。
+
+    Args:
+        bundle: ``export`` 的输出目录；目标不是 TensorRT 的、float32 的，由检查点另导出一份来建，见
+            :func:`~deepseek_export.engine.derived.buildable_bundle`。
+        sms: 目标计算能力，例如 ``[89, 120]``；重复的只建一次。
+        flavour: ``rtx`` 或 ``tensorrt``；缺省用装了的那个，先看 ``rtx``。
+        shapes: 优化配置的形状，写法同 ``--profile-shapes``；缺省见 :class:`~deepseek_export.engine.shapes.ProfileShapes`。
+        checkpoint: 要另导出时的检查点目录；缺省取 manifest 里记的出处。
+        progress: 进度。
+
+    Returns:
+        每种 SM 一个，次序同 ``sms``；``bundle`` 属性是实际由之建成的那个。
+
+    Raises:
+        DsxError: ``DSX-E910`` / ``DSX-E911`` 没有装 TensorRT 或缺库；4xx bundle 有问题；``DSX-E919`` 形状不对；``DSX-E912`` 有一种 SM
+            建不了，都没有开始；其余见 ``buildable_bundle`` 与 :func:`~deepseek_export.engine.build.build_engine`。
+    """
+    chosen, opened = choose(flavour), Bundle.open(bundle)
+    parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
+    wanted = list(dict.fromkeys(sms))
+    # 都先看一遍：不要建好前几个才发现后面的建不了。
+    for sm in wanted:
+        check_arch(chosen, load_tensorrt(chosen), sm)
+    source = buildable_bundle(opened, chosen, checkpoint, progress)
+    return [build_engine(source, sm, chosen, parsed, progress) for sm in wanted]
 
 
 def verify(

@@ -12,7 +12,7 @@ from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
-from deepseek_export.engine.flavour import FLAVOURS, check_arch, choose, load, parse_arch
+from deepseek_export.engine.flavour import FLAVOURS, FlavourName, parse_arch
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
@@ -45,7 +45,12 @@ _SHOWN = 8
 )
 @json_option
 def command(
-    bundle: Path, arches: str, flavour: str | None, shapes: str, checkpoint: Path | None, as_json: bool
+    bundle: Path,
+    arches: str,
+    flavour: FlavourName | None,
+    shapes: str,
+    checkpoint: Path | None,
+    as_json: bool,
 ) -> None:
     """为 bundle OUT 建 TensorRT 引擎，写进 OUT/engines/；TensorRT-RTX 不需要 GPU。
 
@@ -62,30 +67,21 @@ def command(
       dsx build OUT --arch sm80,sm89,sm120 --profile-shapes B=1:1:4,S=256:1024,T=8192
       dsx build OUT --arch sm90 --flavour tensorrt
     """
-    targets = list(dict.fromkeys(parse_arch(arch) for arch in arches.split(",")))
-    chosen = choose(flavour)
-    built = []
+    sms = [parse_arch(arch) for arch in arches.split(",")]
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")
-        from deepseek_export.bundle import Bundle
-        from deepseek_export.engine.build import build_engine
-        from deepseek_export.engine.derived import buildable_bundle
-        from deepseek_export.engine.shapes import ProfileShapes
+        from deepseek_export import api
 
-        opened = Bundle.open(bundle)
-        parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
-        # 都先看一遍：不要建好前几个才发现后面的建不了。
-        for sm in targets:
-            check_arch(chosen, load(chosen), sm)
-        source = buildable_bundle(opened, chosen, checkpoint, progress)
-        for sm in targets:
-            built.append(build_engine(source, sm, chosen, parsed, progress))
+        built = api.build(
+            bundle, sms, flavour=flavour, shapes=shapes, checkpoint=checkpoint, progress=progress
+        )
     if as_json:
         echo_json([_summary(engine) for engine in built])
         return
     for engine in built:
         _print(engine)
-    if source is not opened and not (source.path / "reports/parity.json").is_file():
+    source = built[0].bundle
+    if source.path != bundle and not (source.path / "reports/parity.json").is_file():
         click.echo(f"另导出的这一份还没有校验过。下一步：dsx verify {shlex.quote(str(source.path))}")
 
 

@@ -1,4 +1,4 @@
-"""``dsx build``：bundle → 每种 SM 一个引擎目录。"""
+"""TensorRT 目标的 bundle → 一种 SM 的引擎目录。"""
 
 from __future__ import annotations
 
@@ -61,11 +61,13 @@ class BuiltEngine:
     """一个建好的引擎目录。
 
     Attributes:
+        bundle: 由它建成；引擎目录在它的 ``engines/`` 里。
         path: 目录。
         record: ``engine.json``。
         layers: plan 文件名 → 优化配置名 → 各层。
     """
 
+    bundle: Bundle
     path: Path
     record: EngineRecord
     layers: dict[str, dict[str, list[EngineLayer]]]
@@ -153,7 +155,7 @@ def build_engine(
                 for plan, each in layers.items()
             }
             write_json(directory / LAYERS_FILE, listed)
-    return BuiltEngine(out, record, layers)
+    return BuiltEngine(bundle, out, record, layers)
 
 
 def build_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import shutil
 from pathlib import Path
@@ -14,10 +15,11 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cli.bundle_plugins import diagnose_bundle
+from deepseek_export.cli.demo import CHECKPOINT as DEMO
 from deepseek_export.engine.build import build_engine
 from deepseek_export.engine.derived import buildable_bundle, derived_folder, engine_bundle
 from deepseek_export.engine.flavour import FLAVOURS
-from deepseek_export.engine.record import EngineRecord
+from deepseek_export.engine.record import ENGINES, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.progress import Progress
 from tests.contract.test_mtp_contract import SMALL
@@ -247,6 +249,22 @@ def test_build_command_and_doctor_follow_the_derived_bundle(float32, tmp_path):
     assert [engine["directory"] for engine in after["engines"]] == ["rtx-sm89"]
     shown = dsx("doctor", bundle.path).stdout
     assert "另导出的这一份" in shown
+
+
+def test_build_from_python(float32, tmp_path, monkeypatch):
+    """TRT-5：``deepseek_export.build`` 就是 ``dsx build``：另导出、每种 SM 一个引擎；有一种建不了，什么都不动。"""
+    bundle = copy_of(float32, tmp_path / "out")
+    build = functools.partial(deepseek_export.build, bundle.path)
+    refused("DSX-E912", build, [89, 90])
+    refused("DSX-E919", lambda: build([89], shapes="T=1"))
+    refused("DSX-E602", lambda: build([89], checkpoint=DEMO))
+    assert not (bundle.path / ENGINES).exists()
+    FakeGpu(monkeypatch)
+    engines = build([89, 80, 89], flavour="rtx", shapes=SHAPES)
+    assert [engine.record.sm for engine in engines] == [89, 80]
+    assert all(engine.record.shapes.capacity == 128 for engine in engines)
+    assert {engine.bundle.path for engine in engines} == {derived_folder(bundle)}
+    assert [engine.path.parent for engine in engines] == [derived_folder(bundle) / ENGINES] * 2
 
 
 def test_the_backend_finds_the_derived_engine(float32, tmp_path, monkeypatch):
