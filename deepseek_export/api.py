@@ -172,14 +172,22 @@ class CompiledModel:
         speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        backend: Backend = "ort",
+        speculative_floor: bool = True,
+    ) -> None:
         self.bundle = bundle = bundle_for(bundle, backend)
         eos = stop_token_ids(bundle.path, bundle.manifest.model)
         self.tokenizer = BundleTokenizer.load(bundle.path)
         weights = BundleWeights(bundle)
         self.session = open_session(bundle, weights, threads, backend)
         self.generator = Generator(self.session, self.tokenizer, eos, self.session.prefill_chunk)
-        self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
+        self.speculative = open_speculative(
+            bundle, weights, self.session, self.tokenizer, threads, speculative_floor
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -247,19 +255,26 @@ class CompiledModel:
         return self.speculative
 
 
-def load(bundle: Path | str, threads: int | None = None, backend: Backend = "ort") -> CompiledModel:
+def load(
+    bundle: Path | str,
+    threads: int | None = None,
+    backend: Backend = "ort",
+    *,
+    speculative_floor: bool = True,
+) -> CompiledModel:
     """加载 bundle，准备生成。
 
     Args:
         bundle: ``export`` 的输出目录。
         threads: 线程数；缺省由 ONNX Runtime 决定。
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
+        speculative_floor: 投机解码不划算时退回普通解码；``False`` 一直投机。没有草稿模型时不起作用。
 
     Raises:
         DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
             引擎用不了。
     """
-    return CompiledModel(Bundle.open(bundle), threads, backend)
+    return CompiledModel(Bundle.open(bundle), threads, backend, speculative_floor)
 
 
 def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
