@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,73 +90,70 @@ def export(
             "fallback.on_drift=naive 只在导出时校验才起作用，而这次没有要求校验",
             "加 --check（Python 里 check=True），或去掉 fallback.on_drift",
         )
-
-    if not isinstance(checkpoint, (str, Path)):
-        # 到这里才导入：transformers 是可选依赖。
-        from deepseek_export.integration.model_export import saved_checkpoint
-
-        if weights != "packed":
-            raise DsxError(
-                "DSX-E810",
-                f"weights={weights!r}：模型对象没有可以指进去的文件",
-                "去掉 weights，或先 save_pretrained 再从目录导出",
-            )
-        out = output_path(out)
-        check_output(out, overwrite)
-        with saved_checkpoint(checkpoint, out, tokenizer) as directory:
-            return export(
-                directory,
-                out,
-                resolved,
-                target=target,
-                dtype=dtype,
-                quantization=quantization,
-                overwrite=overwrite,
-                check=check,
-                progress=progress,
-            )
-    if tokenizer is not None:
-        raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
-    source = checkpoint
-    if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
-        BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
-
-    def run(profile: OptimizationProfile, notes: tuple[str, ...] = ()) -> Bundle:
-        return export_bundle(
+    with _checkpoint_directory(checkpoint, out, weights, overwrite, tokenizer) as source:
+        if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
+            BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
+        write = partial(
+            export_bundle,
             source,
             out,
-            profile,
             target=target,
             dtype=dtype,
             weights=weights,
             quantization=quantization,
             overwrite=overwrite,
             progress=progress,
-            accept=(lambda directory: _require_parity(directory, progress))
-            if check
-            else (lambda directory: None),
-            notes=notes,
         )
-
-    try:
-        return run(resolved)
-    except DsxError as error:
-        if error.code != "DSX-E605" or resolved.fallback.on_drift != "naive":
-            raise
+        if not check:
+            return write(resolved)
+        accept = partial(_require_parity, progress=progress)
+        try:
+            return write(resolved, accept=accept)
+        except ParityRefused as refused:
+            if resolved.fallback.on_drift != "naive":
+                raise
+            note = f"mla.form={resolved.mla.form} 校验不过，按 fallback.on_drift=naive 退回 naive：{refused.what}"
         mla = resolved.mla.model_copy(update={"form": "naive"})
         fallback = resolved.fallback.model_copy(update={"on_drift": "refuse"})
-        retried = resolved.model_copy(update={"mla": mla, "fallback": fallback})
-        return run(
-            retried,
-            (f"mla.form={resolved.mla.form} 校验不过，按 fallback.on_drift=naive 退回 naive：{error.what}",),
+        naive = resolved.model_copy(update={"mla": mla, "fallback": fallback})
+        return write(naive, accept=accept, notes=(note,))
+
+
+def _checkpoint_directory(
+    checkpoint: Path | str | PreTrainedModel,
+    out: Path | str,
+    weights: WeightsMode,
+    overwrite: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> AbstractContextManager[Path | str]:
+    """要导出的检查点目录；模型对象先写成一个临时的，用完就删。"""
+    if isinstance(checkpoint, (str, Path)):
+        if tokenizer is not None:
+            raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
+        return nullcontext(checkpoint)
+    # 到这里才导入：transformers 是可选依赖。
+    from deepseek_export.integration.model_export import saved_checkpoint
+
+    if weights != "packed":
+        raise DsxError(
+            "DSX-E810",
+            f"weights={weights!r}：模型对象没有可以指进去的文件",
+            "去掉 weights，或先 save_pretrained 再从目录导出",
         )
+    out = output_path(out)
+    check_output(out, overwrite)
+    return saved_checkpoint(checkpoint, out, tokenizer)
+
+
+class ParityRefused(DsxError):
+    """导出时的校验不过：临时目录里的 bundle 作废，``fallback.on_drift`` 决定要不要换个形式再来。"""
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
     report = verify_bundle(Bundle.open(directory), progress=progress)
     failure = report.first_failure
     if failure is not None:
-        raise DsxError(
+        raise ParityRefused(
             "DSX-E605",
             f"{failure.level} 层 {failure.name}：{failure.note}",
             "用 dsx verify 看全表；可试 --dtype float32，或 --set mla.form=naive",
