@@ -1,8 +1,10 @@
-"""Python 接口：``export``、``load``、``pack``、``verify``、``compare``。命令行只是它们的一层薄壳。"""
+"""Python 接口：``export``、``load``、``pack``、``build``、``verify``、``compare``。命令行只是它们的一层薄壳。"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,11 @@ from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.engine.build import BuiltEngine, build_engine
+from deepseek_export.engine.derived import buildable_bundle
+from deepseek_export.engine.flavour import FlavourName, check_arch, choose
+from deepseek_export.engine.flavour import load as load_tensorrt
+from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import (
     LEVELS,
@@ -82,73 +89,70 @@ def export(
             "fallback.on_drift=naive 只在导出时校验才起作用，而这次没有要求校验",
             "加 --check（Python 里 check=True），或去掉 fallback.on_drift",
         )
-
-    if not isinstance(checkpoint, (str, Path)):
-        # 到这里才导入：transformers 是可选依赖。
-        from deepseek_export.integration.model_export import saved_checkpoint
-
-        if weights != "packed":
-            raise DsxError(
-                "DSX-E810",
-                f"weights={weights!r}：模型对象没有可以指进去的文件",
-                "去掉 weights，或先 save_pretrained 再从目录导出",
-            )
-        out = output_path(out)
-        check_output(out, overwrite)
-        with saved_checkpoint(checkpoint, out, tokenizer) as directory:
-            return export(
-                directory,
-                out,
-                resolved,
-                target=target,
-                dtype=dtype,
-                quantization=quantization,
-                overwrite=overwrite,
-                check=check,
-                progress=progress,
-            )
-    if tokenizer is not None:
-        raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
-    source = checkpoint
-    if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
-        BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
-
-    def run(profile: OptimizationProfile, notes: tuple[str, ...] = ()) -> Bundle:
-        return export_bundle(
+    with _checkpoint_directory(checkpoint, out, weights, overwrite, tokenizer) as source:
+        if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
+            BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
+        write = partial(
+            export_bundle,
             source,
             out,
-            profile,
             target=target,
             dtype=dtype,
             weights=weights,
             quantization=quantization,
             overwrite=overwrite,
             progress=progress,
-            accept=(lambda directory: _require_parity(directory, progress))
-            if check
-            else (lambda directory: None),
-            notes=notes,
         )
-
-    try:
-        return run(resolved)
-    except DsxError as error:
-        if error.code != "DSX-E605" or resolved.fallback.on_drift != "naive":
-            raise
+        if not check:
+            return write(resolved)
+        accept = partial(_require_parity, progress=progress)
+        try:
+            return write(resolved, accept=accept)
+        except ParityRefused as refused:
+            if resolved.fallback.on_drift != "naive":
+                raise
+            note = f"mla.form={resolved.mla.form} 校验不过，按 fallback.on_drift=naive 退回 naive：{refused.what}"
         mla = resolved.mla.model_copy(update={"form": "naive"})
         fallback = resolved.fallback.model_copy(update={"on_drift": "refuse"})
-        retried = resolved.model_copy(update={"mla": mla, "fallback": fallback})
-        return run(
-            retried,
-            (f"mla.form={resolved.mla.form} 校验不过，按 fallback.on_drift=naive 退回 naive：{error.what}",),
+        naive = resolved.model_copy(update={"mla": mla, "fallback": fallback})
+        return write(naive, accept=accept, notes=(note,))
+
+
+def _checkpoint_directory(
+    checkpoint: Path | str | PreTrainedModel,
+    out: Path | str,
+    weights: WeightsMode,
+    overwrite: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> AbstractContextManager[Path | str]:
+    """要导出的检查点目录；模型对象先写成一个临时的，用完就删。"""
+    if isinstance(checkpoint, (str, Path)):
+        if tokenizer is not None:
+            raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
+        return nullcontext(checkpoint)
+    # 到这里才导入：transformers 是可选依赖。
+    from deepseek_export.integration.model_export import saved_checkpoint
+
+    if weights != "packed":
+        raise DsxError(
+            "DSX-E810",
+            f"weights={weights!r}：模型对象没有可以指进去的文件",
+            "去掉 weights，或先 save_pretrained 再从目录导出",
         )
+    out = output_path(out)
+    check_output(out, overwrite)
+    return saved_checkpoint(checkpoint, out, tokenizer)
+
+
+class ParityRefused(DsxError):
+    """导出时的校验不过：临时目录里的 bundle 作废，``fallback.on_drift`` 决定要不要换个形式再来。"""
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
     report = verify_bundle(Bundle.open(directory), progress=progress)
     failure = report.first_failure
     if failure is not None:
-        raise DsxError(
+        raise ParityRefused(
             "DSX-E605",
             f"{failure.level} 层 {failure.name}：{failure.note}",
             "用 dsx verify 看全表；可试 --dtype float32，或 --set mla.form=naive",
@@ -166,7 +170,13 @@ class CompiledModel:
         speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, backend: str = "ort") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        backend: str = "ort",
+        speculative_floor: bool = True,
+    ) -> None:
         chosen = backend_named(backend)
         self.bundle = bundle = chosen.prepared(bundle)
         eos = stop_token_ids(bundle.path, bundle.manifest.model)
@@ -174,7 +184,9 @@ class CompiledModel:
         weights = BundleWeights(bundle)
         self.session = open_session(chosen, bundle, weights, threads)
         self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)
-        self.speculative = open_speculative(chosen, bundle, weights, self.session, self.tokenizer, threads)
+        self.speculative = open_speculative(
+            chosen, bundle, weights, self.session, self.tokenizer, threads, speculative_floor
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -242,24 +254,68 @@ class CompiledModel:
         return self.speculative
 
 
-def load(bundle: Path | str, threads: int | None = None, backend: str = "ort") -> CompiledModel:
+def load(
+    bundle: Path | str,
+    threads: int | None = None,
+    backend: str = "ort",
+    *,
+    speculative_floor: bool = True,
+) -> CompiledModel:
     """加载 bundle，准备生成。
 
     Args:
         bundle: ``export`` 的输出目录。
         threads: 线程数；缺省由 ONNX Runtime 决定。
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
+        speculative_floor: 投机解码不划算时退回普通解码；``False`` 一直投机。没有草稿模型时不起作用。
 
     Raises:
         DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
             引擎用不了。
     """
-    return CompiledModel(Bundle.open(bundle), threads, backend)
+    return CompiledModel(Bundle.open(bundle), threads, backend, speculative_floor)
 
 
 def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
     """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
     return pack_bundle(bundle, progress)
+
+
+def build(
+    bundle: Path | str,
+    sms: Sequence[int],
+    *,
+    flavour: FlavourName | None = None,
+    shapes: str = "",
+    checkpoint: Path | str | None = None,
+    progress: Progress | None = None,
+) -> list[BuiltEngine]:
+    """为几种 SM 各建一个 TensorRT 引擎；``rtx`` 不需要 GPU。
+
+    Args:
+        bundle: ``export`` 的输出目录；目标不是 TensorRT 的、float32 的，由检查点另导出一份来建，见
+            :func:`~deepseek_export.engine.derived.buildable_bundle`。
+        sms: 目标计算能力，例如 ``[89, 120]``；重复的只建一次。
+        flavour: ``rtx`` 或 ``tensorrt``；缺省用装了的那个，先看 ``rtx``。
+        shapes: 优化配置的形状，写法同 ``--profile-shapes``；缺省见 :class:`~deepseek_export.engine.shapes.ProfileShapes`。
+        checkpoint: 要另导出时的检查点目录；缺省取 manifest 里记的出处。
+        progress: 进度。
+
+    Returns:
+        每种 SM 一个，次序同 ``sms``；``bundle`` 属性是实际由之建成的那个。
+
+    Raises:
+        DsxError: ``DSX-E910`` / ``DSX-E911`` 没有装 TensorRT 或缺库；4xx bundle 有问题；``DSX-E919`` 形状不对；``DSX-E912`` 有一种 SM
+            建不了，都没有开始；其余见 ``buildable_bundle`` 与 :func:`~deepseek_export.engine.build.build_engine`。
+    """
+    chosen, opened = choose(flavour), Bundle.open(bundle)
+    parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
+    wanted = list(dict.fromkeys(sms))
+    # 都先看一遍：不要建好前几个才发现后面的建不了。
+    for sm in wanted:
+        check_arch(chosen, load_tensorrt(chosen), sm)
+    source = buildable_bundle(opened, chosen, checkpoint, progress)
+    return [build_engine(source, sm, chosen, parsed, progress) for sm in wanted]
 
 
 def verify(

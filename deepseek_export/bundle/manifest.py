@@ -213,8 +213,3 @@ class Manifest(_Entry):
     def drafts(self) -> list[GraphEntry]:
         """草稿模型，按 MTP 模块的次序；没有打开 MTP 时为空。"""
         return [graph for graph in self.graphs if graph.role == "draft"]
-
-    @property
-    def passes(self) -> list[PassResult]:
-        """所有图的 pass 结果。"""
-        return [result for graph in self.graphs for result in graph.passes]

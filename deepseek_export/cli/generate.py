@@ -71,10 +71,8 @@ def command(
         from deepseek_export import api
 
         began = time.perf_counter()
-        model = api.load(bundle, threads, backend)
+        model = api.load(bundle, threads, backend, speculative_floor=not no_floor)
         load_s = time.perf_counter() - began
-    if no_floor and model.speculative is not None:
-        model.speculative.floor = None
     printer = _Printer(model.tokenizer) if len(rows) == 1 and not as_json else None
     result = model.generate(
         rows,

@@ -36,6 +36,7 @@ def open_speculative(
     session: ModelSession,
     tokenizer: BundleTokenizer | None,
     threads: int | None = None,
+    floor: bool = True,
 ) -> SpeculativeGenerator | None:
     """按 manifest 打开草稿模型；bundle 没有打开 MTP 时为 ``None``。
 
@@ -46,6 +47,7 @@ def open_speculative(
         session: 它的主模型。
         tokenizer: 只用来把结果解码成文本。
         threads: 草稿模型的线程数。
+        floor: 投机不划算时退回普通解码；``False`` 一直投机。
 
     Raises:
         DsxError: ``DSX-E507`` / ``DSX-E508``，草稿模型加载失败或不符合约定；``DSX-E121`` 结束生成的 token 不能用。
@@ -60,7 +62,7 @@ def open_speculative(
     ]
     # 采样的结果与草稿用在哪一轮有关：要凭种子复现，停不停就不能看时间。
     measured = mtp.verify == "greedy"
-    floor: Floor = MeasuredFloor() if measured else SpeculativeFloor.from_config(config, mtp.num_draft_tokens)
+    limit: Floor = MeasuredFloor() if measured else SpeculativeFloor.from_config(config, mtp.num_draft_tokens)
     return SpeculativeGenerator(
         session,
         drafts,
@@ -69,5 +71,5 @@ def open_speculative(
         mtp.num_draft_tokens,
         mtp.verify,
         session.limits.prefill_chunk,
-        floor=floor,
+        floor=limit if floor else None,
     )

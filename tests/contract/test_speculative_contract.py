@@ -29,11 +29,7 @@ def model(request, tmp_path_factory) -> CompiledModel:
     deepseek_export.export(
         path, folder / "out", "full", target="ort-cpu", overrides=["mtp.num_draft_tokens=4"]
     )
-    loaded = deepseek_export.load(folder / "out")
-    assert loaded.speculative is not None
-    assert isinstance(loaded.speculative.floor, MeasuredFloor)
-    loaded.speculative.floor = None
-    return loaded
+    return deepseek_export.load(folder / "out", speculative_floor=False)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 4])
@@ -67,8 +63,12 @@ def test_speculative_stops_at_the_generation_config_too(model: CompiledModel, tm
 
 
 def test_low_acceptance_falls_back_and_says_so(model: CompiledModel):
-    """MTP-4：接受率低于界限就改回普通解码，输出不变，结果里有说明；关掉界限则一直投机。"""
+    """MTP-4：接受率低于界限就改回普通解码，输出不变，结果里有说明；加载时可以关掉，那就一直投机。"""
+    default = deepseek_export.load(model.bundle.path).speculative
+    assert default is not None
+    assert isinstance(default.floor, MeasuredFloor)
     assert model.speculative is not None
+    assert model.speculative.floor is None
     model.speculative.num_draft_tokens = 3
     kept = model.generate([[1, 2, 3]], 40, ignore_eos=True)
     assert kept.speculation is not None
@@ -113,10 +113,7 @@ def demo(tmp_path_factory) -> CompiledModel:
     out = tmp_path_factory.mktemp("demo") / "out"
     overrides = ["mtp.num_draft_tokens=4"]
     deepseek_export.export(CHECKPOINT, out, "full", target="ort-cpu", overrides=overrides)
-    loaded = deepseek_export.load(out)
-    assert loaded.speculative is not None
-    loaded.speculative.floor = None
-    return loaded
+    return deepseek_export.load(out, speculative_floor=False)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(folder) -> Bundle:
-    """deepseek_v3 小配置的 portable float16 bundle（MLA + MoE）。"""
+    """deepseek_v3 小配置的 tensorrt-rtx float16 bundle（MLA + MoE）。"""
     return make_bundle("deepseek_v3", folder)
 
 
@@ -237,7 +237,7 @@ def test_an_unsupported_arch_is_refused(bundle, built):
 def test_weights_by_reference_build_the_same_engine(built, tmp_path):
     """EXPORT-21：按引用的 bundle 直接建引擎，指得进检查点的由解析器读，其余按配方逐个交给它；层同打包的，plan 里有专家的内容。"""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", CONFIGS["deepseek_v3"], dtype="float16")
-    options = {"dtype": "float16", "weights": "reference"}
+    options = {"target": "tensorrt-rtx", "dtype": "float16", "weights": "reference"}
     bundle = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", **options)
     graph = onnx.load(bundle.model_path, load_external_data=False).graph
     places = Counter(external_location(tensor) == BY_RECIPE_FILE for tensor in graph.initializer)
@@ -337,7 +337,7 @@ def test_a_signal_while_tensorrt_builds_stops_it(bundle):
 
 
 def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
-    """TRT-8：每个插件节点（portable 的是下沉之后的）、它的 creator、登记得上没有；建好的引擎；缺什么。"""
+    """TRT-8：每个插件节点、它的 creator、登记得上没有；建好的引擎；缺什么。"""
     found = diagnose_bundle(bundle.path)
     version = load(choose("rtx")).__version__
     described = {"directory": "rtx-sm89", "version": version, "plans": ["model.plan"], "problem": None}
@@ -424,7 +424,7 @@ def without_device(monkeypatch):
 
 
 def test_compare_builds_an_engine_from_the_cut_graph(bundle, built, without_device, folder):
-    """TRT-12：断开的图取自下沉后的图，为当前的卡就地建成引擎，插件一个不少，prefill 的注意力照样融合。"""
+    """TRT-12：断开的图取自 bundle 的图，为当前的卡就地建成引擎，插件一个不少，prefill 的注意力照样融合。"""
     report = deepseek_export.compare(bundle.path, backends=["ort", "trt"], folder=folder / "compare")
     assert report.passed, report.first_failure
     found = {

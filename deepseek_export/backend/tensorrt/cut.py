@@ -21,9 +21,9 @@ from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.engine.build import build_plan, check_plugins
 from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
+from deepseek_export.engine.graph import fix_capacity
 from deepseek_export.engine.layers import EngineLayer, parse_layers
-from deepseek_export.engine.lowered import has_prefill, lowered_graph
-from deepseek_export.engine.shapes import Range
+from deepseek_export.engine.shapes import Range, has_prefill
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import DOMAIN
 from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS
@@ -34,7 +34,7 @@ ENGINE_GRAPH = "engine.onnx"
 
 
 def cut_runner(bundle: Bundle) -> CutRunner:
-    """断开的图由之截出的是下沉到 TensorRT 之后的图。
+    """断开的是 TensorRT 解析的那张图：缓存容量定成了常数。
 
     Raises:
         DsxError: ``DSX-E918`` / ``DSX-E913`` / ``DSX-E920`` / ``DSX-E917`` 这台机器、这个 bundle 上用不了 TensorRT；``DSX-E614`` 这种方案或
@@ -52,16 +52,12 @@ def cut_runner(bundle: Bundle) -> CutRunner:
         raise DsxError("DSX-E614", f"后端 trt：{reason}", todo)
     flavour = FLAVOURS[find_engine(bundle, sm)[1].flavour]
 
-    def lowered(entry: GraphEntry, capacity: int) -> onnx.ModelProto:
-        model = lowered_graph(bundle, entry, flavour.target, capacity).model
-        made = {name for node in model.graph.node for name in node.output}
-        # 下沉换上的节点推导不出形状；断开处的值下沉前后同名，形状也相同。
-        whole = onnx.load(bundle.path / entry.file, load_external_data=False)
-        known = onnx.shape_inference.infer_shapes(whole, data_prop=True).graph.value_info
-        model.graph.value_info.extend(value for value in known if value.name in made)
+    def parsed(entry: GraphEntry, capacity: int) -> onnx.ModelProto:
+        model = onnx.load(bundle.path / entry.file, load_external_data=False)
+        fix_capacity(model, capacity)
         return model
 
-    return CutRunner(lowered, CutEngines(flavour, sm), ".trt")
+    return CutRunner(parsed, CutEngines(flavour, sm), ".trt")
 
 
 class CutEngines:
