@@ -9,7 +9,6 @@ python -m perf compare [SUITE...]  每套最后两次完整的运行：每个比
 from __future__ import annotations
 
 import shlex
-import sys
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -101,7 +100,8 @@ def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:
     started, skipped, found = datetime.now(UTC), [], []
     library = find_library()
     machine = environment(threads, ROOT) | {
-        "command": shlex.join(["python", "-m", "perf", *sys.argv[1:]]),
+        # 不照抄命令行：同一次里的别的套件、报告写到哪里，都与这一行无关。
+        "command": shlex.join(["python", "-m", "perf", "run", *(["--quick"] if quick else []), *suites]),
         "cpu_library": None if library is None else library.isa,
     }
     for name in suites:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from importlib import import_module
 from types import SimpleNamespace
@@ -44,6 +45,24 @@ def test_history_is_append_only_and_latest_prefers_full_runs(tmp_path):
     # 另一种配置的结果不混进同一份报告。
     other = make_run([suite("moe", [])], threads=4)
     assert [run.suites for run in results.latest([full, other])] == [other.suites]
+
+
+def test_history_rows_are_valid_and_name_commands_that_repeat_them(monkeypatch, tmp_path):
+    """历史的每一行都读得回来，命令里没有输出的路径；新的一行也没有，只写它自己的那一套。"""
+    history = results.load()
+    assert history
+    for run in history:
+        assert re.fullmatch(r"python -m perf run( --quick)?( [a-z0-9-]+)+", run.environment["command"])
+    monkeypatch.setattr(results, "HISTORY", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(mla_memory, "run", lambda *_: suite("mla-memory", []))
+    monkeypatch.setattr(mtp, "run", lambda *_: suite("mtp", []))
+    done = CliRunner().invoke(
+        cli, ["run", "--quick", "mla-memory", "mtp", "--threads", "1", "--out", str(tmp_path / "report")]
+    )
+    assert [run.environment["command"] for run in results.load(tmp_path / "runs.jsonl")] == [
+        "python -m perf run --quick mla-memory",
+        "python -m perf run --quick mtp",
+    ], done.output
 
 
 def test_gate_statuses():
