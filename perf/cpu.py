@@ -23,7 +23,7 @@ from deepseek_export.bench.environment import environment
 from deepseek_export.bench.spread import Spread, interleaved
 from deepseek_export.cpu_library import BUILD_COMMAND, CpuLibrary, find_library
 from deepseek_export.runtime.cache import ort_value
-from tests.cpu_node import CACHES, make_inputs, make_session
+from tools.cpu_node import CACHES, make_inputs, make_session
 
 ROOT = Path(__file__).resolve().parent.parent
 

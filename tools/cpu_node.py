@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import ml_dtypes
@@ -48,7 +49,7 @@ def make_session(
         )
 
     inputs, outputs = list(map(info, MLA_ATTENTION.inputs)), list(map(info, MLA_ATTENTION.outputs))
-    attributes = {"scale": SCALE, "plugin_namespace": "dsx", "plugin_version": "1"}
+    attributes: dict[str, Any] = {"scale": SCALE, "plugin_namespace": "dsx", "plugin_version": "1"}
     names = [value.name for value in inputs], [value.name for value in outputs]
     node = helper.make_node(MLA_ATTENTION.name, *names, domain=DOMAIN, **attributes)
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
