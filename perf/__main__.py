@@ -21,7 +21,7 @@ from deepseek_export.machine import cores
 from perf import gates, report, reproduce, results
 from perf.results import ROOT, Run
 from perf.suites import SUITES
-from perf.workspace import workspace
+from perf.workload.workspace import workspace
 
 #: 缩小了也要几分钟的（训练），或量的是导出的，不进 ``check`` 的缺省。
 QUICK_SUITES = ("mla-memory", "mla-decode", "mtp", "moe")

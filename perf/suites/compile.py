@@ -15,9 +15,10 @@ from typing import Any
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle.manifest import WeightsMode
 from deepseek_export.capture import ModelDtype
-from perf import isolate, tensorrt_build
+from perf import isolate
 from perf.results import Case, SuiteResult
-from perf.workspace import Workspace, parameter_count
+from perf.workload import engine_build
+from perf.workload.workspace import Workspace, parameter_count
 from tools.make_checkpoint import CONFIGS
 
 TITLE = "编译的开销"
@@ -67,7 +68,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     scenario = QUICK if quick else FULL
     cases = [_size(workspace, size, scenario) for size in scenario.sizes]
     cases.append(_depth(scenario))
-    cases += tensorrt_build.cases(workspace.folder, scenario.engine_depths, scenario.engine_runs)
+    cases += engine_build.cases(workspace.folder, scenario.engine_depths, scenario.engine_runs)
     return SuiteResult(suite="compile", title=TITLE, scenario=asdict(scenario), cases=cases)
 
 

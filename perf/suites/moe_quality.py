@@ -20,7 +20,7 @@ import torch
 from deepseek_export.bench.spread import Spread, paired_ratio
 from perf import isolate
 from perf.results import Case, SuiteResult
-from perf.workspace import Workspace
+from perf.workload.workspace import Workspace
 from tools.demo_training import card, data, evaluate, export
 from tools.demo_training.loop import Recipe, Trainer, balance
 from tools.demo_training.model import DemoModel
