@@ -3,6 +3,7 @@
 python -m perf run [SUITE...]      完整的场景，追加进历史，重写报告
 python -m perf check               缩小的场景，对照门槛与上一次，不写历史
 python -m perf report              只用历史重写报告
+python -m perf add FILE            把 python -m perf.gpu 在别的机器上写的一行追加进历史，重写报告
 python -m perf compare [SUITE...]  每套最后两次完整的运行：每个比值的散布相不相交
 """
 
@@ -82,6 +83,16 @@ def rewrite(figures: Path | None, out: Path) -> None:
     if figures is not None:
         for path in report.write_figures(latest, figures):
             click.echo(str(path))
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@out_option
+def add(file: Path, out: Path) -> None:
+    """把 FILE 里的行（别的机器上 ``python -m perf.gpu`` 写的）追加进历史，重写报告。"""
+    for found in results.load(file):
+        results.append(found)
+    _write_latest(out)
 
 
 @cli.command()

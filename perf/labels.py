@@ -48,6 +48,7 @@ _FIELDS: Mapping[str, tuple[str, tuple[tuple[float, str], ...]]] = MappingProxyT
         "cpu_seconds": ("CPU 用时", _TIME),
         "gb_s": ("GB/s", _PLAIN),
         "gflop_s": ("GFLOP/s", _PLAIN),
+        "tflop_s": ("TFLOP/s", _PLAIN),
         "row_error": ("logits 每行相对误差的中位数", _PLAIN),
         "row_error_p99": ("99 分位", _PLAIN),
         "same_argmax": ("argmax 相同的比例", _PLAIN),
@@ -268,6 +269,14 @@ _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "perplexity": ("困惑度", _each(number)),
         "perplexity_tokens": ("测困惑度的 token", str),
         "passed": ("校验通过", lambda passed: "是" if passed else "否"),
+        "bound": ("受限于", str),
+        "share": ("占上限的", _percent),
+        "active_experts": ("有 token 的专家", str),
+        "checks": ("核对，全部通过", _count),
+        "elapsed": ("共用了几秒", number),
+        "memory_bytes": ("显存", size),
+        "versions": ("版本", _any),
+        "skipped": ("时间用完没有测的", lambda points: _any(points) or "没有"),
         "source": ("来处", str),
     }
 )

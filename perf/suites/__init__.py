@@ -21,5 +21,6 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "int8-cache": "perf.suites.int8_cache",
         "quant": "perf.suites.quant",
         "scale": "perf.suites.scale",
+        "gpu": "perf.suites.gpu",
     }
 )

@@ -52,7 +52,9 @@ def test_history_rows_are_valid_and_name_commands_that_repeat_them(monkeypatch, 
     assert history
     assert report.markdown(history, []).count("\n## ") == 1 + sum(len(run.suites) for run in history)
     for run in history:
-        assert re.fullmatch(r"python -m perf run( --quick)?( [a-z0-9-]+)+", run.environment["command"])
+        assert re.fullmatch(
+            r"python -m perf(\.gpu| run( --quick)?( [a-z0-9-]+)+)", run.environment["command"]
+        )
     monkeypatch.setattr(results, "HISTORY", tmp_path / "runs.jsonl")
     monkeypatch.setattr(mla_memory, "run", lambda *_: suite("mla-memory", []))
     monkeypatch.setattr(mtp, "run", lambda *_: suite("mtp", []))
