@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from deepseek_export.cpu_library import CpuLibrary
-from tests.cpu_node import CACHES, NUMPY, ODD, WIDE, call, make_inputs, make_session
 from tests.int8_node import call as call_int8
 from tests.int8_node import experts_inputs, experts_session, linear_inputs, linear_session
+from tools.cpu_node import CACHES, NUMPY, ODD, WIDE, call, make_inputs, make_session
 
 INT8_SHAPES = (((1,), 256, 70), ((3,), 96, 33), ((2, 3), 70, 5), ((23,), 160, 67))
 SHAPES = ((1, 1, 1, (0,)), (1, 3, 300, (299, 17, 0)), (5, 4, 40, (0, 35)), (70, 2, 200, (100,)))

@@ -20,7 +20,7 @@ from tests.models import ODD, TOLERANCE, distance, one_node_model, ort_session
 pytestmark = pytest.mark.contract
 
 TIGHT = TOLERANCE[torch.float32]
-PUBLISHED = Path(__file__).parent.parent / "unit" / "published_configs.json"
+PUBLISHED = Path(__file__).parents[2] / "tools/published_configs.json"
 
 
 def mla_inputs(past, S=3, T=16, seed=0):

@@ -20,7 +20,7 @@ from deepseek_export.errors import DsxError
 pytestmark = pytest.mark.unit
 
 # V3、V2 是官方 config.json 的内容，V3 去掉了 FP8 的 quantization_config；其余家族只留推理用得到的字段。
-_PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+_PUBLISHED = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
 V3, V2_LITE, V2 = (_PUBLISHED[name] for name in ("V3", "V2_LITE", "V2"))
 KIMI, GLM, YOUTU, MINICPM = (_PUBLISHED[name] for name in ("KIMI_K2", "GLM_4_7_FLASH", "YOUTU", "MINICPM3"))
 

@@ -28,7 +28,7 @@ from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.runtime import ModelSession
 from tests.cpu_build import SOURCES, builder
-from tests.cpu_node import CACHES, NUMPY, ODD, SCALE, WIDE, call, make_inputs, make_session
+from tools.cpu_node import CACHES, NUMPY, ODD, SCALE, WIDE, call, make_inputs, make_session
 
 pytestmark = pytest.mark.unit
 

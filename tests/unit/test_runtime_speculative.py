@@ -231,7 +231,7 @@ def test_measured_floor_ignores_the_slow_first_round() -> None:
 
 
 def test_floor_from_config() -> None:
-    configs = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+    configs = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
     config = parse_model_config(configs["V3"], "V3")
     one = SpeculativeFloor.from_config(config, 1).min_acceptance
     assert 0.02 < one < 0.1

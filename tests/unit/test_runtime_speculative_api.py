@@ -90,7 +90,7 @@ def _compiled(folder: Path, with_drafts: bool = True, **options: Any) -> api.Com
     """不经导出，直接拼一个 bundle 的样子。"""
     save_main(TOY, folder / "model.onnx")
     save_draft(make_drafts(TOY, 1)[0], folder / "mtp.onnx")
-    configs = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+    configs = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
     config = parse_model_config(
         configs["V3"] | {"max_position_embeddings": LIMIT, "eos_token_id": None}, "V3"
     )

@@ -1,109 +1,136 @@
-"""在一张 NVIDIA 卡上核对并测量插件的 kernel：先与 torch 参考实现比，再计时（KERNEL-7）。
+"""一张卡上的一次运行：先与 torch 参考实现比，再计时；结果是历史里 ``gpu`` 那一套的样子，都是普通的字典。
 
-    python perf/gpu/run.py [--out perf/results] [--budget 450] [--bundle OUT]
-
-一条命令，不联网，8 分钟之内；只要 Python 3.11+、torch、triton、cuda-bindings、numpy。给了 ``--bundle``（要装 dsx 与能用的 TensorRT）
-再建它的引擎，逐层校验、生成一段，不在 8 分钟之内；没有跑引擎时报告里有一行说明为什么。写出 ``gpu-<卡>-<日期>.json`` 与同名的
-``.md``。任何一项核对不过就不计时，退出码 1；要求了引擎而没有跑成或校验不过，退出码也是 1；没有 GPU 时只说一行。时间用完时剩下的点记为未测。
-
-启动走的就是插件的路径：提前编译的 :class:`Program` 与 :class:`Launcher`，不经过 Triton 的运行时。输入每次随机（种子印在报告里），
+启动走的就是插件的路径：提前编译的 :class:`Program` 与 :class:`Launcher`，不经过 Triton 的运行时。输入每次随机（种子在结果里），
 输出与 workspace 预先填满 NaN。计时在 CUDA graph 里，每次之前冲掉 L2；上限是同一张卡当场测得的拷贝带宽与方阵乘法速率。
+只导入 torch 与标准库，以及不需要 dsx 其余依赖的模块：``python -m perf.gpu`` 靠这一点。
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
-from datetime import date
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # 不要求安装 dsx
+import torch
 
+TITLE = "NVIDIA 卡上插件的 kernel"
 LATENT, ROPE, SCALE = 512, 64, 0.1147
 #: 专家的形状：名字 → (E, k, D, I)。
 EXPERTS = {"V3": (256, 8, 7168, 2048), "V2-Lite": (64, 6, 2048, 1408)}
-BANDWIDTH_TARGET, MATMUL_TARGET = 0.8, 0.6
+#: 离得更近的那个上限 → 显示名与要达到它的几成。
+TARGETS = {"memory": ("带宽", 0.8), "compute": ("算力", 0.6)}
 
 
-def main() -> int:
-    """解析参数，核对，计时，写报告。"""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results")
-    parser.add_argument("--budget", type=float, default=450, help="整个命令的秒数上限")
-    parser.add_argument("--bundle", type=Path, help="另用这个 bundle 建引擎、校验、生成")
-    options = parser.parse_args()
-    missing = [name for name in ("torch", "triton", "cuda.bindings", "numpy") if not _installed(name)]
-    if missing:
-        print(f"缺少 {'、'.join(missing)}", file=sys.stderr)
-        return 1
-    import torch
+@dataclass(frozen=True)
+class Scenario:
+    """计时的点，bfloat16；核对总是全部。
 
+    Attributes:
+        attention: LatentAttention 的（H，B，S，T）；S=4 是投机解码一次校验 4 个 token。
+        experts: MoeExperts 的形状与 token 数。
+    """
+
+    attention: tuple[tuple[int, int, int, int], ...] = (
+        *((H, B, 1, T) for H in (16, 128) for B in (1, 16, 128) for T in (1024, 8192, 32768)),
+        (128, 16, 4, 8192),
+    )
+    experts: tuple[tuple[str, int], ...] = tuple(
+        (shape, N) for shape in EXPERTS for N in (1, 16, 128, 1024, 4096)
+    )
+
+
+FULL = Scenario()
+QUICK = Scenario(attention=((16, 1, 1, 1024), (128, 16, 1, 8192)), experts=(("V2-Lite", 16),))
+
+
+def measure(scenario: Scenario, budget: float, bundle: Path | None = None) -> dict[str, Any]:
+    """核对，计时；给了 ``bundle`` 再跑它的引擎，是最后一格。
+
+    Args:
+        scenario: 计时哪些点。
+        budget: 用了这么多秒就不再开始新的点。
+        bundle: ``dsx build`` 收的 bundle。
+
+    Returns:
+        ``perf.results.SuiteResult`` 的字段。
+
+    Raises:
+        FileNotFoundError: 没有能用的 GPU。
+        RuntimeError: 核对不过，带每一项的差；或者一个点也来不及测。
+    """
     if not torch.cuda.is_available():
-        print("没有可用的 NVIDIA GPU，什么也没有测", file=sys.stderr)
-        return 1
-    session = Session(options.budget)
-    correctness = session.check_everything()
-    failed = [row for row in correctness if not row["ok"]]
-    report: dict[str, Any] = {"environment": session.environment, "correctness": correctness}
-    if not failed:
+        raise FileNotFoundError("没有可用的 NVIDIA GPU，什么也没有测")
+    session = Session(budget)
+    checks = session.check_everything()
+    if failed := [row for row in checks if not row["ok"]]:
+        raise RuntimeError(
+            "\n".join([f"{len(failed)} / {len(checks)} 项核对不过，没有计时", *map(failure, failed)])
+        )
+    cases = session.measure_everything(scenario)
+    if len(cases) == 1:
+        raise RuntimeError(f"核对用完了 {budget:.0f} 秒，一个点也没有测")
+    cases[0]["facts"] |= {"checks": len(checks), "elapsed": session.elapsed()}
+    if bundle is not None:
         from perf.gpu.engine import run_engine
 
-        report |= session.measure_everything()
-        report["engine"] = run_engine(options.bundle, session.sm)
-    report["seconds"] = round(session.elapsed(), 1)
-    card = re.sub(r"\W+", "-", session.environment["card"]).strip("-").lower()
-    stem = options.out / f"gpu-{card}-{session.environment['date']}"
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(
-        json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        cases.append({"name": "引擎", "values": {}, "facts": run_engine(bundle, session.sm)})
+    card = torch.cuda.get_device_name()
+    return {"suite": "gpu", "title": TITLE, "scenario": asdict(scenario) | {"card": card}, "cases": cases}
+
+
+def failure(row: dict[str, Any]) -> str:
+    """一项不过的核对，一行。"""
+    return (
+        f"{row['case']}（{row['dtype']}）最大差 {row['max_abs']:.3g} 在 {row['coordinate']}，"
+        f"calc_diff {row['calc_diff']:.2e}，可重复 {row['repeatable']}，哨兵完好 {row['guard_intact']}"
     )
-    from perf.gpu.report import markdown
-
-    text = markdown(report)
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    return 1 if failed or not report["engine"].get("verified", options.bundle is None) else 0
 
 
-def _installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+def timed_case(
+    name: str, seconds: Sequence[float], traffic: int, flops: int, ceilings: dict[str, float], **facts: Any
+) -> dict[str, Any]:
+    """一个计时的点；限制在哪一边由两个上限下的理论时间决定，比值是用时对那一边的目标时间。
+
+    Args:
+        name: 格子的名字。
+        seconds: 每次的用时。
+        traffic: 至少要读写的字节。
+        flops: 浮点运算。
+        ceilings: ``memory`` 是每秒几字节，``compute`` 是每秒几次运算。
+        **facts: 另记的。
+    """
+    least = {"memory": traffic / ceilings["memory"], "compute": flops / ceilings["compute"]}
+    bound = max(least, key=least.__getitem__)
+    label, target = TARGETS[bound]
+    share = least[bound] / median(seconds)
+    print(f"{name}  {median(seconds) * 1e6:.1f} µs，{label}的 {share:.0%}", file=sys.stderr)
+    return {
+        "name": name,
+        "values": {"dsx.seconds": spread(seconds)},
+        "ratios": {"用时/目标": spread([sample * target / least[bound] for sample in seconds])},
+        "facts": {"bound": label, "share": share, **facts},
+    }
+
+
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """``deepseek_export.bench.spread.Spread`` 的字段；它要 pydantic。"""
+    return {"median": median(samples), "low": min(samples), "high": max(samples), "samples": list(samples)}
 
 
 class Session:
     """一张卡上的一次运行。"""
 
     def __init__(self, budget: float) -> None:
-        import torch
-
         self._start, self._budget = time.monotonic(), budget
         major, minor = torch.cuda.get_device_capability()
         self.sm = major * 10 + minor
-        properties = torch.cuda.get_device_properties(0)
         self.seed = secrets.randbelow(2**31)
-        self.environment: dict[str, Any] = {
-            "card": properties.name,
-            "sm": self.sm,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "date": date.today().isoformat(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "triton", "cuda-bindings")},
-            "cuda": torch.version.cuda,
-            "seed": self.seed,
-        }
         self._generator = torch.Generator("cuda").manual_seed(self.seed)
 
     def elapsed(self) -> float:
@@ -113,14 +140,10 @@ class Session:
     # ------------------------------------------------------------ 输入
 
     def _randn(self, *shape: int, dtype, scale: float = 1.0):
-        import torch
-
         return torch.randn(*shape, generator=self._generator, device="cuda", dtype=dtype) * scale
 
     def attention_inputs(self, B: int, S: int, H: int, T: int, past, dtype):
         """``past`` 之后、看不见的缓存行是 NaN。"""
-        import torch
-
         cache = self._randn(B, 1, T, LATENT + ROPE, dtype=dtype)
         for b, length in enumerate(past):
             cache[b, :, max(length, 0) + S :] = float("nan")
@@ -135,8 +158,6 @@ class Session:
 
     def experts_tokens(self, shape: str, N: int, dtype, experts: int | None = None):
         """(x, topk_ids, topk_weights)；``experts`` 给出时只路由到前几个专家。"""
-        import torch
-
         E, k, D, _ = EXPERTS[shape]
         scores = torch.rand(N, experts or E, generator=self._generator, device="cuda")
         ids = scores.topk(k, dim=-1).indices.to(torch.int32)
@@ -164,8 +185,6 @@ class Session:
 
     def check_everything(self) -> list[dict[str, Any]]:
         """全部核对，每项一行。"""
-        import torch
-
         rows: list[dict[str, Any]] = []
         for dtype in (torch.float16, torch.bfloat16):
             rows += self._check_attention(dtype)
@@ -209,9 +228,7 @@ class Session:
 
     def _check(self, name: str, program, inputs, shape, reference) -> dict[str, Any]:
         """与参考比；再录进 CUDA graph 重放一遍，须逐位相同。"""
-        import torch
-
-        from deepseek_export.parity.measures import measure
+        from deepseek_export.parity import measures
         from deepseek_export.parity.tolerances import TOLERANCES
         from perf.gpu.harness import Runner
 
@@ -230,7 +247,7 @@ class Session:
                 runner(inputs, output)
             torch.cuda.synchronize()
             results.append(output.clone())
-        m = measure(results[0].float().cpu().numpy(), reference().float().cpu().numpy())
+        m = measures.measure(results[0].float().cpu().numpy(), reference().float().cpu().numpy())
         repeatable = torch.equal(results[0], results[1])
         ok = TOLERANCES["op", _name(dtype)].accepts(m) and repeatable and runner.intact()
         row = {"case": name, "dtype": _name(dtype), "ok": bool(ok), "repeatable": repeatable}
@@ -243,68 +260,85 @@ class Session:
 
     # ------------------------------------------------------------ 计时
 
-    def measure_everything(self) -> dict[str, Any]:
-        """上限与全部计时；时间用完后的点只有 ``"skipped": True``。"""
-        import torch
-
+    def measure_everything(self, scenario: Scenario) -> list[dict[str, Any]]:
+        """上限一格，再一个点一格；时间用完后的点记在第一格里。"""
         from perf.gpu.harness import copy_bandwidth, matmul_rate
 
-        dtype = torch.bfloat16
-        ceilings = {"copy_gb_s": copy_bandwidth(), "matmul_tflop_s": matmul_rate(dtype)}
-        attention = [
-            self._measure_attention(H, B, S, T, ceilings)
-            for H, B, S, T in (
-                *((H, B, 1, T) for H in (16, 128) for B in (1, 16, 128) for T in (1024, 8192, 32768)),
-                (128, 16, 4, 8192),  # 投机解码一次校验 4 个 token
-            )
-        ]
-        experts = []
-        for shape in EXPERTS:
-            weights = self.experts_weights(shape, dtype)
-            program = self.experts_program(shape, dtype)
-            for N in (1, 16, 128, 1024, 4096):
-                experts.append(self._measure_experts(shape, N, program, weights, ceilings))
-        return {"ceilings": ceilings, "attention": attention, "experts": experts}
+        ceilings = {"memory": copy_bandwidth(), "compute": matmul_rate(torch.bfloat16)}
+        values = {"copy.gb_s": ceilings["memory"] / 1e9, "matmul.tflop_s": ceilings["compute"] / 1e12}
+        properties = torch.cuda.get_device_properties(0)
+        facts: dict[str, Any] = {
+            "sm": self.sm,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "versions": {name: version(name) for name in ("triton", "cuda-bindings")}
+            | {"cuda": torch.version.cuda},
+            "seed": self.seed,
+            "skipped": [],
+        }
+        first = {
+            "name": "上限",
+            "values": {key: spread([value]) for key, value in values.items()},
+            "facts": facts,
+        }
+        cases = [first]
+        for point in scenario.attention:
+            if self._late(facts, "LatentAttention", point):
+                continue
+            cases.append(self._measure_attention(*point, ceilings))
+        weights: dict[str, Any] = {}
+        for shape, N in scenario.experts:
+            if self._late(facts, "MoeExperts", (shape, N)):
+                continue
+            if shape not in weights:
+                weights.clear()  # 一种形状就有几十 GB
+                weights[shape] = self.experts_weights(shape, torch.bfloat16)
+            cases.append(self._measure_experts(shape, N, weights[shape], ceilings))
+        return cases
 
-    def _measure_attention(self, H: int, B: int, S: int, T: int, ceilings) -> dict[str, Any]:
-        import torch
+    def _late(self, facts: dict[str, Any], name: str, point: tuple[Any, ...]) -> bool:
+        if self.elapsed() <= self._budget:
+            return False
+        facts["skipped"].append(f"{name} {point}")
+        return True
 
+    def _measure_attention(
+        self, H: int, B: int, S: int, T: int, ceilings: dict[str, float]
+    ) -> dict[str, Any]:
         from perf.gpu.harness import Runner, time_graph
 
-        row: dict[str, Any] = {"H": H, "B": B, "S": S, "T": T}
-        if self.elapsed() > self._budget:
-            return row | {"skipped": True}
         inputs = self.attention_inputs(B, S, H, T, [T - S] * B, torch.bfloat16)
         output = torch.empty(B, S, H, LATENT, dtype=torch.bfloat16, device="cuda")
         runner = Runner(self.attention_program(H, torch.bfloat16), inputs)
-        timing = time_graph(lambda: runner(inputs, output))
+        seconds = time_graph(lambda: runner(inputs, output))
         traffic = sum(t.numel() * t.element_size() for t in (*inputs, output))
         flops = 2 * B * S * H * T * (2 * LATENT + ROPE)
-        return row | _rates(timing, traffic, flops, ceilings)
+        return timed_case(f"LatentAttention H{H} B{B} S{S} T{T}", seconds, traffic, flops, ceilings)
 
-    def _measure_experts(self, shape: str, N: int, program, weights, ceilings) -> dict[str, Any]:
-        import torch
-
+    def _measure_experts(
+        self, shape: str, N: int, weights: tuple[torch.Tensor, ...], ceilings: dict[str, float]
+    ) -> dict[str, Any]:
         from perf.gpu.harness import Runner, time_call, time_graph
 
-        row: dict[str, Any] = {"shape": shape, "N": N}
-        if self.elapsed() > self._budget:
-            return row | {"skipped": True}
         _, k, D, inner = EXPERTS[shape]
         tokens = self.experts_tokens(shape, N, torch.bfloat16)
         inputs, output = (*tokens, *weights), torch.empty_like(tokens[0])
-        runner = Runner(program, inputs)
-        timing = time_graph(lambda: runner(inputs, output))
+        runner = Runner(self.experts_program(shape, torch.bfloat16), inputs)
+        seconds = time_graph(lambda: runner(inputs, output))
         active = int(tokens[1].unique().numel())
         traffic = active * 3 * D * inner * 2 + 2 * tokens[0].numel() * 2
-        row |= {"active_experts": active, **_rates(timing, traffic, 6 * N * k * D * inner, ceilings)}
+        flops = 6 * N * k * D * inner
+        case = timed_case(
+            f"MoeExperts {shape} N{N}", seconds, traffic, flops, ceilings, active_experts=active
+        )
         baseline = time_call(_torch_experts(*tokens, *weights))
-        return row | {"torch": asdict(baseline), "speedup": baseline.median / timing.median}
+        case["values"]["torch.seconds"] = spread(baseline)
+        case["ratios"]["dsx/torch"] = spread([sample / median(baseline) for sample in seconds])
+        return case
 
 
 def _torch_experts(x, ids, weights, w_gate, w_up, w_down):
     """对照：排序好之后逐专家三次 matmul；每个专家的 token 数事先取到主机，不计入时间。"""
-    import torch
     import torch.nn.functional as F
 
     flat = ids.reshape(-1)
@@ -328,25 +362,5 @@ def _torch_experts(x, ids, weights, w_gate, w_up, w_down):
     return run
 
 
-def _rates(timing, traffic: int, flops: int, ceilings) -> dict[str, Any]:
-    """GB/s、TFLOP/s 与相对上限的比例；限制在哪一边由两个上限下的理论时间决定。"""
-    bandwidth, rate = traffic / timing.median / 1e3, flops / timing.median / 1e6
-    share = {"memory": bandwidth / ceilings["copy_gb_s"], "compute": rate / ceilings["matmul_tflop_s"]}
-    bound = max(share, key=share.__getitem__)
-    target = BANDWIDTH_TARGET if bound == "memory" else MATMUL_TARGET
-    return {
-        "time_us": asdict(timing),
-        "gb_s": bandwidth,
-        "tflop_s": rate,
-        "bound": bound,
-        "share": share[bound],
-        "target": target,
-    }
-
-
 def _name(dtype) -> Literal["float16", "bfloat16"]:
     return cast(Any, str(dtype).removeprefix("torch."))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import ml_dtypes
@@ -49,7 +50,7 @@ def make_session(
         )
 
     inputs, outputs = list(map(info, MLA_ATTENTION.inputs)), list(map(info, MLA_ATTENTION.outputs))
-    attributes = {"scale": SCALE, "plugin_namespace": "dsx", "plugin_version": "1"}
+    attributes: dict[str, Any] = {"scale": SCALE, "plugin_namespace": "dsx", "plugin_version": "1"}
     names = [value.name for value in inputs], [value.name for value in outputs]
     node = helper.make_node(MLA_ATTENTION.name, *names, domain=DOMAIN, **attributes)
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
@@ -97,20 +98,27 @@ def make_inputs(
     }
 
 
+def bind(
+    session: ort.InferenceSession, inputs: dict[str, np.ndarray], cache_out: np.ndarray
+) -> tuple[ort.IOBinding, np.ndarray]:
+    """绑好全部输入输出，返回绑定与 ``o``；绑定只借用数组的内存。``cache_out`` 是 ``inputs["kv_cache"]`` 就原地写。"""
+    B, S, H, dn = inputs["q_nope"].shape
+    o = np.zeros((B, S, H, inputs["w_kv_b"].shape[0] // H - dn), inputs["q_nope"].dtype)
+    binding = session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_ortvalue_input(name, ort_value(array))
+    binding.bind_ortvalue_output("o", ort_value(o))
+    binding.bind_ortvalue_output("kv_cache_out", ort_value(cache_out))
+    return binding, o
+
+
 def call(
     session: ort.InferenceSession, inputs: dict[str, np.ndarray], in_place: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """跑一次，返回 ``o`` 与 ``kv_cache_out``；``inputs`` 不会被改。"""
     used = {name: array.copy() for name, array in inputs.items()}
-    B, S, H, dn = used["q_nope"].shape
-    o = np.zeros((B, S, H, used["w_kv_b"].shape[0] // H - dn), used["q_nope"].dtype)
     cache = used["kv_cache"] if in_place else np.zeros_like(used["kv_cache"])
-    values = {name: ort_value(array) for name, array in used.items()}
-    binding = session.io_binding()
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-    binding.bind_ortvalue_output("o", ort_value(o))
-    binding.bind_ortvalue_output("kv_cache_out", values["kv_cache"] if in_place else ort_value(cache))
+    binding, o = bind(session, used, cache)
     options = ort.RunOptions()
     options.log_severity_level = 4
     session.run_with_iobinding(binding, options)

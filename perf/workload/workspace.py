@@ -117,6 +117,20 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "v2-lite": _heads(_V2, heads=16, layers=16),
         "v3": _heads(_V3, heads=128, layers=2),
         "v2-lite-2": _heads(_V2, heads=16, layers=2),
+        # 宽度也是 V2-Lite 的，一层稠密、一层 MoE，专家少一些。
+        "v2-lite-wide": MappingProxyType(
+            {
+                **_heads(_V2, heads=16, layers=2),
+                "vocab_size": 1024,
+                "hidden_size": 2048,
+                "intermediate_size": 10944,
+                "moe_intermediate_size": 1408,
+                "n_routed_experts": 8,
+                "n_shared_experts": 2,
+                "num_experts_per_tok": 6,
+                "first_k_dense_replace": 1,
+            }
+        ),
         "wide-4": MappingProxyType({**_WIDE, "num_hidden_layers": 4}),
         # 导出开销：大约 0.1B、0.9B、4B 个参数（以文件头里数出来的为准）。
         "0.1B": MappingProxyType({**_scaled(4, 256, 8, 256), "intermediate_size": 704}),

@@ -1,21 +1,15 @@
-"""引擎建多久、占多少内存、plan 多大，对层数（TRT-10）；用 TensorRT-RTX，不需要 GPU。
-
-    python -m perf.tensorrt_build [--layers 8 --layers 27 --layers 61] [--runs 3] [--arch sm89]
+"""引擎建多久、占多少内存、plan 多大，对层数（TRT-10）；用 TensorRT-RTX，不需要 GPU。:mod:`perf.suites.compile` 的几格。
 
 模型是 DeepSeek-V3 的头数与 MLA 维度（16 头，512/64/128/128），隐藏宽度与专家缩小：层数与图的形状决定建引擎的时间，权重的大小只
 决定拷贝。各种层数交替建，每次都是新进程；时间是解析加构建，不含导出与编译 kernel（先编译一遍，留在这次测量自己的磁盘缓存里）。
-``python -m perf run compile`` 量的也是它，写进报告。
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import click
 
 from deepseek_export import api
 from deepseek_export.bench.spread import Spread, interleaved
@@ -56,7 +50,7 @@ def cases(folder: Path, depths: Sequence[int], runs: int, arch: str = ARCH) -> l
     cache = str(folder / "cache")
 
     def sampler(bundle: Path) -> Callable[[], dict[str, Any]]:
-        return lambda: isolate.call("perf.tensorrt_build:build", bundle=str(bundle), arch=arch, cache=cache)
+        return lambda: isolate.call(f"{__name__}:build", bundle=str(bundle), arch=arch, cache=cache)
 
     samplers = {name: sampler(bundle) for name, bundle in bundles.items()}
     next(iter(samplers.values()))()  # 只为编译 kernel，几种层数用的是同样几个
@@ -102,24 +96,3 @@ def build(bundle: str, arch: str, cache: str) -> Callable[[], dict[str, Any]]:
         return {"seconds": plan.seconds, "plan_bytes": plan.bytes, "engine_layers": layers}
 
     return work
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--layers", "depths", multiple=True, default=(8, 27, 61), show_default=True, help="层数，可重复。"
-)
-@click.option("--runs", default=3, show_default=True, help="每种层数建几遍。")
-@click.option("--arch", default=ARCH, show_default=True, help="为哪种 SM 建。")
-def main(depths: tuple[int, ...], runs: int, arch: str) -> None:
-    """比较几种层数的引擎，只打印。"""
-    with tempfile.TemporaryDirectory() as folder:
-        for case in cases(Path(folder), depths, runs, arch):
-            click.echo(case.name)
-            for key, unit, factor in (("seconds", "s", 1), ("peak", "GB", 1e9), ("plan_bytes", "MB", 1e6)):
-                if spread := case.values.get(f"dsx.{key}"):
-                    low, high = spread.low / factor, spread.high / factor
-                    click.echo(f"  {key:10} {spread.median / factor:8.2f} {unit}（{low:.2f}–{high:.2f}）")
-
-
-if __name__ == "__main__":
-    main()
