@@ -18,7 +18,7 @@ from deepseek_export.checkpoint.weight_only import (
     QuantKind,
     ScaleDtype,
 )
-from deepseek_export.passes import PIPELINES, PassResult
+from deepseek_export.passes import TARGETS, PassResult
 from deepseek_export.profile import OptimizationProfile
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -35,7 +35,7 @@ def _inside(name: str) -> str:
 
 
 def _known_target(target: str) -> str:
-    if target not in PIPELINES:
+    if target not in TARGETS:
         raise ValueError(f"没有目标 {target!r}")
     return target
 

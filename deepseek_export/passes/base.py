@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
 from onnx_graphsurgeon.logger import G_LOGGER
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
 from deepseek_export.checkpoint import ModelConfig
@@ -91,6 +92,10 @@ class GraphModule:
     def find(self, op_type: str, domain: str = DOMAIN) -> list[gs.Node]:
         """主图里某个算子的全部节点，按图的次序。"""
         return [node for node in self.graph.nodes if node.op == op_type and (node.domain or "") == domain]
+
+    def oversized(self) -> list[str]:
+        """一个张量装不下的权重。"""
+        return [name for name, recipe in self.weights.items() if math.prod(recipe.shape) > self.max_elements]
 
     def replace(self, old: gs.Node, new: Sequence[gs.Node]) -> None:
         """用 ``new`` 顶替 ``old`` 在节点表里的位置；``new`` 为空即删除。"""
@@ -223,6 +228,8 @@ class PassResult(BaseModel):
         changed: 图是否变了。
         count: 改写了几处。
         refused: 没有改写的候选，逐个写明原因。
+        kept: 用户要保留而没有改写的有几处。
+        notes: 候选之外没有改写的，逐条写进 ``fallbacks``。``kept`` 与它都不写进 manifest。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -231,6 +238,8 @@ class PassResult(BaseModel):
     changed: bool
     count: int
     refused: tuple[Refusal, ...] = ()
+    kept: int = Field(default=0, exclude=True)
+    notes: tuple[str, ...] = Field(default=(), exclude=True)
 
 
 class PassError(Exception):

@@ -59,7 +59,7 @@ def load_reference(
 
     Args:
         checkpoint: 已校验的检查点。
-        forms: MLA 与 MoE 的写法。
+        forms: MLA 与 MoE 的算法。
         dtype: 计算 dtype；router 权重始终 float32。
         quantized: 权重名 → 量化格式；这些权重换成量化再还原的值，与量化的 bundle 相同。
 

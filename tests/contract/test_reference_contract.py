@@ -91,7 +91,7 @@ def test_latent_cache_size(name, expanded):
     def values(forms: Forms) -> int:
         return sum(heads * width for _, (heads, width) in cache_tensors(config, forms, torch.float32))
 
-    assert values(Forms("op", "op")) == config.latent_cache_values == 576
+    assert values(Forms("auto", "sparse", as_ops=True)) == config.latent_cache_values == 576
     assert values(Forms("expanded", "dense")) == config.expanded_cache_values == expanded
 
 

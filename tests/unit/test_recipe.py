@@ -40,7 +40,7 @@ def test_every_tensor_is_used_exactly_once(variant):
     used = Counter(source for r in recipes.values() for source in r.sources)
     assert used == Counter(expected_tensors(config).keys())
     with torch.device("meta"):
-        model = ReferenceModel(config, Forms("op", "op"))
+        model = ReferenceModel(config, Forms("auto", "sparse", as_ops=True))
     shapes = {initializer_name(name, config): tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes == {name: r.shape for name, r in recipes.items()}
     router = {name for name, r in recipes.items() if r.dtype == "float32"}
