@@ -24,7 +24,7 @@ class Dtype:
         bits: 存储时一个元素占几位；只有 int4 与 ``numpy`` 不同，两个一字节。
         onnx: ``onnx.TensorProto.DataType`` 的编号。
         safetensors: 文件头里的写法；int4 成对存成字节。
-        triton: Triton 签名里指针的写法；kernel 不用的为 ``None``。
+        triton: Triton 签名里指针的写法；kernel 不用的为空。
     """
 
     name: str
@@ -32,7 +32,7 @@ class Dtype:
     bits: int
     onnx: int
     safetensors: str
-    triton: str | None = None
+    triton: str = ""
 
     @property
     def onnx_type(self) -> str:

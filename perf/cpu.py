@@ -22,8 +22,9 @@ import numpy as np
 from deepseek_export.bench.environment import environment
 from deepseek_export.bench.spread import Spread, interleaved
 from deepseek_export.cpu_library import BUILD_COMMAND, CpuLibrary, find_library
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.runtime.cache import ort_value
-from tests.cpu_node import CACHES, make_inputs, make_session
+from tests.cpu_node import make_inputs, make_session
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +40,7 @@ LARGEST_CACHE = 2 << 30
 def row_bytes(cache_dtype: str) -> int:
     """一个 token 的缓存占多少字节。"""
     r, dr = WIDTHS["r"], WIDTHS["dr"]
-    return r + 2 * dr + 6 if cache_dtype == "int8" else (r + dr) * np.dtype(CACHES[cache_dtype]).itemsize
+    return r + 2 * dr + 6 if cache_dtype == "int8" else DTYPES[cache_dtype].nbytes(r + dr)
 
 
 class Scenario(NamedTuple):

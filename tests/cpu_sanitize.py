@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from deepseek_export.cpu_library import CpuLibrary
-from tests.cpu_node import CACHES, NUMPY, ODD, WIDE, call, make_inputs, make_session
+from tests.cpu_node import CACHES, COMPUTES, ODD, WIDE, call, make_inputs, make_session
 from tests.int8_node import call as call_int8
 from tests.int8_node import experts_inputs, experts_session, linear_inputs, linear_session
 
@@ -22,7 +22,7 @@ def main(path: Path) -> None:
     native.dsx_cpu_isas.restype = ctypes.c_char_p
     isas = tuple(native.dsx_cpu_isas().decode().split(","))
     library = CpuLibrary(path, isas, isas[0])
-    for isa, form, dtype, cache in itertools.product(isas, ("absorb", "naive"), NUMPY, CACHES):
+    for isa, form, dtype, cache in itertools.product(isas, ("absorb", "naive"), COMPUTES, CACHES):
         session = make_session(library, dtype, cache, isa, form, threads=2)
         for (S, H, T, past), widths, in_place in itertools.product(SHAPES, (ODD, WIDE), (True, False)):
             call(session, make_inputs(dtype, cache, S, H, T, past, **widths), in_place)

@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from deepseek_export.bundle import Bundle
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.engine import build
 from deepseek_export.engine.flavour import FLAVOURS, Flavour
 from deepseek_export.engine.shapes import ProfileShapes
@@ -225,7 +226,7 @@ class FakeEngine:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         assert set(shapes) == {node.name for node in inputs}
         assert set(addresses) == {node.name for node in (*inputs, *outputs)} == set(self._nodes)
-        kinds = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+        kinds = {dtype.onnx_type: dtype.numpy for dtype in DTYPES.values()}
         feeds = {}
         for node in inputs:
             fixed = [size for size in node.shape if isinstance(size, int)]

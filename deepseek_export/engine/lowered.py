@@ -11,7 +11,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.graph import Slot, bind_external
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import CapturedModel
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops.table import DOMAIN
 from deepseek_export.passes import lower
 from deepseek_export.passes.lower_mla_to_tensorrt import NATIVE_ATTENTION
@@ -82,7 +82,7 @@ def _captured(bundle: Bundle, entry: GraphEntry, model: onnx.ModelProto, weights
     manifest, graph = bundle.manifest, model.graph
     recipes = {name: recipe for name, recipe in manifest.weights.recipes.items() if name in weights}
     for name, recipe in recipes.items():
-        kind = helper.np_dtype_to_tensor_dtype(NUMPY_DTYPES[recipe.dtype])
+        kind = DTYPES[recipe.dtype].onnx
         graph.input.append(helper.make_tensor_value_info(name, kind, list(recipe.shape)))
     kept = [tensor for tensor in graph.initializer if tensor.name not in weights]
     del graph.initializer[:]

@@ -14,7 +14,7 @@ from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
 from deepseek_export.passes.ort_moe import port
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 
 _WEIGHTS = ("w_gate", "w_up", "w_down")
 
@@ -59,7 +59,7 @@ class SplitExpertsPass(Pass):
         if count:
             (size,) = sizes  # 各层的专家同形，函数体才能共用
             part = replace(module.config, n_routed_experts=size)
-            module.functions[MOE_EXPERTS.name] = moe_experts_body(part, TORCH_DTYPES[module.dtype])
+            module.functions[MOE_EXPERTS.name] = moe_experts_body(part, torch_dtype(module.dtype))
         return PassResult(name=self.name, changed=count > 0, count=count, refused=tuple(refused))
 
     def ensures(self, module: GraphModule) -> None:

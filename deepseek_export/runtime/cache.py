@@ -12,16 +12,14 @@ import onnxruntime as ort
 from onnx import TensorProto
 
 from deepseek_export.checkpoint.weight_only import packed_int4
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 
 SMALLEST_BUCKET = 256
 
 _CACHE_NAME = re.compile(r"(kv_cache|k_cache|v_cache)\.(\d+)")
 _CACHE_DTYPES: dict[str, np.dtype] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
-    "tensor(int8)": np.dtype(np.int8),
+    DTYPES[name].onnx_type: DTYPES[name].numpy for name in ("float32", "float16", "bfloat16", "int8")
 }
 
 

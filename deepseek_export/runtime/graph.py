@@ -8,11 +8,11 @@ from pathlib import Path
 from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
-import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
 from deepseek_export.cpu_library import CpuLibrary
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.binding import CallBinding
 from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, contract_broken, ort_value
@@ -20,11 +20,7 @@ from deepseek_export.runtime.cache import CacheBuffers, CacheSpec, contract_brok
 NO_INITIALIZERS: Mapping[str, np.ndarray] = MappingProxyType({})
 TOKEN_INPUTS = ("input_ids", "past_lens", "logits_positions")
 _DTYPES: dict[str, np.dtype] = {
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
-    "tensor(int8)": np.dtype(np.int8),
+    DTYPES[name].onnx_type: DTYPES[name].numpy for name in ("int64", "float32", "float16", "bfloat16", "int8")
 }
 _LOGITS_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 # ORT 的异常类分不清原因（缺权重和缺算子都是 Fail），只能看原话；靠前的更具体。

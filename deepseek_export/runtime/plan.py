@@ -12,20 +12,13 @@ import numpy as np
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.bundle.manifest import ValueEntry
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
 from deepseek_export.engine.record import ENGINES, EngineRecord, PlanEntry
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.cuda import Cuda, require_gpu
-
-_ORT_TYPES = {
-    "int64": "tensor(int64)",
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-}
 
 
 @dataclass(frozen=True)
@@ -39,13 +32,12 @@ class Node:
     @classmethod
     def from_entry(cls, entry: ValueEntry) -> Node:
         """manifest 里的一项。"""
-        return cls(entry.name, _ORT_TYPES[entry.dtype], entry.shape)
+        return cls(entry.name, DTYPES[entry.dtype].onnx_type, entry.shape)
 
     @property
     def dtype(self) -> np.dtype:
         """numpy 的 dtype。"""
-        kind = next(name for name, ort in _ORT_TYPES.items() if ort == self.type)
-        return NUMPY_DTYPES.get(kind, np.dtype(np.int64))
+        return next(dtype.numpy for dtype in DTYPES.values() if dtype.onnx_type == self.type)
 
 
 def find_engine(bundle: Bundle, sm: int) -> tuple[Path, EngineRecord]:
