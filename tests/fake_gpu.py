@@ -23,6 +23,7 @@ import onnxruntime as ort
 from deepseek_export.backend.contract import Port
 from deepseek_export.backend.tensorrt import engine as loading
 from deepseek_export.bundle import Bundle
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.engine import build
 from deepseek_export.engine.flavour import FLAVOURS, Flavour
 from deepseek_export.engine.shapes import ProfileShapes
@@ -231,7 +232,7 @@ class FakeEngine:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         assert set(shapes) == {node.name for node in inputs}
         assert set(addresses) == {node.name for node in (*inputs, *outputs)} == set(self._nodes)
-        kinds = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+        kinds = {dtype.onnx_type: dtype.numpy for dtype in DTYPES.values()}
         feeds = {}
         for node in inputs:
             fixed = [size for size in node.shape if isinstance(size, int)]

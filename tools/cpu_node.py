@@ -7,24 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-import ml_dtypes
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from onnx import helper
 
 from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.bench.depth import random_rows
-from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION
+from deepseek_export.dtypes import DTYPES
+from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION, TYPE_CONSTRAINTS
 
-NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-CACHES = {**NUMPY, "int8": np.int8}
-ONNX = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int8": TensorProto.INT8,
-    "float64": TensorProto.DOUBLE,
-}
+#: 算子收的计算 dtype 与缓存 dtype。
+COMPUTES, CACHES = TYPE_CONSTRAINTS["T"], TYPE_CONSTRAINTS["C"]
 SCALE = 0.1
 #: 各宽度都不是向量长度的倍数；WIDE 都是 32 的倍数，走 bfloat16 直接相乘的那条路。
 ODD = {"dn": 6, "dr": 4, "dv": 5, "r": 20}
@@ -43,11 +36,9 @@ def make_session(
     """用 ``library`` 建会话，指令集与形式在建会话时定下；``weight_dtype`` 缺省同 ``dtype``。"""
 
     def info(port):
-        kinds = {"T": dtype, "C": cache_dtype, "W": weight_dtype or dtype}
-        kind = TensorProto.INT64 if port.type == "I64" else ONNX[kinds[port.type]]
-        return helper.make_tensor_value_info(
-            port.name, kind, [f"{port.name}_{i}" for i in range(len(port.dims))]
-        )
+        kinds = {"T": dtype, "C": cache_dtype, "W": weight_dtype or dtype, "I64": "int64"}
+        shape = [f"{port.name}_{i}" for i in range(len(port.dims))]
+        return helper.make_tensor_value_info(port.name, DTYPES[kinds[port.type]].onnx, shape)
 
     inputs, outputs = list(map(info, MLA_ATTENTION.inputs)), list(map(info, MLA_ATTENTION.outputs))
     attributes: dict[str, Any] = {"scale": SCALE, "plugin_namespace": "dsx", "plugin_version": "1"}
@@ -92,8 +83,8 @@ def make_inputs(
     made["w_kv_b"] *= r**-0.5
     own = {"w_kv_b": weight_dtype or dtype}
     width = r + 2 * dr + 6 if cache_dtype == "int8" else r + dr
-    return {name: array.astype(NUMPY[own.get(name, dtype)]) for name, array in made.items()} | {
-        "kv_cache": random_rows(rng, (B, 1, T, width), np.dtype(CACHES[cache_dtype])),
+    return {name: array.astype(DTYPES[own.get(name, dtype)].numpy) for name, array in made.items()} | {
+        "kv_cache": random_rows(rng, (B, 1, T, width), DTYPES[cache_dtype].numpy),
         "past_lens": np.array(past, np.int64),
     }
 

@@ -73,7 +73,7 @@ from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 from deepseek_export.version import __version__
 
 MODEL_FILE = "model.onnx"
@@ -302,7 +302,7 @@ def _manifest(
 ) -> Manifest:
     config = source.config
     cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
-    caches = cache_tensors(config, Forms.for_capture(profile), TORCH_DTYPES[cache_dtype])
+    caches = cache_tensors(config, Forms.for_capture(profile), torch_dtype(cache_dtype))
     counts: Counter[str] = Counter()
     for found in islands.values():
         counts.update({op: len(names) for op, names in found.items()})

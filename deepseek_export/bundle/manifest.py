@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.fingerprint import Fingerprint
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
+from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import (
     BlockFormat,
     QuantBlock,
@@ -18,6 +18,7 @@ from deepseek_export.checkpoint.weight_only import (
     QuantKind,
     ScaleDtype,
 )
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.passes import TARGETS, PassResult
 from deepseek_export.profile import OptimizationProfile
 
@@ -110,7 +111,7 @@ class CacheEntry(_Entry):
     @property
     def bytes_per_token(self) -> int:
         """每个 token 在所有层里占的字节数。"""
-        return self.values_per_token_per_layer * self.num_layers * NUMPY_DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype].nbytes(self.values_per_token_per_layer * self.num_layers)
 
 
 class QuantizationEntry(_Entry):

@@ -12,14 +12,15 @@ import numpy as np
 
 from deepseek_export.checkpoint.config import ModelConfig, load_model_config
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
-from deepseek_export.checkpoint.store import NUMPY_DTYPES, TensorStore
+from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import path_kind
 
 Shapes = dict[str, tuple[int, ...]]
 
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_FLOATS = ("F32", "F16", "BF16")
+_FLOATS = tuple(DTYPES[name].safetensors for name in ("float32", "float16", "bfloat16"))
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # MTP 层里这两个张量只是主干的副本，检查点可以不带。
 _MTP_COPIES = frozenset({"embed_tokens.weight", "shared_head.head.weight"})
@@ -189,7 +190,7 @@ def dtype_conflict(checkpoint: Checkpoint) -> str | None:
             sizes[spec.dtype] += spec.nbytes
     ((most, _),) = sizes.most_common(1)
     declared = checkpoint.config.dtype
-    if most == FP8_DTYPE or NUMPY_DTYPES[most].name == declared:
+    if most == FP8_DTYPE or BY_SAFETENSORS[most].name == declared:
         return None
     return f"检查点的矩阵多是 {most}，config.json 的 dtype 却是 {declared}：按 {most} 读；如果是文件头标错了，数值全是错的"
 

@@ -12,34 +12,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from deepseek_export.checkpoint.fields import unique_object
 from deepseek_export.checkpoint.fingerprint import FileFingerprint, Fingerprint, sample_sha256
+from deepseek_export.dtypes import BY_SAFETENSORS
 from deepseek_export.errors import DsxError
 
 MAX_HEADER = 100 << 20
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
-    {
-        "BOOL": np.dtype(np.bool_),
-        "U8": np.dtype(np.uint8),
-        "I8": np.dtype(np.int8),
-        "U16": np.dtype(np.uint16),
-        "I16": np.dtype(np.int16),
-        "U32": np.dtype(np.uint32),
-        "I32": np.dtype(np.int32),
-        "U64": np.dtype(np.uint64),
-        "I64": np.dtype(np.int64),
-        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-        "F16": np.dtype(np.float16),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-        "F32": np.dtype(np.float32),
-        "F64": np.dtype(np.float64),
-    }
-)
 _PERMISSIONS = "检查文件的权限与磁盘，确认读得了"
 _REDOWNLOAD = "重新下载这个文件，并核对大小与 SHA-256"
 
@@ -156,7 +137,7 @@ class TensorStore:
             DsxError: ``DSX-E110`` 打开之后文件又变短了。
         """
         spec = self._specs[name]
-        dtype = NUMPY_DTYPES[spec.dtype]
+        dtype = BY_SAFETENSORS[spec.dtype].numpy
         if spec.nbytes == 0:
             empty: np.ndarray = np.empty(spec.shape, dtype)
             empty.setflags(write=False)
@@ -193,7 +174,7 @@ class TensorStore:
             raise _unreadable(spec.file, f"读 {name} 时：{error.strerror}") from error
         if filled != raw.size:
             raise DsxError("DSX-E110", f"{spec.file} 在读取 {name} 时变短了", "不要在导出期间改动检查点")
-        return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(stop - start, *spec.shape[1:])
+        return raw.view(BY_SAFETENSORS[spec.dtype].numpy).reshape(stop - start, *spec.shape[1:])
 
     def fingerprint(self) -> Fingerprint:
         """检查点的身份，见 :mod:`~deepseek_export.checkpoint.fingerprint`。
@@ -295,13 +276,13 @@ def _parse_entry(path: Path, name: str, entry: Any, base: int) -> TensorSpec:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"张量 {name} 的描述不完整或有多余字段")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
         raise _broken(path, f"张量 {name} 的 dtype 是 {dtype!r}，不是 dsx 认识的 safetensors 类型")
     if not _is_sizes(shape) or len(shape) > 32 or math.prod(dim or 1 for dim in shape) > 1 << 60:
         raise _broken(path, f"张量 {name} 的形状是 {shape!r}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise _broken(path, f"张量 {name} 的 data_offsets 是 {offsets!r}")
-    nbytes, needed = offsets[1] - offsets[0], math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    nbytes, needed = offsets[1] - offsets[0], BY_SAFETENSORS[dtype].nbytes(math.prod(shape))
     if nbytes != needed:
         raise _broken(path, f"张量 {name} 占 {nbytes} 字节，按 {dtype} {shape} 应为 {needed} 字节")
     return TensorSpec(name, dtype, tuple(shape), path, base + offsets[0], nbytes)

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
+from deepseek_export.checkpoint.recipe import Recipe
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import MlaForm
 from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
@@ -134,7 +135,7 @@ class GraphModule:
                 return tensor
             if tensor is before:
                 position = index
-        variable = gs.Variable(name, NUMPY_DTYPES[recipe.dtype], list(recipe.shape))
+        variable = gs.Variable(name, DTYPES[recipe.dtype].numpy, list(recipe.shape))
         self.graph.inputs.insert(position, variable)
         self.weights[name] = recipe
         self._sort_weights()

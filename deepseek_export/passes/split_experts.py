@@ -15,7 +15,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.passes.base import GraphModule, Pass, PassResult
 from deepseek_export.passes.ort_moe import port
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 
 _WEIGHTS = ("w_gate", "w_up", "w_down")
 
@@ -54,7 +54,7 @@ class SplitExpertsPass(Pass):
         if sizes:
             (size,) = set(sizes)  # 各层的专家同形，函数体才能共用
             part = replace(module.config, n_routed_experts=size)
-            module.functions[MOE_EXPERTS.name] = moe_experts_body(part, TORCH_DTYPES[module.dtype])
+            module.functions[MOE_EXPERTS.name] = moe_experts_body(part, torch_dtype(module.dtype))
         return PassResult(name=self.name, changed=bool(sizes), count=len(sizes))
 
     def ensures(self, module: GraphModule) -> None:

@@ -13,11 +13,11 @@ from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from deepseek_export.bench.spread import Spread, interleaved
 from deepseek_export.cpu_library import BUILD_COMMAND, CpuLibrary, find_library
+from deepseek_export.dtypes import DTYPES
 from perf.results import Case, SuiteResult
 from perf.workload.workspace import Workspace
 from tools.cpu_node import CACHES, bind, make_inputs, make_session
@@ -61,7 +61,7 @@ class Shape(NamedTuple):
     def cache_bytes(self, cache_dtype: str) -> int:
         """至少要读的缓存。"""
         r, dr = WIDTHS["r"], WIDTHS["dr"]
-        row = r + 2 * dr + 6 if cache_dtype == "int8" else (r + dr) * np.dtype(CACHES[cache_dtype]).itemsize
+        row = r + 2 * dr + 6 if cache_dtype == "int8" else DTYPES[cache_dtype].nbytes(r + dr)
         return self.B * (self.past + self.S) * row
 
     def flops(self, form: str) -> int:

@@ -23,8 +23,8 @@ from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint import Checkpoint, TensorStore
 from deepseek_export.checkpoint.recipe import bind_recipes, weight_recipes
-from deepseek_export.checkpoint.store import NUMPY_DTYPES
 from deepseek_export.cli import pack
+from deepseek_export.dtypes import BY_SAFETENSORS
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import ModelSession
@@ -214,7 +214,7 @@ def test_data_rewritten_in_place_is_refused(referenced, tmp_path: Path):
     spec = TensorStore.open(path / "weights")["model.norm.weight"]
     with spec.file.open("r+b") as stream:
         stream.seek(spec.offset)
-        scaled = np.frombuffer(stream.read(spec.nbytes), NUMPY_DTYPES[spec.dtype]) * 2
+        scaled = np.frombuffer(stream.read(spec.nbytes), BY_SAFETENSORS[spec.dtype].numpy) * 2
         stream.seek(spec.offset)
         stream.write(scaled.tobytes())
     for call in (deepseek_export.load, deepseek_export.pack):

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from deepseek_export.checkpoint import Checkpoint, TensorStore, expected_tensors
-from deepseek_export.checkpoint.store import INDEX_NAME, NUMPY_DTYPES
+from deepseek_export.checkpoint.store import INDEX_NAME
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.dtypes import BY_SAFETENSORS
 from deepseek_export.errors import DsxError
 from tests.unit.test_checkpoint import TINY
 from tests.unit.test_fp8 import FP8
@@ -58,7 +59,7 @@ def open_or_refuse(path: Path) -> None:
         assert set(expected_tensors(opened.config)) <= set(store)
         for name in store:
             spec = store[name]
-            assert spec.nbytes == math.prod(spec.shape) * NUMPY_DTYPES[spec.dtype].itemsize
+            assert spec.nbytes == math.prod(spec.shape) * BY_SAFETENSORS[spec.dtype].numpy.itemsize
             assert 8 <= spec.offset <= spec.offset + spec.nbytes <= spec.file.stat().st_size
             assert spec.file.parent == path
 
@@ -114,7 +115,7 @@ def test_any_change_to_a_header_entry(checkpoint: Path, tmp_path: Path, data):
     size = st.integers(-1, 1 << 70) | st.integers(0, len(raw))
     change: Any = data.draw(
         st.one_of(
-            st.builds(lambda dtype: ("dtype", dtype), st.sampled_from(sorted(NUMPY_DTYPES)) | JSON),
+            st.builds(lambda dtype: ("dtype", dtype), st.sampled_from(sorted(BY_SAFETENSORS)) | JSON),
             st.builds(lambda shape: ("shape", shape), st.lists(size, max_size=3) | JSON),
             st.builds(
                 lambda offsets: ("data_offsets", offsets), st.lists(size, min_size=2, max_size=2) | JSON

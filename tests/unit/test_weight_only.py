@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 
 from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.checkpoint.recipe import (
-    NUMPY_DTYPES,
     Recipe,
     load_array,
     materialize,
@@ -33,6 +32,7 @@ from deepseek_export.checkpoint.weight_only import (
     packed_int4,
     unpacked_int4,
 )
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.passes.base import MICROSOFT, GraphModule
@@ -82,11 +82,11 @@ def test_scales_beat_the_largest_value(form, scale, seed):
     form = form.model_copy(update={"scale": scale})
     weights = np.random.default_rng(seed).standard_normal((8, 4, form.block)).astype(np.float32)
     plain = np.abs(weights).max(-1, keepdims=True) / np.float32(form.zero - 1)
-    plain = plain.astype(NUMPY_DTYPES[scale]).astype(np.float32)
+    plain = plain.astype(DTYPES[scale].numpy).astype(np.float32)
     codes = np.clip(np.rint(weights / plain), -form.zero, form.zero - 1)
     want = np.square(codes * plain - weights).sum(-1)
     got = np.square(dequantized(weights, form) - weights).sum(-1)
-    assert block_scales(weights, form).dtype == NUMPY_DTYPES[scale]
+    assert block_scales(weights, form).dtype == DTYPES[scale].numpy
     assert (got <= want * 1.0001).all()
     assert got.sum() < (0.95 if form.bits == 4 else 1.0001) * want.sum()
 
@@ -135,7 +135,7 @@ def test_signed_codes_restore_the_same_weights(tmp_path: Path, form, dtype):
 
 
 def test_int4_packing_is_its_own_inverse():
-    values = np.arange(-8, 8).astype(NUMPY_DTYPES["int4"])
+    values = np.arange(-8, 8).astype(DTYPES["int4"].numpy)
     assert packed_int4(values).tolist()[:2] == [0x98, 0xBA]
     assert np.array_equal(unpacked_int4(packed_int4(values)), values)
 
