@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle, pack_bundle
+from deepseek_export.bundle import (
+    Bundle,
+    BundleWeights,
+    Manifest,
+    WeightsMode,
+    export_bundle,
+    pack_bundle,
+    read_bundle,
+)
 from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import stop_token_ids
@@ -47,6 +55,7 @@ def export(
     target: str = "portable",
     dtype: ModelDtype = "float32",
     weights: WeightsMode = "packed",
+    hash_weights: bool = True,
     quantization: Quantization | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
@@ -64,6 +73,7 @@ def export(
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32``、``float16``，TensorRT 的目标另有 ``bfloat16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
+        hash_weights: 见 :func:`~deepseek_export.bundle.export_bundle`。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
@@ -122,6 +132,7 @@ def export(
             target=target,
             dtype=dtype,
             weights=weights,
+            hash_weights=hash_weights,
             quantization=quantization,
             overwrite=overwrite,
             progress=progress,
@@ -146,7 +157,8 @@ def export(
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
-    report = verify_bundle(Bundle.open(directory), progress=progress)
+    # 权重刚写好、刚算过，不再读一遍。
+    report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
     failure = report.first_failure
     if failure is not None:
         raise DsxError(
@@ -169,12 +181,13 @@ class CompiledModel:
 
     def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
         self.bundle = bundle = bundle_for(bundle, backend)
-        eos = stop_token_ids(bundle.path, bundle.manifest.model)
-        self.tokenizer = BundleTokenizer.load(bundle.path)
-        weights = BundleWeights(bundle)
-        self.session = open_session(bundle, weights, threads, backend)
-        self.generator = Generator(self.session, self.tokenizer, eos, self.session.prefill_chunk)
-        self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
+        with bundle.steady():
+            eos = stop_token_ids(bundle.path, bundle.manifest.model)
+            self.tokenizer = BundleTokenizer.load(bundle.path)
+            weights = BundleWeights(bundle)
+            self.session = open_session(bundle, weights, threads, backend)
+            self.generator = Generator(self.session, self.tokenizer, eos, self.session.prefill_chunk)
+            self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
 
     @property
     def manifest(self) -> Manifest:
@@ -242,24 +255,39 @@ class CompiledModel:
         return self.speculative
 
 
-def load(bundle: Path | str, threads: int | None = None, backend: Backend = "ort") -> CompiledModel:
-    """加载 bundle，准备生成。
+def load(
+    bundle: Path | str,
+    threads: int | None = None,
+    backend: Backend = "ort",
+    *,
+    verify_weights: bool = False,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """加载 bundle，准备生成；别人正在替换它的话，得到的是旧的或新的，不会一半一半。
 
     Args:
         bundle: ``export`` 的输出目录。
         threads: 线程数；缺省由 ONNX Runtime 决定。
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
+        verify_weights: 先读一遍全部权重，核对 sha256；缺省不读，只核对其余的文件（按引用的另抽查每个张量的几处）。
+        progress: 核对权重的进度。
 
     Raises:
-        DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
+        DsxError: 4xx bundle 有问题，其中 ``DSX-E412`` 是接连几次读到一半被换掉；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
             引擎用不了。
     """
-    return CompiledModel(Bundle.open(bundle), threads, backend)
+
+    def read(opened: Bundle) -> CompiledModel:
+        if verify_weights:
+            opened.check_weights(progress or Progress())
+        return CompiledModel(opened, threads, backend)
+
+    return read_bundle(bundle, read)
 
 
-def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
+def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None) -> Bundle:
     """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
-    return pack_bundle(bundle, progress)
+    return pack_bundle(bundle, progress, verify_weights=verify_weights)
 
 
 def verify(
@@ -272,6 +300,7 @@ def verify(
     seed: int = 0,
     text: Path | str | None = None,
     backend: Backend = "ort",
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
@@ -284,6 +313,7 @@ def verify(
         seed=seed,
         text=text,
         backend=backend,
+        verify_weights=verify_weights,
         progress=progress,
     )
 
@@ -297,6 +327,7 @@ def compare(
     bisect: bool = False,
     folder: Path | str | None = None,
     seed: int = 0,
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
@@ -308,5 +339,6 @@ def compare(
         bisect=bisect,
         folder=folder,
         seed=seed,
+        verify_weights=verify_weights,
         progress=progress,
     )

@@ -10,7 +10,7 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import bundle_argument, json_option, verify_weights_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.engine.flavour import FLAVOURS, check_arch, choose, load, parse_arch
 from deepseek_export.units import size
@@ -43,9 +43,16 @@ _SHOWN = 8
     type=click.Path(path_type=Path),
     help="要另导出时从哪里读检查点；缺省是 manifest 里记的出处。",
 )
+@verify_weights_option(True)
 @json_option
 def command(
-    bundle: Path, arches: str, flavour: str | None, shapes: str, checkpoint: Path | None, as_json: bool
+    bundle: Path,
+    arches: str,
+    flavour: str | None,
+    shapes: str,
+    checkpoint: Path | None,
+    verify_weights: bool,
+    as_json: bool,
 ) -> None:
     """为 bundle OUT 建 TensorRT 引擎，写进 OUT/engines/；TensorRT-RTX 不需要 GPU。
 
@@ -77,7 +84,7 @@ def command(
         # 都先看一遍：不要建好前几个才发现后面的建不了。
         for sm in targets:
             check_arch(chosen, load(chosen), sm)
-        source = buildable_bundle(opened, chosen, checkpoint, progress)
+        source = buildable_bundle(opened, chosen, checkpoint, progress, verify_weights=verify_weights)
         for sm in targets:
             built.append(build_engine(source, sm, chosen, parsed, progress))
     if as_json:

@@ -22,11 +22,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from deepseek_export.bundle import Bundle, BundleWeights, Manifest
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest, read_bundle
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
+from deepseek_export.progress import Progress
 from deepseek_export.runtime import Backend, ModelSession, bundle_for, open_session
 from deepseek_export.runtime.batching import PAD_ID
 
@@ -72,7 +73,12 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: Path | str, *, threads: int | None = None, backend: Backend = "ort"
+        cls,
+        path: Path | str,
+        *,
+        threads: int | None = None,
+        backend: Backend = "ort",
+        verify_weights: bool = False,
     ) -> DsxForCausalLM:
         """打开 ``dsx export`` 的输出目录。
 
@@ -80,14 +86,24 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             path: bundle 目录。
             threads: 线程数；缺省由 ONNX Runtime 决定。
             backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎，缓存在显存里，不能用 beam search。
+            verify_weights: 先读一遍全部权重，核对 sha256，同 :func:`deepseek_export.load`。
 
         Raises:
             DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
         """
-        bundle = bundle_for(Bundle.open(path), backend)
-        stop_token_ids(bundle.path, bundle.manifest.model)  # transformers 读同一个文件，却不报坏在哪里
-        session = open_session(bundle, BundleWeights(bundle), threads, backend)
-        return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
+
+        def read(opened: Bundle) -> DsxForCausalLM:
+            if verify_weights:
+                opened.check_weights(Progress())
+            bundle = bundle_for(opened, backend)
+            with bundle.steady():
+                stop_token_ids(
+                    bundle.path, bundle.manifest.model
+                )  # transformers 读同一个文件，却不报坏在哪里
+                session = open_session(bundle, BundleWeights(bundle), threads, backend)
+                return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
+
+        return read_bundle(path, read)
 
     @property
     def device(self) -> torch.device:
