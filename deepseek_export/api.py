@@ -304,18 +304,20 @@ def verify(
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
-    return verify_bundle(
-        Bundle.open(bundle),
-        against,
-        levels=levels,
-        prompts=prompts,
-        steps=steps,
-        seed=seed,
-        text=text,
-        backend=backend,
-        verify_weights=verify_weights,
-        progress=progress,
-    )
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        return verify_bundle(
+            opened,
+            against,
+            levels=levels,
+            prompts=prompts,
+            steps=steps,
+            seed=seed,
+            text=text,
+            backend=backend,
+            verify_weights=verify_weights,
+            progress=progress,
+        )
 
 
 def compare(
@@ -331,14 +333,16 @@ def compare(
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
-    return compare_bundle(
-        Bundle.open(bundle),
-        against,
-        backends=backends,
-        blocks=blocks,
-        bisect=bisect,
-        folder=folder,
-        seed=seed,
-        verify_weights=verify_weights,
-        progress=progress,
-    )
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        return compare_bundle(
+            opened,
+            against,
+            backends=backends,
+            blocks=blocks,
+            bisect=bisect,
+            folder=folder,
+            seed=seed,
+            verify_weights=verify_weights,
+            progress=progress,
+        )

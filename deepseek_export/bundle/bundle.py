@@ -136,7 +136,7 @@ class Bundle:
         """读一遍全部权重，核对每个文件的 sha256。
 
         Raises:
-            DsxError: ``DSX-E406`` 打包的权重被改过；``DSX-E408`` 按引用的检查点被改过；``DSX-E413`` 按引用而导出时没有算整个的哈希。
+            DsxError: ``DSX-E412`` 正好被换掉；``DSX-E406`` 打包的权重被改过；``DSX-E408`` 按引用的检查点被改过；``DSX-E413`` 按引用而导出时没有算整个的哈希。
         """
         recorded, names = self.manifest.files, self.manifest.weights.files
         if unknown := [name for name in names if name not in recorded]:
@@ -146,13 +146,14 @@ class Bundle:
                 "不带 --no-hash-weights 重新导出；或加 --no-verify-weights，只抽查每个张量的几处",
             )
         paths = [self.path / name for name in names]
-        sums = sha256_files(paths, "核对权重的 sha256", progress)
-        for name, path in zip(names, paths, strict=True):
-            if sums[path] == recorded[name].sha256:
-                continue
-            if self.manifest.weights.mode == "reference":
-                raise checkpoint_changed(path, "内容")
-            raise _altered(path, "的 sha256 与 manifest 不符")
+        with self.steady():
+            sums = sha256_files(paths, "核对权重的 sha256", progress)
+            for name, path in zip(names, paths, strict=True):
+                if sums[path] == recorded[name].sha256:
+                    continue
+                if self.manifest.weights.mode == "reference":
+                    raise checkpoint_changed(path, "内容")
+                raise _altered(path, "的 sha256 与 manifest 不符")
 
 
 def read_bundle(path: Path | str, read: Callable[[Bundle], _T]) -> _T:

@@ -101,7 +101,7 @@ def build_engine(
     with disk_errors(out):
         out.parent.mkdir(exist_ok=True)
     weights = BundleWeights(bundle)
-    with atomic_directory(out, overwrite=True, marker=RECORD_FILE) as directory:
+    with bundle.steady(), atomic_directory(out, overwrite=True, marker=RECORD_FILE) as directory:
         _link_weights(bundle, directory)
         for entry in bundle.manifest.graphs:
             progress.start(f"下沉 {entry.file}")
