@@ -165,7 +165,8 @@ class Manifest(_Entry):
     ``cpu_library`` 是导出时那台机器的 C++ 算子库用的指令集，没有库或目标不用它则为 ``None``；它只是记录，图不因此而不同：
     同一个 bundle 有库时走库、没有库时走函数体。
 
-    ``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件；按引用时检查点的硬链接也除外，它们由 ``source.fingerprint`` 核对。
+    ``files`` 覆盖除 manifest.json、engines/ 与 reports/ 之外的每个文件；按引用而导出时没有算哈希的，检查点的硬链接也除外，它们只由
+    ``source.fingerprint`` 抽查。
     """
 
     schema_version: Literal[1]

@@ -107,6 +107,7 @@ def compare_bundle(
     bisect: bool = False,
     folder: Path | str | None = None,
     seed: int = 0,
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """逐块比较一个 bundle。
@@ -119,6 +120,7 @@ def compare_bundle(
         bisect: 有块不对时，再逐节点找出第一个不对的节点。
         folder: 存到哪里；缺省 bundle 的 ``reports/compare``。上一次的结果会被替换。
         seed: 随机输入的种子。
+        verify_weights: 先读一遍全部权重，核对 sha256，见 :meth:`~deepseek_export.bundle.Bundle.check_weights`。
         progress: 进度。
 
     Returns:
@@ -127,7 +129,7 @@ def compare_bundle(
     Raises:
         DsxError: ``DSX-E613`` 没有这个后端；``DSX-E918`` / ``DSX-E913`` / ``DSX-E614`` / ``DSX-E920`` /
             ``DSX-E917`` 这里用不了 TensorRT；``DSX-E321`` bfloat16；``DSX-E615`` 没有这个块；``DSX-E401`` 目录里是别的东西；
-            ``DSX-E404`` / ``DSX-E405`` 写不下；``DSX-E406`` 文件被改过；``DSX-E601`` / ``DSX-E602`` 检查点。
+            ``DSX-E404`` / ``DSX-E405`` 写不下；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；``DSX-E412`` 比的时候 bundle 被换掉；``DSX-E601`` / ``DSX-E602`` 检查点。
     """
     progress = progress or Progress()
     manifest = bundle.manifest
@@ -135,7 +137,8 @@ def compare_bundle(
     chosen = [backend_named(name) for name in backends]
     runners = {backend.name: backend.cut_runner(bundle) for backend in chosen}
     wanted = _prefixes(manifest, blocks)
-    bundle.check_hashes(progress)
+    if verify_weights:
+        bundle.check_weights(progress)
     checkpoint = open_source(bundle, against)
     out = output_path(folder) if folder is not None else bundle.path / FOLDER
     progress.start("加载参考模型")
@@ -191,6 +194,7 @@ def compare_bundle(
             cases=cases,
             culprit=culprit,
         )
+        bundle.check_in_place()
         with disk_errors(directory):
             write_json(directory / REPORT, report.to_json())
     return report

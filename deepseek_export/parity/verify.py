@@ -53,6 +53,7 @@ def verify_bundle(
     seed: int = 0,
     text: Path | str | None = None,
     backend: str = "ort",
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ParityReport:
     """验证一个 bundle 与 PyTorch 相等；权重量化过的，另量它比未量化的差多少。
@@ -67,6 +68,7 @@ def verify_bundle(
         text: 在这个文件的文本上比困惑度；只用于权重量化过的 bundle。
         backend: model、tokens 两级在哪里运行；``trt`` 时 op、block 两级与草稿模型仍在 ONNX Runtime 上比，引擎里没有它们的边界，
             bfloat16 的 bundle 就不比这些。
+        verify_weights: 先读一遍全部权重，核对 sha256，见 :meth:`~deepseek_export.bundle.Bundle.check_weights`。
         progress: 进度。
 
     Returns:
@@ -74,7 +76,8 @@ def verify_bundle(
 
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E603`` transformers 太旧；
-            ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过；``DSX-E321`` 要比的只能在
+            ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，
+            或没法证明；``DSX-E412`` 校验的时候 bundle 被换掉；``DSX-E321`` 要比的只能在
             ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` / ``DSX-E920`` ``trt`` 而没有 GPU、没有引擎；
             ``DSX-E404`` / ``DSX-E405`` 报告写不下。
     """
@@ -93,7 +96,8 @@ def verify_bundle(
         notes.append(
             "bfloat16 只在引擎上比整个模型：op、block 与草稿模型的逐块比较要 ONNX Runtime，它没有 bfloat16 的算子"
         )
-    bundle.check_hashes(progress)
+    if verify_weights:
+        bundle.check_weights(progress)
     checkpoint = open_source(bundle, against)
     tokenizer = BundleTokenizer.load(bundle.path)
     rows = _rows(bundle, tokenizer, prompts, steps, seed)
@@ -197,6 +201,7 @@ def verify_bundle(
         loss=loss,
         polygraphy=None if manifest.quantization else save_model_comparison(bundle, model, tokens),
     )
+    bundle.check_in_place()  # 换掉了的，前面读的未必是同一个，报告也不该写进新的里
     write_report(bundle.path / "reports/parity.json", report.to_json())
     return report
 
