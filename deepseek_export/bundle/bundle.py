@@ -12,7 +12,7 @@ from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from deepseek_export.checkpoint import load_model_config
 from deepseek_export.errors import DsxError, first_invalid
-from deepseek_export.paths import check_readable, path_kind
+from deepseek_export.paths import MAX_LARGE_TEXT, check_readable, path_kind, read_text
 from deepseek_export.progress import Progress
 
 
@@ -39,7 +39,7 @@ class Bundle:
         if path_kind(manifest_path, "DSX-E402") != "file":
             raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
         try:
-            data = json.loads(manifest_path.read_text(encoding="utf-8"))
+            data = json.loads(read_text(manifest_path, MAX_LARGE_TEXT))
             version = data.get("schema_version") if isinstance(data, dict) else None
             if version != SCHEMA_VERSION:
                 raise DsxError(
