@@ -21,7 +21,7 @@ from deepseek_export.bundle.disk import being_replaced, sha256_file, sha256_file
 from deepseek_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from deepseek_export.checkpoint import load_model_config
 from deepseek_export.errors import DsxError, first_invalid
-from deepseek_export.paths import check_readable, path_kind
+from deepseek_export.paths import MAX_LARGE_TEXT, check_readable, open_regular, path_kind, read_open
 from deepseek_export.progress import Progress
 
 _T = TypeVar("_T")
@@ -197,9 +197,9 @@ def _read_manifest(path: Path) -> tuple[Manifest, _Identity]:
     if path_kind(file, "DSX-E402") != "file":
         raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
     try:
-        with file.open(encoding="utf-8") as stream:
+        with open_regular(file) as stream:
             identity = _Identity.of(os.fstat(stream.fileno()))
-            data = json.load(stream)
+            data = json.loads(read_open(stream, MAX_LARGE_TEXT).decode("utf-8"))
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise DsxError(

@@ -59,6 +59,15 @@ def expected_mtp_tensors(config: ModelConfig, index: int) -> Shapes:
     return {prefix + name: shape for name, shape in extra.items()} | _decoder_layer(config, layer)
 
 
+def _empty_tensors(config: ModelConfig) -> Shapes:
+    """``n_shared_experts`` 为 0 时 transformers 仍旧建共享专家，存成宽度为 0 的张量；没有数据，读不读都一样。"""
+    shapes: Shapes = {}
+    for layer in range(config.num_hidden_layers):
+        if config.is_moe_layer(layer) and not config.n_shared_experts:
+            shapes |= _mlp(f"model.layers.{layer}.mlp.shared_experts.", config.hidden_size, 0)
+    return shapes
+
+
 def _decoder_layer(config: ModelConfig, layer: int) -> Shapes:
     hidden, prefix = config.hidden_size, f"model.layers.{layer}."
     shapes: Shapes = {
@@ -148,6 +157,8 @@ class Checkpoint:
         ignored = [name for name in store.names if name.endswith("rotary_emb.inv_freq")]
         if config.tie_word_embeddings and _HEAD in store:
             ignored.append(_HEAD)
+        empty = {name: shape for name, shape in _empty_tensors(config).items() if name in store}
+        ignored += empty
         scales = fp8_scales(config, store)
         extras = set(store.names) - set(expected) - set(ignored) - set(scales)
         groups: dict[int, set[str]] = {}
@@ -172,7 +183,7 @@ class Checkpoint:
         if unknown:
             todo = "dsx 不知道怎么用它们，所以不敢丢弃；确认 config.json 与权重是同一个模型"
             raise DsxError("DSX-E112", f"{path} 多出 {len(unknown)} 个张量：{_listed(unknown)}", todo)
-        _check_shapes(store, expected | mtp | scales)
+        _check_shapes(store, expected | mtp | scales | empty)
         if _HEAD in ignored:
             _check_tied(store)
         return cls(path, config, store, tuple(sorted(mtp)), tuple(sorted(ignored)))

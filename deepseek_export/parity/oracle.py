@@ -20,6 +20,7 @@ from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
 from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.logits import narrow_cache
+from deepseek_export.paths import read_text
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.reference.mla import AttentionForm
 from deepseek_export.reference.weights import torch_dtype
@@ -88,7 +89,7 @@ class TransformersOracle:
 
 def _transformers_config(transformers: Any, checkpoint: Checkpoint) -> Any:
     """检查点的配置，不带量化；家族在 transformers 里由别的 model_type 实现时（kimi_k2 就是 deepseek_v3）换成那一个。"""
-    data = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    data = json.loads(read_text(checkpoint.path / "config.json"))
     data.pop("quantization_config", None)
     kind = FAMILIES[checkpoint.config.family].transformers_type
     return transformers.CONFIG_MAPPING[kind].from_dict(data | {"model_type": kind})
