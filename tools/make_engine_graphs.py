@@ -37,8 +37,8 @@ def make_checkpoint(name: str, directory: Path) -> Path:
 def make_bundle(name: str, directory: Path) -> Bundle:
     """tensorrt-rtx、float16 的 bundle。"""
     profile = "full" if name == "demo" else "mla+moe"
-    out, options = directory / f"{name}-out", {"target": "tensorrt-rtx", "dtype": "float16"}
-    return deepseek_export.export(make_checkpoint(name, directory), out, profile, **options)
+    checkpoint, out = make_checkpoint(name, directory), directory / f"{name}-out"
+    return deepseek_export.export(checkpoint, out, profile, target="tensorrt-rtx", dtype="float16")
 
 
 def build_for(bundle: Bundle, sm: int):

@@ -124,8 +124,12 @@ def _call(library: CpuLibrary, shape: Shape, cache_dtype: str, form: str, thread
     session = make_session(library, "float32", cache_dtype, library.isa, form, threads)
     inputs = make_inputs("float32", cache_dtype, S, H, past + S, [past] * B, **WIDTHS)
     binding, o = bind(session, inputs, inputs["kv_cache"])
-    # 绑定只借用数组的内存，所以它们与函数同寿。
-    return lambda kept=(inputs, o): session.run_with_iobinding(binding)
+    kept = (inputs, o)  # 绑定只借用数组的内存，所以它们要与函数同寿
+
+    def call() -> Any:
+        return kept and session.run_with_iobinding(binding)
+
+    return call
 
 
 def _machine(threads: int) -> dict[str, Callable[[], Any]]:

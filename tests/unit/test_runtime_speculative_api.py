@@ -123,7 +123,7 @@ def test_compiled_model_chooses(tmp_path: Path) -> None:
 def test_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     limit: list[SpeculativeFloor] = []
 
-    def load(bundle: Path, threads: int | None, backend: Any, *, speculative_floor: bool) -> Any:
+    def load(bundle: Path, threads: int | None, backend: Any, *, speculative_floor: bool, **_: Any) -> Any:
         model = _compiled(tmp_path, threads=threads, backend=backend, speculative_floor=speculative_floor)
         assert model.speculative is not None
         if model.speculative.floor is not None:  # 缺省的看实测的用时，换成确定的
