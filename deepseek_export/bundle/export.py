@@ -16,6 +16,7 @@ import onnx
 from onnx import helper
 
 from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.bundle.by_reference import UNHASHED, check_small, link_checkpoint, reference_slots
 from deepseek_export.bundle.disk import (
     atomic_directory,
     check_free_space,
@@ -42,7 +43,6 @@ from deepseek_export.bundle.manifest import (
     WeightsMode,
 )
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
-from deepseek_export.bundle.reference import UNHASHED, check_small, link_checkpoint, reference_slots
 from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
 from deepseek_export.checkpoint import (
     Checkpoint,

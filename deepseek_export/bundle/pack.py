@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.bundle.by_reference import UNHASHED, open_referenced
 from deepseek_export.bundle.disk import (
     WEIGHTS_FOLDER,
     atomic_directory,
@@ -21,7 +22,6 @@ from deepseek_export.bundle.disk import (
 from deepseek_export.bundle.foreign import check_replaceable
 from deepseek_export.bundle.graph import check_onnx, point_at
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
-from deepseek_export.bundle.reference import UNHASHED, open_referenced
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 

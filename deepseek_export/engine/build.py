@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.bundle.by_reference import BY_RECIPE_FILE
 from deepseek_export.bundle.disk import (
     atomic_directory,
     check_free_space,
@@ -24,7 +25,6 @@ from deepseek_export.bundle.disk import (
     sha256_file,
     write_json,
 )
-from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint.weight_only import packed_int4
 from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import (

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from deepseek_export.bundle import Bundle, Manifest, export_bundle
-from deepseek_export.bundle.reference import UNHASHED
+from deepseek_export.bundle.by_reference import UNHASHED
 from deepseek_export.bundle.source import open_source
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint.weight_only import Quantization

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.oracle import MIN_TRANSFORMERS
+from deepseek_export.version import MAX_TRANSFORMERS, MIN_TRANSFORMERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: 契约测试跑过的最新一版；nox 的 ``test_newest_transformers`` 会越过它去跑最新的发布版。
-MAX_TRANSFORMERS = (5, 24)
-#: 设成非空就不检查上限：给上面那个 nox 会话，也给愿意自担风险的人。
+#: 设成非空就不检查上限：给 nox 的 ``test_newest_transformers``，也给愿意自担风险的人。
 UNTESTED = "DSX_UNTESTED_TRANSFORMERS"
 MODEL_CLASSES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 

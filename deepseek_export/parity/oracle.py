@@ -24,8 +24,7 @@ from deepseek_export.paths import read_text
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.reference.mla import AttentionForm
 from deepseek_export.reference.weights import torch_dtype
-
-MIN_TRANSFORMERS = (5, 17)
+from deepseek_export.version import MIN_TRANSFORMERS
 
 
 class Oracle(Protocol):

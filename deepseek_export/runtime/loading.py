@@ -5,10 +5,10 @@ from __future__ import annotations
 from deepseek_export.backend.base import Backend
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.checkpoint import stop_token_ids
-from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.session import ModelSession
-from deepseek_export.runtime.speculation import Floor, MeasuredFloor, SpeculativeFloor
-from deepseek_export.runtime.speculative import SpeculativeGenerator
+from deepseek_export.runtime.speculation.draft import DraftSession
+from deepseek_export.runtime.speculation.floor import Floor, MeasuredFloor, SpeculativeFloor
+from deepseek_export.runtime.speculation.generator import SpeculativeGenerator
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from deepseek_export.runtime.speculation import SpeculationStats
+from deepseek_export.runtime.speculation.stats import SpeculationStats
 
 FinishReason = Literal["eos", "length"]
 

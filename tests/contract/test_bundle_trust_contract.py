@@ -18,9 +18,9 @@ import pytest
 import deepseek_export
 from deepseek_export.bench.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle, read_bundle
+from deepseek_export.bundle.by_reference import UNHASHED
 from deepseek_export.bundle.disk import atomic_directory, output_lock
 from deepseek_export.bundle.packed import WEIGHTS_FILE
-from deepseek_export.bundle.reference import UNHASHED
 from deepseek_export.checkpoint import TensorStore
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.engine.build import build_engine

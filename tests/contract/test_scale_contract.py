@@ -18,9 +18,9 @@ from click.testing import CliRunner
 import deepseek_export
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.bundle.by_reference import BY_RECIPE_FILE
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
-from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint import Checkpoint, TensorStore
 from deepseek_export.checkpoint.recipe import bind_recipes, weight_recipes
 from deepseek_export.cli import pack

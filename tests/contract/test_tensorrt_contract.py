@@ -22,8 +22,8 @@ from deepseek_export.backend.ort.cut import run_file
 from deepseek_export.backend.tensorrt.cut import CutEngines
 from deepseek_export.backend.tensorrt.engine import find_engine
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.bundle.by_reference import BY_RECIPE_FILE
 from deepseek_export.bundle.graph import external_location
-from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli import doctor
 from deepseek_export.cli.build import command as build_command

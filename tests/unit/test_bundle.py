@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepseek_export.bundle import Bundle, export_bundle
+from deepseek_export.bundle.by_reference import link_checkpoint
 from deepseek_export.bundle.disk import (
     atomic_directory,
     check_free_space,
@@ -26,7 +27,6 @@ from deepseek_export.bundle.disk import (
     output_path,
 )
 from deepseek_export.bundle.packed import write_packed
-from deepseek_export.bundle.reference import link_checkpoint
 from deepseek_export.checkpoint import Checkpoint, TensorStore
 from deepseek_export.checkpoint.recipe import CHUNK_BYTES, load_array, materialize, weight_recipes
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint

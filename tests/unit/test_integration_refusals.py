@@ -11,10 +11,10 @@ from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import deepseek_export as dsx
-from deepseek_export.integration.compat import MAX_TRANSFORMERS, UNTESTED, require_transformers
+from deepseek_export.integration.compat import UNTESTED, require_transformers
 from deepseek_export.parity.measures import measure
-from deepseek_export.parity.oracle import MIN_TRANSFORMERS
 from deepseek_export.parity.tolerances import TOLERANCES
+from deepseek_export.version import MAX_TRANSFORMERS, MIN_TRANSFORMERS
 from tests.expansions import KvExpansions
 from tests.models import build_model
 

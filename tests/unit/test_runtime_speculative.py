@@ -22,7 +22,8 @@ from deepseek_export.runtime import (
     SpeculativeFloor,
     SpeculativeGenerator,
 )
-from deepseek_export.runtime.speculation import Round, Tally, Watch
+from deepseek_export.runtime.speculation.floor import Round, Watch
+from deepseek_export.runtime.speculation.stats import Tally
 from tests.unit.test_runtime_speculative_toy import (
     LIMIT,
     build,

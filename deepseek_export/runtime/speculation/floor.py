@@ -1,4 +1,4 @@
-"""投机解码的统计，以及不划算时的止损线。
+"""止损线：投机不划算时停下。
 
 止损线有两种：:class:`MeasuredFloor` 比实测的时间，整批一起停；:class:`SpeculativeFloor` 只看接受率，逐行停。前者准，但何时
 停下取决于机器的快慢与同批的别人；``rejection`` 的输出与哪一轮起草有关，要靠后者才能凭种子复现。
@@ -10,8 +10,8 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -64,39 +64,6 @@ class Floor(Protocol):
 
     def watch(self, num_draft_tokens: int) -> Watch:
         """为一次生成（逐行盯的，为其中一行）开始盯。"""
-
-
-@dataclass(frozen=True)
-class SpeculationStats:
-    """一次生成里投机解码的表现；只算 decode，不算 prefill。
-
-    一行在一次主模型调用里算一个「行次」，已结束的行不算；被 eos 或长度截掉的草稿也不算。
-
-    Attributes:
-        num_draft_tokens: 每次至多几个草稿。
-        verify: 验证方式。
-        acceptance: 第 i 个草稿的条件接受率：前 i 个都被接受之后，它被接受的比例；从未轮到为 ``None``。
-        acceptance_overall: 第 i 个草稿的总接受率：提出之后被接受的比例；从未提出为 ``None``。
-        mean_accepted: 每个带草稿的行次平均接受几个草稿。
-        tokens_per_call: 每个行次平均产出几个 token；普通解码是 1。
-        main_calls: 主模型调用次数。
-        draft_calls: 草稿模型调用次数。
-        fell_back: 是否有行因为不划算而中途改回普通解码。
-    """
-
-    num_draft_tokens: int
-    verify: str
-    acceptance: list[float | None]
-    acceptance_overall: list[float | None]
-    mean_accepted: float
-    tokens_per_call: float
-    main_calls: int
-    draft_calls: int
-    fell_back: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """可以直接写成 JSON 的字典。"""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -301,51 +268,9 @@ def _together(rounds: Sequence[Round], seconds: float) -> Round:
     )
 
 
-class Tally:
-    """一边解码一边累计，最后给出 :class:`SpeculationStats`。"""
-
-    def __init__(self, num_draft_tokens: int, verify: str) -> None:
-        self._verify = verify
-        self._proposed = np.zeros(num_draft_tokens, np.int64)
-        self._reached = np.zeros(num_draft_tokens, np.int64)
-        self._accepted = np.zeros(num_draft_tokens, np.int64)
-        self._drafted_rows = 0
-        self._rows = 0
-        self._tokens = 0
-        self.main_calls = 0
-
-    def add(self, proposed: int, accepted: int, tokens: int) -> None:
-        """记一个行次：提出几个草稿、接受几个、产出几个 token。"""
-        self._rows += 1
-        self._tokens += tokens
-        if proposed:
-            self._drafted_rows += 1
-            self._proposed[:proposed] += 1
-            self._reached[: min(accepted + 1, proposed)] += 1
-            self._accepted[:accepted] += 1
-
-    def stats(self, draft_calls: int, fell_back: bool) -> SpeculationStats:
-        """汇总。"""
-        return SpeculationStats(
-            num_draft_tokens=len(self._proposed),
-            verify=self._verify,
-            acceptance=_ratios(self._accepted, self._reached),
-            acceptance_overall=_ratios(self._accepted, self._proposed),
-            mean_accepted=int(self._accepted.sum()) / max(self._drafted_rows, 1),
-            tokens_per_call=self._tokens / max(self._rows, 1),
-            main_calls=self.main_calls,
-            draft_calls=draft_calls,
-            fell_back=fell_back,
-        )
-
-
 def refused(key: str, value: object, allowed: str) -> DsxError:
     """投机解码的参数不在允许范围内（``DSX-E516``）。"""
     return DsxError("DSX-E516", f"{key}={value!r}", f"把 {key} 设为{allowed}")
-
-
-def _ratios(part: np.ndarray, whole: np.ndarray) -> list[float | None]:
-    return [p / w if w else None for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
 
 
 def _layer_weights(config: ModelConfig, layer: int) -> int:

@@ -12,16 +12,17 @@ from deepseek_export.backend.base import Caches
 from deepseek_export.backend.contract import contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.chance import RowChance
-from deepseek_export.runtime.draft import DraftSession
-from deepseek_export.runtime.drafting import Drafter
 from deepseek_export.runtime.generate import Generator, check_positive
 from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import SamplingParams, check_peaks
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
-from deepseek_export.runtime.speculation import Floor, FloorWatch, Round, Tally, refused
+from deepseek_export.runtime.speculation.chance import RowChance
+from deepseek_export.runtime.speculation.draft import DraftSession
+from deepseek_export.runtime.speculation.drafter import Drafter
+from deepseek_export.runtime.speculation.floor import Floor, FloorWatch, Round, refused
+from deepseek_export.runtime.speculation.stats import Tally
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 MAX_DRAFT_TOKENS = 8

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepseek_export.runtime.batching import Chunk
-from deepseek_export.runtime.chance import RowChance
-from deepseek_export.runtime.draft import Drafted, DraftSession
 from deepseek_export.runtime.packing import Packing
+from deepseek_export.runtime.speculation.chance import RowChance
+from deepseek_export.runtime.speculation.draft import Drafted, DraftSession
 
 
 class Drafter:
