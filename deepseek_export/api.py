@@ -8,7 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, export_bundle, pack_bundle
+from deepseek_export.backend import backend_named
+from deepseek_export.bundle import (
+    Bundle,
+    BundleWeights,
+    Manifest,
+    WeightsMode,
+    export_bundle,
+    pack_bundle,
+    read_bundle,
+)
 from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import stop_token_ids
@@ -32,12 +41,10 @@ from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import (
-    Backend,
     BundleTokenizer,
     GenerationResult,
     Generator,
     SamplingParams,
-    bundle_for,
     open_session,
     open_speculative,
 )
@@ -54,6 +61,7 @@ def export(
     target: str = "portable",
     dtype: ModelDtype = "float32",
     weights: WeightsMode = "packed",
+    hash_weights: bool = True,
     quantization: Quantization | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
@@ -71,6 +79,7 @@ def export(
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32``、``float16``，TensorRT 的目标另有 ``bfloat16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
+        hash_weights: 见 :func:`~deepseek_export.bundle.export_bundle`。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
@@ -100,6 +109,7 @@ def export(
             target=target,
             dtype=dtype,
             weights=weights,
+            hash_weights=hash_weights,
             quantization=quantization,
             overwrite=overwrite,
             progress=progress,
@@ -150,7 +160,8 @@ class ParityRefused(DsxError):
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
-    report = verify_bundle(Bundle.open(directory), progress=progress)
+    # 权重刚写好、刚算过，不再读一遍。
+    report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
     failure = report.first_failure
     if failure is not None:
         raise ParityRefused(
@@ -175,18 +186,20 @@ class CompiledModel:
         self,
         bundle: Bundle,
         threads: int | None = None,
-        backend: Backend = "ort",
+        backend: str = "ort",
         speculative_floor: bool = True,
     ) -> None:
-        self.bundle = bundle = bundle_for(bundle, backend)
-        eos = stop_token_ids(bundle.path, bundle.manifest.model)
-        self.tokenizer = BundleTokenizer.load(bundle.path)
-        weights = BundleWeights(bundle)
-        self.session = open_session(bundle, weights, threads, backend)
-        self.generator = Generator(self.session, self.tokenizer, eos, self.session.prefill_chunk)
-        self.speculative = open_speculative(
-            bundle, weights, self.session, self.tokenizer, threads, speculative_floor
-        )
+        chosen = backend_named(backend)
+        self.bundle = bundle = chosen.prepared(bundle)
+        with bundle.steady():
+            eos = stop_token_ids(bundle.path, bundle.manifest.model)
+            self.tokenizer = BundleTokenizer.load(bundle.path)
+            weights = BundleWeights(bundle)
+            self.session = open_session(chosen, bundle, weights, threads)
+            self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)
+            self.speculative = open_speculative(
+                chosen, bundle, weights, self.session, self.tokenizer, threads, speculative_floor
+            )
 
     @property
     def manifest(self) -> Manifest:
@@ -257,28 +270,38 @@ class CompiledModel:
 def load(
     bundle: Path | str,
     threads: int | None = None,
-    backend: Backend = "ort",
+    backend: str = "ort",
     *,
     speculative_floor: bool = True,
+    verify_weights: bool = False,
+    progress: Progress | None = None,
 ) -> CompiledModel:
-    """加载 bundle，准备生成。
+    """加载 bundle，准备生成；别人正在替换它的话，得到的是旧的或新的，不会一半一半。
 
     Args:
         bundle: ``export`` 的输出目录。
         threads: 线程数；缺省由 ONNX Runtime 决定。
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
         speculative_floor: 投机解码不划算时退回普通解码；``False`` 一直投机。没有草稿模型时不起作用。
+        verify_weights: 先读一遍全部权重，核对 sha256；缺省不读，只核对其余的文件（按引用的另抽查每个张量的几处）。
+        progress: 核对权重的进度。
 
     Raises:
-        DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
+        DsxError: 4xx bundle 有问题，其中 ``DSX-E412`` 是接连几次读到一半被换掉；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
             引擎用不了。
     """
-    return CompiledModel(Bundle.open(bundle), threads, backend, speculative_floor)
+
+    def read(opened: Bundle) -> CompiledModel:
+        if verify_weights:
+            opened.check_weights(progress or Progress())
+        return CompiledModel(opened, threads, backend, speculative_floor)
+
+    return read_bundle(bundle, read)
 
 
-def pack(bundle: Path | str, *, progress: Progress | None = None) -> Bundle:
+def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None) -> Bundle:
     """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
-    return pack_bundle(bundle, progress)
+    return pack_bundle(bundle, progress, verify_weights=verify_weights)
 
 
 def build(
@@ -288,6 +311,7 @@ def build(
     flavour: FlavourName | None = None,
     shapes: str = "",
     checkpoint: Path | str | None = None,
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> list[BuiltEngine]:
     """为几种 SM 各建一个 TensorRT 引擎；``rtx`` 不需要 GPU。
@@ -299,6 +323,7 @@ def build(
         flavour: ``rtx`` 或 ``tensorrt``；缺省用装了的那个，先看 ``rtx``。
         shapes: 优化配置的形状，写法同 ``--profile-shapes``；缺省见 :class:`~deepseek_export.engine.shapes.ProfileShapes`。
         checkpoint: 要另导出时的检查点目录；缺省取 manifest 里记的出处。
+        verify_weights: 先读一遍全部权重，核对 sha256。
         progress: 进度。
 
     Returns:
@@ -314,7 +339,7 @@ def build(
     # 都先看一遍：不要建好前几个才发现后面的建不了。
     for sm in wanted:
         check_arch(chosen, load_tensorrt(chosen), sm)
-    source = buildable_bundle(opened, chosen, checkpoint, progress)
+    source = buildable_bundle(opened, chosen, checkpoint, progress, verify_weights=verify_weights)
     return [build_engine(source, sm, chosen, parsed, progress) for sm in wanted]
 
 
@@ -327,21 +352,25 @@ def verify(
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
     text: Path | str | None = None,
-    backend: Backend = "ort",
+    backend: str = "ort",
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
-    return verify_bundle(
-        Bundle.open(bundle),
-        against,
-        levels=levels,
-        prompts=prompts,
-        steps=steps,
-        seed=seed,
-        text=text,
-        backend=backend,
-        progress=progress,
-    )
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        return verify_bundle(
+            opened,
+            against,
+            levels=levels,
+            prompts=prompts,
+            steps=steps,
+            seed=seed,
+            text=text,
+            backend=backend,
+            verify_weights=verify_weights,
+            progress=progress,
+        )
 
 
 def compare(
@@ -353,16 +382,20 @@ def compare(
     bisect: bool = False,
     folder: Path | str | None = None,
     seed: int = 0,
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
-    return compare_bundle(
-        Bundle.open(bundle),
-        against,
-        backends=backends,
-        blocks=blocks,
-        bisect=bisect,
-        folder=folder,
-        seed=seed,
-        progress=progress,
-    )
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        return compare_bundle(
+            opened,
+            against,
+            backends=backends,
+            blocks=blocks,
+            bisect=bisect,
+            folder=folder,
+            seed=seed,
+            verify_weights=verify_weights,
+            progress=progress,
+        )

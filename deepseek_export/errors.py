@@ -68,6 +68,9 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E408": "引用的检查点与导出时不同",
         "DSX-E409": "bundle 已经打包",
         "DSX-E410": "单个权重太大",
+        "DSX-E411": "别人正在写这个输出位置",
+        "DSX-E412": "bundle 在读的时候被换掉",
+        "DSX-E413": "没有整个权重的哈希",
         # 5xx：运行时
         "DSX-E501": "分词器文件读不了",
         "DSX-E502": "没有聊天模板",

@@ -126,6 +126,7 @@ def bench_bundle(
     against: Path | str | None = None,
     scenario: Scenario | None = None,
     prompts: Sequence[str] | None = None,
+    verify_weights: bool = False,
     progress: Progress | None = None,
 ) -> BenchReport:
     """测一个 bundle，结果写进 ``reports/bench.json``。
@@ -137,14 +138,17 @@ def bench_bundle(
         against: 对照的 bundle，须来自同一个检查点。
         scenario: 场景；缺省见 :class:`Scenario`。
         prompts: 用这些文本代替随机的 token；投机解码的接受率只有在真的文本上才有意义。
+        verify_weights: 先读一遍全部权重，核对 sha256，同 ``api.load``。
         progress: 进度显示。
 
     Raises:
-        DsxError: ``DSX-E710``，场景超出模型的最大长度；``DSX-E711``，两个 bundle 不是同一个检查点；其余同 ``api.load``。
+        DsxError: ``DSX-E412``，测的时候 bundle 被换掉；``DSX-E710``，场景超出模型的最大长度；``DSX-E711``，两个 bundle 不是同一个检查点；其余同 ``api.load``。
     """
     scenario, progress = scenario or Scenario(), progress or Progress()
     bundles = {BUNDLE: Bundle.open(bundle)} | ({} if against is None else {AGAINST: Bundle.open(against)})
     _check_same_source(bundles)
+    for opened in bundles.values() if verify_weights else ():
+        opened.check_weights(progress)
     scenario = _fitted(bundles[BUNDLE], scenario, prompts is None)
     started = environment(scenario.threads)
     subjects = {}
@@ -180,6 +184,8 @@ def bench_bundle(
         depths=depths,
         ratios=_ratios(ways, depths),
     )
+    for opened in bundles.values():
+        opened.check_in_place()
     write_report(bundles[BUNDLE].path / REPORT, report.model_dump(mode="json"))
     return report
 

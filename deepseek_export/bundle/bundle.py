@@ -1,75 +1,116 @@
-"""读取一个导出好的 bundle。"""
+"""读取一个导出好的 bundle。
+
+读的同时别人可以 ``--overwrite`` 它。一个目录里的文件总是一起换的，所以只要读完之后 ``manifest.json`` 还是打开时的那一个，中间读到的
+就全是它的；不是的由 :func:`read_bundle` 从头再读。
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from deepseek_export.bundle.disk import sha256_file
+from deepseek_export.bundle.disk import being_replaced, sha256_file, sha256_files
 from deepseek_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from deepseek_export.checkpoint import load_model_config
 from deepseek_export.errors import DsxError, first_invalid
-from deepseek_export.paths import check_readable, path_kind
+from deepseek_export.paths import MAX_LARGE_TEXT, check_readable, open_regular, path_kind, read_open
 from deepseek_export.progress import Progress
+
+_T = TypeVar("_T")
+
+#: 读的时候接连被换掉这么多次就不再试；每次之间歇一会儿（秒）。
+_ATTEMPTS, _PAUSE = 5, 0.1
+
+
+class BundleReplaced(DsxError):
+    """读到一半，bundle 被换成了另一次导出的（``DSX-E412``）；从头再读就好。"""
+
+
+class _Identity(NamedTuple):
+    """一个文件是不是同一个：inode 会被后来的文件重新用到，ctime 谁也改不回去。"""
+
+    device: int
+    inode: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Identity:
+        return cls(status.st_dev, status.st_ino, status.st_ctime_ns)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """一个 bundle 目录及其 manifest。"""
+    """一个 bundle 目录及其 manifest。
+
+    Attributes:
+        path: 目录。
+        manifest: 打开时的 manifest。
+        opened: 打开时 manifest.json 的身份；自己拼起来的没有，:meth:`steady` 不核对它。
+    """
 
     path: Path
     manifest: Manifest
+    opened: _Identity | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
-        """打开并核对文件是否齐全、大小是否相符（不算哈希，见 :meth:`check_hashes`）。
+        """打开，核对文件是否齐全、大小是否相符，并算权重之外每个文件的哈希；权重的见 :meth:`check_weights`。
 
         Raises:
             DsxError: ``DSX-E402`` 不是 bundle、看不了或缺文件；``DSX-E403`` manifest 读不了、版本不认识或内容不成立；
-                ``DSX-E406`` 文件大小不符。
+                ``DSX-E406`` 文件的大小或哈希不符；``DSX-E412`` 正好被换掉，见 :func:`read_bundle`。
         """
         path = Path(path)
-        manifest_path = path / "manifest.json"
-        if (kind := path_kind(path, "DSX-E402")) != "directory":
-            what = f"{path} 不存在" if kind == "missing" else f"{path} 不是目录"
-            raise DsxError("DSX-E402", what, "确认路径；bundle 是 dsx export 产生的目录")
-        if path_kind(manifest_path, "DSX-E402") != "file":
-            raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
         try:
-            data = json.loads(manifest_path.read_text(encoding="utf-8"))
-            version = data.get("schema_version") if isinstance(data, dict) else None
-            if version != SCHEMA_VERSION:
-                raise DsxError(
-                    "DSX-E403",
-                    f"{manifest_path} 的 schema_version = {version!r}，这一版 dsx 只认 {SCHEMA_VERSION}",
-                    "用当前的 dsx 重新导出",
-                )
-            manifest = Manifest.model_validate(data)
-        except ValidationError as error:
-            raise DsxError("DSX-E403", f"{manifest_path}：{first_invalid(error)}", "重新导出") from error
-        except OSError as error:
-            what = f"打不开 {manifest_path}：{error.strerror}"
-            raise DsxError("DSX-E403", what, "检查权限") from error
-        except (ValueError, RecursionError) as error:
-            what = f"{manifest_path} 不是合法的 JSON：{error}"
-            raise DsxError("DSX-E403", what, "重新拷贝或重新导出") from error
-        for name in (*manifest.weights.files, *manifest.files):
-            if path_kind(path / name, "DSX-E402") != "file":
-                raise DsxError("DSX-E402", f"{path} 缺少 {name}", "重新导出，或把整个目录一起拷贝")
-            check_readable(path / name, "DSX-E402", "检查权限")
-        for name, entry in manifest.files.items():
-            file = path / name
-            if file.stat().st_size != entry.bytes:
-                raise DsxError(
-                    "DSX-E406",
-                    f"{file} 有 {file.stat().st_size} 字节，manifest 记的是 {entry.bytes}",
-                    "文件被截断或改过：重新拷贝或重新导出",
-                )
-        _check_model(path, manifest)
-        return cls(path, manifest)
+            bundle = cls(path, *_read_manifest(path))
+        except DsxError as error:
+            if error.code == "DSX-E402" and being_replaced(path):
+                raise _replaced(path) from error
+            raise
+        with bundle.steady():
+            _check_files(path, bundle.manifest)
+            _check_model(path, bundle.manifest)
+        return bundle
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """期间 bundle 没有被换掉：换掉了，读到的就可能一半旧一半新，不能用；期间出的错也由此而来。
+
+        Raises:
+            DsxError: ``DSX-E412``。
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self._in_place():
+                raise _replaced(self.path) from error
+            raise
+        self.check_in_place()
+
+    def check_in_place(self) -> None:
+        """还是打开时的那一个；读了很久、要下结论或写进它里面的，最后看一次。
+
+        Raises:
+            DsxError: ``DSX-E412``。
+        """
+        if not self._in_place():
+            raise _replaced(self.path)
+
+    def _in_place(self) -> bool:
+        if self.opened is None:
+            return True
+        try:
+            return _Identity.of((self.path / "manifest.json").stat()) == self.opened
+        except OSError:
+            return False
 
     @property
     def model_path(self) -> Path:
@@ -81,36 +122,115 @@ class Bundle:
         """草稿模型的 ONNX 文件，按 MTP 模块的次序。"""
         return [self.path / graph.file for graph in self.manifest.drafts]
 
-    def check_runs_on_onnxruntime(self) -> None:
-        """能在 ONNX Runtime 的 CPU 上运行、与 PyTorch 比吗。
+    def check_weights(self, progress: Progress) -> None:
+        """读一遍全部权重，核对每个文件的 sha256。
 
         Raises:
-            DsxError: ``DSX-E321``，bfloat16 的只能建引擎。
+            DsxError: ``DSX-E412`` 正好被换掉；``DSX-E406`` 打包的权重被改过；``DSX-E408`` 按引用的检查点被改过；``DSX-E413`` 按引用而导出时没有算整个的哈希。
         """
-        if self.manifest.dtype == "bfloat16":
+        recorded, names = self.manifest.files, self.manifest.weights.files
+        if unknown := [name for name in names if name not in recorded]:
             raise DsxError(
-                "DSX-E321",
-                f"{self.path} 是 bfloat16，ONNX Runtime 的 CPU 没有 bfloat16 的算子",
-                "先 dsx build，再在有 GPU 的机器上用 --backend trt（dsx verify 的 model、tokens 两级，dsx generate）；"
-                "没有 GPU 就用 --dtype float16 再导出一份来校验：图与 pass 相同",
+                "DSX-E413",
+                f"{self.path} 按引用导出时没有算 {unknown[0]} 的 sha256（--no-hash-weights，或旧版 dsx 导出），证明不了它没有变",
+                "不带 --no-hash-weights 重新导出；或加 --no-verify-weights，只抽查每个张量的几处",
             )
+        paths = [self.path / name for name in names]
+        with self.steady():
+            sums = sha256_files(paths, "核对权重的 sha256", progress)
+            for name, path in zip(names, paths, strict=True):
+                if sums[path] == recorded[name].sha256:
+                    continue
+                if self.manifest.weights.mode == "reference":
+                    raise checkpoint_changed(path, "内容")
+                raise _altered(path, "的 sha256 与 manifest 不符")
 
-    def check_hashes(self, progress: Progress) -> None:
-        """核对每个文件的 sha256。
 
-        Raises:
-            DsxError: ``DSX-E406``。
-        """
-        files = self.manifest.files
-        progress.start("核对 sha256", sum(entry.bytes for entry in files.values()), "bytes")
-        for name, entry in files.items():
-            if sha256_file(self.path / name) != entry.sha256:
-                raise DsxError(
-                    "DSX-E406",
-                    f"{self.path / name} 的 sha256 与 manifest 不符",
-                    "文件被改过：重新拷贝或重新导出",
-                )
-            progress.advance(entry.bytes, name)
+def read_bundle(path: Path | str, read: Callable[[Bundle], _T]) -> _T:
+    """打开 bundle 并读它：``read`` 读到的全是同一次导出的，哪怕别人正在替换它；读到一半被换掉的从头再来。
+
+    Args:
+        path: bundle 目录。
+        read: 读这个 bundle；会不止一次地被调用。
+
+    Returns:
+        ``read`` 的结果；之后不再靠路径打开 bundle 里的文件，才与以后的替换无关。
+
+    Raises:
+        DsxError: ``DSX-E412`` 接连被换掉；其余见 :meth:`Bundle.open` 与 ``read``。
+    """
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            bundle = Bundle.open(path)
+            with bundle.steady():
+                return read(bundle)
+        except BundleReplaced:
+            if not left:
+                raise
+        time.sleep(_PAUSE)
+    raise AssertionError
+
+
+def checkpoint_changed(path: Path, what: str) -> DsxError:
+    """按引用的 bundle 里，检查点的一个文件变了。"""
+    return DsxError(
+        "DSX-E408",
+        f"{path} 的{what}与导出时不同",
+        "检查点被改过：从原来的检查点重新导出；想不受检查点影响，用 --weights packed 或 dsx pack",
+    )
+
+
+def _replaced(path: Path) -> BundleReplaced:
+    return BundleReplaced("DSX-E412", f"{path} 在读的时候被换成了另一次导出的", "等那次导出写完，再来一次")
+
+
+def _altered(file: Path, how: str) -> DsxError:
+    return DsxError("DSX-E406", f"{file} {how}", "文件被截断或改过：重新拷贝或重新导出")
+
+
+def _read_manifest(path: Path) -> tuple[Manifest, _Identity]:
+    """manifest 与它所在的文件的身份，取自同一个打开的文件。"""
+    if (kind := path_kind(path, "DSX-E402")) != "directory":
+        what = f"{path} 不存在" if kind == "missing" else f"{path} 不是目录"
+        raise DsxError("DSX-E402", what, "确认路径；bundle 是 dsx export 产生的目录")
+    file = path / "manifest.json"
+    if path_kind(file, "DSX-E402") != "file":
+        raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
+    try:
+        with open_regular(file) as stream:
+            identity = _Identity.of(os.fstat(stream.fileno()))
+            data = json.loads(read_open(stream, MAX_LARGE_TEXT).decode("utf-8"))
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DsxError(
+                "DSX-E403",
+                f"{file} 的 schema_version = {version!r}，这一版 dsx 只认 {SCHEMA_VERSION}",
+                "用当前的 dsx 重新导出",
+            )
+        return Manifest.model_validate(data), identity
+    except ValidationError as error:
+        raise DsxError("DSX-E403", f"{file}：{first_invalid(error)}", "重新导出") from error
+    except OSError as error:
+        raise DsxError("DSX-E403", f"打不开 {file}：{error.strerror}", "检查权限") from error
+    except (ValueError, RecursionError) as error:
+        raise DsxError("DSX-E403", f"{file} 不是合法的 JSON：{error}", "重新拷贝或重新导出") from error
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    """文件齐全、大小相符、权重之外的哈希相符；按引用的权重由打开检查点的来核对，它说得出哪里不对。"""
+    weights = {*manifest.weights.files}
+    for name in (*manifest.weights.files, *manifest.files):
+        if path_kind(path / name, "DSX-E402") != "file":
+            raise DsxError("DSX-E402", f"{path} 缺少 {name}", "重新导出，或把整个目录一起拷贝")
+        check_readable(path / name, "DSX-E402", "检查权限")
+    for name, entry in manifest.files.items():
+        file = path / name
+        if name in weights and manifest.weights.mode == "reference":
+            continue
+        if (found := file.stat().st_size) != entry.bytes:
+            raise _altered(file, f"有 {found} 字节，manifest 记的是 {entry.bytes}")
+        if name not in weights and sha256_file(file) != entry.sha256:
+            raise _altered(file, "的 sha256 与 manifest 不符")
 
 
 def _check_model(path: Path, manifest: Manifest) -> None:

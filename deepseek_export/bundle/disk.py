@@ -8,18 +8,25 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Collection, Iterator
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from deepseek_export.bundle.lock import locked
 from deepseek_export.bundle.manifest import FileEntry
+from deepseek_export.bundle.swap import swap
 from deepseek_export.errors import DsxError
+from deepseek_export.machine import cores
 from deepseek_export.paths import path_kind
 from deepseek_export.plan.written import HEADROOM
 from deepseek_export.progress import Progress
 from deepseek_export.units import size
 
+_OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 #: 临时目录里写了一半的权重，以及记着写到哪里的日志；有日志的才会被下一次导出接着写。
@@ -27,6 +34,11 @@ WEIGHTS_FOLDER, JOURNAL_FILE = "weights", ".resume.json"
 
 #: 换上新内容时，旧的先改成这个名字。
 _RETIRED = ".old"
+
+#: 至多几个文件同时算哈希：再多磁盘也跟不上。
+_HASHERS = 8
+
+_thread = threading.local()
 
 
 @contextlib.contextmanager
@@ -98,10 +110,12 @@ def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> N
         marker: 有这个文件的目录才是 dsx 的产物。
 
     Raises:
-        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 dsx 的产物（任何时候都不替换）；``DSX-E405`` 看不了。
+        DsxError: ``DSX-E401``，已存在而不许替换，或存在的不是 dsx 的产物（任何时候都不替换），或是符号链接；``DSX-E405`` 看不了。
     """
-    restore_interrupted(out, marker)
     kind = path_kind(out, "DSX-E405")
+    if out.is_symlink():
+        what = f"{out} 是符号链接，指向 {os.readlink(out)}；dsx 不替换链接，也不替换它指向的"
+        raise DsxError("DSX-E401", what, "直接给它指向的目录；或移开这个链接，或换一个输出位置")
     if kind == "missing":
         return
     if kind != "directory":
@@ -116,27 +130,50 @@ def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> N
         raise DsxError("DSX-E401", f"{out} 已存在", "换一个输出位置，或加 --overwrite 替换它")
 
 
-def restore_interrupted(out: Path, marker: str = "manifest.json") -> None:
-    """上一次恰在换上新内容的当口被杀，``out`` 不在了而旧的还在：放回原处。
+@contextlib.contextmanager
+def output_lock(out: Path | str, marker: str = "manifest.json") -> Iterator[Path]:
+    """占住输出位置直到退出，见 :mod:`~deepseek_export.bundle.lock`；同一个线程可以再占一次。
+
+    占住之后它的临时目录都是死了的进程留下的。上一次恰在换上新内容的当口被杀，``out`` 不在了而旧的还在，这时放回原处。
 
     Args:
         out: 最终目录。
         marker: 见 :func:`check_output`。
+
+    Yields:
+        最终目录的绝对路径。
+
+    Raises:
+        DsxError: ``DSX-E411`` 别人正在写；``DSX-E405`` 不可写，或文件系统没有锁。
     """
-    out = out.absolute()
-    with disk_errors(out):
-        for old in () if os.path.exists(out) else _stale(out):  # 看不了的当作不在，由随后打开它的报
-            if old.name.endswith(_RETIRED) and (old / marker).is_file():
-                old.rename(out)
-                return
+    out = output_path(out).absolute()
+    path_kind(out, "DSX-E405")
+    if out in (held := _held()):
+        yield out
+        return
+    with contextlib.ExitStack() as stack:
+        with disk_errors(out):
+            stack.enter_context(locked(out))
+            for old in () if os.path.lexists(out) else _stale(out):
+                if old.name.endswith(_RETIRED) and (old / marker).is_file():
+                    old.rename(out)
+                    break
+        held.add(out)
+        stack.callback(held.discard, out)
+        yield out
+
+
+def being_replaced(out: Path) -> bool:
+    """``out`` 不在，是因为换上新内容要改两次名、正在中间（或恰在那时被杀）；不能原子地交换的文件系统才有这回事。"""
+    return any(old.name.endswith(_RETIRED) for old in _stale(out.absolute()))
 
 
 @contextlib.contextmanager
 def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") -> Iterator[Path]:
-    """在旁边的临时目录里写，全部完成后改名。
+    """在旁边的临时目录里写，全部完成后换上去；期间占住 ``out``。
 
     中途出错（含 Ctrl-C）则删除临时目录；进程被 SIGKILL 时残留的临时目录由下一次导出清掉，其中写了一半的权重连同日志移进新的临时
-    目录，能不能接着写由写权重的人核对。任何时候 ``out`` 要么不存在、要么是原来的、要么是完整的新内容。
+    目录，能不能接着写由写权重的人核对。任何时候 ``out`` 要么不存在、要么是原来的、要么是完整的新内容；能不能替换，换上去之前再看一次。
 
     Args:
         out: 最终目录。
@@ -147,39 +184,42 @@ def atomic_directory(out: Path, overwrite: bool, marker: str = "manifest.json") 
         临时目录。
 
     Raises:
-        DsxError: ``DSX-E401`` 目标已存在；``DSX-E405`` 目标不可写。
+        DsxError: ``DSX-E401`` 目标已存在；``DSX-E405`` 目标不可写；``DSX-E411`` 别人正在写。
     """
-    out = output_path(out).absolute()
-    check_output(out, overwrite, marker)
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        leftovers = _stale(out)
-        temporary = out.parent / f"{_prefix(out)}{os.getpid()}"
-        if temporary in leftovers:  # 被杀的进程碰巧与这一个同号，容器里很常见
-            moved = temporary.with_name(f"{temporary.name}.stale")
-            shutil.rmtree(moved, ignore_errors=True)
-            temporary.rename(moved)
-            leftovers = _stale(out)
-        temporary.mkdir()
-        for stale in leftovers:
-            if _is_half_written(stale) and not _is_half_written(temporary):
-                for name in (WEIGHTS_FOLDER, JOURNAL_FILE):
-                    (stale / name).rename(temporary / name)
-            shutil.rmtree(stale, ignore_errors=True)
-    try:
-        yield temporary
+    check_output(output_path(out), overwrite, marker)
+    with output_lock(out, marker) as out:
+        check_output(out, overwrite, marker)  # 占住之前，别人可能刚好写完
         with disk_errors(out):
-            (temporary / JOURNAL_FILE).unlink(missing_ok=True)
-            if out.exists():
-                retired = temporary.with_name(f"{temporary.name}{_RETIRED}")
-                out.rename(retired)
-                temporary.rename(out)
-                shutil.rmtree(retired)
-            else:
-                temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            leftovers = _stale(out)
+            temporary = out.with_name(f"{_prefix(out)}{os.getpid()}-{secrets.token_hex(4)}")
+            temporary.mkdir()
+            for stale in leftovers:
+                if _is_half_written(stale) and not _is_half_written(temporary):
+                    for name in (WEIGHTS_FOLDER, JOURNAL_FILE):
+                        (stale / name).rename(temporary / name)
+                shutil.rmtree(stale, ignore_errors=True)
+        try:
+            yield temporary
+            with disk_errors(out):
+                (temporary / JOURNAL_FILE).unlink(missing_ok=True)
+                check_output(out, overwrite, marker)
+                _install(temporary, out, overwrite)
+        finally:  # 成了，它是换下来的；没成，它是半成品
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _install(temporary: Path, out: Path, overwrite: bool) -> None:
+    """换上去；换下来的在 ``temporary``，或已经删掉。不许替换的只改名：对空目录才改得成，由内核来保证。"""
+    if overwrite and out.exists():
+        retired = swap(temporary, out, temporary.with_name(f"{temporary.name}{_RETIRED}"))
+        shutil.rmtree(retired, ignore_errors=True)  # 删不掉的由下一次清掉：新的已经在了
+        return
+    try:
+        temporary.rename(out)
+    except OSError as error:
+        if error.errno not in _OCCUPIED:
+            raise
+        raise DsxError("DSX-E401", f"{out} 在写的时候出现了", "换一个输出位置，或移开它") from error
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -199,16 +239,34 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
 
 
 def hash_files(directory: Path, skipped: Collection[str], progress: Progress) -> dict[str, FileEntry]:
-    """除 ``skipped`` 之外每个文件的大小与 sha256：打包的权重边写边算过了，检查点的硬链接由指纹核对。"""
+    """除 ``skipped`` 之外每个文件的大小与 sha256：打包的权重边写边算过了。"""
     left_out = {directory / name for name in (*skipped, JOURNAL_FILE)}
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path not in left_out)
-    progress.start("计算 sha256", sum(path.stat().st_size for path in paths), "bytes")
-    files = {}
-    for path in paths:
-        name = path.relative_to(directory).as_posix()
-        files[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
-        progress.advance(files[name].bytes, name)
-    return files
+    sums = sha256_files(paths, "计算 sha256", progress)
+    return {
+        path.relative_to(directory).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sums[path])
+        for path in paths
+    }
+
+
+def sha256_files(paths: Sequence[Path], stage: str, progress: Progress) -> dict[Path, str]:
+    """每个文件的 sha256；几个文件同时算（hashlib 算的时候不占解释器的锁）。
+
+    Args:
+        paths: 要读的文件。
+        stage: 进度里怎么称呼。
+        progress: 以字节计的进度。
+    """
+    progress.start(stage, sum(path.stat().st_size for path in paths), "bytes")
+    sums = {}
+    with ThreadPoolExecutor(min(cores(), _HASHERS)) as pool:
+        try:
+            for path, sums[path] in zip(paths, pool.map(sha256_file, paths), strict=True):
+                progress.advance(path.stat().st_size, path.name)
+        except BaseException:  # Ctrl-C 之后不再开始新的
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return sums
 
 
 def sha256_file(path: Path) -> str:
@@ -218,7 +276,7 @@ def sha256_file(path: Path) -> str:
 
 
 def _prefix(out: Path) -> str:
-    """``out`` 的临时目录叫什么，后面接进程号。"""
+    """``out`` 的临时目录叫什么，后面接进程号与随机数。"""
     return f".{out.name}.tmp-"
 
 
@@ -228,25 +286,10 @@ def _is_half_written(temporary: Path) -> bool:
 
 
 def _stale(out: Path) -> list[Path]:
-    """``out`` 的、进程已经不在的临时目录；在建立自己的之前调用，所以与自己同号的也是别人留下的。"""
-    prefix = _prefix(out)
-    return [
-        path
-        for path in sorted(out.parent.glob(f"{glob.escape(prefix)}*"))
-        if not _alive(path.name.removeprefix(prefix))
-    ]
+    """``out`` 的临时目录；占住了 ``out`` 而还没有建自己的时候，它们都是死了的进程留下的。"""
+    return sorted(out.parent.glob(f"{glob.escape(_prefix(out))}*"))
 
 
-def _alive(pid: str) -> bool:
-    pid = pid.partition(".")[0]
-    if not pid.isdigit():
-        return True
-    if int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _held() -> set[Path]:
+    """这个线程占住的输出位置。"""
+    return _thread.__dict__.setdefault("held", set())

@@ -19,13 +19,14 @@ from deepseek_export.bundle.bundle import Bundle
 from deepseek_export.bundle.disk import (
     atomic_directory,
     check_free_space,
-    check_output,
     disk_errors,
     hash_files,
+    output_lock,
     output_path,
     sha256_file,
     write_json,
 )
+from deepseek_export.bundle.foreign import check_replaceable
 from deepseek_export.bundle.graph import bind_external, check_onnx, float32_islands
 from deepseek_export.bundle.manifest import (
     SCHEMA_VERSION,
@@ -41,7 +42,7 @@ from deepseek_export.bundle.manifest import (
     WeightsMode,
 )
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
-from deepseek_export.bundle.reference import check_small, link_checkpoint, reference_slots
+from deepseek_export.bundle.reference import UNHASHED, check_small, link_checkpoint, reference_slots
 from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
 from deepseek_export.checkpoint import (
     Checkpoint,
@@ -68,12 +69,12 @@ from deepseek_export.passes import (
     check_target,
     lower,
 )
-from deepseek_export.paths import check_readable, path_kind
+from deepseek_export.paths import check_readable, optional_file
 from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 from deepseek_export.version import __version__
 
 MODEL_FILE = "model.onnx"
@@ -118,13 +119,14 @@ def export_bundle(
     target: str = "portable",
     dtype: ModelDtype = "float32",
     weights: WeightsMode = "packed",
+    hash_weights: bool = True,
     quantization: Quantization | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     accept: Callable[[Path], None] = lambda directory: None,
     notes: tuple[str, ...] = (),
 ) -> Bundle:
-    """导出一个检查点。
+    """导出一个检查点；从头到尾占住 ``out``。
 
     Args:
         checkpoint: Hugging Face 检查点目录。
@@ -133,6 +135,8 @@ def export_bundle(
         target: ``portable``、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: 计算与权重的 dtype（router 始终 float32）。
         weights: ``packed`` 逐块写成自包含的权重文件；``reference`` 不写权重，指进检查点自己的 safetensors。
+        hash_weights: 按引用时也读一遍检查点，记下每个文件整个的 sha256；``False`` 不为此读它，记进 ``fallbacks``，以后证明不了它没有变。
+            打包的写的时候就算好了，与此无关。
         quantization: 只量化权重；``None`` 不量化。
         overwrite: 允许替换已有的 bundle。
         progress: 进度。
@@ -146,14 +150,47 @@ def export_bundle(
         DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E119`` 方案打开了 MTP 而检查点没有；
             ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E322`` 目标不支持 int8 缓存。
     """
-    progress = progress or Progress()
-    out = output_path(out)
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
     check_target(target, dtype)
     check_cache(target, profile)
     if quantization is not None:
         check_quantization(target, dtype)
-    check_output(out, overwrite)
+    out = output_path(out)
+    check_replaceable(out, overwrite)
+    with output_lock(out):
+        check_replaceable(out, overwrite)  # 占住之前，别人可能刚好写完
+        return _export(
+            checkpoint,
+            out,
+            profile,
+            target=target,
+            dtype=dtype,
+            weights=weights,
+            hash_weights=hash_weights,
+            quantization=quantization,
+            overwrite=overwrite,
+            progress=progress or Progress(),
+            accept=accept,
+            notes=notes,
+        )
+
+
+def _export(
+    checkpoint: Path | str,
+    out: Path,
+    profile: OptimizationProfile,
+    *,
+    target: str,
+    dtype: ModelDtype,
+    weights: WeightsMode,
+    hash_weights: bool,
+    quantization: Quantization | None,
+    overwrite: bool,
+    progress: Progress,
+    accept: Callable[[Path], None],
+    notes: tuple[str, ...],
+) -> Bundle:
+    """:func:`export_bundle`，已经占住 ``out``。"""
     watch = _Stopwatch()
     progress.start("读检查点")
     with watch("checkpoint"):
@@ -196,6 +233,8 @@ def export_bundle(
         lines.append(NO_LIBRARY)
     if conflict := dtype_conflict(source):
         lines.append(conflict)
+    if weights == "reference" and not hash_weights:
+        lines.append(UNHASHED)
     fallbacks = list(dict.fromkeys(lines))
     for line in fallbacks:
         progress.note(line)
@@ -229,7 +268,8 @@ def export_bundle(
             for file in carried:
                 shutil.copyfile(file, directory / file.name)
             with watch("hashes"):
-                files = dict(sorted((hashed | hash_files(directory, weight_files, progress)).items()))
+                skipped = weight_files if weights == "packed" or not hash_weights else []
+                files = dict(sorted((hashed | hash_files(directory, skipped, progress)).items()))
             entry = WeightsEntry(mode=weights, files=weight_files, recipes=recipes)
             islands = (
                 {} if dtype == "float32" else {graph.file: float32_islands(graph.model) for graph in graphs}
@@ -247,16 +287,17 @@ def export_bundle(
             (directory / "reports").mkdir()
             write_json(directory / "reports/export.json", report)
         accept(directory)
+        check_replaceable(out, overwrite)  # 别人的文件可能是这几分钟里放进去的
     return Bundle.open(out)
 
 
 def _carried_files(directory: Path) -> list[Path]:
-    """要原样带进 bundle 的文件；有而读不了的当场拒绝。
+    """要原样带进 bundle 的文件；有而读不了的、不是普通文件的当场拒绝。
 
     Raises:
         DsxError: ``DSX-E501``；config.json 与 generation_config.json 另有人读过，到这里的都是分词器的。
     """
-    files = [file for name in CARRIED_FILES if path_kind(file := directory / name, "DSX-E101") == "file"]
+    files = [file for name in CARRIED_FILES if optional_file(file := directory / name, "DSX-E501")]
     for file in files:
         check_readable(file, "DSX-E501", "检查权限；不需要的话从检查点里移走")
     return files
@@ -302,7 +343,7 @@ def _manifest(
 ) -> Manifest:
     config = source.config
     cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
-    caches = cache_tensors(config, Forms.for_capture(profile), TORCH_DTYPES[cache_dtype])
+    caches = cache_tensors(config, Forms.for_capture(profile), torch_dtype(cache_dtype))
     counts: Counter[str] = Counter()
     for found in islands.values():
         counts.update({op: len(names) for op, names in found.items()})

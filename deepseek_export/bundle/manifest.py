@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.fingerprint import Fingerprint
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
+from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import (
     BlockFormat,
     QuantBlock,
@@ -18,7 +18,8 @@ from deepseek_export.checkpoint.weight_only import (
     QuantKind,
     ScaleDtype,
 )
-from deepseek_export.passes import PIPELINES, PassResult
+from deepseek_export.dtypes import DTYPES
+from deepseek_export.passes import TARGETS, PassResult
 from deepseek_export.profile import OptimizationProfile
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -35,7 +36,7 @@ def _inside(name: str) -> str:
 
 
 def _known_target(target: str) -> str:
-    if target not in PIPELINES:
+    if target not in TARGETS:
         raise ValueError(f"没有目标 {target!r}")
     return target
 
@@ -110,7 +111,7 @@ class CacheEntry(_Entry):
     @property
     def bytes_per_token(self) -> int:
         """每个 token 在所有层里占的字节数。"""
-        return self.values_per_token_per_layer * self.num_layers * NUMPY_DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype].nbytes(self.values_per_token_per_layer * self.num_layers)
 
 
 class QuantizationEntry(_Entry):
@@ -164,7 +165,8 @@ class Manifest(_Entry):
     ``cpu_library`` 是导出时那台机器的 C++ 算子库用的指令集，没有库或目标不用它则为 ``None``；它只是记录，图不因此而不同：
     同一个 bundle 有库时走库、没有库时走函数体。
 
-    ``files`` 覆盖除 manifest.json 与 reports/ 之外的每个文件；按引用时检查点的硬链接也除外，它们由 ``source.fingerprint`` 核对。
+    ``files`` 覆盖除 manifest.json、engines/ 与 reports/ 之外的每个文件；按引用而导出时没有算哈希的，检查点的硬链接也除外，它们只由
+    ``source.fingerprint`` 抽查。
     """
 
     schema_version: Literal[1]

@@ -15,35 +15,43 @@ from deepseek_export.bundle.disk import (
     disk_errors,
     hash_files,
     link_or_copy,
-    restore_interrupted,
+    output_lock,
     write_json,
 )
+from deepseek_export.bundle.foreign import check_replaceable
 from deepseek_export.bundle.graph import check_onnx, point_at
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
-from deepseek_export.bundle.reference import open_referenced
+from deepseek_export.bundle.reference import UNHASHED, open_referenced
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 
 
-def pack_bundle(path: Path | str, progress: Progress | None = None) -> Bundle:
+def pack_bundle(path: Path | str, progress: Progress | None = None, *, verify_weights: bool = True) -> Bundle:
     """把按引用的 bundle 变成自包含的：结果与一开始就用 ``--weights packed`` 导出的逐字节相同。
 
     Args:
         path: bundle 目录；成功之后换成打包的，中途失败则保持原样。
         progress: 进度。
+        verify_weights: 先读一遍检查点，核对导出时记下的 sha256；``False`` 只抽查每个张量的几处。
 
     Raises:
-        DsxError: ``DSX-E409`` 已经是打包的；``DSX-E408`` 检查点与导出时不同；``DSX-E404`` 磁盘空间不足；其余见 ``Bundle.open``、
-            ``write_packed``。
+        DsxError: ``DSX-E409`` 已经是打包的；``DSX-E401`` 里面有不是 dsx 写的文件，或 ``path`` 是符号链接；``DSX-E408`` 检查点与导出时不同；
+            ``DSX-E413`` 导出时没有算 sha256；``DSX-E404`` 磁盘空间不足；``DSX-E411`` 别人正在写；其余见 ``Bundle.open``、``write_packed``。
     """
-    progress = progress or Progress()
-    restore_interrupted(Path(path))
-    bundle = Bundle.open(path)
+    with output_lock(path):
+        return _pack(Bundle.open(path), progress or Progress(), verify_weights)
+
+
+def _pack(bundle: Bundle, progress: Progress, verify_weights: bool) -> Bundle:
+    """:func:`pack_bundle`，已经占住。"""
     manifest = bundle.manifest
     if manifest.weights.mode == "packed":
-        raise DsxError("DSX-E409", f"{path} 的权重已经在自己的文件里", "不必再打包，直接用")
+        raise DsxError("DSX-E409", f"{bundle.path} 的权重已经在自己的文件里", "不必再打包，直接用")
+    check_replaceable(bundle.path, overwrite=True)
     store, recipes = open_referenced(bundle), manifest.weights.recipes
     check_free_space(bundle.path, sum(recipe.nbytes for recipe in recipes.values()))
+    if verify_weights:
+        bundle.check_weights(progress)
     graphs = {graph.file for graph in manifest.graphs}
     with atomic_directory(bundle.path, overwrite=True) as directory:
         packed = write_packed(directory, recipes, store, progress)
@@ -69,6 +77,8 @@ def pack_bundle(path: Path | str, progress: Progress | None = None) -> Bundle:
             files = hash_files(directory, [name for name in others if name not in kept], progress)
             weights = manifest.weights.model_copy(update={"mode": "packed", "files": [WEIGHTS_FILE]})
             files = dict(sorted((files | {WEIGHTS_FILE: packed.entry}).items()))
-            updated = manifest.model_copy(update={"weights": weights, "files": files})
+            fallbacks = [line for line in manifest.fallbacks if line != UNHASHED]  # 从现在起有了
+            changes = {"weights": weights, "files": files, "fallbacks": fallbacks}
+            updated = manifest.model_copy(update=changes)
             write_json(directory / "manifest.json", updated.model_dump(mode="json"))
     return Bundle.open(bundle.path)

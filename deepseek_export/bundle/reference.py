@@ -17,16 +17,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.bundle.bundle import Bundle, checkpoint_changed
 from deepseek_export.bundle.disk import WEIGHTS_FOLDER
 from deepseek_export.bundle.graph import Slot, external_location
-from deepseek_export.bundle.packed import TAGS
 from deepseek_export.checkpoint import TensorStore
 from deepseek_export.checkpoint.recipe import Recipe, load_array, materialize
 from deepseek_export.checkpoint.store import INDEX_NAME
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 
 BY_RECIPE_FILE = f"{WEIGHTS_FOLDER}/by-recipe.txt"
+
+#: 导出时没有算检查点的 sha256 的，记进 ``fallbacks``。
+UNHASHED = "没有算检查点文件的 sha256（--no-hash-weights）：以后证明不了它没有变，verify、compare、pack、build 要加 --no-verify-weights"
 
 #: 至多这么大的权重导出时就读一遍。
 _SMALL_BYTES = 1 << 20
@@ -52,7 +55,7 @@ def reference_slots(recipes: Mapping[str, Recipe], store: TensorStore) -> dict[s
 def _slot(recipe: Recipe, store: TensorStore) -> Slot:
     if recipe.op == "copy":
         spec = store[recipe.sources[0]]
-        if (spec.dtype, spec.shape) == (TAGS[recipe.dtype], recipe.shape):
+        if (spec.dtype, spec.shape) == (DTYPES[recipe.dtype].safetensors, recipe.shape):
             return Slot(f"{WEIGHTS_FOLDER}/{spec.file.name}", spec.offset, spec.nbytes)
     return Slot(BY_RECIPE_FILE, 0, recipe.nbytes)
 
@@ -113,18 +116,10 @@ def open_referenced(bundle: Bundle) -> TensorStore:
     for entry in store.fingerprint().files:
         if (before := recorded.pop(entry.name, None)) != entry:
             same = before is not None and before.header_sha256 == entry.header_sha256
-            raise _changed(bundle, entry.name, "数据" if same else "大小或文件头")
+            raise checkpoint_changed(store.directory / entry.name, "数据" if same else "大小或文件头")
     if recorded:
-        raise _changed(bundle, next(iter(recorded)), "大小或文件头")
+        raise checkpoint_changed(store.directory / next(iter(recorded)), "大小或文件头")
     return store
-
-
-def _changed(bundle: Bundle, name: str, what: str) -> DsxError:
-    return DsxError(
-        "DSX-E408",
-        f"{bundle.path / WEIGHTS_FOLDER / name} 的{what}与导出时不同",
-        "检查点被改过：从原来的检查点重新导出；想不受检查点影响，用 --weights packed 或 dsx pack",
-    )
 
 
 class BundleWeights:

@@ -9,7 +9,7 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option, threads_option
+from deepseek_export.cli.options import bundle_argument, json_option, threads_option, verify_weights_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.units import size
 
@@ -47,9 +47,15 @@ _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "spe
 @click.option("--runs", type=_COUNT, default=5, show_default=True, help="每种跑几遍，另有一遍预热。")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="随机种子。")
 @threads_option
+@verify_weights_option(False)
 @json_option
 def command(
-    bundle: Path, against: Path | None, prompts: tuple[str, ...], as_json: bool, **scenario: Any
+    bundle: Path,
+    against: Path | None,
+    prompts: tuple[str, ...],
+    verify_weights: bool,
+    as_json: bool,
+    **scenario: Any,
 ) -> None:
     """测 bundle OUT：prefill、解码、各上下文长度的一步，以及进程的内存。
 
@@ -71,6 +77,7 @@ def command(
             against=against,
             scenario=Scenario(**scenario),
             prompts=prompts or None,
+            verify_weights=verify_weights,
             progress=progress,
         )
     if as_json:

@@ -10,7 +10,7 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import bundle_argument, json_option, verify_weights_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.engine.flavour import FLAVOURS, FlavourName, parse_arch
 from deepseek_export.units import size
@@ -43,6 +43,7 @@ _SHOWN = 8
     type=click.Path(path_type=Path),
     help="要另导出时从哪里读检查点；缺省是 manifest 里记的出处。",
 )
+@verify_weights_option(True)
 @json_option
 def command(
     bundle: Path,
@@ -50,6 +51,7 @@ def command(
     flavour: FlavourName | None,
     shapes: str,
     checkpoint: Path | None,
+    verify_weights: bool,
     as_json: bool,
 ) -> None:
     """为 bundle OUT 建 TensorRT 引擎，写进 OUT/engines/；TensorRT-RTX 不需要 GPU。
@@ -73,7 +75,13 @@ def command(
         from deepseek_export import api
 
         built = api.build(
-            bundle, sms, flavour=flavour, shapes=shapes, checkpoint=checkpoint, progress=progress
+            bundle,
+            sms,
+            flavour=flavour,
+            shapes=shapes,
+            checkpoint=checkpoint,
+            verify_weights=verify_weights,
+            progress=progress,
         )
     if as_json:
         echo_json([_summary(engine) for engine in built])

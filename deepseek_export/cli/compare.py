@@ -10,7 +10,13 @@ import click
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.measures import COLUMNS, cells, failure_rows, worst
-from deepseek_export.cli.options import against_option, bundle_argument, json_option, seed_option
+from deepseek_export.cli.options import (
+    against_option,
+    bundle_argument,
+    json_option,
+    seed_option,
+    verify_weights_option,
+)
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
@@ -47,6 +53,7 @@ _LISTED = 6
     help="输入与参照存到哪里；缺省 OUT/reports/compare。上一次的结果会被替换。",
 )
 @seed_option
+@verify_weights_option(True)
 @json_option
 @click.pass_context
 def command(
@@ -58,6 +65,7 @@ def command(
     bisect: bool,
     folder: Path | None,
     seed: int,
+    verify_weights: bool,
     as_json: bool,
 ) -> None:
     """逐块比较 bundle OUT 与 PyTorch，把输入与 PyTorch 的输出存成 Polygraphy 的格式。
@@ -77,6 +85,7 @@ def command(
             bisect=bisect,
             folder=folder,
             seed=seed,
+            verify_weights=verify_weights,
             progress=progress,
         )
     summary = _summary(report)

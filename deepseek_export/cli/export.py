@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     help="packed 写成自包含的文件夹；reference 不写权重，指进检查点自己的文件（同一文件系统）。",
 )
 @click.option(
+    "--hash-weights/--no-hash-weights",
+    default=True,
+    show_default=True,
+    help="按引用时读一遍检查点，记下每个文件的 sha256，以后 verify、pack、build 凭它查出改过一个字节的；检查点大得读不起才关掉。",
+)
+@click.option(
     "--quant",
     type=click.Choice(["int8", "int4"]),
     help="只量化权重（对称、分块）：ort-cpu 用 MatMulNBits 与 QMoE，tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
@@ -82,6 +88,7 @@ def command(
     target: str,
     dtype: Literal["float32", "float16", "bfloat16"],
     weights: Literal["packed", "reference"],
+    hash_weights: bool,
     quant: Literal["int8", "int4"] | None,
     quant_block: str | None,
     keep: str,
@@ -115,6 +122,7 @@ def command(
             target=target,
             dtype=dtype,
             weights=weights,
+            hash_weights=hash_weights,
             quantization=quantization,
             overrides=overrides,
             overwrite=overwrite,

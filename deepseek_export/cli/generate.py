@@ -10,7 +10,13 @@ import click
 
 from deepseek_export.cli.console import echo_json
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import backend_option, bundle_argument, json_option, threads_option
+from deepseek_export.cli.options import (
+    backend_option,
+    bundle_argument,
+    json_option,
+    threads_option,
+    verify_weights_option,
+)
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import DsxError
 
@@ -39,13 +45,15 @@ _ID_DIGITS = 18
 @click.option("--stats", is_flag=True, help="在 stderr 上打印投机解码的接受率与调用次数。")
 @threads_option
 @backend_option
+@verify_weights_option(False)
 @json_option
 def command(
     bundle: Path,
     prompts: tuple[str, ...],
     id_texts: tuple[str, ...],
     threads: int | None,
-    backend: Any,
+    backend: str,
+    verify_weights: bool,
     as_json: bool,
     no_speculative: bool,
     no_floor: bool,
@@ -71,7 +79,14 @@ def command(
         from deepseek_export import api
 
         began = time.perf_counter()
-        model = api.load(bundle, threads, backend, speculative_floor=not no_floor)
+        model = api.load(
+            bundle,
+            threads,
+            backend,
+            speculative_floor=not no_floor,
+            verify_weights=verify_weights,
+            progress=progress,
+        )
         load_s = time.perf_counter() - began
     printer = _Printer(model.tokenizer) if len(rows) == 1 and not as_json else None
     result = model.generate(

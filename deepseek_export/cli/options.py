@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from deepseek_export.backend import BACKENDS
 
 _JSON = "deepseek_export.json"
 
@@ -43,13 +46,25 @@ threads_option = click.option(
 
 backend_option = click.option(
     "--backend",
-    type=click.Choice(["ort", "trt"]),
+    type=click.Choice(list(BACKENDS)),
     default="ort",
     show_default=True,
     help="在哪里运行：ONNX Runtime CPU，或 dsx build 为当前 GPU 建的引擎。",
 )
 # 路径是否存在由 api 检查，好给出带码的错误。
 bundle_argument = click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
+
+
+def verify_weights_option(default: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--verify-weights/--no-verify-weights``；要证明什么的命令缺省是开的，只是用的缺省是关的。"""
+    return click.option(
+        "--verify-weights/--no-verify-weights",
+        default=default,
+        show_default=True,
+        help="先读一遍全部权重，核对 sha256。图、配置、tokenizer 总是核对；关掉时打包的权重只看大小，按引用的只抽查每个张量的三处。",
+    )
+
+
 against_option = click.option(
     "--against", metavar="CKPT", type=click.Path(path_type=Path), help="对照的检查点；缺省取导出时的那一个。"
 )

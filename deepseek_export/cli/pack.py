@@ -9,15 +9,16 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import bundle_argument, json_option, verify_weights_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.units import size
 
 
 @click.command("pack", cls=Command, short_help="把按引用的 bundle 打包成自包含的文件夹")
 @bundle_argument
+@verify_weights_option(True)
 @json_option
-def command(bundle: Path, as_json: bool) -> None:
+def command(bundle: Path, verify_weights: bool, as_json: bool) -> None:
     """把 --weights reference 导出的 bundle OUT 变成自包含的文件夹，不再依赖检查点和 dsx。
 
     权重逐块写出，内存与模型大小无关；开工前先核对磁盘空间。被杀之后再运行一次，从写到的地方接着写，结果逐字节相同。完成之前 OUT 保持原样。
@@ -32,7 +33,7 @@ def command(bundle: Path, as_json: bool) -> None:
         progress.start("加载 torch 与 onnx")
         from deepseek_export import api
 
-        packed = api.pack(bundle, progress=progress)
+        packed = api.pack(bundle, verify_weights=verify_weights, progress=progress)
     name = packed.manifest.weights.files[0]
     entry = packed.manifest.files[name]
     if as_json:

@@ -16,6 +16,7 @@ from deepseek_export.cli.options import (
     bundle_argument,
     json_option,
     seed_option,
+    verify_weights_option,
 )
 from deepseek_export.cli.progress import open_progress
 
@@ -52,6 +53,7 @@ _MEANINGS = {
     help="在这个文件的文本上比困惑度；只用于 --quant 导出的 bundle。",
 )
 @backend_option
+@verify_weights_option(True)
 @json_option
 @click.pass_context
 def command(
@@ -63,7 +65,8 @@ def command(
     steps: int,
     seed: int,
     text: Path | None,
-    backend: Any,
+    backend: str,
+    verify_weights: bool,
     as_json: bool,
 ) -> None:
     """逐级比对 bundle OUT 与 PyTorch：算子、每一层、logits、greedy 续写的 token。
@@ -84,6 +87,7 @@ def command(
             seed=seed,
             text=text,
             backend=backend,
+            verify_weights=verify_weights,
             progress=progress,
         )
     summary = _summary(report)

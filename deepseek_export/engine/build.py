@@ -91,7 +91,7 @@ def build_engine(
 
     Raises:
         DsxError: ``DSX-E901`` 起是 kernel 的；``DSX-E912`` 建不了这种 SM；``DSX-E913`` bundle 不合适；``DSX-E914`` TensorRT
-            报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E916`` 插件内部出错。
+            报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E916`` 插件内部出错；``DSX-E412`` 建的时候 bundle 被换掉。
     """
     progress = progress or Progress()
     check_buildable(bundle)
@@ -103,7 +103,7 @@ def build_engine(
     with disk_errors(out):
         out.parent.mkdir(exist_ok=True)
     weights = BundleWeights(bundle)
-    with atomic_directory(out, overwrite=True, marker=RECORD_FILE) as directory:
+    with bundle.steady(), atomic_directory(out, overwrite=True, marker=RECORD_FILE) as directory:
         _link_weights(bundle, directory)
         for entry in bundle.manifest.graphs:
             graph = engine_graph(bundle.path / entry.file, shapes.capacity)
@@ -148,6 +148,7 @@ def build_engine(
             plans=plans,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
+        bundle.check_in_place()  # 换掉了的，record 里的哈希是新的，引擎却由旧的建成
         with disk_errors(directory):
             write_json(directory / RECORD_FILE, record.model_dump(mode="json"))
             listed = {

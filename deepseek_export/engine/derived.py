@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 from deepseek_export.bundle import Bundle, Manifest, export_bundle
+from deepseek_export.bundle.reference import UNHASHED
 from deepseek_export.bundle.source import open_source
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -58,6 +59,8 @@ def buildable_bundle(
     flavour: Flavour,
     checkpoint: Path | str | None = None,
     progress: Progress | None = None,
+    *,
+    verify_weights: bool = True,
 ) -> Bundle:
     """建得了引擎的原样返回；否则由检查点、以同样的方案与量化另导出一份，已有而没有过时的直接用。
 
@@ -68,10 +71,11 @@ def buildable_bundle(
         flavour: 要用哪种 TensorRT。
         checkpoint: 检查点目录；缺省取 manifest 里记的出处。
         progress: 进度；要另导出的原因由它说出来，也记进那一份的 ``fallbacks``。
+        verify_weights: 先读一遍引擎由之而来的全部权重，核对 sha256，见 :meth:`~deepseek_export.bundle.Bundle.check_weights`。
 
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E116`` / ``DSX-E313``
-            换成 float16、换成这个目标之后放不下、量化不了，附自己导出的命令；``DSX-E401`` 那个目录里是别的东西；其余见
+            换成 float16、换成这个目标之后放不下、量化不了，附自己导出的命令；``DSX-E401`` 那个目录里是别的东西；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；其余见
             :func:`~deepseek_export.bundle.export_bundle`。
     """
     progress = progress or Progress()
@@ -79,6 +83,8 @@ def buildable_bundle(
     # 用不用得到，给错了都要说。
     source = None if checkpoint is None else open_source(bundle, checkpoint, _OPTION)
     derived = bundle if reason is None else existing_derived(bundle)
+    if verify_weights:
+        (derived or bundle).check_weights(progress)
     if derived is not None and source is not None:
         progress.note("没有另导出，--checkpoint 用不到")
     if reason is None:
@@ -98,6 +104,7 @@ def buildable_bundle(
             target=flavour.target,
             dtype=_dtype(manifest),
             weights=manifest.weights.mode,
+            hash_weights=UNHASHED not in manifest.fallbacks,
             quantization=_quantization(manifest),
             overwrite=True,
             progress=progress,

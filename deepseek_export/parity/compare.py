@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from deepseek_export.backend import backend_named
+from deepseek_export.backend.base import Run
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.disk import atomic_directory, disk_errors, output_path, write_json
 from deepseek_export.bundle.manifest import GraphEntry
@@ -22,7 +24,6 @@ from deepseek_export.capture import names
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.arrays import widened
-from deepseek_export.parity.backends import Run, open_backends
 from deepseek_export.parity.bisect import Culprit, bisect_block
 from deepseek_export.parity.blocks import PHASES, Block, block_key, block_rows, main_blocks, spread_near_ties
 from deepseek_export.parity.draft import draft_blocks, draft_runs
@@ -106,6 +107,7 @@ def compare_bundle(
     bisect: bool = False,
     folder: Path | str | None = None,
     seed: int = 0,
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """逐块比较一个 bundle。
@@ -113,11 +115,12 @@ def compare_bundle(
     Args:
         bundle: 要比的 bundle。
         against: 检查点目录；缺省取 manifest 里记的出处。
-        backends: 后端的名字，见 :data:`~deepseek_export.parity.backends.BACKENDS`。
+        backends: 后端的名字，见 :data:`~deepseek_export.backend.BACKENDS`。
         blocks: 只比这些块，见 :func:`block_choices`；缺省全部。
         bisect: 有块不对时，再逐节点找出第一个不对的节点。
         folder: 存到哪里；缺省 bundle 的 ``reports/compare``。上一次的结果会被替换。
         seed: 随机输入的种子。
+        verify_weights: 先读一遍全部权重，核对 sha256，见 :meth:`~deepseek_export.bundle.Bundle.check_weights`。
         progress: 进度。
 
     Returns:
@@ -126,13 +129,16 @@ def compare_bundle(
     Raises:
         DsxError: ``DSX-E613`` 没有这个后端；``DSX-E918`` / ``DSX-E913`` / ``DSX-E614`` / ``DSX-E920`` /
             ``DSX-E917`` 这里用不了 TensorRT；``DSX-E321`` bfloat16；``DSX-E615`` 没有这个块；``DSX-E401`` 目录里是别的东西；
-            ``DSX-E404`` / ``DSX-E405`` 写不下；``DSX-E406`` 文件被改过；``DSX-E601`` / ``DSX-E602`` 检查点。
+            ``DSX-E404`` / ``DSX-E405`` 写不下；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；``DSX-E412`` 比的时候 bundle 被换掉；``DSX-E601`` / ``DSX-E602`` 检查点。
     """
     progress = progress or Progress()
     manifest = bundle.manifest
-    runners = open_backends(backends, bundle)
+    # 一个不可用就整个拒绝，不悄悄少比一个。
+    chosen = [backend_named(name) for name in backends]
+    runners = {backend.name: backend.cut_runner(bundle) for backend in chosen}
     wanted = _prefixes(manifest, blocks)
-    bundle.check_hashes(progress)
+    if verify_weights:
+        bundle.check_weights(progress)
     checkpoint = open_source(bundle, against)
     out = output_path(folder) if folder is not None else bundle.path / FOLDER
     progress.start("加载参考模型")
@@ -150,14 +156,15 @@ def compare_bundle(
             progress.start(f"PyTorch 参照：{entry.file}")
             reference, found = _reference(bundle, checkpoint, model, entry, seed)
             progress.start(f"比较 {entry.file}")
-            for name, backend in runners.items():
+            for name, runner in runners.items():
                 progress.advance(0, name)
-                graph = backend.graph(entry, _capacity(manifest, found))
-                stem = f"{Path(entry.file).stem}{backend.suffix}"
+                lowered = runner.graph(entry, _capacity(manifest, found))
+                graph = ModelGraph(bundle, entry.file, lowered)
+                stem = f"{Path(entry.file).stem}{runner.suffix}"
                 comparison = _Comparison(bundle, entry.file, graph, found, prefixes)
                 comparison.save(directory / stem)
                 commands[f"{stem}.onnx"] = comparison.command(out / stem)
-                rows = comparison.cases(directory / stem, name, backend.run)
+                rows = comparison.cases(directory / stem, name, runner.run)
                 cases += rows
                 bad = next((row for row in rows if not row.case.passed), None)
                 if bisect and culprit is None and bad is not None:
@@ -170,7 +177,7 @@ def compare_bundle(
                         reference,
                         block,
                         graph,
-                        backend.run,
+                        runner.run,
                         directory / BISECT,
                         out / BISECT,
                     )
@@ -187,6 +194,7 @@ def compare_bundle(
             cases=cases,
             culprit=culprit,
         )
+        bundle.check_in_place()
         with disk_errors(directory):
             write_json(directory / REPORT, report.to_json())
     return report

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.disk import write_report
 from deepseek_export.bundle.source import open_source
@@ -25,10 +26,8 @@ from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_draft, load_reference
 from deepseek_export.runtime import (
-    Backend,
     BundleTokenizer,
     Generator,
-    bundle_for,
     open_session,
     open_speculative,
 )
@@ -53,7 +52,8 @@ def verify_bundle(
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
     text: Path | str | None = None,
-    backend: Backend = "ort",
+    backend: str = "ort",
+    verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ParityReport:
     """验证一个 bundle 与 PyTorch 相等；权重量化过的，另量它比未量化的差多少。
@@ -68,6 +68,7 @@ def verify_bundle(
         text: 在这个文件的文本上比困惑度；只用于权重量化过的 bundle。
         backend: model、tokens 两级在哪里运行；``trt`` 时 op、block 两级与草稿模型仍在 ONNX Runtime 上比，引擎里没有它们的边界，
             bfloat16 的 bundle 就不比这些。
+        verify_weights: 先读一遍全部权重，核对 sha256，见 :meth:`~deepseek_export.bundle.Bundle.check_weights`。
         progress: 进度。
 
     Returns:
@@ -75,12 +76,14 @@ def verify_bundle(
 
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E603`` transformers 太旧；
-            ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` 文件被改过；``DSX-E321`` 要比的只能在
+            ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，
+            或没法证明；``DSX-E412`` 校验的时候 bundle 被换掉；``DSX-E321`` 要比的只能在
             ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` / ``DSX-E920`` ``trt`` 而没有 GPU、没有引擎；
             ``DSX-E404`` / ``DSX-E405`` 报告写不下。
     """
     progress = progress or Progress()
-    bundle = bundle_for(bundle, backend)  # 前面的层级要好几分钟，不该跑完才说没有 GPU、没有引擎
+    chosen = backend_named(backend)
+    bundle = chosen.prepared(bundle)  # 前面的层级要好几分钟，不该跑完才说没有 GPU、没有引擎
     manifest = bundle.manifest
     levels = [level for level in LEVELS if level in levels]
     cases: list[Case] = []
@@ -89,11 +92,12 @@ def verify_bundle(
     if not on_onnxruntime:
         levels = [level for level in levels if backend == "trt" and level in ("model", "tokens")]
         if not levels:
-            bundle.check_runs_on_onnxruntime()
+            backend_named("ort").prepared(bundle)
         notes.append(
             "bfloat16 只在引擎上比整个模型：op、block 与草稿模型的逐块比较要 ONNX Runtime，它没有 bfloat16 的算子"
         )
-    bundle.check_hashes(progress)
+    if verify_weights:
+        bundle.check_weights(progress)
     checkpoint = open_source(bundle, against)
     tokenizer = BundleTokenizer.load(bundle.path)
     rows = _rows(bundle, tokenizer, prompts, steps, seed)
@@ -132,13 +136,13 @@ def verify_bundle(
             progress.note(line)
         notes += missing
         weights, speculative = BundleWeights(bundle), None
-        session = open_session(bundle, weights, backend=backend)
-        generator = Generator(session, tokenizer, (), session.prefill_chunk)
-        if session.max_batch is not None and session.max_batch < len(rows):
+        session = open_session(chosen, bundle, weights)
+        generator = Generator(session, tokenizer, (), session.limits.prefill_chunk)
+        if session.limits.max_batch is not None and session.limits.max_batch < len(rows):
             notes.append(
-                f"引擎的批大小至多 {session.max_batch}：model、tokens 两级只比前 {session.max_batch} 条"
+                f"引擎的批大小至多 {session.limits.max_batch}：model、tokens 两级只比前 {session.limits.max_batch} 条"
             )
-            rows = rows[: session.max_batch]
+            rows = rows[: session.limits.max_batch]
         narrow = narrow_cache(manifest)
         same = oracle
         if manifest.quantization is not None or narrow is not None:
@@ -146,7 +150,7 @@ def verify_bundle(
         advance = lambda name: progress.advance(0, name)  # noqa: E731
         if "model" in levels:
             progress.start("校验 model")
-            limit = session.logits_chunk
+            limit = session.limits.logits_rows
             if limit is not None and limit < max(map(len, rows)):
                 notes.append(f"引擎一次至多给 {limit} 行 logits：model 级里一次走完的，其实 {limit} 个一段")
             cases += model_cases(manifest, generator, same, model, rows, advance)
@@ -172,7 +176,7 @@ def verify_bundle(
             cases += cache_loss_cases(manifest, generator, oracle, model, rows, advance)
         if "tokens" in levels:
             progress.start("校验 tokens")
-            speculative = open_speculative(bundle, weights, session, tokenizer)
+            speculative = open_speculative(chosen, bundle, weights, session, tokenizer)
             if speculative is not None and speculative.verify_mode == "rejection":
                 speculative = None
                 notes.append(
@@ -197,6 +201,7 @@ def verify_bundle(
         loss=loss,
         polygraphy=None if manifest.quantization else save_model_comparison(bundle, model, tokens),
     )
+    bundle.check_in_place()  # 换掉了的，前面读的未必是同一个，报告也不该写进新的里
     write_report(bundle.path / "reports/parity.json", report.to_json())
     return report
 

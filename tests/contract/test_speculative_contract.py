@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_low_acceptance_falls_back_and_says_so(model: CompiledModel):
 
 
 def test_rejection_bundle_samples_and_verifies(tmp_path: Path):
-    """MTP-3：rejection 的 bundle 能导出、校验、采样；同一种子可复现。"""
+    """MTP-3、RUNTIME-5：rejection 的 bundle 能导出、校验、采样；同一种子可复现，一行的结果与同批还有谁无关。"""
     path = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32", mtp=True)
     deepseek_export.export(
         path, tmp_path / "out", "full", overrides=["mtp.verify=rejection", "mtp.num_draft_tokens=2"]
@@ -98,6 +99,12 @@ def test_rejection_bundle_samples_and_verifies(tmp_path: Path):
     first = model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
     assert first == model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
     assert [len(ids) for ids in first] == [12, 12]
+    nearly_full = [3] * (model.manifest.model.max_position_embeddings - 2)
+    for row, prompt in enumerate([[5, 6], [7]]):
+        for companions in ([], [[1] * 9], [nearly_full], [[2], nearly_full, [4, 4]]):
+            rows = [prompt, *companions]
+            options: Any = {"temperature": 0.8, "seed": 1 + row, "ignore_eos": True}
+            assert model.generate(rows, 12, **options).token_ids[0] == first[row]
 
 
 @pytest.fixture(scope="module")

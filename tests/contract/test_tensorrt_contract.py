@@ -17,6 +17,10 @@ import pytest
 from click.testing import CliRunner
 
 import deepseek_export
+from deepseek_export.backend import backend_named
+from deepseek_export.backend.ort.cut import run_file
+from deepseek_export.backend.tensorrt.cut import CutEngines
+from deepseek_export.backend.tensorrt.engine import find_engine
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.graph import external_location
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
@@ -35,11 +39,8 @@ from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_plan
 from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.ops.table import LATENT_ATTENTION
-from deepseek_export.parity.backends import open_backends, run_onnxruntime
-from deepseek_export.parity.tensorrt import TensorRTRunner
 from deepseek_export.passes.lower_mla_to_tensorrt import NATIVE_ATTENTION
 from deepseek_export.progress import Progress
-from deepseek_export.runtime.plan import find_engine
 from tests.bundles import edit_model, find_node, run_polygraphy, set_float, tampered
 from tests.engines import assert_listing, assert_plugin_layers, refused
 from tests.integration.cli import DSX, environment
@@ -416,10 +417,10 @@ def without_device(monkeypatch):
 
     def run(self, model, feeds):
         built.append(self.build(model, feeds)[1])
-        return run_onnxruntime(model, feeds)
+        return run_file(model, feeds)
 
-    monkeypatch.setattr(TensorRTRunner, "__call__", run)
-    monkeypatch.setattr("deepseek_export.parity.backends.require_gpu", lambda: 89)
+    monkeypatch.setattr(CutEngines, "__call__", run)
+    monkeypatch.setattr("deepseek_export.backend.tensorrt.cut.require_gpu", lambda: 89)
     return built
 
 
@@ -461,7 +462,7 @@ def test_compare_bisects_the_lowered_graph(bundle, built, without_device, folder
 
 def test_compare_is_refused_where_tensorrt_cannot_run(bundle, built, exported, monkeypatch):
     """TRT-12：float32 的、没有引擎的、只有插件核的、bfloat16 缓存的，各有自己的码，都在干活之前。"""
-    monkeypatch.setattr("deepseek_export.parity.backends.require_gpu", lambda: 86)
+    monkeypatch.setattr("deepseek_export.backend.tensorrt.cut.require_gpu", lambda: 86)
     compare = functools.partial(deepseek_export.compare, backends=["trt"])
     refused("DSX-E920", compare, bundle.path)
     refused("DSX-E913", compare, exported("v3-yarn", "mla+moe", "tensorrt-rtx").path)
@@ -473,7 +474,7 @@ def test_compare_is_refused_where_tensorrt_cannot_run(bundle, built, exported, m
     )
     for change in changes:
         changed = dataclasses.replace(bundle, manifest=manifest.model_copy(update=change))
-        refused("DSX-E614", open_backends, ["trt"], changed)
+        refused("DSX-E614", backend_named("trt").cut_runner, changed)
 
 
 def test_build_command(bundle):

@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from deepseek_export import api
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.cli.main import main
@@ -64,8 +65,8 @@ def test_refused_construction(tmp_path: Path) -> None:
     with pytest.raises(DsxError, match="DSX-E508"):
         SpeculativeGenerator(good.session, good.drafts, None, (), 1, "rejection")
     with pytest.raises(DsxError, match="DSX-E508"):
-        ModelSession(save_draft(make_drafts(TOY, 1)[0], tmp_path / "x.onnx"), max_positions=LIMIT)
-    session = ModelSession(save_toy(TOY, tmp_path / "plain.onnx"), max_positions=LIMIT)
+        ModelSession(OrtRunner(save_draft(make_drafts(TOY, 1)[0], tmp_path / "x.onnx"), max_positions=LIMIT))
+    session = ModelSession(OrtRunner(save_toy(TOY, tmp_path / "plain.onnx"), max_positions=LIMIT))
     assert session.verify_mode is None
     one = np.array([[0]])
     with pytest.raises(ValueError, match="不带草稿验证"):
@@ -80,7 +81,7 @@ def test_unusable_logits_are_refused(tmp_path: Path) -> None:
         if tensor.name == "head":
             tensor.CopyFrom(numpy_helper.from_array(TOY.weights["head"] * np.float32(np.nan), "head"))
     onnx.save_model(model, path)
-    session = ModelSession(path, max_positions=LIMIT)
+    session = ModelSession(OrtRunner(path, max_positions=LIMIT))
     with pytest.raises(DsxError, match="DSX-E505"):
         SpeculativeGenerator(session, generator.drafts, None, (), 1, "greedy").generate([[1]], 4)
 
@@ -89,7 +90,7 @@ def _compiled(folder: Path, with_drafts: bool = True, **options: Any) -> api.Com
     """不经导出，直接拼一个 bundle 的样子。"""
     save_main(TOY, folder / "model.onnx")
     save_draft(make_drafts(TOY, 1)[0], folder / "mtp.onnx")
-    configs = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+    configs = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
     config = parse_model_config(
         configs["V3"] | {"max_position_embeddings": LIMIT, "eos_token_id": None}, "V3"
     )
