@@ -39,6 +39,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_plan
 from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.ops.table import LATENT_ATTENTION
+from deepseek_export.passes.lower_mla_to_tensorrt import NATIVE_ATTENTION
 from deepseek_export.progress import Progress
 from tests.bundles import edit_model, find_node, run_polygraphy, set_float, tampered
 from tests.engines import assert_listing, assert_plugin_layers, refused
@@ -446,7 +447,7 @@ def test_compare_bisects_the_lowered_graph(bundle, built, without_device, folder
     """TRT-12：trt 的块不对时，逐节点的定位也在下沉后的图上、用同一种引擎；打印的命令在 ONNX Runtime 上重复出同一个结果。"""
 
     def halve(model):
-        node = find_node(model, "MlaAttention", "layers.1.self_attn")
+        node = find_node(model, NATIVE_ATTENTION, "layers.1.self_attn")
         set_float(node, "scale", next(a.f for a in node.attribute if a.name == "scale") / 2)
 
     bad = tampered(bundle, folder, edit_model(halve))
