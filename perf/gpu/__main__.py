@@ -1,4 +1,4 @@
-"""在一张 NVIDIA 卡上核对并测量插件的 kernel，不必安装 dsx：先与 torch 参考实现比，再计时（KERNEL-7）。
+"""在一张 NVIDIA 卡上核对并测量插件的 kernel，不必安装 dsx：先与 torch 参考实现比，再计时（KERNEL-7、KERNEL-8）。
 
     python -m perf.gpu [--out build] [--budget 450] [--bundle OUT]
 

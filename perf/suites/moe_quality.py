@@ -2,7 +2,7 @@
 
 训练代码是 ``tools/demo_training``，各模型同样的批、步数、优化器与学习率，只训练主干，不带 MTP。
 模型小到几分钟能给每个激活参数 20 个 token，两种语言按语料的大小混合、都不超过三遍：远没训够、或者语料重复太多遍的时候，
-多出来的专家要么还没用上，要么用来背语料（specs/moe 的表）。
+多出来的专家要么还没用上，要么用来背语料（docs/perf/moe-quality.md）。
 语料来自 Debian 软件包 fortunes-zh 与 bible-kjv，没装就拒绝。
 """
 
@@ -57,7 +57,7 @@ class Scenario:
         length: 一个窗口的 token 数。
         batch_zh: 一步里中文的行数；两种语言的行数之比就是语料大小之比（1 : 11），重复的遍数因此相同。
         batch_en: 一步里英文的行数。
-        peak_lr: 学习率的峰值，余弦降到它的二十分之一；两种模型相同，在种子 0 上按稠密模型挑的（specs/moe）。
+        peak_lr: 学习率的峰值，余弦降到它的二十分之一；两种模型相同，在种子 0 上按稠密模型挑的（docs/perf/moe-quality.md）。
         evaluations: 沿途在留出集上评估几次。
         load_steps: 最后多少步的专家负载计入直方图。
         windows: 每种语言至多评估留出集的前几个窗口；``None`` 是全部。

@@ -80,7 +80,9 @@ def test_english_readme_has_the_same_code():
 
 
 @pytest.mark.parametrize(
-    "name", [*READMES, "CONTRIBUTING.md", "specs/README.md", "plugins/README.md", "docs/compare.md"]
+    "name",
+    [*READMES, "CONTRIBUTING.md", "plugins/README.md"]
+    + [str(path.relative_to(ROOT)) for folder in ("docs", "specs") for path in (ROOT / folder).rglob("*.md")],
 )
 def test_links_exist(name: str):
     text = (ROOT / name).read_text(encoding="utf-8")

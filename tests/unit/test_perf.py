@@ -174,7 +174,7 @@ def test_memory_ratios_state_at_least_the_resolution(monkeypatch):
 
 
 def test_kernel_ratio_is_to_the_tighter_ceiling():
-    """CPU-7：下限是两个上限各自要的时间里大的那个；读得慢时看复制，算得慢时看矩阵乘。"""
+    """下限是两个上限各自要的时间里大的那个；读得慢时看复制，算得慢时看矩阵乘。"""
     shape = cpu_kernel.Shape(B=8, S=1, H=16, past=32767)
     assert shape.cache_bytes("float32") == 2 * shape.cache_bytes("bfloat16") == 8 * 32768 * 576 * 4
     assert shape.cache_bytes("int8") == 8 * 32768 * 646

@@ -36,7 +36,7 @@ FAILED = {
 
 
 def test_refuses_without_a_gpu(tmp_path):
-    """没有 GPU：单独启动是一行、退出码 1，什么也不写；作为一套则跳过。"""
+    """KERNEL-8：没有 GPU，单独启动是一行、退出码 1，什么也不写；作为一套则跳过。"""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "perf.gpu", "--out", tmp_path]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -50,7 +50,7 @@ def test_refuses_without_a_gpu(tmp_path):
 
 
 def test_a_point_is_held_to_the_tighter_ceiling():
-    """KERNEL-7：受限于带宽的点要 80 %，受限于算力的点要 60 %；正好达到时比值是 1。"""
+    """受限于带宽的点要 80 %，受限于算力的点要 60 %；正好达到时比值是 1。"""
     memory = session.timed_case("a", [1.25e-3, 1.25e-3, 2.5e-3], int(2e9), int(1e9), CEILINGS)
     assert memory["facts"]["bound"] == "带宽"
     assert memory["facts"]["share"] == pytest.approx(0.8)
@@ -62,7 +62,7 @@ def test_a_point_is_held_to_the_tighter_ceiling():
 
 
 def test_the_file_it_writes_is_a_row_of_the_history(tmp_path, monkeypatch):
-    """写出的一行由 ``python -m perf add`` 收进历史，门槛看得到它；没有路径。"""
+    """KERNEL-8：写出的一行由 ``python -m perf add`` 收进历史，门槛看得到它；没有路径。"""
     point = session.timed_case("LatentAttention H16 B1 S1 T1024", [1e-6], 10**6, 10**6, CEILINGS)
     first = {"name": "上限", "values": {"copy.gb_s": session.spread([2000.0])}, "facts": {"skipped": []}}
     suite = {"suite": "gpu", "title": session.TITLE, "cases": [first, point]}
@@ -77,7 +77,9 @@ def test_the_file_it_writes_is_a_row_of_the_history(tmp_path, monkeypatch):
     (row,) = results.load()
     assert row.suites == [SuiteResult.model_validate(suite)]
     assert row.environment["command"] == "python -m perf.gpu"
-    assert [v.id for v in gates.check([row], gates.load_gates())] == ["KERNEL-7"]
+    assert [v.id for v in gates.check([row], gates.load_gates())] == [
+        gate.id for gate in gates.load_gates().gates if gate.suite == "gpu"
+    ]
     assert "NVIDIA 卡上插件的 kernel" in (tmp_path / "report/report.md").read_text(encoding="utf-8")
     failing = {**first, "facts": {"verified": False}}
     monkeypatch.setattr(session, "measure", lambda *_: suite | {"cases": [first, point, failing]})
@@ -128,7 +130,7 @@ print(len([name for name in names if name.startswith("deepseek_export")]))
 
 
 def test_needs_nothing_but_what_it_says():
-    """KERNEL-7：``python -m perf.gpu`` 用到的每个模块，没有 dsx 的其余依赖也导入得了。"""
+    """KERNEL-8：``python -m perf.gpu`` 用到的每个模块，没有 dsx 的其余依赖也导入得了。"""
     requirements = metadata.requires("deepseek-export") or []
     required = {
         re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in requirements if "extra" not in line
