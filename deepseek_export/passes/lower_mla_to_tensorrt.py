@@ -19,7 +19,7 @@ from deepseek_export.ops.table import (
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
 )
-from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult
+from deepseek_export.passes.base import GraphModule, Pass, PassResult
 from deepseek_export.passes.emitter import Emitter
 
 #: 一次至多多少个新 token 走插件核；再多就是 prefill。投机解码验证 K 个草稿时 S = K+1。
@@ -80,10 +80,6 @@ class LowerMlaToTensorrtPass(Pass):
                 module.config, _TORCH_DTYPES[_onnx_type(q)], _TORCH_DTYPES[_onnx_type(cache)]
             )
         return PassResult(name=self.name, changed=True, count=len(sites))
-
-    def ensures(self, module: GraphModule) -> None:
-        if left := module.find(MLA_ATTENTION.name):
-            raise PassError(f"还剩 {[node.name for node in left]}")
 
 
 class _Rewrite:
