@@ -71,14 +71,7 @@ def accept_block(config: ModelConfig, dtype: torch.dtype, mode: str) -> TracedGr
     """主模型末尾的草稿验证：一个 ``dsx::`` 节点。"""
     spec = accept_spec(mode)
     op = getattr(torch.ops.dsx, spec.torch_name)
-    shapes = {
-        "draft_ids": Spec(("B", "K"), torch.int64),
-        "target_logits": Spec(("B", "K+1", config.vocab_size), dtype),
-        "draft_probs": Spec(("B", "K", config.vocab_size), torch.float32),
-        "uniform": Spec(("B", "K+1"), torch.float32),
-        "temperature": Spec((1,), torch.float32),
-    }
-    inputs = {port.name: shapes[port.name] for port in spec.inputs}
+    inputs = input_specs(spec, config, dtype)
     outputs = [port.name for port in spec.outputs]
     return trace(lambda: lambda *arguments: op(*arguments), inputs, outputs, ("accept", spec.name))
 
@@ -108,6 +101,20 @@ def draft_head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
     }
     build = partial(_meta, lambda: DraftHead(config), dtype)
     return trace(build, inputs, ["logits", "draft_id"], ("draft head", config, dtype))
+
+
+def input_specs(spec: OpSpec, config: ModelConfig, dtype: torch.dtype) -> dict[str, Spec]:
+    """MoE 与草稿验证算子的输入，次序、维度、类型按契约表；``dtype`` 是类型变量 T。"""
+    types = {"T": dtype, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
+    sizes = {
+        "D": config.hidden_size,
+        "I": config.moe_intermediate_size,
+        "E": config.n_routed_experts,
+        "k": config.num_experts_per_tok,
+        "V": config.vocab_size,
+        "1": 1,
+    }
+    return {p.name: Spec(tuple(sizes.get(d, d) for d in p.dims), types[p.type]) for p in spec.inputs}
 
 
 def accept_spec(mode: str) -> OpSpec:

@@ -15,6 +15,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
+from deepseek_export.capture import blocks
 from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, trace
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.ops import mla_attention as mla
@@ -29,8 +30,6 @@ from deepseek_export.ops.table import (
     MOE_EXPERTS,
     MOE_GATE,
     OPSET_VERSION,
-    SPEC_ACCEPT,
-    SPEC_ACCEPT_REJECTION,
     OpSpec,
 )
 from deepseek_export.reference.weights import by_torch
@@ -108,11 +107,8 @@ def latent_attention_body(
 @functools.lru_cache(maxsize=16)
 def moe_gate_body(config: ModelConfig) -> onnx.FunctionProto:
     """``MoeGate`` 的函数体；路由属性已固化在结构里，节点属性必须与 :func:`gate_attributes` 一致。"""
-    attributes = gate_attributes(config)
-
-    E = config.n_routed_experts
-    inputs = {"logits": Spec(("N", E), torch.float32), "bias": Spec((E,), torch.float32)}
-    body = _trace_function(moe_gate, inputs, ["topk_ids", "topk_weights"], **attributes)
+    inputs = blocks.input_specs(MOE_GATE, config, torch.float32)
+    body = _trace_function(moe_gate, inputs, ["topk_ids", "topk_weights"], **gate_attributes(config))
     return _function(MOE_GATE, _nodes(body, "gate"))
 
 
@@ -132,24 +128,14 @@ def gate_attributes(config: ModelConfig) -> dict:
 @functools.lru_cache(maxsize=16)
 def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionProto:
     """``MoeExperts`` 的函数体：对有 token 的专家做 ``Loop``，循环体是追踪出来的 ``expert_step``。"""
-    E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-    k = config.num_experts_per_tok
-    x, ids = Spec(("N", D), dtype), Spec(("N", k), torch.int32)
+    D, ports = config.hidden_size, blocks.input_specs(MOE_EXPERTS, config, dtype)
+    routed = {name: ports[name] for name in ("x", "topk_ids")}
     start = _trace_function(
-        experts.active_experts, {"x": x, "topk_ids": ids}, ["y_start", "active"], num_experts=E
+        experts.active_experts, routed, ["y_start", "active"], num_experts=config.n_routed_experts
     )
     step = _trace_function(
         experts.expert_step,
-        {
-            "y_in": Spec(("N", D), torch.float32),
-            "expert": Spec((1,), torch.int64),
-            "x": x,
-            "topk_ids": ids,
-            "topk_weights": Spec(("N", k), torch.float32),
-            "w_gate": Spec((E, inner, D), dtype),
-            "w_up": Spec((E, inner, D), dtype),
-            "w_down": Spec((E, D, inner), dtype),
-        },
+        {"y_in": Spec(("N", D), torch.float32), "expert": Spec((1,), torch.int64), **ports},
         ["y_out"],
     )
     loop = helper.make_graph(
@@ -184,38 +170,16 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
 @functools.lru_cache(maxsize=16)
 def moe_experts_dense_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionProto:
     """``MoeExperts`` 的另一个函数体：每个专家都算，没有循环与数据相关的形状。"""
-    E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-    k = config.num_experts_per_tok
-    inputs = {
-        "x": Spec(("N", D), dtype),
-        "topk_ids": Spec(("N", k), torch.int32),
-        "topk_weights": Spec(("N", k), torch.float32),
-        "w_gate": Spec((E, inner, D), dtype),
-        "w_up": Spec((E, inner, D), dtype),
-        "w_down": Spec((E, D, inner), dtype),
-    }
+    inputs = blocks.input_specs(MOE_EXPERTS, config, dtype)
     return _function(MOE_EXPERTS, _nodes(_trace_function(experts.experts_dense, inputs, ["y"]), "experts"))
 
 
 @functools.lru_cache(maxsize=16)
 def spec_accept_body(config: ModelConfig, dtype: torch.dtype, mode: str) -> onnx.FunctionProto:
     """``SpecAccept``（``mode="greedy"``）或 ``SpecAcceptRejection`` 的函数体。"""
-    V = config.vocab_size
-    inputs = {
-        "draft_ids": Spec(("B", "K"), torch.int64),
-        "target_logits": Spec(("B", "K+1", V), dtype),
-    }
-    if mode == "rejection":
-        inputs |= {
-            "draft_probs": Spec(("B", "K", V), torch.float32),
-            "uniform": Spec(("B", "K+1"), torch.float32),
-            "temperature": Spec((1,), torch.float32),
-        }
-    spec, eager = (
-        (SPEC_ACCEPT_REJECTION, accept.spec_accept_rejection)
-        if mode == "rejection"
-        else (SPEC_ACCEPT, accept.spec_accept)
-    )
+    spec = blocks.accept_spec(mode)
+    eager = accept.spec_accept_rejection if mode == "rejection" else accept.spec_accept
+    inputs = blocks.input_specs(spec, config, dtype)
     body = _trace_function(eager, inputs, [port.name for port in spec.outputs])
     return _function(spec, _nodes(body, "accept"))
 

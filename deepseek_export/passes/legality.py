@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import onnx_graphsurgeon as gs
 
@@ -14,15 +13,8 @@ from deepseek_export.ops.table import DOMAIN, OPS, PLUGIN_NAMESPACE, PLUGIN_VERS
 from deepseek_export.passes.base import MICROSOFT, GraphModule
 from deepseek_export.passes.emitter import dtype_of
 
-#: 目标 → 图里允许出现的域。
-ALLOWED_DOMAINS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "portable": frozenset({"", DOMAIN}),
-        "ort-cpu": frozenset({"", DOMAIN, MICROSOFT}),
-        "tensorrt": frozenset({"", DOMAIN}),
-        "tensorrt-rtx": frozenset({"", DOMAIN}),
-    }
-)
+#: 标准域与 dsx 之外，某个目标的图里还允许出现的域。
+_EXTRA_DOMAINS = {"ort-cpu": MICROSOFT}
 
 #: 函数体里通过属性引用取值、允许各节点不同的属性；其余属性已固化在函数体的结构里。
 _FREE_ATTRIBUTES = frozenset({"scale", "K", "N"})
@@ -37,7 +29,7 @@ _SHOWN = 5
 @dataclass(frozen=True)
 class _Context:
     module: GraphModule
-    domains: frozenset[str]
+    domains: set[str]
 
     @property
     def dsx_nodes(self) -> list[gs.Node]:
@@ -55,7 +47,7 @@ def check_legality(module: GraphModule, stage: str, target: str) -> None:
     Raises:
         DsxError: ``DSX-E303``，列出违反的规则与节点。
     """
-    context = _Context(module, ALLOWED_DOMAINS[target])
+    context = _Context(module, {"", DOMAIN, _EXTRA_DOMAINS.get(target, "")})
     problems = [problem for rule in RULES for problem in rule(context)]
     if not problems:
         return

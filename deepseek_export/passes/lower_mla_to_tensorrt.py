@@ -17,7 +17,7 @@ from deepseek_export.ops.table import (
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
 )
-from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult
+from deepseek_export.passes.base import GraphModule, Pass, PassResult
 from deepseek_export.passes.emitter import Emitter, dtype_of
 from deepseek_export.reference.weights import torch_dtype
 
@@ -73,10 +73,6 @@ class LowerMlaToTensorrtPass(Pass):
                 module.config, torch_dtype(dtype_of(q).name), torch_dtype(dtype_of(cache).name)
             )
         return PassResult(name=self.name, changed=True, count=len(sites))
-
-    def ensures(self, module: GraphModule) -> None:
-        if left := module.find(MLA_ATTENTION.name):
-            raise PassError(f"还剩 {[node.name for node in left]}")
 
 
 class _Rewrite:

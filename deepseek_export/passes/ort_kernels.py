@@ -9,7 +9,10 @@ import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.passes.base import MICROSOFT
+
+FLOAT = DTYPES["float32"].onnx_type
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def installed_kernels() -> OrtKernels:
         for kernel in state.get_all_opkernel_def()
         if kernel.domain == MICROSOFT
         and kernel.provider == "CPUExecutionProvider"
-        and "tensor(float)" in kernel.type_constraints.get("T", ["tensor(float)"])
+        and FLOAT in kernel.type_constraints.get("T", [FLOAT])
     }
     attributes = {
         schema.name: frozenset(schema.attributes)

@@ -1,4 +1,4 @@
-"""两个量化 pass 共用的部分：权重怎么换成码与 scale。"""
+"""几个量化 pass 共用的部分：权重怎么换成码与 scale。"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ACCURACY_LEVEL = 4
 
 
 def quantized_weight(
-    module: GraphModule, weight: gs.Variable, form: BlockFormat, packed: bool = False
+    module: GraphModule, weight: gs.Variable, form: BlockFormat, packed: bool = False, signed: bool = False
 ) -> tuple[gs.Variable, gs.Variable]:
     """登记 ``weight`` 的码与 scale 两个新权重。
 
@@ -22,8 +22,9 @@ def quantized_weight(
         weight: 浮点权重输入，最后一维是输入维。
         form: 格式。
         packed: 码的最后两维合成一维（``QMoE``）；数据相同，只是形状不同。
+        signed: 码是有符号的（``DequantizeLinear``）。
     """
-    codes, scales = quantized_recipes(module.weights[weight.name], form)
+    codes, scales = quantized_recipes(module.weights[weight.name], form, signed)
     if packed:
         *rows, blocks, width = codes.shape
         codes = codes.model_copy(update={"shape": (*rows, blocks * width)})

@@ -227,7 +227,7 @@ class LoweredModel:
     quantized: set[str]
 
 
-def check_target(target: str, dtype: ModelDtype = "float32") -> None:
+def check_target(target: str, dtype: ModelDtype) -> None:
     """目标存在吗，支持这种 dtype 吗。
 
     Raises:

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from deepseek_export.checkpoint.recipe import quantized_recipes
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.ops.table import MLA_ATTENTION
 from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
 from deepseek_export.passes.ort_moe import scope
+from deepseek_export.passes.ort_quant import quantized_weight
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import linears
 
 _GROUP = re.compile(r"\.experts\.\{\d+\.\.\d+\}\.")
@@ -81,12 +81,7 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
     def _rewrite(self, module: GraphModule, node: gs.Node, index: int) -> None:
         # 情形 1、2。
         weight, form = node.inputs[index], self.quantization.format(module.dtype)
-        codes, scales = quantized_recipes(module.weights[weight.name], form, signed=True)
-        name = f"{weight.name}.{form.kind}"
-        inputs = [
-            module.add_weight(name, codes, before=weight),
-            module.add_weight(f"{name}.scales", scales, before=weight),
-        ]
+        inputs = list(quantized_weight(module, weight, form, signed=True))
         restored = gs.Variable(f"{node.name}/{weight.name}", weight.dtype, list(weight.shape))
         attrs = {"axis": len(weight.shape) - 1, "block_size": form.block}
         where = f"{node.name}/DequantizeLinear_{index}"

@@ -78,11 +78,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, is_moe: bool, forms: Forms) -> None:
         super().__init__()
         self.self_attn = MultiheadLatentAttention(config, forms.attention, forms.as_ops)
-        self.mlp = (
-            MoE(config, forms.moe, forms.as_ops)
-            if is_moe
-            else MLP(config.hidden_size, config.intermediate_size)
-        )
+        D, inner = config.hidden_size, config.intermediate_size
+        self.mlp = MoE(config, forms.moe, forms.as_ops) if is_moe else MLP(D, inner)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_scale = config.residual_scale

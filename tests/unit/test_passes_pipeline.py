@@ -266,9 +266,12 @@ def _breaking(does, tally=1):
     return Broken
 
 
-def test_untruthful_count_names_the_pass(monkeypatch):
-    monkeypatch.setattr(pipelines, "pipeline", lambda *_: [Step(_SkipPass(), nodes("MoeExperts"))])
-    with pytest.raises(DsxError, match="pass skip 报告改写 0 处、拒绝 0 处") as caught:
+@pytest.mark.parametrize("says", [0, 1, 2])
+def test_untruthful_count_names_the_pass(says, monkeypatch):
+    """什么也没改：少报一处、报了两处而节点都还在，都点名。"""
+    idle = _breaking(lambda module: None, says) if says else _SkipPass
+    monkeypatch.setattr(pipelines, "pipeline", lambda *_: [Step(idle(), nodes("MoeExperts"))])
+    with pytest.raises(DsxError, match=rf"pass (skip|break) 报告改写 {says} 处.*之后还有 2 处") as caught:
         lowered("v3", "mla+moe", "ort-cpu")
     assert caught.value.code == "DSX-E302"
 
@@ -325,15 +328,12 @@ def test_faults_inside_a_pass_name_it_and_its_predecessors():
         _breaking(lambda module: None, 0)()(module_of())
 
 
-def test_passes_state_their_pre_and_postconditions():
-    fuse, experts, *_ = (step.rewrite for step in pipeline("ort-cpu"))
+def test_passes_state_their_preconditions():
+    _fuse, experts, *_ = (step.rewrite for step in pipeline("ort-cpu"))
     module = module_of()
     module.graph.opset = 17
     with pytest.raises(PassError, match=r"requires 阶段失败.*17"):
         experts(module)
-    for rewrite in (fuse, experts):
-        with pytest.raises(PassError, match="剩下的 MoeExperts"):
-            rewrite.ensures(module_of())
 
 
 def node(module, op) -> gs.Node:
