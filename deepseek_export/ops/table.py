@@ -1,7 +1,7 @@
 """算子契约的唯一一张表。
 
-torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creator、ONNX Runtime kernel 都由这张表导出，
-别处不再拼写算子名、输入次序或属性名。这里不导入 torch。
+torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creator、启动计划的张量都由这张表导出；C++ 一侧经由它生成的
+``plugins/ops.h``。别处不再拼写算子名、输入次序或属性名。这里不导入 torch。
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
