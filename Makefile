@@ -9,7 +9,7 @@ PERF_FLAGS ?=
 SOURCES := deepseek_export tests tools perf plugins noxfile.py hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo plugins test test-all graphs perf perf-check lint format clean
+.PHONY: help demo plugins test test-all graphs ops-header perf perf-check lint format clean
 
 help: ## 显示这份说明
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,9 @@ test-all: lint plugins ## 同上，加上 slow
 graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py
 	$(RUN) -m tools.make_engine_graphs
+
+ops-header: $(STAMP) ## 改了 ops/table.py 之后，重新生成 C++ 一侧的契约 plugins/ops.h
+	$(RUN) -m tools.make_ops_header
 
 perf: plugins ## 完整的性能测量（要安静的机器），追加进 perf/history，报告在 build/perf-report
 	$(RUN) -m perf run

@@ -1,7 +1,7 @@
 """``IPluginV3`` 插件：由算子契约表生成，Python 写成，建引擎与运行用同一个类。
 
 建引擎时 ``configure_plugin`` 知道了静态维度与 dtype，按目标 SM 编译出
-:class:`~deepseek_export.kernels.program.Program`，序列化成两个字段 ``program`` 与 ``image``；
+:data:`~deepseek_export.kernels.program.Program`，序列化成两个字段 ``program`` 与 ``image``；
 运行时由这两个字段还原，``enqueue`` 只启动 kernel。同名的 C++ 插件（``plugins/tensorrt``）读同样的字段。
 """
 
@@ -21,8 +21,8 @@ from deepseek_export.kernels.compile import compile_plan
 from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
 from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.kernels.launcher import Launcher
-from deepseek_export.kernels.program import Program
-from deepseek_export.kernels.table import LaunchPlan
+from deepseek_export.kernels.program import LaunchPlan, Program
+from deepseek_export.kernels.table import KernelSpec
 from deepseek_export.ops.table import (
     LATENT_ATTENTION,
     MOE_EXPERTS,
@@ -30,6 +30,7 @@ from deepseek_export.ops.table import (
     PLUGIN_VERSION,
     TYPE_CONSTRAINTS,
     OpSpec,
+    TypeVar,
 )
 
 #: 契约里的输出维 → 给出它的属性；其余的维都能从输入里找到。
@@ -38,19 +39,20 @@ _ATTRIBUTE_DIMS: Mapping[str, str] = MappingProxyType({"r": "kv_lora_rank"})
 _FIELD_KINDS = {"int": ("INT32", np.int32), "float": ("FLOAT32", np.float32)}
 
 
-def _latent_attention(sm: int, dims: list[list[int]], dtypes: list[Any], attributes: dict) -> LaunchPlan:
-    r = attributes["kv_lora_rank"]
-    heads, width = dims[0][2], dims[0][3]
-    return latent_attention_plan(sm, heads, r, width - r, attributes["scale"], dtypes[0], dtypes[1])
+Planner = Callable[[int, Mapping[str, int], Mapping[TypeVar, Any], Mapping[str, Any]], LaunchPlan[KernelSpec]]
 
 
-def _moe_experts(sm: int, dims: list[list[int]], dtypes: list[Any], attributes: dict) -> LaunchPlan:
-    E, inner, D = dims[3]
-    return grouped_swiglu_plan(sm, E, dims[1][1], D, inner, dtypes[0])
+def _latent_attention(sm, dims, dtypes, attributes) -> LaunchPlan[KernelSpec]:
+    r, scale = attributes["kv_lora_rank"], attributes["scale"]
+    return latent_attention_plan(sm, dims["H"], r, dims["r+dr"] - r, scale, dtypes["T"], dtypes["F"])
 
 
-#: 插件核 → 由静态维度与 dtype 得到启动计划。
-PLANNERS: Mapping[str, Callable[[int, list[list[int]], list[Any], dict], LaunchPlan]] = MappingProxyType(
+def _moe_experts(sm, dims, dtypes, attributes) -> LaunchPlan[KernelSpec]:
+    return grouped_swiglu_plan(sm, dims["E"], dims["k"], dims["D"], dims["I"], dtypes["T"])
+
+
+#: 插件核 → 由静态的具名维、类型变量与属性得到启动计划。
+PLANNERS: Mapping[str, Planner] = MappingProxyType(
     {LATENT_ATTENTION.name: _latent_attention, MOE_EXPERTS.name: _moe_experts}
 )
 #: 有插件的算子。
@@ -196,7 +198,6 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
     """契约表的一行 → ``IPluginV3`` 的类。"""
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
     dtypes = {getattr(trt, name): name for allowed in TYPE_CONSTRAINTS.values() for name in allowed}
-    by_type = {port.type: index for index, port in reversed(list(enumerate(spec.inputs)))}
 
     class Plugin(*bases):  # type: ignore[misc]  # 基类随发行而定
         """一个插件节点。"""
@@ -223,16 +224,12 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
 
         @recorded
         def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
-            return [types[by_type[port.type]] for port in spec.outputs]
+            known = spec.types(types)
+            return [known[port.type] for port in spec.outputs]
 
         @recorded
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:
-            known = {
-                name: inputs[i][axis]
-                for i, port in reversed(list(enumerate(spec.inputs)))
-                for axis, name in enumerate(port.dims)
-            }
-            known |= {
+            known = spec.dims(inputs) | {
                 dim: builder.constant(self.attributes[attribute])
                 for dim, attribute in _ATTRIBUTE_DIMS.items()
                 if attribute in self.attributes
@@ -251,9 +248,9 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
 
         @contained(None)
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-            dims = [list(entry.desc.dims) for entry in inputs]
-            names = [dtypes.get(entry.desc.type, str(entry.desc.type)) for entry in inputs]
-            self.program = compile_plan(PLANNERS[spec.name](_targets[-1].sm, dims, names, self.attributes))
+            dims = spec.dims([tuple(entry.desc.dims) for entry in inputs])
+            types = spec.types([dtypes.get(entry.desc.type, str(entry.desc.type)) for entry in inputs])
+            self.program = compile_plan(PLANNERS[spec.name](_targets[-1].sm, dims, types, self.attributes))
 
         @contained(0)
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:

@@ -1,4 +1,4 @@
-"""提前编译：启动计划 → 带 cubin 的 :class:`~deepseek_export.kernels.program.Program`，不需要 GPU。
+"""提前编译：启动计划 → 带 cubin 的 :data:`~deepseek_export.kernels.program.Program`，不需要 GPU。
 
 编译结果按内容存进 :class:`~deepseek_export.disk_cache.DiskCache`：键是 kernel 源码、Triton 版本、SM、签名、常数与编译选项的
 sha256；损坏的条目当作没有，重新编译。
@@ -21,8 +21,8 @@ from typing import Any
 
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.program import CompiledKernel, Launch, Program, Variant
-from deepseek_export.kernels.table import KernelSpec, LaunchPlan, check_sm
+from deepseek_export.kernels.program import CompiledKernel, LaunchPlan, Program
+from deepseek_export.kernels.table import KernelSpec, check_sm
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +34,13 @@ _ENTRY = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
 _PTX_TYPES = {"i32": "u32", "fp32": "f32"}
 
 
-def compile_plan(plan: LaunchPlan) -> Program:
+def compile_plan(plan: LaunchPlan[KernelSpec]) -> Program:
     """编译计划里的每个 kernel。
 
     Raises:
         DsxError: 见 :func:`compile_kernel`。
     """
-    variants = []
-    for variant in plan.variants:
-        launches = tuple(
-            Launch(compile_kernel(launch.kernel, plan.sm), launch.grid, launch.arguments)
-            for launch in variant.launches
-        )
-        variants.append(Variant(variant.when, variant.workspace, launches))
-    return Program(plan.op, plan.sm, plan.inputs, plan.outputs, tuple(variants))
+    return plan.map(lambda spec: compile_kernel(spec, plan.sm))
 
 
 def compile_kernel(spec: KernelSpec, sm: int) -> CompiledKernel:

@@ -9,17 +9,18 @@ from types import MappingProxyType
 
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.kernels.expression import Expression, symbol
-from deepseek_export.kernels.program import Argument, Tensor
+from deepseek_export.kernels.program import LaunchPlan, Variant
 from deepseek_export.kernels.table import (
     ALIGNMENT,
     KernelDtype,
-    LaunchPlan,
-    PlannedLaunch,
-    PlannedVariant,
+    KernelSpec,
+    Problem,
     block_size,
     check_dtype,
     check_sm,
-    kernel_spec,
+    int32,
+    launch,
+    scratch,
 )
 from deepseek_export.ops.table import MOE_EXPERTS
 
@@ -62,7 +63,7 @@ def grouped_swiglu_plan(
     hidden_size: int,
     moe_intermediate_size: int,
     dtype: KernelDtype,
-) -> LaunchPlan:
+) -> LaunchPlan[KernelSpec]:
     """``dsx::MoeExperts`` 的启动计划。
 
     Args:
@@ -77,49 +78,36 @@ def grouped_swiglu_plan(
     limits = check_sm(sm)
     check_dtype(MOE_EXPERTS, "x", dtype, ("float16", "bfloat16"))
     E, k, D, inner = num_experts, top_k, hidden_size, moe_intermediate_size
-    N, one = symbol("N"), Expression.of(1)
+    problem = Problem(MOE_EXPERTS, sm, {"E": E, "k": k, "D": D, "I": inner}, {"T": dtype})
+    N = symbol("N")
     pairs = N * k
-    T, i32 = DTYPES[dtype].triton, DTYPES["int32"].triton
     # workspace：排序后的对、各专家的起点、SwiGLU 的中间结果、各对的输出，依次排列。
     offsets_at = (pairs * 4).align(ALIGNMENT)
     hidden_at = offsets_at + Expression.of((E + 1) * 4).align(ALIGNMENT)
-    expert_out_at = hidden_at + (pairs * (DTYPES[dtype].nbytes(inner))).align(ALIGNMENT)
-    workspace = expert_out_at + pairs * (DTYPES[dtype].nbytes(D))
-    sorted_pairs, offsets = Argument("workspace", Expression.of(0)), Argument("workspace", offsets_at)
-    hidden, expert_out = Argument("workspace", hidden_at), Argument("workspace", expert_out_at)
-    x, ids, weights, w_gate, w_up, w_down = (Argument("input", index) for index in range(6))
-    y, top_k_argument = Argument("output", 0), Argument("int32", Expression.of(k))
+    expert_out_at = hidden_at + (pairs * DTYPES[dtype].nbytes(inner)).align(ALIGNMENT)
+    workspace = expert_out_at + pairs * DTYPES[dtype].nbytes(D)
+    sorted_pairs, offsets = scratch("sorted_pairs", "int32", 0), scratch("offsets", "int32", offsets_at)
+    hidden, expert_out = scratch("hidden", dtype, hidden_at), scratch("expert_out", dtype, expert_out_at)
+    top_k_value = int32("top_k", k)
 
-    sort = PlannedLaunch(
-        kernel_spec(
-            "grouped_swiglu",
-            "sort_pairs",
-            (("topk_ids", i32), ("sorted_pairs", i32), ("offsets", i32), ("pairs", "i32"), ("E", "i32")),
-            {"BLOCK": _SORT_BLOCK},
-            4,
-            1,
-        ),
-        (Expression.of(E + 1), one, one),
-        (ids, sorted_pairs, offsets, Argument("int32", pairs), Argument("int32", Expression.of(E))),
+    sort = launch(
+        "grouped_swiglu",
+        "sort_pairs",
+        (E + 1, 1, 1),
+        (problem.port("topk_ids"), sorted_pairs, offsets, int32("pairs", pairs), int32("E", E)),
+        {"BLOCK": _SORT_BLOCK},
+        4,
+        1,
     )
     combine_block = min(_COMBINE_BLOCK, block_size(D))
-    combine = PlannedLaunch(
-        kernel_spec(
-            "grouped_swiglu",
-            "combine",
-            (
-                ("expert_out", T),
-                ("topk_ids", i32),
-                ("topk_weights", DTYPES["float32"].triton),
-                ("y", T),
-                ("top_k", "i32"),
-            ),
-            {"D": D, "E": E, "BLOCK_D": combine_block},
-            4,
-            1,
-        ),
-        (N, Expression.of(D).ceil(combine_block), one),
-        (expert_out, ids, weights, y, top_k_argument),
+    combine = launch(
+        "grouped_swiglu",
+        "combine",
+        (N, Expression.of(D).ceil(combine_block), 1),
+        (expert_out, *map(problem.port, ("topk_ids", "topk_weights", "y")), top_k_value),
+        {"D": D, "E": E, "BLOCK_D": combine_block},
+        4,
+        1,
     )
 
     variants = []
@@ -137,60 +125,26 @@ def grouped_swiglu_plan(
         }
         half = min(tile.columns // 2, block_size(inner))
         full = min(tile.columns, block_size(D))
-        rows_argument = Argument("int32", row_tiles)
-        gate_up = PlannedLaunch(
-            kernel_spec(
-                "grouped_swiglu",
-                "gate_up",
-                (
-                    ("x", T),
-                    ("w_gate", T),
-                    ("w_up", T),
-                    ("sorted_pairs", i32),
-                    ("offsets", i32),
-                    ("hidden", T),
-                    ("top_k", "i32"),
-                    ("row_tiles", "i32"),
-                ),
-                {**common, "BLOCK_N": half, "BLOCK_K": min(tile.inner, block_size(D))},
-                tile.num_warps,
-                tile.num_stages,
-            ),
-            (row_tiles * math.ceil(inner / half), one, one),
-            (x, w_gate, w_up, sorted_pairs, offsets, hidden, top_k_argument, rows_argument),
+        rows = int32("row_tiles", row_tiles)
+        gate_up = launch(
+            "grouped_swiglu",
+            "gate_up",
+            (row_tiles * math.ceil(inner / half), 1, 1),
+            (*map(problem.port, ("x", "w_gate", "w_up")), sorted_pairs, offsets, hidden, top_k_value, rows),
+            {**common, "BLOCK_N": half, "BLOCK_K": min(tile.inner, block_size(D))},
+            tile.num_warps,
+            tile.num_stages,
         )
-        down = PlannedLaunch(
-            kernel_spec(
-                "grouped_swiglu",
-                "down",
-                (
-                    ("hidden", T),
-                    ("w_down", T),
-                    ("sorted_pairs", i32),
-                    ("offsets", i32),
-                    ("expert_out", T),
-                    ("row_tiles", "i32"),
-                ),
-                {**common, "BLOCK_N": full, "BLOCK_K": min(tile.inner, block_size(inner))},
-                tile.num_warps,
-                tile.num_stages,
-            ),
-            (row_tiles * math.ceil(D / full), one, one),
-            (hidden, w_down, sorted_pairs, offsets, expert_out, rows_argument),
+        down = launch(
+            "grouped_swiglu",
+            "down",
+            (row_tiles * math.ceil(D / full), 1, 1),
+            (hidden, problem.port("w_down"), sorted_pairs, offsets, expert_out, rows),
+            {**common, "BLOCK_N": full, "BLOCK_K": min(tile.inner, block_size(inner))},
+            tile.num_warps,
+            tile.num_stages,
         )
         # 平均每个专家分到的 token 装不满一个大块时用小块：这时受限于读权重，大块只是空算。
-        when = one if tile is tiles[-1] else pairs.at_most(2 * tile.rows * E)
-        variants.append(PlannedVariant(when, workspace, (sort, gate_up, down, combine)))
-    shape_w = {"gate": (E, inner, D), "up": (E, inner, D), "down": (E, D, inner)}
-    return LaunchPlan(
-        MOE_EXPERTS.name,
-        sm,
-        (
-            Tensor(dtype, ("N", str(D))),
-            Tensor("int32", ("N", str(k))),
-            Tensor("float32", ("N", str(k))),
-            *(Tensor(dtype, tuple(map(str, shape))) for shape in shape_w.values()),
-        ),
-        (Tensor(dtype, ("N", str(D))),),
-        tuple(variants),
-    )
+        when = Expression.of(1) if tile is tiles[-1] else pairs.at_most(2 * tile.rows * E)
+        variants.append(Variant(when, workspace, (sort, gate_up, down, combine)))
+    return problem.plan(variants)

@@ -10,17 +10,19 @@ from types import MappingProxyType
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, symbol
-from deepseek_export.kernels.program import Argument, Tensor
+from deepseek_export.kernels.program import LaunchPlan, Variant
 from deepseek_export.kernels.table import (
     ALIGNMENT,
     KernelDtype,
-    LaunchPlan,
-    PlannedLaunch,
-    PlannedVariant,
+    KernelSpec,
+    Problem,
     block_size,
     check_dtype,
     check_sm,
-    kernel_spec,
+    float32,
+    int32,
+    launch,
+    scratch,
 )
 from deepseek_export.ops.table import LATENT_ATTENTION
 
@@ -63,7 +65,7 @@ def latent_attention_plan(
     scale: float,
     dtype: KernelDtype,
     cache_dtype: str | None = None,
-) -> LaunchPlan:
+) -> LaunchPlan[KernelSpec]:
     """``dsx::LatentAttention`` 的启动计划。
 
     Args:
@@ -83,6 +85,8 @@ def latent_attention_plan(
     r, dr = kv_lora_rank, qk_rope_head_dim
     if r > 512 or dr > 64:
         raise DsxError("DSX-E903", f"kv_lora_rank={r}、qk_rope_head_dim={dr}", "kernel 支持到 512 与 64")
+    sizes = {"H": num_heads, "r": r, "r+dr": r + dr}
+    problem = Problem(LATENT_ATTENTION, sm, sizes, {"T": dtype, "F": cache_dtype})
     B, S, T = symbol("B"), symbol("S"), symbol("T")
     rows = S * num_heads
     blocks = {"R": r, "BLOCK_R": block_size(r)}
@@ -98,75 +102,32 @@ def latent_attention_plan(
         # B*splits*row_blocks 不超过 max(SM 数, B*row_blocks)：这个上界随尺寸单调，段数却不是。
         slots = (B * row_blocks).max(limits.count) * tile.rows
         workspace = (slots * (4 * r)).align(ALIGNMENT) + slots * 4
-        sizes = {"S": S, "H": Expression.of(num_heads), "T": T, "num_splits": splits}
-        integers = tuple((name, "i32") for name in sizes)
-        partial_signature = (
-            ("q", DTYPES[dtype].triton),
-            ("kv_cache", DTYPES[cache_dtype].triton),
-            ("past_lens", DTYPES["int64"].triton),
-            ("context", DTYPES[dtype].triton),
-            ("partial", DTYPES["float32"].triton),
-            ("lse", DTYPES["float32"].triton),
-            ("scale", "fp32"),
-            *integers,
+        results = (
+            problem.port("past_lens"),
+            problem.port("context"),
+            scratch("partial", "float32", 0),
+            scratch("lse", "float32", partial_bytes),
         )
-        constants = {
-            **blocks,
-            "P": dr,
-            "BLOCK_P": block_size(dr),
-            "BLOCK_M": tile.rows,
-            "BLOCK_N": keys,
-        }
-        pointers = (
-            Argument("input", 2),
-            Argument("output", 0),
-            Argument("workspace", Expression.of(0)),
-            Argument("workspace", partial_bytes),
-        )
-        integer_arguments = tuple(Argument("int32", value) for value in sizes.values())
-        one = Expression.of(1)
-        partial = PlannedLaunch(
-            kernel_spec(
-                "latent_attention",
-                "latent_attention_partial",
-                partial_signature,
-                constants,
-                tile.num_warps,
-                tile.num_stages,
-            ),
+        integers = (int32("S", S), int32("H", num_heads), int32("T", T), int32("num_splits", splits))
+        partial = launch(
+            "latent_attention",
+            "latent_attention_partial",
             (row_blocks, splits, B),
-            (
-                Argument("input", 0),
-                Argument("input", 1),
-                *pointers,
-                Argument("float32", scale),
-                *integer_arguments,
-            ),
+            (problem.port("q"), problem.port("kv_cache"), *results, float32("scale", scale), *integers),
+            {**blocks, "P": dr, "BLOCK_P": block_size(dr), "BLOCK_M": tile.rows, "BLOCK_N": keys},
+            tile.num_warps,
+            tile.num_stages,
         )
-        reduce = PlannedLaunch(
-            kernel_spec(
-                "latent_attention",
-                "latent_attention_reduce",
-                (*partial_signature[2:6], *integers),
-                {"R": r, "BLOCK_R": columns, "BLOCK_S": _REDUCE_SPLITS, "BLOCK_N": keys},
-                _REDUCE_WARPS,
-                1,
-            ),
+        reduce = launch(
+            "latent_attention",
+            "latent_attention_reduce",
             # 只有一段时 partial 直接写了结果，不必启动；段少时活也少，一个程序做几块列。
             (rows, B, Expression.of(2).at_most(splits) * splits.min(math.ceil(r / columns))),
-            (*pointers, *integer_arguments),
+            (*results, *integers),
+            {"R": r, "BLOCK_R": columns, "BLOCK_S": _REDUCE_SPLITS, "BLOCK_N": keys},
+            _REDUCE_WARPS,
+            1,
         )
-        when = one if tile is tiles[-1] else rows.at_most(tile.rows)
-        variants.append(PlannedVariant(when, workspace, (partial, reduce)))
-    width = str(r + dr)
-    return LaunchPlan(
-        LATENT_ATTENTION.name,
-        sm,
-        (
-            Tensor(dtype, ("B", "S", str(num_heads), width)),
-            Tensor(cache_dtype, ("B", "1", "T", width)),
-            Tensor("int64", ("B",)),
-        ),
-        (Tensor(dtype, ("B", "S", str(num_heads), str(r))),),
-        tuple(variants),
-    )
+        when = Expression.of(1) if tile is tiles[-1] else rows.at_most(tile.rows)
+        variants.append(Variant(when, workspace, (partial, reduce)))
+    return problem.plan(variants)

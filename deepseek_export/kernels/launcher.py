@@ -1,4 +1,4 @@
-"""在 CUDA 流上启动一个 :class:`~deepseek_export.kernels.program.Program`；需要 ``cuda-bindings`` 与 NVIDIA 驱动。
+"""在 CUDA 流上启动一个 :data:`~deepseek_export.kernels.program.Program`；需要 ``cuda-bindings`` 与 NVIDIA 驱动。
 
 装载在构造时完成；:meth:`Launcher.enqueue` 只启动 kernel，不分配、不同步，所以可以录进 CUDA graph。
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.program import BoundLaunch, CompiledKernel, Program
+from deepseek_export.kernels.program import CompiledKernel, Launch, Program
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -33,8 +33,7 @@ class Launcher:
         self.program = program
         self._driver = _load_driver()
         (context,) = self._check(self._driver.cuCtxGetCurrent())
-        kernels = {launch.kernel for variant in program.variants for launch in variant.launches}
-        self._functions = {kernel: self._load(context, kernel) for kernel in kernels}
+        self._functions = {kernel: self._load(context, kernel) for kernel in program.kernels}
         self._bind = functools.lru_cache(maxsize=256)(program.bind)  # 解码的每一步形状都相同
 
     def enqueue(
@@ -83,7 +82,7 @@ class Launcher:
 
 
 def pack_arguments(
-    launch: BoundLaunch, inputs: Sequence[int], outputs: Sequence[int], workspace: int
+    launch: Launch[CompiledKernel, int], inputs: Sequence[int], outputs: Sequence[int], workspace: int
 ) -> tuple[tuple[int | float | None, ...], tuple[Any, ...]]:
     """``cuLaunchKernel`` 的 ``kernelParams``：值与 C 类型，末尾补上 scratch 的空指针。"""
     values: list[int | float | None] = []

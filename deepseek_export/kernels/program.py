@@ -1,8 +1,10 @@
-"""一个算子在一种 SM 上的可执行形式：编译好的 kernel 与启动它们的次序、网格、参数。
+"""一个算子在一种 SM 上的启动计划：用哪些 kernel，启动它们的次序、网格、参数。
 
-:class:`Program` 只含整数、文本和字节，不依赖 Triton、torch 或 CUDA。TensorRT 插件把它序列化成两个字段：
-:data:`PROGRAM_FIELD`（:meth:`Program.to_text`，逐行的文本）与 :data:`IMAGE_FIELD`（各 kernel 的 cubin 首尾相接）。Python 插件用 :meth:`Program.bind` 得到每次
-启动的参数，C++ 插件（``plugins/tensorrt``）解析同一份文本。
+:class:`LaunchPlan` 里的 kernel 先是待编译的（:class:`~deepseek_export.kernels.table.KernelSpec`），编译之后是机器码
+（:class:`CompiledKernel`），其余不变；编译好的就是 :data:`Program`。这里不依赖 Triton、torch 或 CUDA。
+
+TensorRT 插件把程序序列化成两个字段：:data:`PROGRAM_FIELD`（:meth:`LaunchPlan.to_text`，逐行的文本）与 :data:`IMAGE_FIELD`（各 kernel 的
+cubin 首尾相接）。Python 插件用 :meth:`LaunchPlan.bind` 得到每次启动的参数，C++ 插件（``plugins/tensorrt``）解析同一份文本。
 
 文本格式（每行一条，空格分隔；算式见 :mod:`~deepseek_export.kernels.expression`）::
 
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from deepseek_export.kernels.expression import Expression
 
@@ -30,6 +32,12 @@ PROGRAM_FIELD = "program"
 IMAGE_FIELD = "image"
 
 _HEADER = "dsx-program 1"
+
+#: kernel：待编译的，或编译好的。
+K = TypeVar("K")
+#: 尺寸：算式，或代入之后的整数。
+N = TypeVar("N")
+_Other = TypeVar("_Other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +53,7 @@ class Tensor:
     dims: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
+class Argument(NamedTuple, Generic[N]):
     """kernel 的一个参数。
 
     Attributes:
@@ -55,7 +62,7 @@ class Argument:
     """
 
     kind: Literal["input", "output", "workspace", "int32", "float32"]
-    value: int | float | Expression
+    value: int | float | N
 
     def __str__(self) -> str:
         return f"{self.kind} {self.value!r}" if isinstance(self.value, float) else f"{self.kind} {self.value}"
@@ -81,22 +88,22 @@ class CompiledKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(Generic[K, N]):
     """一次启动。
 
     Attributes:
         kernel: 启动谁。
-        grid: x、y、z 的算式。
+        grid: x、y、z；代入尺寸之前是算式。
         arguments: 次序与 kernel 的形参一致（不含编译期常数与 scratch）。
     """
 
-    kernel: CompiledKernel
-    grid: tuple[Expression, Expression, Expression]
-    arguments: tuple[Argument, ...]
+    kernel: K
+    grid: tuple[N, N, N]
+    arguments: tuple[Argument[N], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(Generic[K]):
     """适用于一段尺寸的一串启动。
 
     Attributes:
@@ -107,20 +114,11 @@ class Variant:
 
     when: Expression
     workspace: Expression
-    launches: tuple[Launch, ...]
+    launches: tuple[Launch[K, Expression], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BoundLaunch:
-    """代入具体尺寸的一次启动；``arguments`` 的 ``int32`` 与 ``workspace`` 已求值。"""
-
-    kernel: CompiledKernel
-    grid: tuple[int, int, int]
-    arguments: tuple[tuple[str, int | float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
+@dataclass(frozen=True)
+class LaunchPlan(Generic[K]):
     """见模块说明。
 
     Attributes:
@@ -134,7 +132,25 @@ class Program:
     sm: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    variants: tuple[Variant, ...]
+    variants: tuple[Variant[K], ...]
+
+    @property
+    def kernels(self) -> list[K]:
+        """用到的 kernel，按启动的次序，各出现一次。"""
+        return list(dict.fromkeys(launch.kernel for v in self.variants for launch in v.launches))
+
+    def map(self, change: Callable[[K], _Other]) -> LaunchPlan[_Other]:
+        """每个 kernel 换成 ``change`` 的结果。"""
+        made = {kernel: change(kernel) for kernel in self.kernels}
+        variants = (
+            Variant(
+                v.when,
+                v.workspace,
+                tuple(Launch(made[one.kernel], one.grid, one.arguments) for one in v.launches),
+            )
+            for v in self.variants
+        )
+        return LaunchPlan(self.op, self.sm, self.inputs, self.outputs, tuple(variants))
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
         """由输入的形状得到符号的值。
@@ -152,7 +168,7 @@ class Program:
                     raise ValueError(f"{self.op} 的输入 {index} 形状是 {tuple(shape)}，维 {name} 应为 {want}")
         return found
 
-    def select(self, sizes: Mapping[str, int]) -> Variant:
+    def select(self, sizes: Mapping[str, int]) -> Variant[K]:
         """这组尺寸用哪一个变体。"""
         return next(variant for variant in self.variants if variant.when.evaluate(sizes))
 
@@ -161,31 +177,30 @@ class Program:
         sizes = self.sizes(shapes)
         return max(variant.workspace.evaluate(sizes) for variant in self.variants)
 
-    def bind(self, shapes: Sequence[Sequence[int]]) -> list[BoundLaunch]:
+    def bind(self, shapes: Sequence[Sequence[int]]) -> list[Launch[K, int]]:
         """这组输入形状的启动序列；空网格（没有 token）已去掉。"""
         sizes = self.sizes(shapes)
         bound = []
         for launch in self.select(sizes).launches:
             x, y, z = (axis.evaluate(sizes) for axis in launch.grid)
-            if x * y * z == 0:
-                continue
-            arguments = tuple(
-                (a.kind, a.value.evaluate(sizes) if isinstance(a.value, Expression) else a.value)
-                for a in launch.arguments
-            )
-            bound.append(BoundLaunch(launch.kernel, (x, y, z), arguments))
+            if x * y * z:
+                arguments = (
+                    Argument(kind, value.evaluate(sizes) if isinstance(value, Expression) else value)
+                    for kind, value in launch.arguments
+                )
+                bound.append(Launch(launch.kernel, (x, y, z), tuple(arguments)))
         return bound
 
     @property
-    def image(self) -> bytes:
+    def image(self: Program) -> bytes:
         """各 kernel 的 cubin 首尾相接，同一个 kernel 只出现一次。"""
-        return b"".join(kernel.cubin for kernel in self._kernels())
+        return b"".join(kernel.cubin for kernel in self.kernels)
 
-    def to_text(self) -> str:
+    def to_text(self: Program) -> str:
         """启动说明的文本形式；与 :attr:`image` 一起构成完整的程序。"""
         offsets: dict[CompiledKernel, int] = {}
         position = 0
-        for kernel in self._kernels():
+        for kernel in self.kernels:
             offsets[kernel] = position
             position += len(kernel.cubin)
         lines = [_HEADER, f"op {self.op} {self.sm}"]
@@ -201,8 +216,8 @@ class Program:
                 lines += [f"argument {argument}" for argument in launch.arguments]
         return "\n".join(lines) + "\n"
 
-    @classmethod
-    def from_text(cls, text: str, image: bytes) -> Program:
+    @staticmethod
+    def from_text(text: str, image: bytes) -> Program:
         """:meth:`to_text` 与 :attr:`image` 的逆。
 
         Raises:
@@ -219,8 +234,11 @@ class Program:
             raise ValueError(f"image 有 {len(image)} 字节，程序只用到 {len(program.image)} 字节")
         return program
 
-    def _kernels(self) -> list[CompiledKernel]:
-        return list(dict.fromkeys(launch.kernel for v in self.variants for launch in v.launches))
+
+#: 编译好的启动计划。
+Program: TypeAlias = LaunchPlan[CompiledKernel]
+
+_Launch: TypeAlias = Launch[CompiledKernel, Expression]
 
 
 class _Reader:
@@ -231,7 +249,7 @@ class _Reader:
         self._op, self._sm = "", 0
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
-        self._variants: list[Variant] = []
+        self._variants: list[Variant[CompiledKernel]] = []
 
     def read(self, line: str) -> None:
         """一行；``variant`` 之后的各行补全最近的变体，``launch`` 之后的补全最近的启动。"""
@@ -273,12 +291,12 @@ class _Reader:
             raise ValueError(f"image 只有 {len(self._image)} 字节，{entry} 需要到 {offset + length}")
         return CompiledKernel(entry, cubin, threads, shared, scratch)
 
-    def _extend(self, change: Callable[[Launch], Launch]) -> None:
+    def _extend(self, change: Callable[[_Launch], _Launch]) -> None:
         *before, last = self._variants[-1].launches
         self._variants[-1] = replace(self._variants[-1], launches=(*before, change(last)))
 
 
-def _argument(kind: str, value: str) -> Argument:
+def _argument(kind: str, value: str) -> Argument[Expression]:
     match kind:
         case "input" | "output":
             return Argument(kind, int(value))

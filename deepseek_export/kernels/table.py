@@ -1,20 +1,21 @@
-"""启动表的公共部分：有哪些 SM，一个算子的启动计划由什么组成；各算子的在 :mod:`.latent_attention_plan` 与 :mod:`.grouped_swiglu_plan`。
+"""启动表的公共部分：有哪些 SM，怎样写一次启动；各算子的计划在 :mod:`.latent_attention_plan` 与 :mod:`.grouped_swiglu_plan`。
 
 计划只查表、拼算式，不导入 Triton；:func:`~deepseek_export.kernels.compile.compile_plan` 把它编译成
-:class:`~deepseek_export.kernels.program.Program`。
+:data:`~deepseek_export.kernels.program.Program`。
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.expression import Expression
-from deepseek_export.kernels.program import Argument, Tensor
-from deepseek_export.ops.table import OpSpec
+from deepseek_export.kernels.expression import Expression, Size
+from deepseek_export.kernels.program import Argument, Launch, LaunchPlan, Tensor, Variant
+from deepseek_export.ops.table import TYPE_CONSTRAINTS, OpSpec, Port, TypeVar
 
 KernelDtype = Literal["float16", "bfloat16"]
 
@@ -67,35 +68,6 @@ class KernelSpec:
     num_stages: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedLaunch:
-    """一次启动；见 :class:`~deepseek_export.kernels.program.Launch`。"""
-
-    kernel: KernelSpec
-    grid: tuple[Expression, Expression, Expression]
-    arguments: tuple[Argument, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedVariant:
-    """适用于一段尺寸的一串启动；见 :class:`~deepseek_export.kernels.program.Variant`。"""
-
-    when: Expression
-    workspace: Expression
-    launches: tuple[PlannedLaunch, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchPlan:
-    """一个算子的启动计划；见 :class:`~deepseek_export.kernels.program.Program`。"""
-
-    op: str
-    sm: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    variants: tuple[PlannedVariant, ...]
-
-
 def check_sm(sm: int) -> Sm:
     """这种 SM 在表里吗。
 
@@ -112,16 +84,83 @@ def check_sm(sm: int) -> Sm:
 ALIGNMENT = 256
 
 
-def kernel_spec(
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """kernel 的一个运行时形参，与启动时给它的值。
+
+    Attributes:
+        name: kernel 里的名字。
+        type: Triton 的类型。
+        argument: 启动时给什么。
+    """
+
+    name: str
+    type: str
+    argument: Argument[Expression]
+
+
+def scratch(name: str, dtype: str, offset: Size) -> Parameter:
+    """workspace 里第 ``offset`` 字节起的一块 ``dtype``。"""
+    return Parameter(name, DTYPES[dtype].triton, Argument("workspace", Expression.of(offset)))
+
+
+def int32(name: str, value: Size) -> Parameter:
+    """整数标量。"""
+    return Parameter(name, "i32", Argument("int32", Expression.of(value)))
+
+
+def float32(name: str, value: float) -> Parameter:
+    """浮点标量。"""
+    return Parameter(name, "fp32", Argument("float32", value))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """编译时已知的：哪个算子、哪种 SM、静态的维与 dtype；输入输出都由契约表得出。
+
+    Attributes:
+        op: 契约。
+        sm: 计算能力。
+        sizes: 契约里的维 → 大小；不在其中的维到运行时才知道，是符号。
+        dtypes: 类型变量 → dtype；只容一种 dtype 的不必给。
+    """
+
+    op: OpSpec
+    sm: int
+    sizes: Mapping[str, int]
+    dtypes: Mapping[TypeVar, str]
+
+    def port(self, name: str) -> Parameter:
+        """名为 ``name`` 的输入或输出，作为同名的 kernel 形参。"""
+        kind, index, port = self.op.find(name)
+        return Parameter(name, DTYPES[self._dtype(port)].triton, Argument(kind, index))
+
+    def plan(self, variants: Sequence[Variant[KernelSpec]]) -> LaunchPlan[KernelSpec]:
+        """这些变体组成的启动计划。"""
+        inputs, outputs = (tuple(map(self._tensor, ports)) for ports in (self.op.inputs, self.op.outputs))
+        return LaunchPlan(self.op.name, self.sm, inputs, outputs, tuple(variants))
+
+    def _dtype(self, port: Port) -> str:
+        return self.dtypes.get(port.type) or TYPE_CONSTRAINTS[port.type][0]
+
+    def _tensor(self, port: Port) -> Tensor:
+        return Tensor(self._dtype(port), tuple(str(self.sizes.get(dim, dim)) for dim in port.dims))
+
+
+def launch(
     module: str,
     function: str,
-    signature: tuple[tuple[str, str], ...],
+    grid: tuple[Size, Size, Size],
+    parameters: Sequence[Parameter],
     constants: Mapping[str, int],
     num_warps: int,
     num_stages: int,
-) -> KernelSpec:
-    """一个 :class:`KernelSpec`，``constants`` 写成字典。"""
-    return KernelSpec(module, function, signature, tuple(constants.items()), num_warps, num_stages)
+) -> Launch[KernelSpec, Expression]:
+    """一次启动：``parameters`` 的次序同函数，其余见 :class:`KernelSpec`。"""
+    x, y, z = map(Expression.of, grid)
+    signature = tuple((parameter.name, parameter.type) for parameter in parameters)
+    kernel = KernelSpec(module, function, signature, tuple(constants.items()), num_warps, num_stages)
+    return Launch(kernel, (x, y, z), tuple(parameter.argument for parameter in parameters))
 
 
 def check_dtype(op: OpSpec, port: str, dtype: str, allowed: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """算子契约的唯一一张表。
 
-torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creator、ONNX Runtime kernel 都由这张表导出，
-别处不再拼写算子名、输入次序或属性名。这里不导入 torch。
+torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creator、启动计划的张量都由这张表导出；C++ 一侧经由它生成的
+``plugins/ops.h``。别处不再拼写算子名、输入次序或属性名。这里不导入 torch。
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
@@ -10,10 +10,10 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 DOMAIN = "dsx"
 OPSET_VERSION = 1
@@ -82,6 +82,32 @@ class OpSpec:
         arguments += [f"{attribute.kind} {attribute.name}" for attribute in self.attributes]
         results = ", ".join("Tensor" for _ in self.outputs)
         return f"{self.torch_name}({', '.join(arguments)}) -> {f'({results})' if len(self.outputs) > 1 else results}"
+
+    def find(self, name: str) -> tuple[Literal["input", "output"], int, Port]:
+        """名为 ``name`` 的端口：是输入还是输出，第几个。
+
+        Raises:
+            KeyError: 没有这个端口。
+        """
+        for index, port in enumerate(self.inputs):
+            if port.name == name:
+                return "input", index, port
+        for index, port in enumerate(self.outputs):
+            if port.name == name:
+                return "output", index, port
+        raise KeyError(name)
+
+    def dims(self, shapes: Sequence[Any]) -> dict[str, Any]:
+        """各输入的形状 → 具名维的大小；几个输入都有的维取最先的。"""
+        found: dict[str, Any] = {}
+        for port, shape in zip(self.inputs, shapes, strict=True):
+            for axis, name in enumerate(port.dims):
+                found.setdefault(name, shape[axis])
+        return found
+
+    def types(self, values: Sequence[Any]) -> dict[TypeVar, Any]:
+        """各输入的类型 → 类型变量的值；几个输入同一个变量的取最先的。"""
+        return {port.type: value for port, value in reversed(list(zip(self.inputs, values, strict=True)))}
 
 
 MLA_ATTENTION = OpSpec(

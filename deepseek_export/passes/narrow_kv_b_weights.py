@@ -13,7 +13,6 @@ from deepseek_export.passes.base import GraphModule, Pass, PassResult, read_from
 from deepseek_export.passes.ort_moe import scope
 
 _WEIGHT, _WIDE = "w_kv_b", "narrow/w_kv_b"
-_INPUT = [port.name for port in MLA_ATTENTION.inputs].index(_WEIGHT)
 
 
 class NarrowKvBWeightsPass(Pass):
@@ -41,7 +40,7 @@ class NarrowKvBWeightsPass(Pass):
         """见类说明。"""
         count = kept = 0
         for node in module.find(MLA_ATTENTION.name):
-            weight = node.inputs[_INPUT]
+            weight = node.inputs[MLA_ATTENTION.find(_WEIGHT)[1]]
             recipe = module.weights.get(weight.name)
             # 情形 2。
             if self.quantization.keeps(scope(node), weight.name):

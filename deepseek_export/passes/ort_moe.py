@@ -32,12 +32,10 @@ MOE_ATTRIBUTES = {
     "normalize_routing_weights": 1,
 }
 
-_INPUT = {port.name: index for index, port in enumerate(MOE_EXPERTS.inputs)}
-
 
 def port(experts: gs.Node, name: str) -> gs.Tensor:
     """``MoeExperts`` 节点的一个输入。"""
-    return experts.inputs[_INPUT[name]]
+    return experts.inputs[MOE_EXPERTS.find(name)[1]]
 
 
 def scope(node: gs.Node) -> str:

@@ -96,7 +96,8 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
 def _uses(module: GraphModule) -> list[tuple[gs.Node, int, str]]:
     """用到可以量化的权重之处：(节点, 第几个输入, 所在模块)；线性层是它的 ``Transpose``。"""
     # 情形 5。
-    absorbed = {site.inputs[-1] for site in module.sites if site.op == MLA_ATTENTION.name}
+    w_kv_b = MLA_ATTENTION.find("w_kv_b")[1]
+    absorbed = {site.inputs[w_kv_b] for site in module.sites if site.op == MLA_ATTENTION.name}
     scopes = {
         id(transpose): scope(matmul)
         for matmul, transpose in linears(module)

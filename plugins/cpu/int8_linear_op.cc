@@ -1,26 +1,21 @@
 #include "int8_linear_op.h"
 
-#include <array>
-
 #include "int8_linear.h"
 #include "isa.h"
 
 namespace dsx {
 namespace {
 
-// 次序与名字同 deepseek_export/ops/table.py 的 INT8_LINEAR（tests/unit/test_cpu_int8.py 核对）。
-constexpr const char* kName = "Int8Linear";
-constexpr std::array<const char*, 3> kInputs{"x", "codes", "scales"};
+namespace spec = ops::int8_linear;
 
 class Kernel {
 public:
     // 指令集在会话建立时定下，之后的环境变量不影响它。
     explicit Kernel(const OrtKernelInfo* info) : kernels_(requested_int8_kernels()) {
         const Ort::ConstKernelInfo node(info);
-        K_ = node.GetAttribute<int64_t>("K"), N_ = node.GetAttribute<int64_t>("N");
-        block_ = node.GetAttribute<int64_t>("block_size");
+        K_ = attribute(node, spec::K), N_ = attribute(node, spec::N), block_ = attribute(node, spec::block_size);
         if (K_ < 1 || N_ < 1 || (block_ != 32 && block_ != 64 && block_ != 128)) {
-            refuse(kName, "K、N 要大于 0，block_size 是 32、64 或 128：K=" + std::to_string(K_) + "，N=" + std::to_string(N_) +
+            refuse(spec::kName, "K、N 要大于 0，block_size 是 32、64 或 128：K=" + std::to_string(K_) + "，N=" + std::to_string(N_) +
                    "，block_size=" + std::to_string(block_));
         }
     }
@@ -32,21 +27,21 @@ public:
 private:
     void compute(const Ort::KernelContext& context) const {
         const int64_t blocks = (K_ + block_ - 1) / block_;
-        const Inputs inputs(kName, kInputs, context);
-        std::vector<int64_t> shape = inputs.shape(0);
+        const Inputs inputs(spec::kName, spec::kInputs, context);
+        std::vector<int64_t> shape = inputs.shape(spec::x);
         if (shape.empty() || shape.back() != K_) {
-            inputs.refuse(inputs.shown(0) + "，最后一维应为 K=" + std::to_string(K_));
+            inputs.refuse(inputs.shown(spec::x) + "，最后一维应为 K=" + std::to_string(K_));
         }
-        inputs.check_shape(1, {N_, blocks, block_});
-        inputs.check_shape(2, {N_, blocks});
+        inputs.check_shape(spec::codes, {N_, blocks, block_});
+        inputs.check_shape(spec::scales, {N_, blocks});
         int64_t rows = 1;
         for (size_t i = 0; i + 1 < shape.size(); ++i) {
             rows *= shape[i];
         }
         shape.back() = N_;
-        float* y = context.GetOutput(0, shape).GetTensorMutableData<float>();
-        const Int8Linear op{
-            rows, K_, N_, block_, inputs.data<float>(0), inputs.data<uint8_t>(1), inputs.data<float>(2), y};
+        float* y = context.GetOutput(spec::y, shape).GetTensorMutableData<float>();
+        const Int8Linear op{rows, K_, N_, block_, inputs.data<float>(spec::x), inputs.data<uint8_t>(spec::codes),
+            inputs.data<float>(spec::scales), y};
         run(op, kernels_, pool_of(context));
     }
 
@@ -60,14 +55,12 @@ struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
     OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
         return guard([&] { *kernel = new Kernel(info); });
     }
-    const char* GetName() const { return kName; }
+    const char* GetName() const { return spec::kName; }
     const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
-    size_t GetInputTypeCount() const { return kInputs.size(); }
-    ONNXTensorElementDataType GetInputType(size_t i) const {
-        return i == 1 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    }
-    size_t GetOutputTypeCount() const { return 1; }
-    ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+    size_t GetInputTypeCount() const { return spec::kInputs.size(); }
+    ONNXTensorElementDataType GetInputType(size_t i) const { return type_of(spec::kInputs[i]); }
+    size_t GetOutputTypeCount() const { return spec::kOutputs.size(); }
+    ONNXTensorElementDataType GetOutputType(size_t i) const { return type_of(spec::kOutputs[i]); }
 };
 
 }  // namespace

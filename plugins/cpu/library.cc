@@ -21,7 +21,7 @@ const OrtCustomOpDomain* domain() {
     static Ort::CustomOpDomain made{nullptr};
     static std::once_flag once;
     std::call_once(once, [] {
-        made = Ort::CustomOpDomain("dsx");
+        made = Ort::CustomOpDomain(ops::kDomain);
         add_mla_attention(made);
         // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 kernel 在那里快得多，走函数体。
         if (available_kernels().size() > 1) {

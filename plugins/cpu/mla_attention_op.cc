@@ -10,44 +10,39 @@
 namespace dsx {
 namespace {
 
-struct Type {
-    Dtype dtype;
-    ONNXTensorElementDataType onnx;
-};
-constexpr Type kFloat{Dtype::kFloat32, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
-constexpr Type kHalf{Dtype::kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
-constexpr Type kBrain{Dtype::kBfloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
-constexpr Type kByte{Dtype::kInt8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8};
-constexpr std::array<Type, 3> kComputeTypes{kFloat, kHalf, kBrain};
-constexpr std::array<Type, 4> kCacheTypes{kFloat, kHalf, kBrain, kByte};
+namespace spec = ops::mla_attention;
 
-// 次序与名字同 deepseek_export/ops/table.py 的 MLA_ATTENTION（tests/unit/test_cpu_library.py 核对）。
-constexpr const char* kName = "MlaAttention";
-constexpr std::array<const char*, 7> kInputs{"q_nope", "q_pe", "c_kv", "k_pe", "kv_cache", "past_lens", "w_kv_b"};
-constexpr std::array<const char*, 2> kOutputs{"o", "kv_cache_out"};
-constexpr size_t kCacheInput = 4, kPastLens = 5, kWeight = 6, kCacheOutput = 1;
+Dtype dtype_of(int onnx) {
+    switch (onnx) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return Dtype::kFloat32;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return Dtype::kFloat16;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return Dtype::kBfloat16;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return Dtype::kInt8;
+    default: throw std::logic_error("契约里的类型 " + std::to_string(onnx) + " 没有实现");
+    }
+}
 
 // 由各输入的形状得出尺寸，并核对它们彼此相符。
-MlaAttention sizes_of(const Inputs<kInputs.size()>& inputs, Dtype cache_dtype) {
-    inputs.check_ranks({4, 4, 3, 3, 4, 1, 2});
+MlaAttention sizes_of(const Inputs<spec::kInputs.size()>& inputs, Dtype cache_dtype) {
+    inputs.check_ranks();
     MlaAttention op{};
-    const std::vector<int64_t>& q_nope = inputs.shape(0);
-    op.B = q_nope[0], op.S = q_nope[1], op.H = q_nope[2], op.dn = q_nope[3];
-    op.dr = inputs.shape(1)[3], op.r = inputs.shape(2)[2], op.T = inputs.shape(kCacheInput)[2];
+    const std::vector<int64_t>& query = inputs.shape(spec::q_nope);
+    op.B = query[0], op.S = query[1], op.H = query[2], op.dn = query[3];
+    op.dr = inputs.shape(spec::q_pe)[3], op.r = inputs.shape(spec::c_kv)[2], op.T = inputs.shape(spec::kv_cache)[2];
     if (op.H < 1 || op.dn < 1 || op.dr < 1 || op.r < 1) {
-        inputs.refuse("头数与各个宽度都要大于 0：" + inputs.shown(0) + "，" + inputs.shown(1));
+        inputs.refuse("头数与各个宽度都要大于 0：" + inputs.shown(spec::q_nope) + "，" + inputs.shown(spec::q_pe));
     }
-    const int64_t rows = inputs.shape(kWeight)[0];
+    const int64_t rows = inputs.shape(spec::w_kv_b)[0];
     if (rows % op.H != 0 || rows / op.H <= op.dn) {
-        inputs.refuse(inputs.shown(kWeight) + "，行数应为 H*(dn+dv)，H=" + std::to_string(op.H) + "，dn=" + std::to_string(op.dn));
+        inputs.refuse(inputs.shown(spec::w_kv_b) + "，行数应为 H*(dn+dv)，H=" + std::to_string(op.H) + "，dn=" + std::to_string(op.dn));
     }
     op.dv = rows / op.H - op.dn;
-    inputs.check_shape(1, {op.B, op.S, op.H, op.dr});
-    inputs.check_shape(2, {op.B, op.S, op.r});
-    inputs.check_shape(3, {op.B, op.S, op.dr});
-    inputs.check_shape(kCacheInput, {op.B, 1, op.T, cache_width(cache_dtype, op.r, op.dr)});
-    inputs.check_shape(kPastLens, {op.B});
-    inputs.check_shape(kWeight, {op.H * (op.dn + op.dv), op.r});
+    inputs.check_shape(spec::q_pe, {op.B, op.S, op.H, op.dr});
+    inputs.check_shape(spec::c_kv, {op.B, op.S, op.r});
+    inputs.check_shape(spec::k_pe, {op.B, op.S, op.dr});
+    inputs.check_shape(spec::kv_cache, {op.B, 1, op.T, cache_width(cache_dtype, op.r, op.dr)});
+    inputs.check_shape(spec::past_lens, {op.B});
+    inputs.check_shape(spec::w_kv_b, {op.H * (op.dn + op.dv), op.r});
     return op;
 }
 
@@ -68,7 +63,7 @@ public:
     // 指令集与形式在会话建立时定下，之后的环境变量不影响它。
     Kernel(Dtype dtype, Dtype cache_dtype, Dtype weight_dtype, const OrtKernelInfo* info)
         : dtype_(dtype), cache_dtype_(cache_dtype), weight_dtype_(weight_dtype), kernels_(requested_kernels()), form_(requested_form()) {
-        scale_ = Ort::ConstKernelInfo(info).GetAttribute<float>("scale");
+        scale_ = attribute(Ort::ConstKernelInfo(info), spec::scale);
     }
 
     OrtStatusPtr ComputeV2(OrtKernelContext* context) {
@@ -77,12 +72,13 @@ public:
 
 private:
     void compute(const Ort::KernelContext& context) const {
-        const Inputs inputs(kName, kInputs, context);
+        const Inputs inputs(spec::kName, spec::kInputs, context);
         MlaAttention op = sizes_of(inputs, cache_dtype_);
         op.scale = scale_, op.dtype = dtype_, op.cache_dtype = cache_dtype_, op.weight_dtype = weight_dtype_;
-        op.q_nope = inputs.raw(0), op.q_pe = inputs.raw(1), op.c_kv = inputs.raw(2), op.k_pe = inputs.raw(3);
-        op.kv_cache = inputs.raw(kCacheInput), op.w_kv_b = inputs.raw(kWeight);
-        op.past_lens = inputs.data<int64_t>(kPastLens);
+        op.q_nope = inputs.raw(spec::q_nope), op.q_pe = inputs.raw(spec::q_pe);
+        op.c_kv = inputs.raw(spec::c_kv), op.k_pe = inputs.raw(spec::k_pe);
+        op.kv_cache = inputs.raw(spec::kv_cache), op.w_kv_b = inputs.raw(spec::w_kv_b);
+        op.past_lens = inputs.data<int64_t>(spec::past_lens);
         for (int64_t b = 0; b < op.B; ++b) {
             if (op.past_lens[b] < 0 || op.past_lens[b] > op.T - op.S) {
                 inputs.refuse("past_lens[" + std::to_string(b) + "] = " + std::to_string(op.past_lens[b]) + "，加 S=" +
@@ -90,8 +86,8 @@ private:
             }
         }
         const std::array<int64_t, 4> o_shape{op.B, op.S, op.H, op.dv};
-        op.o = context.GetOutput(0, o_shape.data(), o_shape.size()).GetTensorMutableRawData();
-        op.kv_cache_out = context.GetOutput(kCacheOutput, inputs.shape(kCacheInput)).GetTensorMutableRawData();
+        op.o = context.GetOutput(spec::o, o_shape.data(), o_shape.size()).GetTensorMutableRawData();
+        op.kv_cache_out = context.GetOutput(spec::kv_cache_out, inputs.shape(spec::kv_cache)).GetTensorMutableRawData();
         run(op, form_, kernels_, pool_of(context));
     }
 
@@ -101,15 +97,15 @@ private:
     float scale_;
 };
 
-// 一种 (计算 dtype, 缓存 dtype, 权重 dtype)；同名的几个由 ONNX Runtime 合成一个算子，类型不在其中的节点在建立会话时就被拒绝。
+// 一种 (计算, 缓存, 权重) 的 ONNX 类型；同名的几个由 ONNX Runtime 合成一个算子，类型不在其中的节点在建立会话时就被拒绝。
 struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
-    Operator(Type compute, Type cache, Type weight) : compute_(compute), cache_(cache), weight_(weight) {
+    Operator(int compute, int cache, int weight) : compute_(compute), cache_(cache), weight_(weight) {
         version = kOrtApi;
         GetMayInplace = [](int** inputs, int** outputs) -> size_t {
             *inputs = static_cast<int*>(std::malloc(sizeof(int)));
             *outputs = static_cast<int*>(std::malloc(sizeof(int)));
-            **inputs = kCacheInput;
-            **outputs = kCacheOutput;
+            **inputs = spec::kv_cache;
+            **outputs = spec::kv_cache_out;
             return 1;
         };
         ReleaseMayInplace = [](int* inputs, int* outputs) {
@@ -119,23 +115,22 @@ struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
     }
 
     OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-        return guard([&] { *kernel = new Kernel(compute_.dtype, cache_.dtype, weight_.dtype, info); });
+        return guard([&] { *kernel = new Kernel(dtype_of(compute_), dtype_of(cache_), dtype_of(weight_), info); });
     }
-    const char* GetName() const { return kName; }
+    const char* GetName() const { return spec::kName; }
     const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
-    size_t GetInputTypeCount() const { return kInputs.size(); }
-    ONNXTensorElementDataType GetInputType(size_t i) const {
-        switch (i) {
-        case kPastLens: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-        case kCacheInput: return cache_.onnx;
-        case kWeight: return weight_.onnx;
-        default: return compute_.onnx;
-        }
-    }
-    size_t GetOutputTypeCount() const { return kOutputs.size(); }
-    ONNXTensorElementDataType GetOutputType(size_t i) const { return i == kCacheOutput ? cache_.onnx : compute_.onnx; }
+    size_t GetInputTypeCount() const { return spec::kInputs.size(); }
+    ONNXTensorElementDataType GetInputType(size_t i) const { return chosen(spec::kInputs[i]); }
+    size_t GetOutputTypeCount() const { return spec::kOutputs.size(); }
+    ONNXTensorElementDataType GetOutputType(size_t i) const { return chosen(spec::kOutputs[i]); }
 
-    Type compute_, cache_, weight_;
+private:
+    ONNXTensorElementDataType chosen(const ops::Port& port) const {
+        const int variable = port.type == &ops::kT ? compute_ : port.type == &ops::kC ? cache_ : weight_;
+        return port.type->count == 1 ? type_of(port) : static_cast<ONNXTensorElementDataType>(variable);
+    }
+
+    int compute_, cache_, weight_;
 };
 
 }  // namespace
@@ -143,15 +138,17 @@ struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
 void add_mla_attention(Ort::CustomOpDomain& domain) {
     // 会话里只存它们的指针，要活到进程结束。
     static std::vector<std::unique_ptr<Operator>> operators;
-    const auto add = [&domain](const Type& compute, const Type& cache, const Type& weight) {
+    const auto add = [&domain](int compute, int cache, int weight) {
         operators.push_back(std::make_unique<Operator>(compute, cache, weight));
         domain.Add(operators.back().get());
     };
-    for (const Type& cache : kCacheTypes) {
-        for (const Type& compute : kComputeTypes) {
-            add(compute, cache, compute);
+    for (size_t c = 0; c < ops::kC.count; ++c) {
+        const int cache = ops::kC.onnx[c];
+        for (size_t t = 0; t < ops::kT.count; ++t) {
+            add(ops::kT.onnx[t], cache, ops::kT.onnx[t]);
         }
-        add(kFloat, cache, kBrain);  // 量化的 bundle 把 w_kv_b 存成 bfloat16
+        // 量化的 bundle 把 w_kv_b 存成 bfloat16
+        add(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, cache, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
     }
 }
 

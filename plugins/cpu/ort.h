@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../ops.h"
 #include "parallel.h"
 
 namespace dsx {
@@ -44,12 +45,22 @@ inline std::string text(const std::vector<int64_t>& shape) {
     throw Ort::Exception("dsx::" + std::string(op) + "：" + what, ORT_INVALID_ARGUMENT);
 }
 
+template <typename T>
+T attribute(const Ort::ConstKernelInfo& node, const ops::Attribute<T>& wanted) {
+    return node.GetAttribute<T>(wanted.name);
+}
+
+// 只容一种类型的端口的类型。
+inline ONNXTensorElementDataType type_of(const ops::Port& port) {
+    return static_cast<ONNXTensorElementDataType>(port.type->onnx[0]);
+}
+
 // 一次调用的输入与它们的形状；形状不对就抛出，说明是哪个输入、应是什么。
 template <size_t kCount>
 class Inputs {
 public:
-    Inputs(const char* op, const std::array<const char*, kCount>& names, const Ort::KernelContext& context)
-        : op_(op), names_(names) {
+    Inputs(const char* op, const std::array<ops::Port, kCount>& ports, const Ort::KernelContext& context)
+        : op_(op), ports_(ports) {
         for (size_t i = 0; i < kCount; ++i) {
             values_[i] = context.GetInput(i);
             shapes_[i] = values_[i].GetTensorTypeAndShapeInfo().GetShape();
@@ -57,16 +68,16 @@ public:
     }
 
     const std::vector<int64_t>& shape(size_t input) const { return shapes_[input]; }
-    std::string shown(size_t input) const { return std::string(names_[input]) + " 是 " + text(shapes_[input]); }
+    std::string shown(size_t input) const { return std::string(ports_[input].name) + " 是 " + text(shapes_[input]); }
     template <typename T>
     const T* data(size_t input) const { return values_[input].template GetTensorData<T>(); }
     const void* raw(size_t input) const { return values_[input].GetTensorRawData(); }
 
     [[noreturn]] void refuse(const std::string& what) const { dsx::refuse(op_, what); }
-    void check_ranks(const std::array<size_t, kCount>& ranks) const {
+    void check_ranks() const {
         for (size_t i = 0; i < kCount; ++i) {
-            if (shapes_[i].size() != ranks[i]) {
-                refuse(shown(i) + "，应有 " + std::to_string(ranks[i]) + " 维");
+            if (shapes_[i].size() != ports_[i].rank) {
+                refuse(shown(i) + "，应有 " + std::to_string(ports_[i].rank) + " 维");
             }
         }
     }
@@ -78,7 +89,7 @@ public:
 
 private:
     const char* op_;
-    const std::array<const char*, kCount>& names_;
+    const std::array<ops::Port, kCount>& ports_;
     std::array<Ort::ConstValue, kCount> values_;
     std::array<std::vector<int64_t>, kCount> shapes_;
 };

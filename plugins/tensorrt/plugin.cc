@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "../ops.h"
 #include "driver.h"
 #include "program.h"
 
@@ -25,11 +26,6 @@ namespace dsx {
 namespace {
 
 using namespace nvinfer1;
-
-// 与 deepseek_export/engine/plugins.py 的 PLUGIN_OPS 相同（tests/unit/test_plugins_tensorrt.py 核对）。
-constexpr std::array<char const*, 2> kOps{"LatentAttention", "MoeExperts"};
-constexpr char const* kNamespace = "dsx";
-constexpr char const* kVersion = "1";
 
 // 错误不能越过 TensorRT 的 noexcept 边界：记一行日志，把失败作为返回值交出去。
 ILogger* logger() noexcept;
@@ -93,8 +89,8 @@ public:
     }
 
     AsciiChar const* getPluginName() const noexcept override { return program_->op.c_str(); }
-    AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
-    AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
+    AsciiChar const* getPluginVersion() const noexcept override { return ops::kPluginVersion; }
+    AsciiChar const* getPluginNamespace() const noexcept override { return ops::kPluginNamespace; }
 
     int32_t configurePlugin(
         DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*, int32_t) noexcept override {
@@ -220,8 +216,8 @@ public:
     }
 
     AsciiChar const* getPluginName() const noexcept override { return op_; }
-    AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
-    AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
+    AsciiChar const* getPluginVersion() const noexcept override { return ops::kPluginVersion; }
+    AsciiChar const* getPluginNamespace() const noexcept override { return ops::kPluginNamespace; }
 
 private:
     static std::string field(PluginFieldCollection const& fields, std::string const& wanted, char const* node) {
@@ -243,10 +239,13 @@ private:
     char const* op_;
 };
 
-std::array<Creator, kOps.size()>& creators() {
-    static std::array<Creator, kOps.size()> all{Creator(kOps[0]), Creator(kOps[1])};
+template <size_t... I>
+auto& creators(std::index_sequence<I...>) {
+    static std::array<Creator, sizeof...(I)> all{Creator(ops::kPlugins[I])...};
     return all;
 }
+
+auto& creators() { return creators(std::make_index_sequence<ops::kPlugins.size()>()); }
 
 // TensorRT 11 从 IPluginRegistry 的虚表里去掉了几个旧方法，所以用哪一代头文件构建，就只能与那一代的库共用。
 struct Runtime {
@@ -316,8 +315,8 @@ IPluginCreatorInterface* registered(IPluginRegistry& registry, Creator const& wa
         }
         auto const* creator = static_cast<IPluginCreatorV3One const*>(all[i]);
         if (std::strcmp(creator->getPluginName(), wanted.getPluginName()) == 0 &&
-            std::strcmp(creator->getPluginVersion(), kVersion) == 0 &&
-            std::strcmp(creator->getPluginNamespace(), kNamespace) == 0) {
+            std::strcmp(creator->getPluginVersion(), ops::kPluginVersion) == 0 &&
+            std::strcmp(creator->getPluginNamespace(), ops::kPluginNamespace) == 0) {
             return all[i];
         }
     }
@@ -329,7 +328,7 @@ __attribute__((constructor)) void register_creators() noexcept {
     if (auto* found = registry()) {
         for (auto& creator : creators()) {
             if (registered(*found, creator) == nullptr) {
-                found->registerCreator(creator, kNamespace);
+                found->registerCreator(creator, ops::kPluginNamespace);
             }
         }
     }
@@ -352,8 +351,13 @@ void deregister_creators() noexcept {
 // IPluginRegistry::loadLibrary 的入口。
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) noexcept {
-    static std::array<nvinfer1::IPluginCreatorInterface*, dsx::kOps.size()> const all{
-        &dsx::creators()[0], &dsx::creators()[1]};
+    static auto const all = [] {
+        std::array<nvinfer1::IPluginCreatorInterface*, dsx::ops::kPlugins.size()> pointers{};
+        for (size_t i = 0; i < pointers.size(); ++i) {
+            pointers[i] = &dsx::creators()[i];
+        }
+        return pointers;
+    }();
     dsx::deregister_creators();
     count = dsx::registry() != nullptr ? static_cast<int32_t>(all.size()) : 0;
     return all.data();

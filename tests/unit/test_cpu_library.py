@@ -16,16 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
 
 import deepseek_export
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.cli import doctor
 from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
-from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import mla_attention
-from deepseek_export.ops.table import MLA_ATTENTION, TYPE_CONSTRAINTS
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.runtime import ModelSession
@@ -204,22 +201,6 @@ def test_wrong_dtypes_and_isas_are_refused_when_the_session_is_made(library):
         make_session(library, "float32", "float32", "sse9")
     with pytest.raises(Exception, match="DSX_CPU_MLA_FORM=fast 不可用"):
         make_session(library, "float32", "float32", "", "fast")
-
-
-def test_table_is_the_same_on_both_sides():
-    """C++ 里的算子名、输入输出的次序、dtype 与契约表一致。"""
-    source = (SOURCES / "mla_attention_op.cc").read_text(encoding="utf-8")
-
-    def listed(name: str) -> list[str]:
-        return re.findall(r'"(\w+)"', re.search(rf"{name}\{{(.*?)\}}", source)[1])
-
-    assert listed("kInputs") == [port.name for port in MLA_ATTENTION.inputs]
-    assert listed("kOutputs") == [port.name for port in MLA_ATTENTION.outputs]
-    assert f'kName = "{MLA_ATTENTION.name}"' in source
-    found = re.findall(r"Dtype::k\w+, ONNX_TENSOR_ELEMENT_DATA_TYPE_(\w+)\}", source)
-    assert [TensorProto.DataType.Value(name) for name in found] == [
-        DTYPES[dtype].onnx for dtype in TYPE_CONSTRAINTS["C"]
-    ]
 
 
 def test_one_bundle_with_and_without_the_library(library, exported, monkeypatch):

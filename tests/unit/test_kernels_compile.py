@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels import compile as module
 from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_plan
@@ -19,6 +20,7 @@ from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
 from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.kernels.program import Program
 from deepseek_export.kernels.table import SMS
+from deepseek_export.ops.table import LATENT_ATTENTION, MOE_EXPERTS
 
 pytestmark = pytest.mark.unit
 
@@ -107,6 +109,26 @@ def test_corrupt_cache_entry_is_rebuilt(empty_cache):
     path.write_bytes(good[:200] + b"x" + good[201:])
     assert compile_kernel(spec, 90) == want
     assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize("spec", [LATENT_ATTENTION, MOE_EXPERTS], ids=lambda spec: spec.name)
+def test_plans_follow_the_op_table(spec):
+    """计划的输入输出是契约里的那些；kernel 的张量形参与端口同名，指的就是那个端口，类型也是它的。"""
+    plan = next(plan for plan in plans(90) if plan.op == spec.name)
+    for ports, tensors in ((spec.inputs, plan.inputs), (spec.outputs, plan.outputs)):
+        assert [len(port.dims) for port in ports] == [len(tensor.dims) for tensor in tensors]
+    used = set()
+    for launch in (launch for variant in plan.variants for launch in variant.launches):
+        for (name, type_), argument in zip(launch.kernel.signature, launch.arguments, strict=True):
+            if argument.kind in ("input", "output"):
+                kind, index, _ = spec.find(name)
+                assert argument == (kind, index)
+                tensor = (plan.inputs if kind == "input" else plan.outputs)[index]
+                assert type_ == DTYPES[tensor.dtype].triton
+                used.add(name)
+    assert used == {port.name for port in (*spec.inputs, *spec.outputs)}
+    with pytest.raises(KeyError):
+        spec.find("no_such_port")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ else:
     from deepseek_export.kernels import latent_attention as attention_kernels
     from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
     from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
-    from deepseek_export.kernels.table import LaunchPlan
+    from deepseek_export.kernels.program import LaunchPlan
     from deepseek_export.ops.latent_attention import latent_attention
     from deepseek_export.ops.moe_experts import moe_experts
     from deepseek_export.parity.measures import measure

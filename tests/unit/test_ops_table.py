@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ import deepseek_export
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops import registry
 from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION, TYPE_CONSTRAINTS
+from tools.make_ops_header import HEADER, header
 
 pytestmark = pytest.mark.unit
 
 PACKAGE = Path(deepseek_export.__path__[0])
+#: C++ 源码里的字符串。
+STRINGS = re.compile(r'"(\w+)"')
 SPECS = [pytest.param(spec, id=spec.name) for spec in OPS.values()]
 
 
@@ -95,3 +99,21 @@ def test_names_are_spelled_only_in_the_table():
         if (names := spelled_names(path.read_text(encoding="utf-8")))
     }
     assert set(found) == {"ops/table.py"}
+
+
+def test_the_header_is_generated():
+    """plugins/ops.h 就是生成器写的那一份：改了契约表要 make ops-header。"""
+    assert HEADER.read_text(encoding="utf-8") == header()
+
+
+def test_native_code_spells_no_operators():
+    """C++ 里只有 ops.h 写着算子名、端口名与插件的 namespace：别处引用它们的枚举与常量。"""
+    names = {port.name for spec in OPS.values() for port in (*spec.inputs, *spec.outputs)}
+    names |= OPS.keys() | {attribute.name for spec in OPS.values() for attribute in spec.attributes}
+    assert names & set(STRINGS.findall(HEADER.read_text(encoding="utf-8"))), "检查本身要有效"
+    found = {
+        path.name: spelled
+        for path in HEADER.parent.glob("*/*.[ch]*")
+        if (spelled := (names | {DOMAIN}) & set(STRINGS.findall(path.read_text(encoding="utf-8"))))
+    }
+    assert found == {}
