@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deepseek_export.parity.bisect import Culprit
+    from deepseek_export.parity.checks import LEVELS, Level
     from deepseek_export.parity.compare import BlockCase, ComparisonReport, compare_bundle
-    from deepseek_export.parity.report import LEVELS, Case, Level, ParityReport, QuantLoss
+    from deepseek_export.parity.report import Case, ParityReport, QuantLoss
     from deepseek_export.parity.verify import verify_bundle
 
 _EXPORTS = {
-    "LEVELS": "deepseek_export.parity.report",
+    "LEVELS": "deepseek_export.parity.checks",
     "BlockCase": "deepseek_export.parity.compare",
     "Case": "deepseek_export.parity.report",
     "ComparisonReport": "deepseek_export.parity.compare",
     "Culprit": "deepseek_export.parity.bisect",
-    "Level": "deepseek_export.parity.report",
+    "Level": "deepseek_export.parity.checks",
     "ParityReport": "deepseek_export.parity.report",
     "QuantLoss": "deepseek_export.parity.report",
     "compare_bundle": "deepseek_export.parity.compare",

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,18 +17,15 @@ from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
 from deepseek_export.ops.int8_cache import decode_rows
 from deepseek_export.parity.arrays import to_numpy, to_torch
-from deepseek_export.parity.logits import narrow_cache
-from deepseek_export.parity.measures import measure
-from deepseek_export.parity.report import Case, Level, compare
-from deepseek_export.parity.routing import router_margin
-from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
-from deepseek_export.parity.tolerances import ROUTER_MARGIN, Key, Tolerance, tolerance
+from deepseek_export.parity.checks import PHASES, Level
+from deepseek_export.parity.keys import Keys
+from deepseek_export.parity.report import Case, compare
+from deepseek_export.parity.routing import router_margin, without_flipped
+from deepseek_export.parity.tolerances import Key, Tolerance, tolerance
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
 
 _CAPACITY_SLACK = 3
-_ROWS, _TOKENS = 2, 25
-PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,10 @@ class Output:
 
     def compare(self, level: Level, name: str, got: np.ndarray) -> Case:
         """量一次、对照容差表。"""
-        quantity, dtype, quant = self.key
         want = self.want
         if self.kv_lora_rank is not None:
             got, want = (decode_rows(to_torch(a), self.kv_lora_rank).numpy() for a in (got, want))
-        return compare(level, name, quantity, dtype, got, want, quant)
+        return compare(level, name, self.key, got, want)
 
 
 @dataclass(frozen=True)
@@ -93,55 +89,28 @@ class Block:
             name = f"{output.label} ({self.phase})"
             case = output.compare("block", name, got[output.value])
             if not case.passed and self.margin is not None:
-                case = _without_flipped(case, output, got[output.value], self.margin)
+                case = without_flipped(case, output, got[output.value], self.margin)
             yield case
 
 
-def _without_flipped(case: Case, output: Output, got: np.ndarray, margin: np.ndarray) -> Case:
-    """把路由近平局、且确实换了专家的行挑出来单独计数，其余行仍按容差要求。"""
-    limit = output.tolerance.limit(measure(got, output.want).scale)
-    error = np.abs(got.astype(np.float64) - output.want).max(-1)
-    flipped = ~(error <= limit) & (margin < ROUTER_MARGIN[output.key[1]])
-    if not flipped.any() or flipped.all():
-        return case
-    kept = replace(output, want=output.want[~flipped]).compare("block", case.name, got[~flipped])
-    kept.near_ties = int(flipped.sum())
-    return kept
-
-
-def block_cases(graph: ModelGraph, blocks: Iterable[Block], on_case: Callable[[str], None]) -> Iterator[Case]:
-    """逐块截图、在 ONNX Runtime 上执行、与参照比。
-
-    Args:
-        graph: 被验证的图。
-        blocks: 这张图的块。
-        on_case: 每个块比完后调用。
-    """
-    for block in blocks:
-        values = [output.value for output in block.outputs]
-        yield from block.cases(dict(zip(values, graph.run(block.feeds, values), strict=True)))
-        on_case(block.name)
-
-
-def main_block_count(manifest: Manifest) -> int:
-    """:func:`main_blocks` 一共给出多少个。"""
-    return len(PHASES) * 2 * (manifest.model.num_hidden_layers + 1)
-
-
 @torch.no_grad()
-def main_blocks(manifest: Manifest, model: ReferenceModel, rows: Sequence[Sequence[int]]) -> Iterator[Block]:
+def main_blocks(
+    manifest: Manifest, model: ReferenceModel, rows: Sequence[Sequence[int]], keys: Keys
+) -> Iterator[Block]:
     """主模型的块：嵌入、每层的注意力与前馈、输出头；各有 prefill 与其后的一步解码。
 
     Args:
         manifest: bundle 的 manifest。
         model: 同 profile、同 dtype 的参考模型。
         rows: 等长的 token 序列；前 len-1 个做 prefill，最后一个做解码。
+        keys: 见 :func:`~deepseek_export.parity.keys.block_keys`。
     """
     ids = torch.tensor([list(row) for row in rows])
     B, S = ids.shape[0], ids.shape[1] - 1
     starts = (torch.zeros(B, dtype=torch.int64), torch.full((B,), S))
     steps = [
-        _Step(manifest, model, *step) for step in zip(PHASES, (ids[:, :S], ids[:, S:]), starts, strict=True)
+        _Step(manifest, model, keys, *step)
+        for step in zip(PHASES, (ids[:, :S], ids[:, S:]), starts, strict=True)
     ]
     caches = model.empty_caches(B, S + _CAPACITY_SLACK, getattr(torch, manifest.cache.dtype))
     for step in steps:
@@ -156,8 +125,9 @@ def main_blocks(manifest: Manifest, model: ReferenceModel, rows: Sequence[Sequen
 class _Step:
     """一个阶段：拿着参考模型的当前激活，一块一块往前走。"""
 
-    def __init__(self, manifest: Manifest, model: ReferenceModel, phase: str, ids, past_lens) -> None:
+    def __init__(self, manifest: Manifest, model: ReferenceModel, keys: Keys, phase: str, ids, past_lens):
         self.manifest, self.model, self.phase = manifest, model, phase
+        self.attention, self.rest = keys
         self.past_lens = past_lens
         self.x, self.cos, self.sin = model.embed(ids, past_lens)
         self.ids = ids
@@ -165,7 +135,7 @@ class _Step:
 
     def embed(self) -> Block:
         feeds = {names.INPUT_IDS: self.ids.numpy(), **self.feeds}
-        block = embed_block(self.manifest, "", self.phase, feeds, (self.x, self.cos, self.sin))
+        block = embed_block(self.rest, "", self.phase, feeds, (self.x, self.cos, self.sin))
         self.feeds |= {names.EMBED_COS: self.cos.numpy(), names.EMBED_SIN: self.sin.numpy()}
         return block
 
@@ -175,11 +145,12 @@ class _Step:
         assert isinstance(layer, DecoderLayer)
         residual, x, *updated = layer(self.x, self.cos, self.sin, self.past_lens, *caches)
         feeds = {**self.feeds, names.layer_output(i - 1): self.x.numpy()}
+        where = (i, i)
         yield attention_block(
-            self.manifest, f"layers.{i}.", self.phase, feeds, (i, i), residual, caches, updated
+            self.manifest, self.attention, f"layers.{i}.", self.phase, feeds, where, residual, caches, updated
         )
         margin = router_margin(layer, residual, self.model.config).numpy()
-        yield mlp_block(self.manifest, f"layers.{i}.", self.phase, feeds, i, residual, x, margin)
+        yield mlp_block(self.rest, f"layers.{i}.", self.phase, feeds, i, residual, x, margin)
         self.x = x
         return tuple(updated)
 
@@ -190,21 +161,20 @@ class _Step:
             names.layer_output(self.manifest.model.num_hidden_layers - 1): self.x.numpy(),
             names.LOGITS_POSITIONS: positions.numpy(),
         }
-        key = block_key(self.manifest)
         outputs = (
-            Output("head", names.LOGITS, logits.numpy(), key),
-            Output("hidden", names.HIDDEN, hidden.numpy(), key),
+            Output("head", names.LOGITS, logits.numpy(), self.rest),
+            Output("hidden", names.HIDDEN, hidden.numpy(), self.rest),
         )
         return Block("head", self.phase, feeds, outputs)
 
 
 def embed_block(
-    manifest: Manifest, prefix: str, phase: str, feeds: Mapping[str, np.ndarray], want: Sequence[Tensor]
+    key: Key, prefix: str, phase: str, feeds: Mapping[str, np.ndarray], want: Sequence[Tensor]
 ) -> Block:
-    """词嵌入与 cos/sin；``prefix`` 是名字的前缀，主模型为空。"""
+    """词嵌入与 cos/sin；``key`` 是容差，``prefix`` 是名字的前缀，主模型为空。"""
     labels, values = ("embed", "rope cos", "rope sin"), (names.EMBED_X, names.EMBED_COS, names.EMBED_SIN)
     outputs = tuple(
-        Output(f"{prefix}{label}", value, tensor.numpy(), block_key(manifest))
+        Output(f"{prefix}{label}", value, tensor.numpy(), key)
         for label, value, tensor in zip(labels, values, want, strict=True)
     )
     return Block(f"{prefix}embed", phase, feeds, outputs)
@@ -212,6 +182,7 @@ def embed_block(
 
 def attention_block(
     manifest: Manifest,
+    key: Key,
     prefix: str,
     phase: str,
     feeds: Mapping[str, np.ndarray],
@@ -224,6 +195,7 @@ def attention_block(
 
     Args:
         manifest: bundle 的 manifest。
+        key: 容差。
         prefix: 名字的前缀，例如 ``layers.3.``。
         phase: 阶段。
         feeds: 缓存之外的输入。
@@ -232,7 +204,6 @@ def attention_block(
         caches, updated: 参考模型这一层更新前后的缓存。
     """
     layer, index = where
-    key = _attention_key(manifest)
     feeds, outputs = (
         dict(feeds),
         [Output(f"{prefix}self_attn", names.attn_residual(layer), residual.numpy(), key)],
@@ -246,7 +217,7 @@ def attention_block(
 
 
 def mlp_block(
-    manifest: Manifest,
+    key: Key,
     prefix: str,
     phase: str,
     feeds: Mapping[str, np.ndarray],
@@ -262,56 +233,5 @@ def mlp_block(
         margin: 见 :func:`~deepseek_export.parity.routing.router_margin`。
     """
     source = names.attn_residual(layer)
-    output = Output(f"{prefix}mlp", names.layer_output(layer), x.numpy(), block_key(manifest))
+    output = Output(f"{prefix}mlp", names.layer_output(layer), x.numpy(), key)
     return Block(f"{prefix}mlp", phase, {**feeds, source: residual.numpy()}, (output,), margin, source)
-
-
-def block_key(manifest: Manifest) -> Key:
-    """一个块的容差。"""
-    return "block", manifest.dtype, manifest.quant
-
-
-def _attention_key(manifest: Manifest) -> Key:
-    """注意力块的容差；量化的容差本来就宽得多。
-
-    缓存比模型窄时，两侧会把几乎相等的数舍入到相邻的两个值，以缓存的 dtype 为准；算子库连乘数都舍入到 bfloat16 时还要再宽。
-    """
-    dtype = attention_dtype(manifest)
-    if dtype != manifest.dtype:
-        return "block", dtype, None
-    narrow = narrow_cache(manifest)
-    if manifest.quant is not None or narrow is None:
-        return block_key(manifest)
-    return "narrow_cache", narrow, None
-
-
-def spread_near_ties(block: Block) -> tuple[Block, int]:
-    """把路由近平局的行换成离平局最远的那一行，使结果不取决于谁的末位误差。
-
-    前馈对每个 token 独立，输入又是直接喂的，换行不影响别的行。Polygraphy 只会逐元素比，不认得近平局。
-
-    Returns:
-        换过的块，与换掉的行数。
-    """
-    if block.margin is None:
-        return block, 0
-    (output,) = block.outputs
-    ties = block.margin < ROUTER_MARGIN[output.key[1]]
-    if not ties.any():
-        return block, 0
-    best = np.unravel_index(int(block.margin.argmax()), block.margin.shape)
-
-    def spread(array: np.ndarray) -> np.ndarray:
-        copy = array.copy()
-        copy[ties] = array[best]
-        return copy
-
-    feeds = {**block.feeds, block.residual: spread(block.feeds[block.residual])}
-    outputs = (replace(output, want=spread(output.want)),)
-    return replace(block, feeds=feeds, outputs=outputs, margin=spread(block.margin)), int(ties.sum())
-
-
-def block_rows(manifest: Manifest, seed: int) -> list[list[int]]:
-    """逐块比较用的等长随机 token 序列。"""
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, manifest.model.vocab_size, (_ROWS, _TOKENS)).tolist()

@@ -25,11 +25,15 @@ from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.arrays import widened
 from deepseek_export.parity.bisect import Culprit, bisect_block
-from deepseek_export.parity.blocks import PHASES, Block, block_key, block_rows, main_blocks, spread_near_ties
+from deepseek_export.parity.blocks import Block, main_blocks
+from deepseek_export.parity.checks import PHASES
 from deepseek_export.parity.draft import draft_blocks, draft_runs
+from deepseek_export.parity.inputs import block_rows
+from deepseek_export.parity.keys import block_keys
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
 from deepseek_export.parity.report import Case, environment
-from deepseek_export.parity.subgraph import ModelGraph, feeds_for
+from deepseek_export.parity.routing import spread_near_ties
+from deepseek_export.parity.subgraph import ModelGraph, attention_dtype, feeds_for
 from deepseek_export.parity.tolerances import Dtype, tolerance
 from deepseek_export.progress import Progress
 from deepseek_export.reference import DraftModel, Forms, ReferenceModel, load_draft, load_reference
@@ -224,12 +228,13 @@ def _reference(
 ) -> tuple[ReferenceModel | DraftModel, list[Block]]:
     """一张图的参考实现与它的全部块。"""
     manifest, rows = bundle.manifest, block_rows(bundle.manifest, seed)
+    keys = block_keys(manifest, attention_dtype(manifest))
     if entry.role == "main":
-        return model, list(main_blocks(manifest, model, rows))
+        return model, list(main_blocks(manifest, model, rows, keys))
     index = manifest.drafts.index(entry)
     drafts = [load_draft(checkpoint, i, model, manifest.dtype, manifest.formats) for i in range(index + 1)]
     *_, run = draft_runs(manifest, model, drafts, rows)
-    return run.draft, list(draft_blocks(manifest, run))
+    return run.draft, list(draft_blocks(manifest, run, keys))
 
 
 def _capacity(manifest: Manifest, blocks: Sequence[Block]) -> int:
@@ -308,6 +313,8 @@ class _Comparison:
 
     def command(self, folder: Path) -> str:
         """复现命令。"""
-        default = tolerance(*block_key(self.bundle.manifest)).max_abs
+        manifest = self.bundle.manifest
+        _, rest = block_keys(manifest, attention_dtype(manifest))
+        default = tolerance(*rest).max_abs
         outputs = [output for block in self.blocks for output in block.outputs]
         return polygraphy_command(folder / GRAPH, folder, default, outputs)

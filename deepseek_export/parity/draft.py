@@ -1,34 +1,23 @@
-"""MTP 草稿模型的校验：每个块 teacher forcing 地比，再整张图从头到尾比 logits。
+"""MTP 草稿模型的参考实现、输入与它的块。
 
 参照是 dsx 的 :class:`~deepseek_export.reference.DraftModel`，它与 transformers 自己的 MTP 相等由 specs/mtp 的契约测试证明。
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deepseek_export.bundle import Bundle, Manifest
+from deepseek_export.bundle import Manifest
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import names
-from deepseek_export.parity.arrays import to_numpy
-from deepseek_export.parity.blocks import (
-    PHASES,
-    Block,
-    Output,
-    attention_block,
-    block_cases,
-    block_key,
-    embed_block,
-    mlp_block,
-)
-from deepseek_export.parity.logits import logits_cases, logits_key, router_dtype
-from deepseek_export.parity.report import Case, Level
+from deepseek_export.parity.blocks import Block, Output, attention_block, embed_block, mlp_block
+from deepseek_export.parity.checks import PHASES
+from deepseek_export.parity.keys import Keys
 from deepseek_export.parity.routing import router_margin
-from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.reference import DraftModel, ReferenceModel
 
 _SLACK = 3
@@ -100,52 +89,17 @@ def draft_runs(
 
 
 @torch.no_grad()
-def draft_cases(
-    bundle: Bundle,
-    runs: Iterator[DraftRun],
-    levels: Sequence[Level],
-    on_case: Callable[[str], None],
-) -> Iterator[Case]:
-    """逐个 MTP 模块比较。
-
-    Args:
-        bundle: 被验证的 bundle。
-        runs: :func:`draft_runs` 的结果。
-        levels: 含 ``block`` 则逐块比，含 ``model`` 则比整张图的 logits。
-        on_case: 每个模块开始前调用。
-    """
-    key, router = logits_key(bundle.manifest), router_dtype(bundle.manifest)
-    for run in runs:
-        on_case(run.entry.file)
-        graph = ModelGraph(bundle, run.entry.file)
-        if "block" in levels:
-            yield from block_cases(graph, draft_blocks(bundle.manifest, run), lambda name: None)
-        if "model" in levels:
-            feeds = {
-                names.INPUT_IDS: run.tokens.numpy(),
-                names.PAST_LENS: run.past.numpy(),
-                names.PREV_HIDDEN: run.hidden.numpy(),
-                names.LOGITS_POSITIONS: run.positions.numpy(),
-            }
-            for tensor, cache in zip(bundle.manifest.cache.tensors, run.caches, strict=True):
-                feeds[names.cache_input(tensor.name, 0)] = to_numpy(cache)
-            outputs, margin = (names.LOGITS, names.HIDDEN), run.margin().numpy()
-            for name, got, want in zip(outputs, graph.run(feeds, outputs), run.reference(), strict=True):
-                label = f"{run.entry.file} {name}"
-                yield from logits_cases("model", label, key, got, want.numpy(), margin, router)
-
-
-@torch.no_grad()
-def draft_blocks(manifest: Manifest, run: DraftRun) -> Iterator[Block]:
+def draft_blocks(manifest: Manifest, run: DraftRun, keys: Keys) -> Iterator[Block]:
     """一个 MTP 模块的块：嵌入、合并、注意力、前馈、最终 norm、输出头；前 S-1 行做 prefill，最后一行做解码。"""
     last = run.tokens.shape[1] - 1
     caches: Sequence[Tensor] = run.caches
     for phase, rows, start in zip(PHASES, (slice(0, last), slice(last, None)), (0, last), strict=True):
-        caches = yield from _phase(manifest, run, phase, rows, run.past + start, caches)
+        caches = yield from _phase(manifest, run, keys, phase, rows, run.past + start, caches)
 
 
-def _phase(manifest: Manifest, run: DraftRun, phase: str, rows: slice, past: Tensor, caches):
+def _phase(manifest: Manifest, run: DraftRun, keys: Keys, phase: str, rows: slice, past: Tensor, caches):
     """一个阶段的块；返回参考模型更新后的缓存。"""
+    attention, rest = keys
     draft, layer, prefix = run.draft, run.entry.layers[0], f"{run.entry.file} "
     tokens, prev = run.tokens[:, rows], run.hidden[:, rows]
     x, cos, sin = draft.embed(tokens, past)
@@ -154,18 +108,18 @@ def _phase(manifest: Manifest, run: DraftRun, phase: str, rows: slice, past: Ten
     logits, _ = draft.head(hidden, positions)
 
     def simple(label: str, extra: dict[str, Tensor], value: str, want: Tensor) -> Block:
-        output = Output(f"{prefix}{label}", value, want.numpy(), block_key(manifest))
+        output = Output(f"{prefix}{label}", value, want.numpy(), rest)
         fed = {name: tensor.numpy() for name, tensor in extra.items()}
         return Block(f"{prefix}{label}", phase, {**feeds, **fed}, (output,))
 
     feeds = {names.INPUT_IDS: tokens.numpy(), names.PAST_LENS: past.numpy()}
-    yield embed_block(manifest, prefix, phase, feeds, (x, cos, sin))
+    yield embed_block(rest, prefix, phase, feeds, (x, cos, sin))
     feeds |= {names.EMBED_X: x.numpy(), names.EMBED_COS: cos.numpy(), names.EMBED_SIN: sin.numpy()}
     yield simple("eh_proj", {names.PREV_HIDDEN: prev}, names.COMBINED, combined)
     feeds[names.COMBINED] = combined.numpy()
-    yield attention_block(manifest, prefix, phase, feeds, (layer, 0), residual, caches, updated)
+    yield attention_block(manifest, attention, prefix, phase, feeds, (layer, 0), residual, caches, updated)
     margin = router_margin(draft.mtp, residual, draft.config).numpy()
-    yield mlp_block(manifest, prefix, phase, feeds, layer, residual, out, margin)
+    yield mlp_block(rest, prefix, phase, feeds, layer, residual, out, margin)
     yield simple("hidden", {names.layer_output(layer): out}, names.HIDDEN, hidden)
     head = {names.HIDDEN: hidden, names.LOGITS_POSITIONS: positions}
     yield simple("head", head, names.LOGITS, logits)

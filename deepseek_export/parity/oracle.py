@@ -19,7 +19,7 @@ from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
 from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.logits import narrow_cache
+from deepseek_export.parity.keys import narrow_cache
 from deepseek_export.paths import read_text
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.reference.mla import AttentionForm

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import platform
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.backend.ort.session import runtime_version
-from deepseek_export.checkpoint.weight_only import QuantKind
+from deepseek_export.parity.checks import Level
 from deepseek_export.parity.measures import Measure, measure
-from deepseek_export.parity.tolerances import Dtype, Quantity, Tolerance, tolerance
-
-Level = Literal["op", "block", "model", "tokens", "loss"]
-#: 可以点名要的层级；``loss`` 只有量化的与缓存比模型窄的 bundle 才有，随 ``model`` 一起比。
-LEVELS: tuple[Level, ...] = ("op", "block", "model", "tokens")
+from deepseek_export.parity.tolerances import Dtype, Key, Tolerance, tolerance
 
 
 class Case(BaseModel):
@@ -109,20 +105,12 @@ class ParityReport(BaseModel):
         return {"passed": self.passed, **self.model_dump(mode="json")}
 
 
-def compare(
-    level: Level,
-    name: str,
-    quantity: Quantity,
-    dtype: Dtype,
-    got: Any,
-    want: Any,
-    quant: QuantKind | None = None,
-) -> Case:
+def compare(level: Level, name: str, key: Key, got: Any, want: Any) -> Case:
     """量一次、对照容差表，得到一条 :class:`Case`；形状不同就是不通过，没有可量的。"""
     if got.shape != want.shape:
         note = f"形状是 {list(got.shape)}，应为 {list(want.shape)}"
         return Case(level=level, name=name, passed=False, note=note)
-    m, limit = measure(got, want), tolerance(quantity, dtype, quant)
+    m, limit = measure(got, want), tolerance(*key)
     note = "" if limit.accepts(m) else f"最大差在 {list(m.coordinate)}"
     return Case(level=level, name=name, passed=limit.accepts(m), measure=m, tolerance=limit, note=note)
 

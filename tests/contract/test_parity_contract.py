@@ -25,7 +25,9 @@ from deepseek_export.engine.flavour import device_sm
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS, ParityReport
 from deepseek_export.parity.bisect import bisect_block
-from deepseek_export.parity.blocks import block_rows, main_blocks
+from deepseek_export.parity.blocks import main_blocks
+from deepseek_export.parity.inputs import block_rows
+from deepseek_export.parity.keys import block_keys
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.reference import Forms, load_reference
@@ -382,7 +384,8 @@ class TestCompare:
         """PARITY-11：好的 bundle 里每个块、每个节点单独都对，如实说没有元凶（整块才错时就是这个结果）。"""
         manifest, checkpoint = v3_bundle.manifest, saved("v3-yarn")[1]
         model = load_reference(checkpoint, Forms.for_reference(manifest.profile))
-        blocks = list(main_blocks(manifest, model, block_rows(manifest, 0)))
+        keys = block_keys(manifest, manifest.dtype)
+        blocks = list(main_blocks(manifest, model, block_rows(manifest, 0), keys))
         for i, block in enumerate(blocks):
             folder = tmp_path / str(i)
             where = (v3_bundle, checkpoint, manifest.main, model, block, ModelGraph(v3_bundle))
@@ -399,6 +402,9 @@ def test_checkpoint_must_be_the_one_exported(saved, v3_bundle: Bundle, tmp_path:
         with pytest.raises(DsxError) as error:
             deepseek_export.verify(v3_bundle.path, against)
         assert error.value.code == code
+    with pytest.raises(DsxError) as error:
+        deepseek_export.verify(v3_bundle.path, levels=["oops"])
+    assert error.value.code == "DSX-E607"
     with pytest.raises(DsxError) as error:
         deepseek_export.verify(v3_bundle.path, prompts=["文本"])
     assert error.value.code == "DSX-E604"

@@ -14,6 +14,7 @@ import torch
 import deepseek_export
 from deepseek_export import DsxForCausalLM
 from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.manifest import QuantizationEntry
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.parity import compare_bundle, verify_bundle
 from deepseek_export.parity.tolerances import tolerance
@@ -187,6 +188,12 @@ def test_where_bfloat16_can_be_checked(bundles):
         lambda: compare_bundle(bundle),
     ):
         assert "--backend trt" in refused("DSX-E321", call).todo
+    quantized = QuantizationEntry(kind="int8", block=32, keep=[], tensors=[])
+    nothing = dataclasses.replace(
+        bundle, manifest=bundle.manifest.model_copy(update={"quantization": quantized})
+    )
+    error = refused("DSX-E607", lambda: verify_bundle(nothing, levels=("tokens",), backend="trt"))
+    assert "model" in error.todo
     error = refused("DSX-E614", lambda: compare_bundle(bundle, backends=["trt"]))
     assert "dsx verify --backend trt" in error.todo
 

@@ -6,67 +6,48 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from deepseek_export.bundle import Manifest
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.logits import logits_cases, logits_key, router_dtype
+from deepseek_export.parity.checks import Check
+from deepseek_export.parity.context import Context
+from deepseek_export.parity.keys import router_dtype
+from deepseek_export.parity.logits import logits_cases
 from deepseek_export.parity.oracle import Oracle
 from deepseek_export.parity.report import Case
 from deepseek_export.parity.routing import row_margin
 from deepseek_export.parity.tolerances import Key, token_margin
-from deepseek_export.reference import ReferenceModel
-from deepseek_export.runtime import Generator
 
 
-def token_cases(
-    manifest: Manifest,
-    generator: Generator,
-    speculative: Generator | None,
-    oracle: Oracle,
-    model: ReferenceModel,
-    rows: Sequence[Sequence[int]],
-    steps: int,
-    on_case: Callable[[str], None],
-) -> Iterator[Case]:
+def run(check: Check, context: Context) -> Iterator[Case]:
     """每条 prompt 单独跑一遍、再合成一个 batch 跑一遍，都与基准的 greedy 比；带草稿模型的再用投机解码各跑一遍。
 
     分叉处若基准自己的两个候选 logit 相差在容差之内，或者之前路由已在近平局处分叉（见 :func:`_routing_forked`），记为近平局；
-    否则不通过。``model`` 只用来找路由近平局，其余参数同 :func:`~deepseek_export.parity.model.model_cases`。
+    否则不通过。
     """
-    key = logits_key(manifest)
+    (key,), steps = check.keys, context.steps
+    oracle, rows = context.want(check), context.rows[: check.prompts]
 
     def forked(ids: Sequence[int]) -> bool:
-        return _routing_forked(manifest, generator, oracle, model, ids)
+        return _routing_forked(context, oracle, key, ids)
 
     want = []
     for i, row in enumerate(rows):
-        on_case(f"prompt {i}: oracle")
-        want.append(oracle.greedy(row, steps))
-    ways = _ways(generator, rows, steps, "")
-    if speculative is not None:
-        ways |= _ways(speculative, rows, steps, "speculative ")
-    for way, run in ways.items():
-        on_case(way)
+        with context.step(f"prompt {i}: oracle"):
+            want.append(oracle.greedy(row, steps))
+    for way in check.ways:
+        generator = context.speculative if way.speculative else context.generator
+        batches = [rows] if way.batch else [[row] for row in rows]
         try:
-            outputs = run()
+            with context.step(way.name):
+                results = [generator.generate(batch, steps, ignore_eos=True) for batch in batches]
         except DsxError as error:
             if error.code != "DSX-E505":
                 raise
             # logits 里有 NaN：这正是要报告的不一致，不是中断校验的理由。
-            yield Case(level="tokens", name=f"tokens {way}", passed=False, note=error.what)
+            yield Case(level="tokens", name=f"tokens {way.name}", passed=False, note=error.what)
             continue
+        outputs = [ids for result in results for ids in result.token_ids]
         for i, (got, expected) in enumerate(zip(outputs, want, strict=True)):
-            yield _case(f"tokens[{i}] {way}", list(rows[i]), got, expected, oracle, key, forked)
-
-
-def _ways(
-    generator: Generator, rows: Sequence[Sequence[int]], steps: int, prefix: str
-) -> dict[str, Callable[[], list[list[int]]]]:
-    return {
-        f"{prefix}alone": lambda: [
-            generator.generate([row], steps, ignore_eos=True).token_ids[0] for row in rows
-        ],
-        f"{prefix}batch": lambda: generator.generate(list(rows), steps, ignore_eos=True).token_ids,
-    }
+            yield _case(f"tokens[{i}] {way.name}", list(rows[i]), got, expected, oracle, key, forked)
 
 
 def _case(
@@ -96,11 +77,9 @@ def _case(
     return Case(level="tokens", name=name, passed=near, near_ties=int(near), note=note)
 
 
-def _routing_forked(
-    manifest: Manifest, generator: Generator, oracle: Oracle, model: ReferenceModel, ids: Sequence[int]
-) -> bool:
+def _routing_forked(context: Context, oracle: Oracle, key: Key, ids: Sequence[int]) -> bool:
     """bundle 逐 token 走这段文本时，路由确实在近平局处分叉：分叉之前的 logits 都在容差内，之后没有整体跑偏。"""
-    got, want = generator.logits([ids], chunk=1)[0], oracle.logits(ids)
-    margin, router = row_margin(manifest, model, ids), router_dtype(manifest)
-    cases = list(logits_cases("tokens", "", logits_key(manifest), got, want, margin, router))
+    got, want = context.generator.logits([ids], chunk=1)[0], oracle.logits(ids)
+    margin = row_margin(context.manifest, context.model, ids)
+    cases = list(logits_cases("tokens", "", key, got, want, margin, router_dtype(context.manifest)))
     return all(case.passed for case in cases) and any(case.near_ties for case in cases)

@@ -5,27 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import OpSite
 from deepseek_export.capture.bodies import gate_attributes
-from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
 from deepseek_export.checkpoint.weight_only import dequantized
 from deepseek_export.ops.int8_cache import encode_rows
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
-from deepseek_export.ops.table import MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
+from deepseek_export.ops.table import MLA_ATTENTION, MOE_GATE
 from deepseek_export.parity.arrays import to_numpy, to_torch
+from deepseek_export.parity.checks import Check
+from deepseek_export.parity.context import Context
 from deepseek_export.parity.report import Case, compare
-from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
+from deepseek_export.parity.tolerances import Key
 from deepseek_export.reference.weights import torch_dtype
 
 #: (B, S, T, past_lens)：空缓存、解码、MTP 校验式的小 S、长 prefill（auto 走 naive）、长度不等、容量恰好用满。
@@ -39,42 +38,34 @@ _MLA_SHAPES = (
 _MOE_TOKENS = (1, 2, 33)
 
 
-def op_cases(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    entry: GraphEntry,
-    graph: ModelGraph,
-    seed: int,
-    on_case: Callable[[str], None],
-) -> Iterator[Case]:
-    """一张图里每种算子取第一处与最后一处，换多种形状各比一次。"""
-    rng = np.random.default_rng(seed)
-    config, dtype = checkpoint.config, bundle.manifest.dtype
+def run(check: Check, context: Context) -> Iterator[Case]:
+    """一张图里的几个算子，换多种形状各比一次。"""
+    manifest, checkpoint = context.manifest, context.checkpoint
+    entry = next(entry for entry in manifest.graphs if entry.file == check.graph)
+    rng = np.random.default_rng(context.seed)
+    config, dtype, formats = checkpoint.config, manifest.dtype, manifest.formats
     if entry.role == "main":
         recipes = weight_recipes(config, dtype)
     else:
         recipes = mtp_recipes(config, entry.layers[0] - config.num_hidden_layers, dtype)
     recipes = bind_recipes(recipes, checkpoint)
 
-    formats = bundle.manifest.formats
-
-    def weight(name: str) -> torch.Tensor:
+    def weight(name: str) -> Tensor:
         array = load_array(name, recipes[name], checkpoint.store)
         return torch.from_numpy(dequantized(array, formats[name]) if name in formats else array)
 
-    for op in (MLA_ATTENTION.name, MOE_EXPERTS.name):
-        sites = [site for site in entry.sites if site.op == op]
-        for site in sites[:1] + sites[1:][-1:]:
-            on_case(f"layers.{site.layer} {op}")
-            if op == MLA_ATTENTION.name:
-                yield from _mla_cases(bundle, graph, site, weight, rng)
+    attention, rest = check.keys
+    graph = context.graph(check.graph)
+    for site in check.sites:
+        with context.step(f"layers.{site.layer} {site.op}"):
+            if site.op == MLA_ATTENTION.name:
+                yield from _mla_cases(manifest, graph, site, weight, rng, attention)
             else:
                 gate = next(s for s in entry.sites if s.layer == site.layer and s.op == MOE_GATE.name)
-                yield from _moe_cases(bundle, graph, gate, site, weight, rng)
+                yield from _moe_cases(manifest, graph, gate, site, weight, rng, rest)
 
 
-def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
-    manifest = bundle.manifest
+def _mla_cases(manifest, graph, site: OpSite, weight, rng, key: Key) -> Iterator[Case]:
     c, dtype = manifest.model, np.dtype(manifest.dtype)
     ports = dict(zip((port.name for port in MLA_ATTENTION.inputs), site.inputs, strict=True))
     w_kv_b = weight(ports.pop("w_kv_b"))
@@ -95,15 +86,7 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
         tensors = {name: to_torch(array) for name, array in arrays.items()}
         form = manifest.profile.mla.form
         want, _ = mla_attention(**tensors, w_kv_b=w_kv_b, scale=c.softmax_scale, form=form)
-        yield compare(
-            "op",
-            f"layers.{site.layer} MlaAttention B={B} S={S} T={T}",
-            "op",
-            attention_dtype(manifest),
-            got,
-            want.numpy(),
-            manifest.quant,
-        )
+        yield compare("op", f"layers.{site.layer} MlaAttention B={B} S={S} T={T}", key, got, want.numpy())
 
 
 def _cached(latents: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
@@ -113,9 +96,8 @@ def _cached(latents: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
     return latents.to(dtype)
 
 
-def _moe_cases(bundle, graph, gate: OpSite, site: OpSite, weight, rng) -> Iterator[Case]:
+def _moe_cases(manifest, graph, gate: OpSite, site: OpSite, weight, rng, key: Key) -> Iterator[Case]:
     """gate 与 experts 一起比：下沉到 ONNX Runtime 的 MoE 之后，中间的 ids、weights 已不存在。"""
-    manifest = bundle.manifest
     c, dtype = manifest.model, np.dtype(manifest.dtype)
     logits_name, bias_name = gate.inputs
     x_name, _, _, *weight_names = site.inputs
@@ -128,12 +110,4 @@ def _moe_cases(bundle, graph, gate: OpSite, site: OpSite, weight, rng) -> Iterat
         (got,) = call({logits_name: logits, x_name: x}, outputs)
         ids, weights = moe_gate(torch.from_numpy(logits), bias, **gate_attributes(c))
         want = moe_experts(torch.from_numpy(x), ids, weights, *experts)
-        yield compare(
-            "op",
-            f"layers.{site.layer} MoeGate+MoeExperts N={N}",
-            "op",
-            manifest.dtype,
-            got,
-            want.numpy(),
-            manifest.quant,
-        )
+        yield compare("op", f"layers.{site.layer} MoeGate+MoeExperts N={N}", key, got, want.numpy())
