@@ -168,7 +168,7 @@ class TestReplacedWhileRead:
     def test_no_engine_of_a_mixture(self, checkpoint, tmp_path):
         """EXPORT-10：建引擎的时候被换掉：不建，新的里没有旧的引擎。"""
         made = deepseek_export.export(
-            checkpoint, tmp_path / "made", "full", target="tensorrt-rtx", dtype="float16"
+            checkpoint, tmp_path / "made", "mla", target="tensorrt-rtx", dtype="float16"
         )
         out = tmp_path / "out"
         put(out, made)
