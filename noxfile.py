@@ -27,6 +27,14 @@ def test(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """更久地试坏文件：每种几千个，种子由 ``--hypothesis-seed`` 定（缺省 0）；找到的坏法添进 tests/fuzz/seeds。"""
+    session.install("-e", ".[dev]")
+    seed = session.posargs or ["--hypothesis-seed=0"]
+    session.run("python", "-m", "pytest", "tests/fuzz", *seed, env={"DSX_FUZZ_EXAMPLES": "3000"})
+
+
+@nox.session
 def test_nightly_onnx(session: nox.Session) -> None:
     """onnx 的每周预览版：提前发现 IR 与 opset 的变化。"""
     session.install("-e", ".[dev]")

@@ -110,6 +110,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E703": "不认识的 GPU",
         "DSX-E704": "估算的长度超出模型的最大长度",
         "DSX-E705": "量化的选项没有配 --quant",
+        "DSX-E706": "标准输出写不了",
         "DSX-E710": "基准测试的长度超出模型的最大长度",
         "DSX-E711": "对照的 bundle 来自别的检查点",
         # 8xx：transformers 集成

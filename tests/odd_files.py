@@ -1,10 +1,14 @@
-"""不该当普通文件读的东西：读了会等到永远、吃光内存，或悄悄少一个文件。"""
+"""不可信的输入：不该当普通文件读的东西（读了会等到永远、吃光内存，或悄悄少一个文件），以及停不下来的模板。"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+
+import pytest
+
+from deepseek_export.runtime import chat_template
 
 KINDS = ("directory", "fifo", "device", "dangling", "huge")
 
@@ -25,3 +29,13 @@ def make_odd(path: Path, kind: str) -> None:
     else:
         with path.open("wb") as file:
             file.truncate(1 << 40)  # 稀疏文件，不占磁盘
+
+
+def hurried_templates(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """聊天模板的 CPU 限额改成半秒，测试不必等满十秒；其余与真的一样。"""
+    source = Path(chat_template.__file__).with_name("chat_worker.py").read_text(encoding="utf-8")
+    short = source.replace("MAX_SECONDS = 10", "MAX_SECONDS = 0.5")
+    assert short != source
+    (folder / "chat_worker.py").write_text(short, encoding="utf-8")
+    monkeypatch.setattr(chat_template, "__file__", str(folder / "chat_template.py"))
+    monkeypatch.setattr(chat_template, "_WORKER", chat_template._Worker())

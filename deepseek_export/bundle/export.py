@@ -195,8 +195,8 @@ def _export(
     progress.start("读检查点")
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
-        carried = _carried_files(source.path)
         stop_token_ids(source.path, source.config)
+        carried = _carried_files(source.path)
         modules = require_mtp(source) if profile.mtp.enabled else 0
         needed = 0
         if weights == "packed":

@@ -9,7 +9,13 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option, threads_option, verify_weights_option
+from deepseek_export.cli.options import (
+    bundle_argument,
+    counts,
+    json_option,
+    threads_option,
+    verify_weights_option,
+)
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.units import size
 
@@ -17,7 +23,7 @@ if TYPE_CHECKING:
     from deepseek_export.bench.bundle import BenchReport
     from deepseek_export.bench.spread import Spread
 
-_COUNT = click.IntRange(min=1)
+_COUNT = counts()
 _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "speculative": "投机"}
 
 
@@ -34,9 +40,7 @@ _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "spe
 @click.option(
     "-P", "--prompt", "prompts", metavar="TEXT", multiple=True, help="用文本代替随机的提示词，可重复。"
 )
-@click.option(
-    "--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="每条生成多少个 token。"
-)
+@click.option("--new-tokens", type=counts(2), default=64, show_default=True, help="每条生成多少个 token。")
 @click.option(
     "--depth",
     "depths",

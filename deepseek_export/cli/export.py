@@ -73,7 +73,6 @@ if TYPE_CHECKING:
 @click.option(
     "--keep",
     metavar="NAME,...",
-    default="",
     help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router、norm 与词嵌入总是浮点。",
 )
 @set_option
@@ -91,7 +90,7 @@ def command(
     hash_weights: bool,
     quant: Literal["int8", "int4"] | None,
     quant_block: str | None,
-    keep: str,
+    keep: str | None,
     overrides: tuple[str, ...],
     overwrite: bool,
     check: bool,
@@ -138,15 +137,19 @@ def command(
     _print_summary(bundle.path, summary)
 
 
-def _quantization(quant: str | None, block: str | None, keep: str) -> Quantization | None:
+def _quantization(quant: str | None, block: str | None, keep: str | None) -> Quantization | None:
     from deepseek_export.checkpoint.weight_only import Quantization
 
-    names = tuple(name.strip() for name in keep.split(",") if name.strip())
     if quant is None:
-        if block or names:
+        if block or keep is not None:
             given = "--quant-block" if block else "--keep"
             raise DsxError("DSX-E705", f"给了 {given}，却没有 --quant", "加 --quant int8 或 int4，或去掉它")
         return None
+    names = () if keep is None else tuple(name.strip() for name in keep.split(","))
+    if not all(names):
+        raise DsxError(
+            "DSX-E312", f"--keep {keep!r} 里有空的名字", "写上要保持浮点的权重；一个也不留就去掉 --keep"
+        )
     return Quantization.model_validate({"kind": quant, "block": int(block or 32), "keep": names})
 
 

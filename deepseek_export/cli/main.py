@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -94,12 +95,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: 参数，缺省取 ``sys.argv[1:]``。
     """
-    for stream in (sys.stdout, sys.stderr):
+    closed = _reopen_closed()
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # 终端编码不是 UTF-8 时也别崩
     signal.signal(signal.SIGTERM, _terminate)
     code: Any = 0
     try:
+        sys.stdout, sys.stderr = (_Guarded(stream) for stream in streams)  # type: ignore[assignment]
+        if closed:
+            raise _UnwritableError(OSError(errno.EBADF, "标准输出是关着的"))
         code = cli.main(args=argv, prog_name="dsx", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -114,10 +120,69 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("已中断", err=True)
         code = _INTERRUPTED
-    except BrokenPipeError:
-        # 下游（例如 head）先走了：不是错误，也别让解释器退出时再抱怨一次。
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _UnwritableError as error:
+        code = _report_unwritable(error.reason)
+    finally:
+        sys.stdout, sys.stderr = streams
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _UnwritableError(Exception):
+    """标准输出、标准错误写不出去；不是 ``OSError``，免得 rich、click 各自处理，也好与别处的文件分开。"""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _Guarded:
+    """写不出去时抛 :class:`_UnwritableError` 的流，其余照旧。"""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise _UnwritableError(error) from error
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise _UnwritableError(error) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _report_unwritable(reason: OSError) -> int:
+    """说一声，返回退出码；下游（例如 head）先走了不是错误。"""
+    broken_pipe = isinstance(reason, BrokenPipeError)
+    todo = "检查它指向哪里：磁盘满没满，是不是 >&- 关掉了；不要输出就用 >/dev/null"
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is sys.stderr and not broken_pipe:
+                click.echo(str(DsxError("DSX-E706", str(reason.strerror), todo)), err=True)
+            stream.flush()
+        except _UnwritableError:
+            # 没写完的接到别处，别让解释器退出时再抱怨一次。
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return 0 if broken_pipe else 1
+
+
+def _reopen_closed() -> bool:
+    """关着的标准输出、标准错误接到 ``/dev/null``，免得接着打开的文件占了它们的号；返回标准输出是不是关着的。"""
+    closed = sys.stdout is None
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
+    return closed
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:

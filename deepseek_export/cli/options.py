@@ -39,6 +39,15 @@ set_option = click.option(
     multiple=True,
     help="覆盖方案里的一个键，例如 mla.form=absorb；可重复。",
 )
+#: 个数与长度；再大的算起来没有意义，64 位、浮点数也放不下。
+MAX_COUNT = 1 << 40
+
+
+def counts(low: int = 1) -> click.IntRange:
+    """``low`` 到 :data:`MAX_COUNT` 的整数。"""
+    return click.IntRange(low, MAX_COUNT)
+
+
 #: 再多没有用处，几万个线程要占几 GB、永远起不完。
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="线程数；缺省由 ONNX Runtime 决定。"

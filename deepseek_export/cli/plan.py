@@ -9,7 +9,7 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import checkpoint_argument, json_option, set_option
+from deepseek_export.cli.options import checkpoint_argument, counts, json_option, set_option
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
@@ -26,13 +26,9 @@ _BOUNDS = {"memory": "受带宽限制", "compute": "受算力限制"}
 @click.option(
     "--gpu", "gpus", metavar="NAME,...", default="", help="GPU，逗号分隔，不分大小写，例如 h100,rtx4090。"
 )
-@click.option(
-    "--gpus", "count", type=click.IntRange(min=1), default=1, show_default=True, help="每种有几块。"
-)
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="同时生成几条序列。")
-@click.option(
-    "--context", type=click.IntRange(min=1), help="每条多少个 token；缺省 4096，不超过模型的最大长度。"
-)
+@click.option("--gpus", "count", type=counts(), default=1, show_default=True, help="每种有几块。")
+@click.option("--batch", type=counts(), default=1, show_default=True, help="同时生成几条序列。")
+@click.option("--context", type=counts(), help="每条多少个 token；缺省 4096，不超过模型的最大长度。")
 @click.option(
     "--weights",
     type=click.Choice(KINDS),

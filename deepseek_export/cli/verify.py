@@ -14,6 +14,7 @@ from deepseek_export.cli.options import (
     against_option,
     backend_option,
     bundle_argument,
+    counts,
     json_option,
     seed_option,
     verify_weights_option,
@@ -42,9 +43,7 @@ _MEANINGS = {
 @click.option(
     "--prompt", "prompts", metavar="TEXT", multiple=True, help="用这段文本比，可重复；缺省用内置的。"
 )
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=64, show_default=True, help="tokens 级续写多少个 token。"
-)
+@click.option("--steps", type=counts(), default=64, show_default=True, help="tokens 级续写多少个 token。")
 @seed_option
 @click.option(
     "--text",

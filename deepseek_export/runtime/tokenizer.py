@@ -72,7 +72,11 @@ class BundleTokenizer:
         except Exception as error:  # tokenizers 的 Rust 层只抛裸的 Exception
             raise _unreadable(path, error) from error
         config = _read_config(folder / "tokenizer_config.json")
-        return cls(tokenizer, config, _read_chat_template(folder, config))
+        template = _read_chat_template(folder, config)
+        try:
+            return cls(tokenizer, config, template)
+        except UnicodeEncodeError as error:
+            raise _unreadable(folder / "tokenizer_config.json", error) from error
 
     @property
     def has_chat_template(self) -> bool:
@@ -83,11 +87,24 @@ class BundleTokenizer:
         """编码成 token id。
 
         ``add_bos_token`` 为真时开头恰有一个 bos：文本（例如套过模板的）已经以 bos 开头就不再加。
+
+        Raises:
+            DsxError: ``DSX-E702``，文本不是合法的 Unicode（有落单的代理项）；``DSX-E501``，tokenizer.json 读得了却编码不了。
         """
         bos = self.special_tokens.get("bos_token")
         has_bos = bool(bos) and text.startswith(bos or "")
         let_postprocess = not has_bos and self._add_bos is not False
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=let_postprocess).ids
+        try:
+            text.encode()
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=let_postprocess).ids
+        except UnicodeEncodeError as error:
+            raise DsxError(
+                "DSX-E702", f"提示词不是合法的 Unicode 文本：{error.reason}", "用 UTF-8 编码给出提示词"
+            ) from error
+        except Exception as error:  # tokenizers 的 Rust 层只抛裸的 Exception
+            raise DsxError(
+                "DSX-E501", f"tokenizer.json 编码不了：{error}", "重新下载这个文件，确认它是这个模型的"
+            ) from error
         if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids

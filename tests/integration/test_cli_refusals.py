@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from tests.integration.cli import DSX, TINY, assert_refused, dsx, dsx_process, environment, last_json
+from tests.odd_files import make_odd
 from tests.permissions import permissions_apply
 
 pytestmark = pytest.mark.integration
@@ -73,6 +74,14 @@ BROKEN = {
     "extra tensor": (_tensors(lambda t: t.update(mystery=np.zeros(3, np.float32))), "DSX-E112", "mystery"),
     "wrong shape": (_config(intermediate_size=40), "DSX-E113", "layers.0.mlp"),
     "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "DSX-E501", "tokenizer.json"),
+    "tokenizer is a folder": (lambda d: (d / "tokenizer.json").mkdir(), "DSX-E501", "tokenizer.json 是目录"),
+    "config is a pipe": (lambda d: make_odd(d / "config.json", "fifo"), "DSX-E102", "不是普通文件"),
+    "weights are a device": (lambda d: make_odd(d / WEIGHTS, "device"), "DSX-E101", WEIGHTS),
+    "stop tokens without end": (
+        lambda d: make_odd(d / "generation_config.json", "device"),
+        "DSX-E121",
+        "特殊文件",
+    ),
     "NaN": (_tensors(_put_nan), "DSX-E115", "layers.1.mlp.up_proj.weight[2, 5]"),
 }
 
@@ -99,6 +108,9 @@ def test_broken_checkpoints(name, plain, tmp_path):
         (["-p", "mla", "--set", "mla.from=absorb"], "DSX-E002"),
         (["-p", "mla", "--set", "mla.form=fast"], "DSX-E003"),
         (["--set", "mla.form=absorb"], "DSX-E004"),
+        (["--keep", ""], "DSX-E705"),
+        (["--quant", "int8", "--target", "ort-cpu", "--keep", ""], "DSX-E312"),
+        (["--quant", "int8", "--target", "ort-cpu", "--keep", "lm_head,,o_proj"], "DSX-E312"),
         (["-p", "./nothing.toml"], "DSX-E005"),
         (["-p", "full"], "DSX-E119"),
         (["-p", "mla", "--target", "tpu"], "DSX-E301"),
@@ -282,6 +294,47 @@ def test_bad_generate_inputs(tiny_bundle):
         assert_refused(process, code)
         assert last_json(process)["error"]["code"] == code
         assert "dtype" not in process.stderr
+
+
+def test_numbers_no_machine_word_can_hold(plain, tiny_bundle):
+    """再大的个数：有上限的照上限，没有意义的按码拒绝。"""
+    huge = "9" * 30
+    process = dsx("generate", tiny_bundle, "--ids", "1,2", "--max-new-tokens", huge, "--ignore-eos", "--json")
+    assert process.returncode == 0, process.stderr
+    assert last_json(process)["counts"]["new_tokens"] == TINY["max_position_embeddings"] - 2
+    sampled = ("--temperature", "1", "--seed", huge, "--top-k", huge, "--max-new-tokens", "2")
+    assert dsx("generate", tiny_bundle, "--ids", "1", *sampled).returncode == 0
+    for args in (
+        ["plan", plain, "--batch", "9" * 400],
+        ["verify", tiny_bundle, "--steps", huge],
+        ["bench", tiny_bundle, "--new-tokens", huge],
+        ["generate", tiny_bundle, "--ids", "1", "--max-new-tokens", "9" * 5000],
+    ):
+        process = dsx(*args)
+        assert process.returncode == 2, process.stderr
+        assert "DSX-E700" in process.stderr
+
+
+@pytest.mark.parametrize("command", [["profiles"], ["--help"], ["generate", "BUNDLE", "--ids", "1,2"]])
+def test_output_that_cannot_be_written(command, tiny_bundle):
+    """标准输出关着、写满：按码拒绝；下游先走了不是错误。都没有 traceback。"""
+    line = shlex.join([*DSX, *(str(tiny_bundle) if arg == "BUNDLE" else arg for arg in command)])
+    for redirect in (">&-", ">/dev/full"):
+        process = subprocess.run(
+            ["bash", "-c", f"{line} {redirect}"],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=300,
+        )
+        assert_refused(process, "DSX-E706")
+    for script in (f"{line} | true; exit ${{PIPESTATUS[0]}}", f"{line} 2>&-"):
+        process = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, env=environment(), timeout=300
+        )
+        assert process.returncode == 0, process.stderr
+        assert "Traceback" not in process.stderr
+        assert "Exception ignored" not in process.stderr
 
 
 @pytest.mark.parametrize(

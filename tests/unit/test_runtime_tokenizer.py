@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime import BundleTokenizer, chat_template
-from tests.odd_files import KINDS, make_odd
+from deepseek_export.runtime import BundleTokenizer
+from tests.odd_files import KINDS, hurried_templates, make_odd
 
 pytestmark = pytest.mark.unit
 
@@ -236,11 +236,7 @@ def test_a_template_may_not_run_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
     """RUNTIME-10：CPU 时间有上限，停在一条 C 里的语句上也一样。"""
-    short = tmp_path / "chat_worker.py"
-    source = Path(chat_template.__file__).with_name("chat_worker.py").read_text(encoding="utf-8")
-    short.write_text(source.replace("MAX_SECONDS = 10", "MAX_SECONDS = 0.5"), encoding="utf-8")
-    monkeypatch.setattr(chat_template, "__file__", str(tmp_path / "chat_template.py"))
-    monkeypatch.setattr(chat_template, "_WORKER", chat_template._Worker())
+    hurried_templates(monkeypatch, tmp_path)
     loaded = write(tmp_path, config(chat_template=template))
     with pytest.raises(DsxError, match=r"超过 \d+ 秒") as caught:
         loaded.apply_chat_template(MESSAGES)
@@ -262,4 +258,25 @@ def test_only_small_regular_files(tmp_path: Path, name: str, kind: str) -> None:
     make_odd(tmp_path / name, kind)
     with pytest.raises(DsxError, match=name) as caught:
         BundleTokenizer.load(tmp_path)
+    assert caught.value.code == "DSX-E501"
+
+
+def test_text_that_is_not_unicode(tmp_path: Path) -> None:
+    """命令行上不是 UTF-8 的字节会变成落单的代理项。"""
+    with pytest.raises(DsxError, match="Unicode") as caught:
+        write(tmp_path, config()).encode("a\udcff")
+    assert caught.value.code == "DSX-E702"
+    with pytest.raises(DsxError, match="tokenizer_config") as caught:
+        write(tmp_path, config())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config(bos_token="\ud800")))
+        BundleTokenizer.load(tmp_path)
+    assert caught.value.code == "DSX-E501"
+
+
+def test_a_tokenizer_that_cannot_encode(tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="没有")).save(str(tmp_path / "tokenizer.json"))
+    loaded = BundleTokenizer.load(tmp_path)
+    assert loaded is not None
+    with pytest.raises(DsxError, match="UNK") as caught:
+        loaded.encode("b")
     assert caught.value.code == "DSX-E501"

@@ -129,7 +129,8 @@ class SpeculativeGenerator(Generator):
         check_positive("max_new_tokens", max_new_tokens)
         rows = self._check_rows(prompts)
         lens = np.array([len(row) for row in rows], np.int64)
-        budgets = np.minimum(max_new_tokens, self.session.max_positions - lens)
+        limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
+        budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
         started = perf_counter()
         out = OutputRows(budgets, frozenset() if ignore_eos else self.eos_token_ids, on_token)
         run = self._start(rows, lens, out, params)
