@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from deepseek_export.integration.attention import (
     projection_obstacle,
 )
 from deepseek_export.integration.compat import require_model
-from deepseek_export.integration.experts import SparseV2Experts, SparseV3Experts
+from deepseek_export.integration.experts import SparseV2Experts, SparseV3Experts, experts_obstacle
 from deepseek_export.integration.mtp import load_mtp
 from deepseek_export.integration.mtp_generate import mtp_generate
 from deepseek_export.profile import OptimizationProfile, resolve_profile
@@ -97,9 +98,10 @@ def restore(model: Model) -> Model:
         同一个模型对象。
 
     Raises:
-        DsxError: ``DSX-E803``，模型类不支持。
+        DsxError: ``DSX-E803`` 模型类不支持；``DSX-E804`` 装上的模块又被换了类（例如参数化），不知道该还原成什么。
     """
     require_model(model)
+    _refuse_subclasses(model, _ORIGINALS)
     for module in model.modules():
         original = _ORIGINALS.get(type(module))
         if original is not None:
@@ -113,7 +115,15 @@ def restore(model: Model) -> Model:
 def _targets(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> list[tuple[str, Any]]:
     """要替换的模块及其名字；已经替换过的也算。"""
     kinds = {*table, *table.values()}
+    _refuse_subclasses(model, kinds)
     return [(name, module) for name, module in model.named_modules() if type(module) in kinds]
+
+
+def _refuse_subclasses(model: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
+    """这些类的子类：参数化、别的库的补丁。按类替换与还原都认不出它们，跳过就是悄悄少优化一层。"""
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(kinds)) and type(module) not in kinds:
+            raise _state(f"{name} 的类被换成了 {type(module).__name__}", "先撤掉参数化或补丁")
 
 
 def _check_profile(profile: OptimizationProfile) -> None:
@@ -147,11 +157,9 @@ def _check_attention(name: str, module: Any) -> None:
 
 def _check_experts(name: str, module: Any) -> None:
     _check_forward(name, module)
-    if getattr(module, "_is_expert_parallel", False):
-        raise _state(f"{name} 的专家分布在多个进程上", "不用 expert parallel 加载，或只打开 mla")
-    for weight in (module.gate_up_proj, module.down_proj):
-        if not weight.is_floating_point() or weight.itemsize < 2:
-            raise _state(f"{name} 的权重是 {weight.dtype}", "先反量化成 bfloat16")
+    if obstacle := experts_obstacle(module):
+        what, todo = obstacle
+        raise _state(f"{name} {what}", todo)
 
 
 def _check_forward(name: str, module: nn.Module) -> None:

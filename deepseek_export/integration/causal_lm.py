@@ -32,6 +32,11 @@ from deepseek_export.progress import Progress
 from deepseek_export.runtime import ModelSession, open_session
 from deepseek_export.runtime.batching import PAD_ID
 
+#: transformers 的循环把 ``generate`` 自己用的这几样也传给 forward。
+_GENERATE_OWN = ("tokenizer", "assistant_tokenizer")
+#: 交叉熵忽略的 label。
+_IGNORED_LABEL = -100
+
 
 class DsxConfig(PreTrainedConfig):
     """``generate`` 与 ``pipeline`` 要看的那几个字段；模型的完整配置在 manifest 里。"""
@@ -135,6 +140,8 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        labels: Tensor | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """
         Args:
@@ -146,13 +153,16 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: ``False`` 时不返回缓存。
             logits_to_keep: 同 transformers：0 是全部，正数是末尾几列，张量是列号。
             return_dict: 总返回对象。
+            labels: [B, S]，-100 不计；有它就算 transformers 的因果语言模型 loss，没有梯度。
+            others: 别的参数只要不是空的就拒绝。``output_hidden_states`` 也是：图只给得出最终 norm 之后的那一层。
 
         Returns:
-            logits [B, L, V] float32；填充列的 logits 没有意义。
+            logits [B, L, V] float32；填充列的 logits 没有意义。给了 ``labels`` 还有 ``loss``。
 
         Raises:
             DsxError: ``DSX-E808`` 输入不支持；``DSX-E506`` 超过最大长度；``DSX-E509`` token id 越界。
         """
+        self._refuse_others(others)
         held = cache if cache is not None else past_key_values
         if input_ids is None or inputs_embeds is not None:
             raise _unsupported("inputs_embeds：词嵌入在图里", "给 input_ids")
@@ -168,15 +178,30 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is not None:
             _check_positions(position_ids, index, valid)
         kept = _kept_columns(logits_to_keep, ids.shape[1])
+        if labels is not None:
+            _check_labels(labels, valid, kept)
         wanted = np.maximum(index - held.lens[:, None], 0)[:, kept]
         logits = self._run(ids, valid, wanted, held.lens, buffers)
         held.append(valid)
         for note in self.session.notes:
             warnings.warn(note, RuntimeWarning, stacklevel=2)
         output = CausalLMOutputWithPast(logits=torch.from_numpy(logits).to(input_ids.device))
+        if labels is not None:
+            output["loss"] = self.loss_function(output.logits, labels, vocab_size=self.session.vocab_size)
         if use_cache is not False:
             output[cache_name()] = held
         return output
+
+    def _refuse_others(self, others: dict[str, Any]) -> None:
+        asked = {"output_hidden_states": self.config.output_hidden_states} | others
+        for name, value in asked.items():
+            if name in _GENERATE_OWN or value is None or value is False:
+                continue
+            if name == "output_hidden_states":
+                raise _unsupported(
+                    f"{name}：图只给得出最终 norm 之后的 hidden，没有各层的", "去掉它，或用源模型"
+                )
+            raise _unsupported(f"{name}：bundle 的 forward 没有这个参数", "去掉它")
 
     def _run(self, ids, valid, wanted, past, buffers) -> np.ndarray:
         """真正的 token 挤到左边、分块跑完；返回 ``wanted`` [B, L]（挤过之后的列号）处的 logits [B, L, V]。"""
@@ -235,6 +260,23 @@ def _check_positions(position_ids: Tensor, index: np.ndarray, valid: np.ndarray)
     got = np.broadcast_to(position_ids.cpu().numpy(), index.shape)
     if not np.array_equal(got[valid], index[valid]):
         raise _unsupported("position_ids 与 attention_mask 数出来的位置不同", "不给 position_ids")
+
+
+def _check_labels(labels: Tensor, valid: np.ndarray, kept: np.ndarray) -> None:
+    """loss 要用到的每一列都得有真的 logits：第 i 列预测第 i+1 列的 label。"""
+    if labels.shape != valid.shape:
+        raise _unsupported(
+            f"labels 的形状是 {list(labels.shape)}，应为 {list(valid.shape)}", "与 input_ids 同形"
+        )
+    if len(kept) != valid.shape[1]:
+        raise _unsupported("labels 与 logits_to_keep 一起给：loss 要全部的 logits", "去掉其中一个")
+    counted = labels.cpu().numpy()[:, 1:] != _IGNORED_LABEL
+    row, column = np.nonzero(counted & ~valid[:, :-1])
+    if row.size:
+        raise _unsupported(
+            f"第 {row[0]} 行第 {column[0] + 1} 列的 label 要由填充列预测，那里的 logits 没有意义",
+            f"把填充列与左填充之后第一列的 label 设成 {_IGNORED_LABEL}",
+        )
 
 
 def _kept_columns(logits_to_keep: int | Tensor, columns: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def saved_checkpoint(
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
             if (draft := getattr(model, "dsx_mtp", None)) is not None:
-                _add_mtp(Path(directory), draft.source)
+                _add_mtp(Path(directory), Checkpoint.open(draft.source))
         yield Path(directory)
 
 

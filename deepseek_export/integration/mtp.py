@@ -71,13 +71,13 @@ class MtpDraft:
 
     Attributes:
         module: 第一个 MTP 模块；多于一个草稿时递归使用。
-        source: 权重所在的检查点。
+        source: 权重所在的检查点目录；装着的模型可以深拷贝、可以 pickle，所以不留打开的检查点。
         num_draft_tokens: 每步起草几个。
         stats: 最近一次 ``generate`` 的统计。
     """
 
     module: MtpModule
-    source: Checkpoint
+    source: Path
     num_draft_tokens: int
     stats: MtpStats = field(default_factory=MtpStats)
 
@@ -151,7 +151,7 @@ def load_mtp(
         module = MtpModule(model, layer)
     module.load_state_dict(_state(source, layer, config.dtype), strict=True, assign=True)
     module.to(model.device).eval().requires_grad_(False)
-    return MtpDraft(module, source, num_draft_tokens)
+    return MtpDraft(module, path.absolute(), num_draft_tokens)
 
 
 def new_draft_cache() -> Cache:

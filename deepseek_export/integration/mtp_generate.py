@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import GenerationMode
 
 from deepseek_export.errors import DsxError
+from deepseek_export.integration.attention import check_implementation
 from deepseek_export.integration.compat import cache_name
 from deepseek_export.integration.mtp import MtpDraft, MtpStats, column_positions, new_draft_cache
 
@@ -39,10 +40,11 @@ _PLAIN_SETTINGS = (
     "output_scores",
     "prefill_chunk_size",
     "return_dict_in_generate",
+    "stop_strings",  # transformers 把 tokenizer 丢在 custom_generate 之外，停止条件建不起来
     "watermarking_config",
 )
 #: batch 大于 1 时，普通解码里先停的行会被填充、没有 EOS 时却继续生成；自定义的处理器也可能记着行号。
-_SINGLE_ROW_OPTIONS = ("logits_processor", "stopping_criteria", "stop_strings", "max_time")
+_SINGLE_ROW_OPTIONS = ("logits_processor", "stopping_criteria", "max_time")
 
 
 def mtp_generate(model: Any, draft: MtpDraft, *args: Any, use_mtp: bool | None = None, **kwargs: Any) -> Any:
@@ -55,7 +57,8 @@ def mtp_generate(model: Any, draft: MtpDraft, *args: Any, use_mtp: bool | None =
         use_mtp: ``None`` 表示能用就用：greedy 走 MTP，其余（采样、beam search……）照旧；``False`` 不用；``True`` 一定要用。
 
     Raises:
-        DsxError: ``DSX-E807``，``use_mtp=True`` 而这种用法不能走 MTP；``DSX-E804``，``apply`` 之后模型换了设备或 dtype。
+        DsxError: ``DSX-E807``，``use_mtp=True`` 而这种用法不能走 MTP；``DSX-E804``，``apply`` 之后模型换了设备、dtype
+            或 attention 实现，或挂上了 MTP 会绕过的 hook。
     """
     plain = functools.partial(type(model).generate, model)
     reason = None if use_mtp is False else _obstacle(model, plain, args, kwargs)
@@ -63,6 +66,14 @@ def mtp_generate(model: Any, draft: MtpDraft, *args: Any, use_mtp: bool | None =
         return plain(*args, **kwargs)
     if reason:
         raise DsxError("DSX-E807", f"use_mtp=True，但 {reason}", "去掉 use_mtp=True：这种用法走普通解码")
+    _check_still_usable(model, draft)
+    decode = functools.partial(_decode, draft=draft, streamer=kwargs.get("streamer"))
+    return plain(*args, custom_generate=decode, **kwargs)
+
+
+def _check_still_usable(model: Any, draft: MtpDraft) -> None:
+    """``apply`` 之后模型可能变了：MTP 模块不在 state_dict 里，不跟着变；主模型的 ``model`` 与 ``lm_head`` 由这里直接调用。"""
+    check_implementation(model.config)
     weight, own = model.get_input_embeddings().weight, draft.module.eh_proj.weight
     if (weight.device, weight.dtype) != (own.device, own.dtype):
         raise DsxError(
@@ -70,8 +81,12 @@ def mtp_generate(model: Any, draft: MtpDraft, *args: Any, use_mtp: bool | None =
             f"apply 之后模型换成了 {weight.dtype}（{weight.device}），MTP 模块还是 {own.dtype}（{own.device}）",
             "再 apply 一次",
         )
-    decode = functools.partial(_decode, draft=draft, streamer=kwargs.get("streamer"))
-    return plain(*args, custom_generate=decode, **kwargs)
+    if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
+        raise DsxError(
+            "DSX-E804",
+            f"{type(model).__name__} 上挂着 hook，或 forward 被包装过；MTP 直接调用 model.model 与 lm_head，会绕过它",
+            "取下 hook，挂到 model.model 或 lm_head 上，或 generate(use_mtp=False)",
+        )
 
 
 def _obstacle(model: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -90,6 +105,8 @@ def _obstacle(model: Any, plain: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if settings.use_cache is False:
         return "use_cache=False，MTP 要用缓存"
     held = options.get(cache_name())
+    if held is not None and type(held) is not DynamicCache:
+        return f"给了 {type(held).__name__}，MTP 要能裁掉末尾几列的 DynamicCache"
     if held is not None and held.get_seq_length() > 0:
         return "续用的缓存里没有 MTP 要的 hidden"
     for name in _PLAIN_OPTIONS:

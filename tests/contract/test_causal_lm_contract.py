@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from transformers import StoppingCriteria
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import deepseek_export as dsx
+from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
 from deepseek_export.parity.measures import measure
@@ -98,6 +99,37 @@ def test_streamers_and_stopping_criteria(model, source):
     assert streamer.ended
 
 
+def test_stop_strings(tmp_path):
+    """HF-9：``stop_strings`` 与 ``tokenizer``，同源模型停在同一处。"""
+    source = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    dsx.export(CHECKPOINT, tmp_path / "out", "mla+moe")
+    model = dsx.DsxForCausalLM.from_pretrained(tmp_path / "out", threads=1)
+    one = tokenizer(["And God said"], return_tensors="pt") | {"max_new_tokens": 24}
+    free = source.generate(**one)
+    stop = tokenizer.decode(free[0, -12:-10])
+    options = {**one, "stop_strings": [stop], "tokenizer": tokenizer}
+    want = source.generate(**options)
+    assert want.shape[1] < free.shape[1]
+    assert torch.equal(model.generate(**options), want)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_loss_from_labels(model, source, padding):
+    """HF-9：``labels`` 给出 transformers 自己的 loss。"""
+    mask = {"none": torch.ones_like(MASK), "right": MASK.flip(1), "left": MASK}[padding]
+    labels = IDS.masked_fill(mask == 0, -100)
+    if padding == "left":
+        # 每行第一个真正的 token 由填充列预测，两边都没有意义。
+        labels = labels.masked_fill(mask.cumsum(1) == 1, -100)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        want = source(IDS, attention_mask=mask, position_ids=positions, labels=labels).loss
+    got = model(IDS, attention_mask=mask, labels=labels).loss
+    assert TOLERANCES["logits", "float32"].accepts(measure(got.numpy()[None], want.numpy()[None]))
+    assert model(IDS, attention_mask=mask).loss is None
+
+
 def test_logits_at_every_position(model, source, monkeypatch):
     """HF-9：真正的 token 处的 logits 相同，与怎么分块、填充在哪边、续用缓存无关。"""
     with torch.no_grad():
@@ -149,6 +181,17 @@ def test_what_it_refuses(model, source):
     refused(lambda: model(IDS, attention_mask=MASK[:, :4]), "[3, 4]")
     refused(lambda: model(IDS, position_ids=torch.arange(9)[None] + 1), "position_ids")
     refused(lambda: generate(model, cache_implementation="static"), "static")
+    refused(lambda: model(IDS, output_hidden_states=True), "output_hidden_states")
+    refused(lambda: generate(model, output_hidden_states=True), "output_hidden_states")
+    refused(lambda: model(IDS, output_attentions=True), "output_attentions")
+    refused(lambda: model(IDS, token_type_ids=IDS), "token_type_ids")
+    refused(lambda: model(IDS, labels=IDS[:, 1:]), "labels", "[3, 8]")
+    refused(lambda: model(IDS, labels=IDS, logits_to_keep=2), "logits_to_keep")
+    refused(lambda: model(IDS, attention_mask=MASK, labels=IDS), "第 0 行第 1 列")
+    assert model(IDS, output_hidden_states=False, output_attentions=None).logits.shape[:2] == IDS.shape
+    model.config.output_hidden_states = True
+    refused(lambda: model(IDS), "output_hidden_states")
+    model.config.output_hidden_states = False
     with torch.no_grad():
         foreign = source(IDS, use_cache=True)[cache_name()]
     refused(lambda: model(IDS, **{cache_name(): foreign}), "DynamicCache")

@@ -7,7 +7,13 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, StoppingCriteria
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    StaticCache,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import deepseek_export as dsx
@@ -150,6 +156,7 @@ def test_other_ways_to_generate_are_untouched(model, batch, plain):
         {"num_beams": 2},
         {"use_cache": False},
         {"cache_implementation": "static"},
+        {"stop_strings": ["the", "月"], "tokenizer": AutoTokenizer.from_pretrained(CHECKPOINT)},
         {"return_dict_in_generate": True},
         {"prefix_allowed_tokens_fn": lambda row, ids: list(range(200))},
         {"stopping_criteria": [lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]},
@@ -207,6 +214,29 @@ def test_the_model_moved_after_apply(batch):
         model.generate(**batch, max_new_tokens=2)
     dsx.apply(model, "mtp")
     assert model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+
+
+def test_the_model_changed_after_apply(model, batch, plain):
+    """HF-11、HF-15：MTP 会绕过的 hook、认不得的 attention 实现、裁不了的缓存：拒绝，或走普通解码。"""
+    want = plain()
+    dsx.apply(model, "mtp")
+    hook = model.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(dsx.DsxError, match="DSX-E804"):
+        model.generate(**batch, max_new_tokens=24)
+    assert torch.equal(model.generate(**batch, max_new_tokens=24, use_mtp=False), want)
+    hook.remove()
+    model.forward = model.forward
+    with pytest.raises(dsx.DsxError, match="DSX-E804"):
+        model.generate(**batch, max_new_tokens=24)
+    del model.forward
+    width = batch["input_ids"].shape[1]
+    static = {cache_name(): StaticCache(config=model.config, max_cache_len=width + 24)}
+    with pytest.raises(dsx.DsxError, match="StaticCache"):
+        model.generate(**batch, max_new_tokens=24, use_mtp=True, **static)
+    assert torch.equal(model.generate(**batch, max_new_tokens=24, disable_compile=True, **static), want)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(dsx.DsxError, match="DSX-E804"):
+        model.generate(**batch, max_new_tokens=24)
 
 
 @pytest.mark.parametrize("shard", ["1GB", "4MB"], ids=["one-file", "sharded"])

@@ -205,6 +205,44 @@ def test_a_new_weight_after_apply_is_used(model):
     assert TOLERANCES["logits", "float32"].accepts(measure(got.numpy(), want.numpy()))
 
 
+def test_experts_changed_after_apply(model):
+    """HF-15：专家的权重被量化，用到时拒绝；hook、换掉的 Parameter、换掉的激活照常。"""
+    plain = build_model("v3")
+    dsx.apply(model, "moe")
+    ids = torch.randint(1, 200, (2, 6), generator=torch.Generator().manual_seed(3))
+    for each in (model, plain):
+        experts = each.model.layers[1].mlp.experts
+        experts.register_forward_hook(double)
+        experts.act_fn = nn.GELU()
+        experts.down_proj = nn.Parameter(experts.down_proj.flip(0).contiguous())
+    with torch.no_grad():
+        got, want = model(ids).logits, plain(ids).logits
+        assert TOLERANCES["logits", "float32"].accepts(measure(got.numpy(), want.numpy()))
+        experts = model.model.layers[1].mlp.experts
+        experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+        with pytest.raises(dsx.DsxError, match="DSX-E804") as caught:
+            model(ids)
+    assert "float8" in caught.value.what
+
+
+def test_parametrized_modules_are_named(model):
+    """HF-15：参数化给模块换了类：装与退都认不出它，不悄悄跳过；权重照常每次现取。"""
+    plain = build_model("v3")
+    dsx.apply(model, "moe")
+    for each in (model, plain):
+        experts = each.model.layers[1].mlp.experts
+        parametrize.register_parametrization(experts, "down_proj", Doubled())
+    ids = torch.randint(1, 200, (2, 6), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        got, want = model(ids).logits, plain(ids).logits
+    assert TOLERANCES["logits", "float32"].accepts(measure(got.numpy(), want.numpy()))
+    for call in (dsx.restore, lambda each: dsx.apply(each, "mla"), lambda each: dsx.apply(each, "moe")):
+        with pytest.raises(dsx.DsxError, match="DSX-E804") as caught:
+            call(model)
+        assert "layers.1.mlp.experts" in caught.value.what
+    refused("DSX-E804", plain, "moe")
+
+
 def test_experts_that_are_not_here(model):
     experts = model.model.layers[1].mlp.experts
     experts._is_expert_parallel = True
