@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     code: Any = 0
     try:
-        sys.stdout, sys.stderr = (_Guarded(stream) for stream in streams)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = (_Guarded(stream) for stream in streams)
         if closed:
             raise _UnwritableError(OSError(errno.EBADF, "标准输出是关着的"))
         code = cli.main(args=argv, prog_name="dsx", standalone_mode=False)
