@@ -84,16 +84,12 @@ class QuantizeMoeToQMoePass(Pass):
 
     def _notes(self, module: GraphModule, refused: set[str]) -> tuple[str, ...]:
         """情形 5：还是浮点、不是用户要保留的、又没有别处说明原因的叠放权重。"""
-        explained = {
-            tensor.name
-            for node in module.graph.nodes
-            if node.op == MOE_EXPERTS.name or node.name in refused
-            for tensor in node.inputs
-        }
+        readers = [n for n in module.graph.nodes if n.op != MOE_EXPERTS.name and n.name not in refused]
+        read = {tensor.name for node in readers for tensor in node.inputs}
         left = [
             name
             for name, recipe in module.weights.items()
-            if recipe.op == "stack" and name not in explained and not self.quantization.keeps(name)
+            if recipe.op == "stack" and name in read and not self.quantization.keeps(name)
         ]
         if not left:
             return ()

@@ -319,7 +319,7 @@ def test_moe_becomes_qmoe(kind, rows):
     reference, module, form = qmoe_module(), qmoe_module(), BlockFormat(kind=kind, block=32)
     rewrite = QuantizeMoeToQMoePass(Quantization(kind=kind, block=32))
     result = rewrite(module)
-    assert (result.changed, result.count, result.refused) == (True, 1, ())
+    assert (result.changed, result.count, result.refused, result.notes) == (True, 1, (), ())
     assert "QMoE" in ops(module)
     assert "MoE" not in ops(module)
     stems = {name.rpartition(".experts.*.")[2] for name in module.quantized}
