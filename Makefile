@@ -36,7 +36,7 @@ graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py
 	$(RUN) -m tools.make_engine_graphs
 
-perf: plugins ## 完整的性能测量（要安静的机器），追加进 perf/results，报告在 build/perf-report
+perf: plugins ## 完整的性能测量（要安静的机器），追加进 perf/history，报告在 build/perf-report
 	$(RUN) -m perf run
 
 perf-check: plugins ## 缩小的性能测量（五分钟以内），对照 perf/gates.toml；报告在 build/perf-report

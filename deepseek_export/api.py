@@ -1,11 +1,14 @@
-"""Python 接口：``export``、``load``、``pack``、``verify``、``compare``。命令行只是它们的一层薄壳。"""
+"""Python 接口：``export``、``load``、``pack``、``build``、``verify``、``compare``。命令行只是它们的一层薄壳。"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepseek_export.backend import backend_named
 from deepseek_export.bundle import (
     Bundle,
     BundleWeights,
@@ -19,6 +22,11 @@ from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.engine.build import BuiltEngine, build_engine
+from deepseek_export.engine.derived import buildable_bundle
+from deepseek_export.engine.flavour import FlavourName, check_arch, choose
+from deepseek_export.engine.flavour import load as load_tensorrt
+from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import (
     LEVELS,
@@ -33,12 +41,10 @@ from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import (
-    Backend,
     BundleTokenizer,
     GenerationResult,
     Generator,
     SamplingParams,
-    bundle_for,
     open_session,
     open_speculative,
 )
@@ -93,42 +99,13 @@ def export(
             "fallback.on_drift=naive 只在导出时校验才起作用，而这次没有要求校验",
             "加 --check（Python 里 check=True），或去掉 fallback.on_drift",
         )
-
-    if not isinstance(checkpoint, (str, Path)):
-        # 到这里才导入：transformers 是可选依赖。
-        from deepseek_export.integration.model_export import saved_checkpoint
-
-        if weights != "packed":
-            raise DsxError(
-                "DSX-E810",
-                f"weights={weights!r}：模型对象没有可以指进去的文件",
-                "去掉 weights，或先 save_pretrained 再从目录导出",
-            )
-        out = output_path(out)
-        check_output(out, overwrite)
-        with saved_checkpoint(checkpoint, out, tokenizer) as directory:
-            return export(
-                directory,
-                out,
-                resolved,
-                target=target,
-                dtype=dtype,
-                quantization=quantization,
-                overwrite=overwrite,
-                check=check,
-                progress=progress,
-            )
-    if tokenizer is not None:
-        raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
-    source = checkpoint
-    if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
-        BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
-
-    def run(profile: OptimizationProfile, notes: tuple[str, ...] = ()) -> Bundle:
-        return export_bundle(
+    with _checkpoint_directory(checkpoint, out, weights, overwrite, tokenizer) as source:
+        if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
+            BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
+        write = partial(
+            export_bundle,
             source,
             out,
-            profile,
             target=target,
             dtype=dtype,
             weights=weights,
@@ -136,24 +113,50 @@ def export(
             quantization=quantization,
             overwrite=overwrite,
             progress=progress,
-            accept=(lambda directory: _require_parity(directory, progress))
-            if check
-            else (lambda directory: None),
-            notes=notes,
         )
-
-    try:
-        return run(resolved)
-    except DsxError as error:
-        if error.code != "DSX-E605" or resolved.fallback.on_drift != "naive":
-            raise
+        if not check:
+            return write(resolved)
+        accept = partial(_require_parity, progress=progress)
+        try:
+            return write(resolved, accept=accept)
+        except ParityRefused as refused:
+            if resolved.fallback.on_drift != "naive":
+                raise
+            note = f"mla.form={resolved.mla.form} 校验不过，按 fallback.on_drift=naive 退回 naive：{refused.what}"
         mla = resolved.mla.model_copy(update={"form": "naive"})
         fallback = resolved.fallback.model_copy(update={"on_drift": "refuse"})
-        retried = resolved.model_copy(update={"mla": mla, "fallback": fallback})
-        return run(
-            retried,
-            (f"mla.form={resolved.mla.form} 校验不过，按 fallback.on_drift=naive 退回 naive：{error.what}",),
+        naive = resolved.model_copy(update={"mla": mla, "fallback": fallback})
+        return write(naive, accept=accept, notes=(note,))
+
+
+def _checkpoint_directory(
+    checkpoint: Path | str | PreTrainedModel,
+    out: Path | str,
+    weights: WeightsMode,
+    overwrite: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> AbstractContextManager[Path | str]:
+    """要导出的检查点目录；模型对象先写成一个临时的，用完就删。"""
+    if isinstance(checkpoint, (str, Path)):
+        if tokenizer is not None:
+            raise DsxError("DSX-E810", "给了目录，又给了 tokenizer", "去掉 tokenizer：目录里的会带上")
+        return nullcontext(checkpoint)
+    # 到这里才导入：transformers 是可选依赖。
+    from deepseek_export.integration.model_export import saved_checkpoint
+
+    if weights != "packed":
+        raise DsxError(
+            "DSX-E810",
+            f"weights={weights!r}：模型对象没有可以指进去的文件",
+            "去掉 weights，或先 save_pretrained 再从目录导出",
         )
+    out = output_path(out)
+    check_output(out, overwrite)
+    return saved_checkpoint(checkpoint, out, tokenizer)
+
+
+class ParityRefused(DsxError):
+    """导出时的校验不过：临时目录里的 bundle 作废，``fallback.on_drift`` 决定要不要换个形式再来。"""
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
@@ -161,7 +164,7 @@ def _require_parity(directory: Path, progress: Progress | None) -> None:
     report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
     failure = report.first_failure
     if failure is not None:
-        raise DsxError(
+        raise ParityRefused(
             "DSX-E605",
             f"{failure.level} 层 {failure.name}：{failure.note}",
             "用 dsx verify 看全表；可试 --dtype float32，或 --set mla.form=naive",
@@ -179,15 +182,24 @@ class CompiledModel:
         speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, backend: Backend = "ort") -> None:
-        self.bundle = bundle = bundle_for(bundle, backend)
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        backend: str = "ort",
+        speculative_floor: bool = True,
+    ) -> None:
+        chosen = backend_named(backend)
+        self.bundle = bundle = chosen.prepared(bundle)
         with bundle.steady():
             eos = stop_token_ids(bundle.path, bundle.manifest.model)
             self.tokenizer = BundleTokenizer.load(bundle.path)
             weights = BundleWeights(bundle)
-            self.session = open_session(bundle, weights, threads, backend)
-            self.generator = Generator(self.session, self.tokenizer, eos, self.session.prefill_chunk)
-            self.speculative = open_speculative(bundle, weights, self.session, self.tokenizer, threads)
+            self.session = open_session(chosen, bundle, weights, threads)
+            self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)
+            self.speculative = open_speculative(
+                chosen, bundle, weights, self.session, self.tokenizer, threads, speculative_floor
+            )
 
     @property
     def manifest(self) -> Manifest:
@@ -258,8 +270,9 @@ class CompiledModel:
 def load(
     bundle: Path | str,
     threads: int | None = None,
-    backend: Backend = "ort",
+    backend: str = "ort",
     *,
+    speculative_floor: bool = True,
     verify_weights: bool = False,
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -269,6 +282,7 @@ def load(
         bundle: ``export`` 的输出目录。
         threads: 线程数；缺省由 ONNX Runtime 决定。
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
+        speculative_floor: 投机解码不划算时退回普通解码；``False`` 一直投机。没有草稿模型时不起作用。
         verify_weights: 先读一遍全部权重，核对 sha256；缺省不读，只核对其余的文件（按引用的另抽查每个张量的几处）。
         progress: 核对权重的进度。
 
@@ -280,7 +294,7 @@ def load(
     def read(opened: Bundle) -> CompiledModel:
         if verify_weights:
             opened.check_weights(progress or Progress())
-        return CompiledModel(opened, threads, backend)
+        return CompiledModel(opened, threads, backend, speculative_floor)
 
     return read_bundle(bundle, read)
 
@@ -288,6 +302,45 @@ def load(
 def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None) -> Bundle:
     """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
     return pack_bundle(bundle, progress, verify_weights=verify_weights)
+
+
+def build(
+    bundle: Path | str,
+    sms: Sequence[int],
+    *,
+    flavour: FlavourName | None = None,
+    shapes: str = "",
+    checkpoint: Path | str | None = None,
+    verify_weights: bool = True,
+    progress: Progress | None = None,
+) -> list[BuiltEngine]:
+    """为几种 SM 各建一个 TensorRT 引擎；``rtx`` 不需要 GPU。
+
+    Args:
+        bundle: ``export`` 的输出目录；目标不是 TensorRT 的、float32 的，由检查点另导出一份来建，见
+            :func:`~deepseek_export.engine.derived.buildable_bundle`。
+        sms: 目标计算能力，例如 ``[89, 120]``；重复的只建一次。
+        flavour: ``rtx`` 或 ``tensorrt``；缺省用装了的那个，先看 ``rtx``。
+        shapes: 优化配置的形状，写法同 ``--profile-shapes``；缺省见 :class:`~deepseek_export.engine.shapes.ProfileShapes`。
+        checkpoint: 要另导出时的检查点目录；缺省取 manifest 里记的出处。
+        verify_weights: 先读一遍全部权重，核对 sha256。
+        progress: 进度。
+
+    Returns:
+        每种 SM 一个，次序同 ``sms``；``bundle`` 属性是实际由之建成的那个。
+
+    Raises:
+        DsxError: ``DSX-E910`` / ``DSX-E911`` 没有装 TensorRT 或缺库；4xx bundle 有问题；``DSX-E919`` 形状不对；``DSX-E912`` 有一种 SM
+            建不了，都没有开始；其余见 ``buildable_bundle`` 与 :func:`~deepseek_export.engine.build.build_engine`。
+    """
+    chosen, opened = choose(flavour), Bundle.open(bundle)
+    parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
+    wanted = list(dict.fromkeys(sms))
+    # 都先看一遍：不要建好前几个才发现后面的建不了。
+    for sm in wanted:
+        check_arch(chosen, load_tensorrt(chosen), sm)
+    source = buildable_bundle(opened, chosen, checkpoint, progress, verify_weights=verify_weights)
+    return [build_engine(source, sm, chosen, parsed, progress) for sm in wanted]
 
 
 def verify(
@@ -299,7 +352,7 @@ def verify(
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
     text: Path | str | None = None,
-    backend: Backend = "ort",
+    backend: str = "ort",
     verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ParityReport:

@@ -1,6 +1,6 @@
 """磁盘缓存：算起来要好几秒、而结果由输入完全决定的东西（捕获的计算图），下次不必重算。
 
-缓存只影响快慢，不影响结果：键是全部输入的摘要，条目自带 sha256，读到损坏的当作没有；目录不可写就不存。
+缓存只影响快慢，不影响结果：键是全部输入的摘要，条目自带 sha256（连同键，放错了名字的也认得出），读到损坏的当作没有；目录不可写就不存。
 位置是 ``$XDG_CACHE_HOME/dsx``（缺省 ``~/.cache/dsx``），整个删掉随时可以；``DSX_NO_CACHE=1`` 既不读也不写。
 """
 
@@ -11,6 +11,8 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+
+from deepseek_export.paths import MAX_LARGE_TEXT, read_regular
 
 #: 一类条目至多留这么多个，再多就删最久没用过的。
 MAX_ENTRIES = 512
@@ -37,7 +39,7 @@ class DiskCache:
         return Path(root) / "dsx" / self._kind
 
     def get(self, key: str) -> bytes | None:
-        """``key`` 的内容；没有、读不了、损坏都是 ``None``。
+        """``key`` 的内容；没有、读不了、不是普通文件、太大、损坏都是 ``None``。
 
         Args:
             key: 全部输入的十六进制摘要。
@@ -46,11 +48,11 @@ class DiskCache:
             return None
         path = self.directory / key
         try:
-            digest, _, content = path.read_bytes().partition(b"\n")
+            digest, _, content = read_regular(path, MAX_LARGE_TEXT).partition(b"\n")
             path.touch()  # 删旧条目时看的是最近一次用到的时间
         except OSError:
             return None
-        return content if digest == _digest(content) else None
+        return content if digest == _digest(key, content) else None
 
     def put(self, key: str, content: bytes) -> None:
         """存下 ``content``；写到一半被杀掉也不留半个条目。"""
@@ -62,7 +64,7 @@ class DiskCache:
             descriptor, scratch = tempfile.mkstemp(dir=directory, prefix=".")
             try:
                 with os.fdopen(descriptor, "wb") as file:
-                    file.write(_digest(content) + b"\n" + content)
+                    file.write(_digest(key, content) + b"\n" + content)
                 os.replace(scratch, directory / key)
             except BaseException:
                 os.unlink(scratch)
@@ -72,10 +74,11 @@ class DiskCache:
     def _prune(self, directory: Path) -> None:
         entries = [path for path in directory.iterdir() if not path.name.startswith(".")]
         if len(entries) > self._max_entries:
-            entries.sort(key=lambda path: path.stat().st_mtime)
+            entries.sort(key=lambda path: path.lstat().st_mtime)
             for path in entries[: -self._max_entries]:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # 别的进程刚删掉，或者根本不是文件
+                    path.unlink()
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).hexdigest().encode()
+def _digest(key: str, content: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\n" + content).hexdigest().encode()

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import ml_dtypes
 import numpy as np
 
 
@@ -20,19 +19,24 @@ class Dtype:
 
     Attributes:
         name: dsx 里的名字，也是 numpy、ml_dtypes、torch 的名字。
-        numpy: 内存里的类型；int4 一个元素占一字节。
-        bits: 存储时一个元素占几位；只有 int4 与 ``numpy`` 不同，两个一字节。
+        bits: 存储时一个元素占几位；只有 int4 与 :attr:`numpy` 不同，两个一字节。
         onnx: ``onnx.TensorProto.DataType`` 的编号。
         safetensors: 文件头里的写法；int4 成对存成字节。
-        triton: Triton 签名里指针的写法；kernel 不用的为 ``None``。
+        triton: Triton 签名里指针的写法；kernel 不用的为空。
     """
 
     name: str
-    numpy: np.dtype
     bits: int
     onnx: int
     safetensors: str
-    triton: str | None = None
+    triton: str = ""
+
+    @property
+    def numpy(self) -> np.dtype:
+        """内存里的类型；int4 一个元素占一字节。"""
+        import ml_dtypes as _ml_dtypes  # noqa: F401  向 numpy 登记它没有的名字；只测 kernel 的机器上没有装
+
+        return np.dtype(self.name)
 
     @property
     def onnx_type(self) -> str:
@@ -52,22 +56,22 @@ _ONNX_NAMES = {
 }
 
 _ROWS = (
-    Dtype("float32", np.dtype(np.float32), 32, 1, "F32", "*fp32"),
-    Dtype("uint8", np.dtype(np.uint8), 8, 2, "U8"),
-    Dtype("int8", np.dtype(np.int8), 8, 3, "I8"),
-    Dtype("uint16", np.dtype(np.uint16), 16, 4, "U16"),
-    Dtype("int16", np.dtype(np.int16), 16, 5, "I16"),
-    Dtype("int32", np.dtype(np.int32), 32, 6, "I32", "*i32"),
-    Dtype("int64", np.dtype(np.int64), 64, 7, "I64", "*i64"),
-    Dtype("bool", np.dtype(np.bool_), 8, 9, "BOOL"),
-    Dtype("float16", np.dtype(np.float16), 16, 10, "F16", "*fp16"),
-    Dtype("float64", np.dtype(np.float64), 64, 11, "F64"),
-    Dtype("uint32", np.dtype(np.uint32), 32, 12, "U32"),
-    Dtype("uint64", np.dtype(np.uint64), 64, 13, "U64"),
-    Dtype("bfloat16", np.dtype(ml_dtypes.bfloat16), 16, 16, "BF16", "*bf16"),
-    Dtype("float8_e4m3fn", np.dtype(ml_dtypes.float8_e4m3fn), 8, 17, "F8_E4M3"),
-    Dtype("float8_e5m2", np.dtype(ml_dtypes.float8_e5m2), 8, 19, "F8_E5M2"),
-    Dtype("int4", np.dtype(ml_dtypes.int4), 4, 22, "U8"),
+    Dtype("float32", 32, 1, "F32", "*fp32"),
+    Dtype("uint8", 8, 2, "U8"),
+    Dtype("int8", 8, 3, "I8"),
+    Dtype("uint16", 16, 4, "U16"),
+    Dtype("int16", 16, 5, "I16"),
+    Dtype("int32", 32, 6, "I32", "*i32"),
+    Dtype("int64", 64, 7, "I64", "*i64"),
+    Dtype("bool", 8, 9, "BOOL"),
+    Dtype("float16", 16, 10, "F16", "*fp16"),
+    Dtype("float64", 64, 11, "F64"),
+    Dtype("uint32", 32, 12, "U32"),
+    Dtype("uint64", 64, 13, "U64"),
+    Dtype("bfloat16", 16, 16, "BF16", "*bf16"),
+    Dtype("float8_e4m3fn", 8, 17, "F8_E4M3"),
+    Dtype("float8_e5m2", 8, 19, "F8_E5M2"),
+    Dtype("int4", 4, 22, "U8"),
 )
 
 #: 名字 → dtype。

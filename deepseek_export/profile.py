@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import read_text
 
 
 class _Section(BaseModel):
@@ -210,7 +211,7 @@ def _builtin(name: str) -> dict[str, dict[str, Any]]:
 def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """读 TOML 方案，只返回文件里明确写出的值；键和值当场校验。"""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_text(path))
     except OSError as error:
         raise DsxError("DSX-E005", f"打不开 {path}：{error.strerror}", "检查路径和读取权限") from error
     except (ValueError, RecursionError) as error:

@@ -3,13 +3,13 @@
 python -m perf run [SUITE...]      完整的场景，追加进历史，重写报告
 python -m perf check               缩小的场景，对照门槛与上一次，不写历史
 python -m perf report              只用历史重写报告
+python -m perf add FILE            把 python -m perf.gpu 在别的机器上写的一行追加进历史，重写报告
 python -m perf compare [SUITE...]  每套最后两次完整的运行：每个比值的散布相不相交
 """
 
 from __future__ import annotations
 
 import shlex
-import sys
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,7 @@ from deepseek_export.machine import cores
 from perf import gates, report, reproduce, results
 from perf.results import ROOT, Run
 from perf.suites import SUITES
-from perf.workspace import workspace
+from perf.workload.workspace import workspace
 
 #: 缩小了也要几分钟的（训练），或量的是导出的，不进 ``check`` 的缺省。
 QUICK_SUITES = ("mla-memory", "mla-decode", "mtp", "moe")
@@ -86,6 +86,16 @@ def rewrite(figures: Path | None, out: Path) -> None:
 
 
 @cli.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@out_option
+def add(file: Path, out: Path) -> None:
+    """把 FILE 里的行（别的机器上 ``python -m perf.gpu`` 写的）追加进历史，重写报告。"""
+    for found in results.load(file):
+        results.append(found)
+    _write_latest(out)
+
+
+@cli.command()
 @suite_argument
 def compare(suites: tuple[str, ...]) -> None:
     """SUITES（缺省全部）最后两次完整的运行，每个比值的散布相不相交；有不相交的，或没有两次可比的，退出码是 1。"""
@@ -101,7 +111,8 @@ def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:
     started, skipped, found = datetime.now(UTC), [], []
     library = find_library()
     machine = environment(threads, ROOT) | {
-        "command": shlex.join(["python", "-m", "perf", *sys.argv[1:]]),
+        # 不照抄命令行：同一次里的别的套件、报告写到哪里，都与这一行无关。
+        "command": shlex.join(["python", "-m", "perf", "run", *(["--quick"] if quick else []), *suites]),
         "cpu_library": None if library is None else library.isa,
     }
     for name in suites:

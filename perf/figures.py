@@ -103,7 +103,7 @@ def draw(suite: SuiteResult) -> str:
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(10, 4), layout="constrained")
-        _FIGURES[suite.suite](figure, suite)
+        FIGURES[suite.suite](figure, suite)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -295,7 +295,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-_FIGURES: Mapping[str, Callable[[Figure, Any], None]] = MappingProxyType(
+#: 套件 → 怎么画；没有登记的只有表。
+FIGURES: Mapping[str, Callable[[Figure, Any], None]] = MappingProxyType(
     {
         "mla-memory": _mla_memory,
         "mla-decode": _mla_decode,

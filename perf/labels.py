@@ -19,6 +19,9 @@ _SERIES: Mapping[str, str] = MappingProxyType(
         "no-bias": "不更新偏置",
         "dsx reference": "dsx 按引用（不写权重）",
         "dsx packed": "dsx 打包（写权重）",
+        "dsx resumed": "杀掉几次，最后接着写完",
+        "copy": "复制",
+        "matmul": "矩阵乘",
         "transformers OnnxExporter": "transformers OnnxExporter（写权重）",
     }
 )
@@ -42,6 +45,13 @@ _FIELDS: Mapping[str, tuple[str, tuple[tuple[float, str], ...]]] = MappingProxyT
         "round_cost": ("一轮相当于几个普通步", _PLAIN),
         "tokens_per_second": ("token / 秒", _PLAIN),
         "held_loss": ("留出损失", _PLAIN),
+        "cpu_seconds": ("CPU 用时", _TIME),
+        "gb_s": ("GB/s", _PLAIN),
+        "gflop_s": ("GFLOP/s", _PLAIN),
+        "tflop_s": ("TFLOP/s", _PLAIN),
+        "row_error": ("logits 每行相对误差的中位数", _PLAIN),
+        "row_error_p99": ("99 分位", _PLAIN),
+        "same_argmax": ("argmax 相同的比例", _PLAIN),
     }
 )
 _RATIOS: Mapping[str, str] = MappingProxyType(
@@ -55,6 +65,8 @@ _RATIOS: Mapping[str, str] = MappingProxyType(
         "prefill moe/dense": "prefill 稀疏 / 稠密",
         "held loss moe/dense": "留出损失 稀疏 / 稠密",
         "capture": "捕获的时间 深 / 浅",
+        "mla/transformers": "一步 apply 之后 / 原样",
+        "int8/bfloat16": "误差 int8 / bfloat16",
     }
 )
 _SCENARIO: Mapping[str, str] = MappingProxyType(
@@ -82,12 +94,18 @@ _SCENARIO: Mapping[str, str] = MappingProxyType(
         "packed_runs": "打包的遍数",
         "engine_depths": "引擎的层数",
         "engine_runs": "建引擎的遍数",
-        "steps": "训练步数",
+        "steps": "步数",
         "peak_lr": "学习率峰值",
         "evaluations": "评估次数",
         "load_steps": "统计负载的步数",
         "windows": "每种语言的留出窗口",
         "seeds": "种子",
+        "heads": "头",
+        "prefills": "prefill 的 S 与已有的长度",
+        "formats": "格式、块、保留浮点的",
+        "layers": "层数",
+        "packed_layers": "打包的层数",
+        "kills": "杀几次",
     }
 )
 
@@ -147,8 +165,8 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _joined(value: object) -> str:
-    return " / ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def _joined(value: object, separator: str = " / ") -> str:
+    return separator.join(_joined(v, " ") for v in value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _any(value: object) -> str:
@@ -236,5 +254,29 @@ _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "arch": ("SM", str),
         "tensorrt_rtx": ("TensorRT-RTX", str),
         "engine_layers": ("引擎的层", _any),
+        "host_share": ("主机循环至多", _percent),
+        "operators": ("各算子一步的时间", _each(lambda seconds: f"{number(seconds * 1e3)} ms")),
+        "mtp_layers": ("MTP 层", str),
+        "experts": ("专家", str),
+        "shards": ("分片", str),
+        "checkpoint_bytes": ("检查点", size),
+        "weight_bytes": ("权重", size),
+        "onnx_bytes": ("图", _each(size)),
+        "expert_groups_per_moe_layer": ("每个 MoE 层的专家拆成几组", number),
+        "kills": ("被杀的几次：用时、峰值、写到哪里", _any),
+        "tokens": ("比了几个 token", str),
+        "before_a_flip": ("其中路由分叉之前的", str),
+        "perplexity": ("困惑度", _each(number)),
+        "perplexity_tokens": ("测困惑度的 token", str),
+        "passed": ("校验通过", lambda passed: "是" if passed else "否"),
+        "bound": ("受限于", str),
+        "share": ("占上限的", _percent),
+        "active_experts": ("有 token 的专家", str),
+        "checks": ("核对，全部通过", _count),
+        "elapsed": ("共用了几秒", number),
+        "memory_bytes": ("显存", size),
+        "versions": ("版本", _any),
+        "skipped": ("时间用完没有测的", lambda points: _any(points) or "没有"),
+        "source": ("来处", str),
     }
 )

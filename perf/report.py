@@ -53,9 +53,10 @@ def write(runs: Sequence[Run], verdicts: list[Verdict], out: Path) -> list[Path]
 
 
 def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """每套一张图，亮色暗色各一份。"""
+    """:data:`figures.FIGURES` 里的每套一张图，亮色暗色各一份。"""
     folder.mkdir(parents=True, exist_ok=True)
-    return [path for run in runs for suite in run.suites for path in figures.write_themes(suite, folder)]
+    drawn = [suite for run in runs for suite in run.suites if suite.suite in figures.FIGURES]
+    return [path for suite in drawn for path in figures.write_themes(suite, folder)]
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -89,9 +90,8 @@ def html(runs: Sequence[Run], verdicts: list[Verdict]) -> str:
     common, sections = _sections(runs)
     problem, drawn = "", {}
     try:
-        for section in sections:
-            svg = figures.draw(section.suite)
-            drawn[section.suite.suite] = figures.coloured(svg, figures.VARIABLES)
+        for name, suite in ((s.suite.suite, s.suite) for s in sections if s.suite.suite in figures.FIGURES):
+            drawn[name] = figures.coloured(figures.draw(suite), figures.VARIABLES)
     except figures.NoChineseFont as error:
         problem, drawn = str(error), {}
     environment = Environment(

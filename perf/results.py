@@ -1,4 +1,4 @@
-"""一次运行的结果，以及只追加的历史 ``perf/results/history.jsonl``。"""
+"""一次运行的结果，以及只追加的历史 ``perf/history/runs.jsonl``。"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from deepseek_export.bench.spread import Spread
 
 ROOT = Path(__file__).resolve().parents[1]
-HISTORY = ROOT / "perf/results/history.jsonl"
+HISTORY = ROOT / "perf/history/runs.jsonl"
 
 
 class _Model(BaseModel):
@@ -66,15 +66,17 @@ class Run(_Model):
     skipped: list[str]
 
 
-def append(run: Run, history: Path = HISTORY) -> None:
-    """追加一行；已有的行从不改写。"""
+def append(run: Run, history: Path | None = None) -> None:
+    """追加一行，缺省进 :data:`HISTORY`；已有的行从不改写。"""
+    history = history or HISTORY
     history.parent.mkdir(parents=True, exist_ok=True)
     with history.open("a", encoding="utf-8") as file:
         file.write(run.model_dump_json() + "\n")
 
 
-def load(history: Path = HISTORY) -> list[Run]:
+def load(history: Path | None = None) -> list[Run]:
     """全部历史，从旧到新。"""
+    history = history or HISTORY
     if not history.is_file():
         return []
     return [Run.model_validate_json(line) for line in history.read_text(encoding="utf-8").splitlines()]

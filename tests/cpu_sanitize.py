@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from deepseek_export.cpu_library import CpuLibrary
-from tests.cpu_node import CACHES, NUMPY, ODD, WIDE, call, make_inputs, make_session
 from tests.int8_node import call as call_int8
 from tests.int8_node import experts_inputs, experts_session, linear_inputs, linear_session
+from tools.cpu_node import CACHES, COMPUTES, ODD, WIDE, call, make_inputs, make_session
 
 INT8_SHAPES = (((1,), 256, 70), ((3,), 96, 33), ((2, 3), 70, 5), ((23,), 160, 67))
 SHAPES = ((1, 1, 1, (0,)), (1, 3, 300, (299, 17, 0)), (5, 4, 40, (0, 35)), (70, 2, 200, (100,)))
@@ -22,7 +22,7 @@ def main(path: Path) -> None:
     native.dsx_cpu_isas.restype = ctypes.c_char_p
     isas = tuple(native.dsx_cpu_isas().decode().split(","))
     library = CpuLibrary(path, isas, isas[0])
-    for isa, form, dtype, cache in itertools.product(isas, ("absorb", "naive"), NUMPY, CACHES):
+    for isa, form, dtype, cache in itertools.product(isas, ("absorb", "naive"), COMPUTES, CACHES):
         session = make_session(library, dtype, cache, isa, form, threads=2)
         for (S, H, T, past), widths, in_place in itertools.product(SHAPES, (ODD, WIDE), (True, False)):
             call(session, make_inputs(dtype, cache, S, H, T, past, **widths), in_place)

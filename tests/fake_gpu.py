@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from deepseek_export.backend.contract import Port
+from deepseek_export.backend.tensorrt import engine as loading
 from deepseek_export.bundle import Bundle
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.engine import build
 from deepseek_export.engine.flavour import FLAVOURS, Flavour
 from deepseek_export.engine.shapes import ProfileShapes
-from deepseek_export.runtime import plan as runtime_plan
-from deepseek_export.runtime.plan import Node
 
 SM = 89
 _WORKSPACE = 4096
@@ -109,6 +110,10 @@ class FakeDriver:
         ctypes.memmove(host, self.memory(address, nbytes), nbytes)
         return self._outside_capture()
 
+    def cuMemcpyDtoDAsync(self, target, source, nbytes, stream):
+        ctypes.memmove(self.memory(target, nbytes), self.memory(source, nbytes), nbytes)
+        return self._outside_capture()
+
     def cuStreamBeginCapture(self, stream, mode):
         self.recording, self.invalidated = [], False
         return (Status.CUDA_SUCCESS,)
@@ -139,7 +144,9 @@ class FakeDriver:
 
     def memory(self, address: int, nbytes: int) -> int:
         """核对这一段在分配过的显存之内。"""
-        assert nbytes <= len(self.live[address]), "越过了分配的显存"
+        assert any(
+            start <= address and address + nbytes <= start + len(block) for start, block in self.live.items()
+        ), "越过了分配的显存"
         return address
 
 
@@ -201,7 +208,7 @@ class FakeEngine:
 
     device_memory_size_v2 = _WORKSPACE
 
-    def __init__(self, gpu: FakeGpu, model: Path, nodes: dict[str, Node]) -> None:
+    def __init__(self, gpu: FakeGpu, model: Path, nodes: dict[str, Port]) -> None:
         self.gpu, self._nodes = gpu, nodes
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -225,7 +232,7 @@ class FakeEngine:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         assert set(shapes) == {node.name for node in inputs}
         assert set(addresses) == {node.name for node in (*inputs, *outputs)} == set(self._nodes)
-        kinds = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+        kinds = {dtype.onnx_type: dtype.numpy for dtype in DTYPES.values()}
         feeds = {}
         for node in inputs:
             fixed = [size for size in node.shape if isinstance(size, int)]
@@ -241,7 +248,7 @@ class FakeEngine:
             self._view(name, value.shape, addresses)[...] = value
 
     def _view(self, name: str, shape: tuple[int, ...], addresses: dict[str, int]) -> np.ndarray:
-        dtype = self._nodes[name].dtype
+        dtype = self._nodes[name].numpy
         nbytes = int(np.prod(shape)) * dtype.itemsize
         address = self.gpu.driver.memory(addresses[name], nbytes)
         return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype).reshape(shape)
@@ -272,12 +279,12 @@ class FakeGpu:
     def __init__(self, patch: Any) -> None:
         self.driver = FakeDriver()
         self.capturable, self.allocates_while_capturing, self.out_of_memory = True, False, False
-        self._engines: dict[bytes, tuple[Path, dict[str, Node]]] = {}
+        self._engines: dict[bytes, tuple[Path, dict[str, Port]]] = {}
         trt = FakeTensorRT()
         trt.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=self._deserialize)
         patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=self.driver))
         patch.setattr(Flavour, "version", lambda flavour: trt.__version__)
-        for module in (build, runtime_plan):
+        for module in (build, loading):
             patch.setattr(module, "load", lambda flavour: trt)
             patch.setattr(module, "registered_creators", lambda trt: {})
         patch.setattr(build, "build_plan", lambda trt, flavour, model, *rest: (str(model).encode(), ""))
@@ -299,7 +306,10 @@ class FakeGpu:
         made = build.build_engine(bundle, SM, FLAVOURS["rtx"], ProfileShapes.parse(shapes, limit))
         for name, entry in made.record.plans.items():
             graph = next(graph for graph in bundle.manifest.graphs if graph.file == entry.graph)
-            nodes = {value.name: Node.from_entry(value) for value in (*graph.inputs, *graph.outputs)}
+            nodes = {
+                value.name: Port(value.name, value.dtype, tuple(value.shape))
+                for value in (*graph.inputs, *graph.outputs)
+            }
             plan = (made.path / name).read_bytes()
             self._engines[plan] = ((run or made.path) / entry.graph, nodes)
         return made.path

@@ -12,14 +12,20 @@ from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from deepseek_export.ops.table import DOMAIN, INT8_EXPERTS, INT8_LINEAR, OPSET_VERSION, OpSpec
+from deepseek_export.backend.ort.values import ort_value
+from deepseek_export.dtypes import DTYPES
+from deepseek_export.ops.table import (
+    DOMAIN,
+    INT8_EXPERTS,
+    INT8_LINEAR,
+    OPSET_VERSION,
+    TYPE_CONSTRAINTS,
+    OpSpec,
+)
 from deepseek_export.passes.base import MICROSOFT
 from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, SENTINEL
-from deepseek_export.runtime.cache import ort_value
-
-ELEMENTS = {"U8": TensorProto.UINT8, "F32": TensorProto.FLOAT}
 
 
 def op_session(library, spec: OpSpec, attributes: dict, isa: str = "", threads: int = 1):
@@ -82,7 +88,7 @@ def _session(
 ) -> ort.InferenceSession:
     def info(port):
         # 秩不写死：x 可以是 [N, K] 也可以是 [B, S, K]。
-        return helper.make_tensor_value_info(port.name, ELEMENTS[port.type], None)
+        return helper.make_tensor_value_info(port.name, DTYPES[TYPE_CONSTRAINTS[port.type][0]].onnx, None)
 
     graph = helper.make_graph(
         [node],

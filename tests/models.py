@@ -142,7 +142,7 @@ def build_model(variant: str, seed: int = 0, **overrides):
                 # 足够大的负 bias：带 bias 的分数会小于零，组外置 0 还是 -inf 就有了区别。
                 parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
             elif not name.endswith(("inv_freq", "embed_scale")):
-                spread = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
+                spread = 1.0 if "embed" in name else max(parameter.shape[-1], 1) ** -0.5
                 parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
     return model
 

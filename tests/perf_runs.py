@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from deepseek_export.bench.spread import Spread
+from perf.gates import load_gates
 from perf.results import Case, Run, SuiteResult
 from perf.suites import SUITES, compile, mtp, peers
 
@@ -106,7 +107,19 @@ def every_suite() -> list[SuiteResult]:
         suite("moe-quality", [quality]),
         suite("compile", [sizes, layers, engine]),
         suite("peers", [*speeds, memory]),
+        *(_from_gates(name) for name in ("apply", "cpu-kernel", "int8-cache", "quant", "scale", "gpu")),
+        suite(
+            "decode-profile", [Case(name="depth 0", values={"dsx.step_s": one}, facts={"host_share": 0.01})]
+        ),
     ]
+
+
+def _from_gates(name: str) -> SuiteResult:
+    """没有图的那几套：门槛看的格子与比值各一个。"""
+    found = [gate for gate in load_gates().gates if gate.suite == name]
+    return suite(
+        name, [Case(name=g.case or "demo", values={}, ratios={g.ratio: spread(0.01)}) for g in found]
+    )
 
 
 def make_run(suites: list[SuiteResult], quick: bool = False, **environment: object) -> Run:

@@ -17,9 +17,10 @@ from typing import Any
 
 import click
 import torch
-from demo_training import data, distill, distill_card, evaluate, export
-from demo_training.distill import Distiller, DistillRecipe, Sequences
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tools.demo_training import data, distill, distill_card, evaluate, export
+from tools.demo_training.distill import Distiller, DistillRecipe, Sequences
 
 _EVAL_EVERY, _SAVE_EVERY = 100, 50
 
@@ -64,7 +65,7 @@ def main(checkpoint: Path, work: Path, steps: int, seed: int, resume: bool) -> N
         _train(trainer, sequences["held"], hidden["held"], state)
         click.echo("评估并导出……")
         # 命令里的目录用约定的名字，不写这台机器上的路径。
-        command = f"python tools/distill_demo_mtp.py deepseek_export/demo_checkpoint --work WORK --steps {steps} --seed {seed}"
+        command = f"python -m tools.distill_demo_mtp deepseek_export/demo_checkpoint --work WORK --steps {steps} --seed {seed}"
         text = distill_card.rewritten(checkpoint, trainer, held, command)
         export.replace_mtp(checkpoint, trainer.model)
         (checkpoint / "README.md").write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ import click
 from deepseek_export.checkpoint.synthetic import write_checkpoint, write_demo_checkpoint
 from deepseek_export.errors import DsxError
 
-_CONFIGS = Path(__file__).resolve().parents[1] / "tests/unit/published_configs.json"
+CONFIGS = Path(__file__).with_name("published_configs.json")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
 def write_like(out: Path, like: str, layers: int | None, shards: int | None, **options: Any) -> None:
     """按已发布的样子写；``layers`` 截短主干，分片数按层数缩减，MTP 层（有的话）照带。"""
     published = PUBLISHED[like]
-    config = json.loads(_CONFIGS.read_text(encoding="utf-8"))[published.config]
+    config = json.loads(CONFIGS.read_text(encoding="utf-8"))[published.config]
     depth = config["num_hidden_layers"]
     layers = layers or depth
     shards = shards or max(round(published.shards * layers / depth), 1)

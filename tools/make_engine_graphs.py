@@ -35,10 +35,10 @@ def make_checkpoint(name: str, directory: Path) -> Path:
 
 
 def make_bundle(name: str, directory: Path) -> Bundle:
-    """portable、float16 的 bundle；建引擎时在途中下沉。"""
+    """tensorrt-rtx、float16 的 bundle。"""
     profile = "full" if name == "demo" else "mla+moe"
-    out = directory / f"{name}-out"
-    return deepseek_export.export(make_checkpoint(name, directory), out, profile, dtype="float16")
+    checkpoint, out = make_checkpoint(name, directory), directory / f"{name}-out"
+    return deepseek_export.export(checkpoint, out, profile, target="tensorrt-rtx", dtype="float16")
 
 
 def build_for(bundle: Bundle, sm: int):

@@ -13,7 +13,7 @@ from deepseek_export.capture import CapturedModel, capture_draft, capture_model
 from deepseek_export.checkpoint import ModelConfig, parse_model_config
 from deepseek_export.checkpoint.families import FAMILIES, MOE_KEYS
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.passes import PIPELINES, QUANT_PIPELINES, graph_listing, lower
+from deepseek_export.passes import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, graph_listing, lower
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 
 GRAPHS = Path(__file__).resolve().parent.parent / "graphs"
@@ -110,12 +110,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-#: 记哪些目标：流水线相同的（两种 TensorRT）只记第一个。
-TARGETS = tuple(
-    target
-    for target, steps in PIPELINES.items()
-    if target == next(first for first, other in PIPELINES.items() if other is steps)
-)
+#: 记哪些目标：两种 TensorRT 的流水线相同，只记第一个。
+RECORDED = tuple(target for target in TARGETS if target not in TENSORRT_TARGETS[1:])
 
 
 def profiles_of(family: str) -> tuple[str, ...]:
@@ -139,7 +135,7 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
         name, quantization = QUANTIZED[family]
         profile = resolve_profile(name)
         captured = capture_model(config, profile)
-        for target in QUANT_PIPELINES:
+        for target in QUANT_TARGETS:
             proto = lower(captured, config, profile, "float32", target, quantization=quantization).proto
             name = f"{family}.{profile.name}.{quantization.kind}.{target}.txt"
             yield name, f"{toolchain_line()}\n{graph_listing(proto)}"
@@ -152,17 +148,17 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
 def golden_names(family: str) -> set[str]:
     """一个家族的全部清单文件名。"""
     stems = [*profiles_of(family), *(("full", "full.mtp") if family in MTP_FAMILIES else ())]
-    names = {f"{family}.{stem}.{target}.txt" for stem in stems for target in TARGETS}
+    names = {f"{family}.{stem}.{target}.txt" for stem in stems for target in RECORDED}
     if family in QUANTIZED:
         profile, quantization = QUANTIZED[family]
-        names |= {f"{family}.{profile}.{quantization.kind}.{target}.txt" for target in QUANT_PIPELINES}
+        names |= {f"{family}.{profile}.{quantization.kind}.{target}.txt" for target in QUANT_TARGETS}
     return names
 
 
 def _listings(
     stem: str, captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile
 ) -> Iterator[tuple[str, str]]:
-    for target in TARGETS:
+    for target in RECORDED:
         listing = graph_listing(lower(captured, config, profile, "float32", target).proto)
         yield f"{stem}.{target}.txt", f"{toolchain_line()}\n{listing}"
 

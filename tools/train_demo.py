@@ -17,10 +17,11 @@ from typing import Any
 
 import click
 import torch
-from demo_training import card, data, evaluate, export
-from demo_training.loop import Recipe, Trainer, balance
-from demo_training.model import DemoModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tools.demo_training import card, data, evaluate, export
+from tools.demo_training.loop import Recipe, Trainer, balance
+from tools.demo_training.model import DemoModel
 
 _EVAL_EVERY, _SAVE_EVERY = 250, 100
 
@@ -81,7 +82,7 @@ def _command(steps: int, seed: int, dense: bool, options: dict[str, Any]) -> str
     """模型卡里写的命令；目录用约定的名字，不写这台机器上的路径。"""
     flags = [name for name, on in (("--dense", dense), ("--no-bias-update", options["no_bias_update"])) if on]
     extra = " ".join([f"--steps {steps} --seed {seed}", *flags])
-    return f"python tools/train_demo.py deepseek_export/demo_checkpoint --work WORK {extra}"
+    return f"python -m tools.train_demo deepseek_export/demo_checkpoint --work WORK {extra}"
 
 
 def _train(trainer: Trainer, held: dict[str, evaluate.Encoded], state: Path) -> None:

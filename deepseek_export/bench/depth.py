@@ -6,21 +6,30 @@ from time import perf_counter
 
 import numpy as np
 
-from deepseek_export.runtime.cache import CacheBuffers, random_rows
+from deepseek_export.backend.base import Caches
 from deepseek_export.runtime.session import ModelSession
 
 _BLOCK = 256
 
 
-def fill_caches(caches: CacheBuffers, length: int, seed: int) -> None:
+def fill_caches(caches: Caches, length: int, seed: int) -> None:
     """把前 ``length`` 个位置写成随机数：每一页都落到物理内存上，一步的计算量与真的上下文相同。"""
     rng = np.random.default_rng(seed)
+    repeats = -(-length // _BLOCK)
     for tensor in caches.spec.tensors:
-        array = caches.array(tensor.name)
         block = random_rows(rng, (tensor.heads, _BLOCK, tensor.width), tensor.dtype)
-        for start in range(0, length, _BLOCK):
-            width = min(_BLOCK, length - start)
-            array[:, :, start : start + width] = block[:, :width]
+        rows = np.tile(block, (1, repeats, 1))[:, :length]
+        for row in range(caches.batch):
+            caches.restore_row(row, {tensor.name: rows})
+
+
+def random_rows(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """缓存内容：浮点是标准正态的随机数；int8 是随机的码，末尾两个 scale 使它们代表的数同样大小。"""
+    if dtype != np.int8:
+        return rng.standard_normal(shape, np.float32).astype(dtype)
+    rows = rng.integers(-127, 128, shape, np.int8)
+    rows[..., -6:] = (64, 0, -20, 64, 0, -28)  # 乘以 2^-6 与 2^-14：均匀分布，都至多是 2
+    return rows
 
 
 class DepthDecoder:

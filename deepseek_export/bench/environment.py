@@ -18,7 +18,7 @@ _LIBRARIES = ("torch", "onnxruntime", "onnx", "transformers", "numpy")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
 #: 测量自己写的：先量的一套写了，后量的一套并不因此是改过的源码。
-_WRITTEN = ("perf/results", "docs/perf")
+_WRITTEN = ("perf/history", "docs/perf")
 
 
 def environment(threads: int | None, source: Path | None = None) -> dict[str, Any]:

@@ -21,13 +21,17 @@ from deepseek_export.bundle.disk import being_replaced, sha256_file, sha256_file
 from deepseek_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from deepseek_export.checkpoint import load_model_config
 from deepseek_export.errors import DsxError, first_invalid
-from deepseek_export.paths import check_readable, path_kind
+from deepseek_export.paths import MAX_LARGE_TEXT, check_readable, open_regular, path_kind, read_open
 from deepseek_export.progress import Progress
 
 _T = TypeVar("_T")
 
 #: 读的时候接连被换掉这么多次就不再试；每次之间歇一会儿（秒）。
 _ATTEMPTS, _PAUSE = 5, 0.1
+
+
+class BundleReplaced(DsxError):
+    """读到一半，bundle 被换成了另一次导出的（``DSX-E412``）；从头再读就好。"""
 
 
 class _Identity(NamedTuple):
@@ -118,20 +122,6 @@ class Bundle:
         """草稿模型的 ONNX 文件，按 MTP 模块的次序。"""
         return [self.path / graph.file for graph in self.manifest.drafts]
 
-    def check_runs_on_onnxruntime(self) -> None:
-        """能在 ONNX Runtime 的 CPU 上运行、与 PyTorch 比吗。
-
-        Raises:
-            DsxError: ``DSX-E321``，bfloat16 的只能建引擎。
-        """
-        if self.manifest.dtype == "bfloat16":
-            raise DsxError(
-                "DSX-E321",
-                f"{self.path} 是 bfloat16，ONNX Runtime 的 CPU 没有 bfloat16 的算子",
-                "先 dsx build，再在有 GPU 的机器上用 --backend trt（dsx verify 的 model、tokens 两级，dsx generate）；"
-                "没有 GPU 就用 --dtype float16 再导出一份来校验：图与 pass 相同",
-            )
-
     def check_weights(self, progress: Progress) -> None:
         """读一遍全部权重，核对每个文件的 sha256。
 
@@ -174,8 +164,8 @@ def read_bundle(path: Path | str, read: Callable[[Bundle], _T]) -> _T:
             bundle = Bundle.open(path)
             with bundle.steady():
                 return read(bundle)
-        except DsxError as error:
-            if error.code != "DSX-E412" or not left:
+        except BundleReplaced:
+            if not left:
                 raise
         time.sleep(_PAUSE)
     raise AssertionError
@@ -190,8 +180,8 @@ def checkpoint_changed(path: Path, what: str) -> DsxError:
     )
 
 
-def _replaced(path: Path) -> DsxError:
-    return DsxError("DSX-E412", f"{path} 在读的时候被换成了另一次导出的", "等那次导出写完，再来一次")
+def _replaced(path: Path) -> BundleReplaced:
+    return BundleReplaced("DSX-E412", f"{path} 在读的时候被换成了另一次导出的", "等那次导出写完，再来一次")
 
 
 def _altered(file: Path, how: str) -> DsxError:
@@ -207,9 +197,9 @@ def _read_manifest(path: Path) -> tuple[Manifest, _Identity]:
     if path_kind(file, "DSX-E402") != "file":
         raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
     try:
-        with file.open(encoding="utf-8") as stream:
+        with open_regular(file) as stream:
             identity = _Identity.of(os.fstat(stream.fileno()))
-            data = json.load(stream)
+            data = json.loads(read_open(stream, MAX_LARGE_TEXT).decode("utf-8"))
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise DsxError(

@@ -69,12 +69,12 @@ from deepseek_export.passes import (
     check_target,
     lower,
 )
-from deepseek_export.paths import check_readable, path_kind
+from deepseek_export.paths import check_readable, optional_file
 from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.reference.model import Forms, cache_tensors
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 from deepseek_export.version import __version__
 
 MODEL_FILE = "model.onnx"
@@ -292,12 +292,12 @@ def _export(
 
 
 def _carried_files(directory: Path) -> list[Path]:
-    """要原样带进 bundle 的文件；有而读不了的当场拒绝。
+    """要原样带进 bundle 的文件；有而读不了的、不是普通文件的当场拒绝。
 
     Raises:
         DsxError: ``DSX-E501``；config.json 与 generation_config.json 另有人读过，到这里的都是分词器的。
     """
-    files = [file for name in CARRIED_FILES if path_kind(file := directory / name, "DSX-E101") == "file"]
+    files = [file for name in CARRIED_FILES if optional_file(file := directory / name, "DSX-E501")]
     for file in files:
         check_readable(file, "DSX-E501", "检查权限；不需要的话从检查点里移走")
     return files
@@ -343,7 +343,7 @@ def _manifest(
 ) -> Manifest:
     config = source.config
     cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
-    caches = cache_tensors(config, Forms.for_capture(profile), TORCH_DTYPES[cache_dtype])
+    caches = cache_tensors(config, Forms.for_capture(profile), torch_dtype(cache_dtype))
     counts: Counter[str] = Counter()
     for found in islands.values():
         counts.update({op: len(names) for op, names in found.items()})

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.fingerprint import Fingerprint
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
+from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import (
     BlockFormat,
     QuantBlock,
@@ -18,7 +18,8 @@ from deepseek_export.checkpoint.weight_only import (
     QuantKind,
     ScaleDtype,
 )
-from deepseek_export.passes import PIPELINES, PassResult
+from deepseek_export.dtypes import DTYPES
+from deepseek_export.passes import TARGETS, PassResult
 from deepseek_export.profile import OptimizationProfile
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -35,7 +36,7 @@ def _inside(name: str) -> str:
 
 
 def _known_target(target: str) -> str:
-    if target not in PIPELINES:
+    if target not in TARGETS:
         raise ValueError(f"没有目标 {target!r}")
     return target
 
@@ -110,7 +111,7 @@ class CacheEntry(_Entry):
     @property
     def bytes_per_token(self) -> int:
         """每个 token 在所有层里占的字节数。"""
-        return self.values_per_token_per_layer * self.num_layers * NUMPY_DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype].nbytes(self.values_per_token_per_layer * self.num_layers)
 
 
 class QuantizationEntry(_Entry):
@@ -214,8 +215,3 @@ class Manifest(_Entry):
     def drafts(self) -> list[GraphEntry]:
         """草稿模型，按 MTP 模块的次序；没有打开 MTP 时为空。"""
         return [graph for graph in self.graphs if graph.role == "draft"]
-
-    @property
-    def passes(self) -> list[PassResult]:
-        """所有图的 pass 结果。"""
-        return [result for graph in self.graphs for result in graph.passes]

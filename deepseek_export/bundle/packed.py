@@ -21,14 +21,12 @@ from deepseek_export.bundle.graph import Slot
 from deepseek_export.bundle.manifest import FileEntry
 from deepseek_export.checkpoint.recipe import Recipe, materialize
 from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.progress import Progress
 from deepseek_export.units import size
 from deepseek_export.version import __version__
 
 WEIGHTS_FILE = f"{WEIGHTS_FOLDER}/model.safetensors"
-#: safetensors 没有 int4：两个一字节，最后一维减半，记作 U8。
-TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8", "int4": "U8"}
-
 #: 至少写这么多才落盘、记一笔日志。
 SYNC_BYTES = 1 << 30
 _ALIGNMENT = 64
@@ -106,9 +104,9 @@ def _layout(recipes: Mapping[str, Recipe]) -> tuple[bytes, dict[str, Slot]]:
         start, end = end, end + recipe.nbytes
         shape = list(recipe.shape)
         if recipe.dtype == "int4":
-            shape[-1] //= 2
+            shape[-1] //= 2  # safetensors 没有 int4，写的是字节
         header[name] = {
-            "dtype": TAGS[recipe.dtype],
+            "dtype": DTYPES[recipe.dtype].safetensors,
             "shape": shape,
             "data_offsets": [start, end],
         }

@@ -20,10 +20,10 @@ import onnx
 from deepseek_export.bundle.bundle import Bundle, checkpoint_changed
 from deepseek_export.bundle.disk import WEIGHTS_FOLDER
 from deepseek_export.bundle.graph import Slot, external_location
-from deepseek_export.bundle.packed import TAGS
 from deepseek_export.checkpoint import TensorStore
 from deepseek_export.checkpoint.recipe import Recipe, load_array, materialize
 from deepseek_export.checkpoint.store import INDEX_NAME
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 
 BY_RECIPE_FILE = f"{WEIGHTS_FOLDER}/by-recipe.txt"
@@ -55,7 +55,7 @@ def reference_slots(recipes: Mapping[str, Recipe], store: TensorStore) -> dict[s
 def _slot(recipe: Recipe, store: TensorStore) -> Slot:
     if recipe.op == "copy":
         spec = store[recipe.sources[0]]
-        if (spec.dtype, spec.shape) == (TAGS[recipe.dtype], recipe.shape):
+        if (spec.dtype, spec.shape) == (DTYPES[recipe.dtype].safetensors, recipe.shape):
             return Slot(f"{WEIGHTS_FOLDER}/{spec.file.name}", spec.offset, spec.nbytes)
     return Slot(BY_RECIPE_FILE, 0, recipe.nbytes)
 

@@ -33,6 +33,7 @@ from deepseek_export.ops.table import (
     SPEC_ACCEPT_REJECTION,
     OpSpec,
 )
+from deepseek_export.reference.weights import by_torch
 
 
 @functools.lru_cache(maxsize=16)
@@ -71,7 +72,7 @@ def mla_attention_body(
     if form == "auto":
         a, b = mla.cost_coefficients(dn, dv, r)
         nodes += _prefers_naive(a, b)
-        info = helper.make_tensor_value_info("o", _onnx_type(dtype), ["B", "S", H, dv])
+        info = helper.make_tensor_value_info("o", by_torch(dtype).onnx, ["B", "S", H, dv])
         branches = {
             name: helper.make_graph(
                 _output(body(), "o", f"{name}/o"), name, [], [_with_name(info, f"{name}/o")]
@@ -175,7 +176,7 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
         _constant("one", np.array([1], np.int64)),
         _constant("true", np.array(True)),
         helper.make_node("Loop", ["num_active", "true", "y_start"], ["y_float"], body=loop),
-        helper.make_node("Cast", ["y_float"], ["y"], to=_onnx_type(dtype)),
+        helper.make_node("Cast", ["y_float"], ["y"], to=by_torch(dtype).onnx),
     ]
     return _function(MOE_EXPERTS, nodes)
 
@@ -282,11 +283,6 @@ def _scale() -> onnx.NodeProto:
     kind = onnx.AttributeProto.FLOAT
     node.attribute.append(onnx.AttributeProto(name="value_float", ref_attr_name="scale", type=kind))
     return node
-
-
-def _onnx_type(dtype: torch.dtype) -> int:
-    types = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
-    return onnx.TensorProto.DataType.Value(types[dtype])
 
 
 def _function(spec: OpSpec, nodes: list[onnx.NodeProto]) -> onnx.FunctionProto:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import onnx
-import torch
 from onnx import helper
 
 from deepseek_export.capture import blocks, names
@@ -27,6 +26,7 @@ from deepseek_export.capture.places import EMBED_PORTS, Place, head_ports, layer
 from deepseek_export.capture.trace import OPSET
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe, mtp_recipes, weight_recipes
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops.table import (
     DOMAIN,
     MLA_ATTENTION,
@@ -37,16 +37,9 @@ from deepseek_export.ops.table import (
 )
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.reference.model import Forms, cache_tensors
-from deepseek_export.reference.weights import TORCH_DTYPES, draft_initializer_name, initializer_name
+from deepseek_export.reference.weights import by_torch, draft_initializer_name, initializer_name, torch_dtype
 
 ModelDtype = Literal["float32", "float16", "bfloat16"]
-
-_ONNX_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.int8: onnx.TensorProto.INT8,
-}
 
 
 @dataclass(frozen=True)
@@ -118,9 +111,9 @@ class _Stitcher:
         self.config: ModelConfig = config
         self.profile: OptimizationProfile = profile
         self.on_step: Callable[[str], None] = on_step
-        self.dtype = TORCH_DTYPES[dtype]
+        self.dtype = torch_dtype(dtype)
         cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
-        self.cache_dtype = TORCH_DTYPES[cache_dtype]
+        self.cache_dtype = torch_dtype(cache_dtype)
         self.forms = Forms.for_capture(profile)
         self.caches = cache_tensors(config, self.forms, self.cache_dtype)
         self.recipes = weight_recipes(config, dtype)
@@ -185,7 +178,7 @@ class _Stitcher:
         self.recipes = {name: recipe for name, recipe in (self.recipes | own).items() if name in used}
         inputs, outputs = self._contract_values(1)
         shape = ("B", "S", c.hidden_size)
-        inputs.insert(1, helper.make_tensor_value_info(names.PREV_HIDDEN, _ONNX_TYPES[self.dtype], shape))
+        inputs.insert(1, helper.make_tensor_value_info(names.PREV_HIDDEN, by_torch(self.dtype).onnx, shape))
         outputs.insert(2, helper.make_tensor_value_info(names.DRAFT_ID, onnx.TensorProto.INT64, ["B"]))
         model = self._model(inputs, outputs)
         return CapturedModel(model, functions, self.recipes, self.sites, "draft", (layer,))
@@ -239,15 +232,15 @@ class _Stitcher:
     def _contract_values(self, layers: int) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
         """I/O 契约里主模型与草稿模型共有的部分。"""
         c = self.config
-        cache_type = _ONNX_TYPES[self.cache_dtype]
+        cache_type = by_torch(self.cache_dtype).onnx
         inputs = [
             helper.make_tensor_value_info(names.INPUT_IDS, onnx.TensorProto.INT64, ["B", "S"]),
             helper.make_tensor_value_info(names.PAST_LENS, onnx.TensorProto.INT64, ["B"]),
             helper.make_tensor_value_info(names.LOGITS_POSITIONS, onnx.TensorProto.INT64, ["B", "L"]),
         ]
         outputs = [
-            helper.make_tensor_value_info(names.LOGITS, _ONNX_TYPES[self.dtype], ["B", "L", c.vocab_size]),
-            helper.make_tensor_value_info(names.HIDDEN, _ONNX_TYPES[self.dtype], ["B", "S", c.hidden_size]),
+            helper.make_tensor_value_info(names.LOGITS, by_torch(self.dtype).onnx, ["B", "L", c.vocab_size]),
+            helper.make_tensor_value_info(names.HIDDEN, by_torch(self.dtype).onnx, ["B", "S", c.hidden_size]),
         ]
         for i in range(layers):
             for cache, (heads, width) in self.caches:
@@ -262,11 +255,7 @@ class _Stitcher:
         self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
     ) -> onnx.ModelProto:
         for name, recipe in self.recipes.items():
-            inputs.append(
-                helper.make_tensor_value_info(
-                    name, _ONNX_TYPES[TORCH_DTYPES[recipe.dtype]], list(recipe.shape)
-                )
-            )
+            inputs.append(helper.make_tensor_value_info(name, DTYPES[recipe.dtype].onnx, list(recipe.shape)))
         declared = {value.name for value in (*inputs, *outputs)}
         inner = [
             info for name, info in self.value_info.items() if name not in declared | self.constants.keys()

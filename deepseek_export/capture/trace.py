@@ -21,6 +21,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +30,8 @@ from deepseek_export.capture.aten import AtenProgram
 from deepseek_export.capture.translations import parsed_once
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.ops.registry import TRANSLATIONS
+
+logger = logging.getLogger(__name__)
 
 OPSET = 24
 
@@ -196,13 +199,27 @@ def trace(
     """
     whole = repr((_environment(), key, list(inputs.items()), list(outputs)))
     digest = hashlib.sha256(whole.encode()).hexdigest()
-    known = _CACHE.get(digest)
-    if known is not None:
-        graph = TracedGraph.from_bytes(known)
-    else:
+    graph = _cached(digest, list(inputs), list(outputs))
+    if graph is None:
         graph, _ = _trace(build(), inputs, outputs)
         _CACHE.put(digest, graph.to_bytes())
     return replace(graph, retrace=functools.cache(lambda: _trace(build(), inputs, outputs)[1]))
+
+
+def _cached(digest: str, inputs: list[str], outputs: list[str]) -> TracedGraph | None:
+    """缓存里的追踪结果；没有就是 ``None``，读得出却不成样子的也当作没有，记一笔，重新追踪会换掉它。"""
+    known = _CACHE.get(digest)
+    if known is None:
+        return None
+    try:
+        graph = TracedGraph.from_bytes(known)
+    except (DecodeError, IndexError) as error:
+        logger.info("缓存的计算图 %s 读不了，重新捕获：%s", digest, error)
+        return None
+    if (list(graph.inputs[: len(inputs)]), list(graph.outputs)) != (inputs, outputs) or not graph.nodes:
+        logger.info("缓存的计算图 %s 不是要的那一个，重新捕获", digest)
+        return None
+    return graph
 
 
 @functools.cache

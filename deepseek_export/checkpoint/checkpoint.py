@@ -12,14 +12,15 @@ import numpy as np
 
 from deepseek_export.checkpoint.config import ModelConfig, load_model_config
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
-from deepseek_export.checkpoint.store import NUMPY_DTYPES, TensorStore
+from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import path_kind
 
 Shapes = dict[str, tuple[int, ...]]
 
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_FLOATS = ("F32", "F16", "BF16")
+_FLOATS = tuple(DTYPES[name].safetensors for name in ("float32", "float16", "bfloat16"))
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # MTP 层里这两个张量只是主干的副本，检查点可以不带。
 _MTP_COPIES = frozenset({"embed_tokens.weight", "shared_head.head.weight"})
@@ -56,6 +57,15 @@ def expected_mtp_tensors(config: ModelConfig, index: int) -> Shapes:
     }
     prefix = f"model.layers.{layer}."
     return {prefix + name: shape for name, shape in extra.items()} | _decoder_layer(config, layer)
+
+
+def _empty_tensors(config: ModelConfig) -> Shapes:
+    """``n_shared_experts`` 为 0 时 transformers 仍旧建共享专家，存成宽度为 0 的张量；没有数据，读不读都一样。"""
+    shapes: Shapes = {}
+    for layer in range(config.num_hidden_layers):
+        if config.is_moe_layer(layer) and not config.n_shared_experts:
+            shapes |= _mlp(f"model.layers.{layer}.mlp.shared_experts.", config.hidden_size, 0)
+    return shapes
 
 
 def _decoder_layer(config: ModelConfig, layer: int) -> Shapes:
@@ -147,6 +157,8 @@ class Checkpoint:
         ignored = [name for name in store.names if name.endswith("rotary_emb.inv_freq")]
         if config.tie_word_embeddings and _HEAD in store:
             ignored.append(_HEAD)
+        empty = {name: shape for name, shape in _empty_tensors(config).items() if name in store}
+        ignored += empty
         scales = fp8_scales(config, store)
         extras = set(store.names) - set(expected) - set(ignored) - set(scales)
         groups: dict[int, set[str]] = {}
@@ -171,7 +183,7 @@ class Checkpoint:
         if unknown:
             todo = "dsx 不知道怎么用它们，所以不敢丢弃；确认 config.json 与权重是同一个模型"
             raise DsxError("DSX-E112", f"{path} 多出 {len(unknown)} 个张量：{_listed(unknown)}", todo)
-        _check_shapes(store, expected | mtp | scales)
+        _check_shapes(store, expected | mtp | scales | empty)
         if _HEAD in ignored:
             _check_tied(store)
         return cls(path, config, store, tuple(sorted(mtp)), tuple(sorted(ignored)))
@@ -189,7 +201,7 @@ def dtype_conflict(checkpoint: Checkpoint) -> str | None:
             sizes[spec.dtype] += spec.nbytes
     ((most, _),) = sizes.most_common(1)
     declared = checkpoint.config.dtype
-    if most == FP8_DTYPE or NUMPY_DTYPES[most].name == declared:
+    if most == FP8_DTYPE or BY_SAFETENSORS[most].name == declared:
         return None
     return f"检查点的矩阵多是 {most}，config.json 的 dtype 却是 {declared}：按 {most} 读；如果是文件头标错了，数值全是错的"
 

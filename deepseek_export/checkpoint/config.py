@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,11 @@ from deepseek_export.checkpoint.families import (
     Family,
     RopeLayout,
 )
-from deepseek_export.checkpoint.fields import MAX_DIM, Fields, unique_object
+from deepseek_export.checkpoint.fields import MAX_DIM, Fields, parse_json, shown
 from deepseek_export.checkpoint.quantization import parse_quantization
 from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse_rope, yarn_mscale
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import read_text
 
 _MAX_LAYERS, _MAX_EXPERTS = 1024, 4096
 
@@ -128,17 +128,19 @@ def load_model_config(path: Path) -> ModelConfig:
         path: ``config.json`` 的路径，或它所在的目录。
 
     Raises:
-        DsxError: ``DSX-E102`` 文件不存在、不是合法 JSON、顶层不是对象或键重复；
+        DsxError: ``DSX-E102`` 文件不存在、不是普通文件、太大、不是合法 JSON、顶层不是对象或键重复；
             其余见 :func:`parse_model_config`。
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_object)
+        data = parse_json(read_text(file))
     except OSError as error:
         raise DsxError(
-            "DSX-E102", f"打不开 {file}：{error.strerror}", "确认检查点目录里有 config.json，有权限读"
+            "DSX-E102",
+            f"打不开 {file}：{error.strerror}",
+            "确认检查点目录里的 config.json 是普通文件，有权限读",
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DsxError(
             "DSX-E102", f"{file} 不是合法的 JSON：{error}", "重新下载或改正 config.json"
         ) from error
@@ -160,7 +162,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
     """
     name = data.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        got = "没有 model_type" if name is None else f"model_type 是 {name!r}"
+        got = "没有 model_type" if name is None else f"model_type 是 {shown(name)}"
         raise DsxError("DSX-E103", f"{where} {got}", f"支持的 model_type：{'、'.join(FAMILIES)}")
     family = FAMILIES[name]
     renamed = {family.aliases.get(key, key): value for key, value in data.items()}

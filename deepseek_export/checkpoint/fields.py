@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from deepseek_export.errors import DsxError
 
 MAX_DIM = 1 << 24
+#: 配置、索引与文件头最深不过五六层；再深的是故意的，比较、打印时会爆栈。
+_MAX_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,7 @@ class Fields:
 
     def bad(self, key: str, want: str, code: str = "DSX-E105") -> DsxError:
         """造一个“取值不支持”的错误，带上字段名和值。"""
-        shown = repr(self.data.get(key))
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return DsxError(code, f"{self.where} 的 {key} 是 {shown}", f"{key} 应为{want}")
+        return DsxError(code, f"{self.where} 的 {key} 是 {shown(self.data.get(key))}", f"{key} 应为{want}")
 
     def require(self, key: str) -> Any:
         """取必需的字段；缺失抛 ``DSX-E106``（值可以是 null）。"""
@@ -38,10 +40,10 @@ class Fields:
         return self.data[key]
 
     def refuse_unknown(self, known: Collection[str], code: str = "DSX-E104") -> None:
-        """有不在 ``known`` 里的键就拒绝，并点名第一个。"""
-        for key in sorted(set(self.data) - set(known)):
+        """有不在 ``known`` 里、值又不是 null 的键就拒绝，并点名第一个；null 就是没有写。"""
+        for key in sorted(key for key in set(self.data) - set(known) if self.data[key] is not None):
             todo = "dsx 不知道它会不会改变推理结果，所以不敢忽略；确认无关后请从配置里删掉，或提交 issue"
-            raise DsxError(code, f"{self.where} 里有未知字段 {key} = {self.data[key]!r}", todo)
+            raise DsxError(code, f"{self.where} 里有未知字段 {shown(key)} = {shown(self.data[key])}", todo)
 
     def must_equal(self, key: str, *allowed: Any, code: str = "DSX-E105") -> None:
         """字段缺失、为 null 或等于某个允许的值才放行；``True`` 与 ``1`` 不算相等。"""
@@ -100,6 +102,40 @@ class Fields:
         if not isinstance(value, str) or value not in options:
             raise self.bad(key, f" {' / '.join(options)}", code)
         return value
+
+
+def shown(value: Any) -> str:
+    """不可信的值写进一行报错里的样子：太长的、太深的从中间省略。"""
+    if isinstance(value, str) and value.isidentifier() and len(value) <= 80:
+        return value
+    return _BRIEF.repr(value)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxlist = 3, 4, 8
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
+
+
+def parse_json(text: str) -> Any:
+    """不可信的 JSON。
+
+    Raises:
+        ValueError: 语法不对、键重复，或嵌套太深。
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=unique_object)
+    except RecursionError as error:
+        raise ValueError("嵌套太深") from error
+    level = [data]
+    for _ in range(_MAX_DEPTH):
+        level = [item for value in level for item in _children(value)]
+        if not level:
+            return data
+    raise ValueError(f"嵌套超过 {_MAX_DEPTH} 层")
+
+
+def _children(value: Any) -> Collection[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from deepseek_export.checkpoint.config import ModelConfig
-from deepseek_export.checkpoint.fields import unique_object
+from deepseek_export.checkpoint.fields import parse_json, shown
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import optional_file, read_text
 
 FILE = "generation_config.json"
 
@@ -22,10 +22,10 @@ def stop_token_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
         config: 那里的 ``config.json``。
 
     Raises:
-        DsxError: ``DSX-E121``，文件不是合法的 JSON 对象，或 id 不是词表里的整数。
+        DsxError: ``DSX-E121``，不是普通文件，不是合法的 JSON 对象，或 id 不是词表里的整数。
     """
     path, written = directory / FILE, None
-    if path.exists():
+    if optional_file(path, "DSX-E121"):
         written = _read(path)
     ids = config.eos_token_ids if written is None else written if isinstance(written, list) else [written]
     if not ids and written is not None:
@@ -33,17 +33,17 @@ def stop_token_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
     for token in ids:
         if type(token) is not int or not 0 <= token < config.vocab_size:
             where = directory / "config.json" if written is None else path
-            raise _bad(where, f"eos_token_id 里有 {token!r}，应为 0 到 {config.vocab_size - 1} 的整数")
+            raise _bad(where, f"eos_token_id 里有 {shown(token)}，应为 0 到 {config.vocab_size - 1} 的整数")
     return tuple(ids)
 
 
 def _read(path: Path) -> object:
     """``eos_token_id`` 的原值；没有写就是 ``None``。"""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_object)
+        data = parse_json(read_text(path))
     except OSError as error:
         raise _bad(path, f"打不开：{error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _bad(path, f"不是合法的 JSON：{error}") from error
     if not isinstance(data, dict):
         raise _bad(path, f"顶层是 {type(data).__name__}，应为对象")

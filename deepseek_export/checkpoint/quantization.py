@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deepseek_export.checkpoint.fields import Fields
+from deepseek_export.checkpoint.fields import Fields, shown
 from deepseek_export.errors import DsxError
 
 FP8_DTYPE = "F8_E4M3"
@@ -49,7 +49,7 @@ def parse_quantization(f: Fields) -> tuple[int, int] | None:
     if not isinstance(data, dict) or data.get("quant_method") not in _ALLOWED["quant_method"]:
         method = data.get("quant_method") if isinstance(data, dict) else data
         todo = "换用 FP8 分块（quant_method: fp8）、BF16、FP16 或 FP32 的检查点，或先反量化再导出"
-        raise DsxError(_CODE, f"{where}.quant_method 是 {method!r}", todo)
+        raise DsxError(_CODE, f"{where}.quant_method 是 {shown(method)}", todo)
     q = Fields(data, where)
     q.refuse_unknown({*_ALLOWED, *_NAME_LISTS, "weight_block_size"}, _CODE)
     for key, allowed in _ALLOWED.items():

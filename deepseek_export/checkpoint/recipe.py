@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 
@@ -29,25 +28,17 @@ from deepseek_export.checkpoint.weight_only import (
     signed_codes,
     unpacked_int4,
 )
+from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
 from deepseek_export.errors import DsxError
 
 WeightDtype = Literal["float32", "float16", "bfloat16"]
 InitializerDtype = Literal["float32", "float16", "bfloat16", "uint8", "int8", "int4"]
 
-NUMPY_DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "uint8": np.dtype(np.uint8),
-    "int8": np.dtype(np.int8),
-    "int4": np.dtype(ml_dtypes.int4),
-}
-
 #: 一次读进内存的来源数据，按 float32 计的字节数。
 CHUNK_BYTES = 64 << 20
 
 #: E4M3 的 256 个码各是多少；查表比逐个转换快得多。
-_E4M3_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_E4M3_VALUES = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS[FP8_DTYPE].numpy).astype(np.float32)
 
 #: router 的权重与 bias 始终 float32（transformers 的 ``_keep_in_fp32_modules_strict``）。
 _FLOAT32_SUFFIXES = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
@@ -95,8 +86,7 @@ class Recipe(BaseModel):
     @property
     def nbytes(self) -> int:
         """字节数；int4 两个一字节，个数总是偶数。"""
-        count = math.prod(self.shape)
-        return count // 2 if self.dtype == "int4" else count * NUMPY_DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype].nbytes(math.prod(self.shape))
 
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(\w+)(\..*)")
@@ -254,7 +244,7 @@ def materialize(
         for rows in materialize(name, recipe.of, store, chunk_bytes):
             yield part(rows, recipe.form)
     elif recipe.op == "zeros":
-        yield np.zeros(recipe.shape, NUMPY_DTYPES[recipe.dtype])
+        yield np.zeros(recipe.shape, DTYPES[recipe.dtype].numpy)
     elif recipe.op == "stack_swiglu":
         for gate, up in zip(recipe.sources[::2], recipe.sources[1::2], strict=True):
             pieces = (_converted(name, source, recipe, store, chunk_bytes) for source in (gate, up))
@@ -286,7 +276,7 @@ def load_array(name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
     for chunk in materialize(name, recipe, store):
         raw[start : start + chunk.nbytes] = chunk.reshape(-1).view(np.uint8)
         start += chunk.nbytes
-    values = unpacked_int4(raw) if recipe.dtype == "int4" else raw.view(NUMPY_DTYPES[recipe.dtype])
+    values = unpacked_int4(raw) if recipe.dtype == "int4" else raw.view(DTYPES[recipe.dtype].numpy)
     return values.reshape(recipe.shape)
 
 
@@ -294,7 +284,7 @@ def _converted(
     name: str, source: str, recipe: Recipe, store: TensorStore, chunk_bytes: int
 ) -> Iterator[np.ndarray]:
     """一个来源：逐块读出、反量化、查 NaN、转 dtype。"""
-    shape, dtype = store[source].shape, NUMPY_DTYPES[recipe.dtype]
+    shape, dtype = store[source].shape, DTYPES[recipe.dtype].numpy
     rows = max(chunk_bytes // (4 * math.prod(shape[1:]) or 1), 1)
     # 一块从 FP8 的块、也从一组的边界开始。
     unit = math.lcm(

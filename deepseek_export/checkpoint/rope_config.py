@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_export.checkpoint.families import LONGROPE_KEYS, ROPE_KEYS, YARN_KEYS
-from deepseek_export.checkpoint.fields import Fields
+from deepseek_export.checkpoint.fields import Fields, shown
 from deepseek_export.errors import DsxError
 
 MAX_LENGTH = 1 << 30
@@ -77,7 +77,7 @@ def parse_rope(f: Fields, length: int, dim: int) -> RopeConfig:
     kind = raw.get("rope_type", raw.get("type", "default"))
     if not isinstance(kind, str) or kind not in _TYPE_KEYS:
         raise DsxError(
-            code, f"{r.where} 的 rope 类型是 {kind!r}", f"支持的 rope 类型：{'、'.join(_TYPE_KEYS)}"
+            code, f"{r.where} 的 rope 类型是 {shown(kind)}", f"支持的 rope 类型：{'、'.join(_TYPE_KEYS)}"
         )
     for name in ("type", "rope_type"):
         r.must_equal(name, kind, code=code)

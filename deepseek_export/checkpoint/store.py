@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,34 +12,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from deepseek_export.checkpoint.fields import unique_object
+from deepseek_export.checkpoint.fields import parse_json, shown
 from deepseek_export.checkpoint.fingerprint import FileFingerprint, Fingerprint, sample_sha256
+from deepseek_export.dtypes import BY_SAFETENSORS
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import MAX_LARGE_TEXT, open_regular, read_text
 
 MAX_HEADER = 100 << 20
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
-    {
-        "BOOL": np.dtype(np.bool_),
-        "U8": np.dtype(np.uint8),
-        "I8": np.dtype(np.int8),
-        "U16": np.dtype(np.uint16),
-        "I16": np.dtype(np.int16),
-        "U32": np.dtype(np.uint32),
-        "I32": np.dtype(np.int32),
-        "U64": np.dtype(np.uint64),
-        "I64": np.dtype(np.int64),
-        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-        "F16": np.dtype(np.float16),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-        "F32": np.dtype(np.float32),
-        "F64": np.dtype(np.float64),
-    }
-)
 _PERMISSIONS = "检查文件的权限与磁盘，确认读得了"
 _REDOWNLOAD = "重新下载这个文件，并核对大小与 SHA-256"
 
@@ -156,7 +138,7 @@ class TensorStore:
             DsxError: ``DSX-E110`` 打开之后文件又变短了。
         """
         spec = self._specs[name]
-        dtype = NUMPY_DTYPES[spec.dtype]
+        dtype = BY_SAFETENSORS[spec.dtype].numpy
         if spec.nbytes == 0:
             empty: np.ndarray = np.empty(spec.shape, dtype)
             empty.setflags(write=False)
@@ -193,7 +175,7 @@ class TensorStore:
             raise _unreadable(spec.file, f"读 {name} 时：{error.strerror}") from error
         if filled != raw.size:
             raise DsxError("DSX-E110", f"{spec.file} 在读取 {name} 时变短了", "不要在导出期间改动检查点")
-        return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(stop - start, *spec.shape[1:])
+        return raw.view(BY_SAFETENSORS[spec.dtype].numpy).reshape(stop - start, *spec.shape[1:])
 
     def fingerprint(self) -> Fingerprint:
         """检查点的身份，见 :mod:`~deepseek_export.checkpoint.fingerprint`。
@@ -231,10 +213,10 @@ def _read_index(index: Path) -> dict[str, str]:
     """读索引的 ``weight_map``；分片名必须是同目录下的普通文件名。"""
     todo = "重新下载索引文件"
     try:
-        data = json.loads(index.read_bytes(), object_pairs_hook=unique_object)
+        data = parse_json(read_text(index, MAX_LARGE_TEXT))
     except OSError as error:
         raise _unreadable(index, f"打不开：{error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DsxError("DSX-E118", f"{index} 读不了：{error}", todo) from error
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -242,7 +224,7 @@ def _read_index(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0:")
         if not plain:
-            what = f"{index} 把 {name} 指到 {file!r}，分片必须是同目录下的 .safetensors 文件"
+            what = f"{index} 把 {shown(name)} 指到 {shown(file)}，分片必须是同目录下的 .safetensors 文件"
             raise DsxError("DSX-E118", what, todo)
     return weight_map
 
@@ -260,8 +242,8 @@ def _check_index(index: Path, weight_map: Mapping[str, str], specs: Mapping[str,
 def _read_shard(path: Path) -> _Shard:
     """读一个文件的头部；数据区必须被各张量首尾相接、恰好铺满。"""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             if len(prefix) < 8:
                 raise _broken(path, f"只有 {size} 字节，太短，连文件头的长度都放不下")
@@ -272,13 +254,18 @@ def _read_shard(path: Path) -> _Shard:
     except OSError as error:
         raise _unreadable(path, f"打不开：{error.strerror}") from error
     try:
-        entries = json.loads(header, object_pairs_hook=unique_object)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"文件头不是合法的 JSON：{error}") from error
+        # 先按 UTF-8 解码：交给 json 的字节会被它猜成 UTF-16、UTF-32，而 safetensors 不认。
+        entries = parse_json(header.decode("utf-8"))
+    except ValueError as error:
+        raise _broken(path, f"文件头不是 UTF-8 的 JSON：{error}") from error
     if len(header) != length or not isinstance(entries, dict):
         raise _broken(path, "文件头不是 JSON 对象")
-    if not isinstance(entries.pop("__metadata__", {}), dict):
-        raise _broken(path, "__metadata__ 不是对象")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "__metadata__ 应是字符串到字符串的对象")
+    for text in (*entries, *metadata, *metadata.values()):
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise _broken(path, f"文件头里的 {text!r} 不是合法的 Unicode")
     specs = {name: _parse_entry(path, name, entry, 8 + length) for name, entry in entries.items()}
     end = 8 + length
     for spec in sorted(specs.values(), key=lambda s: (s.offset, s.nbytes)):
@@ -295,13 +282,13 @@ def _parse_entry(path: Path, name: str, entry: Any, base: int) -> TensorSpec:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"张量 {name} 的描述不完整或有多余字段")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
-        raise _broken(path, f"张量 {name} 的 dtype 是 {dtype!r}，不是 dsx 认识的 safetensors 类型")
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
+        raise _broken(path, f"张量 {name} 的 dtype 是 {shown(dtype)}，不是 dsx 认识的 safetensors 类型")
     if not _is_sizes(shape) or len(shape) > 32 or math.prod(dim or 1 for dim in shape) > 1 << 60:
-        raise _broken(path, f"张量 {name} 的形状是 {shape!r}")
+        raise _broken(path, f"张量 {name} 的形状是 {shown(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise _broken(path, f"张量 {name} 的 data_offsets 是 {offsets!r}")
-    nbytes, needed = offsets[1] - offsets[0], math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+        raise _broken(path, f"张量 {name} 的 data_offsets 是 {shown(offsets)}")
+    nbytes, needed = offsets[1] - offsets[0], BY_SAFETENSORS[dtype].nbytes(math.prod(shape))
     if nbytes != needed:
         raise _broken(path, f"张量 {name} 占 {nbytes} 字节，按 {dtype} {shape} 应为 {needed} 字节")
     return TensorSpec(name, dtype, tuple(shape), path, base + offsets[0], nbytes)

@@ -21,7 +21,8 @@ import numpy as np
 from deepseek_export.checkpoint.checkpoint import expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.config import ModelConfig, parse_model_config
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
-from deepseek_export.checkpoint.store import INDEX_NAME, NUMPY_DTYPES, SINGLE_NAME
+from deepseek_export.checkpoint.store import INDEX_NAME, SINGLE_NAME
+from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
 
 DEMO_CONFIG: Mapping[str, Any] = MappingProxyType(
     {
@@ -73,7 +74,6 @@ DEMO_CONFIG: Mapping[str, Any] = MappingProxyType(
     }
 )
 SPECIAL_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
-_TAGS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _CHUNK = 1 << 22
 #: DeepSeek 发布的 FP8 检查点里，注意力与（共享、路由）专家的 Linear 是 FP8；MTP 的 eh_proj 与其余张量不是。
 _FP8_LINEARS = tuple(
@@ -126,7 +126,7 @@ class _Plan:
 
     def nbytes(self, name: str) -> int:
         tag, shape = self.tensors[name]
-        return math.prod(shape) * NUMPY_DTYPES[tag].itemsize
+        return BY_SAFETENSORS[tag].nbytes(math.prod(shape))
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """按行主序逐块给出内容。"""
@@ -134,7 +134,7 @@ class _Plan:
         source = name.removesuffix(SCALE_SUFFIX)
         if self.block_size is None or FP8_DTYPE not in (tag, self.tensors[source][0]):
             for block in _random_blocks(name, shape, self.seed, self.tied):
-                yield block.astype(NUMPY_DTYPES[tag])
+                yield block.astype(BY_SAFETENSORS[tag].numpy)
         else:
             shape = self.tensors[source][1]
             flat = np.concatenate([*_random_blocks(source, shape, self.seed, self.tied)])
@@ -204,7 +204,7 @@ def quantize_fp8(weight: np.ndarray, block_size: tuple[int, int]) -> tuple[np.nd
         与 ``weight`` 同形的 float8_e4m3fn，和 ``[ceil(行/块高), ceil(列/块宽)]`` 的 float32。
     """
     height, width = block_size
-    codes = np.empty(weight.shape, NUMPY_DTYPES[FP8_DTYPE])
+    codes = np.empty(weight.shape, BY_SAFETENSORS[FP8_DTYPE].numpy)
     scales = np.empty((-(-weight.shape[0] // height), -(-weight.shape[1] // width)), np.float32)
     for i, j in np.ndindex(*scales.shape):
         block = np.s_[i * height : (i + 1) * height, j * width : (j + 1) * width]
@@ -240,7 +240,7 @@ def _tensors(config: ModelConfig, dtype: str, mtp: bool) -> dict[str, tuple[str,
             tensors |= {name: (FP8_DTYPE, shape), name + SCALE_SUFFIX: ("F32", tuple(blocks))}
         else:
             kept = "float32" if name.endswith("e_score_correction_bias") else dtype
-            tensors[name] = (_TAGS[kept], shape)
+            tensors[name] = (DTYPES[kept].safetensors, shape)
     return tensors
 
 

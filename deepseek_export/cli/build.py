@@ -12,7 +12,7 @@ from deepseek_export.cli.console import console, echo_json, facts, table
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option, verify_weights_option
 from deepseek_export.cli.progress import open_progress
-from deepseek_export.engine.flavour import FLAVOURS, check_arch, choose, load, parse_arch
+from deepseek_export.engine.flavour import FLAVOURS, FlavourName, parse_arch
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _SHOWN = 8
 def command(
     bundle: Path,
     arches: str,
-    flavour: str | None,
+    flavour: FlavourName | None,
     shapes: str,
     checkpoint: Path | None,
     verify_weights: bool,
@@ -58,10 +58,10 @@ def command(
 
     每种 SM 一个目录：model.plan（有 MTP 时还有 mtp.plan）、layers.json（引擎的每一层从哪些 ONNX 节点来，哪些是 dsx
     插件）、engine.json，以及解析时用的 ONNX。有两个优化配置：decode（一次至多 8 个 token）与 prefill。预期的插件有一个没有留在
-    引擎里就失败。portable 的 bundle 先在途中下沉。
+    引擎里就失败。
 
-    float32 的、ort-cpu 的、int8 缓存的、portable 而专家拆过组的，图不能直接建：由检查点以同样的方案与量化另导出一份（float32
-    的改成 float16），放在 OUT/engines/bundle/，引擎在它里面；--backend trt 会自己找到。
+    引擎只由 TensorRT 目标的 float16、bfloat16 bundle 建。别的（portable、ort-cpu、float32）由检查点以同样的方案与量化另导出一份，
+    放在 OUT/engines/bundle/，引擎在它里面；--backend trt 会自己找到。检查点要在，挪过地方用 --checkpoint 指。
 
     \b
     例：
@@ -69,30 +69,27 @@ def command(
       dsx build OUT --arch sm80,sm89,sm120 --profile-shapes B=1:1:4,S=256:1024,T=8192
       dsx build OUT --arch sm90 --flavour tensorrt
     """
-    targets = list(dict.fromkeys(parse_arch(arch) for arch in arches.split(",")))
-    chosen = choose(flavour)
-    built = []
+    sms = [parse_arch(arch) for arch in arches.split(",")]
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")
-        from deepseek_export.bundle import Bundle
-        from deepseek_export.engine.build import build_engine
-        from deepseek_export.engine.derived import buildable_bundle
-        from deepseek_export.engine.shapes import ProfileShapes
+        from deepseek_export import api
 
-        opened = Bundle.open(bundle)
-        parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
-        # 都先看一遍：不要建好前几个才发现后面的建不了。
-        for sm in targets:
-            check_arch(chosen, load(chosen), sm)
-        source = buildable_bundle(opened, chosen, checkpoint, progress, verify_weights=verify_weights)
-        for sm in targets:
-            built.append(build_engine(source, sm, chosen, parsed, progress))
+        built = api.build(
+            bundle,
+            sms,
+            flavour=flavour,
+            shapes=shapes,
+            checkpoint=checkpoint,
+            verify_weights=verify_weights,
+            progress=progress,
+        )
     if as_json:
         echo_json([_summary(engine) for engine in built])
         return
     for engine in built:
         _print(engine)
-    if source is not opened and not (source.path / "reports/parity.json").is_file():
+    source = built[0].bundle
+    if source.path != bundle and not (source.path / "reports/parity.json").is_file():
         click.echo(f"另导出的这一份还没有校验过。下一步：dsx verify {shlex.quote(str(source.path))}")
 
 

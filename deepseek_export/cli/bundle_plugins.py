@@ -8,20 +8,14 @@ from typing import Any
 from deepseek_export.cli.console import console, facts, table
 from deepseek_export.engine.flavour import FLAVOURS, library_folder, library_link_missing, load
 from deepseek_export.errors import DsxError
-from deepseek_export.ops.table import (
-    DOMAIN,
-    LATENT_ATTENTION,
-    MLA_ATTENTION,
-    PLUGIN_NAMESPACE,
-    PLUGIN_VERSION,
-)
+from deepseek_export.ops.table import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 
 def diagnose_bundle(path: Path) -> dict[str, Any]:
     """读 manifest 与图；不加载权重。
 
-    portable 的 bundle 还没有下沉，列的是下沉之后的插件核。图不能直接建引擎的，已经另导出过就看那一份（``derived``），没有就说为什么
-    （``reason``），检查点不在、换了、改过的另说 ``dsx build`` 会怎样拒绝（``refusal``）。
+    目标不是 TensorRT 的图里没有插件节点。图不能直接建引擎的，已经另导出过就看那一份（``derived``），没有就说为什么（``reason``），
+    检查点不在、换了、改过的另说 ``dsx build`` 会怎样拒绝（``refusal``）。
 
     Raises:
         DsxError: ``DSX-E402`` 不是 bundle 或缺文件；``DSX-E403`` manifest 读不了；``DSX-E406`` 文件大小或内容不对。
@@ -34,6 +28,7 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     from deepseek_export.bundle.source import open_source
     from deepseek_export.engine.derived import existing_derived, unbuildable_reason
     from deepseek_export.engine.plugins import PLUGIN_OPS
+    from deepseek_export.passes import TENSORRT_TARGETS
 
     bundle = Bundle.open(path)
     reason, refusal, derived = unbuildable_reason(bundle.manifest), None, None
@@ -46,9 +41,7 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
         refusal = {"code": error.code, "what": error.what, "todo": error.todo}
     bundle = derived or bundle
     path, manifest = bundle.path, bundle.manifest
-    plugins = {spec.name: spec.name for spec in PLUGIN_OPS}
-    if manifest.target == "portable" and manifest.profile.mla.form != "naive":
-        plugins[MLA_ATTENTION.name] = LATENT_ATTENTION.name  # 下沉之后每个 MlaAttention 里有一个
+    plugins = {spec.name for spec in PLUGIN_OPS} if manifest.target in TENSORRT_TARGETS else set()
     nodes = []
     for graph in manifest.graphs:
         file = path / graph.file
@@ -60,15 +53,14 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
             ) from error
         bodies = {function.name for function in model.functions}
         for node in model.graph.node:
-            plugin = plugins.get(node.op_type) if node.domain == DOMAIN else None
-            if plugin is not None:
+            if node.domain == DOMAIN and node.op_type in plugins:
                 nodes.append(
                     {
                         "graph": graph.file,
                         "node": node.name,
-                        "creator": f"{PLUGIN_NAMESPACE}::{plugin}/{PLUGIN_VERSION}",
+                        "creator": f"{PLUGIN_NAMESPACE}::{node.op_type}/{PLUGIN_VERSION}",
                         "function_body": node.op_type in bodies,
-                        "op": plugin,
+                        "op": node.op_type,
                     }
                 )
     flavours = {name: _flavour(name) for name in FLAVOURS}

@@ -52,7 +52,7 @@ def command(
     prompts: tuple[str, ...],
     id_texts: tuple[str, ...],
     threads: int | None,
-    backend: Any,
+    backend: str,
     verify_weights: bool,
     as_json: bool,
     no_speculative: bool,
@@ -79,10 +79,15 @@ def command(
         from deepseek_export import api
 
         began = time.perf_counter()
-        model = api.load(bundle, threads, backend, verify_weights=verify_weights, progress=progress)
+        model = api.load(
+            bundle,
+            threads,
+            backend,
+            speculative_floor=not no_floor,
+            verify_weights=verify_weights,
+            progress=progress,
+        )
         load_s = time.perf_counter() - began
-    if no_floor and model.speculative is not None:
-        model.speculative.floor = None
     printer = _Printer(model.tokenizer) if len(rows) == 1 and not as_json else None
     result = model.generate(
         rows,

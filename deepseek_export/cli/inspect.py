@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
 from deepseek_export.cli.console import console, echo_json, facts, table, weights_size
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, json_option
 from deepseek_export.cpu_library import LIBRARY_TARGET
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
     from deepseek_export.bundle import Manifest
 
 CONTEXT = 8192
-_BF16 = 2
 
 
 class CacheShape(NamedTuple):
@@ -81,7 +80,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
     )
     # 展开的缓存没有 int8 这一种，按模型的 dtype 比。
     wide = manifest.dtype if cache.dtype == "int8" else cache.dtype
-    expanded = shape.expanded * cache.num_layers * NUMPY_DTYPES[wide].itemsize
+    expanded = DTYPES[wide].nbytes(shape.expanded * cache.num_layers)
     return {
         "dsx_version": manifest.dsx_version,
         "family": config.family,
@@ -132,7 +131,9 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
 
 
 def _published(shape: CacheShape) -> dict[str, Any]:
-    latent, expanded = (n * shape.num_hidden_layers * _BF16 for n in (shape.latent, shape.expanded))
+    latent, expanded = (
+        DTYPES["bfloat16"].nbytes(n * shape.num_hidden_layers) for n in (shape.latent, shape.expanded)
+    )
     return {
         "name": shape.name,
         "layers": shape.num_hidden_layers,

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from deepseek_export.backend import BACKENDS
+
 _JSON = "deepseek_export.json"
 
 
@@ -44,7 +46,7 @@ threads_option = click.option(
 
 backend_option = click.option(
     "--backend",
-    type=click.Choice(["ort", "trt"]),
+    type=click.Choice(list(BACKENDS)),
     default="ort",
     show_default=True,
     help="在哪里运行：ONNX Runtime CPU，或 dsx build 为当前 GPU 建的引擎。",

@@ -65,7 +65,7 @@ def command(
     steps: int,
     seed: int,
     text: Path | None,
-    backend: Any,
+    backend: str,
     verify_weights: bool,
     as_json: bool,
 ) -> None:

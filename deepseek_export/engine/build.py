@@ -1,4 +1,4 @@
-"""``dsx build``：bundle → 每种 SM 一个引擎目录。"""
+"""TensorRT 目标的 bundle → 一种 SM 的引擎目录。"""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from deepseek_export.engine.flavour import (
     network_flags,
     select_arch,
 )
+from deepseek_export.engine.graph import engine_graph
 from deepseek_export.engine.interrupts import deferred_interrupts
 from deepseek_export.engine.layers import (
     EngineLayer,
@@ -44,10 +45,9 @@ from deepseek_export.engine.layers import (
     unfused_attention,
 )
 from deepseek_export.engine.logger import logger_for
-from deepseek_export.engine.lowered import has_prefill, lowered_graph
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
 from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineRecord, PlanEntry
-from deepseek_export.engine.shapes import ProfileShapes, Range
+from deepseek_export.engine.shapes import ProfileShapes, Range, has_prefill
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.progress import Progress
@@ -61,11 +61,13 @@ class BuiltEngine:
     """一个建好的引擎目录。
 
     Attributes:
+        bundle: 由它建成；引擎目录在它的 ``engines/`` 里。
         path: 目录。
         record: ``engine.json``。
         layers: plan 文件名 → 优化配置名 → 各层。
     """
 
+    bundle: Bundle
     path: Path
     record: EngineRecord
     layers: dict[str, dict[str, list[EngineLayer]]]
@@ -104,8 +106,7 @@ def build_engine(
     with bundle.steady(), atomic_directory(out, overwrite=True, marker=RECORD_FILE) as directory:
         _link_weights(bundle, directory)
         for entry in bundle.manifest.graphs:
-            progress.start(f"下沉 {entry.file}")
-            graph = lowered_graph(bundle, entry, flavour.target, shapes.capacity)
+            graph = engine_graph(bundle.path / entry.file, shapes.capacity)
             with disk_errors(directory):
                 onnx.save(graph.model, directory / entry.file)
             profiles = shapes.profiles(prefill=has_prefill(bundle.manifest.profile))
@@ -155,7 +156,7 @@ def build_engine(
                 for plan, each in layers.items()
             }
             write_json(directory / LAYERS_FILE, listed)
-    return BuiltEngine(out, record, layers)
+    return BuiltEngine(bundle, out, record, layers)
 
 
 def build_plan(

@@ -1,4 +1,4 @@
-"""任意一个 bundle → 建得了引擎的 bundle：建不了的由检查点再导出一份，放在它自己的 ``engines/bundle/`` 里。
+"""任意一个 bundle → 建得了引擎的 bundle：目标不是 TensorRT 的由检查点再导出一份，放在它自己的 ``engines/bundle/`` 里。
 
 那一份是完整的 bundle：引擎在它的 ``engines/`` 里，``dsx verify``、``dsx compare``、``dsx pack`` 都能直接用它。
 """
@@ -17,23 +17,17 @@ from deepseek_export.engine.flavour import Flavour
 from deepseek_export.engine.record import ENGINES
 from deepseek_export.errors import DsxError
 from deepseek_export.passes.pipelines import TENSORRT_TARGETS
-from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 
-_BUILDABLE = ("portable", *TENSORRT_TARGETS)
 _FOLDER, _OPTION = "bundle", "--checkpoint"
 
 
 def unbuildable_reason(manifest: Manifest) -> str | None:
     """这个 bundle 的图为什么不能直接拿去建引擎，全部原因；能建的是 ``None``。"""
     reasons = []
-    if manifest.target not in _BUILDABLE:
-        reasons.append(f"目标是 {manifest.target}（图已为别的运行时改写）")
-    if manifest.target == "portable" and any(
-        r.name == SplitExpertsPass.name and r.count for r in manifest.passes
-    ):
-        reasons.append("专家权重太大而拆成了几组（下沉认不出原来的一层）")
+    if manifest.target not in TENSORRT_TARGETS:
+        reasons.append(f"目标是 {manifest.target}（图没有下沉到 TensorRT）")
     if manifest.dtype == "float32":
         reasons.append("是 float32（插件核与融合注意力都没有 float32 的实现）")
     if manifest.cache.dtype == "int8":
@@ -117,8 +111,9 @@ def buildable_bundle(
             notes=(note,),
         )
     except DsxError as error:
-        # 原来的建议说的是 dsx export 的选项。
+        # 原来的建议说的是 dsx export 的选项，也没有说为什么要检查点。
         advice = {
+            "DSX-E601": f"{reason}，要由检查点另导出一份：用 {_OPTION} 指定检查点目录",
             "DSX-E116": f"float16 放不下，自己导出 bfloat16 的再建：{_export_command(bundle, 'bfloat16', True)}",
             "DSX-E313": f"自己导出不量化的再建：{_export_command(bundle, _dtype(manifest), False)}",
             "DSX-E401": "移开它，再 dsx build",

@@ -28,6 +28,7 @@ from deepseek_export.ops.table import (
     MOE_EXPERTS,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    TYPE_CONSTRAINTS,
     OpSpec,
 )
 
@@ -194,13 +195,7 @@ def _bytes(data: Any) -> bytes:
 def plugin_class(trt: Any, spec: OpSpec) -> type:
     """契约表的一行 → ``IPluginV3`` 的类。"""
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
-    dtypes = {
-        trt.float32: "float32",
-        trt.float16: "float16",
-        trt.bfloat16: "bfloat16",
-        trt.int32: "int32",
-        trt.int64: "int64",
-    }
+    dtypes = {getattr(trt, name): name for allowed in TYPE_CONSTRAINTS.values() for name in allowed}
     by_type = {port.type: index for index, port in reversed(list(enumerate(spec.inputs)))}
 
     class Plugin(*bases):  # type: ignore[misc]  # 基类随发行而定

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deepseek_export.engine.flavour import FlavourName
 from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError, first_invalid
+from deepseek_export.paths import read_text
 
 #: bundle 里放引擎的文件夹。
 ENGINES = "engines"
@@ -83,7 +84,7 @@ class EngineRecord(BaseModel):
         """
         path = directory / RECORD_FILE
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            return cls.model_validate(json.loads(read_text(path)))
         except OSError as error:
             raise DsxError(
                 "DSX-E917", f"{path}：{error.strerror}", "检查权限，或用 dsx build 重建"

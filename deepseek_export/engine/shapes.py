@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.errors import DsxError
 from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS
+from deepseek_export.profile import OptimizationProfile
 
 Range = tuple[int, int, int]
 
@@ -17,6 +18,11 @@ _DEFAULT_CAPACITY = 4096
 _COUNTS = {"B": 3, "S": 2, "T": 1}
 #: CUDA 的线程格在 y、z 上的上限；LatentAttention 的核把 B 放在这两维上。
 _MAX_BATCH = 65535
+
+
+def has_prefill(profile: OptimizationProfile) -> bool:
+    """有没有 prefill 路径；``mla.form=absorb`` 只有插件核，一次至多 8 个 token。"""
+    return not (profile.mla.enabled and profile.mla.form == "absorb")
 
 
 class ProfileShapes(BaseModel):
@@ -73,7 +79,7 @@ class ProfileShapes(BaseModel):
         """配置名 → 动态维 → 最小、最优、最大值，次序就是引擎里的编号。
 
         Args:
-            prefill: 有没有 prefill 路径；``mla.form=absorb`` 的插件核一次至多 8 个 token，没有。
+            prefill: 有没有 prefill 路径，见 :func:`has_prefill`。
         """
         best, largest = self.prefill
         top = MAX_DECODE_TOKENS

@@ -12,7 +12,12 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
 from deepseek_export.errors import DsxError
-from deepseek_export.integration.attention import AbsorbedV2Attention, AbsorbedV3Attention
+from deepseek_export.integration.attention import (
+    AbsorbedV2Attention,
+    AbsorbedV3Attention,
+    check_implementation,
+    projection_obstacle,
+)
 from deepseek_export.integration.compat import require_model
 from deepseek_export.integration.experts import SparseV2Experts, SparseV3Experts
 from deepseek_export.integration.mtp import load_mtp
@@ -30,7 +35,6 @@ EXPERTS: dict[type[nn.Module], type[nn.Module]] = {
     v3.DeepseekV3Experts: SparseV3Experts,
 }
 _ORIGINALS = {replaced: original for original, replaced in (ATTENTION | EXPERTS).items()}
-_ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 def apply(
@@ -69,7 +73,7 @@ def apply(
         _check_experts(name, module)
     draft = None
     if resolved.mtp.enabled:
-        _check_implementation(model.config)
+        check_implementation(model.config)
         draft = load_mtp(model, config, checkpoint, resolved.mtp.num_draft_tokens)
     restore(model)
     if draft is not None:
@@ -135,20 +139,10 @@ def _check_profile(profile: OptimizationProfile) -> None:
 
 def _check_attention(name: str, module: Any) -> None:
     _check_forward(name, module)
-    _check_forward(f"{name}.kv_b_proj", module.kv_b_proj)
-    _check_implementation(module.config)
-    # absorb 直接用 kv_b_proj 的权重，绕过了它的 forward：量化层、LoRA 的效果会悄悄丢掉。
-    if type(module.kv_b_proj) is not nn.Linear:
-        kind = type(module.kv_b_proj).__name__
-        raise _state(f"{name}.kv_b_proj 是 {kind}，不是普通的 nn.Linear", "先反量化，或合并 LoRA")
-
-
-def _check_implementation(config: Any) -> None:
-    if config._attn_implementation not in _ATTENTION_IMPLEMENTATIONS:
-        raise _state(
-            f"attention 实现是 {config._attn_implementation}，只认 {'、'.join(_ATTENTION_IMPLEMENTATIONS)} 的遮罩",
-            'model.set_attn_implementation("sdpa")',
-        )
+    check_implementation(module.config)
+    if obstacle := projection_obstacle(module.kv_b_proj):
+        what, todo = obstacle
+        raise _state(f"{name}.kv_b_proj {what}", todo)
 
 
 def _check_experts(name: str, module: Any) -> None:

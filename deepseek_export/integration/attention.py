@@ -5,6 +5,9 @@ transformers 的缓存里每层存两个张量：``keys`` 是过了 ``kv_a_layer
 所以替换前后的模块可以接着用同一个缓存。
 
 替换的办法是改 ``module.__class__``：对象、参数、hook 都还是原来的那个，还原就是改回去。
+
+这里不从任何形状推断“过去有多长”：静态缓存一次返回整个容量，滑动窗口的缓存丢掉前面的行，形状里没有答案。谁看得见谁只听遮罩的；
+没有遮罩时照 transformers 自己的约定（:meth:`_AbsorbedAttention._visible_without_mask`）。
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
@@ -21,6 +24,11 @@ from deepseek_export.integration.compat import cache_name
 from deepseek_export.ops.mla_attention import attend_absorb, prefers_naive
 
 AbsorbForm = Literal["absorb", "auto"]
+#: absorb 认得这两种实现的遮罩。
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+#: 这些参数改变分数本身，只有 transformers 的注意力函数认得。
+_SCORE_OPTIONS = ("is_causal", "position_bias", "softcap")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _AbsorbedAttention:
@@ -30,7 +38,10 @@ class _AbsorbedAttention:
 
     1. ``auto`` 形式下展开更省（prefill、训练），见 :func:`~deepseek_export.ops.mla_attention.prefers_naive`；
     2. 要求返回注意力矩阵；
-    3. 训练时开着 attention dropout。
+    3. 训练时开着 attention dropout；
+    4. 给了 ``is_causal`` 之类改变分数的参数，或把模块的 ``is_causal`` 关了。
+
+    走 absorb 之前再核对一次 :func:`projection_obstacle` 与 attention 实现：``apply`` 之后都可能变。
     """
 
     dsx_form: AbsorbForm
@@ -42,11 +53,16 @@ class _AbsorbedAttention:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """参数与返回同 transformers；absorb 时没有注意力矩阵，第二项为 ``None``。"""
+        """参数与返回同 transformers；absorb 时没有注意力矩阵，第二项为 ``None``。
+
+        Raises:
+            DsxError: ``DSX-E804``，``apply`` 之后换了 attention 实现，或 ``kv_b_proj`` 不再只是一次矩阵乘。
+        """
         this: Any = self
         cache = kwargs.get(cache_name())
         S = hidden_states.shape[1]
-        T = _visible_length(attention_mask, cache, this.layer_idx, S)
+        # 缓存自己说 update 会返回几行；只用来比较两种形式的代价，不用来决定谁看得见谁。
+        T = S if cache is None else cache.get_mask_sizes(S, this.layer_idx)[0]
         if not self._absorbs(S, T, kwargs):
             return super().forward(  # type: ignore[misc]
                 hidden_states=hidden_states,
@@ -54,6 +70,7 @@ class _AbsorbedAttention:
                 attention_mask=attention_mask,
                 **kwargs,
             )
+        self._check_still_usable(attention_mask)
         B = hidden_states.shape[0]
         q = this.q_proj(hidden_states) if this.q_lora_rank is None else this._low_rank_query(hidden_states)
         q_nope, q_pe = q.view(B, S, -1, this.qk_head_dim).split(
@@ -67,12 +84,14 @@ class _AbsorbedAttention:
         if cache is not None:
             c_kv, k_pe = cache.update(c_kv, k_pe, this.layer_idx)
         latent = torch.cat([c_kv, k_pe], dim=-1)
-        past_lens = torch.full((B,), latent.shape[2] - S, device=latent.device)
+        past = 0
+        if attention_mask is None:
+            latent, past = self._visible_without_mask(latent, S)
         o = attend_absorb(
             q_nope,
             q_pe.transpose(1, 2),
             latent,
-            past_lens,
+            torch.full((B,), past, device=latent.device),
             this.kv_b_proj.weight,
             this.scaling,
             _additive(attention_mask),
@@ -88,9 +107,38 @@ class _AbsorbedAttention:
             return False
         if this.training and this.attention_dropout:
             return False
+        if not this.is_causal or any(kwargs.get(name) is not None for name in _SCORE_OPTIONS):
+            return False
         return self.dsx_form == "absorb" or not prefers_naive(
             S, T, this.qk_nope_head_dim, this.v_head_dim, this.kv_lora_rank
         )
+
+    def _check_still_usable(self, attention_mask: Any) -> None:
+        this: Any = self
+        check_implementation(this.config)
+        if attention_mask is not None and not (
+            isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
+        ):
+            shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
+            raise DsxError(
+                "DSX-E804",
+                f"注意力遮罩是 {shape}，absorb 只认 eager 与 sdpa 的 [B, 1, S, T]",
+                'model.set_attn_implementation("sdpa")，或 restore(model)',
+            )
+        if obstacle := projection_obstacle(this.kv_b_proj):
+            what, todo = obstacle
+            raise DsxError("DSX-E804", f"apply 之后，第 {this.layer_idx} 层的 kv_b_proj {what}", todo)
+
+    def _visible_without_mask(self, latent: Tensor, S: int) -> tuple[Tensor, int]:
+        """transformers 没给遮罩时：要用的行 [B, 1, T', r+dr]，以及第 0 个 query 之前有几行看得见。
+
+        1. sdpa、S > 1：只在缓存是空的时候才省掉遮罩，因果从第 0 行对齐；静态缓存 S 行之后都是空的，切掉。
+        2. 其余：一行 query（看得见缓存返回的全部），或 eager 而调用者没给遮罩（transformers 也不遮）。
+        """
+        this: Any = self
+        if S > 1 and this.config._attn_implementation == "sdpa":
+            return latent[:, :, :S], 0
+        return latent, latent.shape[2]
 
     def _low_rank_query(self, hidden_states: Tensor) -> Tensor:
         this: Any = self
@@ -115,22 +163,50 @@ class AbsorbedV3Attention(_AbsorbedAttention, v3.DeepseekV3Attention):
         return rotate(q_pe, k_pe, *position_embeddings)
 
 
-def _visible_length(mask: Tensor | None, cache: Any, layer: int, S: int) -> int:
-    """这次注意力的键有多少行；静态缓存下是整个容量，以遮罩为准。
+def check_implementation(config: Any) -> None:
+    """attention 实现的遮罩 absorb 认得吗；模型随时可以换实现，所以用到时还要再问。
 
     Raises:
-        DsxError: ``DSX-E804``，遮罩不是 4-D 张量：替换之后又换了 attention 实现。
+        DsxError: ``DSX-E804``，不认得。
     """
-    if mask is None:
-        return S if cache is None else int(cache.get_seq_length(layer)) + S
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         raise DsxError(
             "DSX-E804",
-            f"注意力遮罩是 {shape}，absorb 只认 eager 与 sdpa 的 [B, 1, S, T]",
+            f"attention 实现是 {config._attn_implementation}，只认 {'、'.join(ATTENTION_IMPLEMENTATIONS)} 的遮罩",
             'model.set_attn_implementation("sdpa")，或 restore(model)',
         )
-    return mask.shape[-1]
+
+
+def projection_obstacle(linear: Any) -> tuple[str, str] | None:
+    """absorb 直接用 ``kv_b_proj`` 的权重、绕过它的 forward，所以它必须真的只是一次矩阵乘。
+
+    量化层、LoRA、参数化会换掉这一层或它的类；hook 与包装过的 forward 会改它的输出：效果都会悄悄丢掉。
+    挂在所有模块上的全局 hook 不算，那是计数与剖析用的。
+
+    Returns:
+        它现在怎么了、怎么办；能用就是 ``None``。
+    """
+    if type(linear) is not nn.Linear:
+        return (
+            f"是 {type(linear).__name__}，不是普通的 nn.Linear",
+            "先反量化，或合并 LoRA，再 apply；或 restore(model)",
+        )
+    if "forward" in linear.__dict__:
+        return (
+            "的 forward 被别的库包装过（例如 accelerate 的 offload）",
+            "不用 device_map / offload 加载，或 restore(model)",
+        )
+    if any(linear.__dict__[name] for name in _HOOKS):
+        return "上挂着 hook，absorb 不会调用它", "取下 hook，挂到 self_attn 上，或 restore(model)"
+    if linear.bias is not None:
+        return "有 bias，absorb 只用权重", "去掉 bias，或 restore(model)"
+    # 编译时的权重是追踪器的替身；那之前的检查与编译出来的图仍然管着类与 hook。
+    if not torch.compiler.is_compiling() and type(linear.weight) not in (nn.Parameter, Tensor):
+        return (
+            f"的权重是 {type(linear.weight).__name__}，不是普通的张量",
+            "先反量化，再 apply；或 restore(model)",
+        )
+    return None
 
 
 def _additive(mask: Tensor | None) -> Tensor | None:

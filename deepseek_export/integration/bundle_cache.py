@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import Cache
 
-from deepseek_export.errors import DsxError
-from deepseek_export.runtime import CacheBuffers, ModelSession
+from deepseek_export.backend.base import Caches
+from deepseek_export.runtime import ModelSession
 
 
 class BundleCache(Cache):
@@ -27,7 +27,7 @@ class BundleCache(Cache):
 
     def reset(self) -> None:
         """丢掉全部内容。"""
-        self.buffers: CacheBuffers | None = None
+        self.buffers: Caches | None = None
         self.valid = np.zeros((0, 0), np.bool_)
 
     @property
@@ -48,7 +48,7 @@ class BundleCache(Cache):
         """最多多少列：模型的 max_position_embeddings。"""
         return self._session.max_positions
 
-    def allocate(self, batch: int) -> CacheBuffers:
+    def allocate(self, batch: int) -> Caches:
         """取得缓冲区；第一次调用时分配。"""
         if self.buffers is None:
             self.buffers = self._session.new_caches(batch)
@@ -76,18 +76,9 @@ class BundleCache(Cache):
         self._take(np.repeat(np.arange(len(self.valid)), repeats))
 
     def _take(self, rows: np.ndarray) -> None:
-        old, used = self.buffers, int(self.lens.max(initial=0))
-        if old is None:
+        if self.buffers is None:
             return
-        if not isinstance(old, CacheBuffers):
-            raise DsxError(
-                "DSX-E809",
-                f"{type(old).__name__} 在显存里，不能按行重排",
-                '不用 beam search，或换 backend="ort"',
-            )
-        if len(rows) != old.batch:
-            self.buffers = self._session.new_caches(len(rows), max(used, 1))
-        assert self.buffers is not None
-        for tensor in old.spec.tensors:
-            self.buffers.array(tensor.name)[:, :, :used] = old.array(tensor.name)[rows, :, :used]
+        used = int(self.lens.max(initial=0))
+        fresh = self._session.new_caches(len(rows), max(used, 1))
+        self.buffers = self.buffers.taken(fresh, rows.tolist(), used)
         self.valid = self.valid[rows]

@@ -22,13 +22,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest, read_bundle
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
 from deepseek_export.progress import Progress
-from deepseek_export.runtime import Backend, ModelSession, bundle_for, open_session
+from deepseek_export.runtime import ModelSession, open_session
 from deepseek_export.runtime.batching import PAD_ID
 
 
@@ -77,7 +78,7 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
         path: Path | str,
         *,
         threads: int | None = None,
-        backend: Backend = "ort",
+        backend: str = "ort",
         verify_weights: bool = False,
     ) -> DsxForCausalLM:
         """打开 ``dsx export`` 的输出目录。
@@ -85,22 +86,22 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             path: bundle 目录。
             threads: 线程数；缺省由 ONNX Runtime 决定。
-            backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎，缓存在显存里，不能用 beam search。
+            backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎，缓存在显存里。
             verify_weights: 先读一遍全部权重，核对 sha256，同 :func:`deepseek_export.load`。
 
         Raises:
             DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
         """
+        chosen = backend_named(backend)
 
         def read(opened: Bundle) -> DsxForCausalLM:
             if verify_weights:
                 opened.check_weights(Progress())
-            bundle = bundle_for(opened, backend)
+            bundle = chosen.prepared(opened)
             with bundle.steady():
-                stop_token_ids(
-                    bundle.path, bundle.manifest.model
-                )  # transformers 读同一个文件，却不报坏在哪里
-                session = open_session(bundle, BundleWeights(bundle), threads, backend)
+                # transformers 读同一个文件，却不报坏在哪里
+                stop_token_ids(bundle.path, bundle.manifest.model)
+                session = open_session(chosen, bundle, BundleWeights(bundle), threads)
                 return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
 
         return read_bundle(path, read)
@@ -186,8 +187,8 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             np.arange(ids.shape[1]) < counts[:, None], np.take_along_axis(ids, order, 1), PAD_ID
         )
         out = np.zeros((*wanted.shape, self.session.vocab_size), np.float32)
-        limit = self.session.logits_chunk
-        chunk = self.session.prefill_chunk if limit is None or wanted.shape[1] <= limit else limit
+        limit = self.session.limits.logits_rows
+        chunk = self.session.limits.prefill_chunk if limit is None or wanted.shape[1] <= limit else limit
         for start in range(0, width, chunk):
             part = packed[:, start : min(start + chunk, width)]
             lens = past + np.minimum(start, counts)

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.program import Argument, Tensor
 from deepseek_export.kernels.table import (
     ALIGNMENT,
-    DTYPE_BYTES,
-    POINTERS,
     KernelDtype,
     LaunchPlan,
     PlannedLaunch,
@@ -80,12 +79,12 @@ def grouped_swiglu_plan(
     E, k, D, inner = num_experts, top_k, hidden_size, moe_intermediate_size
     N, one = symbol("N"), Expression.of(1)
     pairs = N * k
-    T, i32 = POINTERS[dtype], POINTERS["int32"]
+    T, i32 = DTYPES[dtype].triton, DTYPES["int32"].triton
     # workspace：排序后的对、各专家的起点、SwiGLU 的中间结果、各对的输出，依次排列。
     offsets_at = (pairs * 4).align(ALIGNMENT)
     hidden_at = offsets_at + Expression.of((E + 1) * 4).align(ALIGNMENT)
-    expert_out_at = hidden_at + (pairs * (inner * DTYPE_BYTES[dtype])).align(ALIGNMENT)
-    workspace = expert_out_at + pairs * (D * DTYPE_BYTES[dtype])
+    expert_out_at = hidden_at + (pairs * (DTYPES[dtype].nbytes(inner))).align(ALIGNMENT)
+    workspace = expert_out_at + pairs * (DTYPES[dtype].nbytes(D))
     sorted_pairs, offsets = Argument("workspace", Expression.of(0)), Argument("workspace", offsets_at)
     hidden, expert_out = Argument("workspace", hidden_at), Argument("workspace", expert_out_at)
     x, ids, weights, w_gate, w_up, w_down = (Argument("input", index) for index in range(6))
@@ -111,7 +110,7 @@ def grouped_swiglu_plan(
             (
                 ("expert_out", T),
                 ("topk_ids", i32),
-                ("topk_weights", POINTERS["float32"]),
+                ("topk_weights", DTYPES["float32"].triton),
                 ("y", T),
                 ("top_k", "i32"),
             ),

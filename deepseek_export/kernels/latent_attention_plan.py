@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.program import Argument, Tensor
 from deepseek_export.kernels.table import (
     ALIGNMENT,
-    DTYPE_BYTES,
-    POINTERS,
     KernelDtype,
     LaunchPlan,
     PlannedLaunch,
@@ -91,7 +90,7 @@ def latent_attention_plan(
     # 行数刚够一个小块时用小块，否则用最大的块，让同一段 KV 少读几遍。
     variants = []
     for tile in tiles:
-        keys = tile.keys * 2 // DTYPE_BYTES[cache_dtype]  # float32 的缓存每个 key 占两倍共享内存
+        keys = tile.keys * 2 // DTYPES[cache_dtype].nbytes(1)  # float32 的缓存每个 key 占两倍共享内存
         row_blocks = rows.ceil(tile.rows)
         # 每个 SM 一个线程块，一轮跑完；至少一段，不超过容量里的块数。max(1) 也顾及 B 或 S 为 0。
         splits = (Expression.of(limits.count) // (B * row_blocks).max(1)).max(1).min(T.ceil(keys))
@@ -102,12 +101,12 @@ def latent_attention_plan(
         sizes = {"S": S, "H": Expression.of(num_heads), "T": T, "num_splits": splits}
         integers = tuple((name, "i32") for name in sizes)
         partial_signature = (
-            ("q", POINTERS[dtype]),
-            ("kv_cache", POINTERS[cache_dtype]),
-            ("past_lens", POINTERS["int64"]),
-            ("context", POINTERS[dtype]),
-            ("partial", POINTERS["float32"]),
-            ("lse", POINTERS["float32"]),
+            ("q", DTYPES[dtype].triton),
+            ("kv_cache", DTYPES[cache_dtype].triton),
+            ("past_lens", DTYPES["int64"].triton),
+            ("context", DTYPES[dtype].triton),
+            ("partial", DTYPES["float32"].triton),
+            ("lse", DTYPES["float32"].triton),
             ("scale", "fp32"),
             *integers,
         )

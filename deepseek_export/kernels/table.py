@@ -18,12 +18,6 @@ from deepseek_export.ops.table import OpSpec
 
 KernelDtype = Literal["float16", "bfloat16"]
 
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4})
-#: dtype → Triton 签名里的写法。
-POINTERS: Mapping[str, str] = MappingProxyType(
-    {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32", "int64": "*i64"}
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Sm:

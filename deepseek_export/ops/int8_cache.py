@@ -1,4 +1,4 @@
-"""int8 的 latent 缓存：每个 token 压成一行字节，舍入误差与 bfloat16 的缓存相当（``python -m perf.int8_cache``）。
+"""int8 的 latent 缓存：每个 token 压成一行字节，舍入误差与 bfloat16 的缓存相当（``python -m perf run int8-cache``）。
 
 ``mla.cache_dtype=int8`` 时缓存仍是每层一个张量，只是一行里放的是（宽度即 :meth:`ModelConfig.latent_cache_width`）::
 

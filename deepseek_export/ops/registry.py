@@ -13,6 +13,7 @@ import torch
 from onnx import defs
 from onnxscript import values
 
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops import int8_experts, int8_linear, moe_experts, moe_gate, spec_accept
 from deepseek_export.ops import latent_attention as latent
 from deepseek_export.ops import mla_attention as mla
@@ -73,7 +74,9 @@ def onnx_schema(spec: OpSpec) -> defs.OpSchema:
         inputs=[parameter(port.name, port.type) for port in spec.inputs],
         outputs=[parameter(port.name, port.type) for port in spec.outputs],
         type_constraints=[
-            (name, list(types), "") for name, types in TYPE_CONSTRAINTS.items() if name in used
+            (name, [DTYPES[dtype].onnx_type for dtype in dtypes], "")
+            for name, dtypes in TYPE_CONSTRAINTS.items()
+            if name in used
         ],
         attributes=attributes,
     )

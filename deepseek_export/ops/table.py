@@ -22,18 +22,18 @@ PLUGIN_VERSION = "1"
 
 TypeVar = Literal["T", "C", "F", "W", "I64", "I32", "F32", "U8"]
 
-#: 类型变量 → 允许的 ONNX 类型。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``F`` 是下沉到
+#: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``F`` 是下沉到
 #: TensorRT 之后的缓存，只有浮点；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
-        "T": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
-        "C": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int8)"),
-        "F": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
-        "W": ("tensor(float)", "tensor(float16)", "tensor(bfloat16)"),
-        "I64": ("tensor(int64)",),
-        "I32": ("tensor(int32)",),
-        "F32": ("tensor(float)",),
-        "U8": ("tensor(uint8)",),
+        "T": ("float32", "float16", "bfloat16"),
+        "C": ("float32", "float16", "bfloat16", "int8"),
+        "F": ("float32", "float16", "bfloat16"),
+        "W": ("float32", "float16", "bfloat16"),
+        "I64": ("int64",),
+        "I32": ("int32",),
+        "F32": ("float32",),
+        "U8": ("uint8",),
     }
 )
 

@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from deepseek_export.backend.base import Run
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import blocks as capture
@@ -26,7 +27,6 @@ from deepseek_export.capture.places import EMBED_PORTS, Place, head_ports, layer
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.parity.arrays import to_numpy, to_torch, widened
-from deepseek_export.parity.backends import Run
 from deepseek_export.parity.blocks import Block, Output
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
@@ -34,7 +34,7 @@ from deepseek_export.parity.report import Case
 from deepseek_export.parity.subgraph import ModelGraph, feeds_for
 from deepseek_export.parity.tolerances import Key, tolerance
 from deepseek_export.reference import DraftModel, Forms, ReferenceModel
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 
 
 class NodeEntry(BaseModel):
@@ -142,7 +142,7 @@ def _locate(
     """块在捕获时属于哪个追踪块，以及参考实现里对应的模块；追踪按参数缓存，参数与导出时相同。"""
     manifest = bundle.manifest
     config, forms = manifest.model, Forms.for_capture(manifest.profile)
-    dtype, cache_dtype = TORCH_DTYPES[manifest.dtype], TORCH_DTYPES[manifest.cache.dtype]
+    dtype, cache_dtype = torch_dtype(manifest.dtype), torch_dtype(manifest.cache.dtype)
     caches = [tensor.name for tensor in manifest.cache.tensors]
     if isinstance(reference, DraftModel):
         part, index = block.name.removeprefix(f"{entry.file} "), reference.index

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from deepseek_export.backend import backend_named
+from deepseek_export.backend.base import Run
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.disk import atomic_directory, disk_errors, output_path, write_json
 from deepseek_export.bundle.manifest import GraphEntry
@@ -22,7 +24,6 @@ from deepseek_export.capture import names
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.arrays import widened
-from deepseek_export.parity.backends import Run, open_backends
 from deepseek_export.parity.bisect import Culprit, bisect_block
 from deepseek_export.parity.blocks import PHASES, Block, block_key, block_rows, main_blocks, spread_near_ties
 from deepseek_export.parity.draft import draft_blocks, draft_runs
@@ -114,7 +115,7 @@ def compare_bundle(
     Args:
         bundle: 要比的 bundle。
         against: 检查点目录；缺省取 manifest 里记的出处。
-        backends: 后端的名字，见 :data:`~deepseek_export.parity.backends.BACKENDS`。
+        backends: 后端的名字，见 :data:`~deepseek_export.backend.BACKENDS`。
         blocks: 只比这些块，见 :func:`block_choices`；缺省全部。
         bisect: 有块不对时，再逐节点找出第一个不对的节点。
         folder: 存到哪里；缺省 bundle 的 ``reports/compare``。上一次的结果会被替换。
@@ -132,7 +133,9 @@ def compare_bundle(
     """
     progress = progress or Progress()
     manifest = bundle.manifest
-    runners = open_backends(backends, bundle)
+    # 一个不可用就整个拒绝，不悄悄少比一个。
+    chosen = [backend_named(name) for name in backends]
+    runners = {backend.name: backend.cut_runner(bundle) for backend in chosen}
     wanted = _prefixes(manifest, blocks)
     if verify_weights:
         bundle.check_weights(progress)
@@ -153,14 +156,15 @@ def compare_bundle(
             progress.start(f"PyTorch 参照：{entry.file}")
             reference, found = _reference(bundle, checkpoint, model, entry, seed)
             progress.start(f"比较 {entry.file}")
-            for name, backend in runners.items():
+            for name, runner in runners.items():
                 progress.advance(0, name)
-                graph = backend.graph(entry, _capacity(manifest, found))
-                stem = f"{Path(entry.file).stem}{backend.suffix}"
+                lowered = runner.graph(entry, _capacity(manifest, found))
+                graph = ModelGraph(bundle, entry.file, lowered)
+                stem = f"{Path(entry.file).stem}{runner.suffix}"
                 comparison = _Comparison(bundle, entry.file, graph, found, prefixes)
                 comparison.save(directory / stem)
                 commands[f"{stem}.onnx"] = comparison.command(out / stem)
-                rows = comparison.cases(directory / stem, name, backend.run)
+                rows = comparison.cases(directory / stem, name, runner.run)
                 cases += rows
                 bad = next((row for row in rows if not row.case.passed), None)
                 if bisect and culprit is None and bad is not None:
@@ -173,7 +177,7 @@ def compare_bundle(
                         reference,
                         block,
                         graph,
-                        backend.run,
+                        runner.run,
                         directory / BISECT,
                         out / BISECT,
                     )

@@ -24,6 +24,7 @@ from deepseek_export.parity.oracle import Oracle
 from deepseek_export.parity.report import Case, Perplexity, QuantLoss, compare
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import PERPLEXITY_RATIO
+from deepseek_export.paths import MAX_LARGE_TEXT, read_text
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
 from deepseek_export.reference.moe import MoE
@@ -43,9 +44,13 @@ def read_passage(bundle: Bundle, tokenizer: BundleTokenizer | None, path: Path) 
     if tokenizer is None:
         raise DsxError("DSX-E606", f"{bundle.path} 没有 tokenizer，用不了文本", "去掉 --text")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MAX_LARGE_TEXT)
     except (OSError, UnicodeDecodeError) as error:
-        raise DsxError("DSX-E606", f"{path} 读不了：{error}", "给一个 UTF-8 编码的文本文件") from error
+        raise DsxError(
+            "DSX-E606",
+            f"{path} 读不了：{getattr(error, 'strerror', None) or error}",
+            "给一个 UTF-8 编码的文本文件",
+        ) from error
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise DsxError(

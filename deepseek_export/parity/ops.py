@@ -26,7 +26,7 @@ from deepseek_export.ops.table import MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
 from deepseek_export.parity.arrays import to_numpy, to_torch
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.subgraph import ModelGraph, attention_dtype
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 
 #: (B, S, T, past_lens)：空缓存、解码、MTP 校验式的小 S、长 prefill（auto 走 naive）、长度不等、容量恰好用满。
 _MLA_SHAPES = (
@@ -89,7 +89,7 @@ def _mla_cases(bundle, graph, site: OpSite, weight, rng) -> Iterator[Case]:
         }
         arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
         latents = torch.from_numpy(rng.standard_normal((B, 1, T, c.latent_cache_values), np.float32))
-        arrays["kv_cache"] = to_numpy(_cached(latents, c.kv_lora_rank, TORCH_DTYPES[manifest.cache.dtype]))
+        arrays["kv_cache"] = to_numpy(_cached(latents, c.kv_lora_rank, torch_dtype(manifest.cache.dtype)))
         arrays["past_lens"] = np.array(past, np.int64)
         (got,) = call({ports[name]: array for name, array in arrays.items()}, outputs)
         tensors = {name: to_torch(array) for name, array in arrays.items()}

@@ -20,9 +20,10 @@ from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
 from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.logits import narrow_cache
+from deepseek_export.paths import read_text
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.reference.mla import AttentionForm
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 
 MIN_TRANSFORMERS = (5, 17)
 
@@ -51,7 +52,7 @@ class TransformersOracle:
         self.name = f"transformers {transformers.__version__}"
         # 都用 eager：softmax 用 float32，与 DeepSeek 原版一致；缺省的 grouped_mm 还要求步长是 16 字节的倍数。
         options: dict[str, Any] = {
-            "dtype": TORCH_DTYPES[dtype],
+            "dtype": torch_dtype(dtype),
             "attn_implementation": "eager",
             "experts_implementation": "eager",
             "local_files_only": True,
@@ -88,7 +89,7 @@ class TransformersOracle:
 
 def _transformers_config(transformers: Any, checkpoint: Checkpoint) -> Any:
     """检查点的配置，不带量化；家族在 transformers 里由别的 model_type 实现时（kimi_k2 就是 deepseek_v3）换成那一个。"""
-    data = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    data = json.loads(read_text(checkpoint.path / "config.json"))
     data.pop("quantization_config", None)
     kind = FAMILIES[checkpoint.config.family].transformers_type
     return transformers.CONFIG_MAPPING[kind].from_dict(data | {"model_type": kind})
@@ -119,7 +120,7 @@ class ReferenceOracle:
     ) -> None:
         self.name = "dsx reference" + ("（同样的量化权重）" if quantized else "")
         self._model = load_reference(checkpoint, Forms(attention, "dense"), dtype, quantized)  # type: ignore[arg-type]
-        self._cache_dtype = TORCH_DTYPES[cache_dtype or dtype]
+        self._cache_dtype = torch_dtype(cache_dtype or dtype)
 
     @classmethod
     def for_bundle(cls, checkpoint: Checkpoint, manifest: Manifest) -> ReferenceOracle:

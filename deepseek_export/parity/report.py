@@ -6,10 +6,10 @@ import platform
 from typing import Any, Literal
 
 import onnx
-import onnxruntime
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from deepseek_export.backend.ort.session import runtime_version
 from deepseek_export.checkpoint.weight_only import QuantKind
 from deepseek_export.parity.measures import Measure, measure
 from deepseek_export.parity.tolerances import Dtype, Quantity, Tolerance, tolerance
@@ -134,5 +134,5 @@ def environment() -> dict[str, str]:
         "machine": platform.machine(),
         "torch": torch.__version__,
         "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": runtime_version(),
     }

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from deepseek_export.backend.ort.cut import Call, open_model
+from deepseek_export.backend.ort.session import SessionSettings
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest
 from deepseek_export.bundle.graph import external_location
 from deepseek_export.checkpoint.weight_only import unpacked_int4
 from deepseek_export.cpu_library import library_for
 from deepseek_export.parity.arrays import widened
 from deepseek_export.parity.tolerances import Dtype
-from deepseek_export.runtime.cache import ort_value
-from deepseek_export.runtime.graph import give_initializers, use_library
 
-#: 从内存里的模型建 session 时，外部权重相对哪个目录。
-_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 #: 断开之后，由外面喂的那一份值的名字前缀。
 _FED = "pytorch/"
 
@@ -47,7 +44,6 @@ class ModelGraph:
         self.folder: Path = bundle.path
         self._library = library_for(bundle.manifest.target)
         self._weights = BundleWeights(bundle)
-        self._given: dict[str, ort.OrtValue] = {}  # 会话只借用内存
         path = bundle.model_path if file is None else bundle.path / file
         self.model = onnx.shape_inference.infer_shapes(
             model or onnx.load(path, load_external_data=False), data_prop=True
@@ -147,27 +143,13 @@ class ModelGraph:
         """
         return self.session(model or self.cut(list(feeds), outputs))(feeds, outputs)
 
-    def session(
-        self, model: onnx.ModelProto
-    ) -> Callable[[Mapping[str, np.ndarray], Sequence[str]], list[np.ndarray]]:
+    def session(self, model: onnx.ModelProto) -> Call:
         """截好的子图 → 可反复调用的函数 ``(feeds, outputs) -> list[np.ndarray]``。"""
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.folder.resolve()))
-        for name, array in self._weights.arrays(model).items():
-            if name not in self._given:
-                self._given[name] = ort_value(array)
-        used = {tensor.name for tensor in model.graph.initializer}
-        give_initializers(options, {name: value for name, value in self._given.items() if name in used})
-        use_library(options, self._library)
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        run_options = ort.RunOptions()
-        run_options.log_severity_level = 4
-
-        def call(feeds: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
-            return session.run(list(outputs), feeds_for(model, feeds), run_options)
-
-        return call
+        settings = SessionSettings(
+            initializers=self._weights.arrays(model), library=self._library, folder=self.folder
+        )
+        run = open_model(model.SerializeToString(), settings)
+        return lambda feeds, outputs: run(feeds_for(model, feeds), outputs)
 
 
 def feeds_for(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -186,7 +186,7 @@ QUANT_TOLERANCES: Mapping[tuple[Quantity, Dtype, QuantKind], Tolerance] = Mappin
             float("inf"),
             3e-2,
             1e-1,
-            "4 位的权重误差约 1e-1，逐层累计；演示检查点实测 6e-2（perf/results/quant.json）",
+            "4 位的权重误差约 1e-1，逐层累计；演示检查点实测 6e-2（python -m perf run quant）",
         ),
         ("loss_all", "float32", "int8"): Tolerance(
             float("inf"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.disk import write_report
 from deepseek_export.bundle.source import open_source
@@ -25,10 +26,8 @@ from deepseek_export.parity.tokens import token_cases
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_draft, load_reference
 from deepseek_export.runtime import (
-    Backend,
     BundleTokenizer,
     Generator,
-    bundle_for,
     open_session,
     open_speculative,
 )
@@ -53,7 +52,7 @@ def verify_bundle(
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
     text: Path | str | None = None,
-    backend: Backend = "ort",
+    backend: str = "ort",
     verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -83,7 +82,8 @@ def verify_bundle(
             ``DSX-E404`` / ``DSX-E405`` 报告写不下。
     """
     progress = progress or Progress()
-    bundle = bundle_for(bundle, backend)  # 前面的层级要好几分钟，不该跑完才说没有 GPU、没有引擎
+    chosen = backend_named(backend)
+    bundle = chosen.prepared(bundle)  # 前面的层级要好几分钟，不该跑完才说没有 GPU、没有引擎
     manifest = bundle.manifest
     levels = [level for level in LEVELS if level in levels]
     cases: list[Case] = []
@@ -92,7 +92,7 @@ def verify_bundle(
     if not on_onnxruntime:
         levels = [level for level in levels if backend == "trt" and level in ("model", "tokens")]
         if not levels:
-            bundle.check_runs_on_onnxruntime()
+            backend_named("ort").prepared(bundle)
         notes.append(
             "bfloat16 只在引擎上比整个模型：op、block 与草稿模型的逐块比较要 ONNX Runtime，它没有 bfloat16 的算子"
         )
@@ -136,13 +136,13 @@ def verify_bundle(
             progress.note(line)
         notes += missing
         weights, speculative = BundleWeights(bundle), None
-        session = open_session(bundle, weights, backend=backend)
-        generator = Generator(session, tokenizer, (), session.prefill_chunk)
-        if session.max_batch is not None and session.max_batch < len(rows):
+        session = open_session(chosen, bundle, weights)
+        generator = Generator(session, tokenizer, (), session.limits.prefill_chunk)
+        if session.limits.max_batch is not None and session.limits.max_batch < len(rows):
             notes.append(
-                f"引擎的批大小至多 {session.max_batch}：model、tokens 两级只比前 {session.max_batch} 条"
+                f"引擎的批大小至多 {session.limits.max_batch}：model、tokens 两级只比前 {session.limits.max_batch} 条"
             )
-            rows = rows[: session.max_batch]
+            rows = rows[: session.limits.max_batch]
         narrow = narrow_cache(manifest)
         same = oracle
         if manifest.quantization is not None or narrow is not None:
@@ -150,7 +150,7 @@ def verify_bundle(
         advance = lambda name: progress.advance(0, name)  # noqa: E731
         if "model" in levels:
             progress.start("校验 model")
-            limit = session.logits_chunk
+            limit = session.limits.logits_rows
             if limit is not None and limit < max(map(len, rows)):
                 notes.append(f"引擎一次至多给 {limit} 行 logits：model 级里一次走完的，其实 {limit} 个一段")
             cases += model_cases(manifest, generator, same, model, rows, advance)
@@ -176,7 +176,7 @@ def verify_bundle(
             cases += cache_loss_cases(manifest, generator, oracle, model, rows, advance)
         if "tokens" in levels:
             progress.start("校验 tokens")
-            speculative = open_speculative(bundle, weights, session, tokenizer)
+            speculative = open_speculative(chosen, bundle, weights, session, tokenizer)
             if speculative is not None and speculative.verify_mode == "rejection":
                 speculative = None
                 notes.append(

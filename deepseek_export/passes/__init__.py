@@ -3,19 +3,20 @@
 from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
 from deepseek_export.passes.listing import graph_listing
 from deepseek_export.passes.pipelines import (
-    PIPELINES,
-    QUANT_PIPELINES,
+    QUANT_TARGETS,
+    TARGETS,
     TENSORRT_TARGETS,
     LoweredModel,
     check_cache,
     check_quantization,
     check_target,
     lower,
+    pipeline,
 )
 
 __all__ = [
-    "PIPELINES",
-    "QUANT_PIPELINES",
+    "QUANT_TARGETS",
+    "TARGETS",
     "TENSORRT_TARGETS",
     "GraphModule",
     "LoweredModel",
@@ -28,4 +29,5 @@ __all__ = [
     "check_target",
     "graph_listing",
     "lower",
+    "pipeline",
 ]

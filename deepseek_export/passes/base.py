@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
 from onnx_graphsurgeon.logger import G_LOGGER
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe
+from deepseek_export.checkpoint.recipe import Recipe
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import MlaForm
 from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
@@ -92,6 +94,10 @@ class GraphModule:
         """主图里某个算子的全部节点，按图的次序。"""
         return [node for node in self.graph.nodes if node.op == op_type and (node.domain or "") == domain]
 
+    def oversized(self) -> list[str]:
+        """一个张量装不下的权重。"""
+        return [name for name, recipe in self.weights.items() if math.prod(recipe.shape) > self.max_elements]
+
     def replace(self, old: gs.Node, new: Sequence[gs.Node]) -> None:
         """用 ``new`` 顶替 ``old`` 在节点表里的位置；``new`` 为空即删除。"""
         index = next(i for i, node in enumerate(self.graph.nodes) if node is old)
@@ -129,7 +135,7 @@ class GraphModule:
                 return tensor
             if tensor is before:
                 position = index
-        variable = gs.Variable(name, NUMPY_DTYPES[recipe.dtype], list(recipe.shape))
+        variable = gs.Variable(name, DTYPES[recipe.dtype].numpy, list(recipe.shape))
         self.graph.inputs.insert(position, variable)
         self.weights[name] = recipe
         self._sort_weights()
@@ -223,6 +229,8 @@ class PassResult(BaseModel):
         changed: 图是否变了。
         count: 改写了几处。
         refused: 没有改写的候选，逐个写明原因。
+        kept: 用户要保留而没有改写的有几处。
+        notes: 候选之外没有改写的，逐条写进 ``fallbacks``。``kept`` 与它都不写进 manifest。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -231,6 +239,8 @@ class PassResult(BaseModel):
     changed: bool
     count: int
     refused: tuple[Refusal, ...] = ()
+    kept: int = Field(default=0, exclude=True)
+    notes: tuple[str, ...] = Field(default=(), exclude=True)
 
 
 class PassError(Exception):

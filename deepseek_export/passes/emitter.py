@@ -7,6 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from deepseek_export.dtypes import BY_ONNX, Dtype, by_numpy
+
+
+def dtype_of(tensor: gs.Tensor) -> Dtype:
+    """张量的 dtype；graph-surgeon 里 numpy 没有的类型（bfloat16）是 ONNX 的编号。"""
+    return BY_ONNX[tensor.dtype] if isinstance(tensor.dtype, int) else by_numpy(tensor.dtype)
+
 
 class Emitter:
     """收集顶替一个节点的新节点。

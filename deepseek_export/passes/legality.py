@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import helper
 
 from deepseek_export.capture import names
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import DOMAIN, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from deepseek_export.passes.base import MICROSOFT, GraphModule
+from deepseek_export.passes.emitter import dtype_of
 
 #: 目标 → 图里允许出现的域。
 ALLOWED_DOMAINS: Mapping[str, frozenset[str]] = MappingProxyType(
@@ -155,18 +153,16 @@ def _weights(c: _Context) -> Iterator[str]:
         if recipe is None:
             yield f"输入 {name} 既不在 I/O 契约里，也没有权重配方"
             continue
-        if tuple(tensor.shape) != recipe.shape or _numpy(tensor.dtype) != NUMPY_DTYPES[recipe.dtype]:
-            declared, wanted = f"{tensor.dtype}{list(tensor.shape)}", f"{recipe.dtype}{list(recipe.shape)}"
+        if tuple(tensor.shape) != recipe.shape or dtype_of(tensor).name != recipe.dtype:
+            declared, wanted = (
+                f"{dtype_of(tensor).name}{list(tensor.shape)}",
+                f"{recipe.dtype}{list(recipe.shape)}",
+            )
             yield f"权重 {name} 声明为 {declared}，配方是 {wanted}"
         if name not in used:
             yield f"权重 {name} 没有节点消费"
     for name in module.weights.keys() - inputs.keys():
         yield f"配方 {name} 没有对应的权重输入"
-
-
-def _numpy(dtype) -> np.dtype:
-    """graph-surgeon 里 numpy 没有的类型（bfloat16）是 ONNX 的类型编号。"""
-    return helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else np.dtype(dtype)
 
 
 def _contract(c: _Context) -> Iterator[str]:

@@ -7,8 +7,6 @@ from typing import ClassVar
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-import torch
-from onnx import helper
 
 from deepseek_export.capture.bodies import latent_attention_body
 from deepseek_export.errors import DsxError
@@ -20,7 +18,8 @@ from deepseek_export.ops.table import (
     PLUGIN_VERSION,
 )
 from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult
-from deepseek_export.passes.emitter import Emitter
+from deepseek_export.passes.emitter import Emitter, dtype_of
+from deepseek_export.reference.weights import torch_dtype
 
 #: 一次至多多少个新 token 走插件核；再多就是 prefill。投机解码验证 K 个草稿时 S = K+1。
 MAX_DECODE_TOKENS = 8
@@ -29,12 +28,6 @@ MAX_DECODE_TOKENS = 8
 NATIVE_ATTENTION = "Attention"
 #: 原生融合注意力核的宽度上限与步长（TensorRT-RTX 1.7，SM80、SM89、SM120 实测）。
 _MAX_HEAD_WIDTH, _HEAD_WIDTH_STEP = 256, 8
-
-_TORCH_DTYPES: dict[int, torch.dtype] = {
-    onnx.TensorProto.FLOAT: torch.float32,
-    onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16,
-}
 
 
 class LowerMlaToTensorrtPass(Pass):
@@ -77,7 +70,7 @@ class LowerMlaToTensorrtPass(Pass):
         if module.mla_form != "naive":
             q, cache, _ = module.find(LATENT_ATTENTION.name)[0].inputs
             module.functions[LATENT_ATTENTION.name] = latent_attention_body(
-                module.config, _TORCH_DTYPES[_onnx_type(q)], _TORCH_DTYPES[_onnx_type(cache)]
+                module.config, torch_dtype(dtype_of(q).name), torch_dtype(dtype_of(cache).name)
             )
         return PassResult(name=self.name, changed=True, count=len(sites))
 
@@ -116,7 +109,7 @@ class _Rewrite:
         rows = emit("Concat", [self.c_kv, self.k_pe], "mla/rows", self.c_kv, axis=-1)
         rows = emit("Unsqueeze", [rows, emit.ints(1)], "mla/new", self.c_kv)
         if self.cache.dtype != self.c_kv.dtype:
-            rows = emit("Cast", [rows], "mla/new_cast", self.cache, to=_onnx_type(self.cache))
+            rows = emit("Cast", [rows], "mla/new_cast", self.cache, to=dtype_of(self.cache).onnx)
         emit.add("TensorScatter", [self.cache, rows, self.past_lens], "mla/TensorScatter", [self.cache_out])
 
     def _both(self) -> None:
@@ -217,7 +210,7 @@ class _Rewrite:
         q = emit("Transpose", [self._pad(q, padded - width, "q")], "mla/Q", q, perm=[0, 2, 1, 3])
         latent = emit("Squeeze", [cache, emit.ints(1)], "mla/latent", cache)
         if cache.dtype != q_nope.dtype:
-            latent = emit("Cast", [latent], "mla/latent_cast", q_nope, to=_onnx_type(q_nope))
+            latent = emit("Cast", [latent], "mla/latent_cast", q_nope, to=dtype_of(q_nope).onnx)
         c_kv, k_pe = emit.split(latent, (self.r, self.dr), ("mla/c_kv", "mla/k_pe"), axis=2)
         w = emit("Transpose", [self.w_kv_b], "mla/w_kv_b_t", self.w_kv_b, perm=[1, 0])
         kv = emit("MatMul", [c_kv, w], "mla/expand", q)
@@ -259,8 +252,3 @@ class _Rewrite:
         last = emit("Add", [past, positions[0]], "mla/last_visible", np.int64)
         last = emit("Unsqueeze", [last, emit.ints(1, 3)], "mla/last_visible_4d", np.int64)
         return emit("LessOrEqual", [positions[1], last], "mla/visible", np.bool_)
-
-
-def _onnx_type(tensor: gs.Tensor) -> int:
-    """ONNX 的类型编号；graph-surgeon 里 numpy 没有的类型（bfloat16）本来就是编号。"""
-    return tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(tensor.dtype)

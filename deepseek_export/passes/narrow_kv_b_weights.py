@@ -39,16 +39,16 @@ class NarrowKvBWeightsPass(Pass):
 
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
-        count = 0
+        count = kept = 0
         for node in module.find(MLA_ATTENTION.name):
             weight = node.inputs[_INPUT]
             recipe = module.weights.get(weight.name)
-            # 情形 2、3。
-            if (
-                recipe is None
-                or recipe.dtype != "float32"
-                or self.quantization.keeps(scope(node), weight.name)
-            ):
+            # 情形 2。
+            if self.quantization.keeps(scope(node), weight.name):
+                kept += 1
+                continue
+            # 情形 3。
+            if recipe is None or recipe.dtype != "float32":
                 continue
             # 情形 1。
             module.weights[weight.name] = recipe.model_copy(update={"dtype": "bfloat16"})
@@ -56,7 +56,7 @@ class NarrowKvBWeightsPass(Pass):
             count += 1
         if count:
             module.functions[MLA_ATTENTION.name] = _widened(module.functions[MLA_ATTENTION.name])
-        return PassResult(name=self.name, changed=count > 0, count=count)
+        return PassResult(name=self.name, changed=count > 0, count=count, kept=kept)
 
 
 def _widened(body: onnx.FunctionProto) -> onnx.FunctionProto:

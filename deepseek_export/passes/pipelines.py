@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 import onnx
 from onnx import helper
@@ -29,7 +27,7 @@ from deepseek_export.ops.table import (
     SPEC_ACCEPT_REJECTION,
 )
 from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
-from deepseek_export.passes.base import MAX_ELEMENTS, GraphModule, Pass, PassResult
+from deepseek_export.passes.base import MAX_ELEMENTS, MICROSOFT, GraphModule, Pass, PassResult
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
 from deepseek_export.passes.inline_bodies import (
@@ -53,78 +51,161 @@ from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPas
 from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
 from deepseek_export.profile import OptimizationProfile
 
+#: 图 → 个数。
+Count = Callable[[GraphModule], int]
 
-class Step(NamedTuple):
-    """流水线的一项。
+
+@dataclass(frozen=True)
+class Step:
+    """流水线的一项：一个 pass，与它应当处理几处。
 
     Attributes:
-        build: 建立 pass。
-        op: 它针对的 dsx 算子；每个这样的节点要么计入 ``count``，要么计入 ``refused``。
-        consumes: 改写之后节点是否消失；只改函数体的 pass 为 ``False``。
+        rewrite: pass；没有改写的由它自己报告（``refused``、``kept``、``notes``）。
+        expected: 跑之前的图 → 几处；改写、拒绝、保留的加起来必须正好这么多。``None`` 不核对，写明为什么。
+        consumes: 改写之后 ``expected`` 数的东西是否消失：再数一遍，``True`` 剩下的是拒绝的与保留的，``False`` 一个不少。
     """
 
-    build: Callable[[], Pass]
-    op: str
+    rewrite: Pass
+    expected: Count | None
     consumes: bool = True
 
+    def run(self, module: GraphModule, target: str, before: Sequence[str]) -> PassResult:
+        """跑 pass，查合法性，核对个数。
 
-#: 两种 TensorRT 用同一条流水线：差别只在建引擎时（``engine/flavour.py``）。
-_TENSORRT = (
+        Raises:
+            DsxError: ``DSX-E302`` 个数不符；``DSX-E303`` 图不合法；pass 抛出的用户错误。
+            PassError: pass 自身的缺陷。
+        """
+        wanted = self.expected(module) if self.expected else 0
+        result = self.rewrite(module, before)
+        check_legality(module, result.name, target)
+        if self.expected:
+            left, after = len(result.refused) + result.kept, self.expected(module)
+            if result.count + left != wanted or after != (left if self.consumes else wanted):
+                what = (
+                    f"pass {result.name} 报告改写 {result.count} 处、拒绝 {len(result.refused)} 处、保留 {result.kept} 处，"
+                    f"而应处理的有 {wanted} 处，之后还有 {after} 处"
+                )
+                todo = f"这是 dsx 的缺陷，出在 {result.name}：请附上这段文字和 pip list 报告"
+                raise DsxError("DSX-E302", what, todo)
+        return result
+
+
+def _portable(quantization: Quantization | None, oversized: bool) -> Iterator[Step]:
+    # 不下沉：每个 dsx 算子走自己的函数体，任何 ONNX 运行时都能跑。
+    if oversized:
+        # 太大的专家权重没有运行时装得下。
+        yield Step(SplitExpertsPass(), oversized_experts)
+
+
+def _ort_cpu(quantization: Quantization | None, oversized: bool) -> Iterator[Step]:
+    if oversized:
+        # 太大的专家权重没有运行时装得下；下沉时要知道哪些拆过，所以排在最前。
+        yield Step(SplitExpertsPass(), oversized_experts)
+    # 先试路由与专家一起融合：noaux_tc 的路由也有现成 kernel，不必在图里拼。
+    yield Step(LowerGateExpertsToOrtMoePass(), nodes(MOE_EXPERTS.name))
+    # 剩下的（V2、不归一化、旧 onnxruntime）路由留在函数体里，专家仍用 MoE kernel，省掉 Loop。
+    yield Step(LowerExpertsToOrtMoePass(), nodes(MOE_EXPERTS.name))
+    # 注意力只看用到的缓存前缀：一步的耗时随上下文走，不随缓存容量走。
+    yield Step(BoundMlaCachePass(), nodes(MLA_ATTENTION.name), consumes=False)
+    if quantization is not None:
+        # 权重反正要重写，RoPE 的通道次序顺便排进去；没有量化时不做，检查点里能按引用读的权重还按引用读。
+        yield Step(AbsorbRopeLayoutPass(), absorbable_ropes, consumes=False)
+        # 专家占 MoE 模型权重的绝大部分；只认下沉好的 MoE，所以排在下沉之后。
+        yield Step(QuantizeMoeToQMoePass(quantization), nodes("MoE", domain=MICROSOFT))
+        # 其余线性层，包括 lm_head 与共享专家。
+        yield Step(QuantizeLinearsToMatMulNBitsPass(quantization), linear_layers, consumes=False)
+        # 吸收进注意力的 kv_b 不是线性层，每一步却也要整个读一遍。
+        yield Step(NarrowKvBWeightsPass(quantization), nodes(MLA_ATTENTION.name), consumes=False)
+        # int8 的换成 dsx 算子：有算子库时走自己的 kernel，没有时函数体就是上面换成的节点。
+        int8 = ("MatMulNBits", "QMoE") if quantization.bits == 8 else ()
+        yield Step(WrapInt8KernelsPass(), nodes(*int8, domain=MICROSOFT))
+    # 形状在编译时定下来；前面的都做完了才看得出什么用不着。几处取决于追踪器怎么写，没有数可以核对。
+    yield Step(FoldReshapeShapesPass(), None)
+    # 没有排进权重的 RoPE 重排，换成快的写法。
+    yield Step(SplitPairsPass(), paired_ropes if quantization is None else biased_ropes, consumes=False)
+
+
+def _tensorrt(quantization: Quantization | None, oversized: bool) -> Iterator[Step]:
+    # 两种 TensorRT 用同一条流水线：差别只在建引擎时（``engine/flavour.py``）。
+    if oversized:
+        # TensorRT 的张量至多 2^31-1 个元素。
+        yield Step(SplitExpertsPass(), oversized_experts)
     # 缓存写入与吸收用原生层，注意力核留给插件；prefill 用原生融合注意力。
-    Step(LowerMlaToTensorrtPass, MLA_ATTENTION.name),
+    yield Step(LowerMlaToTensorrtPass(), nodes(MLA_ATTENTION.name))
     # MoeExperts 原样留着，它就是插件核；函数体换成 TensorRT 没有插件也建得出的写法。
-    Step(UseDenseExpertsBodyPass, MOE_EXPERTS.name, consumes=False),
+    yield Step(UseDenseExpertsBodyPass(), nodes(MOE_EXPERTS.name), consumes=False)
     # 路由与草稿验证都是原生算子，展开以便层名带着模块路径。
-    Step(InlineMoeGatePass, MOE_GATE.name),
-    Step(InlineSpecAcceptPass, SPEC_ACCEPT.name),
-    Step(InlineSpecAcceptRejectionPass, SPEC_ACCEPT_REJECTION.name),
-)
-
-PIPELINES: Mapping[str, Sequence[Step]] = MappingProxyType(
-    {
-        # 不下沉：每个 dsx 算子走自己的函数体，任何 ONNX 运行时都能跑。
-        "portable": (),
-        "ort-cpu": (
-            # 先试路由与专家一起融合：noaux_tc 的路由也有现成 kernel，不必在图里拼。
-            Step(LowerGateExpertsToOrtMoePass, MOE_EXPERTS.name),
-            # 剩下的（V2、不归一化、旧 onnxruntime）路由留在函数体里，专家仍用 MoE kernel，省掉 Loop。
-            Step(LowerExpertsToOrtMoePass, MOE_EXPERTS.name),
-            # 注意力只看用到的缓存前缀：一步的耗时随上下文走，不随缓存容量走。
-            Step(BoundMlaCachePass, MLA_ATTENTION.name, consumes=False),
-        ),
-        "tensorrt": _TENSORRT,
-        "tensorrt-rtx": _TENSORRT,
-    }
-)
-
-#: 只量化权重：在目标的流水线之后再跑的 pass；不在表里的目标不支持。
-QUANT_PIPELINES: Mapping[str, Sequence[Callable[[Quantization], Pass]]] = MappingProxyType(
-    {
-        "ort-cpu": (
-            # 权重反正要重写，RoPE 的通道次序顺便排进去；没有量化时不做，检查点里能按引用读的权重还按引用读。
-            lambda _: AbsorbRopeLayoutPass(),
-            # 专家占 MoE 模型权重的绝大部分；只认下沉好的 MoE，所以排在前面的流水线之后。
-            QuantizeMoeToQMoePass,
-            # 其余线性层，包括 lm_head 与共享专家。
-            QuantizeLinearsToMatMulNBitsPass,
-            # 吸收进注意力的 kv_b 不是线性层，每一步却也要整个读一遍。
-            NarrowKvBWeightsPass,
-            # int8 的换成 dsx 算子：有算子库时走自己的 kernel，没有时函数体就是上面换成的节点。
-            lambda _: WrapInt8KernelsPass(),
-        ),
+    yield Step(InlineMoeGatePass(), nodes(MOE_GATE.name))
+    yield Step(InlineSpecAcceptPass(), nodes(SPEC_ACCEPT.name))
+    yield Step(InlineSpecAcceptRejectionPass(), nodes(SPEC_ACCEPT_REJECTION.name))
+    if quantization is not None:
         # 线性层与专家一样：TensorRT 自己决定哪些 DequantizeLinear 融进矩阵乘。
-        "tensorrt": (QuantizeWeightsToDequantizeLinearPass,),
-        "tensorrt-rtx": (QuantizeWeightsToDequantizeLinearPass,),
-    }
+        yield Step(QuantizeWeightsToDequantizeLinearPass(quantization), linears_and_experts, consumes=False)
+
+
+_PIPELINES: Mapping[str, Callable[[Quantization | None, bool], Iterator[Step]]] = MappingProxyType(
+    {"portable": _portable, "ort-cpu": _ort_cpu, "tensorrt": _tensorrt, "tensorrt-rtx": _tensorrt}
 )
 
-#: 最后收拾的 pass：与算子无关，前面的都做完了才看得出什么用不着。
-FINISH: Mapping[str, Sequence[Callable[[], Pass]]] = MappingProxyType(
-    {"ort-cpu": (FoldReshapeShapesPass, SplitPairsPass)}
-)
-
+#: 全部目标。
+TARGETS = tuple(_PIPELINES)
 #: 产物用来建 TensorRT 引擎的目标。
 TENSORRT_TARGETS = ("tensorrt", "tensorrt-rtx")
+#: 支持只量化权重的目标。
+QUANT_TARGETS = ("ort-cpu", *TENSORRT_TARGETS)
+
+
+def pipeline(target: str, quantization: Quantization | None = None, oversized: bool = False) -> list[Step]:
+    """一个目标的流水线，从上到下就是执行次序。
+
+    Args:
+        target: 编译目标，先过 :func:`check_target`。
+        quantization: 只量化权重；``None`` 不量化。先过 :func:`check_quantization`。
+        oversized: 有没有一个张量装不下的权重。
+    """
+    return list(_PIPELINES[target](quantization, oversized))
+
+
+def nodes(*ops: str, domain: str = DOMAIN) -> Count:
+    """这几种节点的个数；捕获之后每个 dsx 算子有几个已按方案核对过。"""
+    return lambda module: sum(len(module.find(op, domain)) for op in ops)
+
+
+def oversized_experts(module: GraphModule) -> int:
+    """有权重太大的 ``MoeExperts``。"""
+    large = set(module.oversized())
+    return sum(any(t.name in large for t in node.inputs) for node in module.find(MOE_EXPERTS.name))
+
+
+def paired_ropes(module: GraphModule) -> int:
+    """要把成对的通道改成前后两半的 RoPE：每层的 q_pe 与 k_pe。"""
+    return 2 * len(module.layers) if module.config.rope_layout == "deinterleaved" else 0
+
+
+def biased_ropes(module: GraphModule) -> int:
+    """其中线性层带 bias、重排排不进权重的：每层的 k_pe。"""
+    return paired_ropes(module) // 2 if module.config.attention_bias else 0
+
+
+def absorbable_ropes(module: GraphModule) -> int:
+    """其余的。"""
+    return paired_ropes(module) - biased_ropes(module)
+
+
+def linear_layers(module: GraphModule) -> int:
+    """每层的 q（一个或两个）、kv_a、o，MLA 关闭时还有 kv_b；MLP 或共享专家的三个；lm_head，草稿模型的 eh_proj。"""
+    config, layers = module.config, module.layers
+    latent = any(site.op == MLA_ATTENTION.name for site in module.sites)
+    attention = 4 + (config.q_lora_rank is not None) - latent
+    mlps = sum(bool(config.n_shared_experts) or not config.is_moe_layer(layer) for layer in layers)
+    return attention * len(layers) + 3 * mlps + 1 + (module.role == "draft")
+
+
+def linears_and_experts(module: GraphModule) -> int:
+    """线性层，与每层专家（MoE 打开时每个 ``MoeExperts``）叠放的三个权重。"""
+    experts = len(module.find(MOE_EXPERTS.name)) or sum(map(module.config.is_moe_layer, module.layers))
+    return linear_layers(module) + 3 * experts
 
 
 @dataclass
@@ -152,8 +233,8 @@ def check_target(target: str, dtype: ModelDtype = "float32") -> None:
     Raises:
         DsxError: ``DSX-E301`` 没有这个目标；``DSX-E321`` 目标不支持 bfloat16。
     """
-    if target not in PIPELINES:
-        raise DsxError("DSX-E301", f"目标 {target!r} 不存在", f"可用的目标：{'、'.join(PIPELINES)}")
+    if target not in TARGETS:
+        raise DsxError("DSX-E301", f"目标 {target!r} 不存在", f"可用的目标：{'、'.join(TARGETS)}")
     if dtype == "bfloat16" and target not in TENSORRT_TARGETS:
         what = f"目标 {target} 在 ONNX Runtime 的 CPU 上运行，它没有 bfloat16 的算子"
         raise DsxError("DSX-E321", what, f"用 --dtype float16，或 --target {' / '.join(TENSORRT_TARGETS)}")
@@ -179,8 +260,8 @@ def check_quantization(target: str, dtype: ModelDtype) -> None:
     Raises:
         DsxError: ``DSX-E310`` 目标不支持；``DSX-E311`` dtype 不支持。
     """
-    if target not in QUANT_PIPELINES:
-        supported = "、".join(QUANT_PIPELINES)
+    if target not in QUANT_TARGETS:
+        supported = "、".join(QUANT_TARGETS)
         raise DsxError(
             "DSX-E310", f"目标 {target} 不支持 --quant", f"可以量化的目标：{supported}；或去掉 --quant"
         )
@@ -222,43 +303,12 @@ def lower(
     module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)
     check_legality(module, "capture", target)
     _check_captured(module, profile)
-    results = _split_oversized(module, target)
-    for step in PIPELINES[target]:
-        before = len(module.find(step.op))
-        rewrite = step.build()
-        result = rewrite(module, [earlier.name for earlier in results])
-        check_legality(module, rewrite.name, target)
-        _check_step(step, result, before, len(module.find(step.op)))
-        results.append(result)
-    notes = []
-    if quantization is not None:
-        for build in QUANT_PIPELINES[target]:
-            rewrite = build(quantization)
-            results.append(rewrite(module, [earlier.name for earlier in results]))
-            check_legality(module, rewrite.name, target)
-        notes = _float_experts(module, quantization, results)
-    for finish in FINISH.get(target, ()):
-        rewrite = finish()
-        results.append(rewrite(module, [earlier.name for earlier in results]))
-        check_legality(module, rewrite.name, target)
+    results: list[PassResult] = []
+    for step in pipeline(target, quantization, bool(module.oversized())):
+        results.append(step.run(module, target, [earlier.name for earlier in results]))
     proto = module.to_proto()
     helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
-    return LoweredModel(proto, module.weights, results, _fallbacks(results) + notes, module.quantized)
-
-
-def _split_oversized(module: GraphModule, target: str) -> list[PassResult]:
-    """任何目标都先把太大的专家权重拆开；没有太大的就什么也不做、不留记录。"""
-    rewrite = SplitExpertsPass()
-    result = rewrite(module)
-    check_legality(module, rewrite.name, target)
-    for name, recipe in module.weights.items():
-        if (size := math.prod(recipe.shape)) > module.max_elements:
-            raise DsxError(
-                "DSX-E410",
-                f"{name} 有 {size} 个元素，一个张量至多 {module.max_elements} 个",
-                "打开 moe（例如 -p mla+moe），专家权重就能按组拆开；其余权重 dsx 拆不了",
-            )
-    return [result] if result.changed else []
+    return LoweredModel(proto, module.weights, results, _fallbacks(results), module.quantized)
 
 
 def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
@@ -281,37 +331,6 @@ def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
             raise DsxError("DSX-E302", what, "核对传给 lower 的配置、方案是否就是捕获时用的那一份")
 
 
-def _check_step(step: Step, result: PassResult, before: int, after: int) -> None:
-    """pass 之后：处理的加拒绝的等于之前的；剩下的等于拒绝的，只改函数体的则一个不少。"""
-    refused = len(result.refused)
-    left = refused if step.consumes else before
-    if result.count + refused != before or after != left:
-        what = (
-            f"pass {result.name} 报告改写 {result.count} 处、拒绝 {refused} 处，"
-            f"而 {DOMAIN}::{step.op} 从 {before} 个变成 {after} 个"
-        )
-        raise DsxError(
-            "DSX-E302", what, f"这是 dsx 的缺陷，出在 {result.name}：请附上这段文字和 pip list 报告"
-        )
-
-
-def _float_experts(
-    module: GraphModule, quantization: Quantization, results: Sequence[PassResult]
-) -> list[str]:
-    """没有下沉成 ``MoE`` 的专家不在量化 pass 的视野里，不能不说。"""
-    seen = {refusal.node.partition("/")[0] for result in results for refusal in result.refused}
-    left = [
-        name
-        for name, recipe in module.weights.items()
-        if recipe.op == "stack" and not quantization.keeps(name)
-        if not any(name.startswith(f"model.{path}.") for path in seen)
-    ]
-    if not left:
-        return []
-    why = "它们没有下沉成 MoE 节点（moe.enabled=false，或下沉被拒绝）"
-    return [f"{len(left)} 个专家权重没有量化：{why}，例如 {left[0]}"]
-
-
 def _fallbacks(results: Sequence[PassResult]) -> list[str]:
     # 几十层因同一个原因被拒绝，只说一次；逐处的值在 results 里。
     grouped: dict[str, tuple[dict[str, None], dict[str, str]]] = {}
@@ -325,4 +344,4 @@ def _fallbacks(results: Sequence[PassResult]) -> list[str]:
         node, value = next(iter(values.items()))
         where = node.rpartition("/")[0] + (f" 等 {len(values)} 处" if len(values) > 1 else "")
         lines.append(f"{'、'.join(passes)} 没有改写 {where}：{reason}（{value}）")
-    return lines
+    return lines + [note for result in results for note in result.notes]

@@ -44,13 +44,14 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
 
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
-        count, refused, self._left = 0, [], set()
+        count, kept, refused, self._left = 0, 0, [], set[str]()
         problem = self.kernels.missing("MatMulNBits", _ATTRIBUTES)
         for matmul, transpose in linears(module):
             weight = transpose.inputs[0]
             # 情形 2；与词嵌入共享权重时，只有模块路径认得出 lm_head。
             if self.quantization.keeps(scope(matmul), weight.name):
                 self._left.add(matmul.name)
+                kept += 1
             # 情形 4。
             elif problem:
                 self._left.add(matmul.name)
@@ -60,7 +61,7 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
             else:
                 self._rewrite(module, matmul, transpose)
                 count += 1
-        return PassResult(name=self.name, changed=count > 0, count=count, refused=tuple(refused))
+        return PassResult(name=self.name, changed=count > 0, count=count, refused=tuple(refused), kept=kept)
 
     def ensures(self, module: GraphModule) -> None:
         """剩下的线性层恰好是要保留的与拒绝的。"""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass, PassError, PassResult, Refusal
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.ort_moe import scope
@@ -34,7 +35,7 @@ class QuantizeMoeToQMoePass(Pass):
     2. 某个专家权重在 ``keep`` 里：用户要的，不算拒绝；
     3. D 或 I 不是 block 的倍数（``QMoE`` 的要求）：拒绝；
     4. 安装的 onnxruntime 没有 ``QMoE`` 的 float32 kernel，或它不认得这些属性：拒绝；
-    5. 没有下沉成 ``MoE`` 的专家（MoE 关闭时的稠密写法、留在函数体里的）：不在这个 pass 的范围，由流水线报告。
+    5. 没有下沉成 ``MoE`` 的专家：留在 ``MoeExperts`` 里的，下沉的 pass 已写明原因；MoE 关闭时的稠密写法记一条 ``notes``。
 
     名字：x、y 保留；新权重叫 ``{w}.{kind}`` 与 ``{w}.{kind}.scales``。
 
@@ -50,18 +51,26 @@ class QuantizeMoeToQMoePass(Pass):
 
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
-        count, refused, self._left = 0, [], set()
+        count, kept, refused, self._left = 0, 0, [], set[str]()
         for moe in module.find("MoE", domain=MICROSOFT):
             # 情形 2。
             if self.quantization.keeps(scope(moe), *_expert_names(module, moe)):
                 self._left.add(moe.name)
+                kept += 1
             elif refusal := self._refuse(module, moe):
                 self._left.add(moe.name)
                 refused.append(refusal)
             else:
                 self._rewrite(module, moe)
                 count += 1
-        return PassResult(name=self.name, changed=count > 0, count=count, refused=tuple(refused))
+        return PassResult(
+            name=self.name,
+            changed=count > 0,
+            count=count,
+            refused=tuple(refused),
+            kept=kept,
+            notes=self._notes(module, {refusal.node for refusal in refused}),
+        )
 
     def ensures(self, module: GraphModule) -> None:
         """剩下的 ``MoE`` 恰好是要保留的与拒绝的。"""
@@ -81,6 +90,24 @@ class QuantizeMoeToQMoePass(Pass):
         if problem := self.kernels.missing("QMoE", (*moe.attrs, *_NEW_ATTRIBUTES)):
             return Refusal(node=moe.name, reason=problem, value=f"onnxruntime = {self.kernels.version}")
         return None
+
+    def _notes(self, module: GraphModule, refused: set[str]) -> tuple[str, ...]:
+        """情形 5：还是浮点、不是用户要保留的、又没有别处说明原因的叠放权重。"""
+        explained = {
+            tensor.name
+            for node in module.graph.nodes
+            if node.op == MOE_EXPERTS.name or node.name in refused
+            for tensor in node.inputs
+        }
+        left = [
+            name
+            for name, recipe in module.weights.items()
+            if recipe.op == "stack" and name not in explained and not self.quantization.keeps(name)
+        ]
+        if not left:
+            return ()
+        why = "它们没有下沉成 MoE 节点（moe.enabled=false，或下沉被拒绝）"
+        return (f"{len(left)} 个专家权重没有量化：{why}，例如 {left[0]}",)
 
     def _rewrite(self, module: GraphModule, moe: gs.Node) -> None:
         # 情形 1。

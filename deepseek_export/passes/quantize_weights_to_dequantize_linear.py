@@ -49,7 +49,7 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
 
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
-        count, refused, self._left = 0, [], set()
+        count, kept, refused, self._left = 0, 0, [], set[str]()
         block = self.quantization.block
         for node, index, where in _uses(module):
             weight = node.inputs[index]
@@ -57,6 +57,7 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
             # 情形 3；与词嵌入共享权重时，只有模块路径认得出 lm_head。
             if self.quantization.keeps(where, _whole(weight.name)):
                 self._left.add(node.name)
+                kept += 1
             # 情形 4。
             elif width % block:
                 self._left.add(node.name)
@@ -69,7 +70,7 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
                 name = "lm_head.weight" if where == "head.lm_head" else _whole(weight.name)
                 module.quantized.add(name)
                 count += 1
-        return PassResult(name=self.name, changed=count > 0, count=count, refused=tuple(refused))
+        return PassResult(name=self.name, changed=count > 0, count=count, refused=tuple(refused), kept=kept)
 
     def ensures(self, module: GraphModule) -> None:
         """剩下的浮点权重恰好是要保留的与拒绝的。"""

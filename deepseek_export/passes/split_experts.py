@@ -11,10 +11,11 @@ import onnx_graphsurgeon as gs
 
 from deepseek_export.capture.bodies import moe_experts_body
 from deepseek_export.checkpoint.recipe import Recipe
+from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import MOE_EXPERTS
-from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
+from deepseek_export.passes.base import GraphModule, Pass, PassResult
 from deepseek_export.passes.ort_moe import port
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 
 _WEIGHTS = ("w_gate", "w_up", "w_down")
 
@@ -29,8 +30,11 @@ class SplitExpertsPass(Pass):
 
     不改写：
 
-    2. 权重都不超过上限；
-    3. 拒绝：权重不是逐专家叠放的，或单个专家就超过上限。
+    2. 权重都不超过上限。
+
+    拒绝编译（``DSX-E410``）：
+
+    3. 还有权重超过上限：不是逐专家叠放的（MoE 关闭时的专家、词嵌入），或单个专家就超过。
 
     名字：``x``、topk_ids、topk_weights、``y`` 全部保留；权重 ``…experts.*.up_proj.weight`` 变成 ``…experts.{0..127}.up_proj.weight`` 等。
 
@@ -41,52 +45,27 @@ class SplitExpertsPass(Pass):
 
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
-        count, refused, sizes = 0, [], set()
+        sizes = []
         for experts in module.find(MOE_EXPERTS.name):
-            # 情形 2。
-            if self._largest(experts) <= module.max_elements:
-                continue
-            # 情形 3。
-            if refusal := self._refuse(module, experts):
-                refused.append(refusal)
-                continue
             # 情形 1。
-            E = port(experts, "w_gate").shape[0]
-            groups = next(g for g in range(2, E + 1) if E % g == 0 and self._fits(module, experts, E // g))
-            self._rewrite(module, experts, E // groups)
-            sizes.add(E // groups)
-            count += 1
-        if count:
-            (size,) = sizes  # 各层的专家同形，函数体才能共用
+            if size := _group_size(module, experts):
+                self._rewrite(module, experts, size)
+                sizes.append(size)
+        if sizes:
+            (size,) = set(sizes)  # 各层的专家同形，函数体才能共用
             part = replace(module.config, n_routed_experts=size)
-            module.functions[MOE_EXPERTS.name] = moe_experts_body(part, TORCH_DTYPES[module.dtype])
-        return PassResult(name=self.name, changed=count > 0, count=count, refused=tuple(refused))
+            module.functions[MOE_EXPERTS.name] = moe_experts_body(part, torch_dtype(module.dtype))
+        return PassResult(name=self.name, changed=bool(sizes), count=len(sizes))
 
     def ensures(self, module: GraphModule) -> None:
-        for experts in module.find(MOE_EXPERTS.name):
-            oversized = self._largest(experts) > module.max_elements
-            if oversized and self._refuse(module, experts) is None:
-                raise PassError(f"{experts.name} 的权重仍超过 {module.max_elements} 个元素")
-
-    @staticmethod
-    def _largest(experts: gs.Node) -> int:
-        return max(math.prod(port(experts, name).shape) for name in _WEIGHTS)
-
-    def _fits(self, module: GraphModule, experts: gs.Node, size: int) -> bool:
-        """每组 ``size`` 个专家时装得下。"""
-        return self._largest(experts) // port(experts, "w_gate").shape[0] * size <= module.max_elements
-
-    def _refuse(self, module: GraphModule, experts: gs.Node) -> Refusal | None:
-        for name in _WEIGHTS:
-            weight = port(experts, name)
-            recipe = module.weights.get(weight.name)
-            if recipe is None or recipe.op != "stack" or "*" not in weight.name:
-                value = f"{weight.name} 的配方 = {recipe.op if recipe else '无'}"
-                return Refusal(node=experts.name, reason=f"{name} 不是逐专家叠放的权重输入", value=value)
-        if not self._fits(module, experts, 1):
-            value = f"上限 = {module.max_elements}"
-            return Refusal(node=experts.name, reason="单个专家的权重就超过一个张量的上限", value=value)
-        return None
+        """情形 3。"""
+        if left := module.oversized():
+            size = math.prod(module.weights[left[0]].shape)
+            raise DsxError(
+                "DSX-E410",
+                f"{left[0]} 有 {size} 个元素，一个张量至多 {module.max_elements} 个",
+                "打开 moe（例如 -p mla+moe），专家权重就能按组拆开；其余权重 dsx 拆不了",
+            )
 
     @staticmethod
     def _rewrite(module: GraphModule, experts: gs.Node, size: int) -> None:
@@ -121,6 +100,17 @@ class SplitExpertsPass(Pass):
                 out = summed
             total = out
         module.replace(experts, new)
+
+
+def _group_size(module: GraphModule, experts: gs.Node) -> int:
+    """每组几个专家；0 表示不拆（情形 2、3）。"""
+    recipes = [module.weights[port(experts, name).name] for name in _WEIGHTS]
+    if any(recipe.op != "stack" for recipe in recipes):
+        return 0
+    E, largest = port(experts, "w_gate").shape[0], max(math.prod(recipe.shape) for recipe in recipes)
+    fits = (E // g for g in range(1, E + 1) if E % g == 0 and largest // g <= module.max_elements)
+    size = next(fits, 0)
+    return 0 if size == E else size
 
 
 def _part(module: GraphModule, stack: gs.Tensor, start: int, stop: int) -> gs.Variable:

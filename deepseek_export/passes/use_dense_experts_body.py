@@ -9,7 +9,7 @@ from deepseek_export.capture.bodies import moe_experts_dense_body
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.passes.base import GraphModule, Pass, PassResult
 from deepseek_export.passes.ort_moe import port
-from deepseek_export.reference.weights import TORCH_DTYPES
+from deepseek_export.reference.weights import torch_dtype
 
 
 class UseDenseExpertsBodyPass(Pass):
@@ -37,7 +37,7 @@ class UseDenseExpertsBodyPass(Pass):
             return PassResult(name=self.name, changed=False, count=0)
         # 太大的专家权重已拆成几组，每组的专家数写在权重的形状里。
         part = replace(module.config, n_routed_experts=port(nodes[0], "w_gate").shape[0])
-        dense = moe_experts_dense_body(part, TORCH_DTYPES[module.dtype])
+        dense = moe_experts_dense_body(part, torch_dtype(module.dtype))
         if module.functions[MOE_EXPERTS.name] == dense:
             return PassResult(name=self.name, changed=False, count=0)
         module.functions[MOE_EXPERTS.name] = dense

@@ -13,6 +13,7 @@ from pathlib import Path
 from deepseek_export.checkpoint import Checkpoint, require_mtp
 from deepseek_export.checkpoint.recipe import CHUNK_BYTES, WeightDtype
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.plan.gpus import GPUS
 from deepseek_export.plan.result import BuildPlan, CachePlan, ExportPlan, Plan, StoredWeights, WeightKind
@@ -28,7 +29,6 @@ _WRITTEN: dict[WeightKind, tuple[WeightDtype, Quantization | None]] = {
     "int8": ("float32", Quantization(kind="int8")),
     "int4": ("float32", Quantization(kind="int4")),
 }
-_CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 #: 捕获与改图的内存，与模型大小无关：演示检查点的导出峰值（README）。
 _EXPORT_BASE = 460 << 20
 #: 每个检查点张量的文件头、配方与它那一份图；DeepSeek-V3（91,991 个张量）按引用导出的峰值实测 549 MiB，这样算是 640 MiB。
@@ -156,8 +156,8 @@ def _fp8_share(source: Checkpoint, used: list[str], shape: ModelShape) -> dict[P
 def _cache(shape: ModelShape, dtype: str, model_dtype: str, tokens: int) -> CachePlan:
     """展开的缓存没有 int8 这一种，按模型的 dtype 比。"""
     int8 = dtype == "int8"
-    latent = shape.latent_cache_values(int8) * _CACHE_BYTES[dtype]
-    expanded = shape.expanded_cache_values * _CACHE_BYTES[model_dtype if int8 else dtype]
+    latent = DTYPES[dtype].nbytes(shape.latent_cache_values(int8))
+    expanded = DTYPES[model_dtype if int8 else dtype].nbytes(shape.expanded_cache_values)
     return CachePlan(
         dtype=dtype,
         used="latent" if shape.latent else "expanded",

@@ -17,8 +17,8 @@ from deepseek_export.ops.mla_attention import attend_expanded, mla_attention
 from deepseek_export.ops.standard import tensor_scatter
 from deepseek_export.reference.rope import apply_rope
 
-#: ``expanded`` 是 MLA 关闭（每头 K/V 缓存）；``op`` 调用 ``torch.ops.dsx.mla_attention``，供捕获；其余是参考实现的两种形式。
-AttentionForm = Literal["expanded", "op", "absorb", "naive", "auto"]
+#: 算法：``expanded`` 是 MLA 关闭（每头 K/V 缓存）；其余见 :data:`~deepseek_export.ops.mla_attention.MlaForm`。
+AttentionForm = Literal["expanded", "absorb", "naive", "auto"]
 
 #: q_a_layernorm / kv_a_layernorm 用 RMSNorm 的默认 eps，**不是** ``config.rms_norm_eps``（transformers 与 DeepSeek 都如此）。
 LATENT_NORM_EPS = 1e-6
@@ -43,11 +43,12 @@ class MultiheadLatentAttention(nn.Module):
     Args:
         config: 模型配置。
         form: 见 :data:`AttentionForm`。
+        as_op: 见 :class:`~deepseek_export.reference.model.Forms`；``expanded`` 没有算子。
     """
 
-    def __init__(self, config: ModelConfig, form: AttentionForm) -> None:
+    def __init__(self, config: ModelConfig, form: AttentionForm, as_op: bool = False) -> None:
         super().__init__()
-        self.config, self.form = config, form
+        self.config, self.form, self.as_op = config, form, as_op
         D, H, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(D, H * config.qk_head_dim, bias=False)
@@ -98,7 +99,7 @@ class MultiheadLatentAttention(nn.Module):
                 self.kv_b_proj.weight,
                 c.softmax_scale,
             )
-            if self.form == "op":
+            if self.as_op:
                 o, cache = torch.ops.dsx.mla_attention(*arguments)
             else:
                 o, cache = mla_attention(*arguments, form=self.form)

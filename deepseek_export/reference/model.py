@@ -23,15 +23,23 @@ from deepseek_export.reference.rope import rope_frequencies
 
 @dataclass(frozen=True)
 class Forms:
-    """一个模型实例里 MLA 与 MoE 各用哪种写法。"""
+    """一个模型实例里 MLA 与 MoE 各用哪种算法。
+
+    Attributes:
+        attention, moe: 算法。
+        as_ops: 打开的（``expanded``、``dense`` 之外的）各写成 ``dsx::`` 算子，捕获时追踪成一个节点。
+    """
 
     attention: AttentionForm
     moe: MoeForm
+    as_ops: bool = False
 
     @classmethod
     def for_capture(cls, profile: OptimizationProfile) -> Forms:
         """捕获用：打开的优化写成 ``dsx::`` 算子，关闭的写成普通算子。"""
-        return cls("op" if profile.mla.enabled else "expanded", "op" if profile.moe.enabled else "dense")
+        # 算法由函数体定，追踪出来的块与它无关：总写 auto，几种 mla.form 共用一份追踪。
+        attention: AttentionForm = "auto" if profile.mla.enabled else "expanded"
+        return cls(attention, "sparse" if profile.moe.enabled else "dense", as_ops=True)
 
     @classmethod
     def for_reference(cls, profile: OptimizationProfile) -> Forms:
@@ -69,8 +77,12 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, is_moe: bool, forms: Forms) -> None:
         super().__init__()
-        self.self_attn = MultiheadLatentAttention(config, forms.attention)
-        self.mlp = MoE(config, forms.moe) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.self_attn = MultiheadLatentAttention(config, forms.attention, forms.as_ops)
+        self.mlp = (
+            MoE(config, forms.moe, forms.as_ops)
+            if is_moe
+            else MLP(config.hidden_size, config.intermediate_size)
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_scale = config.residual_scale
@@ -111,7 +123,7 @@ class ReferenceModel(nn.Module):
 
     Args:
         config: 模型配置。
-        forms: 写法，见 :class:`Forms`。
+        forms: 见 :class:`Forms`。
     """
 
     def __init__(self, config: ModelConfig, forms: Forms) -> None:

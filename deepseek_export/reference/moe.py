@@ -14,8 +14,8 @@ from deepseek_export.ops import registry as _registry  # noqa: F401  登记 torc
 from deepseek_export.ops.moe_experts import experts_dense, moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
 
-#: ``op`` 调用 ``torch.ops.dsx``，供捕获；``sparse`` 是参考实现；``dense`` 是 MoE 关闭（每个专家都跑）。
-MoeForm = Literal["op", "sparse", "dense"]
+#: 算法：``sparse`` 只跑选中的专家；``dense`` 是 MoE 关闭（每个专家都跑）。
+MoeForm = Literal["sparse", "dense"]
 
 
 class MLP(nn.Module):
@@ -75,11 +75,12 @@ class MoE(nn.Module):
     Args:
         config: 模型配置。
         form: 见 :data:`MoeForm`。
+        as_op: 见 :class:`~deepseek_export.reference.model.Forms`；``dense`` 没有算子。
     """
 
-    def __init__(self, config: ModelConfig, form: MoeForm) -> None:
+    def __init__(self, config: ModelConfig, form: MoeForm, as_op: bool = False) -> None:
         super().__init__()
-        self.form = form
+        self.form, self.as_op = form, as_op and form == "sparse"
         self.gate = Gate(config)
         self.experts = Experts(config)
         self.shared_experts = None
@@ -92,9 +93,9 @@ class MoE(nn.Module):
         """x [B, S, D] → [B, S, D]。"""
         tokens = x.reshape(-1, x.shape[-1])
         logits = F.linear(tokens.float(), self.gate.weight)
-        route = torch.ops.dsx.moe_gate if self.form == "op" else moe_gate
+        route = torch.ops.dsx.moe_gate if self.as_op else moe_gate
         topk_ids, topk_weights = route(logits, self.gate.e_score_correction_bias, *self.gate.arguments)
-        if self.form == "op":
+        if self.as_op:
             run: Callable[..., Tensor] = torch.ops.dsx.moe_experts
         else:
             run = moe_experts if self.form == "sparse" else experts_dense

@@ -34,7 +34,7 @@ class MtpModule(DecoderLayer):
     Args:
         config: 模型配置。
         index: 第几个模块（从 0 数）。
-        forms: MLA 与 MoE 的写法。
+        forms: MLA 与 MoE 的算法。
     """
 
     def __init__(self, config: ModelConfig, index: int, forms: Forms) -> None:
@@ -83,7 +83,7 @@ class DraftModel(nn.Module):
     Args:
         config: 模型配置。
         index: 第几个 MTP 模块。
-        forms: MLA 与 MoE 的写法。
+        forms: MLA 与 MoE 的算法。
     """
 
     def __init__(self, config: ModelConfig, index: int, forms: Forms) -> None:

@@ -12,15 +12,20 @@ from torch import nn
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
 from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array, mtp_recipes, weight_recipes
 from deepseek_export.checkpoint.weight_only import BlockFormat, dequantized
+from deepseek_export.dtypes import DTYPES, Dtype
 from deepseek_export.reference.model import Forms, ReferenceModel
 from deepseek_export.reference.mtp import DraftModel
 
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,  # 只用于缓存
-}
+
+def torch_dtype(name: str) -> torch.dtype:
+    """dsx 的名字 → torch 的 dtype；两边同名。"""
+    dtype: torch.dtype = getattr(torch, DTYPES[name].name)
+    return dtype
+
+
+def by_torch(dtype: torch.dtype) -> Dtype:
+    """:func:`torch_dtype` 的逆。"""
+    return DTYPES[str(dtype).removeprefix("torch.")]
 
 
 def initializer_name(parameter: str, config: ModelConfig) -> str:
@@ -59,7 +64,7 @@ def load_reference(
 
     Args:
         checkpoint: 已校验的检查点。
-        forms: MLA 与 MoE 的写法。
+        forms: MLA 与 MoE 的算法。
         dtype: 计算 dtype；router 权重始终 float32。
         quantized: 权重名 → 量化格式；这些权重换成量化再还原的值，与量化的 bundle 相同。
 

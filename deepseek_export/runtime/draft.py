@@ -1,16 +1,14 @@
-"""在 ONNX Runtime CPU 上运行一个 MTP 草稿模块（``mtp.onnx``、``mtp.1.onnx``……）。"""
+"""运行一个 MTP 草稿模块（``mtp.onnx``、``mtp.1.onnx``……）。"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek_export.cpu_library import CpuLibrary
-from deepseek_export.runtime.cache import CacheBuffers, contract_broken
-from deepseek_export.runtime.graph import NO_INITIALIZERS, TOKEN_INPUTS, GraphSession
+from deepseek_export.backend.base import Caches, Runner
+from deepseek_export.backend.contract import TOKEN_INPUTS, contract_broken
+from deepseek_export.runtime.graph import GraphSession
 
 
 @dataclass(frozen=True)
@@ -32,33 +30,14 @@ class DraftSession(GraphSession):
     """一个加载好的草稿模块，有自己的缓存。
 
     Args:
-        model_path: ``mtp*.onnx`` 的路径。
-        threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
-        max_positions: 主模型的 max_position_embeddings。
-        initializers: 不在文件里的权重，见 :class:`GraphSession`。
-        library: C++ 算子库，见 :class:`GraphSession`。
+        runner: 加载好的 ``mtp*.onnx``。
 
     Raises:
-        DsxError: ``DSX-E507``，加载失败；``DSX-E508``，输入输出与约定不符。
+        DsxError: ``DSX-E508``，输入输出与约定不符。
     """
 
-    def __init__(
-        self,
-        model_path: str | os.PathLike[str],
-        *,
-        threads: int | None = None,
-        max_positions: int,
-        initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
-        library: CpuLibrary | None = None,
-    ) -> None:
-        super().__init__(
-            model_path,
-            threads=threads,
-            max_positions=max_positions,
-            initializers=initializers,
-            library=library,
-        )
-        self._check_contract(("prev_hidden",), ("logits", "hidden", "draft_id"))
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner, ("prev_hidden",), ("logits", "hidden", "draft_id"))
         if self.hidden_size is None:
             raise contract_broken("草稿模型 hidden 的形状不是 [B, S, 常数]")
 
@@ -68,7 +47,7 @@ class DraftSession(GraphSession):
         prev_hidden: np.ndarray,
         past_lens: np.ndarray,
         logits_positions: np.ndarray,
-        caches: CacheBuffers,
+        caches: Caches,
         want_logits: bool = False,
     ) -> Drafted:
         """跑一次，``caches`` 原地更新。
@@ -82,7 +61,7 @@ class DraftSession(GraphSession):
             want_logits: 是否取出 logits；不取就不拷贝。
 
         Raises:
-            DsxError: ``DSX-E509``，token id 超出词表；``DSX-E513``，ONNX Runtime 执行失败。
+            DsxError: ``DSX-E509``，token id 超出词表；执行失败见 :meth:`Runner.run`（ONNX Runtime 是 ``DSX-E513``）。
             ValueError: 形状不一致、位置越界或缓存容量不够（调用方的缺陷）。
         """
         if prev_hidden.shape != (*input_ids.shape, self.hidden_size):
@@ -90,6 +69,6 @@ class DraftSession(GraphSession):
         inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_lens, logits_positions), strict=True))
         inputs["prev_hidden"] = prev_hidden
         outputs = ("draft_id", "hidden", "logits") if want_logits else ("draft_id", "hidden")
-        binding, got = self._call(outputs, inputs, caches)
-        logits = binding.as_float32(got["logits"]) if want_logits else None
+        got = self.call(outputs, inputs, caches)
+        logits = self.as_float32(got["logits"], caches) if want_logits else None
         return Drafted(got["draft_id"], got["hidden"], logits)

@@ -15,6 +15,7 @@ import numpy as np
 from deepseek_export.runtime.batching import Chunk
 from deepseek_export.runtime.chance import RowChance
 from deepseek_export.runtime.draft import Drafted, DraftSession
+from deepseek_export.runtime.packing import Packing
 
 
 class Drafter:
@@ -81,7 +82,22 @@ class Drafter:
                 self._recent[row, :-new] = self._recent[row, new:]
                 self._recent[row, -new:] = hidden[row, count - new : count]
 
-    def propose(self, newest: np.ndarray, active: np.ndarray, num_drafts: int) -> np.ndarray:
+    def pack(self, packing: Packing, tokens: np.ndarray, lens: np.ndarray) -> None:
+        """结束了的行离开批次。
+
+        Args:
+            packing: 怎么搬。
+            tokens: 压实之后的已知 token。
+            lens: ``[B]``，压实之前每行在缓存里有多长。
+        """
+        self._caches = [packing.caches(caches, lens) for caches in self._caches]
+        self._tokens = tokens
+        self._done, self._drafts = packing.array(self._done), packing.array(self._drafts)
+        self._rows = np.arange(packing.count)
+        if self._recent is not None:
+            self._recent = packing.array(self._recent)
+
+    def propose(self, newest: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """起草一轮。
 
         每行都恰好重算到第 ``newest[b]-1`` 行为止的同样多行：批里接受得少的行多算几行旧的，结果不变，
@@ -89,33 +105,36 @@ class Drafter:
 
         Args:
             newest: ``[B]``，最新 token 的下标 n；它还没有送进主模型。
-            active: ``[B]`` bool，其余行的草稿没有意义。
-            num_drafts: 要几个草稿；比模块数少时各模块仍然都跑，好让缓存跟上。
+            wanted: ``[B]``，各行要几个草稿，可以为 0；同批里最多的那个数是 K，多给的只是占位。
+                K 比模块数少时各模块仍然都跑，好让缓存跟上。
 
         Returns:
-            ``[B, num_drafts]`` int64，内部缓冲区的视图。
+            ``[B, K]`` int64，内部缓冲区的视图。
         """
-        last = len(self._modules) - 1
-        span = int((newest - self._done)[active].max()) + last
-        base = np.where(active, np.maximum(newest - span, 0), 0)
-        width = int((newest - base)[active].max())
-        counts = np.where(active, newest - base, width)
+        last, num_drafts = len(self._modules) - 1, int(wanted.max())
+        span = int((newest - self._done).max()) + last
+        base = np.maximum(newest - span, 0)
+        counts = newest - base
+        width = int(counts.max())
         index = base[:, None] + np.arange(width)
         hidden = self._window(counts, width)
         positions = (counts - 1)[:, None]
         for step in range(last + 1):
             columns = np.minimum(index + step + 1, self._tokens.shape[1] - 1)
             ids = np.take_along_axis(self._tokens, columns, axis=1)
-            drafted = self._step(step, step, ids, hidden, base, positions, active)
+            drafted = self._step(step, step, ids, hidden, base, positions, newest, wanted)
             hidden = drafted.hidden
             # 下一个模块的末行要用这个草稿当 token。
-            self._tokens[self._rows[active], newest[active] + step + 1] = self._drafts[active, step]
+            self._tokens[self._rows, newest + step + 1] = self._drafts[:, step]
         hidden = hidden[self._rows, counts - 1][:, None]
+        end = self._modules[last].max_positions - 1
         for step in range(last + 1, num_drafts):
-            past = np.where(active, newest + step - last - 1, 0)
+            # 占位的草稿会越过最大长度，压回最后一行：第 newest 行及以后下一轮都要重算，写坏了不要紧。
+            past = np.minimum(newest + step - last - 1, end)
             ids = self._drafts[:, step - 1 : step]
-            hidden = self._step(last, step, ids, hidden, past, np.zeros_like(positions), active).hidden
-        self._done = np.where(active, newest, self._done)
+            first = np.zeros_like(positions)
+            hidden = self._step(last, step, ids, hidden, past, first, newest, wanted).hidden
+        self._done = newest.copy()
         return self._drafts[:, :num_drafts]
 
     def _step(
@@ -126,7 +145,8 @@ class Drafter:
         hidden: np.ndarray,
         past: np.ndarray,
         positions: np.ndarray,
-        active: np.ndarray,
+        newest: np.ndarray,
+        wanted: np.ndarray,
     ) -> Drafted:
         """跑一次模块，定下第 ``step`` 个草稿。"""
         caches = self._caches[module]
@@ -137,7 +157,8 @@ class Drafter:
         if self._chance is None or drafted.logits is None:
             self._drafts[:, step] = drafted.draft_id
         else:
-            self._drafts[:, step] = self._chance.choose(step, drafted.logits[:, -1], active)
+            logits = drafted.logits[:, -1]
+            self._drafts[:, step] = self._chance.choose(step, newest + step + 1, logits, wanted > step)
         return drafted
 
     def _window(self, counts: np.ndarray, width: int) -> np.ndarray:

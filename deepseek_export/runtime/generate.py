@@ -7,9 +7,10 @@ from time import perf_counter
 
 import numpy as np
 
+from deepseek_export.backend.base import Caches
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.cache import CacheBuffers
+from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
@@ -96,7 +97,7 @@ class Generator:
 
         Args:
             ids: B 个 token id 序列。
-            chunk: 每次调用多少个位置；``None`` 一次走完，1 逐个 token。不超过会话的 ``logits_chunk``。结果应当与切法无关。
+            chunk: 每次调用多少个位置；``None`` 一次走完，1 逐个 token。不超过后端一次给得出的行数。结果应当与切法无关。
 
         Returns:
             B 个 ``[len, V]`` float32。
@@ -106,8 +107,8 @@ class Generator:
         """
         if chunk is not None:
             check_positive("chunk", chunk)
-        if self.session.logits_chunk is not None:
-            chunk = min(chunk or self.session.logits_chunk, self.session.logits_chunk)
+        if self.session.limits.logits_rows is not None:
+            chunk = min(chunk or self.session.limits.logits_rows, self.session.limits.logits_rows)
         rows = self._check_rows(ids)
         caches = self.session.new_caches(len(rows), max(len(row) for row in rows))
         out = [np.empty((len(row), self.session.vocab_size), np.float32) for row in rows]
@@ -118,7 +119,7 @@ class Generator:
                 out[row][part.start : part.start + count] = logits[row, :count]
         return out
 
-    def _prefill(self, rows: list[np.ndarray], lens: np.ndarray, caches: CacheBuffers) -> np.ndarray:
+    def _prefill(self, rows: list[np.ndarray], lens: np.ndarray, caches: Caches) -> np.ndarray:
         """填好缓存，返回每行最后一个提示词 token 的 logits ``[B, V]`` float32。"""
         last = np.empty((len(rows), self.session.vocab_size), np.float32)
         for part in right_padded_chunks(rows, self.prefill_chunk):
@@ -132,23 +133,29 @@ class Generator:
         self,
         logits: np.ndarray,
         lens: np.ndarray,
-        caches: CacheBuffers,
+        caches: Caches,
         sampler: Sampler,
         out: OutputRows,
     ) -> None:
-        """从 prefill 的 logits ``[B, V]`` 开始逐步生成，直到每行都结束。"""
-        # 提示词恰好占满时这一行没有余地，但同批的调用仍会在 past_lens 处写一个填充位置，所以退一格。
-        past_lens = np.minimum(lens, self.session.max_positions - 1)
-        input_ids = np.zeros((len(lens), 1), np.int64)
-        positions = np.zeros((len(lens), 1), np.int64)
-        while out.active.any():
-            input_ids[:, 0] = sampler.sample(logits)
-            for row in np.flatnonzero(out.active).tolist():
-                out.emit(row, [int(input_ids[row, 0])])
-            if out.active.any():
-                caches.ensure(int(past_lens.max()) + 1)
-                logits = self.session.run(input_ids, past_lens, positions, caches)[:, 0]
-                past_lens += out.active
+        """从 prefill 的 logits ``[B, V]`` 开始逐步生成，直到每行都结束；结束了的行当即离开批次。"""
+        rows = np.arange(len(lens))  # 批次里的第几行是原来的第几行
+        newest = lens.copy()  # 要选的 token 在整条序列里的下标，也是缓存里已有的长度
+        if (packing := Packing.of(out.active)) is not None:  # 提示词恰好占满的行没有余地
+            caches = packing.caches(caches, newest)
+            rows, newest, logits = (packing.array(array) for array in (rows, newest, logits))
+        while rows.size:
+            picked = sampler.sample(logits, newest, rows)
+            for slot in np.argsort(rows).tolist():
+                out.emit(int(rows[slot]), [int(picked[slot])])
+            if (packing := Packing.of(out.active[rows])) is not None:
+                rows, picked = packing.array(rows), packing.array(picked)
+                caches = packing.caches(caches, newest)
+                newest = packing.array(newest)
+            if rows.size:
+                caches.ensure(int(newest.max()) + 1)
+                first = np.zeros((len(rows), 1), np.int64)
+                logits = self.session.run(picked[:, None], newest, first, caches)[:, 0]
+                newest += 1
 
     def _check_rows(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         if len(prompts) == 0:

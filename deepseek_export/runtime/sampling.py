@@ -1,4 +1,4 @@
-"""从 logits 里选下一个 token：温度 → top-k → top-p，每行一个独立的随机数发生器。"""
+"""从 logits 里选下一个 token：温度 → top-k → top-p；随机数按行、按位置取，见 :mod:`.randomness`。"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepseek_export.errors import DsxError
+from deepseek_export.runtime.randomness import Use, row_streams
 
 
 @dataclass(frozen=True)
@@ -79,43 +80,45 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
 
 
 class Sampler:
-    """给一个批次选 token，随机状态随实例保存。
+    """给一个批次选 token；没有状态：一行的结果只由种子、位置与 logits 决定，与同批还有谁无关。
 
     Args:
         params: 采样参数。
-        batch: 行数 B。第 b 行的发生器由 ``seed + b`` 播种，所以一行的结果与同批还有谁无关。
+        batch: 行数 B。第 b 行的种子是 ``seed + b``。
     """
 
     def __init__(self, params: SamplingParams, batch: int) -> None:
         self.params = params
-        self.batch = batch
-        seeds = [None if params.seed is None else params.seed + row for row in range(batch)]
-        self._rngs = [np.random.default_rng(seed) for seed in seeds]
+        self._streams = row_streams(params.seed, batch)
 
-    def sample(self, logits: np.ndarray) -> np.ndarray:
-        """每行选一个 token。
+    def sample(self, logits: np.ndarray, positions: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """给几行各选一个 token。
 
         Args:
-            logits: ``[B, V]``，浮点。
+            logits: ``[n, V]``，浮点。
+            positions: ``[n]`` 整数，要选的 token 在整条序列（提示词加新 token）里的下标。
+            rows: ``[n]`` 整数，是哪几行，不必按次序；缺省是前 n 行。
 
         Returns:
-            ``[B]`` int64。
+            ``[n]`` int64。
 
         Raises:
-            ValueError: 形状不是 ``[batch, V]``。
+            ValueError: 形状不是 ``[n, V]``、``[n]`` 与 ``[n]``。
             DsxError: ``DSX-E505``，某行含 NaN 或 +Inf，或全是 -Inf。
         """
-        if logits.ndim != 2 or logits.shape[0] != self.batch:
-            raise ValueError(f"logits 的形状应为 [{self.batch}, V]，实际是 {list(logits.shape)}")
-        _check_finite(logits)
+        rows = np.arange(len(positions)) if rows is None else rows
+        if logits.ndim != 2 or not positions.shape == rows.shape == logits.shape[:1]:
+            shapes = [list(array.shape) for array in (logits, positions, rows)]
+            raise ValueError(f"要求 [n, V]、[n]、[n]，实际是 {shapes}")
+        check_peaks(logits.max(axis=1), rows)  # max 会传播 NaN，一趟扫描就够
         if self.params.greedy:
             return logits.argmax(axis=1).astype(np.int64, copy=False)
-        picked = np.empty(self.batch, np.int64)
-        for row, rng in enumerate(self._rngs):
-            ids, probs = candidates(logits[row], self.params)
+        picked = np.empty(len(rows), np.int64)
+        for slot, row in enumerate(rows.tolist()):
+            ids, probs = candidates(logits[slot], self.params)
             cumulative = np.cumsum(probs)
-            slot = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-            picked[row] = ids[min(slot, ids.size - 1)]
+            (aim,) = self._streams[row].uniforms(Use.NEXT, int(positions[slot])) * cumulative[-1]
+            picked[slot] = ids[min(int(np.searchsorted(cumulative, aim, side="right")), ids.size - 1)]
         return picked
 
 
@@ -136,11 +139,11 @@ def unusable_logits(row: int, peak: float) -> DsxError:
     )
 
 
-def _check_finite(logits: np.ndarray) -> None:
-    peaks = logits.max(axis=1)  # max 会传播 NaN，一趟扫描就够
+def check_peaks(peaks: np.ndarray, rows: np.ndarray) -> None:
+    """``peaks[i]`` 是第 ``rows[i]`` 行 logits 的最大值；不是有限数就报 ``DSX-E505``。"""
     bad = np.flatnonzero(~np.isfinite(peaks))
     if bad.size:
-        raise unusable_logits(int(bad[0]), float(peaks[bad[0]]))
+        raise unusable_logits(int(rows[bad[0]]), float(peaks[bad[0]]))
 
 
 def _is_real(value: object) -> bool:

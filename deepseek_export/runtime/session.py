@@ -1,17 +1,15 @@
-"""在 ONNX Runtime CPU 上运行一个 dsx 导出的 ``model.onnx``。"""
+"""运行一个 dsx 导出的 ``model.onnx``，在哪个后端上都一样。"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from deepseek_export.cpu_library import CpuLibrary
-from deepseek_export.runtime.cache import CacheBuffers, contract_broken
-from deepseek_export.runtime.graph import NO_INITIALIZERS, TOKEN_INPUTS, GraphSession
+from deepseek_export.backend.base import Caches, Runner
+from deepseek_export.backend.contract import TOKEN_INPUTS, contract_broken
+from deepseek_export.runtime.graph import GraphSession
 
 VerifyMode = Literal["greedy", "rejection"]
 
@@ -52,45 +50,26 @@ class Verified:
 
 
 class ModelSession(GraphSession):
-    """一个加载好的主模型，同一会话可以服务多个批次。
+    """一个加载好的主模型。
 
     Args:
-        model_path: ``model.onnx`` 的路径；权重是旁边的外部数据，所以必须给路径而不是字节。
-        threads: 算子内线程数；``None`` 由 ONNX Runtime 决定。
-        max_positions: 模型的 max_position_embeddings，缓存容量的上限。
-        initializers: 不在文件里的权重，见 :class:`GraphSession`。
-        library: C++ 算子库，见 :class:`GraphSession`。
+        runner: 加载好的 ``model.onnx``。
 
     Attributes:
         verify_mode: 图里带的是哪种草稿验证；普通 bundle 为 ``None``。
 
     Raises:
-        DsxError: ``DSX-E507``，加载失败，附 ONNX Runtime 原话；``DSX-E508``，输入输出与约定不符。
+        DsxError: ``DSX-E508``，输入输出与约定不符。
     """
 
-    def __init__(
-        self,
-        model_path: str | os.PathLike[str],
-        *,
-        threads: int | None = None,
-        max_positions: int,
-        initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
-        library: CpuLibrary | None = None,
-    ) -> None:
-        super().__init__(
-            model_path,
-            threads=threads,
-            max_positions=max_positions,
-            initializers=initializers,
-            library=library,
-        )
+    def __init__(self, runner: Runner) -> None:
         self.verify_mode: VerifyMode | None = None
         extra: tuple[str, ...] = ()
-        if "draft_ids" in self._input_types:
-            rejection = any(name in self._input_types for name in _CHANCE_INPUTS)
+        if "draft_ids" in runner.contract.inputs:
+            rejection = any(name in runner.contract.inputs for name in _CHANCE_INPUTS)
             self.verify_mode = "rejection" if rejection else "greedy"
             extra = ("draft_ids", *(_CHANCE_INPUTS if rejection else ()))
-        self._check_contract(extra, _VERIFY_OUTPUTS if extra else ("logits",))
+        super().__init__(runner, extra, _VERIFY_OUTPUTS if extra else ("logits",))
         if extra and self.hidden_size is None:
             raise contract_broken("hidden 的形状不是 [B, S, 常数]")
 
@@ -99,7 +78,7 @@ class ModelSession(GraphSession):
         input_ids: np.ndarray,
         past_lens: np.ndarray,
         logits_positions: np.ndarray,
-        caches: CacheBuffers,
+        caches: Caches,
     ) -> np.ndarray:
         """跑一次前向，``caches`` 原地更新。
 
@@ -116,7 +95,7 @@ class ModelSession(GraphSession):
             ``[B, L, V]`` float32。内存会在同一个 ``caches`` 的下一次 ``run`` 时被覆盖，要留就先复制。
 
         Raises:
-            DsxError: ``DSX-E509``，token id 超出词表；``DSX-E513``，ONNX Runtime 执行失败。
+            DsxError: ``DSX-E509``，token id 超出词表；执行失败见 :meth:`Runner.run`（ONNX Runtime 是 ``DSX-E513``）。
             ValueError: 形状不一致、位置越界或缓存容量不够（调用方的缺陷）。
         """
         inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_lens, logits_positions), strict=True))
@@ -126,8 +105,7 @@ class ModelSession(GraphSession):
             if self.verify_mode == "rejection":
                 probs = np.broadcast_to(np.float32(0), (batch, rows - 1, self.vocab_size))
                 inputs |= _chance_inputs(Chance(probs, np.zeros((batch, rows), np.float32), 1.0))
-        binding, got = self._call(("logits",), inputs, caches)
-        return binding.as_float32(got["logits"])
+        return self.as_float32(self.call(("logits",), inputs, caches)["logits"], caches)
 
     def verify(
         self,
@@ -135,7 +113,7 @@ class ModelSession(GraphSession):
         past_lens: np.ndarray,
         logits_positions: np.ndarray,
         draft_ids: np.ndarray,
-        caches: CacheBuffers,
+        caches: Caches,
         chance: Chance | None = None,
     ) -> Verified:
         """跑一次前向并在图内验证草稿。
@@ -162,8 +140,7 @@ class ModelSession(GraphSession):
         inputs["draft_ids"] = draft_ids
         if chance is not None:
             inputs |= _chance_inputs(chance)
-        _, got = self._call(_VERIFY_OUTPUTS, inputs, caches)
-        return Verified(**got)
+        return Verified(**self.call(_VERIFY_OUTPUTS, inputs, caches))
 
 
 def _chance_inputs(chance: Chance) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """投机解码的统计，以及不划算时的止损线。
 
-止损线有两种：:class:`MeasuredFloor` 比实测的时间，:class:`SpeculativeFloor` 只看接受率。前者准，但何时停下取决于机器的快慢；
-``rejection`` 的输出与随机数用在哪一轮有关，要靠后者才能凭种子复现。
+止损线有两种：:class:`MeasuredFloor` 比实测的时间，整批一起停；:class:`SpeculativeFloor` 只看接受率，逐行停。前者准，但何时
+停下取决于机器的快慢与同批的别人；``rejection`` 的输出与哪一轮起草有关，要靠后者才能凭种子复现。
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -22,10 +23,10 @@ DEFAULT_WINDOW = 32
 
 @dataclass(frozen=True)
 class Round:
-    """解码的一轮：起草（可以没有）加一次主模型调用。
+    """解码的一轮：起草（可以没有）加一次主模型调用；整批的，或其中一行的。
 
     Attributes:
-        drafts: 这一轮每行起草了几个；0 就是普通解码的一步。
+        drafts: 这一轮起草了几个，各行不等就是最多的那一行；0 就是普通解码的一步。
         rows: 还没结束的行数。
         accepted: 这些行一共接受了几个草稿。
         tokens: 这些行一共产出几个 token。
@@ -54,11 +55,15 @@ class Floor(Protocol):
     """止损线：什么时候不再投机。"""
 
     @property
+    def per_row(self) -> bool:
+        """是不是逐行盯：给 :class:`Watch` 的都是一行自己的轮次，停也只停这一行。"""
+
+    @property
     def max_plain_rounds(self) -> int:
         """两次起草之间至多插几轮普通解码；草稿模型之后要补算这么多行。"""
 
     def watch(self, num_draft_tokens: int) -> Watch:
-        """为一次生成开始盯。"""
+        """为一次生成（逐行盯的，为其中一行）开始盯。"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class SpeculationStats:
         tokens_per_call: 每个行次平均产出几个 token；普通解码是 1。
         main_calls: 主模型调用次数。
         draft_calls: 草稿模型调用次数。
-        fell_back: 是否因为不划算而中途改回普通解码。
+        fell_back: 是否有行因为不划算而中途改回普通解码。
     """
 
     num_draft_tokens: int
@@ -96,7 +101,7 @@ class SpeculationStats:
 
 @dataclass(frozen=True)
 class SpeculativeFloor:
-    """止损线：最近 ``window`` 次主模型调用平均接受的草稿数低于它，余下的就不再投机；不看时间。
+    """止损线：一行最近 ``window`` 次主模型调用平均接受的草稿数低于它，这一行余下的就不再投机；不看时间，也不看别的行。
 
     Args:
         min_acceptance: 每次调用平均至少接受几个草稿才划算，有限且不小于 0。
@@ -116,6 +121,10 @@ class SpeculativeFloor:
             raise refused("min_acceptance", value, "有限且不小于 0 的数；不要止损就把 floor 设为 None")
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
             raise refused("window", self.window, "不小于 1 的整数")
+
+    @property
+    def per_row(self) -> bool:
+        return True
 
     @property
     def max_plain_rounds(self) -> int:
@@ -186,6 +195,10 @@ class MeasuredFloor:
                 raise refused(key, value, "不小于 1 的整数")
 
     @property
+    def per_row(self) -> bool:
+        return False
+
+    @property
     def max_plain_rounds(self) -> int:
         return self.probe
 
@@ -226,6 +239,66 @@ def _seconds_per_token(rounds: list[Round]) -> float:
     """用时取中位数：刚换形状的头一轮要分配缓冲区，不该算进去。"""
     seconds = statistics.median(r.seconds for r in rounds)
     return seconds * len(rounds) / sum(r.tokens for r in rounds)
+
+
+class FloorWatch:
+    """一次生成里，止损线让哪些行接着起草。
+
+    Args:
+        floor: 止损线；``None`` 表示一直起草。
+        num_draft_tokens: 每次至多几个草稿。
+        batch: 行数 B。
+
+    Attributes:
+        speculating: ``[B]`` bool，没有被停下的行。
+    """
+
+    def __init__(self, floor: Floor | None, num_draft_tokens: int, batch: int) -> None:
+        self.speculating = np.ones(batch, bool)
+        every = list(range(batch))
+        groups = [] if floor is None else [[row] for row in every] if floor.per_row else [every]
+        self._watches = [(rows, floor.watch(num_draft_tokens)) for rows in groups if floor is not None]
+        self._verdicts: list[str] = []
+
+    @property
+    def drafting(self) -> np.ndarray:
+        """``[B]`` bool，下一轮起草的行：没有被停下，也不必先走一步普通的来比。"""
+        drafting = self.speculating.copy()
+        for rows, watch in self._watches:
+            if watch.wants_plain:
+                drafting[rows] = False
+        return drafting
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """停下的原因，一句；没有停下的就没有。"""
+        others = len(self._verdicts) - 1
+        return tuple(line + (f"（另有 {others} 行也停了）" if others else "") for line in self._verdicts[:1])
+
+    def add(self, rounds: Mapping[int, Round], seconds: float, active: np.ndarray) -> None:
+        """记下一轮。
+
+        Args:
+            rounds: 行号 → 这一行的一轮，只有还没结束的行。
+            seconds: 整轮的用时。
+            active: ``[B]`` bool，这一轮之后还没结束的行；都结束了就不必说停。
+        """
+        for rows, watch in self._watches:
+            seen = [rounds[row] for row in rows if row in rounds and self.speculating[row]]
+            if seen and (verdict := watch.add(_together(seen, seconds))) and active[rows].any():
+                self.speculating[rows] = False
+                self._verdicts.append(verdict)
+
+
+def _together(rounds: Sequence[Round], seconds: float) -> Round:
+    """几行的同一轮合成一个。"""
+    return Round(
+        max(one.drafts for one in rounds),
+        sum(one.rows for one in rounds),
+        sum(one.accepted for one in rounds),
+        sum(one.tokens for one in rounds),
+        seconds,
+    )
 
 
 class Tally:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
 
+from deepseek_export.backend.base import Caches
+from deepseek_export.backend.contract import contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.cache import CacheBuffers, contract_broken
 from deepseek_export.runtime.chance import RowChance
 from deepseek_export.runtime.draft import DraftSession
 from deepseek_export.runtime.drafting import Drafter
 from deepseek_export.runtime.generate import Generator, check_positive
+from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
-from deepseek_export.runtime.sampling import SamplingParams, unusable_logits
+from deepseek_export.runtime.sampling import SamplingParams, check_peaks
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
-from deepseek_export.runtime.speculation import Floor, Round, Tally, refused
+from deepseek_export.runtime.speculation import Floor, FloorWatch, Round, Tally, refused
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 MAX_DRAFT_TOKENS = 8
@@ -27,21 +29,36 @@ MAX_DRAFT_TOKENS = 8
 
 @dataclass
 class _Run:
-    """一次生成的全部状态。
+    """一次生成的全部状态；解码时只有还没结束的行。
 
     Attributes:
+        rows: ``[B]``，批次里的第几行是原来的第几行。
         tokens: ``[B, W]``，提示词与生成的 token；``newest`` 之后的内容没有意义。
         newest: ``[B]``，每行最新 token 的下标，它还没有送进主模型。
         drafter: 不再投机时为 ``None``。
     """
 
+    rows: np.ndarray
     tokens: np.ndarray
     newest: np.ndarray
-    caches: CacheBuffers
+    caches: Caches
     out: OutputRows
     drafter: Drafter | None
     chance: RowChance | None
     tally: Tally
+
+    def pack(self) -> None:
+        """结束了的行离开批次。"""
+        packing = Packing.of(self.out.active[self.rows])
+        if packing is None:
+            return
+        self.caches = packing.caches(self.caches, self.newest)
+        self.rows, self.tokens = packing.array(self.rows), packing.array(self.tokens)
+        if self.drafter is not None:
+            self.drafter.pack(packing, self.tokens, self.newest)
+        if self.chance is not None:
+            self.chance.pack(packing)
+        self.newest = packing.array(self.newest)
 
 
 class SpeculativeGenerator(Generator):
@@ -100,10 +117,11 @@ class SpeculativeGenerator(Generator):
         """批量生成；参数与结果的含义同 :meth:`Generator.generate`，另带 ``speculation`` 统计。
 
         ``greedy`` 的输出与普通贪心解码逐个 token 相同；``rejection`` 的输出与普通采样同分布（但同一个种子
-        给出的序列不同）。``on_token`` 在一次调用里先给完一行接受的几个 token，再轮到下一行。
+        给出的序列不同），一行给了种子的结果与同批还有谁无关。``on_token`` 在一次调用里先给完一行接受的几个 token，再轮到下一行。
 
         Raises:
-            DsxError: ``DSX-E515``，采样参数与验证方式不相容；其余同 :meth:`Generator.generate`。
+            DsxError: ``DSX-E515``，采样参数与验证方式不相容；``DSX-E516``，给了种子，止损线却要看时间；其余同
+                :meth:`Generator.generate`。
         """
         params = sampling or SamplingParams()
         self._check_sampling(params)
@@ -147,6 +165,7 @@ class SpeculativeGenerator(Generator):
         plain = 0 if self.floor is None else self.floor.max_plain_rounds
         drafter = Drafter(self.drafts, most, tokens, lens, chance, plain) if out.remaining.max() > 1 else None
         return _Run(
+            rows=np.arange(batch),
             tokens=tokens,
             newest=lens.copy(),
             caches=self.session.new_caches(batch, int(lens.max())),
@@ -159,13 +178,13 @@ class SpeculativeGenerator(Generator):
     def _prefill_ids(self, rows: list[np.ndarray], run: _Run) -> np.ndarray:
         """填好主模型与草稿模型的缓存，返回每行的第一个新 token ``[B]``。"""
         first = np.zeros(len(rows), np.int64)
-        none = np.empty((len(rows), 0), np.int64)
+        none, no_drafts = np.empty((len(rows), 0), np.int64), np.zeros(len(rows), np.int64)
         for part in right_padded_chunks(rows, self.prefill_chunk):
             ends_here = (part.counts > 0) & (part.start + part.counts == run.newest)
-            chance = None if run.chance is None else run.chance.draw(0, ends_here)
+            chance = None if run.chance is None else run.chance.draw(run.newest, no_drafts, 0, ends_here)
             positions = np.maximum(part.counts - 1, 0)[:, None]
             got = self.session.verify(part.input_ids, part.past_lens, positions, none, run.caches, chance)
-            _check_used(got, ends_here & run.out.active)
+            _check_used(got, ends_here & run.out.active, run.rows)
             first[ends_here] = got.next_id[ends_here]
             if run.drafter is not None:
                 run.drafter.prefill(part, got.hidden)
@@ -174,62 +193,83 @@ class SpeculativeGenerator(Generator):
     def _decode_rounds(self, run: _Run) -> tuple[tuple[str, ...], int]:
         """起草、验证、收下，直到每行都结束；返回说明与草稿模型的调用次数。"""
         out = run.out
-        watch = None if self.floor is None else self.floor.watch(self.num_draft_tokens)
-        notes: tuple[str, ...] = ()
+        watch = FloorWatch(self.floor, self.num_draft_tokens, len(run.rows))
         draft_calls = 0
-        while out.active.any():
+        run.pack()
+        while run.rows.size:
             began = perf_counter()
-            active = out.active.copy()
-            drafts = self._propose(run, watch is not None and watch.wants_plain)
-            num_drafts = drafts.shape[1]
-            got = self._verify(run, drafts)
-            accepted = np.where(active, got.num_accepted, 0)
-            kept = produced = 0
-            for row in np.flatnonzero(active).tolist():
-                count = int(accepted[row])
-                new = [*drafts[row, :count].tolist(), int(got.next_id[row])]
+            counts = self._draft_counts(run, watch.drafting[run.rows])
+            drafts = self._propose(run, counts)
+            got = self._verify(run, drafts, counts)
+            rounds: dict[int, Round] = {}
+            for slot in np.argsort(run.rows).tolist():
+                row, count, proposed = int(run.rows[slot]), int(got.num_accepted[slot]), int(counts[slot])
+                new = [*drafts[slot, :count].tolist(), int(got.next_id[slot])]
                 taken = out.emit(row, new)
-                begin = run.newest[row] + 1
-                run.tokens[row, begin : begin + len(new)] = new
-                run.newest[row] += len(new)
+                begin = run.newest[slot] + 1
+                run.tokens[slot, begin : begin + len(new)] = new
+                run.newest[slot] += len(new)
                 # 被截断的行只算到截断处，后面的草稿对不对已经无所谓。
-                cut = taken < len(new)
-                run.tally.add(taken if cut else num_drafts, min(count, taken), taken)
-                kept, produced = kept + min(count, taken), produced + taken
+                run.tally.add(
+                    min(proposed, taken) if taken < len(new) else proposed, min(count, taken), taken
+                )
+                rounds[row] = Round(proposed, 1, min(count, taken), taken, 0.0)
             run.tally.main_calls += 1
-            if run.drafter is None:
-                continue
-            draft_calls = run.drafter.calls
-            run.drafter.observe(got.hidden, np.where(active, accepted + 1, 0))
-            if watch is not None:
-                seconds = perf_counter() - began
-                verdict = watch.add(Round(num_drafts, int(active.sum()), kept, produced, seconds))
-                if verdict is not None and out.active.any():
-                    run.drafter, notes = None, (verdict,)
-        return notes, draft_calls
+            if run.drafter is not None:
+                draft_calls = run.drafter.calls
+                run.drafter.observe(got.hidden, got.num_accepted + 1)
+                watch.add(rounds, perf_counter() - began, out.active)
+                if not watch.speculating[out.active].any():
+                    run.drafter = None
+            run.pack()
+        return watch.notes, draft_calls
 
-    def _propose(self, run: _Run, plain: bool) -> np.ndarray:
-        """这一轮的草稿 ``[B, K]``；K 随剩余的长度收缩，可以为 0。"""
-        active = run.out.active
-        wanted = int(run.out.remaining[active].max()) - 1
-        if run.drafter is None or wanted == 0 or plain:
-            return np.empty((len(active), 0), np.int64)
-        room = self.session.max_positions - 1 - int(run.newest[active].max())
-        return run.drafter.propose(run.newest, active, min(self.num_draft_tokens, wanted, room))
+    def _draft_counts(self, run: _Run, drafting: np.ndarray) -> np.ndarray:
+        """``[B]``，这一轮各行起草几个，可以为 0；只看这一行自己：它剩余的长度，止损线停没停它。
 
-    def _verify(self, run: _Run, drafts: np.ndarray) -> Verified:
-        """主模型走一步 ``[t_n, d_1 .. d_K]``；已结束的行写在自己缓存的开头，反正不会再读。"""
-        active = run.out.active
-        past = np.where(active, run.newest, 0)
-        batch, width = len(active), drafts.shape[1] + 1
+        剩余的长度已经把 max_positions 算在内，一行自己的草稿因此不会越过它。
+        """
+        if run.drafter is None:
+            return np.zeros(len(drafting), np.int64)
+        return np.where(drafting, np.clip(run.out.remaining[run.rows] - 1, 0, self.num_draft_tokens), 0)
+
+    def _propose(self, run: _Run, counts: np.ndarray) -> np.ndarray:
+        """这一轮的草稿 ``[B, K]``；K 是各行里最多的，可以为 0。"""
+        if run.drafter is None or not counts.any():
+            return np.empty((len(counts), 0), np.int64)
+        return run.drafter.propose(run.newest, counts)
+
+    def _verify(self, run: _Run, drafts: np.ndarray, counts: np.ndarray) -> Verified:
+        """主模型走一步 ``[t_n, d_1 .. d_K]``；一行自己的草稿不到 K 个时，多的只是占位，结果里没有它们。
+
+        离最大长度不到 K 的行放不下占位，往前挪，连着把最后几个已知的 token 重走一遍：写回缓存的还是同样的行。
+        """
+        batch, width = len(counts), drafts.shape[1] + 1
+        past = np.minimum(run.newest, self.session.max_positions - width)
+        shift = (run.newest - past)[:, None]
         run.caches.ensure(int(past.max()) + width)
-        input_ids = np.empty((batch, width), np.int64)
-        input_ids[:, 0] = run.tokens[np.arange(batch), run.newest]
-        input_ids[:, 1:] = drafts
-        positions = np.broadcast_to(np.arange(width), (batch, width))
-        chance = None if run.chance is None else run.chance.draw(width - 1, active)
+        line = np.concatenate([run.tokens[np.arange(batch), run.newest][:, None], drafts], axis=1)
+        columns = np.arange(width) - shift
+        known = np.take_along_axis(run.tokens, np.maximum(run.newest[:, None] + columns, 0), axis=1)
+        input_ids = np.where(columns < 0, known, np.take_along_axis(line, np.maximum(columns, 0), axis=1))
+        positions = np.minimum(np.arange(width) + shift, width - 1)
+        every = np.ones(batch, bool)
+        chance = None
+        if run.chance is not None:
+            chance = run.chance.draw(run.newest + 1, counts, width - 1, every)
         got = self.session.verify(input_ids, past, positions, drafts, run.caches, chance)
-        _check_used(got, active)
+        # greedy 会连占位一起接受：头一个占位既然对了，它就是下一个 token。rejection 的占位必被拒绝。
+        padded = np.concatenate([drafts, got.next_id[:, None]], axis=1)
+        beyond = np.take_along_axis(padded, counts[:, None], axis=1)[:, 0]
+        got = replace(
+            got,
+            num_accepted=np.minimum(got.num_accepted, counts),
+            next_id=np.where(got.num_accepted > counts, beyond, got.next_id),
+            hidden=np.take_along_axis(got.hidden, positions[:, :, None], axis=1)
+            if shift.any()
+            else got.hidden,
+        )
+        _check_used(got, every, run.rows)
         return got
 
     def _check_sampling(self, params: SamplingParams) -> None:
@@ -252,13 +292,17 @@ class SpeculativeGenerator(Generator):
                 f"top_k={params.top_k}、top_p={params.top_p:g}：草稿验证不截断分布，输出会与普通采样不同分布",
                 "去掉 top-k 与 top-p，或加 --no-speculative",
             )
+        elif params.seed is not None and self.floor is not None and not self.floor.per_row:
+            raise refused(
+                "floor",
+                self.floor,
+                "逐行看的止损线（SpeculativeFloor）或 None：看时间的停在哪一轮，凭种子重现不了",
+            )
 
 
-def _check_used(got: Verified, rows: np.ndarray) -> None:
+def _check_used(got: Verified, wanted: np.ndarray, rows: np.ndarray) -> None:
     """与普通解码一样，用到的 logits 里没有有限的最大值就报错（``DSX-E505``）；只求最大值，不复制。"""
     peaks = got.logits.max(axis=2)
-    used = rows[:, None] & (np.arange(peaks.shape[1]) <= got.num_accepted[:, None])
-    bad = np.argwhere(used & ~np.isfinite(peaks))
-    if bad.size:
-        row, column = bad[0].tolist()
-        raise unusable_logits(row, float(peaks[row, column]))
+    used = wanted[:, None] & (np.arange(peaks.shape[1]) <= got.num_accepted[:, None])
+    slots = np.nonzero(used)[0]
+    check_peaks(peaks[used], rows[slots])

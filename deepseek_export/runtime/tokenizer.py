@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from deepseek_export.errors import DsxError
-from deepseek_export.paths import check_readable, path_kind
+from deepseek_export.paths import MAX_LARGE_TEXT, optional_file, read_text
 from deepseek_export.runtime.chat_template import render_chat_template
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -61,15 +61,14 @@ class BundleTokenizer:
             没有 ``tokenizer.json`` 时返回 ``None``。
 
         Raises:
-            DsxError: ``DSX-E501``，文件存在但读不了。
+            DsxError: ``DSX-E501``，文件存在但读不了，或不是普通文件。
         """
         folder = Path(directory)
         path = folder / "tokenizer.json"
-        if path_kind(path, "DSX-E501") != "file":
+        if not optional_file(path, "DSX-E501"):
             return None
-        check_readable(path, "DSX-E501", "检查权限")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_str(read_text(path, MAX_LARGE_TEXT))
         except Exception as error:  # tokenizers 的 Rust 层只抛裸的 Exception
             raise _unreadable(path, error) from error
         config = _read_config(folder / "tokenizer_config.json")
@@ -130,11 +129,11 @@ def _token_content(value: Any) -> str | None:
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
+    if not optional_file(path, "DSX-E501"):
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(config, dict):
         raise _unreadable(path, f"最外层是 {type(config).__name__}，应为 object")
@@ -144,19 +143,23 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """独立的 ``chat_template.jinja`` 优先；配置里可以是一个字符串，也可以是带名字的一组，取 default。"""
     path = folder / "chat_template.jinja"
-    if path.is_file():
+    if optional_file(path, "DSX-E501"):
         try:
-            return path.read_text(encoding="utf-8")
+            return read_text(path)
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from error
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        named = [
+            entry.get("template")
+            for entry in template
+            if isinstance(entry, dict) and entry.get("name") == "default"
+        ]
+        template = named[-1] if named else None
     return template if isinstance(template, str) else None
 
 
 def _unreadable(path: Path, reason: object) -> DsxError:
     if isinstance(reason, OSError):
-        return DsxError("DSX-E501", f"打不开 {path}：{reason.strerror}", "检查权限")
+        return DsxError("DSX-E501", f"打不开 {path}：{reason.strerror}", "检查权限；要的是普通文件")
     return DsxError("DSX-E501", f"{path}：{reason}", "重新下载这个文件，确认没有被截断")

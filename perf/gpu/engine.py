@@ -1,4 +1,4 @@
-"""在这张卡上再跑一遍真正的引擎：给了 ``--bundle`` 才有，否则一句话说明为什么没有。"""
+"""在这张卡上再跑一遍真正的引擎：``python -m perf.gpu --bundle`` 才有。"""
 
 from __future__ import annotations
 
@@ -11,31 +11,26 @@ _PACKAGES = ("tensorrt_rtx", "tensorrt")
 _NEW_TOKENS = 64
 
 
-def run_engine(bundle: Path | None, sm: int) -> dict[str, Any]:
+def run_engine(bundle: Path, sm: int) -> dict[str, Any]:
     """没有这个 SM 的引擎就先建，再逐层校验、生成一段。
 
     Args:
-        bundle: ``dsx build`` 收的 bundle；``None`` 时只说明。
+        bundle: ``dsx build`` 收的 bundle。
         sm: 这张卡的计算能力。
 
     Returns:
-        没有要求时 ``{"skipped": 原因}``；要求了而跑不成是 ``{"verified": False, "error": 原因}``；否则是发行、plan 大小、校验结果与
-        每秒 token 数。
+        跑不成是 ``{"verified": False, "error": 原因}``；否则是发行、plan 大小、校验结果与每秒 token 数。
     """
-    missing = not any(find_spec(name) for name in _PACKAGES)
-    absent = f"没有安装 {' 或 '.join(_PACKAGES)}"
-    if bundle is None:
-        return {"skipped": f"{f'{absent}，' if missing else ''}没有给 --bundle，没有运行引擎"}
-    if missing:
-        return {"verified": False, "error": absent}
+    if not any(find_spec(name) for name in _PACKAGES):
+        return {"verified": False, "error": f"没有安装 {' 或 '.join(_PACKAGES)}"}
     import deepseek_export as dsx
+    from deepseek_export.backend.tensorrt.engine import find_engine
     from deepseek_export.bundle import Bundle
     from deepseek_export.engine.build import build_engine
     from deepseek_export.engine.derived import buildable_bundle
     from deepseek_export.engine.flavour import FLAVOURS, choose
     from deepseek_export.engine.shapes import ProfileShapes
     from deepseek_export.errors import DsxError
-    from deepseek_export.runtime.plan import find_engine
 
     try:
         flavour = choose()

@@ -1,10 +1,9 @@
-"""perf/gpu/run.py 的器具：中毒的缓冲区、启动、计时、参照的带宽与算力。"""
+"""``perf.gpu.session`` 的器具：中毒的缓冲区、启动、计时、参照的带宽与算力。"""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -44,17 +43,7 @@ class Runner:
         )
 
 
-@dataclass(frozen=True)
-class Timing:
-    """一个点的计时，微秒。"""
-
-    median: float
-    low: float
-    high: float
-    samples: int
-
-
-def time_graph(call: Callable[[], None]) -> Timing:
+def time_graph(call: Callable[[], None]) -> list[float]:
     """把 ``call`` 录进 CUDA graph 后计时：不含 Python 与启动的开销，每次之前用大块写入冲掉 L2。"""
     call()  # 第一次会装载机器码，不能发生在录制中
     torch.cuda.synchronize()
@@ -64,8 +53,8 @@ def time_graph(call: Callable[[], None]) -> Timing:
     return time_call(graph.replay)
 
 
-def time_call(call: Callable[[], object]) -> Timing:
-    """计时；重复到约 0.25 秒，至少 5 次，至多 100 次。"""
+def time_call(call: Callable[[], object]) -> list[float]:
+    """每次的秒数；重复到约 0.25 秒，至少 5 次，至多 100 次。"""
     flush = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
 
     def once() -> float:
@@ -75,25 +64,24 @@ def time_call(call: Callable[[], object]) -> Timing:
         call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3
+        return start.elapsed_time(end) / 1e3
 
     once()
     estimate = once()
-    count = max(5, min(100, int(_SECONDS_PER_POINT * 1e6 / max(estimate, 1.0))))
-    samples = [once() for _ in range(count)]
-    return Timing(statistics.median(samples), min(samples), max(samples), count)
+    count = max(5, min(100, int(_SECONDS_PER_POINT / max(estimate, 1e-6))))
+    return [once() for _ in range(count)]
 
 
 def copy_bandwidth() -> float:
-    """大块设备内拷贝的带宽（读加写），GB/s；访存受限的上限。"""
+    """大块设备内拷贝的带宽（读加写），每秒几字节；访存受限的上限。"""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / time_call(lambda: target.copy_(source)).median / 1e3
+    return 2 * source.numel() / median(time_call(lambda: target.copy_(source)))
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """8192 阶方阵乘法的速率，TFLOP/s；计算受限的上限。"""
+    """8192 阶方阵乘法的速率，每秒几次运算；计算受限的上限。"""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
     out = torch.empty(n, n, device="cuda", dtype=dtype)
-    return 2 * n**3 / time_call(lambda: torch.matmul(a, b, out=out)).median / 1e6
+    return 2 * n**3 / median(time_call(lambda: torch.matmul(a, b, out=out)))

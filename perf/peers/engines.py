@@ -50,22 +50,31 @@ class Dsx:
 
 
 class Transformers:
-    """transformers 自己的模型，缓存同样直接填好；``compiled`` 则整个 forward 经 ``torch.compile``。"""
+    """transformers 自己的模型，缓存同样直接填好；``compiled`` 则整个 forward 经 ``torch.compile``，``batch`` 行都喂同样的 token。"""
 
     def __init__(
-        self, checkpoint: str, threads: int, dtype: str = "bfloat16", compiled: bool = False
+        self,
+        checkpoint: str,
+        threads: int,
+        dtype: str = "bfloat16",
+        compiled: bool = False,
+        batch: int = 1,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from deepseek_export.integration.compat import cache_name
+
+        self._cache_name = cache_name()
         torch.set_num_threads(threads)
-        self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
-        self._forward: Callable[..., Any] = self._model
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+        self._forward: Callable[..., Any] = self.model
         if compiled:
             # 上下文每步长一个 token，形状不写死，否则每步都重新编译；空缓存、新填的与退回过的各要一个图，缺省到 8 个就悄悄退回原样执行。
             torch._dynamo.config.recompile_limit = 64
-            self._forward = torch.compile(self._model, dynamic=True)
+            self._forward = torch.compile(self.model, dynamic=True)
         self._cache: Any = None
+        self._batch = batch
 
     def compilations(self) -> int:
         """``torch.compile`` 至今编译了几个图。"""
@@ -78,14 +87,16 @@ class Transformers:
         import torch
 
         with torch.inference_mode():
-            found = self._forward(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1)
+            found = self._forward(
+                torch.tensor([tokens] * self._batch), past_key_values=cache, logits_to_keep=1
+            )
         return found.logits[0, -1].float().numpy()
 
     def new_cache(self) -> Any:
         """空的缓存。"""
         from transformers import DynamicCache
 
-        return DynamicCache(config=self._model.config)
+        return DynamicCache(config=self.model.config)
 
     def last_logits(self, tokens: list[int]) -> list[float]:
         return self.logits(tokens, self.new_cache()).tolist()
@@ -105,7 +116,7 @@ class Transformers:
             for name in ("keys", "values"):
                 shape = list(getattr(layer, name).shape)
                 shape[-2] = depth
-                setattr(layer, name, torch.randn(shape).to(self._model.dtype))
+                setattr(layer, name, torch.randn(shape).to(self.model.dtype))
 
     def decode(self, tokens: list[int]) -> float:
         cache = self._cache

@@ -15,5 +15,12 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "moe-quality": "perf.suites.moe_quality",
         "compile": "perf.suites.compile",
         "peers": "perf.suites.peers",
+        "apply": "perf.suites.apply",
+        "cpu-kernel": "perf.suites.cpu_kernel",
+        "decode-profile": "perf.suites.decode_profile",
+        "int8-cache": "perf.suites.int8_cache",
+        "quant": "perf.suites.quant",
+        "scale": "perf.suites.scale",
+        "gpu": "perf.suites.gpu",
     }
 )

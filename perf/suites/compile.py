@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,55 +15,15 @@ from typing import Any
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle.manifest import WeightsMode
 from deepseek_export.capture import ModelDtype
-from perf import isolate, tensorrt_build
+from perf import isolate
 from perf.results import Case, SuiteResult
-from perf.workspace import Workspace, parameter_count
+from perf.workload import engine_build
+from perf.workload.workspace import Workspace, parameter_count
+from tools.make_checkpoint import CONFIGS
 
 TITLE = "编译的开销"
 #: 按引用不写权重，打包与对照都写成 float32。
 REFERENCE, PACKED, PEER = "dsx reference", "dsx packed", "transformers OnnxExporter"
-
-#: DeepSeek-V3 的公开 config（宽度全是真的），只改层数。
-_V3 = {
-    "model_type": "deepseek_v3",
-    "dtype": "bfloat16",
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "n_shared_experts": 1,
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 3,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000.0,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -107,7 +68,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     scenario = QUICK if quick else FULL
     cases = [_size(workspace, size, scenario) for size in scenario.sizes]
     cases.append(_depth(scenario))
-    cases += tensorrt_build.cases(workspace.folder, scenario.engine_depths, scenario.engine_runs)
+    cases += engine_build.cases(workspace.folder, scenario.engine_depths, scenario.engine_runs)
     return SuiteResult(suite="compile", title=TITLE, scenario=asdict(scenario), cases=cases)
 
 
@@ -215,7 +176,8 @@ def capture(layers: int) -> Callable[[], dict[str, Any]]:
     from deepseek_export.checkpoint import parse_model_config
     from deepseek_export.profile import resolve_profile
 
-    config = parse_model_config({**_V3, "num_hidden_layers": layers}, "perf")
+    published = json.loads(CONFIGS.read_text(encoding="utf-8"))["V3"] | {"num_hidden_layers": layers}
+    config = parse_model_config(published, "V3")
 
     def work() -> dict[str, Any]:
         captured = capture_model(config, resolve_profile("mla+moe"), "float32")

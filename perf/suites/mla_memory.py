@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from deepseek_export.bench.memory import MemorySample, memory_in_subprocess
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from perf.results import Case, SuiteResult
-from perf.workspace import Workspace
+from perf.workload.workspace import Workspace
 
 TITLE = "MLA 的内存"
 

@@ -9,7 +9,7 @@ import numpy as np
 from deepseek_export import api
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from perf.results import Case, SuiteResult
-from perf.workspace import Workspace, parameter_count
+from perf.workload.workspace import Workspace, parameter_count
 
 TITLE = "MoE 的吞吐"
 #: 系列 → 形状与方案；``dense`` 的总参数与 MoE 相同，只差 router。

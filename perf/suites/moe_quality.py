@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -16,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from deepseek_export.bench.spread import Spread, paired_ratio
 from perf import isolate
-from perf.results import ROOT, Case, SuiteResult
-from perf.workspace import Workspace
+from perf.results import Case, SuiteResult
+from perf.workload.workspace import Workspace
+from tools.demo_training import card, data, evaluate, export
+from tools.demo_training.loop import Recipe, Trainer, balance
+from tools.demo_training.model import DemoModel
 
 TITLE = "MoE 的质量与专家负载"
 #: 系列 → 是不是稠密，更不更新偏置。
@@ -78,9 +81,6 @@ QUICK = Scenario(steps=6, evaluations=2, load_steps=3, windows=12, seeds=(0,))
 
 def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     """训练、评估；一个模型一个进程、一个线程，同时训练 ``threads`` 个。模型太小，一个进程里多开线程只会互相等。"""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from demo_training import data, export
-
     scenario = QUICK if quick else FULL
     for seed in scenario.seeds:
         path = _tokenizer_path(workspace.folder, seed)
@@ -126,21 +126,13 @@ def _tokenizer_path(folder: Path, seed: int) -> Path:
 
 
 def model_config(dense: bool) -> dict[str, Any]:
-    """一种模型的 ``config.json``；要先把 ``tools`` 加进路径。"""
-    from demo_training import export
-
+    """一种模型的 ``config.json``。"""
     width = {"intermediate_size": DENSE_WIDTH} if dense else {}
     return export.demo_config(dense=dense) | SHAPE | width
 
 
 def prepare(folder: str, name: str, seed: int, **options: Any) -> Callable[[], dict[str, Any]]:
     """子进程的准备：语料、分词器与模型；返回的函数训练并评估。"""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import torch
-    from demo_training import card, data, evaluate, export
-    from demo_training.loop import Recipe, Trainer, balance
-    from demo_training.model import DemoModel
-
     torch.set_num_threads(1)
     scenario, (dense, bias) = Scenario(**options), SERIES[name]
     config, corpora = model_config(dense), data.load_corpora(seed)

@@ -10,9 +10,9 @@ from deepseek_export import api
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.runtime import GenerationResult
-from perf.padded import write_padded
 from perf.results import Case, SuiteResult
-from perf.workspace import Workspace
+from perf.workload.padded import write_padded
+from perf.workload.workspace import Workspace
 
 TITLE = "MTP 投机解码"
 PROMPTS = CHECKPOINT / "heldout_prompts.json"
@@ -24,7 +24,7 @@ ACCEPTANCES = tuple(round(0.05 * i, 2) for i in range(21))
 class Scenario:
     """固定的场景：每步 4 个 token（3 个草稿加 1），greedy，遇 EOS 不停，止损线关掉（看投机本身的代价）。
 
-    ``demo`` 是训练过的演示检查点；``padded`` 是它放进大模型的形状（:mod:`perf.padded`）：输出与接受率相同，一步受限于读权重，
+    ``demo`` 是训练过的演示检查点；``padded`` 是它放进大模型的形状（:mod:`perf.workload.padded`）：输出与接受率相同，一步受限于读权重，
     与部署的模型一样。
 
     Attributes:

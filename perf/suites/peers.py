@@ -21,7 +21,7 @@ from deepseek_export.cpu_library import BUILD_COMMAND, OFF, find_library
 from deepseek_export.parity.measures import measure
 from perf.isolate import Worker
 from perf.results import Case, SuiteResult
-from perf.workspace import SHAPES, Workspace
+from perf.workload.workspace import SHAPES, Workspace
 
 TITLE = "与同类并排"
 DSX, DSX_COARSE, BODIES = "dsx int8", "dsx int8 块 128", "dsx int8 函数体"

@@ -18,12 +18,12 @@ from polygraphy.json import load_json
 from polygraphy.logger import G_LOGGER
 
 import deepseek_export
+from deepseek_export.backend.ort.cut import run_file
 from deepseek_export.bundle import Bundle
 from deepseek_export.cli.verify import command as verify_command
 from deepseek_export.engine.flavour import device_sm
 from deepseek_export.errors import DsxError
 from deepseek_export.parity import LEVELS, ParityReport
-from deepseek_export.parity.backends import run_onnxruntime
 from deepseek_export.parity.bisect import bisect_block
 from deepseek_export.parity.blocks import block_rows, main_blocks
 from deepseek_export.parity.subgraph import ModelGraph
@@ -386,7 +386,7 @@ class TestCompare:
         for i, block in enumerate(blocks):
             folder = tmp_path / str(i)
             where = (v3_bundle, checkpoint, manifest.main, model, block, ModelGraph(v3_bundle))
-            culprit = bisect_block(*where, run_onnxruntime, folder, folder)
+            culprit = bisect_block(*where, run_file, folder, folder)
             assert culprit.case is None, culprit
             assert (culprit.value, culprit.nodes, culprit.causes) == ("", [], [])
             assert culprit.checked >= 5

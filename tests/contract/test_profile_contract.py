@@ -54,7 +54,7 @@ def test_latent_cache_saves_at_least_40_percent_at_8192_tokens(exported):
     latent = exported("v3-yarn", "mla").manifest.cache.bytes_per_token * tokens
     expanded = exported("v3-yarn", "baseline").manifest.cache.bytes_per_token * tokens
     assert latent <= 0.6 * expanded
-    published = json.loads((ROOT / "tests/unit/published_configs.json").read_text(encoding="utf-8"))
+    published = json.loads((ROOT / "tools/published_configs.json").read_text(encoding="utf-8"))
     savings = {}
     for name, data in published.items():
         config = parse_model_config(data, name)

@@ -43,7 +43,9 @@ def test_caches_are_updated_in_place(exported, profile: str):
     script = """
 import sys, numpy as np, onnxruntime as ort
 from pathlib import Path
-from deepseek_export.runtime.cache import CacheBuffers, CacheSpec
+from deepseek_export.backend.contract import CacheSpec
+from deepseek_export.backend.ort.caches import OrtCaches
+from deepseek_export.backend.ort.values import port_of
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -52,7 +54,8 @@ def anonymous():
 options = ort.SessionOptions()
 options.log_severity_level = 2
 session = ort.InferenceSession(sys.argv[1], options)
-caches = CacheBuffers(CacheSpec.from_session(session), 1, 1 << 17, 1 << 17)
+spec = CacheSpec.of(map(port_of, session.get_inputs()), map(port_of, session.get_outputs()))
+caches = OrtCaches.allocate(spec, 1, 1 << 17, 1 << 17)
 for tensor in caches.spec.tensors:
     caches.array(tensor.name)[:] = 0  # 把页真正分配出来
 binding = session.io_binding()

@@ -16,14 +16,15 @@ import pytest
 from click.testing import CliRunner
 
 import deepseek_export
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint import Checkpoint, TensorStore
 from deepseek_export.checkpoint.recipe import bind_recipes, weight_recipes
-from deepseek_export.checkpoint.store import NUMPY_DTYPES
 from deepseek_export.cli import pack
+from deepseek_export.dtypes import BY_SAFETENSORS
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import ModelSession
@@ -160,7 +161,7 @@ def test_plain_onnxruntime_refuses_instead_of_reading_garbage(referenced):
     with pytest.raises(Exception, match="out of bounds"):
         ort.InferenceSession(str(path), options)
     with pytest.raises(DsxError, match="dsx pack") as error:
-        ModelSession(path, max_positions=16)
+        ModelSession(OrtRunner(path, max_positions=16))
     assert error.value.code == "DSX-E507"
     assert "dsx pack" in (referenced[0].path / BY_RECIPE_FILE).read_text(encoding="utf-8")
 
@@ -213,7 +214,7 @@ def test_data_rewritten_in_place_is_refused(referenced, tmp_path: Path):
     spec = TensorStore.open(path / "weights")["model.norm.weight"]
     with spec.file.open("r+b") as stream:
         stream.seek(spec.offset)
-        scaled = np.frombuffer(stream.read(spec.nbytes), NUMPY_DTYPES[spec.dtype]) * 2
+        scaled = np.frombuffer(stream.read(spec.nbytes), BY_SAFETENSORS[spec.dtype].numpy) * 2
         stream.seek(spec.offset)
         stream.write(scaled.tobytes())
     for call in (deepseek_export.load, deepseek_export.pack):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,11 +29,7 @@ def model(request, tmp_path_factory) -> CompiledModel:
     deepseek_export.export(
         path, folder / "out", "full", target="ort-cpu", overrides=["mtp.num_draft_tokens=4"]
     )
-    loaded = deepseek_export.load(folder / "out")
-    assert loaded.speculative is not None
-    assert isinstance(loaded.speculative.floor, MeasuredFloor)
-    loaded.speculative.floor = None
-    return loaded
+    return deepseek_export.load(folder / "out", speculative_floor=False)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 4])
@@ -66,8 +63,12 @@ def test_speculative_stops_at_the_generation_config_too(model: CompiledModel, tm
 
 
 def test_low_acceptance_falls_back_and_says_so(model: CompiledModel):
-    """MTP-4：接受率低于界限就改回普通解码，输出不变，结果里有说明；关掉界限则一直投机。"""
+    """MTP-4：接受率低于界限就改回普通解码，输出不变，结果里有说明；加载时可以关掉，那就一直投机。"""
+    default = deepseek_export.load(model.bundle.path).speculative
+    assert default is not None
+    assert isinstance(default.floor, MeasuredFloor)
     assert model.speculative is not None
+    assert model.speculative.floor is None
     model.speculative.num_draft_tokens = 3
     kept = model.generate([[1, 2, 3]], 40, ignore_eos=True)
     assert kept.speculation is not None
@@ -84,7 +85,7 @@ def test_low_acceptance_falls_back_and_says_so(model: CompiledModel):
 
 
 def test_rejection_bundle_samples_and_verifies(tmp_path: Path):
-    """MTP-3：rejection 的 bundle 能导出、校验、采样；同一种子可复现。"""
+    """MTP-3、RUNTIME-5：rejection 的 bundle 能导出、校验、采样；同一种子可复现，一行的结果与同批还有谁无关。"""
     path = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32", mtp=True)
     deepseek_export.export(
         path, tmp_path / "out", "full", overrides=["mtp.verify=rejection", "mtp.num_draft_tokens=2"]
@@ -98,6 +99,12 @@ def test_rejection_bundle_samples_and_verifies(tmp_path: Path):
     first = model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
     assert first == model.generate([[5, 6], [7]], 12, temperature=0.8, seed=1, ignore_eos=True).token_ids
     assert [len(ids) for ids in first] == [12, 12]
+    nearly_full = [3] * (model.manifest.model.max_position_embeddings - 2)
+    for row, prompt in enumerate([[5, 6], [7]]):
+        for companions in ([], [[1] * 9], [nearly_full], [[2], nearly_full, [4, 4]]):
+            rows = [prompt, *companions]
+            options: Any = {"temperature": 0.8, "seed": 1 + row, "ignore_eos": True}
+            assert model.generate(rows, 12, **options).token_ids[0] == first[row]
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +113,7 @@ def demo(tmp_path_factory) -> CompiledModel:
     out = tmp_path_factory.mktemp("demo") / "out"
     overrides = ["mtp.num_draft_tokens=4"]
     deepseek_export.export(CHECKPOINT, out, "full", target="ort-cpu", overrides=overrides)
-    loaded = deepseek_export.load(out)
-    assert loaded.speculative is not None
-    loaded.speculative.floor = None
-    return loaded
+    return deepseek_export.load(out, speculative_floor=False)
 
 
 @pytest.mark.parametrize(

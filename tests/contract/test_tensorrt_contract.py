@@ -17,6 +17,10 @@ import pytest
 from click.testing import CliRunner
 
 import deepseek_export
+from deepseek_export.backend import backend_named
+from deepseek_export.backend.ort.cut import run_file
+from deepseek_export.backend.tensorrt.cut import CutEngines
+from deepseek_export.backend.tensorrt.engine import find_engine
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.graph import external_location
 from deepseek_export.bundle.reference import BY_RECIPE_FILE
@@ -35,10 +39,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_plan
 from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
 from deepseek_export.ops.table import LATENT_ATTENTION
-from deepseek_export.parity.backends import open_backends, run_onnxruntime
-from deepseek_export.parity.tensorrt import TensorRTRunner
 from deepseek_export.progress import Progress
-from deepseek_export.runtime.plan import find_engine
 from tests.bundles import edit_model, find_node, run_polygraphy, set_float, tampered
 from tests.engines import assert_listing, assert_plugin_layers, refused
 from tests.integration.cli import DSX, environment
@@ -64,7 +65,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(folder) -> Bundle:
-    """deepseek_v3 小配置的 portable float16 bundle（MLA + MoE）。"""
+    """deepseek_v3 小配置的 tensorrt-rtx float16 bundle（MLA + MoE）。"""
     return make_bundle("deepseek_v3", folder)
 
 
@@ -236,7 +237,7 @@ def test_an_unsupported_arch_is_refused(bundle, built):
 def test_weights_by_reference_build_the_same_engine(built, tmp_path):
     """EXPORT-21：按引用的 bundle 直接建引擎，指得进检查点的由解析器读，其余按配方逐个交给它；层同打包的，plan 里有专家的内容。"""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", CONFIGS["deepseek_v3"], dtype="float16")
-    options = {"dtype": "float16", "weights": "reference"}
+    options = {"target": "tensorrt-rtx", "dtype": "float16", "weights": "reference"}
     bundle = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", **options)
     graph = onnx.load(bundle.model_path, load_external_data=False).graph
     places = Counter(external_location(tensor) == BY_RECIPE_FILE for tensor in graph.initializer)
@@ -336,7 +337,7 @@ def test_a_signal_while_tensorrt_builds_stops_it(bundle):
 
 
 def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
-    """TRT-8：每个插件节点（portable 的是下沉之后的）、它的 creator、登记得上没有；建好的引擎；缺什么。"""
+    """TRT-8：每个插件节点、它的 creator、登记得上没有；建好的引擎；缺什么。"""
     found = diagnose_bundle(bundle.path)
     version = load(choose("rtx")).__version__
     described = {"directory": "rtx-sm89", "version": version, "plans": ["model.plan"], "problem": None}
@@ -415,15 +416,15 @@ def without_device(monkeypatch):
 
     def run(self, model, feeds):
         built.append(self.build(model, feeds)[1])
-        return run_onnxruntime(model, feeds)
+        return run_file(model, feeds)
 
-    monkeypatch.setattr(TensorRTRunner, "__call__", run)
-    monkeypatch.setattr("deepseek_export.parity.backends.require_gpu", lambda: 89)
+    monkeypatch.setattr(CutEngines, "__call__", run)
+    monkeypatch.setattr("deepseek_export.backend.tensorrt.cut.require_gpu", lambda: 89)
     return built
 
 
 def test_compare_builds_an_engine_from_the_cut_graph(bundle, built, without_device, folder):
-    """TRT-12：断开的图取自下沉后的图，为当前的卡就地建成引擎，插件一个不少，prefill 的注意力照样融合。"""
+    """TRT-12：断开的图取自 bundle 的图，为当前的卡就地建成引擎，插件一个不少，prefill 的注意力照样融合。"""
     report = deepseek_export.compare(bundle.path, backends=["ort", "trt"], folder=folder / "compare")
     assert report.passed, report.first_failure
     found = {
@@ -460,7 +461,7 @@ def test_compare_bisects_the_lowered_graph(bundle, built, without_device, folder
 
 def test_compare_is_refused_where_tensorrt_cannot_run(bundle, built, exported, monkeypatch):
     """TRT-12：float32 的、没有引擎的、只有插件核的、bfloat16 缓存的，各有自己的码，都在干活之前。"""
-    monkeypatch.setattr("deepseek_export.parity.backends.require_gpu", lambda: 86)
+    monkeypatch.setattr("deepseek_export.backend.tensorrt.cut.require_gpu", lambda: 86)
     compare = functools.partial(deepseek_export.compare, backends=["trt"])
     refused("DSX-E920", compare, bundle.path)
     refused("DSX-E913", compare, exported("v3-yarn", "mla+moe", "tensorrt-rtx").path)
@@ -472,7 +473,7 @@ def test_compare_is_refused_where_tensorrt_cannot_run(bundle, built, exported, m
     )
     for change in changes:
         changed = dataclasses.replace(bundle, manifest=manifest.model_copy(update=change))
-        refused("DSX-E614", open_backends, ["trt"], changed)
+        refused("DSX-E614", backend_named("trt").cut_runner, changed)
 
 
 def test_build_command(bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import shutil
 from pathlib import Path
@@ -14,13 +15,12 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cli.bundle_plugins import diagnose_bundle
+from deepseek_export.cli.demo import CHECKPOINT as DEMO
 from deepseek_export.engine.build import build_engine
 from deepseek_export.engine.derived import buildable_bundle, derived_folder, engine_bundle
 from deepseek_export.engine.flavour import FLAVOURS
-from deepseek_export.engine.record import EngineRecord
+from deepseek_export.engine.record import ENGINES, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
-from deepseek_export.passes import PassResult
-from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.progress import Progress
 from tests.contract.test_mtp_contract import SMALL
 from tests.engines import refused
@@ -36,7 +36,9 @@ PROMPTS = [[5, 9, 23, 100, 7], [44, 3, 2]]
 CONFIG = SMALL | {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
 #: 名字 → 怎么导出。
 UNBUILDABLE = {
+    "portable": {"profile": "full", "dtype": "float16"},
     "float32": {"profile": "full"},
+    "float32, tensorrt": {"profile": "mla+moe", "target": "tensorrt"},
     "ort-cpu": {"profile": "mla+moe", "target": "ort-cpu", "dtype": "float16"},
     "int8": {
         "profile": "mla+moe",
@@ -45,7 +47,7 @@ UNBUILDABLE = {
     },
     "int8 cache": {"profile": "mla+moe", "dtype": "float16", "overrides": ["mla.cache_dtype=int8"]},
     "float32, int8 cache": {"profile": "mla+moe", "overrides": ["mla.cache_dtype=int8"]},
-    "reference": {"profile": "mla+moe", "weights": "reference"},
+    "reference": {"profile": "mla+moe", "dtype": "float16", "weights": "reference"},
 }
 
 
@@ -99,21 +101,15 @@ def test_any_bundle_becomes_buildable(name, checkpoint, tmp_path):
     assert deepseek_export.verify(derived.path, levels=["block", "model"]).passed
 
 
-def test_what_can_be_built_is_used_as_it_is(checkpoint, tmp_path):
-    """TRT-5：portable 的 float16 在途中下沉，不另导出。"""
-    bundle = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", dtype="float16")
-    assert buildable_bundle(bundle, RTX) is bundle
-    assert engine_bundle(bundle) is bundle
-    assert not derived_folder(bundle).exists()
-
-
-def test_split_experts_are_derived_too(checkpoint, float32, tmp_path):
-    """TRT-5：portable 导出时拆过组的专家，下沉认不出原来的一层，也另导出。"""
-    bundle = copy_of(float32, tmp_path / "out")
-    split = PassResult(name=SplitExpertsPass.name, changed=True, count=1, refused=[])
-    graphs = [bundle.manifest.graphs[0].model_copy(update={"passes": [split]}), *bundle.manifest.graphs[1:]]
-    manifest = bundle.manifest.model_copy(update={"dtype": "float16", "graphs": graphs})
-    assert "拆成了几组" in buildable_bundle(Bundle(bundle.path, manifest), RTX).manifest.fallbacks[0]
+def test_one_road_to_an_engine(checkpoint, tmp_path):
+    """TRT-5：TensorRT 目标的直接建，两种发行都收；portable 另导出的与直接导出的逐字节是同一张图、同一份权重。"""
+    options = {"profile": "full", "dtype": "float16"}
+    portable = deepseek_export.export(checkpoint, tmp_path / "portable", **options)
+    direct = deepseek_export.export(checkpoint, tmp_path / "rtx", target="tensorrt-rtx", **options)
+    assert buildable_bundle(direct, RTX) is buildable_bundle(direct, FLAVOURS["tensorrt"]) is direct
+    assert engine_bundle(direct) is direct
+    assert not derived_folder(direct).exists()
+    assert buildable_bundle(portable, RTX).manifest.files == direct.manifest.files
 
 
 def test_derived_once_and_again_when_it_is_out_of_date(float32, tmp_path):
@@ -208,6 +204,7 @@ def test_the_checkpoint_has_to_be_there_and_the_same(float32, checkpoint, tmp_pa
     (bundle.path / "manifest.json").write_text(moved.manifest.model_dump_json(), encoding="utf-8")
     process = dsx("build", bundle.path, "--arch", "sm89")
     assert_refused(process, "DSX-E601")
+    assert "目标是 portable" in process.stderr
     assert "--checkpoint" in process.stderr
     assert diagnose_bundle(bundle.path)["refusal"]["code"] == "DSX-E601"
     other = write_checkpoint(tmp_path / "other", CONFIG, dtype="float32", mtp=True, seed=7)
@@ -228,7 +225,9 @@ def test_the_checkpoint_has_to_be_there_and_the_same(float32, checkpoint, tmp_pa
 def test_the_graph_itself_is_still_refused(float32):
     """TRT-5：绕过另导出、直接拿去建的，按码拒绝，不悄悄换一个。"""
     shapes = ProfileShapes.parse(SHAPES, CONFIG["max_position_embeddings"])
-    assert "float32" in refused("DSX-E913", build_engine, float32, 89, RTX, shapes).what
+    what = refused("DSX-E913", build_engine, float32, 89, RTX, shapes).what
+    assert "目标是 portable" in what
+    assert "float32" in what
 
 
 def test_build_command_and_doctor_follow_the_derived_bundle(float32, tmp_path):
@@ -250,6 +249,22 @@ def test_build_command_and_doctor_follow_the_derived_bundle(float32, tmp_path):
     assert [engine["directory"] for engine in after["engines"]] == ["rtx-sm89"]
     shown = dsx("doctor", bundle.path).stdout
     assert "另导出的这一份" in shown
+
+
+def test_build_from_python(float32, tmp_path, monkeypatch):
+    """TRT-5：``deepseek_export.build`` 就是 ``dsx build``：另导出、每种 SM 一个引擎；有一种建不了，什么都不动。"""
+    bundle = copy_of(float32, tmp_path / "out")
+    build = functools.partial(deepseek_export.build, bundle.path)
+    refused("DSX-E912", build, [89, 90])
+    refused("DSX-E919", lambda: build([89], shapes="T=1"))
+    refused("DSX-E602", lambda: build([89], checkpoint=DEMO))
+    assert not (bundle.path / ENGINES).exists()
+    FakeGpu(monkeypatch)
+    engines = build([89, 80, 89], flavour="rtx", shapes=SHAPES)
+    assert [engine.record.sm for engine in engines] == [89, 80]
+    assert all(engine.record.shapes.capacity == 128 for engine in engines)
+    assert {engine.bundle.path for engine in engines} == {derived_folder(bundle)}
+    assert [engine.path.parent for engine in engines] == [derived_folder(bundle) / ENGINES] * 2
 
 
 def test_the_backend_finds_the_derived_engine(float32, tmp_path, monkeypatch):

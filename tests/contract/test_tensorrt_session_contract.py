@@ -28,7 +28,7 @@ _EXPORTS = {
     "mla+moe": {"profile": "mla+moe", "dtype": "float16"},
     "full": {"profile": "full", "dtype": "float16"},
     "absorb": {"profile": "full", "dtype": "float16", "overrides": ["mla.form=absorb"]},
-    "bfloat16": {"profile": "full", "dtype": "bfloat16", "target": "tensorrt-rtx"},
+    "bfloat16": {"profile": "full", "dtype": "bfloat16"},
 }
 
 
@@ -46,7 +46,7 @@ def bundles(gpu, tmp_path_factory) -> Callable[[str], Bundle]:
 
     @functools.cache
     def make(name: str) -> Bundle:
-        bundle = deepseek_export.export(checkpoint, folder / name, **_EXPORTS[name])
+        bundle = deepseek_export.export(checkpoint, folder / name, target="tensorrt-rtx", **_EXPORTS[name])
         gpu.build(bundle, run=gpu.build(make("full")) if name == "bfloat16" else None)
         return bundle
 

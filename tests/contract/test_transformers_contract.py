@@ -15,6 +15,7 @@ from deepseek_export.integration.compat import cache_name
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
+from tests.expansions import KvExpansions
 from tests.models import build_model
 
 pytestmark = pytest.mark.contract
@@ -148,22 +149,14 @@ def test_recorded_outputs_are_the_same(pair):
 
 
 def test_decoding_does_not_expand_the_cache(pair):
-    """HF-5：prefill 之后 kv_b_proj 再没被调用；没有 apply 的模型每步每层调用一次。"""
+    """HF-5：prefill 之后 再没用 kv_b_proj 展开过；没有 apply 的模型每步每层展开一次。"""
     plain, model = pair
     dsx.apply(model, "mla")
     counts = {}
     for name, source in (("plain", plain), ("applied", model)):
-        rows: list[int] = []
-        hooks = [
-            layer.self_attn.kv_b_proj.register_forward_hook(
-                lambda _, args, __, rows=rows: rows.append(args[0].shape[-2])
-            )
-            for layer in source.model.layers
-        ]
-        generate(source)
-        for hook in hooks:
-            hook.remove()
-        counts[name] = rows
+        with KvExpansions(source) as seen:
+            generate(source)
+        counts[name] = seen.rows
     layers = len(plain.model.layers)
     assert counts["applied"] == [IDS.shape[1]] * layers
     assert counts["plain"] == [IDS.shape[1] + step for step in range(6) for _ in range(layers)]

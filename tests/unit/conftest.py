@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -27,13 +24,9 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def tool():
-    """``demo_training`` 的各个模块；它住在 tools/ 里，不是安装的包。"""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        names = ("card", "data", "distill", "distill_card", "evaluate", "export", "loop", "model")
-        yield {name: importlib.import_module(f"demo_training.{name}") for name in names}
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
+    """``tools.demo_training`` 的各个模块。"""
+    names = ("card", "data", "distill", "distill_card", "evaluate", "export", "loop", "model")
+    return {name: importlib.import_module(f"tools.demo_training.{name}") for name in names}
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_results_a_measurement_writes_do_not_make_the_source_dirty(tmp_path):
         identity = ("-c", "user.name=t", "-c", "user.email=t@t")
         subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True, capture_output=True)
 
-    history, source = tmp_path / "perf/results/history.jsonl", tmp_path / "source.py"
+    history, source = tmp_path / "perf/history/runs.jsonl", tmp_path / "source.py"
     history.parent.mkdir(parents=True)
     history.touch()
     source.touch()

@@ -70,7 +70,7 @@ def captured(saved):
 @pytest.fixture(scope="module")
 def real_v3():
     """真 DeepSeek-V3 的宽度（hidden 7168、128 头、256 专家），4 层。"""
-    data = json.loads((Path(__file__).parent / "published_configs.json").read_text())["V3"]
+    data = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())["V3"]
     data = {k: v for k, v in data.items() if k != "quantization_config"} | {"num_hidden_layers": 4}
     config = parse_model_config(data, "V3")
     assert (config.hidden_size, config.num_attention_heads, config.n_routed_experts) == (7168, 128, 256)

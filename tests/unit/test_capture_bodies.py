@@ -15,11 +15,11 @@ from deepseek_export.ops.mla_attention import mla_attention, prefers_naive
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import OPS
+from deepseek_export.reference.weights import by_torch
 from tests.models import ODD, TOLERANCE, distance, model_config, one_node_model, ort_session
 
 pytestmark = pytest.mark.unit
 
-NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 DTYPES = [torch.float32, torch.float16]
 H, DN, DR, DV, R = (
     ODD[key]
@@ -76,7 +76,7 @@ def both_runtimes(model: onnx.ModelProto):
 @pytest.mark.parametrize("form", ["absorb", "naive", "auto"])
 def test_mla_body(bodies, form, dtype):
     """同一个函数体跑各种形状，输出与缓存都等于 eager 的同一种形式。"""
-    kind = NUMPY[dtype]
+    kind = by_torch(dtype).numpy
     feeds = arrays(mla_inputs(*MLA_SHAPES[0], dtype))
     model = one_node_model(
         bodies("mla", form, dtype, dtype), feeds, {"o": kind, "kv_cache_out": kind}, scale=SCALE
@@ -123,7 +123,7 @@ def test_mla_body_with_narrow_cache(bodies):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
 def test_mla_body_with_int8_cache(bodies, dtype):
     """MLA-7：写进 int8 缓存的字节逐位相同，输出等于 eager。"""
-    kind, start = NUMPY[dtype], mla_inputs(*MLA_SHAPES[0], dtype, torch.int8)
+    kind, start = by_torch(dtype).numpy, mla_inputs(*MLA_SHAPES[0], dtype, torch.int8)
     function = bodies("mla", "auto", dtype, torch.int8)
     model = one_node_model(function, arrays(start), {"o": kind, "kv_cache_out": np.int8}, scale=SCALE)
     runners = both_runtimes(model)
@@ -206,10 +206,12 @@ def test_experts_body(bodies, dtype):
         inputs = (x, ids.to(torch.int32), torch.rand(len(ids), K, generator=g), *weights)
         feeds = {port.name: t.numpy() for port, t in zip(OPS["MoeExperts"].inputs, inputs, strict=True)}
         if runners is None:
-            runners = both_runtimes(one_node_model(bodies("experts", dtype), feeds, {"y": NUMPY[dtype]}))
+            runners = both_runtimes(
+                one_node_model(bodies("experts", dtype), feeds, {"y": by_torch(dtype).numpy})
+            )
         for runtime, run in runners.items():
             got = run(feeds)[0]
-            assert got.dtype == NUMPY[dtype]
+            assert got.dtype == by_torch(dtype).numpy
             assert distance(got, moe_experts(*inputs)) < TOLERANCE[dtype], (name, runtime)
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
-import click
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from deepseek_export.checkpoint import Checkpoint, dtype_conflict, expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint, write_demo_checkpoint
 from deepseek_export.errors import DsxError
+from tools.make_checkpoint import main as maker
 
 pytestmark = pytest.mark.unit
 
@@ -249,11 +248,6 @@ def test_demo_is_deterministic_and_its_tokenizer_round_trips(tmp_path: Path):
     assert tokenizer(text, add_special_tokens=False)["input_ids"][:2] == [0, 2]
 
 
-def maker() -> click.Command:
-    """``tools/make_checkpoint.py`` 的命令。"""
-    return runpy.run_path(str(Path(__file__).parents[2] / "tools/make_checkpoint.py"))["main"]
-
-
 @pytest.mark.parametrize(
     ("like", "shards", "mtp"),
     [
@@ -266,7 +260,7 @@ def maker() -> click.Command:
 def test_published_shapes_without_the_disk(tmp_path: Path, like: str, shards: int, mtp: bool):
     """--like：宽度、dtype、分片、MTP 层都是发布时的；--sparse-files 不占磁盘，读出来全零。"""
     arguments = ["--like", like, "--layers", "4", "--sparse-files", str(tmp_path)]
-    assert CliRunner().invoke(maker(), arguments).exit_code == 0
+    assert CliRunner().invoke(maker, arguments).exit_code == 0
     checkpoint = Checkpoint.open(tmp_path)
     config, store = checkpoint.config, checkpoint.store
     assert config.num_hidden_layers == 4
@@ -285,7 +279,7 @@ def test_maker_refuses_contradicting_options(tmp_path: Path):
         ["--demo", "--layers", "2"],
         ["--demo", "--sparse-files"],
     ):
-        assert CliRunner().invoke(maker(), [*arguments, str(tmp_path / "x")]).exit_code == 2
+        assert CliRunner().invoke(maker, [*arguments, str(tmp_path / "x")]).exit_code == 2
 
 
 def test_shards_are_about_equal_in_bytes(tmp_path: Path):
@@ -298,7 +292,7 @@ def test_shards_are_about_equal_in_bytes(tmp_path: Path):
 def test_command_line(tmp_path: Path):
     config = tmp_path / "c.json"
     config.write_text(json.dumps(TINY))
-    main, run = maker(), CliRunner().invoke
+    main, run = maker, CliRunner().invoke
     assert run(main, ["--config", str(config), "--shards", "2", "--mtp", str(tmp_path / "m")]).exit_code == 0
     assert Checkpoint.open(tmp_path / "m").mtp_tensors
     assert run(main, [str(tmp_path / "n")]).exit_code == 2

@@ -17,14 +17,14 @@ from deepseek_export.parity import LEVELS, Case, Culprit, ParityReport
 from deepseek_export.parity.bisect import NodeEntry
 from deepseek_export.parity.measures import Measure
 from deepseek_export.parity.tolerances import TOLERANCES
-from deepseek_export.passes import PIPELINES
+from deepseek_export.passes import TARGETS
 
 pytestmark = pytest.mark.unit
 
 
 def test_names_agree_with_their_source():
     assert verify.LEVELS == LEVELS
-    assert {name for name, state in doctor.TARGETS.items() if state.startswith("可用")} == set(PIPELINES)
+    assert {name for name, state in doctor.TARGETS.items() if state.startswith("可用")} == set(TARGETS)
 
 
 def test_every_command_has_chinese_help():

@@ -20,7 +20,7 @@ from deepseek_export.errors import DsxError
 pytestmark = pytest.mark.unit
 
 # V3、V2 是官方 config.json 的内容，V3 去掉了 FP8 的 quantization_config；其余家族只留推理用得到的字段。
-_PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+_PUBLISHED = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
 V3, V2_LITE, V2 = (_PUBLISHED[name] for name in ("V3", "V2_LITE", "V2"))
 KIMI, GLM, YOUTU, MINICPM = (_PUBLISHED[name] for name in ("KIMI_K2", "GLM_4_7_FLASH", "YOUTU", "MINICPM3"))
 
@@ -128,6 +128,19 @@ def test_longrope_refused(change):
     refused("DSX-E107", _longrope(**change))
 
 
+@pytest.mark.parametrize("base", [V3, GLM, YOUTU, MINICPM])
+def test_an_unknown_field_that_is_null_is_not_there(base):
+    """EXPORT-26：null 就是没有写；别的取值照样拒绝，再长、再深也只说一行。"""
+    assert parse_model_config(edit(base, sliding_window=None), "测试") == parse_model_config(base, "测试")
+    deep: Any = 1
+    for _ in range(500):
+        deep = [deep]
+    for value in (0, False, "", [], {}, "x" * 100_000, deep):
+        error = refused("DSX-E104", edit(base, sliding_window=value))
+        assert "sliding_window" in error.what
+        assert len(error.what) < 300
+
+
 @pytest.mark.parametrize(
     ("base", "change", "code"),
     [
@@ -137,7 +150,7 @@ def test_longrope_refused(change):
         (GLM, {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 45}, "DSX-E105"),
         (GLM, {"first_k_dense_replace": 2}, "DSX-E105"),
         (GLM, {"partial_rotary_factor": 0.5}, "DSX-E105"),
-        (V3, {"mlp_layer_types": None}, "DSX-E104"),
+        (V3, {"mlp_layer_types": ["sparse"] * 61}, "DSX-E104"),
         (YOUTU, {"n_routed_experts": 8}, "DSX-E104"),
         (YOUTU, {"scale_emb": 12}, "DSX-E104"),
         (MINICPM, {"num_nextn_predict_layers": 1}, "DSX-E104"),

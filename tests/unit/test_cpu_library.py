@@ -16,10 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto
 
 import deepseek_export
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.cli import doctor
 from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.table import MLA_ATTENTION, TYPE_CONSTRAINTS
@@ -27,7 +30,7 @@ from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.runtime import ModelSession
 from tests.cpu_build import SOURCES, builder
-from tests.cpu_node import CACHES, NUMPY, ODD, SCALE, WIDE, call, make_inputs, make_session
+from tools.cpu_node import CACHES, COMPUTES, ODD, SCALE, WIDE, call, make_inputs, make_session
 
 pytestmark = pytest.mark.unit
 
@@ -89,7 +92,7 @@ def test_every_isa_and_dtype_matches_the_reference(library, isa: str, form: str)
     """CPU-1、CPU-2：每种计算 dtype 与缓存 dtype 的组合、两种形式、各种形状；每个指令集都强制跑到。"""
     if isa not in library.isas:
         pytest.skip(f"这台机器没有 {isa}")
-    for dtype in NUMPY:
+    for dtype in COMPUTES:
         for cache_dtype in CACHES:
             for S, H, T, past in SHAPES:
                 for widths in (ODD, WIDE):
@@ -105,7 +108,7 @@ def cases(draw):
         widths |= {"dr": 32 * draw(st.integers(1, 2)), "r": 32 * draw(st.integers(1, 3))}
     S, H, extra = draw(st.integers(1, 20)), draw(st.integers(1, 9)), draw(st.integers(0, 400))
     past = draw(st.lists(st.integers(0, extra), min_size=1, max_size=3))
-    dtypes = draw(st.sampled_from(sorted(NUMPY))), draw(st.sampled_from(sorted(CACHES)))
+    dtypes = draw(st.sampled_from(sorted(COMPUTES))), draw(st.sampled_from(sorted(CACHES)))
     return *dtypes, S, H, S + extra, past, widths, draw(st.sampled_from(["absorb", "naive", "auto"]))
 
 
@@ -213,9 +216,10 @@ def test_table_is_the_same_on_both_sides():
     assert listed("kInputs") == [port.name for port in MLA_ATTENTION.inputs]
     assert listed("kOutputs") == [port.name for port in MLA_ATTENTION.outputs]
     assert f'kName = "{MLA_ATTENTION.name}"' in source
-    types = {"FLOAT": "float", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT8": "int8"}
     found = re.findall(r"Dtype::k\w+, ONNX_TENSOR_ELEMENT_DATA_TYPE_(\w+)\}", source)
-    assert tuple(f"tensor({types[name]})" for name in found) == TYPE_CONSTRAINTS["C"]
+    assert [TensorProto.DataType.Value(name) for name in found] == [
+        DTYPES[dtype].onnx for dtype in TYPE_CONSTRAINTS["C"]
+    ]
 
 
 def test_one_bundle_with_and_without_the_library(library, exported, monkeypatch):
@@ -228,7 +232,7 @@ def test_one_bundle_with_and_without_the_library(library, exported, monkeypatch)
     # 只有真的建了 kernel，才会去看指令集：证明库优先于函数体。
     monkeypatch.setenv("DSX_CPU_ISA", "sse9")
     with pytest.raises(DsxError, match="DSX_CPU_ISA=sse9") as caught:
-        ModelSession(bundle.model_path, max_positions=64, library=library)
+        ModelSession(OrtRunner(bundle.model_path, max_positions=64, library=library))
     assert caught.value.code == "DSX-E507"
     monkeypatch.setenv("DSX_CPU_LIBRARY", "off")
     assert deepseek_export.load(bundle.path, threads=1).generate(rows, 8).token_ids == with_library

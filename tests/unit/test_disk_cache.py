@@ -12,6 +12,7 @@ from deepseek_export.capture import blocks
 from deepseek_export.capture.trace import Spec, TracedGraph, trace
 from deepseek_export.disk_cache import DiskCache
 from tests.models import model_config
+from tests.odd_files import KINDS, make_odd
 
 pytestmark = pytest.mark.unit
 
@@ -41,6 +42,25 @@ def test_damaged_entry_counts_as_absent(home: Path, damage) -> None:
     assert cache.get("a") is None
     cache.put("a", b"content")
     assert cache.get("a") == b"content"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_entry_that_is_no_file_counts_as_absent(home: Path, kind: str) -> None:
+    """目录、管道、设备、断了的链接、大得离谱的：不等、不读，也不影响别的条目。"""
+    cache = DiskCache("things", max_entries=2)
+    cache.put("a", b"content")
+    make_odd(home / "a", kind)
+    assert cache.get("a") is None
+    for key in ("b", "c", "d"):
+        cache.put(key, b"content")
+        assert cache.get(key) == b"content"
+
+
+def test_an_entry_under_another_name_counts_as_absent(home: Path) -> None:
+    cache = DiskCache("things")
+    cache.put("a", b"content")
+    (home / "a").rename(home / "b")
+    assert cache.get("b") is None
 
 
 def test_can_be_switched_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +109,25 @@ def test_traced_graph_comes_back_the_same(home: Path) -> None:
     assert again.to_bytes() == fresh.to_bytes()
     assert (again.scopes, again.inputs, again.outputs) == (fresh.scopes, fresh.inputs, fresh.outputs)
     assert TracedGraph.from_bytes(fresh.to_bytes()) == again
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x0a\x04\x0a\x00\x12\x00"], ids=["empty", "junk", "odd"])
+def test_a_broken_trace_is_rebuilt_and_said_so(
+    home: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """EXPORT-6：摘要对得上、内容却不是那张图的条目：重新捕获并换掉它，不要用户去删。"""
+    inputs = {"a": Spec(("B", 3), torch.float32)}
+
+    def add() -> TracedGraph:
+        return trace(lambda: lambda a: a + 1, inputs, ["y"], ("add",))
+
+    fresh = add()
+    (key,) = os.listdir(home.parent / "traces")
+    DiskCache("traces").put(key, content)
+    with caplog.at_level("INFO"):
+        assert add().to_bytes() == fresh.to_bytes()
+    assert "重新捕获" in caplog.text
+    assert DiskCache("traces").get(key) == fresh.to_bytes()
 
 
 def test_key_covers_shapes_types_names_and_attributes(home: Path) -> None:

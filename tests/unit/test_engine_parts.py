@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_export.backend.tensorrt.engine import select_profile
 from deepseek_export.engine import flavour as flavours
 from deepseek_export.engine.flavour import FLAVOURS, ensure_library_link, library_link_missing, parse_arch
 from deepseek_export.engine.interrupts import deferred_interrupts
@@ -22,7 +23,6 @@ from deepseek_export.engine.layers import (
 from deepseek_export.engine.record import RECORD_FILE, EngineRecord, PlanEntry
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime.plan import select_profile
 
 pytestmark = pytest.mark.unit
 

@@ -10,14 +10,20 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
-from deepseek_export.checkpoint import Checkpoint, TensorStore, expected_tensors
-from deepseek_export.checkpoint.store import INDEX_NAME, NUMPY_DTYPES
+from deepseek_export.checkpoint import Checkpoint, TensorStore, expected_tensors, stop_token_ids
+from deepseek_export.checkpoint.store import INDEX_NAME
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.dtypes import BY_SAFETENSORS
 from deepseek_export.errors import DsxError
+from tests.models import build_model, save_checkpoint
+from tests.odd_files import KINDS, make_odd
 from tests.unit.test_checkpoint import TINY
 from tests.unit.test_fp8 import FP8
 
@@ -58,7 +64,7 @@ def open_or_refuse(path: Path) -> None:
         assert set(expected_tensors(opened.config)) <= set(store)
         for name in store:
             spec = store[name]
-            assert spec.nbytes == math.prod(spec.shape) * NUMPY_DTYPES[spec.dtype].itemsize
+            assert spec.nbytes == math.prod(spec.shape) * BY_SAFETENSORS[spec.dtype].numpy.itemsize
             assert 8 <= spec.offset <= spec.offset + spec.nbytes <= spec.file.stat().st_size
             assert spec.file.parent == path
 
@@ -114,7 +120,7 @@ def test_any_change_to_a_header_entry(checkpoint: Path, tmp_path: Path, data):
     size = st.integers(-1, 1 << 70) | st.integers(0, len(raw))
     change: Any = data.draw(
         st.one_of(
-            st.builds(lambda dtype: ("dtype", dtype), st.sampled_from(sorted(NUMPY_DTYPES)) | JSON),
+            st.builds(lambda dtype: ("dtype", dtype), st.sampled_from(sorted(BY_SAFETENSORS)) | JSON),
             st.builds(lambda shape: ("shape", shape), st.lists(size, max_size=3) | JSON),
             st.builds(
                 lambda offsets: ("data_offsets", offsets), st.lists(size, min_size=2, max_size=2) | JSON
@@ -209,6 +215,95 @@ def test_any_bytes(tmp_path: Path, raw: bytes):
     (tmp_path / "model.safetensors").write_bytes(raw)
     with contextlib.suppress(DsxError):
         TensorStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_regular_files(checkpoint: Path, tmp_path: Path, kind: str):
+    """每个文件换成目录、管道、设备、断了的链接、大得离谱的：按码拒绝，不等、不读。"""
+    shards = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    for name in ("config.json", INDEX_NAME, shards[1]):
+        path = copied(checkpoint, tmp_path / "x")
+        make_odd(path / name, kind)
+        with pytest.raises(DsxError) as err:
+            Checkpoint.open(path)
+        assert err.value.code in ("DSX-E101", "DSX-E102", "DSX-E110", "DSX-E118")
+    path = copied(checkpoint, tmp_path / "x")
+    make_odd(path / "generation_config.json", kind)
+    with pytest.raises(DsxError, match="generation_config") as err:
+        stop_token_ids(path, Checkpoint.open(path).config)
+    assert err.value.code == "DSX-E121"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8-sig"])
+def test_a_header_is_utf8(tmp_path: Path, encoding: str):
+    """Python 的 json 猜得出 UTF-16、UTF-32，safetensors 不认，我们也不认。"""
+    text = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.encode(encoding)
+    assert "UTF-8" in header_refused(tmp_path, text).what
+
+
+@pytest.mark.parametrize("metadata", ['{"a":1}', '{"a":null}', '{"a":{}}', "[]", '"a"', '{"a":"\\ud800"}'])
+def test_metadata_is_text_to_text(tmp_path: Path, metadata: str):
+    text = f'{{"__metadata__":{metadata},"a":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}'
+    header_refused(tmp_path, text.encode())
+
+
+def header_refused(folder: Path, header: bytes) -> DsxError:
+    """dsx 与 safetensors 都不收这个文件头。"""
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")
+    with pytest.raises(SafetensorError):
+        safe_open(path, "np")
+    with pytest.raises(DsxError) as err:
+        TensorStore.open(folder)
+    assert err.value.code == "DSX-E110"
+    return err.value
+
+
+@fuzz
+@given(data=st.data())
+def test_what_dsx_accepts_safetensors_accepts(tmp_path: Path, data):
+    """任意近似合法的文件头：dsx 收下的，safetensors 也收，张量与形状都相同。"""
+    size = st.integers(0, 3) | st.sampled_from([-1, 1.0, True, None, "1"])
+    entry = st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["F32", "U8", "BF16", "F4", 1]),
+            "shape": st.lists(size, max_size=3),
+            "data_offsets": st.lists(st.sampled_from([0, 0, 1, 2, 4, 8, 12]), min_size=2, max_size=2),
+        }
+    )
+    header = data.draw(st.dictionaries(st.sampled_from(["a", "b", "é", "\ud800"]), entry, max_size=2))
+    metadata = data.draw(st.dictionaries(st.text(max_size=2), st.text(max_size=2) | JSON, max_size=2) | JSON)
+    if data.draw(st.booleans()):
+        header["__metadata__"] = metadata
+    text = json.dumps(header, ensure_ascii=data.draw(st.booleans())).encode("utf-8", "surrogatepass")
+    tail = bytes(data.draw(st.sampled_from([0, 4, 8, 12])))
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + tail)
+    with contextlib.suppress(DsxError):
+        store = TensorStore.open(tmp_path)
+        with safe_open(tmp_path / "model.safetensors", "np") as file:
+            assert sorted(file.keys()) == list(store.names)
+            assert all(tuple(file.get_slice(n).get_shape()) == store[n].shape for n in store)
+
+
+@pytest.mark.parametrize("family", ["v2-greedy", "v3"])
+def test_transformers_own_empty_shared_experts(tmp_path: Path, family: str):
+    """``n_shared_experts`` 为 0 时 transformers 照样存下宽度为 0 的共享专家：收下；多一个数、多一层都不收。"""
+    path = save_checkpoint(build_model(family, n_shared_experts=0), tmp_path / "x")
+    opened = Checkpoint.open(path)
+    prefix = "model.layers.1.mlp.shared_experts."
+    assert opened.store[prefix + "up_proj.weight"].shape[0] == 0
+    assert {prefix + f"{name}_proj.weight" for name in ("gate", "up", "down")} <= set(opened.ignored)
+    tensors = load_file(path / "model.safetensors")
+    wrong = [
+        ({prefix + "up_proj.weight": np.zeros((1, opened.config.hidden_size), np.float32)}, "DSX-E113"),
+        ({prefix + "up_proj.bias": np.zeros(0, np.float32)}, "DSX-E112"),
+        ({"model.layers.0.mlp.shared_experts.up_proj.weight": np.zeros(0, np.float32)}, "DSX-E112"),
+    ]
+    for change, code in wrong:
+        save_file({**tensors, **change}, path / "model.safetensors")
+        refused(code, path)
+    save_file({k: v for k, v in tensors.items() if "shared_experts" not in k}, path / "model.safetensors")
+    assert Checkpoint.open(path).config == opened.config
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.gate.weight"])

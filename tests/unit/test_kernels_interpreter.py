@@ -29,6 +29,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert done.returncode == 0, done.stdout + done.stderr
 
 else:
+    from deepseek_export.dtypes import DTYPES
     from deepseek_export.kernels import grouped_swiglu as experts_kernels
     from deepseek_export.kernels import latent_attention as attention_kernels
     from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
@@ -38,10 +39,11 @@ else:
     from deepseek_export.ops.moe_experts import moe_experts
     from deepseek_export.parity.measures import measure
     from deepseek_export.parity.tolerances import TOLERANCES
+    from deepseek_export.reference.weights import by_torch, torch_dtype
 
     MODULES = {"latent_attention": attention_kernels, "grouped_swiglu": experts_kernels}
     #: 参数类型 → 张量 dtype；``*fp16`` 换成正在测试的 dtype（编译只收两字节的，解释器里也测 float32）。
-    DTYPES = {"*fp32": torch.float32, "*i32": torch.int32, "*i64": torch.int64}
+    POINTEES = {DTYPES[name].triton: torch_dtype(name) for name in ("float32", "int32", "int64")}
     CANARY = 64
 
     def run(plan: LaunchPlan, inputs, output):
@@ -62,7 +64,7 @@ else:
         for start, end in zip(sorted(regions), ends, strict=True):
             kind = regions[start]
             count = (end - start) // (2 if kind == "*fp16" else 4)
-            value = torch.empty(count + CANARY, dtype=DTYPES.get(kind, output.dtype))
+            value = torch.empty(count + CANARY, dtype=POINTEES.get(kind, output.dtype))
             workspace[start] = value.fill_(float("nan") if value.is_floating_point() else -(2**31))
         guards = {start: value[-CANARY:].clone() for start, value in workspace.items()}
         for launch in variant.launches:
@@ -108,8 +110,9 @@ else:
     def check_attention(B, S, H, r, dr, T, past, dtype, cache_dtype=None, sm=89, seed=0, scale=None):
         q, cache, past_lens = attention_inputs(B, S, H, r, dr, T, past, dtype, cache_dtype, seed)
         scale = scale or (r + dr) ** -0.5
-        names = {torch.float16: "float16", torch.float32: "float32", None: None}
-        plan = latent_attention_plan(sm, H, r, dr, scale, "float16", names[cache_dtype])
+        plan = latent_attention_plan(
+            sm, H, r, dr, scale, "float16", cache_dtype and by_torch(cache_dtype).name
+        )
         got = run(plan, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype))
         want = latent_attention(q, cache.nan_to_num(0), past_lens, scale, r)
         assert_close(got, want)

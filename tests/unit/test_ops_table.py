@@ -10,6 +10,7 @@ import torch
 from onnx import defs
 
 import deepseek_export
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops import registry
 from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION, TYPE_CONSTRAINTS
 
@@ -46,7 +47,8 @@ def test_onnx_schema(spec):
     optional = {name: a.type.name for name, a in schema.attributes.items() if not a.required}
     assert optional == {"plugin_namespace": "STRING", "plugin_version": "STRING"}
     for constraint in schema.type_constraints:
-        assert sorted(constraint.allowed_type_strs) == sorted(TYPE_CONSTRAINTS[constraint.type_param_str])
+        allowed = [DTYPES[dtype].onnx_type for dtype in TYPE_CONSTRAINTS[constraint.type_param_str]]
+        assert sorted(constraint.allowed_type_strs) == sorted(allowed)
 
 
 @pytest.mark.parametrize("spec", SPECS)

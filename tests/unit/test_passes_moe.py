@@ -22,6 +22,7 @@ from deepseek_export.passes.base import MICROSOFT, GraphModule
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
+from deepseek_export.reference.weights import torch_dtype
 from tests.models import TOLERANCE, distance, model_config, ort_session
 
 pytestmark = pytest.mark.unit
@@ -74,8 +75,7 @@ def moe_module(variant="v3", dtype="float32", extra=(), outputs=("y",), **overri
     )
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    torch_dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
-    functions = {"MoeGate": _gate_body(config), "MoeExperts": _experts_body(config, torch_dtype)}
+    functions = {"MoeGate": _gate_body(config), "MoeExperts": _experts_body(config, torch_dtype(dtype))}
     return GraphModule(gs.import_onnx(proto), functions, recipes, dtype, config, (), "main", (), None)
 
 

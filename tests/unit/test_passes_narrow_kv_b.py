@@ -6,13 +6,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.capture import capture_model
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.ops.table import MLA_ATTENTION
 from deepseek_export.passes.base import GraphModule
 from deepseek_export.passes.narrow_kv_b_weights import NarrowKvBWeightsPass
 from deepseek_export.profile import resolve_profile
-from deepseek_export.runtime.cache import ort_value
 from tests.models import model_config
 from tests.unit.test_passes_bound_mla_cache import session_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from typing import ClassVar
 
@@ -13,21 +14,25 @@ import pytest
 import torch
 
 import deepseek_export
-from deepseek_export.capture import capture_model
+from deepseek_export.capture import capture_draft, capture_model
 from deepseek_export.checkpoint.recipe import load_array
+from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.passes import (
-    PIPELINES,
+    QUANT_TARGETS,
+    TARGETS,
+    TENSORRT_TARGETS,
     GraphModule,
     Pass,
     PassError,
     PassResult,
     graph_listing,
     lower,
+    pipeline,
     pipelines,
 )
 from deepseek_export.passes.legality import check_legality
-from deepseek_export.passes.pipelines import TENSORRT_TARGETS, Step
+from deepseek_export.passes.pipelines import Step, nodes
 from deepseek_export.profile import resolve_profile
 from tests.models import TOLERANCE, distance, model_config, ort_session
 
@@ -39,10 +44,9 @@ def captured(variant: str, profile: str, dtype: str = "float32"):
     return capture_model(model_config(variant), resolve_profile(profile), dtype)
 
 
-def lowered(variant: str, profile: str, target: str, dtype: str = "float32"):
-    return lower(
-        captured(variant, profile, dtype), model_config(variant), resolve_profile(profile), dtype, target
-    )
+def lowered(variant: str, profile: str, target: str, dtype: str = "float32", **options):
+    arguments = (model_config(variant), resolve_profile(profile), dtype, target)
+    return lower(captured(variant, profile, dtype), *arguments, **options)
 
 
 def module_of(variant: str = "v3", profile: str = "mla+moe") -> GraphModule:
@@ -97,7 +101,7 @@ def test_whole_model_is_equal_before_and_after(variant, fused, saved):
             assert distance(got, want) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("target", PIPELINES)
+@pytest.mark.parametrize("target", TARGETS)
 def test_oversized_experts_are_split_in_the_whole_model(target, saved):
     """MOE-20：把上限降到 9 个专家（12 个要拆成两组），整个模型在每个目标上都与不拆的相等；没有拆的不留记录。"""
     checkpoint, config = saved("v3")[1], model_config("v3")
@@ -139,7 +143,7 @@ def test_lowering_is_deterministic_and_leaves_the_captured_model_alone():
     assert (source.proto.SerializeToString(), dict(source.weights), sorted(source.functions)) == before
 
 
-@pytest.mark.parametrize("target", PIPELINES)
+@pytest.mark.parametrize("target", TARGETS)
 def test_lowered_model_is_self_consistent(target):
     model = lowered("v3", "mla+moe", target)
     onnx.checker.check_model(model.proto)
@@ -166,7 +170,7 @@ def test_lowered_model_is_self_consistent(target):
 
 def test_baseline_has_nothing_to_lower():
     """没有 dsx 算子可下沉；ort-cpu 只收拾形状与转置。"""
-    portable, ort, *others = (lowered("v3", "baseline", target) for target in PIPELINES)
+    portable, ort, *others = (lowered("v3", "baseline", target) for target in TARGETS)
     finishing = ["fold-reshape-shapes", "split-pairs"]
     assert [r.name for r in ort.results if r.changed] == finishing
     for model in (ort, *others):
@@ -183,6 +187,31 @@ def test_float16_falls_back_loudly():
     (line,) = model.fallbacks  # 同一个原因只说一次
     assert "没有改写 layers.1.mlp 等 2 处" in line
     assert "float16" in line
+
+
+@pytest.mark.parametrize(
+    ("profile", "keep", "says"),
+    [
+        ("mla", (), ["6 个专家权重没有量化"]),
+        ("mla", ("down_proj",), ["4 个专家权重没有量化"]),
+        ("mla", ("experts",), []),
+        ("mla+moe", ("experts",), []),
+    ],
+)
+def test_experts_left_in_float_are_reported(profile, keep, says):
+    """EXPORT-32：没有下沉成 MoE 的专家没有量化，要写出来；用户要保留的不写。"""
+    quantization = Quantization(kind="int8", keep=keep)
+    model = lowered("v3", profile, "ort-cpu", quantization=quantization)
+    assert [line.partition("：")[0] for line in model.fallbacks] == says
+
+
+def test_a_refusal_is_said_once_in_the_draft_too():
+    """EXPORT-32：拒绝的原因已经有一行；草稿模型的节点叫 mtp.mlp、权重叫 model.layers.3.mlp，也不再说一遍。"""
+    config, profile = model_config("v3", num_nextn_predict_layers=1), resolve_profile("full")
+    draft = capture_draft(config, profile, 0)
+    quantization = Quantization(kind="int8")  # 宽度 48 不是 32 的倍数
+    (line,) = lower(draft, config, profile, "float32", "ort-cpu", quantization=quantization).fallbacks
+    assert line.startswith("quantize-moe-to-qmoe 没有改写 mtp.mlp：QMoE 要求")
 
 
 def test_unknown_target_lists_the_targets():
@@ -238,17 +267,39 @@ def _breaking(does, tally=1):
 
 
 def test_untruthful_count_names_the_pass(monkeypatch):
-    monkeypatch.setattr(pipelines, "PIPELINES", {"ort-cpu": (Step(_SkipPass, "MoeExperts"),)})
+    monkeypatch.setattr(pipelines, "pipeline", lambda *_: [Step(_SkipPass(), nodes("MoeExperts"))])
     with pytest.raises(DsxError, match="pass skip 报告改写 0 处、拒绝 0 处") as caught:
         lowered("v3", "mla+moe", "ort-cpu")
     assert caught.value.code == "DSX-E302"
+
+
+@pytest.mark.parametrize("target", QUANT_TARGETS)
+def test_every_step_is_counted(target, monkeypatch):
+    """EXPORT-3：量化与收拾的步骤也核对：把任何一步换成什么也不做的，只要它本该处理几处就失败并点名。"""
+    quantization, blamed = Quantization(kind="int8"), []
+    steps = pipeline(target, quantization)
+    for index, step in enumerate(steps):
+        idle = [*steps[:index], dataclasses.replace(step, rewrite=_SkipPass()), *steps[index + 1 :]]
+        monkeypatch.setattr(pipelines, "pipeline", lambda *_, idle=idle: idle)
+        # 专家已随前一步融合；没有 MTP 就没有草稿验证；折叠形状的不核对。
+        if (
+            step.rewrite.name in ("lower-experts-to-ort-moe", "fold-reshape-shapes")
+            or "spec-accept" in step.rewrite.name
+        ):
+            lowered("v3-bias-tied", "mla+moe", target, quantization=quantization)
+            continue
+        with pytest.raises(DsxError, match="pass skip 报告改写 0 处") as caught:
+            lowered("v3-bias-tied", "mla+moe", target, quantization=quantization)
+        assert caught.value.code == "DSX-E302"
+        blamed.append(step.rewrite.name)
+    assert len(blamed) == (8 if target == "ort-cpu" else 4)
 
 
 def test_illegal_graph_names_the_pass(monkeypatch):
     def action(module):
         module.graph.nodes[0].domain = "elsewhere"
 
-    monkeypatch.setattr(pipelines, "PIPELINES", {"ort-cpu": (Step(_breaking(action), "MoeExperts"),)})
+    monkeypatch.setattr(pipelines, "pipeline", lambda *_: [Step(_breaking(action)(), nodes("MoeExperts"))])
     with pytest.raises(DsxError, match="break 之后（目标 ort-cpu）") as caught:
         lowered("v3", "mla+moe", "ort-cpu")
     assert caught.value.code == "DSX-E303"
@@ -275,7 +326,7 @@ def test_faults_inside_a_pass_name_it_and_its_predecessors():
 
 
 def test_passes_state_their_pre_and_postconditions():
-    fuse, experts = (step.build() for step in PIPELINES["ort-cpu"] if step.consumes)
+    fuse, experts, *_ = (step.rewrite for step in pipeline("ort-cpu"))
     module = module_of()
     module.graph.opset = 17
     with pytest.raises(PassError, match=r"requires 阶段失败.*17"):

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
+from deepseek_export.errors import DsxError
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.passes import GraphModule
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
@@ -100,17 +101,18 @@ def test_a_single_expert_that_is_too_big_is_refused():
     """情形 3：单个专家就超过上限。"""
     module = moe_module()
     module.max_elements = EXPERT - 1
-    result = SplitExpertsPass()(module)
-    assert (result.changed, len(result.refused)) == (False, 1)
-    assert str(EXPERT - 1) in result.refused[0].value
+    with pytest.raises(DsxError, match=f"一个张量至多 {EXPERT - 1} 个") as error:
+        SplitExpertsPass()(module)
+    assert error.value.code == "DSX-E410"
 
 
 def test_weights_that_are_not_stacks_are_refused():
     """情形 3：权重不是逐专家叠放的。"""
     module = limited(6)
     module.weights[WEIGHTS[1]] = module.weights[WEIGHTS[1]].model_copy(update={"op": "copy"})
-    (refusal,) = SplitExpertsPass()(module).refused
-    assert "w_up" in refusal.reason
+    with pytest.raises(DsxError, match="experts") as error:
+        SplitExpertsPass()(module)
+    assert error.value.code == "DSX-E410"
 
 
 def test_groups_are_not_lowered_to_ort_moe():

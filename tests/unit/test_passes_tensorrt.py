@@ -19,6 +19,7 @@ from deepseek_export.passes import GraphModule, PassError, lower
 from deepseek_export.passes.inline_bodies import InlineMoeGatePass
 from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS, LowerMlaToTensorrtPass
 from deepseek_export.profile import resolve_profile
+from deepseek_export.reference.weights import by_torch
 from tests.models import TOLERANCE, distance, model_config, one_node_model, ort_session
 
 pytestmark = pytest.mark.unit
@@ -42,7 +43,7 @@ def test_latent_attention_body_equals_the_reference(dtype):
     body = latent_attention_body(c, dtype, dtype)
     rng = np.random.default_rng(0)
     H, r, width = c.num_attention_heads, c.kv_lora_rank, c.latent_cache_values
-    number = {torch.float32: np.float32, torch.float16: np.float16}[dtype]
+    number = by_torch(dtype).numpy
     session = None
     for B, S, T, past in ((1, 1, 8, (0,)), (2, 8, 40, (0, 31)), (3, 0, 16, (1, 2, 3))):
         feeds = {

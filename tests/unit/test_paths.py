@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from deepseek_export.errors import DsxError
-from deepseek_export.paths import path_kind
+from deepseek_export.paths import check_readable, optional_file, path_kind, read_text
+from tests.odd_files import KINDS, make_odd
 from tests.permissions import permissions_apply
 
 pytestmark = pytest.mark.unit
@@ -59,3 +60,31 @@ def test_a_relative_path_in_a_folder_that_is_not_utf8(tmp_path: Path, monkeypatc
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert "UTF-8" in refused(Path("out")).what
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_small_regular_files_are_read(tmp_path: Path, kind: str):
+    """EXPORT-26：不等在管道上，不读没有尽头的、大得离谱的；说出原因。"""
+    path = tmp_path / "odd"
+    make_odd(path, kind)
+    with pytest.raises(OSError, match=r"不是普通文件|至多|No such file"):
+        read_text(path)
+    if kind != "huge":
+        with pytest.raises(DsxError, match="DSX-E402"):
+            check_readable(path, "DSX-E402", "换一个")
+        with pytest.raises(DsxError, match="DSX-E501") as error:
+            optional_file(path, "DSX-E501")
+        assert "不是普通文件" in error.value.what
+
+
+def test_text_is_utf8_and_within_its_limit(tmp_path: Path):
+    path = tmp_path / "text"
+    assert not optional_file(path, "DSX-E501")
+    path.write_text("床前明月光", encoding="utf-8")
+    assert optional_file(path, "DSX-E501")
+    assert read_text(path, 15) == "床前明月光"
+    with pytest.raises(OSError, match="15 字节，这种文件至多 14"):
+        read_text(path, 14)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UnicodeDecodeError):
+        read_text(path)

@@ -13,7 +13,7 @@ from deepseek_export.parity.tolerances import QUANT_TOLERANCES, TOLERANCES
 from perf.isolate import Worker
 from perf.peers.engines import LlamaCpp, Transformers
 from perf.suites import peers
-from perf.workspace import SHAPES
+from perf.workload.workspace import SHAPES
 
 pytestmark = pytest.mark.unit
 

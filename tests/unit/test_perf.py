@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import asdict
 from importlib import import_module
 from types import SimpleNamespace
@@ -11,17 +11,17 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from deepseek_export.bench.environment import environment
 from deepseek_export.bench.memory import MemorySample
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.reference import Forms, load_draft, load_reference
-from perf import apply, gates, isolate, quant, report, results, scale, tensorrt_build
+from perf import gates, isolate, report, results
 from perf.__main__ import cli
-from perf.padded import write_padded
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, mla_memory, mtp
-from perf.workspace import SHAPES, Workspace, parameter_count
+from perf.suites import SUITES, cpu_kernel, mla_memory, mtp
+from perf.workload import engine_build
+from perf.workload.padded import write_padded
+from perf.workload.workspace import SHAPES, Workspace, parameter_count
 from tests.perf_runs import make_run, memory_case, spread, suite
 
 pytestmark = pytest.mark.unit
@@ -44,6 +44,27 @@ def test_history_is_append_only_and_latest_prefers_full_runs(tmp_path):
     # 另一种配置的结果不混进同一份报告。
     other = make_run([suite("moe", [])], threads=4)
     assert [run.suites for run in results.latest([full, other])] == [other.suites]
+
+
+def test_history_rows_are_valid_and_name_commands_that_repeat_them(monkeypatch, tmp_path):
+    """历史的每一行都读得回来，命令里没有输出的路径；新的一行也没有，只写它自己的那一套。"""
+    history = results.load()
+    assert history
+    assert report.markdown(history, []).count("\n## ") == 1 + sum(len(run.suites) for run in history)
+    for run in history:
+        assert re.fullmatch(
+            r"python -m perf(\.gpu| run( --quick)?( [a-z0-9-]+)+)", run.environment["command"]
+        )
+    monkeypatch.setattr(results, "HISTORY", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(mla_memory, "run", lambda *_: suite("mla-memory", []))
+    monkeypatch.setattr(mtp, "run", lambda *_: suite("mtp", []))
+    done = CliRunner().invoke(
+        cli, ["run", "--quick", "mla-memory", "mtp", "--threads", "1", "--out", str(tmp_path / "report")]
+    )
+    assert [run.environment["command"] for run in results.load(tmp_path / "runs.jsonl")] == [
+        "python -m perf run --quick mla-memory",
+        "python -m perf run --quick mtp",
+    ], done.output
 
 
 def test_gate_statuses():
@@ -152,27 +173,17 @@ def test_memory_ratios_state_at_least_the_resolution(monkeypatch):
     assert "比值的散布不窄于：±1.0 %" in report.markdown([make_run([found])], [])
 
 
-def test_scripts_write_the_common_environment(tmp_path, monkeypatch):
-    """单独的脚本写的结果带同一个环境块；测量换成空的，只看写了什么。"""
-    out = tmp_path / "result.json"
-    monkeypatch.setattr(apply, "CONTEXTS", ())
-    monkeypatch.setattr(apply, "build", lambda: None)
-    monkeypatch.setattr(quant, "CASES", ())
-    monkeypatch.setattr(quant, "_export", lambda *_: 1)
-    monkeypatch.setattr(scale, "reference", lambda *_: {})
-    monkeypatch.setattr(scale, "_line", lambda *_: "")
-    threads = str(torch.get_num_threads())
-    for command, arguments in (
-        (apply.main, ["--threads", threads, "--out", str(out)]),
-        (quant.main, [str(CHECKPOINT), "--result", str(out)]),
-        (scale.main, ["--part", "reference", "--out", str(out)]),
-    ):
-        out.unlink(missing_ok=True)
-        done = CliRunner().invoke(command, arguments, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        written = json.loads(out.read_text())
-        written = written[0] if isinstance(written, list) else written.get("reference", written)
-        assert set(written["environment"]) == set(environment(1))
+def test_kernel_ratio_is_to_the_tighter_ceiling():
+    """CPU-7：下限是两个上限各自要的时间里大的那个；读得慢时看复制，算得慢时看矩阵乘。"""
+    shape = cpu_kernel.Shape(B=8, S=1, H=16, past=32767)
+    assert shape.cache_bytes("float32") == 2 * shape.cache_bytes("bfloat16") == 8 * 32768 * 576 * 4
+    assert shape.cache_bytes("int8") == 8 * 32768 * 646
+    read, work = shape.cache_bytes("float32") / (2 * cpu_kernel.COPY_BYTES), shape.flops("absorb")
+    for copy, matmul, limit in ((1.0, 0.0, read), (0.0, 1.0, work / (2 * cpu_kernel.MATMUL_SIZE**3))):
+        seconds = {"float32": spread(limit, 3 * limit), "copy": spread(copy), "matmul": spread(matmul)}
+        seconds = {name: found if found.median else spread(1e-30) for name, found in seconds.items()}
+        case = cpu_kernel.case("x", shape, {"float32": ("float32", "absorb")}, seconds)
+        assert case.ratios["float32/下限"].median == pytest.approx(2)
 
 
 def test_break_even():
@@ -192,7 +203,8 @@ def test_every_suite_is_declared_with_its_scenario():
         assert found.TITLE
         assert type(found.FULL) is type(found.QUICK)
         assert found.QUICK != found.FULL
-        assert name in {gate.suite for gate in gates.load_gates().gates}
+        # decode-profile 只说明别的几套的时间由什么组成。
+        assert name in {gate.suite for gate in gates.load_gates().gates} or name == "decode-profile"
 
 
 def test_shapes_are_what_they_claim(tmp_path):
@@ -243,5 +255,5 @@ def test_isolated_call_reports_its_own_process():
 def test_engine_curve_says_when_it_was_not_measured(monkeypatch, tmp_path):
     """TRT-10：没有装 TensorRT-RTX 时，报告里有一行写明没有测，别的照常。"""
     monkeypatch.setattr("deepseek_export.engine.flavour.Flavour.version", lambda self: None)
-    found = tensorrt_build.cases(tmp_path, (8,), 1)
+    found = engine_build.cases(tmp_path, (8,), 1)
     assert "没有装 tensorrt_rtx" in report.markdown([make_run([suite("compile", found)])], [])

@@ -152,7 +152,8 @@ def test_figures_use_a_chinese_font_or_say_so(tmp_path, monkeypatch):
     # 用随 matplotlib 带的字体画，缺的字形是方框，但版式、颜色与结构照验。
     monkeypatch.setattr(figures, "FONTS", ("DejaVu Sans",))
     paths = report.write_figures([run], tmp_path)
-    assert len(paths) == 2 * len(SUITES)
+    assert len(paths) == 2 * len(figures.FIGURES)
+    assert set(figures.FIGURES) < set(SUITES)
     for path in paths:
         text = path.read_text()
         ET.fromstring(text)

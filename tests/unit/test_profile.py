@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from deepseek_export.errors import DsxError
 from deepseek_export.profile import BUILTIN_PROFILES, MlaSection, OptimizationProfile, resolve_profile
+from tests.odd_files import KINDS, make_odd
 
 pytestmark = pytest.mark.unit
 
@@ -142,6 +143,9 @@ def test_broken_toml(tmp_path: Path, text):
 def test_toml_missing_or_not_utf8(tmp_path: Path):
     refused("DSX-E005", str(tmp_path / "none.toml"))
     refused("DSX-E005", tmp_path)
+    for kind in KINDS:
+        make_odd(tmp_path / "odd.toml", kind)
+        refused("DSX-E005", tmp_path / "odd.toml")
     (tmp_path / "p.toml").write_bytes(b"\xff\xfe")
     refused("DSX-E005", tmp_path / "p.toml")
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.numpy import save_file
 
 from deepseek_export.checkpoint import expected_tensors
-from deepseek_export.checkpoint.recipe import NUMPY_DTYPES, Recipe, load_array, materialize, weight_recipes
+from deepseek_export.checkpoint.recipe import Recipe, load_array, materialize, weight_recipes
 from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.reference import Forms, ReferenceModel, initializer_name
 from tests.models import VARIANTS, model_config
@@ -40,7 +41,7 @@ def test_every_tensor_is_used_exactly_once(variant):
     used = Counter(source for r in recipes.values() for source in r.sources)
     assert used == Counter(expected_tensors(config).keys())
     with torch.device("meta"):
-        model = ReferenceModel(config, Forms("op", "op"))
+        model = ReferenceModel(config, Forms("auto", "sparse", as_ops=True))
     shapes = {initializer_name(name, config): tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes == {name: r.shape for name, r in recipes.items()}
     router = {name for name, r in recipes.items() if r.dtype == "float32"}
@@ -122,7 +123,7 @@ def test_stack_swiglu_layout(tmp_path: Path, dtype):
     }
     r = recipe("stack_swiglu", "g0", "u0", "g1", "u1", shape=(2, 6, 5), dtype=dtype)
     got = load_array("w", r, store_of(tmp_path, **arrays))
-    assert got.dtype == NUMPY_DTYPES[dtype]
+    assert got.dtype == DTYPES[dtype].numpy
     for e in range(2):
         for i in range(3):
             assert np.array_equal(got[e, 2 * i], arrays[f"g{e}"][i].astype(got.dtype))
@@ -153,7 +154,7 @@ def test_casts(tmp_path: Path, source, target):
     """dtype 转换就是 numpy 的就近舍入；拓宽无损。"""
     array = np.random.default_rng(1).standard_normal((64, 9)).astype(source)
     got = load_array("w", recipe("copy", "x", shape=(64, 9), dtype=target), store_of(tmp_path, x=array))
-    assert np.array_equal(got, array.astype(NUMPY_DTYPES[target]))
+    assert np.array_equal(got, array.astype(DTYPES[target].numpy))
 
 
 def test_bfloat16_to_float32_is_exact(tmp_path: Path):
@@ -215,7 +216,7 @@ def test_chunks_are_at_most_one_source(saved, variant):
         assert len(chunks) == max(len(r.sources), 1)
         for chunk, source in zip(chunks, r.sources, strict=False):
             assert chunk.size == np.prod(checkpoint.store[source].shape)
-        assert all(chunk.flags.c_contiguous and chunk.dtype == NUMPY_DTYPES[r.dtype] for chunk in chunks)
+        assert all(chunk.flags.c_contiguous and chunk.dtype == DTYPES[r.dtype].numpy for chunk in chunks)
         assert sum(chunk.nbytes for chunk in chunks) == r.nbytes
         joined = np.concatenate([chunk.reshape(-1) for chunk in chunks]).reshape(r.shape)
         assert np.array_equal(joined, load_array(name, r, checkpoint.store))

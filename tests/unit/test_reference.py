@@ -21,15 +21,15 @@ pytestmark = pytest.mark.unit
 #: logits 的最大绝对误差；实测约 5e-6（logits 标准差约 1）。
 LOGITS = TOLERANCE[torch.float32]
 
+AS_OPS = Forms("auto", "sparse", as_ops=True)
 ALL_FORMS = [
     Forms(attention, moe)
-    for attention, moe in itertools.product(
-        ("expanded", "absorb", "naive", "auto", "op"), ("dense", "sparse", "op")
-    )
+    for attention, moe in itertools.product(("expanded", "absorb", "naive", "auto"), ("dense", "sparse"))
 ]
-TWO_FORMS = [Forms("op", "op"), Forms("expanded", "dense")]
+ALL_FORMS += [AS_OPS, Forms("auto", "dense", as_ops=True), Forms("expanded", "sparse", as_ops=True)]
+TWO_FORMS = [AS_OPS, Forms("expanded", "dense")]
 CASES = [
-    pytest.param(variant, forms, id=f"{variant}-{forms.attention}-{forms.moe}")
+    pytest.param(variant, forms, id=f"{variant}-{forms.attention}-{forms.moe}{'-ops' * forms.as_ops}")
     for variant in VARIANTS
     for forms in (ALL_FORMS if variant in ("v3-yarn", "v2-lite") else TWO_FORMS)
 ]
@@ -108,7 +108,7 @@ def test_unequal_rows_equal_each_row_alone(saved, variant, forms):
 def test_greedy_text_equals_generate(saved, variant):
     """贪心 32 个 token 与 transformers 的 generate 逐个相同。"""
     hf, checkpoint = saved(variant)
-    model = load_reference(checkpoint, Forms("op", "op"))
+    model = load_reference(checkpoint, AS_OPS)
     prompt = torch.randint(0, 211, (1, 9), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         want = hf.generate(
@@ -126,7 +126,7 @@ def test_greedy_text_equals_generate(saved, variant):
 def test_logits_positions_and_hidden(saved, oracle):
     """logits 只在指定的行（可乱序、可重复）；hidden 是最终 norm 之后的全部行。"""
     hf, checkpoint = saved("v3-yarn")
-    model = load_reference(checkpoint, Forms("op", "op"))
+    model = load_reference(checkpoint, AS_OPS)
     ids, want = oracle("v3-yarn")
     positions = torch.tensor([[89, 0, 3], [5, 5, 88]])
     logits, hidden, _ = run(model, ids, [0, 0], model.empty_caches(2, 90), positions)
@@ -163,7 +163,7 @@ def test_half_precision_and_sharded_checkpoints(tmp_path, variant, dtype):
     save_checkpoint(build_model(variant), tmp_path, dtype=dtype, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
-    model = load_reference(Checkpoint.open(tmp_path), Forms("op", "op"))
+    model = load_reference(Checkpoint.open(tmp_path), AS_OPS)
     assert torch.equal(model.embed.embed_tokens.weight, hf.model.embed_tokens.weight)
     assert torch.equal(model.layers[1].mlp.experts.down_proj.weight, hf.model.layers[1].mlp.experts.down_proj)
     ids = torch.randint(0, 211, (1, 20), generator=torch.Generator().manual_seed(2))
@@ -175,11 +175,11 @@ def test_half_precision_and_sharded_checkpoints(tmp_path, variant, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_model(saved, oracle, dtype):
     """半精度模型：router 保持 float32；结果接近 float32（全 dense，没有路由翻转）。"""
-    model = load_reference(saved("v3-yarn")[1], Forms("op", "op"), dtype)
+    model = load_reference(saved("v3-yarn")[1], AS_OPS, dtype)
     for module in model.modules():
         want = torch.float32 if isinstance(module, Gate) else getattr(torch, dtype)
         assert all(p.dtype == want for p in module.parameters(recurse=False))
-    model = load_reference(saved("v3-all-dense")[1], Forms("op", "op"), dtype)
+    model = load_reference(saved("v3-all-dense")[1], AS_OPS, dtype)
     ids, want = oracle("v3-all-dense")
     logits = run_chunks(model, ids, [90]).float()
     assert logits.isfinite().all()
@@ -194,10 +194,10 @@ def test_latent_norms_ignore_the_config_eps(tmp_path):
     ids = torch.randint(0, 211, (1, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         want = hf(ids).logits
-    model = load_reference(checkpoint, Forms("op", "op"))
+    model = load_reference(checkpoint, AS_OPS)
     assert (run_chunks(model, ids, [40]) - want).abs().max() < LOGITS
     for name in ("q_a_layernorm", "kv_a_layernorm"):
-        wrong = load_reference(checkpoint, Forms("op", "op"))
+        wrong = load_reference(checkpoint, AS_OPS)
         for layer in wrong.layers:
             assert getattr(layer.self_attn, name).eps == 1e-6
             getattr(layer.self_attn, name).eps = 1e-2
@@ -208,7 +208,7 @@ def test_latent_norms_ignore_the_config_eps(tmp_path):
 
 def test_tied_head_shares_memory(saved):
     """权重绑定时输出头与词嵌入是同一块内存，不多占一份。"""
-    model = load_reference(saved("v3-bias-tied")[1], Forms("op", "op"))
+    model = load_reference(saved("v3-bias-tied")[1], AS_OPS)
     assert model.head.lm_head.weight.data_ptr() == model.embed.embed_tokens.weight.data_ptr()
 
 
@@ -222,8 +222,8 @@ def test_loaded_model_needs_no_gradient(saved):
 def test_cache_tensors(saved):
     """潜缓存与展开缓存的张量名和宽度；empty_caches 的形状与 dtype。"""
     config = saved("v3")[1].config
-    assert cache_tensors(config, Forms("op", "op"), torch.float32) == [("kv_cache", (1, 40 + 16))]
-    assert cache_tensors(config, Forms("op", "op"), torch.int8) == [("kv_cache", (1, 40 + 2 * 16 + 6))]
+    assert cache_tensors(config, AS_OPS, torch.float32) == [("kv_cache", (1, 40 + 16))]
+    assert cache_tensors(config, AS_OPS, torch.int8) == [("kv_cache", (1, 40 + 2 * 16 + 6))]
     expanded = Forms("expanded", "dense")
     assert cache_tensors(config, expanded, torch.float32) == [("k_cache", (6, 24 + 16)), ("v_cache", (6, 20))]
     caches = load_reference(saved("v3")[1], expanded).empty_caches(2, 5, torch.float16)
@@ -235,21 +235,22 @@ def test_cache_tensors(saved):
 
 def test_input_caches_are_left_alone(saved):
     """eager 参考实现不改传入的缓存。"""
-    model = load_reference(saved("v3")[1], Forms("op", "op"))
+    model = load_reference(saved("v3")[1], AS_OPS)
     caches = model.empty_caches(1, 8)
     run(model, torch.tensor([[1, 2, 3]]), [0], caches)
     assert not any(t.any() for layer in caches for t in layer)
 
 
 def test_forms_follow_the_profile():
-    """打开的优化写成算子（捕获）或对应形式（参考）。"""
+    """参考用方案里的算法；捕获把打开的优化写成算子，与算法无关。"""
     from deepseek_export.profile import resolve_profile
 
     full = resolve_profile("mla+moe", ["mla.form=absorb"])
-    assert dataclasses.astuple(Forms.for_capture(full)) == ("op", "op")
-    assert dataclasses.astuple(Forms.for_reference(full)) == ("absorb", "sparse")
+    assert Forms.for_capture(full) == AS_OPS
+    assert Forms.for_reference(full) == Forms("absorb", "sparse")
     off = resolve_profile("baseline")
-    assert Forms.for_capture(off) == Forms.for_reference(off) == Forms("expanded", "dense")
+    assert Forms.for_capture(off) == dataclasses.replace(Forms.for_reference(off), as_ops=True)
+    assert Forms.for_reference(off) == Forms("expanded", "dense")
 
 
 def test_attention_parameters_per_variant(saved):

@@ -14,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from deepseek_export.backend.contract import CacheSpec, CacheTensor
+from deepseek_export.backend.ort.caches import OrtCaches, bucket_capacity
+from deepseek_export.backend.ort.runner import OrtRunner
+from deepseek_export.backend.ort.values import port_of
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime import CacheBuffers, CacheSpec, CacheTensor, ModelSession
-from deepseek_export.runtime.cache import bucket_capacity
+from deepseek_export.runtime import ModelSession
 from tests.unit.test_runtime_toy import LATENT, LAYERS, VOCAB, Toy, make_toy, save_toy
 
 pytestmark = pytest.mark.unit
@@ -32,7 +35,11 @@ def toy() -> Toy:
 @pytest.fixture(scope="module")
 def session(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> ModelSession:
     path = save_toy(toy, tmp_path_factory.mktemp("toy") / "model.onnx")
-    return ModelSession(path, threads=1, max_positions=toy.max_positions)
+    return ModelSession(OrtRunner(path, threads=1, max_positions=toy.max_positions))
+
+
+def spec_of(raw: ort.InferenceSession) -> CacheSpec:
+    return CacheSpec.of(map(port_of, raw.get_inputs()), map(port_of, raw.get_outputs()))
 
 
 @given(st.integers(1, 200_000), st.integers(1, 200_000))
@@ -58,8 +65,8 @@ def test_spec_comes_from_the_session(session: ModelSession) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int8])
 def test_growth_keeps_rows_and_zeroes_the_rest(dtype: type) -> None:
-    spec = CacheSpec((CacheTensor("kv_cache.0", "kv_cache_out.0", np.dtype(dtype), 2, 3),))
-    caches = CacheBuffers(spec, 2, max_positions=700)
+    spec = CacheSpec((CacheTensor("kv_cache.0", "kv_cache_out.0", "latent", 0, np.dtype(dtype), 2, 3),))
+    caches = OrtCaches.allocate(spec, 2, max_positions=700)
     assert not caches.array("kv_cache.0").any()
     caches.array("kv_cache.0")[...] = 3
     assert not caches.ensure(256)
@@ -82,7 +89,7 @@ def test_growth_keeps_rows_and_zeroes_the_rest(dtype: type) -> None:
 def test_update_is_in_place(toy: Toy, tmp_path: Path, dtype: str) -> None:
     path = save_toy(toy, tmp_path / "model.onnx", cache_dtype=dtype)
     raw = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    caches = CacheBuffers(CacheSpec.from_session(raw), 1, toy.max_positions)
+    caches = OrtCaches.allocate(spec_of(raw), 1, toy.max_positions)
     before = {t.name: caches.array(t.name).ctypes.data for t in caches.spec.tensors}
     binding = raw.io_binding()
     caches.bind(binding)
@@ -109,11 +116,11 @@ def test_cost_does_not_grow_with_capacity(dtype: int) -> None:
     graph = helper.make_graph([node], "g", inputs, [info("kv_cache_out.0", dtype, shape)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
     raw = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    spec = CacheSpec.from_session(raw)
-    caches, other = (CacheBuffers(spec, 1, 131_072, needed=131_072) for _ in range(2))
+    spec = spec_of(raw)
+    caches, other = (OrtCaches.allocate(spec, 1, 131_072, needed=131_072) for _ in range(2))
     binding = raw.io_binding()
     caches.bind(binding)
-    new = CacheBuffers(spec, 1, 1)
+    new = OrtCaches.allocate(spec, 1, 1)
     new.array("kv_cache.0")[...] = 1
     binding.bind_ortvalue_input("u", new.value("kv_cache.0"))
     binding.bind_cpu_input("at", np.array([100_000]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import BundleTokenizer, GenerationResult, Generator, ModelSession, SamplingParams
 from deepseek_export.runtime.batching import right_padded_chunks
@@ -25,7 +28,7 @@ def toy() -> Toy:
 @pytest.fixture(scope="module")
 def session(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> ModelSession:
     path = save_toy(toy, tmp_path_factory.mktemp("toy") / "model.onnx", external=True)
-    return ModelSession(path, threads=1, max_positions=LIMIT)
+    return ModelSession(OrtRunner(path, threads=1, max_positions=LIMIT))
 
 
 def generator(session: ModelSession, eos: tuple[int, ...] = (), chunk: int = 512) -> Generator:
@@ -57,7 +60,7 @@ def test_batch_equals_alone_for_every_cache_kind(
     toy: Toy, tmp_path_factory: pytest.TempPathFactory, cache_dtype: str, split_kv: bool
 ) -> None:
     path = save_toy(toy, tmp_path_factory.mktemp("toy") / "model.onnx", cache_dtype, split_kv=split_kv)
-    made = generator(ModelSession(path, threads=1, max_positions=LIMIT), chunk=4)
+    made = generator(ModelSession(OrtRunner(path, threads=1, max_positions=LIMIT)), chunk=4)
     together = made.generate(PROMPTS, 8).token_ids
     assert together == [made.generate([prompt], 8).token_ids[0] for prompt in PROMPTS]
 
@@ -78,6 +81,31 @@ def test_each_row_stops_at_its_own_eos(toy: Toy, session: ModelSession) -> None:
     assert result.finish_reasons == ["eos" if eos in ids else "length" for ids in plain]
     assert result.new_tokens == sum(map(len, want))
     assert generator(session, eos=(eos,)).generate(PROMPTS, 12, ignore_eos=True).token_ids == plain
+
+
+def test_finished_rows_leave_the_batch(
+    toy: Toy, session: ModelSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RUNTIME-9：一行结束之后不再占一步的计算；别的行补上它的位置，token 不变。"""
+    prompts = [[3, 1], [5], [9, 2, 6], [7, 7]]
+    alone = [toy.greedy(prompt, 12) for prompt in prompts]
+    eos = alone[0][2], alone[2][5]
+    want = [ids[: next((i + 1 for i, t in enumerate(ids) if t in eos), 12)] for ids in alone]
+    batches: list[int] = []
+    run = session.run
+
+    def spy(ids: np.ndarray, *rest: Any) -> np.ndarray:
+        batches.append(len(ids))
+        return run(ids, *rest)
+
+    monkeypatch.setattr(session, "run", spy)
+    seen: list[tuple[int, int]] = []
+    result = generator(session, eos).generate(
+        prompts, 12, on_token=lambda row, token: seen.append((row, token))
+    )
+    assert result.token_ids == want
+    assert batches[1:] == [sum(len(ids) > step for ids in want) for step in range(1, max(map(len, want)))]
+    assert [[token for at, token in seen if at == row] for row in range(4)] == want
 
 
 def test_on_token_sees_every_token_in_order(session: ModelSession) -> None:

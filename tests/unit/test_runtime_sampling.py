@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import Sampler, SamplingParams
+from deepseek_export.runtime.randomness import RowStream, Use
 from deepseek_export.runtime.sampling import candidates
 
 pytestmark = pytest.mark.unit
@@ -43,7 +44,7 @@ def test_refused_params_name_key_and_value(key: str, value: object) -> None:
 
 def test_greedy_ties_go_to_smaller_id() -> None:
     logits = np.array([[0, 2, 2, 1], [-np.inf, -1, -1, -1]], np.float32)
-    picked = Sampler(SamplingParams(), 2).sample(logits)
+    picked = Sampler(SamplingParams(), 2).sample(logits, np.arange(2))
     assert picked.dtype == np.int64
     assert picked.tolist() == [1, 1]
 
@@ -54,24 +55,25 @@ def test_unusable_row_is_named(bad: float, temperature: float) -> None:
     logits = np.zeros((3, 4), np.float32)
     logits[1, 2] = bad
     with pytest.raises(DsxError, match="第 1 行") as caught:
-        Sampler(SamplingParams(temperature=temperature), 3).sample(logits)
+        Sampler(SamplingParams(temperature=temperature), 3).sample(logits, np.arange(3))
     assert caught.value.code == "DSX-E505"
 
 
 def test_all_masked_row_is_refused() -> None:
     with pytest.raises(DsxError, match="DSX-E505"):
-        Sampler(SamplingParams(), 1).sample(np.full((1, 4), -np.inf, np.float32))
+        Sampler(SamplingParams(), 1).sample(np.full((1, 4), -np.inf, np.float32), np.arange(1))
 
 
-def test_wrong_batch_is_a_programming_error() -> None:
-    with pytest.raises(ValueError, match=r"\[2, V\]"):
-        Sampler(SamplingParams(), 2).sample(np.zeros((3, 4), np.float32))
+def test_wrong_shapes_are_a_programming_error() -> None:
+    for shape, count in (((3, 4), 2), ((2, 4), 3), ((4,), 4)):
+        with pytest.raises(ValueError, match=r"要求 \[n, V\]"):
+            Sampler(SamplingParams(), 4).sample(np.zeros(shape, np.float32), np.arange(count))
 
 
 @given(LOGITS, st.integers(0, 2**32))
 def test_top_k_one_is_greedy(logits: np.ndarray, seed: int) -> None:
     sampler = Sampler(SamplingParams(temperature=1.3, top_k=1, seed=seed), 1)
-    assert sampler.sample(logits[None]).tolist() == [int(logits.argmax())]
+    assert sampler.sample(logits[None], np.arange(1)).tolist() == [int(logits.argmax())]
 
 
 @given(LOGITS, st.integers(1, 50), st.floats(0.05, 5))
@@ -113,25 +115,47 @@ def test_frequencies_follow_the_distribution() -> None:
     want = np.array([0.5, 0.3, 0.2])
     sampler = Sampler(SamplingParams(temperature=2.0, seed=7), 1)
     logits = 2.0 * np.log(want)[None]
-    draws = np.concatenate([sampler.sample(logits) for _ in range(4000)])
+    draws = np.concatenate([sampler.sample(logits, np.array([at])) for at in range(4000)])
     assert np.bincount(draws, minlength=3) / draws.size == pytest.approx(want, abs=0.03)
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 1000), st.integers(1, 5))
-def test_row_does_not_depend_on_its_batch(seed: int, batch: int) -> None:
+@given(st.integers(0, 1 << 200), st.lists(st.integers(0, 1 << 40), min_size=1, max_size=5), st.data())
+def test_row_depends_on_its_seed_and_position_alone(
+    seed: int, starts: list[int], data: st.DataObject
+) -> None:
+    """RUNTIME-5：与同批还有谁、从哪一步开始、先后次序都无关；位置不同的数不同。"""
+    batch = len(starts)
     logits = np.random.default_rng(seed).standard_normal((6, batch, 30)).astype(np.float32)
-    params = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, seed=seed)
-    together = Sampler(params, batch)
-    picked = np.stack([together.sample(step) for step in logits])
-    for row in range(batch):
-        alone = Sampler(SamplingParams(temperature=1.0, top_k=20, top_p=0.9, seed=seed + row), 1)
-        assert [int(alone.sample(step[row : row + 1])[0]) for step in logits] == picked[:, row].tolist()
+    options = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+    together = Sampler(SamplingParams(**options, seed=seed), batch)  # type: ignore[arg-type]
+    steps = data.draw(st.permutations(range(6)))
+    picked = {step: together.sample(logits[step], np.array(starts) + step) for step in steps}
+    for row, start in enumerate(starts):
+        alone = Sampler(SamplingParams(**options, seed=seed + row), 1)  # type: ignore[arg-type]
+        for step in range(3, 6):
+            assert alone.sample(logits[step, row : row + 1], np.array([start + step])) == picked[step][row]
+
+
+def test_streams_do_not_overlap() -> None:
+    """种子、位置、用途任何一个不同，数就不同；连着取与分开取一样。"""
+    drawn = {
+        (seed, use, position): float(RowStream(seed).uniforms(use, position)[0])
+        for seed in (0, 1, 2**64, 2**64 + 1)
+        for use in Use
+        for position in range(50)
+    }
+    assert len(set(drawn.values())) == len(drawn)
+    assert all(0 <= value < 1 for value in drawn.values())
+    for use in Use:
+        assert RowStream(1).uniforms(use, 7, 20).tolist() == [drawn[1, use, at] for at in range(7, 27)]
+        assert RowStream(1).uniforms(use, 7, 0).size == 0
+    assert RowStream(None).uniforms(Use.NEXT, 0) != RowStream(None).uniforms(Use.NEXT, 0)
 
 
 def test_no_seed_differs_between_samplers() -> None:
-    logits = np.zeros((64, 1000), np.float32)
-    first, second = (Sampler(SamplingParams(temperature=1.0), 64).sample(logits) for _ in range(2))
+    logits, positions = np.zeros((64, 1000), np.float32), np.zeros(64, np.int64)
+    first, second = (Sampler(SamplingParams(temperature=1.0), 64).sample(logits, positions) for _ in range(2))
     assert first.tolist() != second.tolist()
 
 

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import ModelSession
 from tests.unit.test_runtime_toy import VOCAB, Toy, make_toy, save_toy
@@ -30,7 +31,7 @@ def toy() -> Toy:
 @pytest.fixture(scope="module")
 def session(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> ModelSession:
     path = save_toy(toy, tmp_path_factory.mktemp("toy") / "model.onnx")
-    return ModelSession(path, threads=1, max_positions=toy.max_positions)
+    return ModelSession(OrtRunner(path, threads=1, max_positions=toy.max_positions))
 
 
 def test_steady_decode_rebinds_nothing(session: ModelSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +66,7 @@ def test_bindings_die_with_their_caches(session: ModelSession) -> None:
 
 def test_float16_logits_are_returned_as_float32(toy: Toy, tmp_path: Path) -> None:
     path = save_toy(toy, tmp_path / "model.onnx", logits_dtype="float16")
-    session = ModelSession(path, max_positions=600)
+    session = ModelSession(OrtRunner(path, max_positions=600))
     logits = session.run(np.array([[3, 1]]), np.array([0]), np.array([[0, 1]]), session.new_caches(1))
     assert logits.dtype == np.float32
     assert logits[0] == pytest.approx(toy.forward([3, 1]), abs=1e-2)
@@ -102,13 +103,13 @@ def test_bad_calls_are_programming_errors(
 
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(DsxError, match="不存在") as caught:
-        ModelSession(tmp_path / "model.onnx", max_positions=16)
+        ModelSession(OrtRunner(tmp_path / "model.onnx", max_positions=16))
     assert caught.value.code == "DSX-E507"
 
 
 def load_advice(path: Path) -> str:
     with pytest.raises(DsxError, match="ONNXRuntimeError") as caught:
-        ModelSession(path, max_positions=16)
+        ModelSession(OrtRunner(path, max_positions=16))
     assert caught.value.code == "DSX-E507"
     return caught.value.todo
 
@@ -172,7 +173,7 @@ def test_contract_violations(toy: Toy, tmp_path: Path, old: str, new: str, named
     _rename(model, old, new)
     onnx.save_model(model, path)
     with pytest.raises(DsxError, match=named) as caught:
-        ModelSession(path, max_positions=16)
+        ModelSession(OrtRunner(path, max_positions=16))
     assert caught.value.code == "DSX-E508"
 
 
@@ -190,7 +191,7 @@ def test_unusable_logits_declarations(tmp_path: Path, kind: int, width: int | No
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", kind, ["B", "L", width]))
     onnx.save_model(model, path)
     with pytest.raises(DsxError, match="logits 是") as caught:
-        ModelSession(path, max_positions=16)
+        ModelSession(OrtRunner(path, max_positions=16))
     assert caught.value.code == "DSX-E508"
 
 
@@ -212,13 +213,13 @@ def test_unusable_cache_declarations(tmp_path: Path, kind: int, shape: list, nam
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11), path
     )
     with pytest.raises(DsxError, match="DSX-E508"):
-        ModelSession(path, max_positions=16)
+        ModelSession(OrtRunner(path, max_positions=16))
 
 
 def test_failure_inside_onnxruntime(toy: Toy, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """位置编码表只有 4 行却声称能走到 16：Gather 在运行时报错，原话要带出来，日志不能漏到终端。"""
     path = save_toy(make_toy(max_positions=4), tmp_path / "model.onnx")
-    session = ModelSession(path, max_positions=16)
+    session = ModelSession(OrtRunner(path, max_positions=16))
     with pytest.raises(DsxError, match="Gather") as caught:
         session.run(np.zeros((1, 8), np.int64), np.array([0]), ONE, session.new_caches(1))
     assert caught.value.code == "DSX-E513"

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepseek_export.checkpoint.config import parse_model_config
+from deepseek_export.errors import DsxError
 from deepseek_export.runtime import (
     Generator,
     MeasuredFloor,
@@ -75,11 +78,11 @@ def test_output_is_plain_and_drafts_are_exact(
         assert result.token_ids == want
         whole = [prompt + ids for prompt, ids in zip(prompts, want, strict=True)]
         for ids, past in calls:
-            for row in np.flatnonzero(past).tolist():
-                known = whole[row][: past[row] + 1]
-                assert ids[row].tolist() == [
-                    known[-1],
-                    *draft_oracle(TOY, drafts[:count], known, ids.shape[1] - 1),
+            for line, start in zip(ids.tolist(), past.tolist(), strict=True):
+                known = [row[: start + 1] for row in whole if start + 1 < len(row)]
+                # 结束了的行离开批次，别的行补上它的位置，所以不看是第几行。
+                assert line in [
+                    [row[-1], *draft_oracle(TOY, drafts[:count], row, ids.shape[1] - 1)] for row in known
                 ]
         stats = result.speculation
         assert stats is not None
@@ -228,7 +231,7 @@ def test_measured_floor_ignores_the_slow_first_round() -> None:
 
 
 def test_floor_from_config() -> None:
-    configs = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+    configs = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
     config = parse_model_config(configs["V3"], "V3")
     one = SpeculativeFloor.from_config(config, 1).min_acceptance
     assert 0.02 < one < 0.1
@@ -314,6 +317,67 @@ def test_rejection_repeats_with_a_seed(tmp_path: Path) -> None:
     assert first == generator.generate(RAGGED, 10, params).token_ids
     assert first != generator.generate(RAGGED, 10, SamplingParams(temperature=1.3, seed=99)).token_ids
     assert plain(generator, RAGGED, 6) == [TOY.greedy(prompt, 6) for prompt in RAGGED]
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def sampling_generator(request: pytest.FixtureRequest, tmp_path_factory) -> SpeculativeGenerator:
+    """一个与三个模块；草稿数由测试改。"""
+    folder = tmp_path_factory.mktemp("sampling")
+    return build(folder, TOY, make_drafts(TOY, request.param), 8, verify="rejection", chunk=64)
+
+
+PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
+#: 离最大长度只剩几个：同批别的行因此不能都提出一样多的草稿。
+NEARLY_FULL = st.integers(LIMIT - 12, LIMIT).map(lambda n: [i % VOCAB for i in range(n)])
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_a_seeded_row_is_the_same_alone_and_among_others(
+    sampling_generator: SpeculativeGenerator, data: st.DataObject
+) -> None:
+    """RUNTIME-5：随机的同伴、余量、草稿数、结束符、止损线；每一行都与单独跑（种子是 seed + 行号）的逐个 token 相同。"""
+    g = sampling_generator
+    g.num_draft_tokens = data.draw(st.integers(1, 8), "K")
+    g.floor = data.draw(
+        st.none() | st.builds(SpeculativeFloor, st.floats(0, 1.5), st.integers(1, 3)), "floor"
+    )
+    g.eos_token_ids = data.draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=2), "eos")
+    rows = data.draw(st.lists(PROMPTS | NEARLY_FULL, min_size=2, max_size=5), "rows")
+    seed = data.draw(st.integers(0, 1 << 70), "seed")
+    steps = data.draw(st.integers(1, 24), "steps")
+    temperature = data.draw(st.sampled_from([0.3, 1.0, 1.7]), "temperature")
+    together = g.generate(rows, steps, SamplingParams(temperature=temperature, seed=seed))
+    for row, prompt in enumerate(rows):
+        alone = g.generate([prompt], steps, SamplingParams(temperature=temperature, seed=seed + row))
+        assert together.token_ids[row] == alone.token_ids[0]
+        assert together.finish_reasons[row] == alone.finish_reasons[0]
+
+
+def test_a_floor_stops_one_row_at_a_time(tmp_path: Path) -> None:
+    """MTP-4：猜不中的行停下，猜得中的接着投机；停不停只看它自己。"""
+    floor = SpeculativeFloor(0.3, window=4)
+    generator = build(tmp_path, TOY, make_drafts(TOY, 1), 2, verify="rejection", floor=floor)
+    alone = []
+    for row, prompt in enumerate(RAGGED):
+        stats = generator.generate([prompt], 40, SamplingParams(temperature=1.5, seed=row)).speculation
+        assert stats is not None
+        alone.append(stats)
+    stopped = sum(stats.fell_back for stats in alone)
+    assert 1 < stopped < len(RAGGED)
+    together = generator.generate(RAGGED, 40, SamplingParams(temperature=1.5, seed=0))
+    assert together.speculation is not None
+    assert together.speculation.main_calls == max(stats.main_calls for stats in alone)
+    assert together.notes[0].endswith(f"（另有 {stopped - 1} 行也停了）")
+
+
+def test_a_clock_cannot_stop_seeded_rejection(tmp_path: Path) -> None:
+    """MTP-4：看时间的止损线停在哪一轮重现不了；不给种子就可以。"""
+    generator = build(tmp_path, TOY, make_drafts(TOY, 1), 1, verify="rejection", floor=MeasuredFloor())
+    with pytest.raises(DsxError, match="floor=MeasuredFloor") as caught:
+        generator.generate([[1]], 2, SamplingParams(temperature=1.0, seed=0))
+    assert caught.value.code == "DSX-E516"
+    assert generator.generate([[1]], 2, SamplingParams(temperature=1.0)).new_tokens == 2
 
 
 @pytest.mark.parametrize("verify", ["greedy", "rejection"])

@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from deepseek_export import api
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.cli.main import main
@@ -64,8 +65,8 @@ def test_refused_construction(tmp_path: Path) -> None:
     with pytest.raises(DsxError, match="DSX-E508"):
         SpeculativeGenerator(good.session, good.drafts, None, (), 1, "rejection")
     with pytest.raises(DsxError, match="DSX-E508"):
-        ModelSession(save_draft(make_drafts(TOY, 1)[0], tmp_path / "x.onnx"), max_positions=LIMIT)
-    session = ModelSession(save_toy(TOY, tmp_path / "plain.onnx"), max_positions=LIMIT)
+        ModelSession(OrtRunner(save_draft(make_drafts(TOY, 1)[0], tmp_path / "x.onnx"), max_positions=LIMIT))
+    session = ModelSession(OrtRunner(save_toy(TOY, tmp_path / "plain.onnx"), max_positions=LIMIT))
     assert session.verify_mode is None
     one = np.array([[0]])
     with pytest.raises(ValueError, match="不带草稿验证"):
@@ -80,16 +81,16 @@ def test_unusable_logits_are_refused(tmp_path: Path) -> None:
         if tensor.name == "head":
             tensor.CopyFrom(numpy_helper.from_array(TOY.weights["head"] * np.float32(np.nan), "head"))
     onnx.save_model(model, path)
-    session = ModelSession(path, max_positions=LIMIT)
+    session = ModelSession(OrtRunner(path, max_positions=LIMIT))
     with pytest.raises(DsxError, match="DSX-E505"):
         SpeculativeGenerator(session, generator.drafts, None, (), 1, "greedy").generate([[1]], 4)
 
 
-def _compiled(folder: Path, with_drafts: bool = True) -> api.CompiledModel:
+def _compiled(folder: Path, with_drafts: bool = True, **options: Any) -> api.CompiledModel:
     """不经导出，直接拼一个 bundle 的样子。"""
     save_main(TOY, folder / "model.onnx")
     save_draft(make_drafts(TOY, 1)[0], folder / "mtp.onnx")
-    configs = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+    configs = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
     config = parse_model_config(
         configs["V3"] | {"max_position_embeddings": LIMIT, "eos_token_id": None}, "V3"
     )
@@ -104,7 +105,7 @@ def _compiled(folder: Path, with_drafts: bool = True) -> api.CompiledModel:
         main=SimpleNamespace(file="model.onnx"),
         drafts=[SimpleNamespace(file="mtp.onnx")] if with_drafts else [],
     )
-    return api.CompiledModel(Bundle(folder, manifest))
+    return api.CompiledModel(Bundle(folder, manifest), **options)
 
 
 def test_compiled_model_chooses(tmp_path: Path) -> None:
@@ -120,8 +121,16 @@ def test_compiled_model_chooses(tmp_path: Path) -> None:
 
 
 def test_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    model = _compiled(tmp_path)
-    monkeypatch.setattr(api, "load", lambda bundle, threads, backend: model)
+    limit: list[SpeculativeFloor] = []
+
+    def load(bundle: Path, threads: int | None, backend: Any, *, speculative_floor: bool, **_: Any) -> Any:
+        model = _compiled(tmp_path, threads=threads, backend=backend, speculative_floor=speculative_floor)
+        assert model.speculative is not None
+        if model.speculative.floor is not None:  # 缺省的看实测的用时，换成确定的
+            model.speculative.floor = limit[0] if limit else None
+        return model
+
+    monkeypatch.setattr(api, "load", load)
     base = ["generate", str(tmp_path), "--ids", "5,2", "--max-new-tokens", "12"]
 
     def call(*more: str) -> tuple[str, str]:
@@ -140,7 +149,6 @@ def test_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert data["main_calls"] >= 1
     assert data["fell_back"] is False
     assert "acceptance" not in json.loads(call("--json", "--no-speculative")[0])
-    assert model.speculative is not None
-    model.speculative.floor = SpeculativeFloor(8.0, window=1)
+    limit.append(SpeculativeFloor(8.0, window=1))
     assert call()[1].count("止损线") == 1
     assert "止损线" not in call("--no-floor")[1]

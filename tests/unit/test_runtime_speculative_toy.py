@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.runtime import DraftSession, ModelSession, SpeculativeFloor, SpeculativeGenerator
 from deepseek_export.runtime.session import Chance
 from tests.unit.test_runtime_toy import LAYERS, VOCAB, WIDTH, Toy, make_toy, save_toy
@@ -203,9 +204,9 @@ def build(
 ) -> SpeculativeGenerator:
     """存盘、加载、装成生成器。"""
     kwargs: dict[str, Any] = {"threads": 1, "max_positions": toy.max_positions}
-    session = ModelSession(save_main(toy, folder / "model.onnx", verify, **options), **kwargs)
+    session = ModelSession(OrtRunner(save_main(toy, folder / "model.onnx", verify, **options), **kwargs))
     paths = [save_draft(draft, folder / f"mtp.{i}.onnx", **options) for i, draft in enumerate(drafts)]
-    modules = [DraftSession(path, **kwargs) for path in paths]
+    modules = [DraftSession(OrtRunner(path, **kwargs)) for path in paths]
     return SpeculativeGenerator(session, modules, None, eos, count, verify, chunk, floor)
 
 
@@ -213,7 +214,7 @@ def build(
 def test_draft_graph_matches_numpy(tmp_path: Path, split_kv: bool) -> None:
     draft = make_drafts(make_toy(LIMIT), 2)[1]
     session = DraftSession(
-        save_draft(draft, tmp_path / "mtp.onnx", split_kv=split_kv), threads=1, max_positions=LIMIT
+        OrtRunner(save_draft(draft, tmp_path / "mtp.onnx", split_kv=split_kv), threads=1, max_positions=LIMIT)
     )
     prev = np.random.default_rng(0).standard_normal((1, 4, WIDTH)).astype(np.float32)
     ids = [[3, 1, 4, 1]]
@@ -230,7 +231,7 @@ def test_draft_graph_matches_numpy(tmp_path: Path, split_kv: bool) -> None:
 
 def test_main_graph_verifies(tmp_path: Path) -> None:
     toy = make_toy(LIMIT)
-    session = ModelSession(save_main(toy, tmp_path / "model.onnx"), threads=1, max_positions=LIMIT)
+    session = ModelSession(OrtRunner(save_main(toy, tmp_path / "model.onnx"), threads=1, max_positions=LIMIT))
     assert session.verify_mode == "greedy"
     right = toy.greedy([5, 2], 4)
     for wrong_at in range(4):
@@ -248,7 +249,7 @@ def test_rejection_graph_is_certain_when_q_equals_p(tmp_path: Path) -> None:
     """q = p 时草稿必被接受；q 压在 p 为 0 的 token 上时必被拒绝。"""
     toy = make_toy(LIMIT)
     session = ModelSession(
-        save_main(toy, tmp_path / "model.onnx", "rejection"), threads=1, max_positions=LIMIT
+        OrtRunner(save_main(toy, tmp_path / "model.onnx", "rejection"), threads=1, max_positions=LIMIT)
     )
     scores = toy.forward([5])[0] / 0.5
     probs = np.exp(scores - scores.max())

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime import BundleTokenizer
+from deepseek_export.runtime import BundleTokenizer, chat_template
+from tests.odd_files import KINDS, make_odd
 
 pytestmark = pytest.mark.unit
 
@@ -192,6 +193,73 @@ def test_template_failures(tmp_path: Path, template: str, reason: str) -> None:
 def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
     write(tmp_path, config())
     (tmp_path / name).write_bytes(content)
+    with pytest.raises(DsxError, match=name) as caught:
+        BundleTokenizer.load(tmp_path)
+    assert caught.value.code == "DSX-E501"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 'x' * 9999999999 }}", "MemoryError"),
+        ("{% set n = 9999999999 %}{{ 'x' * n }}", "MemoryError"),
+        ("{{ 'x'.ljust(9999999999) }}", "MemoryError"),
+        ("{{ '%9999999999s' % 'x' }}", "MemoryError|OverflowError"),
+        ("{{ '{:9999999999}'.format('x') }}", "MemoryError|ValueError"),
+        (
+            "{% set ns = namespace(s='xx') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+            "MemoryError",
+        ),
+        ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "8,388,608 个字符"),
+        ("{{ '%s' | format('x' * 9999999) }}", "8,388,608 个字符"),
+        ("{{ '[' * 9999 }}{% " + "(" * 5000, "TemplateSyntaxError|RecursionError|MemoryError"),
+    ],
+)
+def test_a_template_may_not_exhaust_memory(tmp_path: Path, template: str, reason: str) -> None:
+    """RUNTIME-10：内存与结果的长度有上限，超出的按码拒绝；之后照样能渲染。"""
+    loaded = write(tmp_path, config(chat_template=template))
+    with pytest.raises(DsxError, match=reason) as caught:
+        loaded.apply_chat_template(MESSAGES)
+    assert caught.value.code == "DSX-E503"
+    assert "你好" in write(tmp_path, config(chat_template=TEMPLATE)).apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = 10 ** (10 ** 9) %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+)
+def test_a_template_may_not_run_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    """RUNTIME-10：CPU 时间有上限，停在一条 C 里的语句上也一样。"""
+    short = tmp_path / "chat_worker.py"
+    source = Path(chat_template.__file__).with_name("chat_worker.py").read_text(encoding="utf-8")
+    short.write_text(source.replace("MAX_SECONDS = 10", "MAX_SECONDS = 0.5"), encoding="utf-8")
+    monkeypatch.setattr(chat_template, "__file__", str(tmp_path / "chat_template.py"))
+    monkeypatch.setattr(chat_template, "_WORKER", chat_template._Worker())
+    loaded = write(tmp_path, config(chat_template=template))
+    with pytest.raises(DsxError, match=r"超过 \d+ 秒") as caught:
+        loaded.apply_chat_template(MESSAGES)
+    assert caught.value.code == "DSX-E503"
+
+
+def test_messages_that_are_not_json(tmp_path: Path) -> None:
+    loaded = write(tmp_path, config(chat_template=TEMPLATE))
+    with pytest.raises(DsxError, match="JSON") as caught:
+        loaded.apply_chat_template([{"role": "user", "content": object()}])
+    assert caught.value.code == "DSX-E503"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_small_regular_files(tmp_path: Path, name: str, kind: str) -> None:
+    """RUNTIME-10：目录、管道、设备、断了的链接、大得离谱的都按码拒绝，不当作没有，也不读。"""
+    write(tmp_path, config())
+    make_odd(tmp_path / name, kind)
     with pytest.raises(DsxError, match=name) as caught:
         BundleTokenizer.load(tmp_path)
     assert caught.value.code == "DSX-E501"

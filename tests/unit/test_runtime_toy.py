@@ -15,12 +15,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from deepseek_export.backend.ort.runner import OrtRunner
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.runtime import ModelSession
 
 pytestmark = pytest.mark.unit
 
 VOCAB, WIDTH, LATENT, LAYERS = 23, 12, 6, 2
-FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def save_toy(
     for layer in range(LAYERS):
         row = op("MatMul", x, f"wkv.{layer}", out=f"c{layer}")
         row = op("Unsqueeze", row, "axis1", out=f"c4{layer}")
-        row = op("Cast", row, out=f"cc{layer}", to=FLOATS[cache_dtype])
+        row = op("Cast", row, out=f"cc{layer}", to=DTYPES[cache_dtype].onnx)
         read = []
         for stem in ("k_cache", "v_cache") if split_kv else ("kv_cache",):
             name, out = f"{stem}.{layer}", f"{stem}_out.{layer}"
@@ -114,14 +115,14 @@ def save_toy(
         x = op("Tanh", added, out="hidden" if layer == LAYERS - 1 else f"x{layer + 1}")
     op("Unsqueeze", "logits_positions", "axis_last", out="rows")
     op("GatherND", "hidden", "rows", out="picked", batch_dims=1)
-    op("Cast", op("MatMul", "picked", "head", out="logits_f"), out="logits", to=FLOATS[logits_dtype])
+    op("Cast", op("MatMul", "picked", "head", out="logits_f"), out="logits", to=DTYPES[logits_dtype].onnx)
 
     info = helper.make_tensor_value_info
-    int64, cache = TensorProto.INT64, FLOATS[cache_dtype]
+    int64, cache = TensorProto.INT64, DTYPES[cache_dtype].onnx
     inputs = [info("input_ids", int64, ["B", "S"]), info("past_lens", int64, ["B"])]
     inputs += [info("logits_positions", int64, ["B", "L"])]
     inputs += [info(name, cache, ["B", 1, "T", LATENT]) for name, _ in caches]
-    outputs = [info("logits", FLOATS[logits_dtype], ["B", "L", VOCAB])]
+    outputs = [info("logits", DTYPES[logits_dtype].onnx, ["B", "L", VOCAB])]
     outputs += [info("hidden", TensorProto.FLOAT, ["B", "S", WIDTH])]
     outputs += [info(out, cache, ["B", 1, "T", LATENT]) for _, out in caches]
     tensors = [numpy_helper.from_array(value, name) for name, value in (toy.weights | consts).items()]
@@ -138,7 +139,7 @@ def save_toy(
 def test_toy_matches_numpy(tmp_path: Path, cache_dtype: str, split_kv: bool) -> None:
     toy = make_toy()
     path = save_toy(toy, tmp_path / "model.onnx", cache_dtype, split_kv=split_kv, external=True)
-    session = ModelSession(path, threads=1, max_positions=toy.max_positions)
+    session = ModelSession(OrtRunner(path, threads=1, max_positions=toy.max_positions))
     ids = np.array([[3, 1, 4, 1, 5]])
     got = session.run(ids, np.array([0]), np.arange(5)[None], session.new_caches(1, 5))
     bound = {"float32": 1e-5, "float16": 3e-2, "bfloat16": 3e-1}[cache_dtype]

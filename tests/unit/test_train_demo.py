@@ -196,7 +196,7 @@ def test_comparison_flags(tool, tiny_config):
     still.train_step()
     assert all(gate.e_score_correction_bias.abs().sum() == 0 for gate in still.model.gates)
     assert all(load.sum() > 0 for load in still.loads)
-    export, card = tool["export"], importlib.import_module("demo_training.card")
+    export, card = tool["export"], importlib.import_module("tools.demo_training.card")
     sparse, dense = (tool["model"].DemoModel(export.demo_config(dense=flag)) for flag in (False, True))
     active = [card.parameter_counts(model)["active"] for model in (sparse, dense)]
     routers = 3 * 8 * 256
@@ -220,7 +220,7 @@ def test_quality_comparison_has_equal_active_parameters_and_enough_tokens(tool):
     """MOE-6：两种模型每 token 激活的参数一个不差，router 也算；每个激活参数至少训练 20 个 token。"""
     from perf.suites import moe_quality
 
-    card = importlib.import_module("demo_training.card")
+    card = importlib.import_module("tools.demo_training.card")
     sparse, dense = (tool["model"].DemoModel(moe_quality.model_config(flag)) for flag in (False, True))
     active = card.parameter_counts(sparse)["active"]
     assert active == card.parameter_counts(dense)["active"]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from onnx import helper
 from safetensors.numpy import save_file
 
+from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.checkpoint.recipe import (
-    NUMPY_DTYPES,
     Recipe,
     load_array,
     materialize,
@@ -32,12 +32,12 @@ from deepseek_export.checkpoint.weight_only import (
     packed_int4,
     unpacked_int4,
 )
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.passes.base import MICROSOFT, GraphModule
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
-from deepseek_export.passes.pipelines import _float_experts
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
 from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
@@ -45,7 +45,6 @@ from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
 )
 from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
-from deepseek_export.runtime.cache import ort_value
 from tests.models import model_config, ort_session
 from tests.unit.test_passes_moe import feeds_for, moe_module, ops
 
@@ -83,11 +82,11 @@ def test_scales_beat_the_largest_value(form, scale, seed):
     form = form.model_copy(update={"scale": scale})
     weights = np.random.default_rng(seed).standard_normal((8, 4, form.block)).astype(np.float32)
     plain = np.abs(weights).max(-1, keepdims=True) / np.float32(form.zero - 1)
-    plain = plain.astype(NUMPY_DTYPES[scale]).astype(np.float32)
+    plain = plain.astype(DTYPES[scale].numpy).astype(np.float32)
     codes = np.clip(np.rint(weights / plain), -form.zero, form.zero - 1)
     want = np.square(codes * plain - weights).sum(-1)
     got = np.square(dequantized(weights, form) - weights).sum(-1)
-    assert block_scales(weights, form).dtype == NUMPY_DTYPES[scale]
+    assert block_scales(weights, form).dtype == DTYPES[scale].numpy
     assert (got <= want * 1.0001).all()
     assert got.sum() < (0.95 if form.bits == 4 else 1.0001) * want.sum()
 
@@ -136,7 +135,7 @@ def test_signed_codes_restore_the_same_weights(tmp_path: Path, form, dtype):
 
 
 def test_int4_packing_is_its_own_inverse():
-    values = np.arange(-8, 8).astype(NUMPY_DTYPES["int4"])
+    values = np.arange(-8, 8).astype(DTYPES["int4"].numpy)
     assert packed_int4(values).tolist()[:2] == [0x98, 0xBA]
     assert np.array_equal(unpacked_int4(packed_int4(values)), values)
 
@@ -296,7 +295,7 @@ def test_experts_take_dequantized_weights(keep, count):
     (experts,) = module.find("MoeExperts")
     restored = [t.inputs[0].op for t in experts.inputs if t.inputs and t.inputs[0].op == "DequantizeLinear"]
     assert len(restored) == count
-    assert _float_experts(module, Quantization(kind="int4", keep=keep), [result]) == []
+    assert result.kept == 3 - count
 
 
 def test_linear_without_the_kernel_is_refused():
@@ -374,14 +373,6 @@ def test_kept_experts_stay(keep):
     assert (result.count, result.refused, module.quantized) == (0, (), set())
 
 
-def test_experts_left_in_float_are_reported():
-    """没有下沉成 MoE 的专家没有量化，要写出来；用户要保留的不写。"""
-    (line,) = _float_experts(moe_module("v3"), Quantization(kind="int8"), [])
-    assert line.startswith("3 个专家权重没有量化")
-    assert _float_experts(moe_module("v3"), Quantization(kind="int8", keep=("experts",)), []) == []
-    assert _float_experts(qmoe_module(), Quantization(kind="int8"), [refused_qmoe()]) == []
-
-
 def test_split_experts_are_named_as_a_whole():
     """EXPORT-33、MOE-20：拆成几组的专家逐组还原；记的名字、``keep`` 认的名字都是拆之前的。"""
     module = moe_module("v3", hidden_size=64, moe_intermediate_size=32)
@@ -394,8 +385,3 @@ def test_split_experts_are_named_as_a_whole():
     assert stems == {"*.gate_proj.weight", "*.up_proj.weight"}
     shapes = {recipe.shape for recipe in module.weights.values() if recipe.op == "codes"}
     assert shapes == {(6, 32, 64)}
-
-
-def refused_qmoe():
-    """一次全部拒绝的 QMoE 下沉：拒绝的原因已经有一行，不必再说一遍。"""
-    return QuantizeMoeToQMoePass(Quantization(kind="int8"), without("QMoE"))(qmoe_module())

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demo_training import evaluate, export
-from demo_training.data import ASSISTANT, BOS, USER
-from demo_training.evaluate import Acceptance, Encoded
-from demo_training.loop import Trainer, balance
-from demo_training.model import DemoModel
+from tools.demo_training import evaluate, export
+from tools.demo_training.data import ASSISTANT, BOS, USER
+from tools.demo_training.evaluate import Acceptance, Encoded
+from tools.demo_training.loop import Trainer, balance
+from tools.demo_training.model import DemoModel
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 12, 24, 96
 _HELDOUT = 10

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_export import api
-from demo_training.data import ASSISTANT, BOS, USER
-from demo_training.evaluate import Encoded, prompts_of
-from demo_training.export import demo_config, load_model, mtp_prefix
-from demo_training.loop import DEPTH, Recipe, Trainer
-from demo_training.model import DemoModel
+from tools.demo_training.data import ASSISTANT, BOS, USER
+from tools.demo_training.evaluate import Encoded, prompts_of
+from tools.demo_training.export import demo_config, load_model, mtp_prefix
+from tools.demo_training.loop import DEPTH, Recipe, Trainer
+from tools.demo_training.model import DemoModel
 
 _DECODE_ROWS = 64
 HELD_PROMPTS, HELD_TOKENS = 16, 24  # 训练曲线用的留出提示：每种语言几条，各几个 token

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from demo_training import card, evaluate, export
-from demo_training.distill import HELD_PROMPTS, HELD_TOKENS, Distiller
-from demo_training.evaluate import Encoded
-from demo_training.loop import DEPTH, Recipe
+from tools.demo_training import card, evaluate, export
+from tools.demo_training.distill import HELD_PROMPTS, HELD_TOKENS, Distiller
+from tools.demo_training.evaluate import Encoded
+from tools.demo_training.loop import DEPTH, Recipe
 
 _DISTILL, _RESULTS, _SAMPLES = "## MTP 自蒸馏\n", "## 留出集上的结果\n", "## 样例\n"
 _NAMES = {"zh": "中文", "en": "英文"}

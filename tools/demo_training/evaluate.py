@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demo_training.data import BOS, EOS, Stream
-from demo_training.loop import DEPTH, losses
-from demo_training.model import DemoModel
+from tools.demo_training.data import BOS, EOS, Stream
+from tools.demo_training.loop import DEPTH, losses
+from tools.demo_training.model import DemoModel
 
 Encoded = list[tuple[list[int], list[int]]]
 

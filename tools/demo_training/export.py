@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_export.checkpoint.store import SINGLE_NAME
-from demo_training.data import BOS, EOS, Corpus, tokenizer_settings, train_tokenizer
-from demo_training.model import DemoModel
+from tools.demo_training.data import BOS, EOS, Corpus, tokenizer_settings, train_tokenizer
+from tools.demo_training.model import DemoModel
 
 _CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],

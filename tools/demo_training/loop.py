@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from demo_training.data import Stream
-from demo_training.model import DemoModel, Gate, MoE
+from tools.demo_training.data import Stream
+from tools.demo_training.model import DemoModel, Gate, MoE
 
 DEPTH = 3  # 训练与评估都递归应用 MTP 模块三次
 

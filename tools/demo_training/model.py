@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,8 @@ class MLP(nn.Module):
 class Gate(nn.Module):
     """noaux_tc router；``counts`` 收集自上次 :meth:`take_load` 以来各次前向里各专家分到的 token 数。"""
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, c: dict[str, Any]) -> None:
         super().__init__()
         self.c, experts = c, c["n_routed_experts"]
@@ -182,8 +184,7 @@ class MtpLayer(DecoderLayer):
         super().__init__(c, layer)
         hidden = c["hidden_size"]
         self.enorm, self.hnorm, self.eh_proj = RMSNorm(hidden), RMSNorm(hidden), linear(2 * hidden, hidden)
-        self.shared_head = nn.Module()
-        self.shared_head.norm = RMSNorm(hidden)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(hidden)})
 
     def draft(
         self, embed: Tensor, hidden: Tensor, rope: Rope, past: list[KeyValue]
@@ -191,7 +192,7 @@ class MtpLayer(DecoderLayer):
         """应用一次，返回隐状态（乘 ``lm_head`` 就是草稿的 logits）与本次的 K/V。"""
         x = self.eh_proj(torch.cat([self.enorm(embed), self.hnorm(hidden)], dim=-1))
         x, kv = self(x, rope, past)
-        return self.shared_head.norm(x), kv
+        return self.shared_head["norm"](x), kv
 
 
 class Backbone(nn.Module):
@@ -269,6 +270,6 @@ class DemoModel(nn.Module):
                 past = [(key[rows], value[rows]) for key, value in past]
             embed = self.model.embed_tokens(ids[:, step : step + T])
             rope = self.rope(start + step - 1, T)
-            hidden, kv = self.model.layers[-1].draft(embed, hidden, rope, past)
+            hidden, kv = cast(MtpLayer, self.model.layers[-1]).draft(embed, hidden, rope, past)
             past.append(kv)
             yield hidden

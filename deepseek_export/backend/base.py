@@ -1,0 +1,215 @@
+"""后端是什么：``Backend`` 打开一张图得到 ``Runner``，``Runner`` 分配 ``Caches``，能力都写在 ``Limits`` 里。
+
+会话、草稿、生成、对齐校验只认这四样，从不问后端是哪一个。加一个后端是加一个文件夹，再在 :mod:`deepseek_export.backend` 的表里写一行。
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deepseek_export.backend.contract import CacheSpec, GraphContract
+from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.bundle.manifest import GraphEntry
+
+if TYPE_CHECKING:
+    import onnx
+
+#: 一行缓存存到主机上：张量名 → ``[heads, length, width]``。
+SavedRow = Mapping[str, np.ndarray]
+#: 一次前向的输入或输出：名字 → 数组。
+Arrays = Mapping[str, np.ndarray]
+#: ``(ONNX 文件, 每次的输入) -> 每次的输出``。
+Run = Callable[[Path, Sequence[Arrays]], list[dict[str, np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """一个后端在一张图上做得到什么。
+
+    Attributes:
+        max_positions: 一行至多多长。
+        prefill_chunk: prefill 每块宜取的长度，也是一次至多几个新 token（后端有上限时）。
+        logits_rows: 一次调用至多能要几行 logits（此时新 token 也不能更多）；``None`` 不限。
+        max_batch: 一次调用至多几行；``None`` 不限。
+        dtypes: 能执行哪些模型 dtype。
+        block_outputs: 图的中间值取不取得到；取不到的只能整个模型地比。
+    """
+
+    max_positions: int
+    prefill_chunk: int = 512
+    logits_rows: int | None = None
+    max_batch: int | None = None
+    dtypes: tuple[str, ...] = ("float32", "float16")
+    block_outputs: bool = True
+
+
+class Caches(ABC):
+    """一个批次的缓存：每种缓存一个张量 ``[B, heads, T, width]``，由图原地更新；按行与位置寻址。
+
+    Attributes:
+        spec: 有哪些张量。
+        batch: 行数 B。
+    """
+
+    spec: CacheSpec
+    batch: int
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """当前的 T。"""
+
+    @property
+    def nbytes(self) -> int:
+        """这些行占用的字节数。"""
+        return self.batch * self.capacity * self.spec.bytes_per_token
+
+    @abstractmethod
+    def ensure(self, needed: int) -> bool:
+        """保证每行放得下 ``needed`` 个位置；放不下就升档，内容不变。
+
+        Returns:
+            是否重新分配了。
+
+        Raises:
+            DsxError: ``DSX-E506``，超过上限；此时缓存原样不动。
+        """
+
+    @abstractmethod
+    def first(self, rows: int) -> Caches:
+        """前 ``rows`` 行的视图，不复制；同样的 ``rows`` 得到同一个对象。"""
+
+    @abstractmethod
+    def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:
+        """把第 ``source`` 行的前 ``length`` 个位置复制到第 ``target`` 行；其余位置不动。
+
+        Args:
+            source, target: 行号。
+            length: 多少个位置。
+            origin: 从哪个缓存复制，要同一个 ``Runner`` 分配的；缺省是自己。
+        """
+
+    @abstractmethod
+    def clear_row(self, row: int) -> None:
+        """清零一整行。"""
+
+    @abstractmethod
+    def save_row(self, row: int, length: int) -> SavedRow:
+        """把一行的前 ``length`` 个位置复制到主机。"""
+
+    @abstractmethod
+    def restore_row(self, row: int, saved: SavedRow) -> None:
+        """:meth:`save_row` 的逆；``saved`` 里有哪些张量、多长，就写哪些、多少个位置。"""
+
+    def taken(self, fresh: Caches, rows: Sequence[int], length: int) -> Caches:
+        """``fresh`` 的第 i 行换成这里第 ``rows[i]`` 行的前 ``length`` 个位置；返回 ``fresh``。"""
+        for target, source in enumerate(rows):
+            fresh.copy_row(int(source), target, length, self)
+        return fresh
+
+
+class Runner(ABC):
+    """加载好的一张图；没有状态，序列的状态全在 :class:`Caches` 里。
+
+    Attributes:
+        contract: 图的约定。
+        limits: 做得到什么。
+    """
+
+    contract: GraphContract
+    limits: Limits
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """要告诉用户的话，例如退回了较慢的执行方式；不断变长，说过的不再消失。"""
+        return ()
+
+    @abstractmethod
+    def new_caches(self, batch: int, needed: int = 1) -> Caches:
+        """给一个新批次分配清零的缓存，至少放得下 ``needed`` 个位置。
+
+        Raises:
+            DsxError: ``DSX-E506``，``needed`` 超过 ``limits.max_positions``。
+        """
+
+    @abstractmethod
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...], caches: Caches
+    ) -> dict[str, np.ndarray]:
+        """跑一次，``caches`` 原地更新。
+
+        Args:
+            inputs: 缓存以外的全部输入，名字 → 数组；dtype 不同的会转换。
+            outputs: 要取回主机的输出；没列出的不拷贝。
+            caches: 这个 ``Runner`` 分配的，或它的视图。
+
+        Returns:
+            名字 → 数组，图里的 dtype。内存归后端，同一个 ``caches``、同一组 ``outputs`` 的下一次 ``run`` 会覆盖它。
+
+        Raises:
+            DsxError: 执行失败，附后端的原话。
+        """
+
+
+@dataclass(frozen=True)
+class CutRunner:
+    """把断开的图（``dsx compare``）跑起来的办法；图由谁断开见 :mod:`deepseek_export.parity.subgraph`。
+
+    Attributes:
+        graph: 从哪张图断开：``(entry, 缓存容量) -> 图``；``None`` 就是 bundle 里的那个文件。
+        run: 怎么跑断开之后存成的文件。
+        suffix: 断开的图存进 ``<图名><suffix>/``。
+    """
+
+    graph: Callable[[GraphEntry, int], onnx.ModelProto | None]
+    run: Run
+    suffix: str = ""
+
+
+class Backend(ABC):
+    """一个后端。
+
+    Attributes:
+        name: ``--backend`` 的值。
+    """
+
+    name: str
+
+    def prepared(self, bundle: Bundle) -> Bundle:
+        """在这个后端上实际运行的 bundle；缺省就是它自己。
+
+        Raises:
+            DsxError: 这台机器、这个 bundle 上用不了。
+        """
+        return bundle
+
+    @abstractmethod
+    def limits(self, bundle: Bundle, graph: GraphEntry | None = None) -> Limits:
+        """不加载模型就知道的能力；``graph`` 缺省是主模型。"""
+
+    @abstractmethod
+    def open(
+        self, bundle: Bundle, graph: GraphEntry, weights: BundleWeights, threads: int | None = None
+    ) -> Runner:
+        """加载一张图。
+
+        Args:
+            bundle: 打开的 bundle，先过 :meth:`prepared`。
+            graph: 哪一张图。
+            weights: 它的权重；几张图用同一个，共有的权重只占一份内存。
+            threads: 线程数；有的后端没有这一项。
+        """
+
+    @abstractmethod
+    def cut_runner(self, bundle: Bundle) -> CutRunner:
+        """断开的图在这里怎么跑。
+
+        Raises:
+            DsxError: 跑不了，说明原因。
+        """

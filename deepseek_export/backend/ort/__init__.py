@@ -1,0 +1,5 @@
+"""ONNX Runtime CPU。"""
+
+from deepseek_export.backend.ort.backend import OrtBackend
+
+BACKEND = OrtBackend()

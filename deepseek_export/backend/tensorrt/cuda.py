@@ -1,0 +1,139 @@
+"""CUDA 驱动接口里会话用得到的几样：上下文、流、设备内存、拷贝、CUDA graph。"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deepseek_export.engine.flavour import device_sm
+from deepseek_export.errors import DsxError
+
+
+def require_gpu() -> int:
+    """当前 GPU 的计算能力。
+
+    Raises:
+        DsxError: ``DSX-E918``，没有 GPU。
+    """
+    sm = device_sm()
+    if sm is None:
+        raise DsxError(
+            "DSX-E918",
+            "--backend trt 要有 NVIDIA GPU 与驱动，这里没有",
+            "换到有 GPU 的机器；在这里用 --backend ort（缺省），bfloat16 的先用 --dtype float16 再导出一份",
+        )
+    return sm
+
+
+class Cuda:
+    """一个设备上的主上下文与一条流；构造时把上下文设为当前。"""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self._call(driver.cuInit, 0)
+        context = self._call(driver.cuDevicePrimaryCtxRetain, 0)
+        self._call(driver.cuCtxSetCurrent, context)
+        self._stream = self._call(driver.cuStreamCreate, 1)  # 1 = CU_STREAM_NON_BLOCKING
+
+    @property
+    def stream(self) -> int:
+        """流的句柄。"""
+        return int(self._stream)
+
+    def allocate(self, nbytes: int) -> int:
+        """设备内存的地址；至少一个字节，TensorRT 不接受空指针。"""
+        return int(self._call(self._driver.cuMemAlloc, max(nbytes, 1)))
+
+    def free(self, address: int) -> None:
+        """归还 :meth:`allocate` 的内存。"""
+        self._call(self._driver.cuMemFree, address)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """清零。"""
+        self._call(self._driver.cuMemsetD8Async, address, 0, nbytes, self._stream)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """主机 → 设备；``array`` 要活到 :meth:`synchronize`。"""
+        if array.nbytes:
+            self._call(self._driver.cuMemcpyHtoDAsync, address, array.ctypes.data, array.nbytes, self._stream)
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        """设备 → 主机；内容在 :meth:`synchronize` 之后可读。"""
+        if array.nbytes:
+            self._call(self._driver.cuMemcpyDtoHAsync, array.ctypes.data, address, array.nbytes, self._stream)
+
+    def copy(self, source: int, target: int, nbytes: int) -> None:
+        """设备 → 设备，在流上。"""
+        if nbytes:
+            self._call(self._driver.cuMemcpyDtoDAsync, target, source, nbytes, self._stream)
+
+    def synchronize(self) -> None:
+        """等流上的事做完。"""
+        self._call(self._driver.cuStreamSynchronize, self._stream)
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """把 ``work`` 在流上排的事录成 CUDA graph，不执行；``work`` 不能分配、不能同步。
+
+        Raises:
+            DsxError: ``DSX-E914``，录不下来；``work`` 自己的错误原样抛出。流回到平常的状态。
+        """
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(self._driver.cuStreamBeginCapture, self._stream, mode)
+        try:
+            work()
+        except BaseException:
+            # 录制已经作废，这个返回值只会这么说，盖过真正的原因。
+            self._driver.cuStreamEndCapture(self._stream)
+            raise
+        graph = self._call(self._driver.cuStreamEndCapture, self._stream)
+        try:
+            return self._call(self._driver.cuGraphInstantiate, graph, 0)
+        finally:
+            self._call(self._driver.cuGraphDestroy, graph)
+
+    def launch(self, graph: Any) -> None:
+        """在流上重放 :meth:`capture` 录下的 graph。"""
+        self._call(self._driver.cuGraphLaunch, graph, self._stream)
+
+    def discard(self, graph: Any) -> None:
+        """归还 :meth:`capture` 录下的 graph。"""
+        self._call(self._driver.cuGraphExecDestroy, graph)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        status, *values = function(*arguments)
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            full = status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+            todo = (
+                "显存不足：减小批大小，或用更小的 T 重建引擎" if full else "见驱动的日志（dmesg、nvidia-smi）"
+            )
+            raise DsxError("DSX-E914", f"{function.__name__} 返回 {status.name}", todo)
+        return values[0] if values else None
+
+
+class Buffer:
+    """一个输入或输出：主机与设备各一块，按见过的最大形状分配。"""
+
+    def __init__(self, cuda: Cuda, dtype: np.dtype) -> None:
+        self._cuda, self._dtype = cuda, dtype
+        self._flat = np.empty(0, dtype)
+        self.array = self._flat
+        self.address = 0
+
+    def reshape(self, shape: tuple[int, ...]) -> None:
+        """换成 ``shape``；装不下才重新分配。"""
+        size = math.prod(shape)
+        if size > self._flat.size or not self.address:
+            if self.address:
+                self._cuda.free(self.address)
+            self._flat = np.empty(size, self._dtype)
+            self.address = self._cuda.allocate(self._flat.nbytes)
+        self.array = self._flat[:size].reshape(shape)
+
+    def __del__(self) -> None:
+        if self.address:
+            self._cuda.free(self.address)

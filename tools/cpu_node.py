@@ -1,0 +1,116 @@
+"""只有一个 ``dsx::MlaAttention`` 节点、没有函数体的模型：装了算子库才能运行，所以跑的一定是 kernel。不导入 torch。"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnxruntime as ort
+from onnx import helper
+
+from deepseek_export.backend.ort.values import ort_value
+from deepseek_export.bench.depth import random_rows
+from deepseek_export.dtypes import DTYPES
+from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION, TYPE_CONSTRAINTS
+
+#: 算子收的计算 dtype 与缓存 dtype。
+COMPUTES, CACHES = TYPE_CONSTRAINTS["T"], TYPE_CONSTRAINTS["C"]
+SCALE = 0.1
+#: 各宽度都不是向量长度的倍数；WIDE 都是 32 的倍数，走 bfloat16 直接相乘的那条路。
+ODD = {"dn": 6, "dr": 4, "dv": 5, "r": 20}
+WIDE = {"dn": 32, "dr": 32, "dv": 32, "r": 64}
+
+
+def make_session(
+    library,
+    dtype: str,
+    cache_dtype: str,
+    isa: str = "",
+    form: str = "",
+    threads: int = 1,
+    weight_dtype: str | None = None,
+) -> ort.InferenceSession:
+    """用 ``library`` 建会话，指令集与形式在建会话时定下；``weight_dtype`` 缺省同 ``dtype``。"""
+
+    def info(port):
+        kinds = {"T": dtype, "C": cache_dtype, "W": weight_dtype or dtype, "I64": "int64"}
+        shape = [f"{port.name}_{i}" for i in range(len(port.dims))]
+        return helper.make_tensor_value_info(port.name, DTYPES[kinds[port.type]].onnx, shape)
+
+    inputs, outputs = list(map(info, MLA_ATTENTION.inputs)), list(map(info, MLA_ATTENTION.outputs))
+    attributes: dict[str, Any] = {"scale": SCALE, "plugin_namespace": "dsx", "plugin_version": "1"}
+    names = [value.name for value in inputs], [value.name for value in outputs]
+    node = helper.make_node(MLA_ATTENTION.name, *names, domain=DOMAIN, **attributes)
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
+    graph = helper.make_graph([node], "one", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(library.path))
+    with mock.patch.dict(os.environ, {"DSX_CPU_ISA": isa, "DSX_CPU_MLA_FORM": form}):
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def make_inputs(
+    dtype: str,
+    cache_dtype: str,
+    S: int,
+    H: int,
+    T: int,
+    past: Sequence[int],
+    *,
+    dn: int,
+    dr: int,
+    dv: int,
+    r: int,
+    weight_dtype: str | None = None,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """随机输入；``w_kv_b`` 缩小到使输出的均方根约为 1。"""
+    rng, B = np.random.default_rng(seed), len(past)
+    shapes = {
+        "q_nope": (B, S, H, dn),
+        "q_pe": (B, S, H, dr),
+        "c_kv": (B, S, r),
+        "k_pe": (B, S, dr),
+        "w_kv_b": (H * (dn + dv), r),
+    }
+    made = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    made["w_kv_b"] *= r**-0.5
+    own = {"w_kv_b": weight_dtype or dtype}
+    width = r + 2 * dr + 6 if cache_dtype == "int8" else r + dr
+    return {name: array.astype(DTYPES[own.get(name, dtype)].numpy) for name, array in made.items()} | {
+        "kv_cache": random_rows(rng, (B, 1, T, width), DTYPES[cache_dtype].numpy),
+        "past_lens": np.array(past, np.int64),
+    }
+
+
+def bind(
+    session: ort.InferenceSession, inputs: dict[str, np.ndarray], cache_out: np.ndarray
+) -> tuple[ort.IOBinding, np.ndarray]:
+    """绑好全部输入输出，返回绑定与 ``o``；绑定只借用数组的内存。``cache_out`` 是 ``inputs["kv_cache"]`` 就原地写。"""
+    B, S, H, dn = inputs["q_nope"].shape
+    o = np.zeros((B, S, H, inputs["w_kv_b"].shape[0] // H - dn), inputs["q_nope"].dtype)
+    binding = session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_ortvalue_input(name, ort_value(array))
+    binding.bind_ortvalue_output("o", ort_value(o))
+    binding.bind_ortvalue_output("kv_cache_out", ort_value(cache_out))
+    return binding, o
+
+
+def call(
+    session: ort.InferenceSession, inputs: dict[str, np.ndarray], in_place: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """跑一次，返回 ``o`` 与 ``kv_cache_out``；``inputs`` 不会被改。"""
+    used = {name: array.copy() for name, array in inputs.items()}
+    cache = used["kv_cache"] if in_place else np.zeros_like(used["kv_cache"])
+    binding, o = bind(session, used, cache)
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    session.run_with_iobinding(binding, options)
+    return o, cache
