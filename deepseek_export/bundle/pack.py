@@ -23,6 +23,7 @@ from deepseek_export.bundle.foreign import check_replaceable
 from deepseek_export.bundle.graph import check_onnx, point_at
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import path_kind
 from deepseek_export.progress import Progress
 
 
@@ -38,6 +39,7 @@ def pack_bundle(path: Path | str, progress: Progress | None = None, *, verify_we
         DsxError: ``DSX-E409`` 已经是打包的；``DSX-E401`` 里面有不是 dsx 写的文件，或 ``path`` 是符号链接；``DSX-E408`` 检查点与导出时不同；
             ``DSX-E413`` 导出时没有算 sha256；``DSX-E404`` 磁盘空间不足；``DSX-E411`` 别人正在写；其余见 ``Bundle.open``、``write_packed``。
     """
+    path_kind(Path(path), "DSX-E402")  # 看不了的，是读不了它，不是写不了
     with output_lock(path):
         return _pack(Bundle.open(path), progress or Progress(), verify_weights)
 
