@@ -47,13 +47,9 @@ QUICK = Scenario(shape="peers-2", depths=(0,), steps=5)
 def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     """剖析每一种深度。"""
     scenario = QUICK if quick else FULL
-    checkpoint, overrides = (
-        workspace.checkpoint(scenario.shape, dtype="bfloat16"),
-        ("mla.cache_dtype=bfloat16",),
-    )
-    bundle = workspace.bundle(
-        checkpoint, "mla+moe", "float32", overrides, Quantization(kind="int8", block=128)
-    )
+    checkpoint = workspace.checkpoint(scenario.shape, dtype="bfloat16")
+    quantization = Quantization(kind="int8", block=128)
+    bundle = workspace.bundle(checkpoint, "mla+moe", "float32", ("mla.cache_dtype=bfloat16",), quantization)
     cases = [_profile(bundle, depth, scenario.steps, threads, workspace.folder) for depth in scenario.depths]
     return SuiteResult(suite="decode-profile", title=TITLE, scenario=asdict(scenario), cases=cases)
 
@@ -80,7 +76,7 @@ class _ProfiledSession(ModelSession):
         super().__init__(path, **options)
 
     def _open(
-        self, path: Path, threads: int | None, initializers: Mapping[str, np.ndarray]
+        self, path: Path, threads: int | None, initializers: Mapping[str, ort.OrtValue]
     ) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.enable_profiling = True
@@ -93,9 +89,8 @@ class _ProfiledSession(ModelSession):
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def events(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(
-            Path(self._session.end_profiling()).read_text(encoding="utf-8")
-        )
+        text = Path(self._session.end_profiling()).read_text(encoding="utf-8")
+        found: list[dict[str, Any]] = json.loads(text)
         return found
 
 
