@@ -13,6 +13,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import onnxruntime as ort
 import torch
 
 from deepseek_export.bench.spread import Spread, interleaved
@@ -124,12 +125,12 @@ def _call(library: CpuLibrary, shape: Shape, cache_dtype: str, form: str, thread
     session = make_session(library, "float32", cache_dtype, library.isa, form, threads)
     inputs = make_inputs("float32", cache_dtype, S, H, past + S, [past] * B, **WIDTHS)
     binding, o = bind(session, inputs, inputs["kv_cache"])
-    kept = (inputs, o)  # 绑定只借用数组的内存，所以它们要与函数同寿
+    return partial(_run, session, binding, (inputs, o))
 
-    def call() -> Any:
-        return kept and session.run_with_iobinding(binding)
 
-    return call
+def _run(session: ort.InferenceSession, binding: ort.IOBinding, borrowed: object) -> None:
+    """绑定只借用数组的内存，所以 ``borrowed`` 与这次调用同寿。"""
+    session.run_with_iobinding(binding)
 
 
 def _machine(threads: int) -> dict[str, Callable[[], Any]]:

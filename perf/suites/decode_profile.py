@@ -45,13 +45,9 @@ QUICK = Scenario(shape="peers-2", depths=(0,), steps=5)
 def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     """剖析每一种深度。"""
     scenario = QUICK if quick else FULL
-    checkpoint, overrides = (
-        workspace.checkpoint(scenario.shape, dtype="bfloat16"),
-        ("mla.cache_dtype=bfloat16",),
-    )
-    bundle = workspace.bundle(
-        checkpoint, "mla+moe", "float32", overrides, Quantization(kind="int8", block=128)
-    )
+    checkpoint = workspace.checkpoint(scenario.shape, dtype="bfloat16")
+    quantization = Quantization(kind="int8", block=128)
+    bundle = workspace.bundle(checkpoint, "mla+moe", "float32", ("mla.cache_dtype=bfloat16",), quantization)
     cases = [_profile(bundle, depth, scenario.steps, threads, workspace.folder) for depth in scenario.depths]
     return SuiteResult(suite="decode-profile", title=TITLE, scenario=asdict(scenario), cases=cases)
 
