@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "test"]
@@ -56,3 +59,34 @@ def test_old(session: nox.Session) -> None:
     """pyproject.toml 声明的最低版本。"""
     session.install("-e", ".[dev]", "torch==2.11.*", "transformers==5.17.*")
     session.run(*_TESTS, *session.posargs)
+
+
+@nox.session
+def transformers_tests(session: nox.Session) -> None:
+    """transformers 自己的 deepseek_v2、deepseek_v3 建模与生成测试，打开 ``apply`` 跑：``nox -s transformers_tests -- CHECKOUT``。
+
+    CHECKOUT 是 transformers 的 git 检出，标签与装着的版本相同。sdist 不行：它只带 ``tests/`` 顶层的几个 mixin，
+    没有 ``tests/models``、``tests/generation``。检出里的东西只读，一个字节也不进本仓库。
+    """
+    if not session.posargs:
+        session.error(
+            "给出 transformers 的检出：nox -s transformers_tests -- CHECKOUT（sdist 里没有这些测试）"
+        )
+    checkout, *rest = session.posargs
+    root = Path(checkout).resolve()
+    folders = [f"tests/models/{family}" for family in ("deepseek_v2", "deepseek_v3")]
+    absent = [folder for folder in (*folders, "tests/generation") if not (root / folder).is_dir()]
+    if absent:
+        session.error(f"{root} 里没有 {'、'.join(absent)}")
+    session.install("-e", ".[dev]", "parameterized", "accelerate")
+    show = "from importlib.metadata import version; print(version('transformers'))"
+    installed = str(session.run("python", "-c", show, silent=True)).strip()
+    source = (root / "src/transformers/__init__.py").read_text(encoding="utf-8")
+    declared = re.search(r'__version__ = "([^"]+)"', source)
+    if declared is None or declared.group(1) != installed:
+        session.error(f"检出是 {declared and declared.group(1)}，装着的是 {installed}：换到同一个标签")
+    plugin = Path(__file__).parent / "tools/transformers_tests"
+    session.chdir(root)
+    for profile in ("mla+moe", "mla+moe mla.form=absorb"):
+        env = {"DSX_APPLY": profile, "PYTHONPATH": str(plugin)}
+        session.run("python", "-m", "pytest", "-p", "apply_everywhere", *folders, *rest, env=env)

@@ -20,12 +20,11 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
 from deepseek_export.errors import DsxError
-from deepseek_export.integration.compat import cache_name
 from deepseek_export.ops.mla_attention import attend_absorb, prefers_naive
 
 AbsorbForm = Literal["absorb", "auto"]
-#: 每一步都要用，而 ``torch.compile`` 不喜欢带缓存的函数，所以只问一次。
-_CACHE = cache_name()
+#: 缓存参数的两个名字（新名、旧名）：transformers 的 forward 两个都认，谁直接调用这一层都不会丢掉缓存。
+_CACHE_NAMES = ("cache", "past_key_values")
 #: absorb 认得这两种实现的遮罩。
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 #: 这些参数改变分数本身，只有 transformers 的注意力函数认得。
@@ -61,7 +60,7 @@ class _AbsorbedAttention:
             DsxError: ``DSX-E804``，``apply`` 之后换了 attention 实现，或 ``kv_b_proj`` 不再只是一次矩阵乘。
         """
         this: Any = self
-        cache = kwargs.get(_CACHE)
+        cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
         S = hidden_states.shape[1]
         # 缓存自己说 update 会返回几行；只用来比较两种形式的代价，不用来决定谁看得见谁。
         T = S if cache is None else cache.get_mask_sizes(S, this.layer_idx)[0]

@@ -38,11 +38,12 @@ class _SparseExperts:
         Raises:
             DsxError: ``DSX-E804``，``apply`` 之后权重被量化，或专家被分到几个进程。
         """
-        if obstacle := experts_obstacle(self):
+        this: Any = self
+        if obstacle := experts_obstacle(this):
             what, todo = obstacle
             raise DsxError("DSX-E804", f"apply 之后，专家{what}", f"{todo}；或 restore(model)")
         if torch.compiler.is_compiling():
-            return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+            return grouped_mm_experts_forward(this, hidden_states, top_k_index, top_k_weights)
         k = top_k_index.shape[1]
         flat = top_k_index.reshape(-1)
         order = flat.argsort(stable=True)
@@ -76,7 +77,7 @@ def experts_obstacle(experts: Any) -> tuple[str, str] | None:
     Returns:
         专家现在怎么了、怎么办；能用就是 ``None``。
     """
-    if experts._is_expert_parallel:
+    if getattr(experts, "_is_expert_parallel", False):  # 5.17 还没有这个属性
         return "分布在多个进程上", "不用 expert parallel 加载，或只打开 mla"
     for weight in (experts.gate_up_proj, experts.down_proj):
         if not weight.is_floating_point() or weight.itemsize < 2:

@@ -197,6 +197,25 @@ def test_generate_with_every_cache_implementation(implementation, form, padding)
         assert TOLERANCES["logits", "float32"].accepts(measure(mine.numpy(), theirs.numpy()))
 
 
+def test_both_names_of_the_cache():
+    """HF-14：直接调用一层时缓存用新名、旧名都认，不当成没有缓存。"""
+    model = applied("v3", "sdpa", "absorb")
+    attention, config = model.model.layers[0].self_attn, model.config
+    x = torch.randn(1, 4, config.hidden_size, generator=torch.Generator().manual_seed(3))
+    outputs = []
+    for name in ("past_key_values", cache_name()):
+        cache = new_cache("DynamicLayer", config.num_hidden_layers)
+        for start, stop in ((0, 3), (3, 4)):
+            position_embeddings = model.model.rotary_emb(x, torch.arange(start, stop)[None])
+            with torch.no_grad():
+                out, _ = attention(
+                    x[:, start:stop], position_embeddings, attention_mask=None, **{name: cache}
+                )
+        assert cache.get_seq_length() == 4
+        outputs.append(out)
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("implementation", sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}))
 def test_every_other_attention_implementation_is_refused(implementation):
     """HF-8、HF-14：transformers 的每个 attention 实现，要么在上面的格子里，要么拒绝；apply 之后才换的也一样。"""
