@@ -13,10 +13,17 @@ from torch import nn
 
 from deepseek_export.capture.trace import Spec, TracedGraph, trace
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.ops.table import SPEC_ACCEPT, SPEC_ACCEPT_REJECTION, OpSpec
+from deepseek_export.ops.table import (
+    SPEC_ACCEPT,
+    SPEC_ACCEPT_REJECTION,
+    TYPE_CONSTRAINTS,
+    OpSpec,
+    Port,
+)
 from deepseek_export.reference.model import DecoderLayer, Embed, Forms, Head, cache_tensors
 from deepseek_export.reference.moe import Gate
 from deepseek_export.reference.mtp import DraftHead, MtpModule
+from deepseek_export.reference.weights import torch_dtype
 
 
 def _meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -105,7 +112,6 @@ def draft_head_block(config: ModelConfig, dtype: torch.dtype) -> TracedGraph:
 
 def input_specs(spec: OpSpec, config: ModelConfig, dtype: torch.dtype) -> dict[str, Spec]:
     """MoE 与草稿验证算子的输入，次序、维度、类型按契约表；``dtype`` 是类型变量 T。"""
-    types = {"T": dtype, "F32": torch.float32, "I32": torch.int32, "I64": torch.int64}
     sizes = {
         "D": config.hidden_size,
         "I": config.moe_intermediate_size,
@@ -114,7 +120,12 @@ def input_specs(spec: OpSpec, config: ModelConfig, dtype: torch.dtype) -> dict[s
         "V": config.vocab_size,
         "1": 1,
     }
-    return {p.name: Spec(tuple(sizes.get(d, d) for d in p.dims), types[p.type]) for p in spec.inputs}
+
+    def port_spec(port: Port) -> Spec:
+        kind = dtype if port.type == "T" else torch_dtype(TYPE_CONSTRAINTS[port.type][0])
+        return Spec(tuple(sizes.get(dim, dim) for dim in port.dims), kind)
+
+    return {port.name: port_spec(port) for port in spec.inputs}
 
 
 def accept_spec(mode: str) -> OpSpec:

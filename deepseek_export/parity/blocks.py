@@ -24,6 +24,7 @@ from deepseek_export.parity.routing import router_margin, without_flipped
 from deepseek_export.parity.tolerances import Key, Tolerance, tolerance
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
+from deepseek_export.reference.weights import torch_dtype
 
 _CAPACITY_SLACK = 3
 
@@ -112,7 +113,7 @@ def main_blocks(
         _Step(manifest, model, keys, *step)
         for step in zip(PHASES, (ids[:, :S], ids[:, S:]), starts, strict=True)
     ]
-    caches = model.empty_caches(B, S + _CAPACITY_SLACK, getattr(torch, manifest.cache.dtype))
+    caches = model.empty_caches(B, S + _CAPACITY_SLACK, torch_dtype(manifest.cache.dtype))
     for step in steps:
         yield step.embed()
     for i, cache in enumerate(caches):

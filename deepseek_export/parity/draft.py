@@ -19,6 +19,7 @@ from deepseek_export.parity.checks import PHASES
 from deepseek_export.parity.keys import Keys
 from deepseek_export.parity.routing import router_margin
 from deepseek_export.reference import DraftModel, ReferenceModel
+from deepseek_export.reference.weights import torch_dtype
 
 _SLACK = 3
 
@@ -78,7 +79,7 @@ def draft_runs(
     ids = torch.tensor([list(row) for row in rows])
     B, total = ids.shape
     length = total - len(drafts)
-    cache_dtype = getattr(torch, manifest.cache.dtype)
+    cache_dtype = torch_dtype(manifest.cache.dtype)
     past, positions = torch.zeros(B, dtype=torch.int64), torch.zeros((B, 1), dtype=torch.int64)
     _, hidden, _ = model(ids[:, :length], past, positions, model.empty_caches(B, length, cache_dtype))
     for draft, entry in zip(drafts, manifest.drafts, strict=True):

@@ -24,6 +24,7 @@ from deepseek_export.parity.measures import rms
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.reference import ReferenceModel
+from deepseek_export.reference.weights import torch_dtype
 
 FOLDER = "reports/polygraphy"
 GRAPH, WEIGHTS, INPUTS, OUTPUTS = "graph.onnx", "weights.bin", "inputs.json", "outputs.json"
@@ -126,7 +127,7 @@ def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[
     ids = torch.tensor([list(row) for row in rows])
     past = torch.zeros(ids.shape[0], dtype=torch.int64)
     positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
-    cache_dtype = getattr(torch, bundle.manifest.cache.dtype)
+    cache_dtype = torch_dtype(bundle.manifest.cache.dtype)
     caches = model.empty_caches(ids.shape[0], ids.shape[1], cache_dtype)
     feeds = {
         names.INPUT_IDS: ids.numpy(),

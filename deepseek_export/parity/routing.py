@@ -17,6 +17,7 @@ from deepseek_export.parity.tolerances import ROUTER_MARGIN
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.model import DecoderLayer
 from deepseek_export.reference.moe import MoE
+from deepseek_export.reference.weights import torch_dtype
 
 if TYPE_CHECKING:
     from deepseek_export.parity.blocks import Block, Output
@@ -62,7 +63,7 @@ def row_margin(manifest: Manifest, model: ReferenceModel, ids: Sequence[int]) ->
     if manifest.quant is not None:
         return margin[0].numpy()
     x, cos, sin = model.embed(tokens, past)
-    caches = model.empty_caches(1, len(ids), getattr(torch, manifest.cache.dtype))
+    caches = model.empty_caches(1, len(ids), torch_dtype(manifest.cache.dtype))
     for layer, cache in zip(model.layers, caches, strict=True):
         assert isinstance(layer, DecoderLayer)
         residual, x, *_ = layer(x, cos, sin, past, *cache)

@@ -30,6 +30,7 @@ from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, ReferenceModel, load_reference
 from deepseek_export.reference.model import DecoderLayer
 from deepseek_export.reference.moe import MoE
+from deepseek_export.reference.weights import torch_dtype
 
 _WINDOW = 512
 
@@ -117,7 +118,7 @@ def _before_a_flip(
     if not gates:
         return np.ones(len(row), bool)
     ids, past = torch.tensor([list(row)]), torch.zeros(1, dtype=torch.int64)
-    caches = plain.empty_caches(1, len(row), getattr(torch, manifest.cache.dtype))
+    caches = plain.empty_caches(1, len(row), torch_dtype(manifest.cache.dtype))
     feeds = {names.INPUT_IDS: ids.numpy(), names.PAST_LENS: past.numpy()}
     for i, tensors in enumerate(caches):
         for entry, tensor in zip(manifest.cache.tensors, tensors, strict=True):
