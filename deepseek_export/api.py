@@ -9,37 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepseek_export.backend import backend_named
-from deepseek_export.bundle import (
-    Bundle,
-    BundleWeights,
-    Manifest,
-    WeightsMode,
-    export_bundle,
-    pack_bundle,
-    read_bundle,
-)
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, read_bundle
 from deepseek_export.bundle.disk import check_output, output_path
-from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.engine.build import BuiltEngine, build_engine
-from deepseek_export.engine.derived import buildable_bundle
-from deepseek_export.engine.flavour import FlavourName, check_arch, choose
-from deepseek_export.engine.flavour import load as load_tensorrt
-from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
-from deepseek_export.parity import (
-    LEVELS,
-    ComparisonReport,
-    Level,
-    ParityReport,
-    compare_bundle,
-    verify_bundle,
-)
-from deepseek_export.parity.verify import DEFAULT_STEPS
+from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level
 from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
+from deepseek_export.records import ModelDtype
 from deepseek_export.runtime import (
     BundleTokenizer,
     GenerationResult,
@@ -49,8 +28,13 @@ from deepseek_export.runtime import (
     open_speculative,
 )
 
+# 编译与校验的一半用到时才导入：加载与生成不该等 torch、onnx。
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from deepseek_export.engine.build import BuiltEngine
+    from deepseek_export.engine.flavour import FlavourName
+    from deepseek_export.parity import ComparisonReport, ParityReport
 
 
 def export(
@@ -92,6 +76,8 @@ def export(
         DsxError: 见各层；``DSX-E605`` 校验不过；``DSX-E004`` 设了 ``fallback.on_drift=naive`` 而没有 ``check``；
             ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出；``DSX-E501`` 目录里的 tokenizer 读不了。
     """
+    from deepseek_export.bundle.export import export_bundle
+
     resolved = resolve_profile(profile, overrides)
     if resolved.fallback.on_drift == "naive" and not check:
         raise DsxError(
@@ -160,6 +146,8 @@ class ParityRefused(DsxError):
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
+    from deepseek_export.parity import verify_bundle
+
     # 权重刚写好、刚算过，不再读一遍。
     report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
     failure = report.first_failure
@@ -301,6 +289,8 @@ def load(
 
 def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None) -> Bundle:
     """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
+    from deepseek_export.bundle.pack import pack_bundle
+
     return pack_bundle(bundle, progress, verify_weights=verify_weights)
 
 
@@ -333,6 +323,12 @@ def build(
         DsxError: ``DSX-E910`` / ``DSX-E911`` 没有装 TensorRT 或缺库；4xx bundle 有问题；``DSX-E919`` 形状不对；``DSX-E912`` 有一种 SM
             建不了，都没有开始；其余见 ``buildable_bundle`` 与 :func:`~deepseek_export.engine.build.build_engine`。
     """
+    from deepseek_export.engine.build import build_engine
+    from deepseek_export.engine.derived import buildable_bundle
+    from deepseek_export.engine.flavour import check_arch, choose
+    from deepseek_export.engine.flavour import load as load_tensorrt
+    from deepseek_export.engine.shapes import ProfileShapes
+
     chosen, opened = choose(flavour), Bundle.open(bundle)
     parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
     wanted = list(dict.fromkeys(sms))
@@ -357,6 +353,8 @@ def verify(
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
+    from deepseek_export.parity import verify_bundle
+
     opened = Bundle.open(bundle)
     with opened.steady():
         return verify_bundle(
@@ -386,6 +384,8 @@ def compare(
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
+    from deepseek_export.parity import compare_bundle
+
     opened = Bundle.open(bundle)
     with opened.steady():
         return compare_bundle(

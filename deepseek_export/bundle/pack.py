@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from deepseek_export.bundle.bundle import Bundle
-from deepseek_export.bundle.by_reference import UNHASHED, open_referenced
+from deepseek_export.bundle.by_reference import UNHASHED
 from deepseek_export.bundle.disk import (
     WEIGHTS_FOLDER,
     atomic_directory,
@@ -22,6 +22,7 @@ from deepseek_export.bundle.disk import (
 from deepseek_export.bundle.foreign import check_replaceable
 from deepseek_export.bundle.graph import check_onnx, point_at
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
+from deepseek_export.bundle.weights import open_referenced
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import path_kind
 from deepseek_export.progress import Progress
@@ -80,7 +81,8 @@ def _pack(bundle: Bundle, progress: Progress, verify_weights: bool) -> Bundle:
             weights = manifest.weights.model_copy(update={"mode": "packed", "files": [WEIGHTS_FILE]})
             files = dict(sorted((files | {WEIGHTS_FILE: packed.entry}).items()))
             fallbacks = [line for line in manifest.fallbacks if line != UNHASHED]  # 从现在起有了
-            changes = {"weights": weights, "files": files, "fallbacks": fallbacks}
+            entries = [graph.model_copy(update={"by_recipe": []}) for graph in manifest.graphs]
+            changes = {"weights": weights, "files": files, "fallbacks": fallbacks, "graphs": entries}
             updated = manifest.model_copy(update=changes)
             write_json(directory / "manifest.json", updated.model_dump(mode="json"))
     return Bundle.open(bundle.path)

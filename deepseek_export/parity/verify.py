@@ -11,7 +11,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import write_report
 from deepseek_export.bundle.source import open_source
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.checks import LEVELS, Level, checks, requested
+from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level, checks, requested
 from deepseek_export.parity.context import Context
 from deepseek_export.parity.inputs import prompt_rows, read_passage
 from deepseek_export.parity.levels import RUN
@@ -21,8 +21,6 @@ from deepseek_export.parity.subgraph import attention_dtype
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.runtime import BundleTokenizer
-
-DEFAULT_STEPS = 64
 
 
 def verify_bundle(

@@ -17,7 +17,7 @@ from deepseek_export.parity import LEVELS, Case, Culprit, ParityReport
 from deepseek_export.parity.bisect import NodeEntry
 from deepseek_export.parity.measures import Measure
 from deepseek_export.parity.tolerances import TOLERANCES
-from deepseek_export.passes import TARGETS
+from deepseek_export.records import TARGETS
 
 pytestmark = pytest.mark.unit
 
