@@ -14,6 +14,7 @@ from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
+from deepseek_export.extras import require_export
 from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level
 from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
@@ -76,6 +77,7 @@ def export(
         DsxError: 见各层；``DSX-E605`` 校验不过；``DSX-E004`` 设了 ``fallback.on_drift=naive`` 而没有 ``check``；
             ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出；``DSX-E501`` 目录里的 tokenizer 读不了。
     """
+    require_export("导出")
     from deepseek_export.bundle.export import export_bundle
 
     resolved = resolve_profile(profile, overrides)
@@ -289,6 +291,7 @@ def load(
 
 def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None) -> Bundle:
     """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
+    require_export("打包")
     from deepseek_export.bundle.pack import pack_bundle
 
     return pack_bundle(bundle, progress, verify_weights=verify_weights)
@@ -323,6 +326,7 @@ def build(
         DsxError: ``DSX-E910`` / ``DSX-E911`` 没有装 TensorRT 或缺库；4xx bundle 有问题；``DSX-E919`` 形状不对；``DSX-E912`` 有一种 SM
             建不了，都没有开始；其余见 ``buildable_bundle`` 与 :func:`~deepseek_export.engine.build.build_engine`。
     """
+    require_export("建引擎")
     from deepseek_export.engine.build import build_engine
     from deepseek_export.engine.derived import buildable_bundle
     from deepseek_export.engine.flavour import check_arch, choose
@@ -353,6 +357,7 @@ def verify(
     progress: Progress | None = None,
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
+    require_export("校验")
     from deepseek_export.parity import verify_bundle
 
     opened = Bundle.open(bundle)
@@ -384,6 +389,7 @@ def compare(
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
+    require_export("逐块比较")
     from deepseek_export.parity import compare_bundle
 
     opened = Bundle.open(bundle)

@@ -11,13 +11,14 @@ import pytest
 
 import deepseek_export
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.extras import EXPORT_PACKAGES
 from tests.contract.test_mtp_contract import SMALL
 
 pytestmark = pytest.mark.contract
 
 PROMPT = [5, 9, 23, 100, 7]
 #: 只有编译与校验才要的包。
-COMPILERS = ("torch", "onnx", "onnxscript", "onnx_ir", "onnx_graphsurgeon", "polygraphy", "transformers")
+COMPILERS = (*EXPORT_PACKAGES, "transformers")
 _WITHOUT = f"""
 import importlib.abc, sys
 
@@ -41,7 +42,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def without_compilers(script: str, *arguments: str) -> str:
+def without_compilers(script: str, *arguments: str, fails: bool = False) -> str:
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT + script, *arguments],
         capture_output=True,
@@ -49,8 +50,8 @@ def without_compilers(script: str, *arguments: str) -> str:
         check=False,
         env={**os.environ, "NO_COLOR": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == fails, done.stderr
+    return done.stderr if fails else done.stdout
 
 
 @pytest.mark.parametrize("mode", ["packed", "reference"])
@@ -76,3 +77,16 @@ def test_the_command_line_needs_no_compiler(bundles: dict[str, Path]) -> None:
     )
     want = deepseek_export.load(bundles["packed"]).generate([PROMPT], max_new_tokens=4).token_ids
     assert str(want[0]).replace(" ", "") in out.replace(" ", "").replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "compare", "pack", "build"])
+def test_what_needs_the_compiler_says_how_to_get_it(bundles: dict[str, Path], command: str) -> None:
+    """RUNTIME-11：要编译依赖的命令按码拒绝，列出缺的包与怎么装。"""
+    arguments = {"export": ["-o", str(bundles["packed"].with_name("new"))], "build": ["--arch", "sm89"]}
+    script = "from deepseek_export.cli.main import main\nmain(sys.argv[1:])"
+    source = bundles["packed"].with_name("ck") if command == "export" else bundles["reference"]
+    error = without_compilers(script, command, str(source), *arguments.get(command, []), fails=True)
+    assert "DSX-E720" in error
+    assert "torch" in error
+    assert "deepseek-export[export]" in error
+    assert "Traceback" not in error
