@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import deepseek_export as dsx
+from deepseek_export.backend.tensorrt import cuda
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
-from deepseek_export.runtime import cuda
 
 pytestmark = pytest.mark.contract
 

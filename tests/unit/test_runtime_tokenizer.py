@@ -266,9 +266,8 @@ def test_text_that_is_not_unicode(tmp_path: Path) -> None:
     with pytest.raises(DsxError, match="Unicode") as caught:
         write(tmp_path, config()).encode("a\udcff")
     assert caught.value.code == "DSX-E702"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config(bos_token="\ud800")))
     with pytest.raises(DsxError, match="tokenizer_config") as caught:
-        write(tmp_path, config())
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config(bos_token="\ud800")))
         BundleTokenizer.load(tmp_path)
     assert caught.value.code == "DSX-E501"
 
