@@ -43,6 +43,7 @@ ONLY_NAMED = """
 def test_huge():
     assert DsxError("DSX-E509", "道具", "无").code == "DSX-E509"
 """
+XDIST = ("-p", "xdist", "-n", "2", "--dist", "loadfile")
 
 
 def run(folder: Path, second: str, *args: str) -> tuple[int, str]:
@@ -55,7 +56,7 @@ def run(folder: Path, second: str, *args: str) -> tuple[int, str]:
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": root, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        env={**os.environ, "PYTHONPATH": root, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -64,13 +65,14 @@ def run(folder: Path, second: str, *args: str) -> tuple[int, str]:
 
 
 def test_codes_of_all_workers_count_together(tmp_path):
-    code, text = run(tmp_path, RAISED, "-p", "xdist", "-n", "2", "--dist", "loadfile")
+    code, text = run(tmp_path, RAISED, *XDIST)
     assert (code, "错误码：2 个里见到 2 个\n" in text) == (0, True), text
 
 
-def test_a_code_no_test_raises_fails_the_run(tmp_path):
+@pytest.mark.parametrize("args", [(), XDIST], ids=["one process", "xdist"])
+def test_a_code_no_test_raises_fails_the_run(args, tmp_path):
     """包没有抛过的码，写在测试里、由测试自己造出来都不算。"""
-    code, text = run(tmp_path, ONLY_NAMED)
+    code, text = run(tmp_path, ONLY_NAMED, *args)
     assert (code, "见到 1 个；没有测试触发：DSX-E509\n" in text) == (1, True), text
 
 
