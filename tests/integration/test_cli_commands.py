@@ -213,6 +213,13 @@ def test_inspect(tiny_bundle, demo_bundle):
     assert summary["cache"]["bytes_per_token"] == 1280
     assert summary["cache"]["ratio"] == 8
     assert summary["weights"]["recipes"] == {"copy": 57, "stack": 9}
+    assert [row["name"] for row in summary["published"]] == ["DeepSeek-V2-Lite", "DeepSeek-V3"]
+    for row, layers, expanded in zip(summary["published"], (27, 61), (5120, 40960), strict=True):
+        assert row["values_per_token_per_layer"] == 576
+        assert row["expanded_values_per_token_per_layer"] == expanded
+        assert row["bytes_per_token"] == 576 * layers * 2
+        assert row["bytes_at_context"] == 576 * layers * 2 * 8192
+        assert row["saving"] == pytest.approx(1 - 576 / expanded)
 
 
 def test_inspect_into_a_closed_pipe_is_quiet(demo_bundle):
