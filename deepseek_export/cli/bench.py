@@ -17,6 +17,7 @@ from deepseek_export.cli.options import (
     verify_weights_option,
 )
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.errors import UnwrittenReport
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
@@ -72,23 +73,32 @@ def command(
       dsx bench OUT --against BASELINE --depth 1024 --depth 8192 --threads 2
       dsx bench SPEC -P "床前明月光" --batch 8
     """
-    with open_progress(as_json) as progress:
-        progress.start("加载 onnxruntime")
-        from deepseek_export.bench.bundle import Scenario, bench_bundle
+    try:
+        with open_progress(as_json) as progress:
+            progress.start("加载 onnxruntime")
+            from deepseek_export.bench.bundle import Scenario, bench_bundle
 
-        report = bench_bundle(
-            bundle,
-            against=against,
-            scenario=Scenario(**scenario),
-            prompts=prompts or None,
-            verify_weights=verify_weights,
-            progress=progress,
-        )
+            report = bench_bundle(
+                bundle,
+                against=against,
+                scenario=Scenario(**scenario),
+                prompts=prompts or None,
+                verify_weights=verify_weights,
+                progress=progress,
+            )
+    except UnwrittenReport as unwritten:
+        _show(unwritten.report, as_json)
+        raise
+    _show(report, as_json)
+    if not as_json:
+        click.echo(f"\n报告    {bundle / 'reports/bench.json'}")
+
+
+def _show(report: BenchReport, as_json: bool) -> None:
     if as_json:
         echo_json(report.model_dump(mode="json"))
-        return
-    _print(report)
-    click.echo(f"\n报告    {bundle / 'reports/bench.json'}")
+    else:
+        _print(report)
 
 
 def _print(report: BenchReport) -> None:
