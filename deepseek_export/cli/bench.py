@@ -13,6 +13,7 @@ from deepseek_export.cli.options import (
     bundle_argument,
     counts,
     json_option,
+    read_prompts,
     threads_option,
     verify_weights_option,
 )
@@ -39,7 +40,13 @@ _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "spe
 @click.option("--batch", type=_COUNT, default=1, show_default=True, help="一批几条。")
 @click.option("--prompt-len", type=_COUNT, default=256, show_default=True, help="随机提示词的长度。")
 @click.option(
-    "-P", "--prompt", "prompts", metavar="TEXT", multiple=True, help="用文本代替随机的提示词，可重复。"
+    "-P",
+    "--prompt",
+    "prompts",
+    metavar="TEXT",
+    multiple=True,
+    callback=read_prompts,
+    help="用文本代替随机的提示词，可重复；- 与 @FILE 同 dsx generate。",
 )
 @click.option("--new-tokens", type=counts(2), default=64, show_default=True, help="每条生成多少个 token。")
 @click.option(
