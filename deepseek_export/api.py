@@ -28,15 +28,7 @@ from deepseek_export.engine.flavour import FlavourName, check_arch, choose
 from deepseek_export.engine.flavour import load as load_tensorrt
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
-from deepseek_export.parity import (
-    LEVELS,
-    ComparisonReport,
-    Level,
-    ParityReport,
-    compare_bundle,
-    verify_bundle,
-)
-from deepseek_export.parity.verify import DEFAULT_STEPS
+from deepseek_export.parity import compare_bundle, verify_bundle
 from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
@@ -161,7 +153,7 @@ class ParityRefused(DsxError):
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
     # 权重刚写好、刚算过，不再读一遍。
-    report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
+    report = verify_bundle(directory, verify_weights=False, progress=progress)
     failure = report.first_failure
     if failure is not None:
         raise ParityRefused(
@@ -299,11 +291,6 @@ def load(
     return read_bundle(bundle, read)
 
 
-def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None) -> Bundle:
-    """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
-    return pack_bundle(bundle, progress, verify_weights=verify_weights)
-
-
 def build(
     bundle: Path | str,
     sms: Sequence[int],
@@ -343,59 +330,5 @@ def build(
     return [build_engine(source, sm, chosen, parsed, progress) for sm in wanted]
 
 
-def verify(
-    bundle: Path | str,
-    against: Path | str | None = None,
-    *,
-    levels: Sequence[Level] = LEVELS,
-    prompts: Sequence[str] | None = None,
-    steps: int = DEFAULT_STEPS,
-    seed: int = 0,
-    text: Path | str | None = None,
-    backend: str = "ort",
-    verify_weights: bool = True,
-    progress: Progress | None = None,
-) -> ParityReport:
-    """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
-    opened = Bundle.open(bundle)
-    with opened.steady():
-        return verify_bundle(
-            opened,
-            against,
-            levels=levels,
-            prompts=prompts,
-            steps=steps,
-            seed=seed,
-            text=text,
-            backend=backend,
-            verify_weights=verify_weights,
-            progress=progress,
-        )
-
-
-def compare(
-    bundle: Path | str,
-    against: Path | str | None = None,
-    *,
-    backends: Sequence[str] = ("ort",),
-    blocks: Sequence[str] = (),
-    bisect: bool = False,
-    folder: Path | str | None = None,
-    seed: int = 0,
-    verify_weights: bool = True,
-    progress: Progress | None = None,
-) -> ComparisonReport:
-    """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
-    opened = Bundle.open(bundle)
-    with opened.steady():
-        return compare_bundle(
-            opened,
-            against,
-            backends=backends,
-            blocks=blocks,
-            bisect=bisect,
-            folder=folder,
-            seed=seed,
-            verify_weights=verify_weights,
-            progress=progress,
-        )
+#: 在各自的层里已经是完整的一步，这里不再包一层。
+compare, pack, verify = compare_bundle, pack_bundle, verify_bundle

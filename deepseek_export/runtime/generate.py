@@ -15,6 +15,7 @@ from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
+from deepseek_export.runtime.speculation.stats import SpeculationStats
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 
@@ -68,30 +69,14 @@ class Generator:
                 ``DSX-E512``，``max_new_tokens`` 不是正整数；``DSX-E509``，token id 越界；
                 ``DSX-E505``，logits 无法采样。
         """
-        check_positive("max_new_tokens", max_new_tokens)
-        rows = self._check_rows(prompts)
-        lens = np.array([len(row) for row in rows], np.int64)
-        limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
-        budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
+        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos)
         started = perf_counter()
         caches = self.session.new_caches(len(rows), int(lens.max()))
         logits = self._prefill(rows, lens, caches)
         prefilled = perf_counter()
         sampler = Sampler(sampling or SamplingParams(), len(rows))
-        eos = frozenset() if ignore_eos else self.eos_token_ids
-        out = OutputRows(budgets, eos, on_token)
         self._decode(logits, lens, caches, sampler, out)
-        finished = perf_counter()
-        token_ids = out.token_ids
-        return GenerationResult(
-            token_ids=token_ids,
-            text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in token_ids],
-            prompt_lens=lens.tolist(),
-            finish_reasons=out.reasons,
-            prefill_s=prefilled - started,
-            decode_s=finished - prefilled,
-            notes=self.session.notes,
-        )
+        return self._result(lens, out, (started, prefilled, perf_counter()), self.session.notes)
 
     def logits(self, ids: Sequence[Sequence[int]], chunk: int | None = None) -> list[np.ndarray]:
         """teacher-forced：每个位置的 logits，供对齐校验。
@@ -157,6 +142,42 @@ class Generator:
                 first = np.zeros((len(rows), 1), np.int64)
                 logits = self.session.run(picked[:, None], newest, first, caches)[:, 0]
                 newest += 1
+
+    def _begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        on_token: OnToken | None,
+        ignore_eos: bool,
+    ) -> tuple[list[np.ndarray], np.ndarray, OutputRows]:
+        """核对过的提示词、各行的长度 ``[B]``，与还空着的输出。"""
+        check_positive("max_new_tokens", max_new_tokens)
+        rows = self._check_rows(prompts)
+        lens = np.array([len(row) for row in rows], np.int64)
+        limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
+        budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
+        return rows, lens, OutputRows(budgets, frozenset() if ignore_eos else self.eos_token_ids, on_token)
+
+    def _result(
+        self,
+        lens: np.ndarray,
+        out: OutputRows,
+        times: tuple[float, float, float],
+        notes: tuple[str, ...],
+        speculation: SpeculationStats | None = None,
+    ) -> GenerationResult:
+        """``times`` 是开始、prefill 完、解码完的时刻。"""
+        started, prefilled, finished = times
+        return GenerationResult(
+            token_ids=out.token_ids,
+            text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in out.token_ids],
+            prompt_lens=lens.tolist(),
+            finish_reasons=out.reasons,
+            prefill_s=prefilled - started,
+            decode_s=finished - prefilled,
+            speculation=speculation,
+            notes=notes,
+        )
 
     def _check_rows(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         if len(prompts) == 0:

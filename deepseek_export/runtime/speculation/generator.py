@@ -12,7 +12,7 @@ from deepseek_export.backend.base import Caches
 from deepseek_export.backend.contract import contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.generate import Generator, check_positive
+from deepseek_export.runtime.generate import Generator
 from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
@@ -126,13 +126,8 @@ class SpeculativeGenerator(Generator):
         """
         params = sampling or SamplingParams()
         self._check_sampling(params)
-        check_positive("max_new_tokens", max_new_tokens)
-        rows = self._check_rows(prompts)
-        lens = np.array([len(row) for row in rows], np.int64)
-        limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
-        budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
+        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos)
         started = perf_counter()
-        out = OutputRows(budgets, frozenset() if ignore_eos else self.eos_token_ids, on_token)
         run = self._start(rows, lens, out, params)
         first = self._prefill_ids(rows, run)
         prefilled = perf_counter()
@@ -140,18 +135,10 @@ class SpeculativeGenerator(Generator):
             run.tokens[row, lens[row]] = first[row]
             out.emit(row, [int(first[row])])
         notes, draft_calls = self._decode_rounds(run)
-        finished = perf_counter()
-        token_ids = out.token_ids
-        return GenerationResult(
-            token_ids=token_ids,
-            text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in token_ids],
-            prompt_lens=lens.tolist(),
-            finish_reasons=out.reasons,
-            prefill_s=prefilled - started,
-            decode_s=finished - prefilled,
-            speculation=run.tally.stats(draft_calls, fell_back=bool(notes)),
-            notes=(*notes, *dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes)),
-        )
+        stats = run.tally.stats(draft_calls, fell_back=bool(notes))
+        times = (started, prefilled, perf_counter())
+        notes += tuple(dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes))
+        return self._result(lens, out, times, notes, stats)
 
     def _start(
         self, rows: list[np.ndarray], lens: np.ndarray, out: OutputRows, params: SamplingParams
