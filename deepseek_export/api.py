@@ -28,7 +28,8 @@ from deepseek_export.engine.flavour import FlavourName, check_arch, choose
 from deepseek_export.engine.flavour import load as load_tensorrt
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
-from deepseek_export.parity import compare_bundle, verify_bundle
+from deepseek_export.parity.compare import compare_bundle
+from deepseek_export.parity.verify import verify_bundle
 from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress

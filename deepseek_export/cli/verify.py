@@ -22,7 +22,7 @@ from deepseek_export.cli.options import (
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
-    from deepseek_export.parity import ParityReport, QuantLoss
+    from deepseek_export.parity.report import ParityReport, QuantLoss
 
 LEVELS = ("op", "block", "model", "tokens")
 _MEANINGS = {

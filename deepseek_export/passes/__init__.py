@@ -1,6 +1,6 @@
 """捕获图 → 目标的图：graph-surgeon pass、流水线、合法性检查、文本清单。"""
 
-from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
+from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult
 from deepseek_export.passes.listing import graph_listing
 from deepseek_export.passes.pipelines import (
     QUANT_TARGETS,
@@ -23,7 +23,6 @@ __all__ = [
     "Pass",
     "PassError",
     "PassResult",
-    "Refusal",
     "check_cache",
     "check_quantization",
     "check_target",

@@ -2,19 +2,18 @@
 
 from deepseek_export.runtime.generate import Generator
 from deepseek_export.runtime.loading import open_session, open_speculative
-from deepseek_export.runtime.result import FinishReason, GenerationResult
+from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation.draft import DraftSession
 from deepseek_export.runtime.speculation.floor import MeasuredFloor, SpeculativeFloor
 from deepseek_export.runtime.speculation.generator import SpeculativeGenerator
 from deepseek_export.runtime.speculation.stats import SpeculationStats
-from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
+from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 __all__ = [
     "BundleTokenizer",
     "DraftSession",
-    "FinishReason",
     "GenerationResult",
     "Generator",
     "MeasuredFloor",
@@ -24,7 +23,6 @@ __all__ = [
     "SpeculationStats",
     "SpeculativeFloor",
     "SpeculativeGenerator",
-    "TokenStream",
     "open_session",
     "open_speculative",
 ]

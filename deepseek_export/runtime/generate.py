@@ -13,7 +13,7 @@ from deepseek_export.runtime.batching import right_padded_chunks
 from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
-from deepseek_export.runtime.sampling import Sampler, SamplingParams
+from deepseek_export.runtime.sampling import Sampler, SamplingParams, is_integer
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation.stats import SpeculationStats
 from deepseek_export.runtime.tokenizer import BundleTokenizer
@@ -201,5 +201,5 @@ class Generator:
 
 def check_positive(name: str, value: int) -> None:
     """不是正整数就报 ``DSX-E512``。"""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not (is_integer(value) and value >= 1):
         raise DsxError("DSX-E512", f"{name}={value!r}", f"把 {name} 设为不小于 1 的整数")

@@ -13,9 +13,10 @@ import pytest
 from deepseek_export import machine
 from deepseek_export.cli import compare, console, demo, doctor, inspect, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
-from deepseek_export.parity import LEVELS, Case, Culprit, ParityReport
-from deepseek_export.parity.bisect import NodeEntry
+from deepseek_export.parity.bisect import Culprit, NodeEntry
+from deepseek_export.parity.checks import LEVELS
 from deepseek_export.parity.measures import Measure
+from deepseek_export.parity.report import Case, ParityReport
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.passes import TARGETS
 

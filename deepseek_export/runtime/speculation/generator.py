@@ -16,7 +16,7 @@ from deepseek_export.runtime.generate import Generator
 from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
-from deepseek_export.runtime.sampling import SamplingParams, check_peaks
+from deepseek_export.runtime.sampling import SamplingParams, check_peaks, is_integer
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
 from deepseek_export.runtime.speculation.chance import RowChance
 from deepseek_export.runtime.speculation.draft import DraftSession
@@ -92,8 +92,7 @@ class SpeculativeGenerator(Generator):
         floor: Floor | None = None,
     ) -> None:
         super().__init__(session, tokenizer, eos_token_ids, prefill_chunk)
-        whole = isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool)
-        if not whole or not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+        if not (is_integer(num_draft_tokens) and 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS):
             raise refused("num_draft_tokens", num_draft_tokens, f" 1 到 {MAX_DRAFT_TOKENS} 的整数")
         if not drafts:
             raise refused("drafts", list(drafts), "至少一个草稿模块")
