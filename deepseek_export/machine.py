@@ -1,9 +1,10 @@
-"""这台机器与这个进程：CPU、内存、进程占了多少。只用标准库，``dsx doctor`` 与基准测试共用。"""
+"""这台机器与这个进程：CPU、内存、进程占了多少，装着什么。只用标准库，``dsx doctor`` 与基准测试共用。"""
 
 from __future__ import annotations
 
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,16 @@ def cpu_model(cpuinfo: Path = _PROC / "cpuinfo") -> str | None:
     """Linux 的 CPU 型号；别的系统（和不写型号的 ARM 内核）不知道。"""
     match = re.search(r"^model name\s*:\s*(.*)$", _read(cpuinfo), re.MULTILINE)
     return match[1].strip() if match else None
+
+
+def installed(*names: str) -> str | None:
+    """这几个名字里头一个装了的包的版本，不导入它；都没有装是 ``None``。"""
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _read(path: Path) -> str:
