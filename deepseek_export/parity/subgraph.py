@@ -14,6 +14,7 @@ from deepseek_export.backend.ort.cut import Call, open_model
 from deepseek_export.backend.ort.session import SessionSettings
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest
 from deepseek_export.bundle.graph import external_location
+from deepseek_export.capture.trace import named
 from deepseek_export.checkpoint.weight_only import unpacked_int4
 from deepseek_export.cpu_library import library_for
 from deepseek_export.parity.arrays import widened
@@ -122,9 +123,7 @@ class ModelGraph:
         used = {name for node in graph.node for name in node.input}
         graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
         fed = {name: _FED + name for name in inputs if name in used and name in outputs}
-        graph.input.extend(
-            _renamed(self.values[name], fed.get(name, name)) for name in inputs if name in used
-        )
+        graph.input.extend(named(self.values[name], fed.get(name, name)) for name in inputs if name in used)
         graph.output.extend(self.values[name] for name in outputs)
         for node in graph.node:
             node.input[:] = [fed.get(name, name) for name in node.input]
@@ -160,13 +159,6 @@ def feeds_for(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[s
     for value in model.graph.input:
         arrays[value.name] = widened(feeds[value.name.removeprefix(_FED)])
     return arrays
-
-
-def _renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    copy = onnx.ValueInfoProto()
-    copy.CopyFrom(value)
-    copy.name = name
-    return copy
 
 
 def _widen_bfloat16(graph: onnx.GraphProto) -> None:
