@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +148,12 @@ def _gpu_table(plan: Plan) -> Any:
 
 
 def _speed(value: float | None) -> str:
-    return "放不下" if value is None else f"{value:,.0f} token/s"
+    """上界只知道两位：往上取，「不超过」才仍然成立；不到 1 的也写得出。"""
+    if value is None:
+        return "放不下"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
+    rounded = math.ceil(value / unit * (1 - 1e-12)) * unit
+    return f"{rounded:,.0f} token/s" if unit >= 1 else f"{rounded:.2g} token/s"
 
 
 def _gpu_facts(plan: Plan) -> Any:

@@ -12,8 +12,9 @@ import click
 import pytest
 
 from deepseek_export import machine
-from deepseek_export.cli import compare, console, demo, doctor, inspect, progress, verify
+from deepseek_export.cli import compare, console, demo, doctor, inspect, plan, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
+from deepseek_export.disk_cache import DiskCache
 from deepseek_export.parity import LEVELS, Case, Culprit, ParityReport
 from deepseek_export.parity.bisect import NodeEntry
 from deepseek_export.parity.measures import Measure
@@ -58,6 +59,26 @@ def test_names_are_not_broken_in_the_middle(width: int):
     made.add_row("layers.1.mlp.shared_experts.down_proj/MatMul", "1")
     firsts = [line.split()[0] for line in _lines(made, 36)[3:]]
     assert firsts == ["layers.1.mlp.shared_experts.", "down_proj/MatMul"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "放不下"),
+        (1234567.0, "1,300,000 token/s"),
+        (1200.0, "1,200 token/s"),
+        (1201.0, "1,300 token/s"),
+        (99.2, "100 token/s"),
+        (12.3, "13 token/s"),
+        (7.0, "7 token/s"),
+        (3.14, "3.2 token/s"),
+        (0.0421, "0.043 token/s"),
+        (0.0, "0 token/s"),
+    ],
+)
+def test_plan_prints_the_digits_it_knows(value, shown):
+    """估算的上界只有两位可信，往上取。"""
+    assert plan._speed(value) == shown
 
 
 def test_published_cache_sizes():
@@ -246,9 +267,11 @@ def test_doctor_without_installed_metadata(monkeypatch):
     assert doctor._floors() == {}
 
 
-def test_demo_home(monkeypatch, tmp_path):
+def test_home_moves_the_demo_and_the_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("DSX_HOME", str(tmp_path))
     assert demo.home() == tmp_path
+    assert DiskCache("traces").directory == tmp_path / "traces"
+    assert doctor.diagnose()["trace_cache"] == str(tmp_path / "traces")
     monkeypatch.delenv("DSX_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert demo.home() == tmp_path / "cache/dsx"
