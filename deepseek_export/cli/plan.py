@@ -132,6 +132,7 @@ def _gpu_table(plan: Plan) -> Any:
         f"权重 {plan.weights}，batch {plan.batch} × {plan.context} token",
         *("GPU", "切法", *numbers),
         right=numbers,
+        optional=("每卡可用",),
     )
     for gpu in plan.gpus:
         for split in gpu.requested:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from rich.cells import cell_len
 
 from deepseek_export import machine
 from deepseek_export.cli import compare, console, demo, doctor, inspect, plan, progress, verify
@@ -59,6 +60,34 @@ def test_names_are_not_broken_in_the_middle(width: int):
     made.add_row("layers.1.mlp.shared_experts.down_proj/MatMul", "1")
     firsts = [line.split()[0] for line in _lines(made, 36)[3:]]
     assert firsts == ["layers.1.mlp.shared_experts.", "down_proj/MatMul"]
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 50])
+def test_a_table_leaves_columns_out_before_it_breaks_a_name(width: int):
+    """放得下就整张；放不下先去掉可有可无的列，说一声；名字与数字不从中间断，也不越过边。"""
+    names = ("DeepSeek-V2-Lite", "model.layers.11.mlp", "float32", "1,234,567")
+    made = console.table("表", "名字", "哪一层", "类型", "数", right=("数",), optional=("哪一层", "类型"))
+    made.add_row(*names)
+    lines = _lines(made, width)
+    assert all(cell_len(line) <= width for line in lines)
+    dropped = {120: (), 80: (), 60: ("model.layers.11.mlp",), 50: ("model.layers.11.mlp",)}[width]
+    for name in names:
+        assert (f" {name}" in "\n".join(lines)) is (name not in dropped)
+    assert ("没有列出：哪一层" in "".join(lines)) is bool(dropped)
+
+
+def test_real_tables_fit_into_80_columns(capsys, monkeypatch):
+    """文档里截得到的那几张：标识符都是整个的。"""
+    monkeypatch.setattr(console, "_LOG_WIDTH", 80)
+    console.console().print(inspect._published_table([inspect._published(s) for s in inspect.PUBLISHED]))
+    found = doctor.diagnose()
+    doctor._print(found)
+    text = capsys.readouterr().out
+    assert all(cell_len(line.rstrip()) <= 80 for line in text.splitlines())
+    names = [package["name"] for package in found["packages"]]
+    versions = [package["version"] for package in found["packages"] if package["version"]]
+    for word in (*names, *versions, *doctor.TARGETS, "DeepSeek-V2-Lite", "DeepSeek-V3"):
+        assert f" {word} " in text, word
 
 
 @pytest.mark.parametrize(
