@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -340,6 +342,31 @@ def test_rich_progress_on_a_terminal(monkeypatch, tmp_path):
     os.close(primary)
     for expected in ("✓", "读检查点", "写权重", "退回 naive", "中止"):
         assert expected in text
+
+
+def test_long_work_without_a_terminal_says_where_it_is(capsys):
+    """每隔几秒一行：做到哪里、正在做什么；阶段里不报进度的也有。"""
+    with progress.PlainProgress(every=0.05) as plain:
+        plain.start("写权重", 4 << 30, "bytes")
+        plain.advance(1 << 30, "model.norm.weight")
+        _wait_for(capsys, "写权重：1.00 GiB / 4.00 GiB（model.norm.weight）")
+        plain.start("校验 tokens", 7)
+        plain.advance(2, "batch 2")
+        _wait_for(capsys, "校验 tokens：2 / 7（batch 2）")
+        plain.start("加载模型")
+        _wait_for(capsys, "加载模型……")
+    assert not any(thread.name == "dsx-progress" for thread in threading.enumerate())
+
+
+def _wait_for(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    """等到这一行印出来；不看用了多久。"""
+    shown = ""
+    for _ in range(3000):
+        shown += capsys.readouterr().err
+        if line in shown:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"没有印出 {line!r}：{shown}")
 
 
 def test_plain_and_silent_progress(capsys):
