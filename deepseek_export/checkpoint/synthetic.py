@@ -23,6 +23,7 @@ from deepseek_export.checkpoint.config import ModelConfig, parse_model_config
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import INDEX_NAME, SINGLE_NAME
 from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
+from deepseek_export.progress import Progress
 
 DEMO_CONFIG: Mapping[str, Any] = MappingProxyType(
     {
@@ -151,6 +152,7 @@ def write_checkpoint(
     shards: int = 1,
     mtp: bool = False,
     sparse: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """写一个随机权重的检查点，逐块落盘，内存占用与模型大小无关。
 
@@ -162,6 +164,7 @@ def write_checkpoint(
         shards: 分成几个文件，按大小均分；大于 1 时另写索引。
         mtp: 是否写 MTP 层；层数取 ``num_nextn_predict_layers``，至少一层。
         sparse: 只写文件头，数据区留成稀疏文件的洞（全零），几乎不占磁盘。
+        progress: 进度。
 
     Returns:
         ``out``。
@@ -186,11 +189,13 @@ def write_checkpoint(
     _write_json(out / "generation_config.json", {"_from_model_config": True, **tokens})
     contents = _Contents(tensors, parsed.weight_block_size, seed, parsed.tie_word_embeddings)
     weight_map: dict[str, str] = {}
+    progress = progress or Progress()
+    progress.start("写权重", sum(map(contents.nbytes, tensors)), "bytes")
     for number, names in enumerate(
         _split({name: contents.nbytes(name) for name in tensors}, shards), start=1
     ):
         file = SINGLE_NAME if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        _write_shard(out / file, names, contents, sparse)
+        _write_shard(out / file, names, contents, sparse, progress)
         weight_map |= dict.fromkeys(names, file)
     if shards > 1:
         total = sum(map(contents.nbytes, tensors))
@@ -220,7 +225,7 @@ def write_demo_checkpoint(out: Path, **options: Any) -> Path:
 
     Args:
         out: 目标目录。
-        **options: 原样交给 :func:`write_checkpoint`（``seed``、``dtype``、``shards``、``mtp``）。
+        **options: 原样交给 :func:`write_checkpoint`（``seed``、``dtype``、``shards``、``mtp``、``progress``）。
 
     Returns:
         ``out``，含权重、``tokenizer.json``、``tokenizer_config.json``。
@@ -275,7 +280,9 @@ def _split(sizes: Mapping[str, int], parts: int) -> Iterator[list[str]]:
     yield shard
 
 
-def _write_shard(path: Path, names: Sequence[str], contents: _Contents, sparse: bool) -> None:
+def _write_shard(
+    path: Path, names: Sequence[str], contents: _Contents, sparse: bool, progress: Progress
+) -> None:
     """写一个 safetensors 文件。"""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -289,10 +296,12 @@ def _write_shard(path: Path, names: Sequence[str], contents: _Contents, sparse: 
         stream.write(struct.pack("<Q", len(raw)) + raw)
         if sparse:
             stream.truncate(stream.tell() + end)
+            progress.advance(end, path.name)
             return
         for name in names:
             for block in contents.blocks(name):
                 stream.write(block.tobytes())
+                progress.advance(block.nbytes, name)
 
 
 def _random_blocks(name: str, shape: tuple[int, ...], seed: int, tied: bool) -> Iterator[np.ndarray]:

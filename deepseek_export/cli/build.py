@@ -25,7 +25,9 @@ _SHOWN = 8
 
 @click.command("build", cls=Command, short_help="为指定的 SM 建 TensorRT 引擎")
 @bundle_argument
-@click.option("--arch", "arches", required=True, metavar="SM", help="目标 SM，几个用逗号隔开：sm89,sm120。")
+@click.option(
+    "--arch", "arches", required=True, metavar="SM", help="目标 SM，几个用逗号隔开：sm89,sm120；sm 可以不写。"
+)
 @click.option(
     "--flavour",
     type=click.Choice(list(FLAVOURS)),

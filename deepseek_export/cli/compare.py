@@ -128,6 +128,7 @@ def _print(report: ComparisonReport, summary: dict[str, Any]) -> None:
         f"{report.bundle}（{report.profile}，{report.target}，{report.dtype}）逐块对 PyTorch",
         *("图", "块", "后端", *COLUMNS, "结果"),
         right=COLUMNS,
+        optional=(COLUMNS[3], COLUMNS[2]),
     )
     for row in summary["blocks"]:
         verdict = f"{row['failed']} 项不过" if row["failed"] else "通过"

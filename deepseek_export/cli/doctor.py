@@ -234,7 +234,7 @@ def _print(found: dict[str, Any]) -> None:
         )
     )
     out.print()
-    made = table("依赖", "包", "版本", "要求", "状态", "用途", "安装")
+    made = table("依赖", "包", "版本", "要求", "状态", "用途", "安装", optional=("用途", "要求"))
     states = {"ok": ("正常", "green"), "old": ("太旧", "bold red"), "missing": ("没有", "dim")}
     for package in found["packages"]:
         text, style = states[package["status"]]
@@ -247,7 +247,7 @@ def _print(found: dict[str, Any]) -> None:
         )
     out.print(made)
     out.print()
-    made = table("编译目标", "目标", "在哪里跑", "这里")
+    made = table("编译目标", "目标", "在哪里跑", "这里", optional=("在哪里跑",))
     for name, target in TARGETS.items():
         made.add_row(name, target.purpose, _target_lines(found["targets"][name]))
     out.print(made)

@@ -127,12 +127,12 @@ def ensure_library_link(folder: Path | None) -> None:
 
 
 def parse_arch(text: str) -> int:
-    """``sm89`` → 89。
+    """``sm89``、``89`` → 89。
 
     Raises:
         DsxError: ``DSX-E912``，写法不对。
     """
-    match = re.fullmatch(r"sm_?(\d{2,3})", text.strip().lower())
+    match = re.fullmatch(r"(?:sm_?)?(\d{2,3})", text.strip().lower())
     if match is None:
         raise DsxError("DSX-E912", f"--arch {text!r} 不是 SM 的写法", "写成 sm89，几个用逗号隔开：sm89,sm120")
     return int(match[1])

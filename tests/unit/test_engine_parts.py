@@ -82,12 +82,12 @@ def test_library_link_is_repaired_once(tmp_path: Path):
     ensure_library_link(None)
 
 
-@pytest.mark.parametrize(("text", "sm"), [("sm89", 89), ("SM120", 120), (" sm_80 ", 80)])
+@pytest.mark.parametrize(("text", "sm"), [("sm89", 89), ("SM120", 120), (" sm_80 ", 80), ("89", 89)])
 def test_arch(text, sm):
     assert parse_arch(text) == sm
 
 
-@pytest.mark.parametrize("text", ["89", "sm", "sm8.9", "ada", ""])
+@pytest.mark.parametrize("text", ["8", "sm", "1e9", "sm8.9", "ada", ""])
 def test_bad_arch(text):
     refused("DSX-E912", parse_arch, text)
 
