@@ -17,6 +17,7 @@ from polygraphy.logger import G_LOGGER
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import check_free_space, disk_errors
+from deepseek_export.bundle.graph import Slot, point_at
 from deepseek_export.capture import names
 from deepseek_export.parity.blocks import Output
 from deepseek_export.parity.inputs import cache_feeds
@@ -70,10 +71,7 @@ def _pack_weights(model: onnx.ModelProto, graph: ModelGraph, folder: Path) -> No
             offset = packed.tell()
             graph.array(tensor.name).tofile(packed)
             packed.flush()
-            length = packed.tell() - offset
-            del tensor.external_data[:]
-            for key, text in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
-                tensor.external_data.add(key=key, value=text)
+            point_at(tensor, Slot(WEIGHTS, offset, packed.tell() - offset))
 
 
 def save_iterations(folder: Path, iterations: Sequence[Iteration]) -> None:

@@ -412,7 +412,14 @@ class TestCompare:
         blocks = list(main_blocks(manifest, model, block_rows(manifest, 0), keys))
         for i, block in enumerate(blocks):
             folder = tmp_path / str(i)
-            where = (v3_bundle, checkpoint, manifest.main, model, block, ModelGraph(v3_bundle))
+            where = (
+                v3_bundle,
+                checkpoint,
+                manifest.main,
+                model,
+                block,
+                ModelGraph(v3_bundle, manifest.main.file),
+            )
             culprit = bisect_block(*where, run_file, folder, folder)
             assert culprit.case is None, culprit
             assert (culprit.value, culprit.nodes, culprit.causes) == ("", [], [])
