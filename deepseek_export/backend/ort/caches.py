@@ -65,11 +65,11 @@ class _Storage:
 
 
 class OrtCaches(Caches):
-    """主机内存里的缓存；各行在内存里相邻，所以前几行就是一段，视图不必复制。"""
+    """主机内存里的缓存；各行在内存里相邻，所以连着的几行就是一段，视图不必复制。"""
 
-    def __init__(self, spec: CacheSpec, batch: int, storage: _Storage) -> None:
+    def __init__(self, spec: CacheSpec, batch: int, storage: _Storage, start: int = 0) -> None:
         super().__init__(spec, batch)
-        self._storage = storage
+        self._storage, self._start = storage, start
         # OrtValue 只借用 numpy 的内存，数组由 storage 留住。
         self._values: dict[str, ort.OrtValue] = {}
         self._valued: int | None = None
@@ -100,7 +100,7 @@ class OrtCaches(Caches):
 
     def array(self, name: str) -> np.ndarray:
         """张量 ``name`` 的内存视图 ``[B, heads, T, width]``；重新分配之后失效。"""
-        return self._storage.arrays[name][: self.batch]
+        return self._storage.arrays[name][self._start : self._start + self.batch]
 
     def value(self, name: str) -> ort.OrtValue:
         """张量 ``name`` 的 OrtValue；重新分配之后失效。"""
@@ -112,8 +112,8 @@ class OrtCaches(Caches):
     def ensure(self, needed: int) -> bool:
         return self._storage.grow(needed)
 
-    def view(self, rows: int) -> OrtCaches:
-        return OrtCaches(self.spec, rows, self._storage)
+    def view(self, start: int, count: int) -> OrtCaches:
+        return OrtCaches(self.spec, count, self._storage, self._start + start)
 
     def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:
         if origin is None or origin is self:
