@@ -36,8 +36,9 @@ graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py
 	$(RUN) -m tools.make_engine_graphs
 
-ops-header: $(STAMP) ## 改了 ops/table.py 之后，重新生成 C++ 一侧的契约 plugins/ops.h
+ops-header: $(STAMP) ## 改了 ops/table.py 之后，重新生成 C++ 一侧的契约 plugins/ops.h 与 docs/operators.md
 	$(RUN) -m tools.make_ops_header
+	$(RUN) -m tools.make_ops_page
 
 perf: plugins ## 完整的性能测量（要安静的机器），追加进 perf/history，报告在 build/perf-report
 	$(RUN) -m perf run

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deepseek_export.backend import backend_named
-from deepseek_export.bundle import (
-    Bundle,
-    BundleWeights,
-    Manifest,
-    WeightsMode,
-    export_bundle,
-    pack_bundle,
-    read_bundle,
-)
+from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, read_bundle
 from deepseek_export.bundle.disk import check_output, output_path
-from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import stop_token_ids
+from deepseek_export.checkpoint.fields import shown
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.engine.build import BuiltEngine, build_engine
-from deepseek_export.engine.derived import buildable_bundle
-from deepseek_export.engine.flavour import FlavourName, check_arch, choose
-from deepseek_export.engine.flavour import load as load_tensorrt
-from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.compare import compare_bundle
-from deepseek_export.parity.verify import verify_bundle
+from deepseek_export.extras import require_export
+from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level
 from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
+from deepseek_export.records import ModelDtype
 from deepseek_export.runtime import (
     BundleTokenizer,
     GenerationResult,
@@ -42,8 +31,14 @@ from deepseek_export.runtime import (
     open_speculative,
 )
 
+# 编译与校验的一半用到时才导入：加载与生成不该等 torch、onnx。
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from deepseek_export.engine.build import BuiltEngine
+    from deepseek_export.engine.flavour import FlavourName
+    from deepseek_export.parity.compare import ComparisonReport
+    from deepseek_export.parity.report import ParityReport
 
 
 def export(
@@ -85,6 +80,9 @@ def export(
         DsxError: 见各层；``DSX-E605`` 校验不过；``DSX-E004`` 设了 ``fallback.on_drift=naive`` 而没有 ``check``；
             ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出；``DSX-E501`` 目录里的 tokenizer 读不了。
     """
+    require_export("导出")
+    from deepseek_export.bundle.export import export_bundle
+
     resolved = resolve_profile(profile, overrides)
     if resolved.fallback.on_drift == "naive" and not check:
         raise DsxError(
@@ -153,8 +151,10 @@ class ParityRefused(DsxError):
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
+    from deepseek_export.parity.verify import verify_bundle
+
     # 权重刚写好、刚算过，不再读一遍。
-    report = verify_bundle(directory, verify_weights=False, progress=progress)
+    report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
     failure = report.first_failure
     if failure is not None:
         raise ParityRefused(
@@ -222,6 +222,7 @@ class CompiledModel:
         seed: int | None = None,
         chat: bool = False,
         ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
         on_token: Callable[[int, int], None] | None = None,
         speculative: bool | None = None,
     ) -> GenerationResult:
@@ -232,21 +233,25 @@ class CompiledModel:
             max_new_tokens: 每条至多生成多少个 token。
             temperature: 0 为 greedy。
             top_k, top_p, seed: 采样参数，见 :class:`~deepseek_export.runtime.SamplingParams`。
-            chat: 套用聊天模板。
+            chat: 套用聊天模板；只能套在文本上，每条是用户的一句话。
             ignore_eos: 遇到 EOS 不停。
+            stop: 停止串，一个或几个：一行的文本里出现任何一个就停，文本到它之前为止。
             on_token: 每个新 token 回调 ``(行号, token id)``。
             speculative: 是否投机解码；``None`` 表示 bundle 带草稿模型就投机，``False`` 表示逐个 token 解码。
 
         Raises:
-            DsxError: 5xx；``speculative=True`` 而 bundle 没有草稿模型为 ``DSX-E517``。
+            DsxError: 5xx；``prompts`` 的写法不对为 ``DSX-E702``；``speculative=True`` 而 bundle 没有草稿模型为 ``DSX-E517``。
         """
         generator = self._generator(speculative)
-        texts: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids: list[list[int]] = []
-        for prompt in texts:
-            ids.append(self.encode(prompt, chat) if isinstance(prompt, str) else [int(i) for i in prompt])
+        ids = [
+            self.encode(prompt, chat) if isinstance(prompt, str) else prompt
+            for prompt in _prompt_rows(prompts, chat)
+        ]
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return generator.generate(ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        return generator.generate(
+            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos, stop=stops
+        )
 
     def _generator(self, speculative: bool | None) -> Generator:
         if speculative is False or (speculative is None and self.speculative is None):
@@ -258,6 +263,43 @@ class CompiledModel:
                 "用 --set mtp.enabled=true 重新导出，或去掉 speculative=True",
             )
         return self.speculative
+
+
+def _prompt_rows(prompts: Any, chat: bool) -> list[str | list[int]]:
+    """``generate`` 的提示词：每条是文本，或一串 token id；别的写法按 ``DSX-E702`` 拒绝，并说该怎么写。"""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise _bad_prompts("prompts", prompts)
+    rows: list[str | list[int]] = []
+    for number, prompt in enumerate(prompts):
+        where = f"prompts[{number}]"
+        if isinstance(prompt, str):
+            rows.append(prompt)
+            continue
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+            raise _bad_prompts(where, prompt)
+        if chat:
+            todo = "chat=True 给文本；要给 token id 就去掉 chat=True，自己先套好模板"
+            raise DsxError("DSX-E702", f"chat=True，而 {where} 是 token id", todo)
+        rows.append([_token_id(where, at, token) for at, token in enumerate(prompt)])
+    return rows
+
+
+def _token_id(where: str, at: int, token: Any) -> int:
+    try:
+        return index(token)
+    except TypeError as error:
+        raise _bad_prompts(f"{where}[{at}]", token) from error
+
+
+def _bad_prompts(where: str, value: Any) -> DsxError:
+    todo = '给一条文本 "床前明月光"，几条文本 ["春", "秋"]，或几条 token id [[1, 2, 3]]'
+    if isinstance(value, Mapping):
+        todo = "对话先套模板：generate(model.tokenizer.apply_chat_template(messages))；只有一句话就直接给文本，加 chat=True"
+    elif not isinstance(value, Iterable) and value is not None:
+        todo += "；一条也要套一层列表"
+    return DsxError("DSX-E702", f"{where} 是 {shown(value)}（{type(value).__name__}）", todo)
 
 
 def load(
@@ -292,6 +334,14 @@ def load(
     return read_bundle(bundle, read)
 
 
+def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None) -> Bundle:
+    """把按引用的 bundle 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_bundle`。"""
+    require_export("打包")
+    from deepseek_export.bundle.pack import pack_bundle
+
+    return pack_bundle(bundle, progress, verify_weights=verify_weights)
+
+
 def build(
     bundle: Path | str,
     sms: Sequence[int],
@@ -321,6 +371,13 @@ def build(
         DsxError: ``DSX-E910`` / ``DSX-E911`` 没有装 TensorRT 或缺库；4xx bundle 有问题；``DSX-E919`` 形状不对；``DSX-E912`` 有一种 SM
             建不了，都没有开始；其余见 ``buildable_bundle`` 与 :func:`~deepseek_export.engine.build.build_engine`。
     """
+    require_export("建引擎")
+    from deepseek_export.engine.build import build_engine
+    from deepseek_export.engine.derived import buildable_bundle
+    from deepseek_export.engine.flavour import check_arch, choose
+    from deepseek_export.engine.flavour import load as load_tensorrt
+    from deepseek_export.engine.shapes import ProfileShapes
+
     chosen, opened = choose(flavour), Bundle.open(bundle)
     parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
     wanted = list(dict.fromkeys(sms))
@@ -331,5 +388,65 @@ def build(
     return [build_engine(source, sm, chosen, parsed, progress) for sm in wanted]
 
 
-#: 在各自的层里已经是完整的一步，这里不再包一层。
-compare, pack, verify = compare_bundle, pack_bundle, verify_bundle
+def verify(
+    bundle: Path | str,
+    against: Path | str | None = None,
+    *,
+    levels: Sequence[Level] = LEVELS,
+    prompts: Sequence[str] | None = None,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    text: Path | str | None = None,
+    backend: str = "ort",
+    verify_weights: bool = True,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
+    require_export("校验")
+    from deepseek_export.parity.verify import verify_bundle
+
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        return verify_bundle(
+            opened,
+            against,
+            levels=levels,
+            prompts=prompts,
+            steps=steps,
+            seed=seed,
+            text=text,
+            backend=backend,
+            verify_weights=verify_weights,
+            progress=progress,
+        )
+
+
+def compare(
+    bundle: Path | str,
+    against: Path | str | None = None,
+    *,
+    backends: Sequence[str] = ("ort",),
+    blocks: Sequence[str] = (),
+    bisect: bool = False,
+    folder: Path | str | None = None,
+    seed: int = 0,
+    verify_weights: bool = True,
+    progress: Progress | None = None,
+) -> ComparisonReport:
+    """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
+    require_export("逐块比较")
+    from deepseek_export.parity.compare import compare_bundle
+
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        return compare_bundle(
+            opened,
+            against,
+            backends=backends,
+            blocks=blocks,
+            bisect=bisect,
+            folder=folder,
+            seed=seed,
+            verify_weights=verify_weights,
+            progress=progress,
+        )

@@ -11,10 +11,18 @@ from typing import Any
 
 import pytest
 
+from deepseek_export.errors import ERRORS
+from tests.raised_codes import RaisedCodes
+
 # 测试里的矩阵都很小，多线程只会互相等待：test_reference 从 77 秒降到 17 秒。须在导入 torch 之前设置。
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # 磁盘缓存放在检出目录里：各个 worker 与子进程里的 dsx 共用，又不碰用户自己的。
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / "build/test-cache")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """整套测试都通过之后，再看每个错误码是不是都触发过。"""
+    config.pluginmanager.register(RaisedCodes(config, ERRORS, Path(__file__).parent), "raised-codes")
 
 
 @pytest.fixture(scope="session", autouse=True)

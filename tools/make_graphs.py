@@ -13,8 +13,9 @@ from deepseek_export.capture import CapturedModel, capture_draft, capture_model
 from deepseek_export.checkpoint import ModelConfig, parse_model_config
 from deepseek_export.checkpoint.families import FAMILIES, MOE_KEYS
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.passes import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, graph_listing, lower
+from deepseek_export.passes import graph_listing, lower
 from deepseek_export.profile import OptimizationProfile, resolve_profile
+from deepseek_export.records import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS
 
 GRAPHS = Path(__file__).resolve().parent.parent / "graphs"
 

@@ -14,14 +14,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import onnx
-
-from deepseek_export.bundle.bundle import Bundle, checkpoint_changed
 from deepseek_export.bundle.disk import WEIGHTS_FOLDER
-from deepseek_export.bundle.graph import Slot, external_location
+from deepseek_export.bundle.graph import Slot
 from deepseek_export.checkpoint import TensorStore
-from deepseek_export.checkpoint.recipe import Recipe, load_array, materialize
+from deepseek_export.checkpoint.recipe import Recipe, materialize
 from deepseek_export.checkpoint.store import INDEX_NAME
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
@@ -103,56 +99,3 @@ def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:
         shutil.copyfile(store.directory / INDEX_NAME, folder / INDEX_NAME)
     (directory / BY_RECIPE_FILE).write_text(_BY_RECIPE_TEXT, encoding="utf-8")
     return [f"{WEIGHTS_FOLDER}/{file.name}" for file in store.files]
-
-
-def open_referenced(bundle: Bundle) -> TensorStore:
-    """打开按引用的 bundle 里的检查点，并核对指纹。
-
-    Raises:
-        DsxError: ``DSX-E408``，检查点与导出时不同；``DSX-E110`` / ``DSX-E118``，文件坏了。
-    """
-    store = TensorStore.open(bundle.path / WEIGHTS_FOLDER)
-    recorded = {entry.name: entry for entry in bundle.manifest.source.fingerprint.files}
-    for entry in store.fingerprint().files:
-        if (before := recorded.pop(entry.name, None)) != entry:
-            same = before is not None and before.header_sha256 == entry.header_sha256
-            raise checkpoint_changed(store.directory / entry.name, "数据" if same else "大小或文件头")
-    if recorded:
-        raise checkpoint_changed(store.directory / next(iter(recorded)), "大小或文件头")
-    return store
-
-
-class BundleWeights:
-    """加载一个 bundle 时要由 dsx 生成的 initializer；几张图共用的只生成一次、共用一份内存。
-
-    打包的 bundle 没有这样的 initializer，``arrays`` 总是空的，也不碰任何文件。
-
-    Args:
-        bundle: 打开的 bundle。
-
-    Raises:
-        DsxError: 同 :func:`open_referenced`。
-    """
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._recipes = bundle.manifest.weights.recipes
-        self._store = open_referenced(bundle) if bundle.manifest.weights.mode == "reference" else None
-        self._made: dict[str, np.ndarray] = {}
-
-    def arrays(self, model: Path | onnx.ModelProto) -> dict[str, np.ndarray]:
-        """一张图里要生成的 initializer：名字 → 内容，逐个生成。
-
-        Args:
-            model: ONNX 文件，或还没加载外部数据的模型。
-
-        Raises:
-            DsxError: ``DSX-E115`` / ``DSX-E116``，权重有问题。
-        """
-        if self._store is None:
-            return {}
-        proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
-        names = [t.name for t in proto.graph.initializer if external_location(t) == BY_RECIPE_FILE]
-        for name in names:
-            if name not in self._made:
-                self._made[name] = load_array(name, self._recipes[name], self._store)
-        return {name: self._made[name] for name in names}

@@ -16,7 +16,13 @@ import onnx
 from onnx import helper
 
 from deepseek_export.bundle.bundle import Bundle
-from deepseek_export.bundle.by_reference import UNHASHED, check_small, link_checkpoint, reference_slots
+from deepseek_export.bundle.by_reference import (
+    BY_RECIPE_FILE,
+    UNHASHED,
+    check_small,
+    link_checkpoint,
+    reference_slots,
+)
 from deepseek_export.bundle.disk import (
     atomic_directory,
     check_free_space,
@@ -28,7 +34,7 @@ from deepseek_export.bundle.disk import (
     write_json,
 )
 from deepseek_export.bundle.foreign import check_replaceable
-from deepseek_export.bundle.graph import bind_external, check_onnx, float32_islands
+from deepseek_export.bundle.graph import bind_external, check_onnx, external_location, float32_islands
 from deepseek_export.bundle.manifest import (
     SCHEMA_VERSION,
     CacheEntry,
@@ -43,7 +49,7 @@ from deepseek_export.bundle.manifest import (
     WeightsMode,
 )
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
-from deepseek_export.capture import CapturedModel, ModelDtype, capture_draft, capture_model
+from deepseek_export.capture import CapturedModel, capture_draft, capture_model
 from deepseek_export.checkpoint import (
     Checkpoint,
     ModelConfig,
@@ -61,18 +67,12 @@ from deepseek_export.checkpoint.recipe import (
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import LIBRARY_TARGET, NO_LIBRARY, CpuLibrary, library_for
 from deepseek_export.errors import DsxError
-from deepseek_export.passes import (
-    TENSORRT_TARGETS,
-    LoweredModel,
-    check_cache,
-    check_quantization,
-    check_target,
-    lower,
-)
+from deepseek_export.passes import LoweredModel, check_cache, check_quantization, check_target, lower
 from deepseek_export.paths import check_readable, optional_file
 from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
+from deepseek_export.records import TENSORRT_TARGETS, ModelDtype
 from deepseek_export.reference.model import Forms, cache_tensors
 from deepseek_export.reference.weights import torch_dtype
 from deepseek_export.version import __version__
@@ -388,6 +388,7 @@ def _graph_entry(graph: _Graph) -> GraphEntry:
         op_counts=dict(sorted(counts.items())),
         passes=graph.lowered.results,
         sites=graph.captured.sites,
+        by_recipe=[t.name for t in proto.initializer if external_location(t) == BY_RECIPE_FILE],
     )
 
 

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
-from deepseek_export.capture import OpSite
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.fingerprint import Fingerprint
 from deepseek_export.checkpoint.recipe import Recipe
@@ -19,8 +18,8 @@ from deepseek_export.checkpoint.weight_only import (
     ScaleDtype,
 )
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.passes import TARGETS, PassResult
 from deepseek_export.profile import OptimizationProfile
+from deepseek_export.records import TARGETS, OpSite, PassResult
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -76,6 +75,7 @@ class GraphEntry(_Entry):
         op_counts: ``域::op_type`` → 主图里的个数。
         passes: 每个 pass 改了什么、拒绝了什么。
         sites: 每个 ``dsx::`` 节点的位置。
+        by_recipe: 没有现成字节、加载时按配方生成的 initializer；打包的没有。
     """
 
     file: BundleFile
@@ -86,6 +86,7 @@ class GraphEntry(_Entry):
     op_counts: dict[str, int]
     passes: list[PassResult]
     sites: list[OpSite]
+    by_recipe: list[str] = []
 
 
 class CacheTensorEntry(_Entry):
@@ -190,6 +191,11 @@ class Manifest(_Entry):
         """恰有一个主模型；每张图都在 ``files`` 里，打开时查得到它在不在。"""
         if (mains := [graph.role for graph in self.graphs].count("main")) != 1:
             raise ValueError(f"graphs 里有 {mains} 个主模型，应恰有一个")
+        pointed = self.weights.mode == "packed" or all(
+            one.op == "copy" for one in self.weights.recipes.values()
+        )
+        if not pointed and not any(graph.by_recipe for graph in self.graphs):
+            raise ValueError("graphs 没有写明哪些权重按配方生成（旧版 dsx 导出的）")
         for graph in self.graphs:
             if graph.file not in self.files:
                 raise ValueError(f"graphs 的 {graph.file} 不在 files 里")

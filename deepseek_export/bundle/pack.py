@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from deepseek_export.bundle.bundle import Bundle
-from deepseek_export.bundle.by_reference import UNHASHED, open_referenced
+from deepseek_export.bundle.by_reference import UNHASHED
 from deepseek_export.bundle.disk import (
     WEIGHTS_FOLDER,
     atomic_directory,
@@ -22,28 +22,27 @@ from deepseek_export.bundle.disk import (
 from deepseek_export.bundle.foreign import check_replaceable
 from deepseek_export.bundle.graph import check_onnx, point_at
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
+from deepseek_export.bundle.weights import open_referenced
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import path_kind
 from deepseek_export.progress import Progress
 
 
-def pack_bundle(
-    bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None
-) -> Bundle:
+def pack_bundle(path: Path | str, progress: Progress | None = None, *, verify_weights: bool = True) -> Bundle:
     """把按引用的 bundle 变成自包含的：结果与一开始就用 ``--weights packed`` 导出的逐字节相同。
 
     Args:
-        bundle: bundle 目录；成功之后换成打包的，中途失败则保持原样。
-        verify_weights: 先读一遍检查点，核对导出时记下的 sha256；``False`` 只抽查每个张量的几处。
+        path: bundle 目录；成功之后换成打包的，中途失败则保持原样。
         progress: 进度。
+        verify_weights: 先读一遍检查点，核对导出时记下的 sha256；``False`` 只抽查每个张量的几处。
 
     Raises:
-        DsxError: ``DSX-E409`` 已经是打包的；``DSX-E401`` 里面有不是 dsx 写的文件，或 ``bundle`` 是符号链接；``DSX-E408`` 检查点与导出时不同；
+        DsxError: ``DSX-E409`` 已经是打包的；``DSX-E401`` 里面有不是 dsx 写的文件，或 ``path`` 是符号链接；``DSX-E408`` 检查点与导出时不同；
             ``DSX-E413`` 导出时没有算 sha256；``DSX-E404`` 磁盘空间不足；``DSX-E411`` 别人正在写；其余见 ``Bundle.open``、``write_packed``。
     """
-    path_kind(Path(bundle), "DSX-E402")  # 看不了的，是读不了它，不是写不了
-    with output_lock(bundle):
-        return _pack(Bundle.open(bundle), progress or Progress(), verify_weights)
+    path_kind(Path(path), "DSX-E402")  # 看不了的，是读不了它，不是写不了
+    with output_lock(path):
+        return _pack(Bundle.open(path), progress or Progress(), verify_weights)
 
 
 def _pack(bundle: Bundle, progress: Progress, verify_weights: bool) -> Bundle:
@@ -82,7 +81,8 @@ def _pack(bundle: Bundle, progress: Progress, verify_weights: bool) -> Bundle:
             weights = manifest.weights.model_copy(update={"mode": "packed", "files": [WEIGHTS_FILE]})
             files = dict(sorted((files | {WEIGHTS_FILE: packed.entry}).items()))
             fallbacks = [line for line in manifest.fallbacks if line != UNHASHED]  # 从现在起有了
-            changes = {"weights": weights, "files": files, "fallbacks": fallbacks}
+            entries = [graph.model_copy(update={"by_recipe": []}) for graph in manifest.graphs]
+            changes = {"weights": weights, "files": files, "fallbacks": fallbacks, "graphs": entries}
             updated = manifest.model_copy(update=changes)
             write_json(directory / "manifest.json", updated.model_dump(mode="json"))
     return Bundle.open(bundle.path)

@@ -36,20 +36,9 @@ from deepseek_export.ops.table import (
     OPSET_VERSION,
 )
 from deepseek_export.profile import OptimizationProfile
+from deepseek_export.records import ModelDtype, OpSite
 from deepseek_export.reference.model import Forms, cache_tensors
 from deepseek_export.reference.weights import by_torch, draft_initializer_name, initializer_name, torch_dtype
-
-ModelDtype = Literal["float32", "float16", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class OpSite:
-    """一个 ``dsx::`` 节点的位置。下沉 pass 会换掉节点，但保留这些值名，对齐校验靠它们截取子图。"""
-
-    layer: int
-    op: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
 
 
 @dataclass

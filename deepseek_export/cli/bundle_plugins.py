@@ -24,11 +24,11 @@ def diagnose_bundle(path: Path) -> dict[str, Any]:
     from google.protobuf.message import DecodeError
 
     from deepseek_export.bundle import Bundle
-    from deepseek_export.bundle.by_reference import open_referenced
     from deepseek_export.bundle.source import open_source
+    from deepseek_export.bundle.weights import open_referenced
     from deepseek_export.engine.derived import existing_derived, unbuildable_reason
     from deepseek_export.engine.plugins import PLUGIN_OPS
-    from deepseek_export.passes import TENSORRT_TARGETS
+    from deepseek_export.records import TENSORRT_TARGETS
 
     bundle = Bundle.open(path)
     reason, refusal, derived = unbuildable_reason(bundle.manifest), None, None

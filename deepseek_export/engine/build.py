@@ -111,7 +111,7 @@ def build_engine(
                 onnx.save(graph.model, directory / entry.file)
             profiles = shapes.profiles(prefill=has_prefill(bundle.manifest.profile))
             began = time.perf_counter()
-            made = weights.arrays(graph.model)
+            made = weights.arrays(tensor.name for tensor in graph.model.graph.initializer)
             content, text = build_engine_bytes(
                 trt, flavour, directory / entry.file, sm, profiles, progress, made
             )

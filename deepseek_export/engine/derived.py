@@ -8,17 +8,17 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from deepseek_export.bundle import Bundle, Manifest, export_bundle
+from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.by_reference import UNHASHED
+from deepseek_export.bundle.export import export_bundle
 from deepseek_export.bundle.source import open_source
-from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.engine.flavour import Flavour
 from deepseek_export.engine.record import ENGINES
 from deepseek_export.errors import DsxError
-from deepseek_export.passes.pipelines import TENSORRT_TARGETS
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
+from deepseek_export.records import TENSORRT_TARGETS, ModelDtype
 
 _FOLDER, _OPTION = "bundle", "--checkpoint"
 

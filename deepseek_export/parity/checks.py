@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from deepseek_export.backend.base import Limits
     from deepseek_export.bundle import Manifest
     from deepseek_export.bundle.manifest import GraphEntry
-    from deepseek_export.capture import OpSite
+    from deepseek_export.records import OpSite
 
 Level = Literal["op", "block", "model", "tokens", "loss"]
 #: 可以点名要的层级；``loss`` 只有量化的与缓存比模型窄的 bundle 才有，随 ``model`` 一起比。
 LEVELS: tuple[Level, ...] = ("op", "block", "model", "tokens")
+#: tokens 级缺省续写多少个 token。
+DEFAULT_STEPS = 64
 #: 与谁比：``eager`` 算子的参考实现，``reference`` 同一个方案的参考模型，``oracle`` transformers，``rounded`` 权重与缓存同样舍入的参考模型。
 Against = Literal["eager", "reference", "oracle", "rounded"]
 #: 逐块比较的两次前向。

@@ -70,7 +70,7 @@ class ModelGraph:
         location = external_location(tensor)
         if location is None:
             return numpy_helper.to_array(tensor)
-        made = self._weights.arrays(onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])))
+        made = self._weights.arrays([name])
         if name in made:
             return made[name]
         # 不用 onnx 自己的读法：它拒绝有多个硬链接的文件，而按引用的权重正是硬链接
@@ -140,7 +140,9 @@ class ModelGraph:
     def session(self, model: onnx.ModelProto) -> Call:
         """截好的子图 → 可反复调用的函数 ``(feeds, outputs) -> list[np.ndarray]``。"""
         settings = SessionSettings(
-            initializers=self._weights.arrays(model), library=self._library, folder=self.folder
+            initializers=self._weights.arrays(tensor.name for tensor in model.graph.initializer),
+            library=self._library,
+            folder=self.folder,
         )
         run = open_model(model.SerializeToString(), settings)
         return lambda feeds, outputs: run(feeds_for(model, feeds), outputs)

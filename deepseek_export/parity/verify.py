@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import get_args
 
 from deepseek_export.backend import backend_named
-from deepseek_export.bundle import Bundle, steadily
-from deepseek_export.bundle.disk import write_report
+from deepseek_export.bundle import Bundle
+from deepseek_export.bundle.disk import keeping, write_report
 from deepseek_export.bundle.source import open_source
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.checks import LEVELS, Level, checks, requested
+from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level, checks, requested
 from deepseek_export.parity.context import Context
 from deepseek_export.parity.inputs import prompt_rows, read_passage
 from deepseek_export.parity.levels import RUN
@@ -22,10 +22,7 @@ from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.runtime import BundleTokenizer
 
-DEFAULT_STEPS = 64
 
-
-@steadily
 def verify_bundle(
     bundle: Bundle,
     against: Path | str | None = None,
@@ -42,7 +39,7 @@ def verify_bundle(
     """验证一个 bundle 与 PyTorch 相等；权重量化过的，另量它比未量化的差多少。
 
     Args:
-        bundle: 要验证的 bundle，或它的目录。
+        bundle: 要验证的 bundle。
         against: 检查点目录；缺省取 manifest 里记的出处。
         levels: 要比的层级。
         prompts: 文本 prompt；缺省用内置的，没有 tokenizer 时用随机 token。
@@ -62,7 +59,7 @@ def verify_bundle(
             ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E607`` 没有这个层级，或要的层级没有可比的；
             ``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；``DSX-E412`` 校验的时候 bundle 被换掉；``DSX-E321`` 要比的只能在
             ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` / ``DSX-E920`` ``trt`` 而没有 GPU、没有引擎；
-            ``DSX-E404`` / ``DSX-E405`` 报告写不下。
+            ``DSX-E404`` / ``DSX-E405`` 报告写不下，是 :class:`~deepseek_export.errors.UnwrittenReport`，带着比完的结果。
     """
     progress = progress or Progress()
     levels = requested(levels)
@@ -110,10 +107,11 @@ def verify_bundle(
         cases=cases,
         notes=context.notes,
         loss=context.loss,
-        polygraphy=None
-        if manifest.quantization
-        else save_model_comparison(bundle, model, context.block_rows),
     )
+    if not manifest.quantization:
+        with keeping(report):
+            report.polygraphy = save_model_comparison(bundle, model, context.block_rows)
     bundle.check_in_place()  # 换掉了的，前面读的未必是同一个，报告也不该写进新的里
-    write_report(bundle.path / "reports/parity.json", report.to_json())
+    with keeping(report):
+        write_report(bundle.path / "reports/parity.json", report.to_json())
     return report

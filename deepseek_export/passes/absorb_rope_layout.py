@@ -6,8 +6,9 @@ from typing import ClassVar, NamedTuple
 
 import onnx_graphsurgeon as gs
 
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import GraphModule, Pass
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import linears
+from deepseek_export.records import PassResult
 
 _PAIRS_TO_HALVES = [0, 1, 2, 4, 3]
 

@@ -13,15 +13,15 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
 from onnx_graphsurgeon.logger import G_LOGGER
-from pydantic import BaseModel, ConfigDict, Field
 
-from deepseek_export.capture import CapturedModel, ModelDtype, OpSite
+from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import MlaForm
 from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
+from deepseek_export.records import ModelDtype, OpSite, PassResult
 
 MICROSOFT = "com.microsoft"
 IR_VERSION = 11
@@ -203,44 +203,6 @@ def read_from(node: onnx.NodeProto, old: str, new: str) -> None:
     for attribute in node.attribute:
         for inner in attribute.g.node:
             read_from(inner, old, new)
-
-
-class Refusal(BaseModel):
-    """一处看着匹配却没有改写的地方。
-
-    Attributes:
-        node: 节点名。
-        reason: 为什么（中文）。
-        value: 原因所指的值，例如 ``scoring_func = softmax``。
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    node: str
-    reason: str
-    value: str
-
-
-class PassResult(BaseModel):
-    """一个 pass 的如实报告。
-
-    Attributes:
-        name: pass 名。
-        changed: 图是否变了。
-        count: 改写了几处。
-        refused: 没有改写的候选，逐个写明原因。
-        kept: 用户要保留而没有改写的有几处。
-        notes: 候选之外没有改写的，逐条写进 ``fallbacks``。``kept`` 与它都不写进 manifest。
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    changed: bool
-    count: int
-    refused: tuple[Refusal, ...] = ()
-    kept: int = Field(default=0, exclude=True)
-    notes: tuple[str, ...] = Field(default=(), exclude=True)
 
 
 class PassError(Exception):

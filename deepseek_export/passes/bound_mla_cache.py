@@ -9,7 +9,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from deepseek_export.ops.table import MLA_ATTENTION
-from deepseek_export.passes.base import GraphModule, Pass, PassResult, read_from
+from deepseek_export.passes.base import GraphModule, Pass, read_from
+from deepseek_export.records import PassResult
 
 _CACHE, _USED = "kv_cache_out", "bound/kv_cache"
 

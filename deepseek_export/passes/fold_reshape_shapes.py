@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import GraphModule, Pass
 from deepseek_export.passes.ort_moe import scope
+from deepseek_export.records import PassResult
 
 #: 只改形状、不动数据的算子。
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze")

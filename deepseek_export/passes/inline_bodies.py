@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
 from deepseek_export.ops.table import MOE_GATE, SPEC_ACCEPT, SPEC_ACCEPT_REJECTION
-from deepseek_export.passes.base import IR_VERSION, GraphModule, Pass, PassResult
+from deepseek_export.passes.base import IR_VERSION, GraphModule, Pass
+from deepseek_export.records import PassResult
 
 
 class InlineBodiesPass(Pass):

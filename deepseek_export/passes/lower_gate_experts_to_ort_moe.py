@@ -8,9 +8,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from deepseek_export.ops.table import DOMAIN, MOE_EXPERTS, MOE_GATE
-from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass, PassResult, Refusal
+from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.ort_moe import SENTINEL, moe_node, port, refuse_experts, scope
+from deepseek_export.records import PassResult, Refusal
 
 #: 属性 → MoEGroupRouter 加上 MoE 的归一化唯一能表达的取值。
 _REQUIRED = {"scoring_func": "sigmoid", "group_score": "top2_sum", "norm_topk_prob": 1}

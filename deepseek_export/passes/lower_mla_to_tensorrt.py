@@ -17,8 +17,9 @@ from deepseek_export.ops.table import (
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
 )
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import GraphModule, Pass
 from deepseek_export.passes.emitter import Emitter, dtype_of
+from deepseek_export.records import PassResult
 from deepseek_export.reference.weights import torch_dtype
 
 #: 一次至多多少个新 token 走插件核；再多就是 prefill。投机解码验证 K 个草稿时 S = K+1。

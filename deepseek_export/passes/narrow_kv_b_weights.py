@@ -9,8 +9,9 @@ from onnx import TensorProto, helper
 
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.ops.table import MLA_ATTENTION
-from deepseek_export.passes.base import GraphModule, Pass, PassResult, read_from
+from deepseek_export.passes.base import GraphModule, Pass, read_from
 from deepseek_export.passes.ort_moe import scope
+from deepseek_export.records import PassResult
 
 _WEIGHT, _WIDE = "w_kv_b", "narrow/w_kv_b"
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import onnx
 from onnx import helper
 
-from deepseek_export.capture import CapturedModel, ModelDtype
+from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -27,7 +27,7 @@ from deepseek_export.ops.table import (
     SPEC_ACCEPT_REJECTION,
 )
 from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
-from deepseek_export.passes.base import MAX_ELEMENTS, MICROSOFT, GraphModule, Pass, PassResult
+from deepseek_export.passes.base import MAX_ELEMENTS, MICROSOFT, GraphModule, Pass
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
 from deepseek_export.passes.inline_bodies import (
@@ -50,6 +50,7 @@ from deepseek_export.passes.split_pairs import SplitPairsPass
 from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
 from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
 from deepseek_export.profile import OptimizationProfile
+from deepseek_export.records import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, ModelDtype, PassResult
 
 #: 图 → 个数。
 Count = Callable[[GraphModule], int]
@@ -147,13 +148,6 @@ def _tensorrt(quantization: Quantization | None, oversized: bool) -> Iterator[St
 _PIPELINES: Mapping[str, Callable[[Quantization | None, bool], Iterator[Step]]] = MappingProxyType(
     {"portable": _portable, "ort-cpu": _ort_cpu, "tensorrt": _tensorrt, "tensorrt-rtx": _tensorrt}
 )
-
-#: 全部目标。
-TARGETS = tuple(_PIPELINES)
-#: 产物用来建 TensorRT 引擎的目标。
-TENSORRT_TARGETS = ("tensorrt", "tensorrt-rtx")
-#: 支持只量化权重的目标。
-QUANT_TARGETS = ("ort-cpu", *TENSORRT_TARGETS)
 
 
 def pipeline(target: str, quantization: Quantization | None = None, oversized: bool = False) -> list[Step]:

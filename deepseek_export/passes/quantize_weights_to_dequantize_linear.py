@@ -9,10 +9,11 @@ import onnx_graphsurgeon as gs
 
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.ops.table import MLA_ATTENTION
-from deepseek_export.passes.base import GraphModule, Pass, PassError, PassResult, Refusal
+from deepseek_export.passes.base import GraphModule, Pass, PassError
 from deepseek_export.passes.ort_moe import scope
 from deepseek_export.passes.ort_quant import quantized_weight
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import linears
+from deepseek_export.records import PassResult, Refusal
 
 _GROUP = re.compile(r"\.experts\.\{\d+\.\.\d+\}\.")
 

@@ -13,8 +13,9 @@ from deepseek_export.capture.bodies import moe_experts_body
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import MOE_EXPERTS
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import GraphModule, Pass
 from deepseek_export.passes.ort_moe import port
+from deepseek_export.records import PassResult
 from deepseek_export.reference.weights import torch_dtype
 
 _WEIGHTS = ("w_gate", "w_up", "w_down")

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import GraphModule, Pass
+from deepseek_export.records import PassResult
 
 
 class SplitPairsPass(Pass):

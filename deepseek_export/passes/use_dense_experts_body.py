@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from deepseek_export.capture.bodies import moe_experts_dense_body
 from deepseek_export.ops.table import MOE_EXPERTS
-from deepseek_export.passes.base import GraphModule, Pass, PassResult
+from deepseek_export.passes.base import GraphModule, Pass
 from deepseek_export.passes.ort_moe import port
+from deepseek_export.records import PassResult
 from deepseek_export.reference.weights import torch_dtype
 
 

@@ -17,9 +17,10 @@ from deepseek_export.ops.table import (
     PLUGIN_VERSION,
     OpSpec,
 )
-from deepseek_export.passes.base import DOMAIN_VERSIONS, MICROSOFT, GraphModule, Pass, PassResult
+from deepseek_export.passes.base import DOMAIN_VERSIONS, MICROSOFT, GraphModule, Pass
 from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, scope
 from deepseek_export.passes.ort_quant import ACCURACY_LEVEL
+from deepseek_export.records import PassResult
 
 _PLUGIN = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 #: 各节点不同、函数体经属性引用取值的属性；其余固化在函数体里。

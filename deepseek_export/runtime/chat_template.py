@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime.chat_worker import MAX_SECONDS
+
+#: 一次渲染至多用多少秒 CPU；真实的模板是毫秒级的。
+MAX_SECONDS = 10
 
 
 def render_chat_template(
@@ -48,16 +50,21 @@ def render_chat_template(
         request = json.dumps({"template": template, "variables": variables})
     except (TypeError, ValueError, RecursionError) as error:
         raise _failed(f"消息写不成 JSON：{error}") from error
-    answer = _WORKER.ask(request)
+    answer = WORKER.ask(request)
     if "error" in answer:
         raise _failed(answer["error"])
     return str(answer["text"])
 
 
-class _Worker:
-    """子进程，用到才启动，一直留着：启动一次要几十毫秒，渲染一次不到一毫秒。dsx 退出时它的输入关闭，随之退出。"""
+class ChatWorker:
+    """子进程，用到才启动，一直留着：启动一次要几十毫秒，渲染一次不到一毫秒。dsx 退出时它的输入关闭，随之退出。
 
-    def __init__(self) -> None:
+    Args:
+        seconds: 一次渲染至多用多少秒 CPU。
+    """
+
+    def __init__(self, seconds: float = MAX_SECONDS) -> None:
+        self.seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
@@ -87,7 +94,7 @@ class _Worker:
                 return answer
             self._process = None
             code = process.wait()
-        reason = f"渲染超过 {MAX_SECONDS} 秒" if code == -signal.SIGPROF else f"渲染的进程中止了（{code}）"
+        reason = f"渲染超过 {self.seconds} 秒" if code == -signal.SIGPROF else f"渲染的进程中止了（{code}）"
         raise _failed(reason)
 
     def _running(self) -> subprocess.Popen[str]:
@@ -95,7 +102,7 @@ class _Worker:
         if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
             script = Path(__file__).with_name("chat_worker.py")
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-X", "utf8", str(script)],
+                [sys.executable, "-P", "-X", "utf8", str(script), str(self.seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -106,7 +113,8 @@ class _Worker:
         return self._process
 
 
-_WORKER = _Worker()
+#: 一个进程共用一个。
+WORKER = ChatWorker()
 
 
 def _failed(reason: str) -> DsxError:

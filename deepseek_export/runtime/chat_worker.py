@@ -20,17 +20,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 #: 本进程的地址空间；Python 与 Jinja 自己约占五分之一。
 MAX_MEMORY = 1 << 30
-#: 一次渲染至多用多少秒 CPU；真实的模板是毫秒级的。
-MAX_SECONDS = 10
 #: 渲染出来至多多少个字符。
 MAX_OUTPUT = 8 << 20
 
 
 def main() -> None:
-    """逐行处理，直到输入关闭。"""
+    """逐行处理，直到输入关闭；参数是一次渲染至多用多少秒 CPU。"""
+    seconds = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # SIGPROF 不接，缺省就是终止
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF 不接，缺省就是终止
         try:
             answer = {"text": render(**json.loads(line))}
         except Exception as error:  # 模板里什么都可能冒出来，TypeError、MemoryError 也会

@@ -16,6 +16,7 @@ from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams, is_integer
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation.stats import SpeculationStats
+from deepseek_export.runtime.stop import stopped_rows
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 
@@ -52,6 +53,7 @@ class Generator:
         sampling: SamplingParams | None = None,
         on_token: OnToken | None = None,
         ignore_eos: bool = False,
+        stop: Sequence[str] = (),
     ) -> GenerationResult:
         """批量生成。
 
@@ -63,20 +65,23 @@ class Generator:
             sampling: 采样参数，缺省为贪心。
             on_token: 每得到一个 token 调一次 ``on_token(row, token)``，同一步内按行号递增。
             ignore_eos: 遇到 eos 也不停，基准测试用。
+            stop: 停止串：一行的文本里出现任何一个就停，文本到它之前为止。
 
         Raises:
-            DsxError: ``DSX-E510``，没有提示词或提示词为空；``DSX-E511``，提示词过长；
-                ``DSX-E512``，``max_new_tokens`` 不是正整数；``DSX-E509``，token id 越界；
+            DsxError: ``DSX-E514``，有停止串而没有 tokenizer；``DSX-E510``，没有提示词或提示词为空；``DSX-E511``，提示词过长；
+                ``DSX-E512``，``max_new_tokens`` 不是正整数，或停止串不对；``DSX-E509``，token id 越界；
                 ``DSX-E505``，logits 无法采样。
         """
-        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos)
+        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos, stop)
         started = perf_counter()
         caches = self.session.new_caches(len(rows), int(lens.max()))
         logits = self._prefill(rows, lens, caches)
         prefilled = perf_counter()
         sampler = Sampler(sampling or SamplingParams(), len(rows))
         self._decode(logits, lens, caches, sampler, out)
-        return self._result(lens, out, (started, prefilled, perf_counter()), self.session.notes)
+        times = (started, prefilled, perf_counter())
+        notes = (*self.session.notes, *out.notes(max_new_tokens, self.session.max_positions))
+        return self._result(lens, out, times, notes)
 
     def logits(self, ids: Sequence[Sequence[int]], chunk: int | None = None) -> list[np.ndarray]:
         """teacher-forced：每个位置的 logits，供对齐校验。
@@ -149,6 +154,7 @@ class Generator:
         max_new_tokens: int,
         on_token: OnToken | None,
         ignore_eos: bool,
+        stop: Sequence[str],
     ) -> tuple[list[np.ndarray], np.ndarray, OutputRows]:
         """核对过的提示词、各行的长度 ``[B]``，与还空着的输出。"""
         check_positive("max_new_tokens", max_new_tokens)
@@ -156,7 +162,9 @@ class Generator:
         lens = np.array([len(row) for row in rows], np.int64)
         limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
         budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
-        return rows, lens, OutputRows(budgets, frozenset() if ignore_eos else self.eos_token_ids, on_token)
+        eos = frozenset() if ignore_eos else self.eos_token_ids
+        out = OutputRows(budgets, eos, on_token, stopped_rows(stop, self.tokenizer, len(rows)))
+        return rows, lens, out
 
     def _result(
         self,
@@ -170,7 +178,7 @@ class Generator:
         started, prefilled, finished = times
         return GenerationResult(
             token_ids=out.token_ids,
-            text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in out.token_ids],
+            text=out.texts(self.tokenizer),
             prompt_lens=lens.tolist(),
             finish_reasons=out.reasons,
             prefill_s=prefilled - started,

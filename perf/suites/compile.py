@@ -14,7 +14,7 @@ from typing import Any
 
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle.manifest import WeightsMode
-from deepseek_export.capture import ModelDtype
+from deepseek_export.records import ModelDtype
 from perf import isolate
 from perf.results import Case, SuiteResult
 from perf.workload import engine_build

@@ -61,7 +61,7 @@ def open_profiled(
         bundle.model_path,
         threads=threads,
         max_positions=bundle.manifest.model.max_position_embeddings,
-        initializers=BundleWeights(bundle).arrays(bundle.model_path),
+        initializers=BundleWeights(bundle).arrays(bundle.manifest.main.by_recipe),
         library=library_for(bundle.manifest.target),
         profile=folder / "profile",
     )

@@ -80,7 +80,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
             engines[name] = opener()
             stack.callback(engines[name].close)
         facts: dict[str, Any] = {"build": engines[LLAMA].ask("system")}
-        if COMPILED in engines and (error := _rehearse(engines[COMPILED], scenario, tokens.tolist())):
+        if COMPILED in engines and (error := rehearse(engines[COMPILED], scenario, tokens.tolist())):
             facts["failed"] = {COMPILED: error}
             del engines[COMPILED]
         compiled = engines.get(COMPILED)
@@ -133,7 +133,7 @@ def _openers(workspace: Workspace, scenario: Scenario, threads: int) -> dict[str
     return found | ({COMPILED: partial(transformers, compiled=True)} if scenario.compile_s else {})
 
 
-def _rehearse(worker: Worker, scenario: Scenario, tokens: list[int]) -> str | None:
+def rehearse(worker: Worker, scenario: Scenario, tokens: list[int]) -> str | None:
     """按测量的次序把每种形状走到不再编译；不行就返回原话。
 
     一个深度至少走两遍：刚填好的缓存与退回过的缓存，内存布局不同，各编译一次。
@@ -163,7 +163,7 @@ def _cases(engines: dict[str, Worker], scenario: Scenario, tokens: list[int]) ->
     """prefill 在前：它从空缓存开始，会冲掉填好的。"""
     logits = {name: np.array(worker.ask("last_logits", tokens=tokens)) for name, worker in engines.items()}
     prefill = {name: partial(worker.ask, "prefill", tokens=tokens) for name, worker in engines.items()}
-    yield _case(
+    yield case(
         f"prefill {scenario.prompt}",
         {
             name: [found / scenario.prompt for found in samples]
@@ -182,10 +182,10 @@ def _cases(engines: dict[str, Worker], scenario: Scenario, tokens: list[int]) ->
             name: partial(worker.ask, "decode", tokens=tokens[: counts[name]])
             for name, worker in engines.items()
         }
-        yield _case(f"depth {depth}", interleaved(decode, scenario.runs), {"depth": depth})
+        yield case(f"depth {depth}", interleaved(decode, scenario.runs), {"depth": depth})
 
 
-def _case(name: str, samples: dict[str, list[float]], facts: dict[str, Any]) -> Case:
+def case(name: str, samples: dict[str, list[float]], facts: dict[str, Any]) -> Case:
     """``samples`` 是每个 token 的秒数；报每秒几个 token，比值仍是时间之比。"""
     seconds = {engine: Spread.of(found) for engine, found in samples.items()}
     return Case(

@@ -12,10 +12,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from deepseek_export import api
-from deepseek_export.capture import ModelDtype
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.records import ModelDtype
 from perf.results import ROOT
 
 _COMMON: Mapping[str, Any] = MappingProxyType(

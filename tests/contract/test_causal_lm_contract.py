@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import deepseek_export as dsx
+from deepseek_export.backend.tensorrt import cuda
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.integration.bundle_cache import BundleCache
 from deepseek_export.integration.compat import cache_name
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
-from deepseek_export.runtime import cuda
 
 pytestmark = pytest.mark.contract
 
@@ -139,7 +140,7 @@ def test_logits_at_every_position(model, source, monkeypatch):
         assert TOLERANCES["logits", "float32"].accepts(measure(got[rows].numpy(), want[REAL].numpy()))
 
     check(model(IDS, attention_mask=MASK).logits)
-    monkeypatch.setattr(model.session, "prefill_chunk", 2)
+    monkeypatch.setattr(model.session.runner, "limits", replace(model.session.limits, prefill_chunk=2))
     check(model(IDS, attention_mask=MASK).logits)
     assert torch.equal(
         model(IDS, MASK, logits_to_keep=2).logits,
@@ -200,9 +201,6 @@ def test_what_it_refuses(model, source):
     refused(lambda: model(IDS[:, :1], attention_mask=more, **{cache_name(): held}), "attention_mask")
     with pytest.raises(dsx.DsxError, match="DSX-E809"):
         model.save_pretrained("anywhere")
-    held.buffers = object()
-    with pytest.raises(dsx.DsxError, match="DSX-E809"):
-        held.reorder_cache(torch.tensor([0]))
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     assert cache_name() not in model(IDS, use_cache=False)
 

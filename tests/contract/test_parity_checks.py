@@ -13,11 +13,11 @@ import pytest
 
 from deepseek_export.backend.base import Limits
 from deepseek_export.bundle.manifest import CacheEntry, GraphEntry, Manifest, QuantizationEntry
-from deepseek_export.capture import OpSite
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.checks import LEVELS, Check, Level, checks, requested
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.profile import resolve_profile
+from deepseek_export.records import OpSite
 
 pytestmark = pytest.mark.contract
 

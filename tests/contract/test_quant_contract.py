@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_the_planned_size_is_what_is_written(
 def test_free_space_is_checked_against_the_quantised_size(bundles, tmp_path: Path, monkeypatch):
     """EXPORT-32：磁盘只放得下量化之后的，``--quant`` 照常导出；不量化的在动工之前拒绝，写明还差多少。"""
     free = HEADROOM + bundles["int4"].manifest.files["weights/model.safetensors"].bytes
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     options = {"target": "ort-cpu", "quantization": Quantization(kind="int4")}
     bundle = deepseek_export.export(CHECKPOINT, tmp_path / "int4", "mla+moe", **options)
     assert bundle.manifest.files == bundles["int4"].manifest.files

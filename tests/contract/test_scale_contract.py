@@ -137,12 +137,12 @@ def test_main_and_draft_share_generated_weights(referenced):
     """EXPORT-21：主模型与草稿模型共用的权重只生成一次、只占一份内存。"""
     bundle = referenced[0]
     weights = BundleWeights(bundle)
-    main, draft = (weights.arrays(bundle.path / graph.file) for graph in bundle.manifest.graphs)
+    main, draft = (weights.arrays(graph.by_recipe) for graph in bundle.manifest.graphs)
     assert main
     assert draft
     for name in main.keys() & draft.keys():
         assert main[name] is draft[name]
-    again = weights.arrays(onnx.load(bundle.model_path, load_external_data=False))
+    again = weights.arrays(bundle.manifest.main.by_recipe)
     assert all(again[name] is main[name] for name in main)
 
 

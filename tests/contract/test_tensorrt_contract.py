@@ -248,7 +248,9 @@ def test_weights_by_reference_build_the_same_engine(built, tmp_path):
     assert engine.layers == built[0].layers
     plan = (engine.path / "model.plan").read_bytes()
     experts = [
-        a for name, a in BundleWeights(bundle).arrays(bundle.model_path).items() if ".experts." in name
+        a
+        for name, a in BundleWeights(bundle).arrays(bundle.manifest.main.by_recipe).items()
+        if ".experts." in name
     ]
     assert len(experts) == 3 * bundle.manifest.model.num_moe_layers
     assert all(array.tobytes() in plan for array in experts)
@@ -293,7 +295,13 @@ def test_a_plugin_that_did_not_survive_fails_the_build(built):
 def test_attention_that_did_not_fuse_is_named(bundle, monkeypatch):
     """TRT-3：prefill 的注意力没有融合时，记进 engine.json、命令行与进度各说一遍；结果仍然对，所以不失败。"""
     nodes = [f"layers.{i}.self_attn/mla/Attention" for i in range(bundle.manifest.model.num_hidden_layers)]
-    monkeypatch.setattr("deepseek_export.engine.layers._FUSED_ATTENTION", "no such kernel")
+
+    def without_fused_attention(text, *rest):
+        """TensorRT 的层清单，像是没有一个融合的注意力核。"""
+        assert "mha" in text
+        return parse_layers(text.replace("mha", "mm"), *rest)
+
+    monkeypatch.setattr("deepseek_export.engine.build.parse_layers", without_fused_attention)
     arguments = [str(bundle.path), "--arch", "sm86", "--profile-shapes", "T=256"]
     result = CliRunner().invoke(build_command, arguments, catch_exceptions=False)
     directory = bundle.path / "engines/rtx-sm86"

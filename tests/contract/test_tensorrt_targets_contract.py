@@ -89,7 +89,7 @@ def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
     assert bundle.manifest.fallbacks == []
     engine = build_for(bundle, 89)
     plan = (engine.path / "model.plan").read_bytes()
-    arrays = BundleWeights(bundle).arrays(bundle.model_path)
+    arrays = BundleWeights(bundle).arrays(bundle.manifest.main.by_recipe)
     codes = {name: array for name, array in arrays.items() if name.endswith(kind)}
     assert len(codes) == len(bundle.manifest.quantization.tensors)
     for name, array in codes.items():

@@ -151,7 +151,7 @@ def targets(tmp_path_factory, v3_bundle: Bundle) -> Iterator[dict[str, Target]]:
             (words / "chat_template.jinja").unlink()
 
     with pytest.MonkeyPatch.context() as patch:
-        hurried_templates(patch, folder)
+        hurried_templates(patch)
         yield {
             "config": target(checkpoint / "config.json", open_checkpoint),
             "header": Target(raw[8 : 8 + length], use_header),

@@ -17,6 +17,7 @@ from unittest import mock
 
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG
 from deepseek_export.cli.main import main
+from tests.raised_codes import saw
 
 DSX = (sys.executable, "-m", "deepseek_export.cli.main")
 
@@ -94,6 +95,7 @@ def assert_refused(process: subprocess.CompletedProcess[str], code: str) -> None
     assert "Traceback" not in process.stderr
     head, what, todo = process.stderr.splitlines()[-3:]
     assert head.startswith(f"{code} "), process.stderr
+    saw(code)
     assert what.startswith("  ")
     assert what.strip()
     assert todo.startswith("  建议：")

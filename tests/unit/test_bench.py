@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from importlib import metadata
 
 import numpy as np
 import pytest
 
 from deepseek_export import api, machine
-from deepseek_export.bench.bundle import Scenario, bench_bundle
+from deepseek_export.bench.bundle import BenchReport, Scenario, bench_bundle
 from deepseek_export.bench.depth import DepthDecoder
 from deepseek_export.bench.environment import environment
 from deepseek_export.bench.memory import measure, memory_in_subprocess
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
-from deepseek_export.cli import bench as cli
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
+from tests.integration.cli import dsx
 
 pytestmark = pytest.mark.unit
 
 SMALL = Scenario(batch=2, prompt_len=6, new_tokens=4, depths=(20, 300), runs=2, threads=1)
+#: 命令行上同样的场景。
+OPTIONS = (
+    *("--batch", 2, "--prompt-len", 6, "--new-tokens", 4, "--runs", 2, "--threads", 1),
+    *("--depth", 20, "--depth", 300),
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +75,38 @@ def test_environment_names_the_machine(tmp_path):
     found = environment(2)
     assert found["threads"] == 2
     assert found["cpu"]["cores"] == machine.cores()
-    assert found["libraries"]["onnxruntime"]
+    assert set(found["cpu"]["flags"]) <= machine.cpu_flags()
+    assert found["memory_bytes"] == machine.memory_bytes()
+    assert found["libraries"]["onnxruntime"] == metadata.version("onnxruntime")
     assert found["git"] is None
     assert environment(None, tmp_path)["git"] is None  # 不是 git 检出
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("script", "gpus"),
+    [
+        (
+            "echo 'NVIDIA H100 80GB HBM3, 580.82'; echo 'NVIDIA L4, 580.82'",
+            [
+                {"name": "NVIDIA H100 80GB HBM3", "driver": "580.82"},
+                {"name": "NVIDIA L4", "driver": "580.82"},
+            ],
+        ),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", []),
+        (None, []),
+    ],
+    ids=["cards", "no driver", "not installed"],
+)
+def test_environment_asks_the_system_for_its_cards(script, gpus, tmp_path, monkeypatch):
+    """显卡由 ``nvidia-smi`` 说；它失败、没有它都是没有显卡。也没有 git 时，源码的版本不知道。"""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    found = environment(None, tmp_path)
+    assert (found["gpus"], found["git"]) == (gpus, None)
 
 
 def test_results_a_measurement_writes_do_not_make_the_source_dirty(tmp_path):
@@ -130,34 +164,39 @@ def test_memory_sample(exported):
     assert sample.resident <= sample.peak
 
 
-def test_bench_writes_its_report(exported, capsys):
-    """被测与对照交替；报告写进 bundle，能原样读回，也能印成表。"""
+def bench(bundle, *options: object) -> tuple[BenchReport, str]:
+    """``dsx bench`` 写进 bundle 的报告，与印出来的表。"""
+    process = dsx("bench", bundle.path, *OPTIONS, *options)
+    assert process.returncode == 0, process.stderr
+    written = json.loads((bundle.path / "reports/bench.json").read_text(encoding="utf-8"))
+    report = BenchReport.model_validate(written)
+    assert report.model_dump(mode="json") == written
+    return report, process.stdout
+
+
+def test_bench_writes_its_report(exported):
+    """被测与对照交替；报告写进 bundle，能原样读回，也印成表。"""
     ours, base = exported("v3-yarn", "mla+moe"), exported("v3-yarn", "baseline")
-    report = bench_bundle(ours.path, against=base.path, scenario=SMALL)
-    written = json.loads((ours.path / "reports/bench.json").read_text())
-    assert type(report).model_validate(written) == report
+    report, text = bench(ours, "--against", base.path)
+    assert report.scenario == SMALL
     assert set(report.ways) == {"bundle/plain", "against/plain"}
     assert [depth.context for depth in report.depths] == [20, 300]
     assert len(report.ratios) == 4
     assert all(len(ratio.value.samples) == SMALL.runs for ratio in report.ratios)
     memory = {name: subject.memory for name, subject in report.subjects.items()}
     assert memory["bundle"].cache_computed < memory["against"].cache_computed
-    cli._print(report)
-    text = capsys.readouterr().out
     for expected in ("逐个 token", "对照", "实测的缓存", "上下文 300", "机器"):
         assert expected in text
 
 
-def test_bench_measures_speculation_and_survives_unknown_memory(speculative, monkeypatch, capsys):
+def test_bench_measures_speculation_and_survives_unknown_memory(speculative, monkeypatch):
     """带草稿模型时两种解码都测；系统不给进程内存时写「未知」。"""
     monkeypatch.setattr("deepseek_export.bench.memory.process_memory", lambda: None)
-    report = bench_bundle(speculative.path, scenario=SMALL, prompts=["床前明月光"])
+    report, text = bench(speculative, "-P", "床前明月光")
     assert set(report.ways) == {"bundle/plain", "bundle/speculative"}
     assert report.ways["bundle/speculative"].speculation["main_calls"] > 0
     ratios = [(ratio.what, ratio.numerator, ratio.denominator) for ratio in report.ratios]
     assert ratios == [("decode", "bundle/speculative", "bundle/plain")]
-    cli._print(report)
-    text = capsys.readouterr().out
     assert "未知" in text
     assert "解码：被测 投机 / 被测 逐个 token" in text
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from deepseek_export.bundle import Bundle, export_bundle
+from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.by_reference import link_checkpoint
 from deepseek_export.bundle.disk import (
     atomic_directory,
@@ -26,6 +26,7 @@ from deepseek_export.bundle.disk import (
     output_lock,
     output_path,
 )
+from deepseek_export.bundle.export import export_bundle
 from deepseek_export.bundle.packed import write_packed
 from deepseek_export.checkpoint import Checkpoint, TensorStore
 from deepseek_export.checkpoint.recipe import CHUNK_BYTES, load_array, materialize, weight_recipes

@@ -5,27 +5,31 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from importlib import metadata
+from pathlib import Path
 
 import click
 import pytest
 
-from deepseek_export import machine
-from deepseek_export.cli import compare, console, demo, doctor, inspect, progress, verify
+from deepseek_export import api, machine
+from deepseek_export.cli import console, demo, doctor, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
 from deepseek_export.parity.bisect import Culprit, NodeEntry
 from deepseek_export.parity.checks import LEVELS
+from deepseek_export.parity.compare import BlockCase, ComparisonReport
 from deepseek_export.parity.measures import Measure
 from deepseek_export.parity.report import Case, ParityReport
 from deepseek_export.parity.tolerances import TOLERANCES
-from deepseek_export.passes import TARGETS
+from deepseek_export.records import TARGETS
+from tests.integration.cli import dsx, last_json
 
 pytestmark = pytest.mark.unit
 
 
 def test_names_agree_with_their_source():
     assert verify.LEVELS == LEVELS
-    assert {name for name, state in doctor.TARGETS.items() if state.startswith("可用")} == set(TARGETS)
+    assert set(doctor.TARGETS) == set(TARGETS)
 
 
 def test_every_command_has_chinese_help():
@@ -60,21 +64,14 @@ def test_names_are_not_broken_in_the_middle(width: int):
     assert firsts == ["layers.1.mlp.shared_experts.", "down_proj/MatMul"]
 
 
-def test_published_cache_sizes():
-    lite, v3 = (inspect._published(shape) for shape in inspect.PUBLISHED)
-    for row, layers, expanded in ((lite, 27, 5120), (v3, 61, 40960)):
-        assert row["values_per_token_per_layer"] == 576
-        assert row["expanded_values_per_token_per_layer"] == expanded
-        assert row["bytes_per_token"] == 576 * layers * 2
-        assert row["bytes_at_context"] == 576 * layers * 2 * 8192
-        assert row["saving"] == pytest.approx(1 - 576 / expanded)
+def _case(name: str, **fields: object) -> Case:
+    return Case(level="block", name=name, passed=False, **fields)
 
 
-def test_a_failing_report_names_level_case_and_coordinate(capsys):
-    bad = Case(
-        level="block",
-        name="layers.1.mlp",
-        passed=False,
+def test_a_failing_report_names_level_case_and_coordinate(monkeypatch):
+    """``dsx verify`` 印出、``--json`` 写出报告里的不通过，退出码 1；报告是给好的，只看怎么写。"""
+    bad = _case(
+        "layers.1.mlp",
         measure=Measure(0.5, (0, 3, 7), 1e-3, 1.01, 1.0, 64, 1.75, 1.25),
         tolerance=TOLERANCES["block", "float32"],
         near_ties=2,
@@ -93,8 +90,10 @@ def test_a_failing_report_names_level_case_and_coordinate(capsys):
         notes=["op 层没有可比的"],
         polygraphy="polygraphy run OUT/model.onnx",
     )
-    summary = verify._summary(report)
-    assert summary["levels"][1] == {
+    monkeypatch.setattr(api, "verify", lambda *_, **__: report)
+    process = dsx("verify", "OUT", "--json")
+    assert process.returncode == 1
+    assert last_json(process)["levels"][1] == {
         "level": "block",
         "cases": 1,
         "failed": 1,
@@ -103,8 +102,8 @@ def test_a_failing_report_names_level_case_and_coordinate(capsys):
         "calc_diff": 1e-3,
         "norm_ratio": 1.01,
     }
-    verify._print(report, summary)
-    text = capsys.readouterr().out
+    process = dsx("verify", "OUT")
+    assert process.returncode == 1
     for expected in (
         "不通过",
         "没有可比的",
@@ -113,29 +112,56 @@ def test_a_failing_report_names_level_case_and_coordinate(capsys):
         "OUT/reports/parity.json",
         "polygraphy run",
     ):
-        assert expected in text
+        assert expected in process.stdout
 
 
-def _culprit(**fields) -> Culprit:
-    plain = {"graph": "model.onnx", "block": "layers.1.mlp", "phase": "decode", "checked": 14}
-    return Culprit(**plain, command="polygraphy run OUT/bisect/graph.onnx", **fields)
+@pytest.fixture
+def culprit_rows(monkeypatch):
+    """``dsx compare`` 在「第一个不对的节点」之下印的各行；报告是给好的。"""
+
+    def rows(**fields: object) -> list[tuple[str, str]]:
+        block, command = "layers.1.mlp", "polygraphy run OUT/bisect/graph.onnx"
+        common = {"graph": "model.onnx", "block": block, "phase": "decode"}
+        report = ComparisonReport(
+            bundle="OUT",
+            checkpoint="CKPT",
+            profile="mla",
+            target="portable",
+            dtype="float32",
+            backends=["ort"],
+            environment={},
+            folder="SAVED",
+            commands={"model.onnx": "polygraphy run SAVED/model.onnx"},
+            cases=[BlockCase(backend="ort", **common, case=_case(block))],
+            culprit=Culprit(**common, checked=14, command=command, **fields),
+        )
+        monkeypatch.setattr(api, "compare", lambda *_, **__: report)
+        process = dsx("compare", "OUT")
+        assert process.returncode == 1
+        assert f"逐节点  {command}" in process.stdout
+        _, _, below = process.stdout.partition("第一个不对的节点")
+        lines = below.partition("\n\n")[0].split("\n")[1:]
+        return [tuple(re.split(r"\s{2,}", line.strip(), maxsplit=1)) for line in lines]
+
+    return rows
 
 
-def test_a_culprit_without_a_node_says_so():
-    rows = dict(compare._culprit_rows(_culprit()))
+def test_a_culprit_without_a_node_says_so(culprit_rows):
+    rows = dict(culprit_rows())
     assert "layers.1.mlp (decode) 里的 14 个值" in rows["比过"]
     assert "每个值单独算都对" in rows["节点"]
 
 
-def test_a_culprit_in_a_lowered_segment_names_both_ends():
-    case = Case(level="op", name="layers.1/moe_experts (decode)", passed=False, note="形状是 [1]，应为 [2]")
+def test_a_culprit_in_a_lowered_segment_names_both_ends(culprit_rows):
+    case = _case("layers.1/moe_experts (decode)", note="形状是 [1]，应为 [2]")
     nodes = [NodeEntry(name=f"n{i}", op="Mul", inputs=[], attributes={}) for i in range(9)]
-    rows = compare._culprit_rows(_culprit(value="layers.1/moe_experts", nodes=nodes, case=case))
+    rows = culprit_rows(value="layers.1/moe_experts", nodes=nodes, case=case)
     assert ("节点", "n8（Mul）") in rows
     assert ("同一段", "n0 到 n7，共 8 个节点") in rows
     assert ("说明", "形状是 [1]，应为 [2]") in rows
     assert rows[-1][1].startswith("权重、属性、常量、接线都与捕获时相同")
-    rows = compare._culprit_rows(_culprit(value="y", nodes=nodes[:2], case=case, causes=["甲", "乙"]))
+    rows = culprit_rows(value="y", nodes=nodes[:2], case=case, causes=["甲", "乙"])
+    assert ("同一段", "n0（Mul）") in rows
     assert rows[-3:] == [("说明", "形状是 [1]，应为 [2]"), ("原因", "甲"), ("原因", "乙")]
 
 
@@ -148,29 +174,106 @@ def test_cpu_flags_are_read_and_may_be_absent(tmp_path):
     assert machine.cpu_flags(path) is None
 
 
-def test_doctor_reports_missing_and_old_packages(monkeypatch, capsys):
+def test_doctor_reports_missing_and_old_packages(monkeypatch):
     def version(name):
         if name.startswith("tensorrt") or name == "transformers":
             raise metadata.PackageNotFoundError(name)
         return "2.1.0+cpu" if name == "torch" else "99"
 
     monkeypatch.setattr(metadata, "version", version)
-    found = doctor.diagnose()
+    process = dsx("doctor", "--json")
+    assert process.returncode == 1
+    found = last_json(process)
     status = {package["name"]: package["status"] for package in found["packages"]}
     assert (status["torch"], status["tensorrt"], status["onnx"]) == ("old", "missing", "ok")
+    assert {"polygraphy", "triton", "cuda_bindings"} <= set(status)
     assert not found["ok"]
-    doctor._print(found)
-    text = capsys.readouterr().out
-    assert "太旧" in text
-    assert "deepseek-export[hf]" in text
+    assert found["targets"]["portable"] == {"export": ["torch"], "build": None, "run": []}
+    process = dsx("doctor")
+    assert process.returncode == 1
+    assert "太旧" in process.stdout
+    assert "deepseek-export[hf]" in process.stdout
+
+
+_SMI = """#!/bin/sh
+echo "580.65.06, 9.0, 81559, NVIDIA H100 80GB HBM3"
+echo "580.65.06, 9.0, 81559, NVIDIA H100 80GB HBM3"
+"""
+
+
+def _path_with(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str | None) -> None:
+    """``PATH`` 上只有这一个 ``nvidia-smi``，或者没有。"""
+    monkeypatch.setenv("PATH", str(folder))
+    if script is not None:
+        (folder / "nvidia-smi").write_text(script)
+        (folder / "nvidia-smi").chmod(0o755)
+
+
+def test_doctor_says_how_far_each_target_gets_here(monkeypatch, tmp_path):
+    """没有装 TensorRT、没有 GPU：能导出，不说可用；有了就是。"""
+
+    def version(name):
+        if name.startswith("tensorrt") and not installed:
+            raise metadata.PackageNotFoundError(name)
+        return "99"
+
+    installed = False
+    monkeypatch.setattr(metadata, "version", version)
+    _path_with(tmp_path, monkeypatch, None)
+    found = doctor.diagnose()
+    assert found["ok"]
+    assert found["gpu"] == {"driver": None, "gpus": [], "problem": None}
+    assert found["targets"]["ort-cpu"] == {"export": [], "build": None, "run": []}
+    assert found["targets"]["tensorrt"] == {
+        "export": [],
+        "build": ["tensorrt", "GPU"],
+        "run": ["tensorrt", "GPU"],
+    }
+    assert found["targets"]["tensorrt-rtx"]["build"] == ["tensorrt_rtx"]
+    text = dsx("doctor").stdout
+    assert "没有 NVIDIA 驱动" in text
+    assert "能导出；建引擎缺 tensorrt、GPU；运行缺 tensorrt、GPU" in text
+    installed = True
+    assert doctor.diagnose()["targets"]["tensorrt-rtx"] == {"export": [], "build": [], "run": ["GPU"]}
+    _path_with(tmp_path, monkeypatch, _SMI)
+    found = doctor.diagnose()
+    assert found["targets"]["tensorrt"] == {"export": [], "build": [], "run": []}
+    assert found["gpu"]["gpus"][0] == {
+        "name": "NVIDIA H100 80GB HBM3",
+        "sm": 90,
+        "memory_bytes": 81559 << 20,
+    }
+    text = dsx("doctor").stdout
+    assert "2 × NVIDIA H100 80GB HBM3（sm90，79.6 GiB），驱动 580.65.06" in text
+    assert "能导出、建引擎、运行" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("#!/bin/sh\necho 'driver/library version mismatch'; exit 18", "driver/library version mismatch"),
+        ("#!/bin/sh\nexit 9", "退出码是 9"),
+        ("#!/bin/sh\necho '580, [N/A], x'", "看不懂"),
+        ("#!/no/such/shell", None),
+    ],
+)
+def test_a_driver_that_does_not_answer(monkeypatch, tmp_path, script, problem):
+    _path_with(tmp_path, monkeypatch, script)
+    found = machine.nvidia()
+    assert found.gpus == ()
+    assert (found.problem is None) if problem is None else (problem in str(found.problem))
 
 
 def test_doctor_without_installed_metadata(monkeypatch):
+    """没有安装信息就不知道最低版本：只看有没有装。"""
+
     def nothing(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", nothing)
-    assert doctor._floors() == {}
+    process = dsx("doctor", "--json")
+    assert process.returncode == 0
+    assert {package["required"] for package in last_json(process)["packages"]} == {None}
 
 
 def test_demo_home(monkeypatch, tmp_path):
@@ -206,10 +309,10 @@ def test_rich_progress_on_a_terminal(monkeypatch, tmp_path):
             bars.start("写权重", 1 << 20)
             bars.advance(1 << 19, "model.norm.weight")
             bars.note("退回 naive")
-        interrupted = progress.RichProgress()
-        interrupted.start("校验 block", 6)
-        interrupted.advance(2)
-        interrupted.__exit__(KeyError, KeyError(), None)
+        with contextlib.suppress(KeyError), progress.open_progress(as_json=False) as interrupted:
+            interrupted.start("校验 block", 6)
+            interrupted.advance(2)
+            raise KeyError
         terminal.flush()
         text = _drain(primary)
     os.close(primary)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 import deepseek_export
 from deepseek_export.backend.ort.runner import OrtRunner
-from deepseek_export.cli import doctor
 from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import mla_attention
@@ -27,6 +26,7 @@ from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.runtime import ModelSession
 from tests.cpu_build import SOURCES, builder
+from tests.integration.cli import dsx
 from tools.cpu_node import CACHES, COMPUTES, ODD, SCALE, WIDE, call, make_inputs, make_session
 
 pytestmark = pytest.mark.unit
@@ -238,9 +238,17 @@ def test_narrow_cache_verifies(library, exported, cache_dtype: str):
     assert report.passed, report.first_failure
 
 
+def doctor_line() -> str:
+    """``dsx doctor`` 怎么说这台机器的算子库；用不了也不是失败。"""
+    process = dsx("doctor")
+    assert process.returncode == 0, process.stderr
+    (line,) = (line for line in process.stdout.splitlines() if "C++ 算子库" in line)
+    return line.partition("C++ 算子库")[2].strip()
+
+
 def test_library_is_found_refused_and_switched_off(library, tmp_path, monkeypatch):
     """CPU-6：路径不对是 DSX-E520，指令集不对是 DSX-E521；doctor 把原因写在一行里，不算失败。"""
-    assert doctor._library_line(doctor._cpu_library()).startswith(f"有：{library.isa}")
+    assert doctor_line().startswith(f"有：{library.isa}")
     assert library_for("portable") is None
     monkeypatch.setenv("DSX_CPU_ISA", "plain")
     assert find_library() == CpuLibrary(library.path, library.isas, "plain")
@@ -254,10 +262,10 @@ def test_library_is_found_refused_and_switched_off(library, tmp_path, monkeypatc
     with pytest.raises(DsxError) as caught:
         find_library()
     assert caught.value.code == "DSX-E520"
-    assert doctor._library_line(doctor._cpu_library()).startswith("用不了：DSX-E520")
+    assert doctor_line().startswith("用不了：DSX-E520")
     monkeypatch.setenv("DSX_CPU_LIBRARY", "off")
     assert find_library() is None
-    assert "函数体" in doctor._library_line(doctor._cpu_library())
+    assert "函数体" in doctor_line()
 
 
 def test_build_says_what_is_missing(tmp_path, monkeypatch, capsys):

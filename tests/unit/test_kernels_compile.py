@@ -88,11 +88,15 @@ def test_compiles_everything(sm, dtype, tmp_path):
 
 def test_cached_by_content(empty_cache, monkeypatch):
     """KERNEL-4：第二次不再编译；常数、SM 或源码变了键就变。"""
+    import triton
+
     table = tables(90)[1]
     spec = next(s for s in specs(table) if s.function == "combine")
     first = compile_kernel(spec, 90)
-    monkeypatch.setattr(module, "_compile", None)
+    monkeypatch.setattr(triton, "compile", None)
     assert compile_kernel(spec, 90) == first
+    with pytest.raises(TypeError):  # 没有存过的，真的要编译
+        compile_kernel(replace(spec, num_warps=8), 90)
     key = cache_key(spec, 90)
     assert cache_key(spec, 80) != key
     assert cache_key(replace(spec, num_warps=8), 90) != key

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels import launcher as module
 from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.launcher import Launcher, pack_arguments
 from deepseek_export.kernels.program import Argument, CompiledKernel, Launch, Program, Tensor, Variant
@@ -47,7 +47,7 @@ PROGRAM = Program(
 
 
 class Recorder:
-    """记录调用的驱动；状态总是 ``status``。"""
+    """代替 cuda-bindings 的 ``driver``，记录调用；状态总是 ``status``，上下文是它自己（装载过的按上下文记）。"""
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"))
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="max-shared")
@@ -61,7 +61,9 @@ class Recorder:
 
         def call(*arguments):
             self.calls.append((name, arguments))
-            return (self.status,) if name == "cuLaunchKernel" else (self.status, (name, *arguments))
+            if name in ("cuInit", "cuLaunchKernel"):
+                return (self.status,)
+            return self.status, self if name == "cuCtxGetCurrent" else (name, *arguments)
 
         return call
 
@@ -69,8 +71,7 @@ class Recorder:
 @pytest.fixture
 def driver(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(module, "_load_driver", lambda: recorder)
-    monkeypatch.setattr(module, "_LOADED", {})
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=recorder))
     return recorder
 
 

@@ -15,6 +15,7 @@ from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops import registry
 from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION, TYPE_CONSTRAINTS
 from tools.make_ops_header import HEADER, header
+from tools.make_ops_page import PAGE, page
 
 pytestmark = pytest.mark.unit
 
@@ -104,6 +105,11 @@ def test_names_are_spelled_only_in_the_table():
 def test_the_header_is_generated():
     """plugins/ops.h 就是生成器写的那一份：改了契约表要 make ops-header。"""
     assert HEADER.read_text(encoding="utf-8") == header()
+
+
+def test_the_page_is_generated():
+    """docs/operators.md 也是：算子的端口、形状、属性不在文档里另写一遍。"""
+    assert PAGE.read_text(encoding="utf-8") == page()
 
 
 def test_native_code_spells_no_operators():

@@ -18,22 +18,11 @@ from deepseek_export.capture import capture_draft, capture_model
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
-from deepseek_export.passes import (
-    QUANT_TARGETS,
-    TARGETS,
-    TENSORRT_TARGETS,
-    GraphModule,
-    Pass,
-    PassError,
-    PassResult,
-    graph_listing,
-    lower,
-    pipeline,
-    pipelines,
-)
+from deepseek_export.passes import GraphModule, Pass, PassError, graph_listing, lower, pipeline, pipelines
 from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.pipelines import Step, nodes
 from deepseek_export.profile import resolve_profile
+from deepseek_export.records import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, PassResult
 from tests.models import TOLERANCE, distance, model_config, ort_session
 
 pytestmark = pytest.mark.unit

@@ -147,7 +147,7 @@ class Compiling:
 def test_nothing_compiles_while_samples_are_taken():
     """排练走过测量会遇到的每种布局；怎么走都还在编译的，原话说明。"""
     engine = Compiling()
-    assert peers._rehearse(engine, peers.FULL, [0] * 4) is None
+    assert peers.rehearse(engine, peers.FULL, [0] * 4) is None
     before = engine.ask("compilations")
     assert before == 5
     for depth in peers.FULL.depths:
@@ -155,7 +155,7 @@ def test_nothing_compiles_while_samples_are_taken():
         for _ in range(3):
             engine.ask("decode", tokens=[0])
     assert engine.ask("compilations") == before
-    assert "decode 走了 8 遍还在重新编译" in peers._rehearse(Compiling(never=True), peers.FULL, [0] * 4)
+    assert "decode 走了 8 遍还在重新编译" in peers.rehearse(Compiling(never=True), peers.FULL, [0] * 4)
 
 
 @pytest.mark.slow  # 真的 torch.compile，两三分钟
@@ -169,7 +169,7 @@ def test_torch_compile_settles_in_rehearsal(small):
         compiled=True,
     )
     scenario = peers.Scenario(depths=(0, 40), tokens=2)
-    assert peers._rehearse(worker, scenario, tokens) is None
+    assert peers.rehearse(worker, scenario, tokens) is None
     before = worker.ask("compilations")
     assert before > 0
     for depth in scenario.depths:
@@ -183,7 +183,7 @@ def test_torch_compile_settles_in_rehearsal(small):
 def test_a_case_reports_rates_and_time_ratios():
     """每秒 token 数越大越好，比值仍是时间之比，越小越好。"""
     samples = {peers.DSX: [0.01, 0.02], peers.DSX_COARSE: [0.005, 0.01], peers.LLAMA: [0.02, 0.04]}
-    case = peers._case("depth 0", samples, {})
+    case = peers.case("depth 0", samples, {})
     assert case.values[f"{peers.DSX}.{peers.RATE}"].samples == (100, 50)
     assert {name: ratio.samples for name, ratio in case.ratios.items()} == {
         f"dsx/{peers.LLAMA}": (0.5, 0.5),

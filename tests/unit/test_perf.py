@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from deepseek_export.bench.environment import environment
 from deepseek_export.bench.memory import MemorySample
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
@@ -47,7 +48,7 @@ def test_history_is_append_only_and_latest_prefers_full_runs(tmp_path):
 
 
 def test_history_rows_are_valid_and_name_commands_that_repeat_them(monkeypatch, tmp_path):
-    """历史的每一行都读得回来，命令里没有输出的路径；新的一行也没有，只写它自己的那一套。"""
+    """历史的每一行都读得回来，命令里没有输出的路径；新的一行也没有，只写它自己的那一套，带同一个环境块。"""
     history = results.load()
     assert history
     assert report.markdown(history, []).count("\n## ") == 1 + sum(len(run.suites) for run in history)
@@ -61,10 +62,13 @@ def test_history_rows_are_valid_and_name_commands_that_repeat_them(monkeypatch, 
     done = CliRunner().invoke(
         cli, ["run", "--quick", "mla-memory", "mtp", "--threads", "1", "--out", str(tmp_path / "report")]
     )
-    assert [run.environment["command"] for run in results.load(tmp_path / "runs.jsonl")] == [
+    rows = results.load(tmp_path / "runs.jsonl")
+    assert [run.environment["command"] for run in rows] == [
         "python -m perf run --quick mla-memory",
         "python -m perf run --quick mtp",
     ], done.output
+    for run in rows:
+        assert set(run.environment) == {*environment(1), "command", "cpu_library"}
 
 
 def test_gate_statuses():

@@ -43,12 +43,11 @@ class OrtBackend(Backend):
                 ``DSX-E521`` C++ 算子库用不了；``DSX-E321`` bfloat16。
         """
         self.prepared(bundle)
-        path = bundle.path / graph.file
         return OrtRunner(
-            path,
+            bundle.path / graph.file,
             threads=threads,
             max_positions=self.limits(bundle).max_positions,
-            initializers=weights.arrays(path),
+            initializers=weights.arrays(graph.by_recipe),
             library=library_for(bundle.manifest.target),
         )
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_export.capture import OpSite
 from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
 from deepseek_export.checkpoint.weight_only import dequantized
@@ -25,6 +24,7 @@ from deepseek_export.parity.checks import Check
 from deepseek_export.parity.context import Context
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.tolerances import Key
+from deepseek_export.records import OpSite
 from deepseek_export.reference.weights import torch_dtype
 
 #: (B, S, T, past_lens)：空缓存、解码、MTP 校验式的小 S、长 prefill（auto 走 naive）、长度不等、容量恰好用满。

@@ -113,6 +113,7 @@ class SpeculativeGenerator(Generator):
         sampling: SamplingParams | None = None,
         on_token: OnToken | None = None,
         ignore_eos: bool = False,
+        stop: Sequence[str] = (),
     ) -> GenerationResult:
         """批量生成；参数与结果的含义同 :meth:`Generator.generate`，另带 ``speculation`` 统计。
 
@@ -125,7 +126,7 @@ class SpeculativeGenerator(Generator):
         """
         params = sampling or SamplingParams()
         self._check_sampling(params)
-        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos)
+        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos, stop)
         started = perf_counter()
         run = self._start(rows, lens, out, params)
         first = self._prefill_ids(rows, run)
@@ -137,6 +138,7 @@ class SpeculativeGenerator(Generator):
         stats = run.tally.stats(draft_calls, fell_back=bool(notes))
         times = (started, prefilled, perf_counter())
         notes += tuple(dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes))
+        notes += tuple(out.notes(max_new_tokens, self.session.max_positions))
         return self._result(lens, out, times, notes, stats)
 
     def _start(
