@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, read_bundle
 from deepseek_export.bundle.disk import check_output, output_path
 from deepseek_export.checkpoint import stop_token_ids
+from deepseek_export.checkpoint.fields import shown
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_export
@@ -219,6 +221,7 @@ class CompiledModel:
         seed: int | None = None,
         chat: bool = False,
         ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
         on_token: Callable[[int, int], None] | None = None,
         speculative: bool | None = None,
     ) -> GenerationResult:
@@ -229,21 +232,25 @@ class CompiledModel:
             max_new_tokens: 每条至多生成多少个 token。
             temperature: 0 为 greedy。
             top_k, top_p, seed: 采样参数，见 :class:`~deepseek_export.runtime.SamplingParams`。
-            chat: 套用聊天模板。
+            chat: 套用聊天模板；只能套在文本上，每条是用户的一句话。
             ignore_eos: 遇到 EOS 不停。
+            stop: 停止串，一个或几个：一行的文本里出现任何一个就停，文本到它之前为止。
             on_token: 每个新 token 回调 ``(行号, token id)``。
             speculative: 是否投机解码；``None`` 表示 bundle 带草稿模型就投机，``False`` 表示逐个 token 解码。
 
         Raises:
-            DsxError: 5xx；``speculative=True`` 而 bundle 没有草稿模型为 ``DSX-E517``。
+            DsxError: 5xx；``prompts`` 的写法不对为 ``DSX-E702``；``speculative=True`` 而 bundle 没有草稿模型为 ``DSX-E517``。
         """
         generator = self._generator(speculative)
-        texts: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids: list[list[int]] = []
-        for prompt in texts:
-            ids.append(self.encode(prompt, chat) if isinstance(prompt, str) else [int(i) for i in prompt])
+        ids = [
+            self.encode(prompt, chat) if isinstance(prompt, str) else prompt
+            for prompt in _prompt_rows(prompts, chat)
+        ]
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return generator.generate(ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        return generator.generate(
+            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos, stop=stops
+        )
 
     def _generator(self, speculative: bool | None) -> Generator:
         if speculative is False or (speculative is None and self.speculative is None):
@@ -255,6 +262,43 @@ class CompiledModel:
                 "用 --set mtp.enabled=true 重新导出，或去掉 speculative=True",
             )
         return self.speculative
+
+
+def _prompt_rows(prompts: Any, chat: bool) -> list[str | list[int]]:
+    """``generate`` 的提示词：每条是文本，或一串 token id；别的写法按 ``DSX-E702`` 拒绝，并说该怎么写。"""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise _bad_prompts("prompts", prompts)
+    rows: list[str | list[int]] = []
+    for number, prompt in enumerate(prompts):
+        where = f"prompts[{number}]"
+        if isinstance(prompt, str):
+            rows.append(prompt)
+            continue
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+            raise _bad_prompts(where, prompt)
+        if chat:
+            todo = "chat=True 给文本；要给 token id 就去掉 chat=True，自己先套好模板"
+            raise DsxError("DSX-E702", f"chat=True，而 {where} 是 token id", todo)
+        rows.append([_token_id(where, at, token) for at, token in enumerate(prompt)])
+    return rows
+
+
+def _token_id(where: str, at: int, token: Any) -> int:
+    try:
+        return index(token)
+    except TypeError as error:
+        raise _bad_prompts(f"{where}[{at}]", token) from error
+
+
+def _bad_prompts(where: str, value: Any) -> DsxError:
+    todo = '给一条文本 "床前明月光"，几条文本 ["春", "秋"]，或几条 token id [[1, 2, 3]]'
+    if isinstance(value, Mapping):
+        todo = "对话先套模板：generate(model.tokenizer.apply_chat_template(messages))；只有一句话就直接给文本，加 chat=True"
+    elif not isinstance(value, Iterable) and value is not None:
+        todo += "；一条也要套一层列表"
+    return DsxError("DSX-E702", f"{where} 是 {shown(value)}（{type(value).__name__}）", todo)
 
 
 def load(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -162,6 +162,14 @@ class DsxError(Exception):
     def __init__(self, code: str, what: str, todo: str) -> None:
         self.code, self.title, self.what, self.todo = code, ERRORS[code], what, todo
         super().__init__(f"{code} {self.title}\n  {what}\n  建议：{todo}")
+
+
+class UnwrittenReport(DsxError):
+    """结果算出来了，报告却写不下；``report`` 就是那个结果，不必重算。"""
+
+    def __init__(self, error: DsxError, report: Any) -> None:
+        super().__init__(error.code, error.what, error.todo)
+        self.report = report
 
 
 def first_invalid(error: ValidationError) -> str:

@@ -16,7 +16,7 @@ from deepseek_export.bench.environment import environment
 from deepseek_export.bench.memory import MemorySample, memory_in_subprocess
 from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.disk import write_report
+from deepseek_export.bundle.disk import keeping, write_report
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import GenerationResult
@@ -142,7 +142,7 @@ def bench_bundle(
         progress: 进度显示。
 
     Raises:
-        DsxError: ``DSX-E412``，测的时候 bundle 被换掉；``DSX-E710``，场景超出模型的最大长度；``DSX-E711``，两个 bundle 不是同一个检查点；其余同 ``api.load``。
+        DsxError: ``DSX-E404`` / ``DSX-E405``，报告写不下，是 :class:`~deepseek_export.errors.UnwrittenReport`，带着测完的结果；``DSX-E412``，测的时候 bundle 被换掉；``DSX-E710``，场景超出模型的最大长度；``DSX-E711``，两个 bundle 不是同一个检查点；其余同 ``api.load``。
     """
     scenario, progress = scenario or Scenario(), progress or Progress()
     bundles = {BUNDLE: Bundle.open(bundle)} | ({} if against is None else {AGAINST: Bundle.open(against)})
@@ -186,7 +186,8 @@ def bench_bundle(
     )
     for opened in bundles.values():
         opened.check_in_place()
-    write_report(bundles[BUNDLE].path / REPORT, report.model_dump(mode="json"))
+    with keeping(report):
+        write_report(bundles[BUNDLE].path / REPORT, report.model_dump(mode="json"))
     return report
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from deepseek_export.bundle.lock import locked
 from deepseek_export.bundle.manifest import FileEntry
 from deepseek_export.bundle.swap import swap
-from deepseek_export.errors import DsxError
+from deepseek_export.errors import DsxError, UnwrittenReport
 from deepseek_export.machine import cores
 from deepseek_export.paths import path_kind
 from deepseek_export.plan.written import HEADROOM
@@ -228,14 +228,30 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def write_report(path: Path, data: dict[str, Any]) -> None:
-    """写进 bundle 的 ``reports/``。
+    """写进 bundle 的 ``reports/``；写不下就不留文件，上一次的也还在。
 
     Raises:
         DsxError: ``DSX-E404`` / ``DSX-E405``，bundle 写不了。
     """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
-        write_json(path, data)
+        try:
+            write_json(scratch, data)
+            scratch.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def keeping(report: Any) -> Iterator[None]:
+    """其中写不下的，抛带着 ``report`` 的 :class:`UnwrittenReport`。"""
+    try:
+        yield
+    except DsxError as error:
+        raise UnwrittenReport(error, report) from error
 
 
 def hash_files(directory: Path, skipped: Collection[str], progress: Progress) -> dict[str, FileEntry]:

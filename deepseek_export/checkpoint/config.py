@@ -1,6 +1,6 @@
 """config.json → :class:`ModelConfig`。
 
-拿不准就拒绝：``model_type`` 走白名单，每个字段要么被读取，要么在可忽略表里，要么必须等于固定值；
+拿不准就拒绝：``model_type`` 走白名单，每个字段要么被读取，要么在可忽略表里，要么必须等于固定值，要么取着不起作用的值；
 其余字段一律报错并点名。语义以 transformers 5.24 里各家族自己的实现为准；
 它与 DeepSeek 原版代码有分歧的取值直接拒绝。
 """
@@ -23,6 +23,7 @@ from deepseek_export.checkpoint.families import (
     RopeLayout,
 )
 from deepseek_export.checkpoint.fields import MAX_DIM, Fields, parse_json, shown
+from deepseek_export.checkpoint.inert import INERT_KEYS, check_inert
 from deepseek_export.checkpoint.quantization import parse_quantization
 from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse_rope, yarn_mscale
 from deepseek_export.errors import DsxError
@@ -170,10 +171,13 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
     for alias, key in family.aliases.items():
         if alias in data and key in data:
             Fields(data, where).must_equal(alias, data[key])
-    known = CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | family.extra_keys
+    known = (
+        CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | set(INERT_KEYS) | family.extra_keys
+    )
     f.refuse_unknown(known | MOE_KEYS if family.has_moe else known)
     for key, only in FIXED_KEYS.items():
         f.must_equal(key, only)
+    check_inert(f)
     heads = f.integer("num_attention_heads")
     nope, rope_dim = f.integer("qk_nope_head_dim"), f.integer("qk_rope_head_dim")
     f.must_equal("num_key_value_heads", heads)

@@ -13,10 +13,12 @@ from deepseek_export.cli.options import (
     bundle_argument,
     counts,
     json_option,
+    read_prompts,
     threads_option,
     verify_weights_option,
 )
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.errors import UnwrittenReport
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
@@ -38,7 +40,13 @@ _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "spe
 @click.option("--batch", type=_COUNT, default=1, show_default=True, help="一批几条。")
 @click.option("--prompt-len", type=_COUNT, default=256, show_default=True, help="随机提示词的长度。")
 @click.option(
-    "-P", "--prompt", "prompts", metavar="TEXT", multiple=True, help="用文本代替随机的提示词，可重复。"
+    "-P",
+    "--prompt",
+    "prompts",
+    metavar="TEXT",
+    multiple=True,
+    callback=read_prompts,
+    help="用文本代替随机的提示词，可重复；- 与 @FILE 同 dsx generate。",
 )
 @click.option("--new-tokens", type=counts(2), default=64, show_default=True, help="每条生成多少个 token。")
 @click.option(
@@ -72,23 +80,32 @@ def command(
       dsx bench OUT --against BASELINE --depth 1024 --depth 8192 --threads 2
       dsx bench SPEC -P "床前明月光" --batch 8
     """
-    with open_progress(as_json) as progress:
-        progress.start("加载 onnxruntime")
-        from deepseek_export.bench.bundle import Scenario, bench_bundle
+    try:
+        with open_progress(as_json) as progress:
+            progress.start("加载 onnxruntime")
+            from deepseek_export.bench.bundle import Scenario, bench_bundle
 
-        report = bench_bundle(
-            bundle,
-            against=against,
-            scenario=Scenario(**scenario),
-            prompts=prompts or None,
-            verify_weights=verify_weights,
-            progress=progress,
-        )
+            report = bench_bundle(
+                bundle,
+                against=against,
+                scenario=Scenario(**scenario),
+                prompts=prompts or None,
+                verify_weights=verify_weights,
+                progress=progress,
+            )
+    except UnwrittenReport as unwritten:
+        _show(unwritten.report, as_json)
+        raise
+    _show(report, as_json)
+    if not as_json:
+        click.echo(f"\n报告    {bundle / 'reports/bench.json'}")
+
+
+def _show(report: BenchReport, as_json: bool) -> None:
     if as_json:
         echo_json(report.model_dump(mode="json"))
-        return
-    _print(report)
-    click.echo(f"\n报告    {bundle / 'reports/bench.json'}")
+    else:
+        _print(report)
 
 
 def _print(report: BenchReport) -> None:

@@ -14,6 +14,7 @@ from deepseek_export.cli.options import (
     backend_option,
     bundle_argument,
     json_option,
+    read_prompts,
     threads_option,
     verify_weights_option,
 )
@@ -29,7 +30,15 @@ _ID_DIGITS = 18
 
 @click.command("generate", cls=Command, short_help="用 bundle 生成文本")
 @bundle_argument
-@click.option("-P", "--prompt", "prompts", metavar="TEXT", multiple=True, help="提示词；重复给就合成一批。")
+@click.option(
+    "-P",
+    "--prompt",
+    "prompts",
+    metavar="TEXT",
+    multiple=True,
+    callback=read_prompts,
+    help="提示词；重复给就合成一批。- 读标准输入，@FILE 读文件，@@ 开头是字面上的 @。",
+)
 @click.option(
     "--ids", "id_texts", metavar="1,2,3", multiple=True, help="直接给 token id，可重复；与 -P 二选一。"
 )
@@ -38,6 +47,7 @@ _ID_DIGITS = 18
 @click.option("--top-p", default=1.0, show_default=True, help="只在累计概率 top-p 之内采样。")
 @click.option("--top-k", default=0, show_default=True, help="只在前 k 个里采样；0 不限。")
 @click.option("--seed", type=int, help="随机种子；缺省每次不同。")
+@click.option("--stop", metavar="TEXT", multiple=True, help="文本里出现它就停，它自己不输出；可重复。")
 @click.option("--chat", is_flag=True, help="套用检查点自带的聊天模板。")
 @click.option("--ignore-eos", is_flag=True, help="遇到 EOS 不停。")
 @click.option("--no-speculative", is_flag=True, help="bundle 带 MTP 时也逐个 token 解码。")
@@ -58,6 +68,7 @@ def command(
     no_speculative: bool,
     no_floor: bool,
     stats: bool,
+    stop: tuple[str, ...],
     **options: Any,
 ) -> None:
     """用 bundle OUT 生成，缺省在 ONNX Runtime 上。
@@ -69,6 +80,7 @@ def command(
     例：
       dsx generate OUT -P "床前明月光" --max-new-tokens 32
       dsx generate OUT -P 你好 --chat --temperature 0.7 --top-p 0.95 --seed 1
+      dsx generate OUT -P @poem.txt --stop 。
       dsx generate OUT --ids 0,15,27 --ids 0,9 --json
     """
     rows = _rows(prompts, id_texts)
@@ -88,11 +100,12 @@ def command(
             progress=progress,
         )
         load_s = time.perf_counter() - began
-    printer = _Printer(model.tokenizer) if len(rows) == 1 and not as_json else None
+    printer = _Printer(model.tokenizer, stop) if len(rows) == 1 and not as_json else None
     result = model.generate(
         rows,
         on_token=None if printer is None else printer.on_token,
         speculative=False if no_speculative else None,
+        stop=stop,
         **options,
     )
     if as_json:
@@ -168,19 +181,22 @@ def parse_ids(text: str) -> list[int]:
 class _Printer:
     """单条提示词：来一个 token，能确定多少文本就输出多少。"""
 
-    def __init__(self, tokenizer: BundleTokenizer | None) -> None:
+    def __init__(self, tokenizer: BundleTokenizer | None, stop: tuple[str, ...]) -> None:
+        from deepseek_export.runtime import StopStrings
+
         self._stream = None if tokenizer is None else tokenizer.stream()
+        self._stops = StopStrings(stop)
         self._shown = ""
 
     def on_token(self, row: int, token: int) -> None:
         """:class:`~deepseek_export.runtime.Generator` 的回调。"""
         separator = "," if self._shown else ""
-        text = f"{separator}{token}" if self._stream is None else self._stream.step(token)
+        text = f"{separator}{token}" if self._stream is None else self._stops.feed(self._stream.step(token))
         self._shown += text
         click.echo(text, nl=False)
 
     def finish(self, result: GenerationResult) -> None:
-        """补上流式解码器还攥着的半个字符，再换行。"""
+        """补上还攥着的：半个字符，没有凑齐的停止串；再换行。"""
         whole = "" if result.text is None else result.text[0]
         click.echo(whole[len(self._shown) :] if whole.startswith(self._shown) else "")
 
@@ -197,6 +213,7 @@ def _summary(result: GenerationResult, load_s: float) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "counts": {"prompt_tokens": result.prompt_tokens, "new_tokens": result.new_tokens},
         "finish_reasons": result.finish_reasons,
+        "notes": list(result.notes),
         "timings": {
             "load_s": round(load_s, 4),
             "prefill_s": round(result.prefill_s, 4),
@@ -207,5 +224,5 @@ def _summary(result: GenerationResult, load_s: float) -> dict[str, Any]:
     if result.speculation is not None:
         stats = result.speculation.as_dict()
         keys = ("acceptance", "tokens_per_call", "mean_accepted", "main_calls", "draft_calls", "fell_back")
-        summary |= {key: stats[key] for key in keys} | {"notes": list(result.notes)}
+        summary |= {key: stats[key] for key in keys}
     return summary

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import click
 
 from deepseek_export.backend import BACKENDS
+from deepseek_export.errors import DsxError
+from deepseek_export.paths import MAX_TEXT, read_text
 
 _JSON = "deepseek_export.json"
 
@@ -60,6 +64,44 @@ backend_option = click.option(
     show_default=True,
     help="在哪里运行：ONNX Runtime CPU，或 dsx build 为当前 GPU 建的引擎。",
 )
+
+
+def read_prompts(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """``-`` 读标准输入，``@FILE`` 读文件，``@@`` 开头是字面上的一个 ``@``；去掉末尾的一个换行。
+
+    Raises:
+        DsxError: ``DSX-E702``，读不了、不是 UTF-8，或标准输入要了两次。
+    """
+    if values.count("-") > 1:
+        raise DsxError("DSX-E702", f"-P - 给了 {values.count('-')} 次，标准输入只读得了一次", "只留一个")
+    return tuple(_read_prompt(value) for value in values)
+
+
+def _read_prompt(value: str) -> str:
+    if value.startswith("@@"):
+        return value[1:]
+    if value != "-" and not value.startswith("@"):
+        return value
+    where = "标准输入" if value == "-" else value[1:]
+    try:
+        text = _read_stdin() if value == "-" else read_text(Path(value[1:]))
+    except OSError as error:
+        todo = "检查路径；提示词本身以 @ 开头就写成 @@" if value != "-" else "从管道或文件给"
+        raise DsxError("DSX-E702", f"提示词 {where} 读不了：{error.strerror}", todo) from error
+    except UnicodeDecodeError as error:
+        raise DsxError(
+            "DSX-E702", f"提示词 {where} 不是 UTF-8：{error.reason}", "用 UTF-8 编码给出提示词"
+        ) from error
+    return text.removesuffix("\n")
+
+
+def _read_stdin() -> str:
+    content = sys.stdin.buffer.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise OSError(errno.EFBIG, f"超过 {MAX_TEXT:,} 字节")
+    return content.decode("utf-8")
+
+
 # 路径是否存在由 api 检查，好给出带码的错误。
 bundle_argument = click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
 

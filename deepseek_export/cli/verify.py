@@ -20,6 +20,7 @@ from deepseek_export.cli.options import (
     verify_weights_option,
 )
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.errors import UnwrittenReport
 
 if TYPE_CHECKING:
     from deepseek_export.parity import ParityReport, QuantLoss
@@ -73,31 +74,40 @@ def command(
     每一级都看三个量：最大绝对差、calc_diff（余弦型差异）、范数比；容差在 dsx 的容差表里，不能在命令行上放宽。近平局（两个候选几乎
     同分，换一个不算错）单独计数。权重量化过的 bundle，前几级的参照用同样的量化权重，loss 一级再量它比未量化的差多少；缓存比模型窄的同理，参照用同样窄的缓存。全部结果写进 OUT/reports/parity.json；不通过时退出码是 1。
     """
-    with open_progress(as_json) as progress:
-        progress.start("加载 torch 与 onnx")
-        from deepseek_export import api
+    try:
+        with open_progress(as_json) as progress:
+            progress.start("加载 torch 与 onnx")
+            from deepseek_export import api
 
-        report = api.verify(
-            bundle,
-            against,
-            levels=levels or LEVELS,
-            prompts=prompts or None,
-            steps=steps,
-            seed=seed,
-            text=text,
-            backend=backend,
-            verify_weights=verify_weights,
-            progress=progress,
-        )
-    summary = _summary(report)
+            report = api.verify(
+                bundle,
+                against,
+                levels=levels or LEVELS,
+                prompts=prompts or None,
+                steps=steps,
+                seed=seed,
+                text=text,
+                backend=backend,
+                verify_weights=verify_weights,
+                progress=progress,
+            )
+    except UnwrittenReport as unwritten:
+        _show(unwritten.report, None, as_json)
+        raise
+    _show(report, Path(report.bundle) / "reports/parity.json", as_json)
+    ctx.exit(0 if report.passed else 1)
+
+
+def _show(report: ParityReport, written: Path | None, as_json: bool) -> None:
+    summary = _summary(report, written)
     if as_json:
         echo_json(summary)
     else:
         _print(report, summary)
-    ctx.exit(0 if report.passed else 1)
 
 
-def _summary(report: ParityReport) -> dict[str, Any]:
+def _summary(report: ParityReport, written: Path | None) -> dict[str, Any]:
+    """``--json`` 输出的就是它；``written`` 是报告写在哪里，没有写成为 ``None``。"""
     failure = report.first_failure
     return {
         "passed": report.passed,
@@ -114,7 +124,7 @@ def _summary(report: ParityReport) -> dict[str, Any]:
         "first_failure": None if failure is None else failure.model_dump(mode="json"),
         "notes": report.notes,
         "loss": None if report.loss is None else report.loss.model_dump(mode="json"),
-        "report": str(Path(report.bundle) / "reports/parity.json"),
+        "report": None if written is None else str(written),
         "polygraphy": report.polygraphy,
     }
 
@@ -151,7 +161,8 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
         where = [("层级", failure.level), ("哪一项", failure.name)]
         out.print(facts("第一处不通过", [*where, *failure_rows(failure)]))
     click.echo(f"\n结论    {'全部通过' if report.passed else '不通过'}")
-    click.echo(f"报告    {summary['report']}")
+    if summary["report"] is not None:
+        click.echo(f"报告    {summary['report']}")
     if report.polygraphy is not None:
         click.echo(f"复现    {report.polygraphy}")
 

@@ -8,7 +8,7 @@ from typing import get_args
 
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.disk import write_report
+from deepseek_export.bundle.disk import keeping, write_report
 from deepseek_export.bundle.source import open_source
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level, checks, requested
@@ -59,7 +59,7 @@ def verify_bundle(
             ``DSX-E604`` 给的 prompt 用不了；``DSX-E606`` ``text`` 用不了；``DSX-E607`` 没有这个层级，或要的层级没有可比的；
             ``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；``DSX-E412`` 校验的时候 bundle 被换掉；``DSX-E321`` 要比的只能在
             ONNX Runtime 上比，而 bundle 是 bfloat16；``DSX-E918`` / ``DSX-E920`` ``trt`` 而没有 GPU、没有引擎；
-            ``DSX-E404`` / ``DSX-E405`` 报告写不下。
+            ``DSX-E404`` / ``DSX-E405`` 报告写不下，是 :class:`~deepseek_export.errors.UnwrittenReport`，带着比完的结果。
     """
     progress = progress or Progress()
     levels = requested(levels)
@@ -107,10 +107,11 @@ def verify_bundle(
         cases=cases,
         notes=context.notes,
         loss=context.loss,
-        polygraphy=None
-        if manifest.quantization
-        else save_model_comparison(bundle, model, context.block_rows),
     )
+    if not manifest.quantization:
+        with keeping(report):
+            report.polygraphy = save_model_comparison(bundle, model, context.block_rows)
     bundle.check_in_place()  # 换掉了的，前面读的未必是同一个，报告也不该写进新的里
-    write_report(bundle.path / "reports/parity.json", report.to_json())
+    with keeping(report):
+        write_report(bundle.path / "reports/parity.json", report.to_json())
     return report

@@ -9,6 +9,7 @@ from deepseek_export.runtime.speculation.draft import DraftSession
 from deepseek_export.runtime.speculation.floor import MeasuredFloor, SpeculativeFloor
 from deepseek_export.runtime.speculation.generator import SpeculativeGenerator
 from deepseek_export.runtime.speculation.stats import SpeculationStats
+from deepseek_export.runtime.stop import StopStrings
 from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "SpeculationStats",
     "SpeculativeFloor",
     "SpeculativeGenerator",
+    "StopStrings",
     "TokenStream",
     "open_session",
     "open_speculative",

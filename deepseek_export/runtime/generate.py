@@ -15,6 +15,7 @@ from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
+from deepseek_export.runtime.stop import stopped_rows
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 
@@ -51,6 +52,7 @@ class Generator:
         sampling: SamplingParams | None = None,
         on_token: OnToken | None = None,
         ignore_eos: bool = False,
+        stop: Sequence[str] = (),
     ) -> GenerationResult:
         """批量生成。
 
@@ -62,10 +64,11 @@ class Generator:
             sampling: 采样参数，缺省为贪心。
             on_token: 每得到一个 token 调一次 ``on_token(row, token)``，同一步内按行号递增。
             ignore_eos: 遇到 eos 也不停，基准测试用。
+            stop: 停止串：一行的文本里出现任何一个就停，文本到它之前为止。
 
         Raises:
-            DsxError: ``DSX-E510``，没有提示词或提示词为空；``DSX-E511``，提示词过长；
-                ``DSX-E512``，``max_new_tokens`` 不是正整数；``DSX-E509``，token id 越界；
+            DsxError: ``DSX-E514``，有停止串而没有 tokenizer；``DSX-E510``，没有提示词或提示词为空；``DSX-E511``，提示词过长；
+                ``DSX-E512``，``max_new_tokens`` 不是正整数，或停止串不对；``DSX-E509``，token id 越界；
                 ``DSX-E505``，logits 无法采样。
         """
         check_positive("max_new_tokens", max_new_tokens)
@@ -73,24 +76,23 @@ class Generator:
         lens = np.array([len(row) for row in rows], np.int64)
         limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
         budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
+        eos = frozenset() if ignore_eos else self.eos_token_ids
+        out = OutputRows(budgets, eos, on_token, stopped_rows(stop, self.tokenizer, len(rows)))
         started = perf_counter()
         caches = self.session.new_caches(len(rows), int(lens.max()))
         logits = self._prefill(rows, lens, caches)
         prefilled = perf_counter()
         sampler = Sampler(sampling or SamplingParams(), len(rows))
-        eos = frozenset() if ignore_eos else self.eos_token_ids
-        out = OutputRows(budgets, eos, on_token)
         self._decode(logits, lens, caches, sampler, out)
         finished = perf_counter()
-        token_ids = out.token_ids
         return GenerationResult(
-            token_ids=token_ids,
-            text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in token_ids],
+            token_ids=out.token_ids,
+            text=out.texts(self.tokenizer),
             prompt_lens=lens.tolist(),
             finish_reasons=out.reasons,
             prefill_s=prefilled - started,
             decode_s=finished - prefilled,
-            notes=self.session.notes,
+            notes=(*self.session.notes, *out.notes(max_new_tokens, limit)),
         )
 
     def logits(self, ids: Sequence[Sequence[int]], chunk: int | None = None) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from deepseek_export.runtime.speculation.stats import SpeculationStats
 
-FinishReason = Literal["eos", "length"]
+FinishReason = Literal["eos", "length", "stop"]
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,13 @@ class GenerationResult:
 
     Attributes:
         token_ids: 每行新生成的 token，含结束的 eos，不含提示词。
-        text: 每行解码后的文本（去掉特殊 token）；没有 tokenizer 时为 ``None``。
+        text: 每行解码后的文本（去掉特殊 token，到停止串之前）；没有 tokenizer 时为 ``None``。
         prompt_lens: 每行提示词的长度。
-        finish_reasons: ``eos`` 遇到结束符；``length`` 到了 max_new_tokens 或模型的最大长度。
+        finish_reasons: ``eos`` 遇到结束符；``stop`` 遇到停止串；``length`` 到了 max_new_tokens 或模型的最大长度。
         prefill_s: 从开始到拿到每行第一份 logits 的秒数。
         decode_s: 其余的秒数，含采样和 on_token 回调。
         speculation: 投机解码的统计；普通解码为 ``None``。
-        notes: 要告诉用户的话，例如中途停止了投机。
+        notes: 要告诉用户的话，例如中途停止了投机、放不下 max_new_tokens 个。
     """
 
     token_ids: list[list[int]]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from deepseek_export.runtime.result import FinishReason
+from deepseek_export.runtime.stop import StoppedRow
+from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 OnToken = Callable[[int, int], None]
 
@@ -18,6 +20,7 @@ class OutputRows:
         budgets: ``[B]``，每行至多多少个 token，可以为 0。
         eos: 任何一个都结束一行；它自己算在输出里。
         on_token: 每收一个 token 调一次 ``on_token(row, token)``。
+        stopped: 每行一个，找停止串；没有停止串为 ``None``。凑齐停止串的那个 token 算在输出里，文本里没有停止串。
 
     Attributes:
         token_ids: 每行收到的 token。
@@ -26,8 +29,16 @@ class OutputRows:
         remaining: ``[B]`` int64，每行还能收几个。
     """
 
-    def __init__(self, budgets: np.ndarray, eos: frozenset[int], on_token: OnToken | None) -> None:
+    def __init__(
+        self,
+        budgets: np.ndarray,
+        eos: frozenset[int],
+        on_token: OnToken | None,
+        stopped: Sequence[StoppedRow] | None = None,
+    ) -> None:
         self._eos = eos
+        self._stopped = stopped
+        self._budgets = budgets
         self._on_token = on_token
         self.token_ids: list[list[int]] = [[] for _ in budgets]
         self.reasons: list[FinishReason] = ["length"] * len(budgets)
@@ -43,9 +54,45 @@ class OutputRows:
             self.remaining[row] -= 1
             if self._on_token is not None:
                 self._on_token(row, token)
-            if token in self._eos:
-                self.reasons[row] = "eos"
-            self.active[row] = token not in self._eos and self.remaining[row] > 0
+            ended = self._ended(row, token)
+            if ended is not None:
+                self.reasons[row] = ended
+            self.active[row] = ended is None and self.remaining[row] > 0
             if not self.active[row]:
                 break
         return taken
+
+    def _ended(self, row: int, token: int) -> FinishReason | None:
+        if token in self._eos:
+            return "eos"
+        return "stop" if self._stopped is not None and self._stopped[row].feed(token) else None
+
+    def texts(self, tokenizer: BundleTokenizer | None) -> list[str] | None:
+        """每行的文本，遇到停止串的到它之前；没有 tokenizer 为 ``None``。"""
+        if tokenizer is None:
+            return None
+        rows = self._stopped or [None] * len(self.token_ids)
+        return [
+            row.text if row is not None and row.stopped else tokenizer.decode(ids)
+            for row, ids in zip(rows, self.token_ids, strict=True)
+        ]
+
+    def notes(self, max_new_tokens: int, limit: int) -> tuple[str, ...]:
+        """因为模型放不下而少给了的，说一声。
+
+        Args:
+            max_new_tokens: 要的是每行至多多少个。
+            limit: 模型的最大长度。
+        """
+        cut = [
+            row
+            for row, reason in enumerate(self.reasons)
+            if reason == "length" and self._budgets[row] < max_new_tokens
+        ]
+        if not cut:
+            return ()
+        which = f"第 {'、'.join(map(str, cut))} 行" if len(self.reasons) > 1 else "提示词"
+        most = "、".join(str(self._budgets[row]) for row in cut)
+        return (
+            f"要 {max_new_tokens} 个新 token，{which}之后只放得下 {most} 个：max_position_embeddings 是 {limit}",
+        )

@@ -311,3 +311,45 @@ def test_bench_prints_tables_and_refuses_a_context_that_does_not_fit(tiny_bundle
     process = dsx("bench", tiny_bundle, "--depth", 129, "--json")
     assert process.returncode == 1
     assert last_json(process)["error"]["code"] == "DSX-E710"
+
+
+def test_generate_stops_at_a_string(demo_bundle):
+    """流式与 ``--json`` 都到停止串之前为止；停止串不露出来。"""
+    args = ("generate", demo_bundle, "-P", "床前明月光", "--ignore-eos", "--max-new-tokens", 40)
+    whole = last_json(dsx(*args, "--json"))["text"][0]
+    stop = whole[6:9]
+    want = whole[: whole.index(stop)]
+    process = dsx(*args, "--stop", "没有的", "--stop", stop)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == want + "\n"
+    assert "结束：stop" in process.stderr
+    found = last_json(dsx(*args, "--stop", stop, "--json"))
+    assert (found["text"], found["finish_reasons"], found["notes"]) == ([want], ["stop"], [])
+
+
+def test_prompts_from_a_file_and_from_stdin(demo_bundle, tmp_path):
+    args = ("--max-new-tokens", 6, "--ignore-eos", "--json")
+    poem, text = tmp_path / "poem.txt", "床前明月光，\n疑是地上霜"
+    poem.write_text(text + "\n", encoding="utf-8")
+    want = last_json(dsx("generate", demo_bundle, "-P", text, *args))["token_ids"]
+    assert last_json(dsx("generate", demo_bundle, "-P", f"@{poem}", *args))["token_ids"] == want
+    process = dsx_process("generate", demo_bundle, "-P", "-", *args, input=text + "\n")
+    assert last_json(process)["token_ids"] == want
+    at = last_json(dsx("generate", demo_bundle, "-P", "@@春", *args))
+    assert at["counts"]["prompt_tokens"] > 1
+    poem.write_bytes("春".encode("gbk"))
+    for prompts, what in (
+        (["-P", f"@{tmp_path / 'none'}"], "none 读不了"),
+        (["-P", f"@{tmp_path}"], "读不了"),
+        (["-P", f"@{poem}"], "不是 UTF-8"),
+        (["-P", "-", "-P", "-"], "只读得了一次"),
+    ):
+        process = dsx("generate", demo_bundle, *prompts)
+        assert_refused(process, "DSX-E702")
+        assert what in process.stderr
+
+
+def test_a_cut_number_of_tokens_is_said(tiny_bundle):
+    process = dsx("generate", tiny_bundle, "--ids", "1,2", "--max-new-tokens", 500, "--ignore-eos")
+    assert process.returncode == 0, process.stderr
+    assert "[要 500 个新 token，提示词之后只放得下 126 个：max_position_embeddings 是 128]" in process.stderr

@@ -231,15 +231,46 @@ def test_advice_about_the_output_can_be_followed(plain, tiny_bundle, tmp_path):
 
 
 def test_reports_of_a_read_only_bundle(tiny_bundle, tmp_path):
-    """校验、测速跑完了，报告却写不进去：按码说，不是 traceback。"""
+    """校验、测速跑完了，报告却写不进去：先印算好的结果，再按码说，不是 traceback。"""
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     shutil.rmtree(bundle / "reports")
     (bundle / "reports").touch()
     small = ["--prompt-len", "4", "--new-tokens", "2", "--depth", "16", "--runs", "1"]
-    for command in (["verify", bundle, "--level", "model"], ["bench", bundle, *small]):
+    for command, shown, key in (
+        (["verify", bundle, "--level", "model"], "结论    全部通过", "passed"),
+        (["bench", bundle, *small], "token/s", "ways"),
+    ):
         process = dsx(*command)
         assert_refused(process, "DSX-E405")
         assert "reports" in process.stderr
+        assert shown in process.stdout
+        assert "报告    " not in process.stdout
+        process = dsx(*command, "--json")
+        assert_refused(process, "DSX-E405")
+        result, error = map(json.loads, process.stdout.splitlines())
+        assert result[key]
+        assert error["error"]["code"] == "DSX-E405"
+
+
+def test_a_bench_that_cannot_write_its_report_leaves_no_file(tiny_bundle, tmp_path):
+    """写到一半满了：没有半个报告，上一次的还在。"""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    small = ["--prompt-len", "4", "--new-tokens", "2", "--depth", "16", "--runs", "1"]
+    before = sorted(path.name for path in (bundle / "reports").iterdir())
+
+    def bench() -> subprocess.CompletedProcess[str]:
+        limit = (256, 256)
+        return dsx_process(
+            *("bench", bundle, *small), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        )
+
+    process = bench()
+    assert_refused(process, "DSX-E404")
+    assert "token/s" in process.stdout
+    assert sorted(path.name for path in (bundle / "reports").iterdir()) == before
+    (bundle / "reports/bench.json").write_text("{}")
+    assert_refused(bench(), "DSX-E404")
+    assert (bundle / "reports/bench.json").read_text() == "{}"
 
 
 def test_an_output_written_with_dots(plain, tmp_path):

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from deepseek_export.checkpoint import load_model_config, parse_model_config
+from deepseek_export.checkpoint.inert import INERT_KEYS
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG
 from deepseek_export.errors import DsxError
 
@@ -111,6 +113,64 @@ def test_longrope_that_never_switches():
     rope = parse_model_config(_longrope(long_factor=same, original_max_position_embeddings=8192), "x").rope
     assert rope.cos_sin_scale == pytest.approx(math.sqrt(1 + math.log(4) / math.log(8192)))
     assert parse_model_config(_longrope(attention_factor=1.5), "x").rope.cos_sin_scale == 1.5
+
+
+#: 训练框架与 transformers 真写过的，取着不起作用的值。
+_INERT = {
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "layer_types": ["full_attention"] * 27,
+    "min_length": 0,
+    "is_decoder": False,
+    "unsloth_fixed": True,
+    "unsloth_version": "2026.1.3",
+    "router_aux_loss_coef": 0.001,
+}
+
+
+@pytest.mark.parametrize("base", [V3, V2_LITE, GLM, YOUTU, MINICPM])
+def test_fields_that_change_nothing_are_let_through(base):
+    """关着的开关、生成的缺省值、记账：收下，结果与没有写一样。"""
+    assert parse_model_config(edit(base, **_INERT), "x") == parse_model_config(base, "x")
+
+
+def test_generation_defaults_are_those_of_transformers():
+    """transformers 会写进 config.json 的每个生成参数，取它的缺省值都收下。"""
+    defaults = GenerationConfig._get_default_generation_params()
+    written = {key: defaults[key] for key in defaults if key in INERT_KEYS}
+    assert len(written) == 19
+    assert parse_model_config(edit(V3, **written), "x") == parse_model_config(V3, "x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_sliding_window", True),
+        ("use_sliding_window", 0),
+        ("max_window_layers", "28"),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", "full_attention"),
+        ("min_length", 1),
+        ("min_length", False),
+        ("temperature", 0.6),
+        ("do_sample", True),
+        ("is_decoder", True),
+        ("use_qk_norm", True),
+        ("router_jitter_noise", "0.1"),
+        ("unsloth_fixed", "yes"),
+    ],
+)
+def test_the_same_fields_at_any_other_value_are_refused_with_the_reason(key, value):
+    error = refused("DSX-E105", edit(V3, **{key: value}))
+    assert f"{key} 是" in error.what
+    assert error.todo.startswith(f"{key} 应为")
+    assert INERT_KEYS[key].why in error.todo
+
+
+def test_an_unknown_field_of_a_known_kind_is_still_refused():
+    """表里逐个列着：前缀像的不算。"""
+    assert "unsloth_kernel" in refused("DSX-E104", edit(V3, unsloth_kernel=True)).what
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from deepseek_export.runtime.speculation.draft import DraftSession
 from deepseek_export.runtime.speculation.drafter import Drafter
 from deepseek_export.runtime.speculation.floor import Floor, FloorWatch, Round, refused
 from deepseek_export.runtime.speculation.stats import Tally
+from deepseek_export.runtime.stop import stopped_rows
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 MAX_DRAFT_TOKENS = 8
@@ -114,6 +115,7 @@ class SpeculativeGenerator(Generator):
         sampling: SamplingParams | None = None,
         on_token: OnToken | None = None,
         ignore_eos: bool = False,
+        stop: Sequence[str] = (),
     ) -> GenerationResult:
         """批量生成；参数与结果的含义同 :meth:`Generator.generate`，另带 ``speculation`` 统计。
 
@@ -131,8 +133,9 @@ class SpeculativeGenerator(Generator):
         lens = np.array([len(row) for row in rows], np.int64)
         limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
         budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
+        eos = frozenset() if ignore_eos else self.eos_token_ids
+        out = OutputRows(budgets, eos, on_token, stopped_rows(stop, self.tokenizer, len(rows)))
         started = perf_counter()
-        out = OutputRows(budgets, frozenset() if ignore_eos else self.eos_token_ids, on_token)
         run = self._start(rows, lens, out, params)
         first = self._prefill_ids(rows, run)
         prefilled = perf_counter()
@@ -141,16 +144,19 @@ class SpeculativeGenerator(Generator):
             out.emit(row, [int(first[row])])
         notes, draft_calls = self._decode_rounds(run)
         finished = perf_counter()
-        token_ids = out.token_ids
         return GenerationResult(
-            token_ids=token_ids,
-            text=None if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in token_ids],
+            token_ids=out.token_ids,
+            text=out.texts(self.tokenizer),
             prompt_lens=lens.tolist(),
             finish_reasons=out.reasons,
             prefill_s=prefilled - started,
             decode_s=finished - prefilled,
             speculation=run.tally.stats(draft_calls, fell_back=bool(notes)),
-            notes=(*notes, *dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes)),
+            notes=(
+                *notes,
+                *dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes),
+                *out.notes(max_new_tokens, limit),
+            ),
         )
 
     def _start(
