@@ -163,21 +163,38 @@ class Generator:
     def _check_rows(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         if len(prompts) == 0:
             raise DsxError("DSX-E510", "提示词列表为空", "至少给一条提示词")
-        limit = self.session.max_positions
-        rows = []
-        for row, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise DsxError("DSX-E510", f"第 {row} 条提示词没有 token", "至少给一个 token，例如 bos")
-            if len(prompt) > limit:
-                raise DsxError(
-                    "DSX-E511",
-                    f"第 {row} 条提示词有 {len(prompt)} 个 token，max_position_embeddings 是 {limit}",
-                    f"把它截到 {limit} 个 token 以内",
-                )
-            ids = np.asarray(prompt)
-            self.session.check_ids(ids, f"第 {row} 条提示词")
-            rows.append(ids)
-        return rows
+        return [
+            checked_prompt(self.session, prompt, f"第 {row} 条提示词") for row, prompt in enumerate(prompts)
+        ]
+
+
+def checked_prompt(
+    session: ModelSession, prompt: Sequence[int], where: str, context: int | None = None
+) -> np.ndarray:
+    """核对一条提示词，给出数组 ``[n]``。
+
+    Args:
+        session: 要运行它的模型。
+        prompt: token id。
+        where: 报错时怎么称呼它。
+        context: 至多多长；``None`` 由模型决定。
+
+    Raises:
+        DsxError: ``DSX-E510``，没有 token；``DSX-E511``，过长；``DSX-E509``，token id 越界。
+    """
+    if len(prompt) == 0:
+        raise DsxError("DSX-E510", f"{where}没有 token", "至少给一个 token，例如 bos")
+    limit = session.max_positions if context is None else context
+    if len(prompt) > limit:
+        name = "max_position_embeddings" if context is None else "context"
+        raise DsxError(
+            "DSX-E511",
+            f"{where}有 {len(prompt)} 个 token，{name} 是 {limit}",
+            f"把它截到 {limit} 个 token 以内",
+        )
+    ids = np.asarray(prompt)
+    session.check_ids(ids, where)
+    return ids
 
 
 def check_positive(name: str, value: int) -> None:
