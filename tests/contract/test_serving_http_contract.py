@@ -301,8 +301,8 @@ def test_harmless_values_and_unknown_fields_are_accepted(client: openai.OpenAI):
         ({"messages": CHAT, "n": 100}, "n"),
         ({"messages": CHAT, "stream": "yes"}, "stream"),
         ({"messages": CHAT, "stream_options": {}}, "stream_options"),
-        ({"messages": CHAT, "stop_token_ids": [768]}, "prompt"),
-        ({"messages": [{"role": "user", "content": "x" * 4000}]}, "prompt"),
+        ({"messages": CHAT, "stop_token_ids": [768]}, "stop_token_ids"),
+        ({"messages": [{"role": "user", "content": "x" * 4000}]}, "messages"),
     ],
 )
 def test_bad_fields(server: Running, body: dict, param: str | None):
@@ -371,6 +371,18 @@ def test_a_full_queue_is_503_with_retry_after(narrow: Running):
             assert refused.json()["error"]["code"] == "DSX-E530"
     narrow.idle()
     assert narrow.post("/v1/completions", {"prompt": TEXT, "max_tokens": 1}).status_code == 200
+
+
+def test_empty_prompts_and_prompts_that_leave_no_room(server: Running):
+    """SERVE-22：空的 400；恰好占满的答得出来，是空的，``length``。"""
+    for prompt in ([], [[]]):
+        got = server.post("/v1/completions", {"prompt": prompt})
+        assert (got.status_code, got.json()["error"]["param"]) == (400, "prompt")
+    got = server.post("/v1/completions", {"prompt": [7] * 2048, "max_tokens": 4}).json()
+    assert got["choices"][0] == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
+    assert got["usage"]["completion_tokens"] == 0
+    got = server.post("/v1/completions", {"prompt": [7] * 2046, "max_tokens": 4}).json()
+    assert got["usage"]["completion_tokens"] == 2
 
 
 # SERVE-23

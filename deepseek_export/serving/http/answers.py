@@ -15,10 +15,12 @@ class Form(Protocol):
     """一个端点的回答长什么样。
 
     Attributes:
+        source: 输入是请求的哪个字段。
         prefix: 回答的 id 以它开头。
         whole, chunk: 整个回答与流式一块的 ``object``。
     """
 
+    source: str
     prefix: str
     whole: str
     chunk: str
@@ -36,7 +38,8 @@ class Form(Protocol):
 class ChatForm:
     """``/v1/chat/completions``。"""
 
-    prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    source, prefix = "messages", "chatcmpl-"
+    whole, chunk = "chat.completion", "chat.completion.chunk"
 
     def opening(self) -> Mapping[str, Any]:
         """头一块带着角色。"""
@@ -57,7 +60,8 @@ class ChatForm:
 class CompletionForm:
     """``/v1/completions``。"""
 
-    prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
+    source, prefix = "prompt", "cmpl-"
+    whole, chunk = "text_completion", "text_completion"
 
     def opening(self) -> None:
         """没有头一块。"""

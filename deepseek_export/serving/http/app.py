@@ -68,7 +68,10 @@ def _add_generation(app: FastAPI, service: Service, metrics: Metrics, keep_alive
         request: Request, body: Sampled, form: Form, orders: Callable[[ServedModel], list[Order]]
     ) -> Response:
         model = service.named(body.checked().model)
-        wanted = await _in_thread(partial(orders, model))
+        try:
+            wanted = await _in_thread(partial(orders, model))
+        except DsxError as error:
+            raise ApiError.of(error, form.source) from error
         turn = Turn(model.engine, model.tokenizer, wanted)
         turn.submit()
         answering = Reply(turn, Answer(form, model.name, body.include_usage), request, metrics)

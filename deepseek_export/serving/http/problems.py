@@ -14,20 +14,9 @@ from deepseek_export.errors import DsxError
 #: 排队满了，多少秒之后再试。
 RETRY_AFTER_S = 1
 
-#: 请求自己不对的码，都是 400；表里没有的是服务这边的事。
-_CLIENT_CODES = MappingProxyType(
-    {
-        "DSX-E502": "messages",
-        "DSX-E503": "messages",
-        "DSX-E504": None,
-        "DSX-E509": "prompt",
-        "DSX-E510": "prompt",
-        "DSX-E511": "prompt",
-        "DSX-E512": None,
-        "DSX-E532": None,
-        "DSX-E702": "prompt",
-    }
-)
+#: 请求自己不对的码，都是 400：输入不对的，别的字段不对的。两处都没有的是服务这边的事。
+_INPUT_CODES = frozenset({"DSX-E502", "DSX-E503", "DSX-E509", "DSX-E510", "DSX-E511", "DSX-E702"})
+_FIELD_CODES = frozenset({"DSX-E504", "DSX-E512", "DSX-E532"})
 #: OpenAI 的客户端认得的名字；别的用 dsx 的码。
 _KNOWN_NAMES = MappingProxyType({"DSX-E511": "context_length_exceeded"})
 
@@ -57,12 +46,12 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @classmethod
-    def of(cls, error: DsxError) -> ApiError:
-        """``DsxError`` 变成答给客户端的。"""
+    def of(cls, error: DsxError, source: str | None = None) -> ApiError:
+        """``DsxError`` 变成答给客户端的；``source`` 是输入的字段：``messages`` 或 ``prompt``。"""
         message = f"{error.code} {error.title}：{error.what}。{error.todo}"
         code = _KNOWN_NAMES.get(error.code, error.code)
-        if error.code in _CLIENT_CODES:
-            return cls(400, message, param=_CLIENT_CODES[error.code], code=code)
+        if error.code in _INPUT_CODES | _FIELD_CODES:
+            return cls(400, message, param=source if error.code in _INPUT_CODES else None, code=code)
         if error.code == "DSX-E530":
             return cls(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
         return cls(503 if error.code == "DSX-E531" else 500, message, code=code)

@@ -105,6 +105,10 @@ class ServedModel:
         # 全部核对过才交给引擎：有一条太长，别的也一个 token 都不算。
         for number, prompt in enumerate(prompts):
             checked_prompt(self.session, prompt, f"第 {number} 条提示词", self.context)
+        for token in body.stop_token_ids or ():
+            if token >= self.session.vocab_size:
+                what = f"stop_token_ids 里的 {token} 不在词表里，词表有 {self.session.vocab_size} 个"
+                raise ApiError(400, what, param="stop_token_ids")
         wanted, settings = len(prompts) * body.choices, self.engine.settings
         if wanted > settings.queue:
             what = f"一个请求要 {wanted} 个回答，排队的上限是 {settings.queue}：分成几个请求"

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import MappingProxyType, TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from deepseek_export.runtime import BundleTokenizer, SamplingParams
 from deepseek_export.runtime.stop import StopStrings
@@ -220,7 +220,7 @@ class Turn:
         self._news.set()
 
     @property
-    def usage(self) -> dict[str, object]:
+    def usage(self) -> dict[str, Any]:
         """OpenAI 的 ``usage``：一条提示词要几个回答，也只算一次。"""
         prompts = [choice for choice in self.choices if choice.order.copy == 0]
         prompt = sum(len(choice.order.prompt) for choice in prompts)
@@ -231,6 +231,9 @@ class Turn:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            # DeepSeek 自己的 API 的名字，算价钱的客户端读它们。
+            "prompt_cache_hit_tokens": cached,
+            "prompt_cache_miss_tokens": prompt - cached,
         }
 
     def _tell(self, request: Request) -> None:
