@@ -9,7 +9,6 @@ import re
 import threading
 import time
 from importlib import metadata
-from pathlib import Path
 
 import click
 import pytest
