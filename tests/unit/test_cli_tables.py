@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from importlib import metadata
+from pathlib import Path
 
 import click
 import pytest
