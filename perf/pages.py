@@ -122,8 +122,7 @@ def headline_table(runs: Sequence[Run], language: str) -> str:
 def page(runs: Sequence[Run]) -> str:
     """``docs/performance.md``；``runs`` 是 :func:`~perf.results.newest` 给出的。"""
     common, sections = report.sections(runs)
-    lines = [_HEAD.format(legend=report.LEGEND), "## 门槛", ""]
-    lines += [f"- {report.verdict_line(verdict)}" for run in runs for verdict in _verdicts(run)]
+    lines = [_HEAD.format(legend=report.LEGEND).rstrip("\n")]
     for section in sections:
         name = section.suite.suite
         environment = dict([*common, *section.environment])
@@ -138,10 +137,19 @@ def page(runs: Sequence[Run]) -> str:
             ]
             lines += ["", *themes]
         for table in section.tables:
-            lines += ["", *report.table_lines(_narrow(table))]
+            lines += [
+                "",
+                '<div class="numbers" markdown>',
+                "",
+                *report.table_lines(_narrow(table)),
+                "",
+                "</div>",
+            ]
         lines += ["", "<details markdown><summary>环境与其余的数</summary>", ""]
         lines += [*(f"- {key}：{value}" for key, value in environment.items())]
         lines += [*report.fact_lines(section), "", "</details>"]
+    lines += ["", "## 门槛", "", "写在 `perf/gates.toml`；编号是 `specs/` 里的承诺。", ""]
+    lines += [f"- {report.verdict_line(verdict)}" for run in runs for verdict in _verdicts(run)]
     return "\n".join(lines) + "\n"
 
 

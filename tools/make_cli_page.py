@@ -58,7 +58,7 @@ def _paragraph(text: str) -> list[str]:
 
 def _text(words: str) -> str:
     """不让 Markdown 把帮助里的记号当成格式。"""
-    return re.sub(r"([*_<\[])", r"\\\1", words)
+    return re.sub(r"([*_\[])", r"\\\1", words).replace("<", "&lt;")
 
 
 if __name__ == "__main__":
