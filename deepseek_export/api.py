@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from deepseek_export.engine.build import BuiltEngine
     from deepseek_export.engine.flavour import FlavourName
-    from deepseek_export.parity import ComparisonReport, ParityReport
+    from deepseek_export.parity.compare import ComparisonReport
+    from deepseek_export.parity.report import ParityReport
 
 
 def export(
@@ -150,10 +151,10 @@ class ParityRefused(DsxError):
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
-    from deepseek_export.parity import verify_bundle
+    from deepseek_export.parity.verify import verify_bundle
 
     # 权重刚写好、刚算过，不再读一遍。
-    report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
+    report = verify_bundle(directory, verify_weights=False, progress=progress)
     failure = report.first_failure
     if failure is not None:
         raise ParityRefused(
@@ -338,7 +339,7 @@ def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress 
     require_export("打包")
     from deepseek_export.bundle.pack import pack_bundle
 
-    return pack_bundle(bundle, progress, verify_weights=verify_weights)
+    return pack_bundle(bundle, verify_weights=verify_weights, progress=progress)
 
 
 def build(
@@ -402,22 +403,20 @@ def verify(
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
     require_export("校验")
-    from deepseek_export.parity import verify_bundle
+    from deepseek_export.parity.verify import verify_bundle
 
-    opened = Bundle.open(bundle)
-    with opened.steady():
-        return verify_bundle(
-            opened,
-            against,
-            levels=levels,
-            prompts=prompts,
-            steps=steps,
-            seed=seed,
-            text=text,
-            backend=backend,
-            verify_weights=verify_weights,
-            progress=progress,
-        )
+    return verify_bundle(
+        bundle,
+        against,
+        levels=levels,
+        prompts=prompts,
+        steps=steps,
+        seed=seed,
+        text=text,
+        backend=backend,
+        verify_weights=verify_weights,
+        progress=progress,
+    )
 
 
 def compare(
@@ -434,18 +433,16 @@ def compare(
 ) -> ComparisonReport:
     """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
     require_export("逐块比较")
-    from deepseek_export.parity import compare_bundle
+    from deepseek_export.parity.compare import compare_bundle
 
-    opened = Bundle.open(bundle)
-    with opened.steady():
-        return compare_bundle(
-            opened,
-            against,
-            backends=backends,
-            blocks=blocks,
-            bisect=bisect,
-            folder=folder,
-            seed=seed,
-            verify_weights=verify_weights,
-            progress=progress,
-        )
+    return compare_bundle(
+        bundle,
+        against,
+        backends=backends,
+        blocks=blocks,
+        bisect=bisect,
+        folder=folder,
+        seed=seed,
+        verify_weights=verify_weights,
+        progress=progress,
+    )

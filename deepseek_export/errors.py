@@ -9,7 +9,8 @@ dsx 自身的缺陷不用这个类，traceback 原样保留。码一经发布就
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,9 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E517": "bundle 不支持投机解码",
         "DSX-E520": "C++ 算子库装载不了",
         "DSX-E521": "指令集在这台机器上不能用",
+        "DSX-E530": "排队的请求满了",
+        "DSX-E531": "服务引擎已经停了",
+        "DSX-E532": "服务引擎的参数取值不允许",
         # 6xx：对齐校验
         "DSX-E601": "找不到检查点",
         "DSX-E602": "检查点与导出时不同",
@@ -170,6 +174,12 @@ class UnwrittenReport(DsxError):
     def __init__(self, error: DsxError, report: Any) -> None:
         super().__init__(error.code, error.what, error.todo)
         self.report = report
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``known`` 里与写错了的 ``name`` 最像的一个，接在 ``todo`` 前面；都不像是空串。"""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f"是不是想写 {close[0]}？" if close else ""
 
 
 def first_invalid(error: ValidationError) -> str:

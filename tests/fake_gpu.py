@@ -1,6 +1,6 @@
 """没有 GPU 时跑 TensorRT 会话的替身。替的是 GPU、驱动与 TensorRT 的运行时，不是被测的代码。
 
-- 驱动：显存是主机内存，流上的事立即做完；录制期间只记不做，分配、同步、拷贝都是错误。
+- 驱动：显存是主机内存，流上的事立即做完；录制期间只记不做，分配、同步、拷贝都是错误；没有设过当前上下文的线程里也是错误。
 - 引擎：plan 的内容是一个编号，指向下沉后的 ONNX，由 ONNX Runtime 在「显存」的那些地址上读写；同一个缓存的输入与输出必须是同一块。
 - 录制的规矩照 NVIDIA 的说明断言：录之前刚以同样的形状执行过，kernel 不会再换，录过的上下文没有再改动。
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ _WORKSPACE = 4096
 class Status(enum.Enum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
     CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
 
@@ -61,8 +63,11 @@ class FakeDriver:
         self.counts: Counter[str] = Counter()
         self.recording: list[Any] | None = None
         self.invalidated = False
+        self._thread = threading.local()
 
     def _outside_capture(self, *values: Any) -> tuple:
+        if not hasattr(self._thread, "context"):
+            return (Status.CUDA_ERROR_INVALID_CONTEXT, *(None for _ in values))
         if self.recording is not None:
             self.invalidated = True
             return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, *(None for _ in values))
@@ -78,6 +83,7 @@ class FakeDriver:
         return Status.CUDA_SUCCESS, "context"
 
     def cuCtxSetCurrent(self, context):
+        self._thread.context = context
         return (Status.CUDA_SUCCESS,)
 
     def cuStreamCreate(self, flags):
@@ -287,7 +293,9 @@ class FakeGpu:
         for module in (build, loading):
             patch.setattr(module, "load", lambda flavour: trt)
             patch.setattr(module, "registered_creators", lambda trt: {})
-        patch.setattr(build, "build_plan", lambda trt, flavour, model, *rest: (str(model).encode(), ""))
+        patch.setattr(
+            build, "build_engine_bytes", lambda trt, flavour, model, *rest: (str(model).encode(), "")
+        )
         for check in ("check_arch", "check_plugins"):
             patch.setattr(build, check, lambda *_: None)
 

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
@@ -25,6 +26,7 @@ from deepseek_export.paths import MAX_LARGE_TEXT, check_readable, open_regular, 
 from deepseek_export.progress import Progress
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 #: 读的时候接连被换掉这么多次就不再试；每次之间歇一会儿（秒）。
 _ATTEMPTS, _PAUSE = 5, 0.1
@@ -117,11 +119,6 @@ class Bundle:
         """主模型的 ONNX 文件。"""
         return self.path / self.manifest.main.file
 
-    @property
-    def draft_paths(self) -> list[Path]:
-        """草稿模型的 ONNX 文件，按 MTP 模块的次序。"""
-        return [self.path / graph.file for graph in self.manifest.drafts]
-
     def check_weights(self, progress: Progress) -> None:
         """读一遍全部权重，核对每个文件的 sha256。
 
@@ -169,6 +166,20 @@ def read_bundle(path: Path | str, read: Callable[[Bundle], _T]) -> _T:
                 raise
         time.sleep(_PAUSE)
     raise AssertionError
+
+
+def steadily(
+    work: Callable[Concatenate[Bundle, _P], _T],
+) -> Callable[Concatenate[Bundle | Path | str, _P], _T]:
+    """给 ``work(bundle, ...)`` 一个期间没有被换掉的 bundle，见 :meth:`Bundle.steady`；给的是目录就先打开。"""
+
+    @functools.wraps(work)
+    def wrapped(bundle: Bundle | Path | str, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        with opened.steady():
+            return work(opened, *args, **kwargs)
+
+    return wrapped
 
 
 def checkpoint_changed(path: Path, what: str) -> DsxError:

@@ -31,6 +31,11 @@ def wrap(text: str, width: int) -> list[str]:
     return lines or [""]
 
 
+def units(text: str) -> list[str]:
+    """折行时不切断的最小单位，去掉空白。"""
+    return [unit for unit in map(str.strip, _UNIT.findall(text)) if unit]
+
+
 def join(lines: Sequence[str]) -> str:
     """接起 docstring 里断开的行：汉字之间、标点旁边不补空格，其余补一个。"""
     text = ""

@@ -252,7 +252,11 @@ def _print_passes(out: Any, summary: dict[str, Any]) -> None:
 def _published_table(published: list[dict[str, Any]]) -> Any:
     numbers = ("层数", "每 token 每层（展开）", "每 token", f"{CONTEXT} token（展开）", "省")
     made = table(
-        "真实模型的缓存（bf16，batch 1，由公开的 config.json 算出）", "模型", *numbers, right=numbers
+        "真实模型的缓存（bf16，batch 1，由公开的 config.json 算出）",
+        "模型",
+        *numbers,
+        right=numbers,
+        optional=("层数", "每 token 每层（展开）"),
     )
     for row in published:
         values, expanded = row["values_per_token_per_layer"], row["expanded_values_per_token_per_layer"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime.randomness import Use, row_streams
+from deepseek_export.runtime.randomness import RowStream, Use, row_streams
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_real(self.temperature) and self.temperature >= 0):
+        if not (is_real(self.temperature) and self.temperature >= 0):
             raise _refused("temperature", self.temperature, "有限且不小于 0 的数，0 表示贪心")
-        if not (_is_int(self.top_k) and self.top_k >= 0):
+        if not (is_integer(self.top_k) and self.top_k >= 0):
             raise _refused("top_k", self.top_k, "不小于 0 的整数，0 表示不限")
-        if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
+        if not (is_real(self.top_p) and 0 < self.top_p <= 1):
             raise _refused("top_p", self.top_p, "(0, 1] 内的数，1 表示不限")
-        if self.seed is not None and not (_is_int(self.seed) and self.seed >= 0):
+        if self.seed is not None and not (is_integer(self.seed) and self.seed >= 0):
             raise _refused("seed", self.seed, "不小于 0 的整数，或者不给")
 
     @property
@@ -79,8 +80,54 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
     return ids, probs / probs.sum()
 
 
+class RowSampler:
+    """一行怎么选 token：自己的采样参数，自己的随机数。
+
+    Args:
+        params: 采样参数。
+        stream: 这一行的随机数；缺省由 ``params.seed`` 定。
+    """
+
+    def __init__(self, params: SamplingParams, stream: RowStream | None = None) -> None:
+        self.params = params
+        self._stream = RowStream(params.seed) if stream is None else stream
+
+    def pick(self, logits: np.ndarray, position: int) -> int:
+        """温度大于 0 的一行选一个 token。
+
+        Args:
+            logits: ``[V]`` 浮点，最大值有限。
+            position: 要选的 token 在整条序列（提示词加新 token）里的下标。
+        """
+        ids, probs = candidates(logits, self.params)
+        cumulative = np.cumsum(probs)
+        (aim,) = self._stream.uniforms(Use.NEXT, position) * cumulative[-1]
+        return int(ids[min(int(np.searchsorted(cumulative, aim, side="right")), ids.size - 1)])
+
+
+def pick_tokens(logits: np.ndarray, positions: np.ndarray, samplers: Sequence[RowSampler]) -> np.ndarray:
+    """几行各选一个 token，每行照自己的参数；一行的结果只由它的种子、位置与 logits 决定，与同批还有谁无关。
+
+    Args:
+        logits: ``[n, V]``，浮点，每行的最大值有限（见 :func:`check_peaks`）。
+        positions: ``[n]`` 整数，要选的 token 在整条序列里的下标。
+        samplers: n 行各自的。
+
+    Returns:
+        ``[n]`` int64。
+    """
+    chance = [slot for slot, sampler in enumerate(samplers) if not sampler.params.greedy]
+    if len(chance) == len(samplers):
+        picked = np.empty(len(samplers), np.int64)
+    else:
+        picked = logits.argmax(axis=1).astype(np.int64, copy=False)
+    for slot in chance:
+        picked[slot] = samplers[slot].pick(logits[slot], int(positions[slot]))
+    return picked
+
+
 class Sampler:
-    """给一个批次选 token；没有状态：一行的结果只由种子、位置与 logits 决定，与同批还有谁无关。
+    """给一个固定的批次选 token，各行的参数相同；没有状态。
 
     Args:
         params: 采样参数。
@@ -88,8 +135,7 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, batch: int) -> None:
-        self.params = params
-        self._streams = row_streams(params.seed, batch)
+        self._rows = [RowSampler(params, stream) for stream in row_streams(params.seed, batch)]
 
     def sample(self, logits: np.ndarray, positions: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
         """给几行各选一个 token。
@@ -111,15 +157,7 @@ class Sampler:
             shapes = [list(array.shape) for array in (logits, positions, rows)]
             raise ValueError(f"要求 [n, V]、[n]、[n]，实际是 {shapes}")
         check_peaks(logits.max(axis=1), rows)  # max 会传播 NaN，一趟扫描就够
-        if self.params.greedy:
-            return logits.argmax(axis=1).astype(np.int64, copy=False)
-        picked = np.empty(len(rows), np.int64)
-        for slot, row in enumerate(rows.tolist()):
-            ids, probs = candidates(logits[slot], self.params)
-            cumulative = np.cumsum(probs)
-            (aim,) = self._streams[row].uniforms(Use.NEXT, int(positions[slot])) * cumulative[-1]
-            picked[slot] = ids[min(int(np.searchsorted(cumulative, aim, side="right")), ids.size - 1)]
-        return picked
+        return pick_tokens(logits, positions, [self._rows[row] for row in rows.tolist()])
 
 
 def _top_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -146,11 +184,13 @@ def check_peaks(peaks: np.ndarray, rows: np.ndarray) -> None:
         raise unusable_logits(int(rows[bad[0]]), float(peaks[bad[0]]))
 
 
-def _is_real(value: object) -> bool:
+def is_real(value: object) -> bool:
+    """有限的数；``bool`` 不算。"""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_int(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """整数；``bool`` 不算。"""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -116,6 +117,50 @@ def test_first_rows_are_a_view(allocate):
     for bad in (0, 4):
         with pytest.raises(ValueError, match="3 行"):
             caches.first(bad)
+
+
+def test_rows_in_the_middle_are_a_view(allocate):
+    """RUNTIME-7：中间连着的几行也是视图，行号从 0 数；写它只动那几行，视图的视图一样。"""
+    caches = allocate(4)
+    rows = filled(caches)
+    view = caches.rows(1, 2)
+    assert view is caches.rows(1, 2)
+    assert (view.batch, view.capacity) == (2, CAPACITY)
+    assert_row(view, 1, rows[2])
+    view.copy_row(0, 1, CAPACITY)
+    last = caches.rows(1, 3).rows(2, 1)
+    last.copy_row(0, 0, CAPACITY, view)
+    for row, want in enumerate((rows[0], rows[1], rows[1], rows[1])):
+        assert_row(caches, row, want)
+    for start, count in ((-1, 2), (3, 2), (0, 0)):
+        with pytest.raises(ValueError, match="4 行"):
+            caches.rows(start, count)
+
+
+def test_rows_out_of_line_are_refused():
+    """RUNTIME-7：TensorRT 要对齐的地址；一行的字节数不合就说清怎么重建，前几行不受影响。"""
+    with pytest.MonkeyPatch.context() as patch:
+        FakeGpu(patch)
+        caches = DeviceCaches.allocate(Cuda(), SPEC, 2, 31, 1)
+        assert caches.first(1).batch == 1
+        with pytest.raises(DsxError, match="DSX-E919"):
+            caches.rows(1, 1)
+
+
+def test_device_caches_work_in_every_thread():
+    """RUNTIME-7：CUDA 的当前上下文逐线程，换一个线程也能用、能归还。"""
+    with pytest.MonkeyPatch.context() as patch:
+        gpu = FakeGpu(patch)
+        cuda = Cuda()
+        with ThreadPoolExecutor(1) as pool:
+            caches = pool.submit(DeviceCaches.allocate, cuda, SPEC, 2, CAPACITY, 1).result()
+            rows = pool.submit(filled, caches).result()
+        assert_row(caches, 1, rows[1])
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(caches.copy_row, 1, 0, CAPACITY).result()
+        assert_row(caches, 0, rows[1])
+        del caches
+        assert not gpu.driver.live
 
 
 def test_clearing_a_row(allocate):

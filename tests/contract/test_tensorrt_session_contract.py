@@ -16,8 +16,9 @@ from deepseek_export import DsxForCausalLM
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import QuantizationEntry
 from deepseek_export.checkpoint.synthetic import write_checkpoint
-from deepseek_export.parity import compare_bundle, verify_bundle
+from deepseek_export.parity.compare import compare_bundle
 from deepseek_export.parity.tolerances import tolerance
+from deepseek_export.parity.verify import verify_bundle
 from tests.contract.test_mtp_contract import SMALL
 from tests.engines import refused
 from tests.fake_gpu import FakeGpu

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import onnx
 import pytest
 
 from deepseek_export import __version__
@@ -69,6 +70,9 @@ def test_version_and_usage_errors():
     assert dsx("--version").stdout == f"dsx {__version__}\n"
     for args, what in (
         (["nothing"], "没有命令 nothing"),
+        (["exprot"], "是不是想写 export？"),
+        (["export", "CKPT", "-o", "x", "--dtype", "flaot16"], "是不是想写 float16？"),
+        (["verify", "OUT", "--level", "token"], "是不是想写 tokens？"),
         (["export"], "缺少参数"),
         (["export", "CKPT", "-o", "x", "--quant", "int3"], "--quant：int3 不在可选的值里"),
         (["export", "CKPT", "--outptu", "x"], "没有选项 --outptu，是不是 --output"),
@@ -82,6 +86,59 @@ def test_version_and_usage_errors():
         assert process.stdout == ""
         assert process.stderr.startswith("DSX-E700 "), process.stderr
         assert what in process.stderr
+
+
+def test_python_dash_m_is_the_same_program():
+    process = subprocess.run(
+        [sys.executable, "-m", "deepseek_export", "--version"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert (process.returncode, process.stdout) == (0, f"dsx {__version__}\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell):
+    """文档里的那一行真的给出脚本；命令与选项的值补得出来。"""
+    line = f"_DSX_COMPLETE={shell}_source dsx"
+    assert line in (Path(__file__).parents[2] / "docs/shell-completion.md").read_text(encoding="utf-8")
+    process = dsx_process(env=environment(_DSX_COMPLETE=f"{shell}_source"))
+    assert process.returncode == 0, process.stderr
+    assert f"_DSX_COMPLETE={shell}_complete" in process.stdout
+
+    def completed(words: str, index: int) -> str:
+        asked = {"_DSX_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)}
+        return dsx_process(env=environment(**asked)).stdout
+
+    if shell == "bash":
+        assert completed("dsx gen", 1).split() == ["plain,generate"]
+        assert completed("dsx export CKPT --dtype b", 4).split() == ["plain,bfloat16"]
+        assert "plain,ort-cpu" in completed("dsx export CKPT --target o", 4)
+
+
+def test_short_dtypes(tiny, tmp_path):
+    """``--dtype fp16`` 就是 float16；ONNX 文件写着是谁、是什么，不写何时、何处。"""
+    process = dsx("export", tiny, "-p", "mla", "-o", tmp_path / "out", "--dtype", "fp16", "--json")
+    assert last_json(process)["dtype"] == "float16"
+    model = onnx.load(tmp_path / "out/model.onnx", load_external_data=False)
+    assert (model.producer_name, model.producer_version) == ("dsx", __version__)
+    assert model.doc_string == "deepseek_v3 的主模型，编译到 portable；输入输出的约定见 manifest.json"
+    assert {prop.key: prop.value for prop in model.metadata_props} == {
+        "dsx.target": "portable",
+        "dsx.profile": "mla",
+        "dsx.family": "deepseek_v3",
+        "dsx.role": "main",
+        "dsx.layers": "2",
+        "dsx.moe_layers": "1",
+        "dsx.dtype": "float16",
+        "dsx.cache_dtype": "float16",
+        "dsx.quantization": "none",
+    }
+    again = dsx("export", tiny, "-p", "mla", "-o", tmp_path / "again", "--dtype", "float16")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out/model.onnx").read_bytes() == (tmp_path / "again/model.onnx").read_bytes()
 
 
 def test_profiles_lists_them_all():

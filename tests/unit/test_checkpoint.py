@@ -260,7 +260,9 @@ def test_demo_is_deterministic_and_its_tokenizer_round_trips(tmp_path: Path):
 def test_published_shapes_without_the_disk(tmp_path: Path, like: str, shards: int, mtp: bool):
     """--like：宽度、dtype、分片、MTP 层都是发布时的；--sparse-files 不占磁盘，读出来全零。"""
     arguments = ["--like", like, "--layers", "4", "--sparse-files", str(tmp_path)]
-    assert CliRunner().invoke(maker, arguments).exit_code == 0
+    result = CliRunner().invoke(maker, arguments)
+    assert result.exit_code == 0
+    assert "写权重（" in result.stderr
     checkpoint = Checkpoint.open(tmp_path)
     config, store = checkpoint.config, checkpoint.store
     assert config.num_hidden_layers == 4

@@ -12,6 +12,9 @@ from deepseek_export.backend.contract import CacheSpec, CacheTensor
 from deepseek_export.backend.tensorrt.cuda import Cuda
 from deepseek_export.errors import DsxError
 
+#: TensorRT 要求张量的地址对齐到这么多字节。
+_ALIGNMENT = 256
+
 
 class _Memory:
     """每个张量一块显存；视图与它的主人共用，最后一个放手时归还。"""
@@ -34,10 +37,16 @@ class _Memory:
 class DeviceCaches(Caches):
     """一个批次在显存里的缓存。"""
 
-    def __init__(self, spec: CacheSpec, batch: int, capacity: int, memory: _Memory) -> None:
-        self.spec, self.batch = spec, batch
-        self._capacity, self._memory = capacity, memory
-        self._views: dict[int, DeviceCaches] = {}
+    def __init__(self, spec: CacheSpec, batch: int, capacity: int, memory: _Memory, start: int = 0) -> None:
+        super().__init__(spec, batch)
+        self._capacity, self._memory, self._start = capacity, memory, start
+        self._addresses = dict(memory.addresses)
+        for tensor in spec.tensors:
+            offset = start * capacity * tensor.bytes_per_token
+            if offset % _ALIGNMENT:
+                raise _not_aligned(tensor, capacity)
+            for name in (tensor.name, tensor.out_name):
+                self._addresses[name] += offset
 
     @classmethod
     def allocate(cls, cuda: Cuda, spec: CacheSpec, batch: int, capacity: int, needed: int) -> DeviceCaches:
@@ -55,22 +64,16 @@ class DeviceCaches(Caches):
 
     @property
     def addresses(self) -> dict[str, int]:
-        """张量的输入名、输出名 → 显存地址；一对共用一块。"""
-        return self._memory.addresses
+        """张量的输入名、输出名 → 这些行的显存地址；一对共用一块。"""
+        return self._addresses
 
     def ensure(self, needed: int) -> bool:
         """只核对容量。"""
         _check_fits(needed, self._capacity)
         return False
 
-    def first(self, rows: int) -> DeviceCaches:
-        if rows == self.batch:
-            return self
-        if not 0 < rows < self.batch:
-            raise ValueError(f"要前 {rows} 行，一共 {self.batch} 行")
-        if rows not in self._views:
-            self._views[rows] = DeviceCaches(self.spec, rows, self._capacity, self._memory)
-        return self._views[rows]
+    def view(self, start: int, count: int) -> DeviceCaches:
+        return DeviceCaches(self.spec, count, self._capacity, self._memory, self._start + start)
 
     def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:
         there = cast(DeviceCaches, origin or self)  # 同一个 Runner 分配的
@@ -113,3 +116,12 @@ def _check_fits(needed: int, capacity: int) -> None:
     if needed > capacity:
         what = f"需要 {needed} 个位置，引擎的缓存容量是 {capacity}"
         raise DsxError("DSX-E506", what, "用 dsx build --profile-shapes T=更大的容量 重建")
+
+
+def _not_aligned(tensor: CacheTensor, capacity: int) -> DsxError:
+    nbytes = capacity * tensor.bytes_per_token
+    return DsxError(
+        "DSX-E919",
+        f"T={capacity} 时 {tensor.name} 的一行是 {nbytes} 字节，不是 {_ALIGNMENT} 的倍数，不能只运行其中几行",
+        f"用 dsx build --profile-shapes T=…重建，T 取 {_ALIGNMENT} 的倍数",
+    )

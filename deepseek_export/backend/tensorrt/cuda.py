@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,15 +30,15 @@ def require_gpu() -> int:
 
 
 class Cuda:
-    """一个设备上的主上下文与一条流；构造时把上下文设为当前。"""
+    """一个设备上的主上下文与一条流；在哪个线程里用，上下文就在哪个线程里设为当前（CUDA 的当前上下文是逐线程的）。"""
 
     def __init__(self) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
-        self._call(driver.cuInit, 0)
-        context = self._call(driver.cuDevicePrimaryCtxRetain, 0)
-        self._call(driver.cuCtxSetCurrent, context)
+        self._check(driver.cuInit(0), "cuInit")
+        (self._context,) = self._check(driver.cuDevicePrimaryCtxRetain(0), "cuDevicePrimaryCtxRetain")
+        self._thread = threading.local()
         self._stream = self._call(driver.cuStreamCreate, 1)  # 1 = CU_STREAM_NON_BLOCKING
 
     @property
@@ -105,14 +106,21 @@ class Cuda:
         self._call(self._driver.cuGraphExecDestroy, graph)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        status, *values = function(*arguments)
+        if not hasattr(self._thread, "current"):
+            self._check(self._driver.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
+            self._thread.current = True
+        values = self._check(function(*arguments), function.__name__)
+        return values[0] if values else None
+
+    def _check(self, result: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+        status, *values = result
         if status != self._driver.CUresult.CUDA_SUCCESS:
             full = status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
             todo = (
                 "显存不足：减小批大小，或用更小的 T 重建引擎" if full else "见驱动的日志（dmesg、nvidia-smi）"
             )
-            raise DsxError("DSX-E914", f"{function.__name__} 返回 {status.name}", todo)
-        return values[0] if values else None
+            raise DsxError("DSX-E914", f"{name} 返回 {status.name}", todo)
+        return tuple(values)
 
 
 class Buffer:

@@ -1,0 +1,252 @@
+"""specs/serving 的承诺。"""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import deepseek_export
+from deepseek_export.backend.ort.caches import OrtCaches
+from deepseek_export.backend.ort.runner import OrtRunner
+from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.runtime import Generator, ModelSession, SamplingParams
+from deepseek_export.serving import Engine, EngineSettings, Request, RequestResult
+from tests.contract.test_mtp_contract import SMALL
+from tests.engines import refused
+from tests.fake_gpu import FakeGpu
+from tests.serving_plans import Ask, assert_same_as_alone
+from tests.unit.test_runtime_toy import VOCAB, make_toy, save_toy
+
+pytestmark = pytest.mark.contract
+
+LIMIT = 600
+BASE = np.random.default_rng(5).integers(0, VOCAB, 400).tolist()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> ModelSession:
+    path = save_toy(make_toy(LIMIT), tmp_path_factory.mktemp("toy") / "model.onnx", external=True)
+    return ModelSession(OrtRunner(path, threads=1, max_positions=LIMIT))
+
+
+@st.composite
+def plays(draw, vocab: int = VOCAB) -> list[Ask]:
+    """几个请求：提示词多半有公共的开头；各有各的到达、上限、采样、停止与取消。"""
+    asks = []
+    for _ in range(draw(st.integers(1, 9))):
+        shared = draw(st.sampled_from([0, 1, 7, 20, 33]))
+        tail = draw(st.lists(st.integers(0, vocab - 1), min_size=0 if shared else 1, max_size=20))
+        hot = draw(st.booleans())
+        sampling = SamplingParams(
+            temperature=draw(st.sampled_from([0.7, 1.5])) if hot else 0.0,
+            top_k=draw(st.sampled_from([0, 5])),
+            top_p=draw(st.sampled_from([1.0, 0.9])),
+            seed=draw(st.integers(0, 3)),
+        )
+        asks.append(
+            Ask(
+                [token % vocab for token in BASE[:shared]] + tail,
+                draw(st.integers(1, 14)),
+                sampling,
+                arrives=draw(st.integers(0, 40)),
+                cancels=draw(st.sampled_from([None, None, None, 1, 4])),
+                stops=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=1))),
+                ignore_eos=draw(st.booleans()),
+                salt=draw(st.sampled_from(["", "", "other"])),
+            )
+        )
+    return asks
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    asks=plays(),
+    slots=st.integers(1, 8),
+    spare=st.integers(0, 3),
+    chunk=st.sampled_from([1, 3, 8, 64]),
+    reuse=st.booleans(),
+)
+def test_among_others_equals_alone(toy, asks, slots, spare, chunk, reuse):
+    """SERVE-1、SERVE-5：到达、取消、行数怎么随机，每个请求的 token 都与生成器单独跑的相同，贪心与给了种子的都是。"""
+    options = EngineSettings(slots=slots, rows=slots + spare, prefill_tokens=chunk, prefix_reuse=reuse)
+    engine = assert_same_as_alone(toy, (4,), asks, options)
+    assert reuse or engine.stats.hit_tokens == engine.stats.resident_rows == 0
+
+
+def random_asks(rng: np.random.Generator, count: int, vocab: int, longest: int = 40) -> list[Ask]:
+    """同 :func:`plays`，由种子定；给每次都要几秒的真模型用。"""
+    base = rng.integers(0, vocab, longest).tolist()
+    return [
+        Ask(
+            base[: int(rng.integers(0, longest))] + rng.integers(0, vocab, int(rng.integers(1, 9))).tolist(),
+            int(rng.integers(1, 24)),
+            SamplingParams(temperature=0.8 * (index % 3 == 2), seed=index),
+            arrives=int(rng.integers(0, 60)),
+            cancels=3 if index % 7 == 6 else None,
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8") / "out"
+    quantization = Quantization(kind="int8")
+    return deepseek_export.export(CHECKPOINT, out, "mla+moe", target="ort-cpu", quantization=quantization)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_real_models_among_others_equal_alone(exported, slots):
+    """SERVE-1、SERVE-5：真的模型（float32，C++ 算子库）也是。"""
+    model = deepseek_export.load(exported("v3-yarn", "mla+moe", "ort-cpu").path)
+    asks = random_asks(np.random.default_rng(slots), 14, model.session.vocab_size)
+    options = EngineSettings(slots=slots, rows=slots + 2, prefill_tokens=16)
+    engine = assert_same_as_alone(model.session, tuple(model.generator.eos_token_ids), asks, options)
+    assert engine.stats.hit_tokens > 0
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+def test_int8_models_among_others_equal_alone(int8_bundle, slots):
+    """SERVE-1、SERVE-5：int8 的也是；激活舍入到 15 位，比 float16 的 11 位细，近平局照 float16 的一行。"""
+    model = deepseek_export.load(int8_bundle.path)
+    asks = random_asks(np.random.default_rng(slots), 14, model.session.vocab_size)
+    options = EngineSettings(slots=slots, prefill_tokens=16)
+    engine = assert_same_as_alone(
+        model.session, tuple(model.generator.eos_token_ids), asks, options, "float16"
+    )
+    assert engine.stats.hit_tokens > 0
+
+
+def test_engine_backend_among_others_equals_alone(tmp_path):
+    """SERVE-1、SERVE-4、SERVE-5：TensorRT 的引擎走同一套（GPU 是替身，见 tests/fake_gpu.py）；关了之后显存全部归还。"""
+    checkpoint = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32")
+    bundle = deepseek_export.export(
+        checkpoint, tmp_path / "out", "mla+moe", target="tensorrt-rtx", dtype="float16"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        gpu = FakeGpu(patch)
+        gpu.build(bundle)
+        model = deepseek_export.load(bundle.path, backend="trt")
+        assert "slots=12" in refused("DSX-E532", EngineSettings(slots=12).fitted, model.session).what
+        asks = random_asks(np.random.default_rng(0), 12, model.session.vocab_size)
+        options = EngineSettings(slots=4, rows=6, prefill_tokens=16)
+        engine = assert_same_as_alone(
+            model.session, tuple(model.generator.eos_token_ids), asks, options, "float16"
+        )
+        assert engine.stats.hit_tokens > 0
+        assert gpu.driver.counts["launch"] > 0
+        del engine, model
+        gc.collect()
+        assert not gpu.driver.live
+
+
+@pytest.fixture
+def copied(monkeypatch) -> list[int]:
+    """每次复制的位置数；存到主机与写回各算一次。"""
+    counts: list[int] = []
+    copy_row, save_row, restore_row = OrtCaches.copy_row, OrtCaches.save_row, OrtCaches.restore_row
+
+    def copy(caches, source, target, length, origin=None):
+        counts.append(length)
+        copy_row(caches, source, target, length, origin)
+
+    def save(caches, row, length):
+        counts.append(length)
+        return save_row(caches, row, length)
+
+    def restore(caches, row, saved):
+        counts.append(next(iter(saved.values())).shape[1])
+        restore_row(caches, row, saved)
+
+    for name, method in (("copy_row", copy), ("save_row", save), ("restore_row", restore)):
+        monkeypatch.setattr(OrtCaches, name, method)
+    return counts
+
+
+def ask(engine: Engine, prompt: list[int], budget: int = 6, **options) -> RequestResult:
+    return engine.submit(prompt, max_new_tokens=budget, **options).result()
+
+
+def test_a_conversation_goes_on_without_copies(toy, copied):
+    """SERVE-5、SERVE-6：下一轮接着用上一轮的那一行，一个字节也不复制，只算新添的；跨过缓存的档位也一样。"""
+    history, generator = BASE[:10], Generator(toy, None, ())
+    with Engine(toy, (), EngineSettings(slots=1, prefill_tokens=32)) as engine:
+        for turn in range(12):
+            result = ask(engine, history, 8)
+            assert result.token_ids == generator.generate([history], 8).token_ids[0]
+            assert result.cached_tokens == (len(history) - 23 if turn else 0)
+            history = history + result.token_ids + BASE[turn * 20 :][:22]
+        assert (len(history), copied) == (10 + 12 * 30, [])
+        stats = engine.stats
+    assert stats.prefill_tokens == stats.prompt_tokens - stats.hit_tokens == 10 + 11 * 23
+    assert stats.resident_rows == 1
+
+
+def test_branches_copy_the_common_prefix(toy, copied):
+    """SERVE-5、SERVE-6：岔开的请求把公共前缀复制到另一行，原来的留着；同时来的几个相同的提示词只算一次。"""
+    with Engine(toy, (), EngineSettings(slots=4)) as engine:
+        first = ask(engine, BASE[:30])
+        assert ask(engine, [*BASE[:20], 9, 9]).cached_tokens == common(BASE[:30], [*BASE[:20], 9, 9])
+        assert copied == [35, 20]  # 原来的那一行从队首让开，再复制公共前缀
+        again = ask(engine, BASE[:30])
+        assert (again.token_ids, again.cached_tokens) == (first.token_ids, 29)
+        before = engine.stats.prefill_tokens
+        many = [engine.submit(BASE[100:130], max_new_tokens=9) for _ in range(4)]
+        assert sorted(one.result().cached_tokens for one in many) == [0, 29, 29, 29]
+        assert engine.stats.prefill_tokens == before + 30 + 3
+        assert len({tuple(one.token_ids) for one in many}) == 1
+
+
+def test_moves_cost_what_the_spec_says(toy, copied):
+    """SERVE-6：不在队尾的结束时与队尾对调：短的两份，长的一份；不留前缀时只有队尾的一份。"""
+    for reuse in (True, False):
+        copied.clear()
+        with Engine(toy, (), EngineSettings(slots=2, prefix_reuse=reuse)) as engine:
+            later: list[Request] = []
+
+            def listen(one: Request, engine=engine, later=later) -> None:
+                if len(one.token_ids) == 1:
+                    later.append(engine.submit(BASE[50:60], max_new_tokens=20))
+
+            engine.submit(BASE[:30], max_new_tokens=6, listener=listen).result()
+            later[0].result()
+        # 第一个给出 6 个 token 时缓存里有 35 个位置；第二个晚一步加入，同一步之后有 10 + 4 个
+        assert copied == ([14, 35, 14] if reuse else [14])
+
+
+def test_the_oldest_prefix_leaves_first(toy):
+    """SERVE-6：先取空着的行，再取最久没有用到的；``rows`` 多几行就多留几条。"""
+    chats = [BASE[at : at + 20] for at in (0, 50, 100, 150)]
+    with Engine(toy, (), EngineSettings(slots=1, rows=3)) as engine:
+        for chat in chats[:3]:
+            assert ask(engine, chat).cached_tokens == 0
+        assert engine.stats.resident_rows == 3
+        assert ask(engine, [*chats[0], 1, 2], 1).cached_tokens == 20  # 用过，不再是最久的；它复制到另一行
+        assert ask(engine, chats[3]).cached_tokens == 0
+        hits = [engine.submit(chat, max_new_tokens=1).result().cached_tokens for chat in (chats[3], chats[0])]
+        assert hits == [19, 19]
+        assert ask(engine, chats[1]).cached_tokens < 19
+    assert ask_once(toy, EngineSettings(slots=1, prefix_reuse=False), chats[0]) == [0, 0]
+    assert ask_once(toy, EngineSettings(slots=1), chats[0]) == [0, 19]
+
+
+def test_salt_separates_tenants(toy):
+    """SERVE-5：不同的 ``cache_salt`` 互相看不见。"""
+    with Engine(toy, (), EngineSettings(slots=1, rows=5)) as engine:
+        hits = [ask(engine, BASE[:30], cache_salt=salt).cached_tokens for salt in ("", "a", "b", "a", "")]
+    assert hits == [0, 0, 0, 29, 29]
+
+
+def common(one: list[int], two: list[int]) -> int:
+    return next((at for at, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), len(two))
+
+
+def ask_once(session: ModelSession, options: EngineSettings, prompt: list[int]) -> list[int]:
+    with Engine(session, (), options) as engine:
+        return [ask(engine, prompt).cached_tokens for _ in range(2)]
