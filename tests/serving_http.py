@@ -73,6 +73,8 @@ class Running:
         self.server.should_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive()
+        if self.server.service.model is not None:
+            assert not self.engine.healthy  # 服务停了，引擎也关了
 
     @property
     def engine(self) -> Engine:

@@ -490,6 +490,48 @@ def test_an_error_after_the_stream_began_is_an_event(bundle: Path):
         assert 'dsx:request_success_total{finished_reason="error"} 4.0' in running.get("/metrics").text
 
 
+# SERVE-28
+
+
+class Scripted:
+    """照着 ``ids`` 一个一个说下去的模型，从长 ``begin`` 的提示词之后开始。"""
+
+    def __init__(self, run, begin: int, ids: list[int]) -> None:
+        self._run, self._begin, self._ids = run, begin, ids
+
+    def __call__(self, input_ids, past_lens, logits_positions, caches):
+        logits = self._run(input_ids, past_lens, logits_positions, caches)
+        at = (past_lens[:, None] + logits_positions + 1 - self._begin).tolist()
+        for row, positions in enumerate(at):
+            for column, position in enumerate(positions):
+                logits[row, column, self._ids[min(max(position, 0), len(self._ids) - 1)]] = 1e9
+        return logits
+
+
+def test_reasoning_comes_apart_from_the_answer(bundle: Path):
+    """SERVE-28：两个名字都有；流式的拼起来相同；续写原样给出。"""
+    model = deepseek_export.load(bundle, threads=1)
+    assert model.tokenizer is not None
+    text = "<think>\n先想想：1 < 2\n</think>\n\n不学。"
+    ids = model.encode(text)[1:]  # 不要 bos
+    asked = {"messages": CHAT, "temperature": 0, "max_tokens": len(ids)}
+    prompt = model.encode(CHAT[0]["content"], chat=True)
+    with Running(lambda: opened(model)) as running:
+        spoken = Scripted(model.session.run, len(prompt), ids)
+        with mock.patch.object(model.session, "run", spoken):
+            whole = running.post("/v1/chat/completions", asked).json()["choices"][0]["message"]
+            stream = events(running.post("/v1/chat/completions", asked | {"stream": True}).text)
+            plain = {"prompt": prompt, "temperature": 0, "max_tokens": len(ids)}
+            completion = running.post("/v1/completions", plain).json()["choices"][0]["text"]
+    assert completion == text
+    assert whole["content"] == "不学。"
+    assert whole["reasoning_content"] == whole["reasoning"] == "先想想：1 < 2\n"
+    deltas = [chunk["choices"][0]["delta"] for chunk in stream]
+    for key, want in whole.items():
+        if key not in ("role", "refusal"):
+            assert "".join(delta.get(key, "") for delta in deltas) == want
+
+
 # SERVE-24
 
 

@@ -1,17 +1,21 @@
-"""HTTP 那一层的小件：密钥、请求体的上限。"""
+"""HTTP 那一层的小件：密钥、请求体的上限、思考与答案分开。"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepseek_export.errors import DsxError
 from deepseek_export.serving.http.guards import LimitBody
 from deepseek_export.serving.http.keys import VARIABLE, KeyRing, read_keys
+from deepseek_export.serving.http.reasoning import Parts, ReasoningSplit, begins_thinking
 
 pytestmark = pytest.mark.unit
 
@@ -113,3 +117,53 @@ def test_bodies_too_large_or_too_slow():
     slow = Exchange([b"1234"], [])
     assert slow.run(limit=7, seconds=0.01) == 408
     assert (declared.body, chunked.body, slow.body) == (None, None, None)
+
+
+def split(pieces: list[str], begun: bool) -> Parts:
+    one = ReasoningSplit(begun)
+    parts = [one.feed(piece) for piece in pieces] + [one.flush()]
+    return Parts(*("".join(texts) for texts in zip(*parts, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("text", "begun", "reasoning", "content"),
+    [
+        ("想\n</think>\n\n答", True, "想\n", "答"),
+        ("<think>\n想</think>答</think>", True, "想", "答</think>"),
+        ("<think>想</think>答", False, "想", "答"),
+        ("\n<think>\n\n想</think>\n答\n", False, "想", "答\n"),
+        ("答 <think> 不是思考 </think>", False, "", "答 <think> 不是思考 </think>"),
+        ("</think>答", True, "", "答"),
+        ("</think>答", False, "", "</think>答"),
+        ("没有想完 </thi", True, "没有想完 </thi", ""),
+        ("<thin", False, "", "<thin"),
+        ("<thin", True, "<thin", ""),
+        (" \n", False, "", " \n"),
+        ("", True, "", ""),
+        ("a < b 而且 </think", True, "a < b 而且 </think", ""),
+    ],
+)
+def test_reasoning_and_content(text: str, begun: bool, reasoning: str, content: str):
+    """SERVE-28：整段给、一个字一个字给，结果一样。"""
+    assert split([text], begun) == split(list(text), begun) == Parts(reasoning, content)
+
+
+@given(
+    pieces=st.lists(
+        st.sampled_from(["<think>", "</think>", "<", "</", "think>", "\n", "字", " "]), max_size=8
+    ),
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+    begun=st.booleans(),
+)
+def test_cutting_never_changes_the_split(pieces: list[str], cuts: list[int], begun: bool):
+    """SERVE-28"""
+    text = "".join(pieces)
+    edges = [0, *sorted(cut for cut in cuts if cut <= len(text)), len(text)]
+    cut = [text[a:b] for a, b in pairwise(edges)]
+    assert split(cut, begun) == split([text], begun)
+
+
+def test_templates_that_begin_the_thinking():
+    """SERVE-28"""
+    assert begins_thinking("<｜Assistant｜><think>\n")
+    assert not begins_thinking("<｜Assistant｜></think>")

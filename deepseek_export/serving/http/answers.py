@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from deepseek_export.serving.http.reasoning import Parts
 from deepseek_export.serving.http.turn import FinishReason, Piece
 
 
@@ -31,7 +32,7 @@ class Form(Protocol):
     def parts(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
         """流式的各块，不含 ``index``。"""
 
-    def choice(self, text: str) -> Mapping[str, Any]:
+    def choice(self, text: str, reasoning: str) -> Mapping[str, Any]:
         """整个的一个回答，不含 ``index`` 与 ``finish_reason``。"""
 
 
@@ -46,15 +47,18 @@ class ChatForm:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def parts(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
-        """文本一块，结束的原因另一块，与 OpenAI 相同。"""
+        """思考、文本、结束的原因各一块，次序与 OpenAI、DeepSeek 相同。"""
+        if piece.reasoning:
+            yield {"delta": _thought(piece.reasoning), "logprobs": None, "finish_reason": None}
         if piece.text:
             yield {"delta": {"content": piece.text}, "logprobs": None, "finish_reason": None}
         if piece.finish is not None:
             yield {"delta": {}, "logprobs": None, "finish_reason": piece.finish}
 
-    def choice(self, text: str) -> Mapping[str, Any]:
+    def choice(self, text: str, reasoning: str) -> Mapping[str, Any]:
         """一条消息。"""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None}
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message | _thought(reasoning), "logprobs": None}
 
 
 class CompletionForm:
@@ -71,9 +75,14 @@ class CompletionForm:
         if piece.text or piece.finish is not None:
             yield {"text": piece.text, "logprobs": None, "finish_reason": piece.finish}
 
-    def choice(self, text: str) -> Mapping[str, Any]:
-        """一段文本。"""
+    def choice(self, text: str, reasoning: str) -> Mapping[str, Any]:
+        """一段文本；续写不分思考。"""
         return {"text": text, "logprobs": None}
+
+
+def _thought(reasoning: str) -> dict[str, str]:
+    """两个名字都给：DeepSeek、SGLang、llama.cpp 用前一个，vLLM 改成了后一个。"""
+    return {"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}
 
 
 @dataclass(frozen=True)
@@ -95,12 +104,15 @@ class Answer:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
 
     def whole(
-        self, texts: Sequence[str], finishes: Sequence[FinishReason | None], usage: Mapping[str, Any]
+        self,
+        parts: Sequence[Parts],
+        finishes: Sequence[FinishReason | None],
+        usage: Mapping[str, Any],
     ) -> dict[str, Any]:
         """整个回答。"""
         choices = [
-            {"index": index, **self.form.choice(text), "finish_reason": finish}
-            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
+            {"index": index, **self.form.choice(part.content, part.reasoning), "finish_reason": finish}
+            for index, (part, finish) in enumerate(zip(parts, finishes, strict=True))
         ]
         return {**self._head(self.form.whole), "choices": choices, "usage": usage}
 

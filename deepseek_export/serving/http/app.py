@@ -91,7 +91,8 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest) -> Response:
         model = service.ready()
         if body.messages is not None:
-            ids = await _in_thread(partial(model.encode_chat, body.messages))
+            messages = body.messages
+            ids = await _in_thread(lambda: model.tokenizer.encode(model.chat_text(messages)))
         elif body.prompt is not None:
             ids = await _in_thread(partial(model.tokenizer.encode, body.prompt))
         else:

@@ -15,6 +15,7 @@ from deepseek_export.serving.http.answers import Answer
 from deepseek_export.serving.http.guards import Receive, Scope, Send, note
 from deepseek_export.serving.http.metrics import Metrics
 from deepseek_export.serving.http.problems import ApiError, json_bytes, json_response
+from deepseek_export.serving.http.reasoning import Parts
 from deepseek_export.serving.http.turn import ClientGoneError, Piece, Turn
 
 #: 流式的回答这么多秒没有东西可发，就发一行注释，免得中间的代理以为连接断了。
@@ -48,7 +49,7 @@ class Reply:
             DsxError: 有一个请求失败了。
             ApiError: 503，服务要停。
         """
-        texts = [""] * len(self.turn.choices)
+        parts = [Parts("", "")] * len(self.turn.choices)
         # Starlette 只替流式的回答看着客户端，不替这一种。
         watch = asyncio.create_task(self._watch())
         try:
@@ -56,7 +57,8 @@ class Reply:
                 async for piece in self.turn.pieces():
                     if piece is not None:
                         self._saw(piece)
-                        texts[piece.index] += piece.text
+                        reasoning, content = parts[piece.index]
+                        parts[piece.index] = Parts(reasoning + piece.reasoning, content + piece.text)
         except ClientGoneError:
             return Response(status_code=_CLIENT_GONE)
         except Exception:
@@ -66,7 +68,7 @@ class Reply:
             watch.cancel()
             self.close()
         finishes = [choice.finish for choice in self.turn.choices]
-        return json_response(self.answer.whole(texts, finishes, self.turn.usage))
+        return json_response(self.answer.whole(parts, finishes, self.turn.usage))
 
     def streamed(self, keep_alive_s: float) -> Response:
         """一边生成一边答；``keep_alive_s`` 秒没有东西可发，就发一行注释。"""

@@ -11,6 +11,7 @@ from deepseek_export.runtime import BundleTokenizer, ModelSession
 from deepseek_export.runtime.generate import checked_prompt
 from deepseek_export.serving import Engine, EngineSettings
 from deepseek_export.serving.http.problems import ApiError
+from deepseek_export.serving.http.reasoning import begins_thinking
 from deepseek_export.serving.http.schemas import ChatRequest, CompletionRequest, Message, Sampled, as_template
 from deepseek_export.serving.http.turn import Order
 
@@ -89,17 +90,21 @@ class ServedModel:
             DsxError: 模板渲染不了，或提示词过长。
             ApiError: 400，采样参数不对，或用到还没有做的字段。
         """
-        return self._orders(body, [self.encode_chat(body.messages)], body.budget or self.context)
+        text = self.chat_text(body.messages)
+        prompts, budget = [self.tokenizer.encode(text)], body.budget or self.context
+        return self._orders(body, prompts, budget, begins_thinking(text))
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """对话 → token id。
+    def chat_text(self, messages: list[Message]) -> str:
+        """对话套上模板。
 
         Raises:
             DsxError: ``DSX-E502`` / ``DSX-E503``，没有聊天模板，或渲染失败。
         """
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(as_template(messages)))
+        return self.tokenizer.apply_chat_template(as_template(messages))
 
-    def _orders(self, body: Sampled, prompts: list[list[int]], budget: int) -> list[Order]:
+    def _orders(
+        self, body: Sampled, prompts: list[list[int]], budget: int, thinking: bool | None = None
+    ) -> list[Order]:
         if not prompts:
             raise DsxError("DSX-E510", "prompt 是空的列表", "至少给一条提示词")
         # 全部核对过才交给引擎：有一条太长，别的也一个 token 都不算。
@@ -123,6 +128,7 @@ class ServedModel:
                 ignore_eos=bool(body.ignore_eos),
                 cache_salt=body.cache_salt or "",
                 copy=copy,
+                thinking=thinking,
             )
             for prompt in prompts
             for copy, sampling in enumerate(body.sampling())

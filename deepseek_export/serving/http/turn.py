@@ -13,6 +13,7 @@ from deepseek_export.runtime import BundleTokenizer, SamplingParams
 from deepseek_export.runtime.stop import StopStrings
 from deepseek_export.serving import Engine, Request
 from deepseek_export.serving.http.problems import ApiError
+from deepseek_export.serving.http.reasoning import Parts, ReasoningSplit
 
 #: OpenAI 的 ``finish_reason``。
 FinishReason = Literal["stop", "length"]
@@ -39,6 +40,7 @@ class Order:
         ignore_eos: 遇到 eos 也不停。
         cache_salt: 只与同样的 ``cache_salt`` 共用前缀。
         copy: 同一条提示词的第几个回答。
+        thinking: 思考与答案要不要分开：``None`` 不分（不是对话），否则是提示词有没有替回答开头。
     """
 
     prompt: Sequence[int]
@@ -49,6 +51,7 @@ class Order:
     ignore_eos: bool = False
     cache_salt: str = ""
     copy: int = 0
+    thinking: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Piece:
     Attributes:
         index: 第几个回答。
         text: 新的文本，可能为空串。
+        reasoning: 新的思考，可能为空串。
         tokens: 这一段用了几个 token。
         waited: 离上一段（头一段是离提交）几秒。
         first: 是不是头一段有 token 的。
@@ -66,6 +70,7 @@ class Piece:
 
     index: int
     text: str
+    reasoning: str
     tokens: int
     waited: float
     first: bool
@@ -82,6 +87,7 @@ class Choice:
         self.request: Request | None = None
         self._tokenizer, self._stream = tokenizer, tokenizer.stream()
         self._stops, self._silent = StopStrings(order.stops), frozenset(order.stop_token_ids)
+        self._split = None if order.thinking is None else ReasoningSplit(order.thinking)
         self._ids: list[int] = []
         self._shown = ""
         self._latest = perf_counter()
@@ -113,7 +119,9 @@ class Choice:
                 raise ApiError(503, "服务正在停止，这个请求没有做完", code="shutting_down")
             self.finish = _REASONS[reason]
             text += self._rest()
-        return Piece(self.index, text, self.tokens - before, waited, before == 0 < self.tokens, self.finish)
+        reasoning, text = self._parted(text)
+        first = before == 0 < self.tokens
+        return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish)
 
     def _feed(self, token: int) -> str:
         if token in self._silent:
@@ -122,6 +130,15 @@ class Choice:
         piece = self._stream.step(token)
         self._shown += piece
         return self._stops.feed(piece)
+
+    def _parted(self, text: str) -> Parts:
+        if self._split is None:
+            return Parts("", text)
+        parts = self._split.feed(text)
+        if self.finish is None:
+            return parts
+        last = self._split.flush()
+        return Parts(parts.reasoning + last.reasoning, parts.content + last.content)
 
     def _rest(self) -> str:
         """流式解码器还攥着的半个字符，与可能是停止串开头的那几个字。"""
