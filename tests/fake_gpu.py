@@ -287,7 +287,9 @@ class FakeGpu:
         for module in (build, loading):
             patch.setattr(module, "load", lambda flavour: trt)
             patch.setattr(module, "registered_creators", lambda trt: {})
-        patch.setattr(build, "build_plan", lambda trt, flavour, model, *rest: (str(model).encode(), ""))
+        patch.setattr(
+            build, "build_engine_bytes", lambda trt, flavour, model, *rest: (str(model).encode(), "")
+        )
         for check in ("check_arch", "check_plugins"):
             patch.setattr(build, check, lambda *_: None)
 

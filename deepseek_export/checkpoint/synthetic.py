@@ -116,7 +116,7 @@ DEMO_TEXT = (
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Contents:
     """检查点里每个张量的 dtype 与形状，以及怎么造内容。"""
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -184,14 +184,16 @@ def write_checkpoint(
     _write_json(out / "config.json", values)
     tokens = {"bos_token_id": parsed.bos_token_id, "eos_token_id": values.get("eos_token_id")}
     _write_json(out / "generation_config.json", {"_from_model_config": True, **tokens})
-    plan = _Plan(tensors, parsed.weight_block_size, seed, parsed.tie_word_embeddings)
+    contents = _Contents(tensors, parsed.weight_block_size, seed, parsed.tie_word_embeddings)
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(_split({name: plan.nbytes(name) for name in tensors}, shards), start=1):
+    for number, names in enumerate(
+        _split({name: contents.nbytes(name) for name in tensors}, shards), start=1
+    ):
         file = SINGLE_NAME if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        _write_shard(out / file, names, plan, sparse)
+        _write_shard(out / file, names, contents, sparse)
         weight_map |= dict.fromkeys(names, file)
     if shards > 1:
-        total = sum(map(plan.nbytes, tensors))
+        total = sum(map(contents.nbytes, tensors))
         index_data = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(out / INDEX_NAME, index_data)
     return out
@@ -256,13 +258,13 @@ def _split(sizes: Mapping[str, int], parts: int) -> Iterator[list[str]]:
     yield shard
 
 
-def _write_shard(path: Path, names: Sequence[str], plan: _Plan, sparse: bool) -> None:
+def _write_shard(path: Path, names: Sequence[str], contents: _Contents, sparse: bool) -> None:
     """写一个 safetensors 文件。"""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        tag, shape = plan.tensors[name]
-        begin, end = end, end + plan.nbytes(name)
+        tag, shape = contents.tensors[name]
+        begin, end = end, end + contents.nbytes(name)
         header[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
@@ -272,7 +274,7 @@ def _write_shard(path: Path, names: Sequence[str], plan: _Plan, sparse: bool) ->
             stream.truncate(stream.tell() + end)
             return
         for name in names:
-            for block in plan.blocks(name):
+            for block in contents.blocks(name):
                 stream.write(block.tobytes())
 
 

@@ -46,7 +46,7 @@ from deepseek_export.engine.layers import (
 )
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
-from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineRecord, PlanEntry
+from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineEntry, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes, Range, has_prefill
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import MOE_EXPERTS
@@ -64,7 +64,7 @@ class BuiltEngine:
         bundle: 由它建成；引擎目录在它的 ``engines/`` 里。
         path: 目录。
         record: ``engine.json``。
-        layers: plan 文件名 → 优化配置名 → 各层。
+        layers: 引擎的文件名 → 优化配置名 → 各层。
     """
 
     bundle: Bundle
@@ -98,7 +98,7 @@ def build_engine(
     trt = load(flavour)
     check_arch(flavour, trt, sm)
     out = bundle.path / ENGINES / f"{flavour.name}-sm{sm}"
-    plans: dict[str, PlanEntry] = {}
+    engines: dict[str, EngineEntry] = {}
     layers: dict[str, dict[str, list[EngineLayer]]] = {}
     with disk_errors(out):
         out.parent.mkdir(exist_ok=True)
@@ -112,7 +112,9 @@ def build_engine(
             profiles = shapes.profiles(prefill=has_prefill(bundle.manifest.profile))
             began = time.perf_counter()
             made = weights.arrays(tensor.name for tensor in graph.model.graph.initializer)
-            plan, text = build_plan(trt, flavour, directory / entry.file, sm, profiles, progress, made)
+            content, text = build_engine_bytes(
+                trt, flavour, directory / entry.file, sm, profiles, progress, made
+            )
             seconds = round(time.perf_counter() - began, 3)
             name = f"{entry.file.removesuffix('.onnx')}.plan"
             layers[name] = parse_layers(text, list(profiles), graph.plugins)
@@ -124,13 +126,13 @@ def build_engine(
                     f"{name}：prefill 有 {len(unfused)} / {len(graph.attentions)} 层注意力没有融成一个原生核"
                 )
             with disk_errors(directory):
-                check_free_space(directory, len(plan))
-                (directory / name).write_bytes(plan)
-            plans[name] = PlanEntry(
+                check_free_space(directory, len(content))
+                (directory / name).write_bytes(content)
+            engines[name] = EngineEntry(
                 graph=entry.file,
                 role=entry.role,
-                bytes=len(plan),
-                sha256=hashlib.sha256(plan).hexdigest(),
+                bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
                 profiles={profile: dict(ranges) for profile, ranges in profiles.items()},
                 layers={profile: layer_counts(found) for profile, found in layers[name].items()},
                 fused_attention=len(graph.attentions) - len(unfused),
@@ -145,21 +147,21 @@ def build_engine(
             sm=sm,
             bundle_sha256=sha256_file(bundle.path / "manifest.json"),
             shapes=shapes,
-            plans=plans,
+            plans=engines,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         bundle.check_in_place()  # 换掉了的，record 里的哈希是新的，引擎却由旧的建成
         with disk_errors(directory):
             write_json(directory / RECORD_FILE, record.model_dump(mode="json"))
             listed = {
-                plan: {profile: [layer.model_dump() for layer in found] for profile, found in each.items()}
-                for plan, each in layers.items()
+                name: {profile: [layer.model_dump() for layer in found] for profile, found in each.items()}
+                for name, each in layers.items()
             }
             write_json(directory / LAYERS_FILE, listed)
     return BuiltEngine(bundle, out, record, layers)
 
 
-def build_plan(
+def build_engine_bytes(
     trt: Any,
     flavour: Flavour,
     model: Path,
@@ -168,7 +170,7 @@ def build_plan(
     progress: Progress,
     initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
 ) -> tuple[bytes, str]:
-    """一个 ONNX 文件 → plan 与各层的文本。
+    """一个 ONNX 文件 → 引擎与各层的文本。
 
     Args:
         trt: TensorRT 模块。
@@ -207,14 +209,14 @@ def build_plan(
         )
         for ranges in profiles.values():
             config.add_optimization_profile(_optimization_profile(builder, network, ranges))
-        plan = builder.build_serialized_network(network, config)
-        if plan is None or target.failures:
+        content = builder.build_serialized_network(network, config)
+        if content is None or target.failures:
             raise _failure(target, model, logger.errors())
         # 仍在 building_for 之内：完整的 TensorRT 在这里把引擎读回来，插件随之重建。
-        text = layer_information(flavour, trt, logger.messages(), bytes(plan), logger)
+        text = layer_information(flavour, trt, logger.messages(), bytes(content), logger)
         if not text or target.failures:
             raise _failure(target, model, logger.errors())
-    return bytes(plan), text
+    return bytes(content), text
 
 
 def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> bool:

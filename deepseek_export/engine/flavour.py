@@ -203,14 +203,14 @@ def network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def layer_information(flavour: Flavour, trt: Any, log: list[str], plan: bytes, logger: Any) -> str:
+def layer_information(flavour: Flavour, trt: Any, log: list[str], content: bytes, logger: Any) -> str:
     """引擎的全部层，一行一层；引擎读不回来时为空。
 
     RTX 没有 GPU 也在详细日志里印出来；完整的 TensorRT 反序列化之后由 inspector 给出同样的文本。
     """
     if flavour.cross_builds:
         return next((text for text in reversed(log) if text.startswith("Layers:")), "")
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    engine = trt.Runtime(logger).deserialize_cuda_engine(content)
     if engine is None:
         return ""  # 反序列化失败：没有任何层，由调用方按日志里的原话报告
     inspector = engine.create_engine_inspector()

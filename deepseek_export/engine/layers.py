@@ -97,12 +97,12 @@ def layer_counts(layers: Iterable[EngineLayer]) -> dict[str, int]:
 
 
 def layer_listing(layers: Mapping[str, Mapping[str, Sequence[EngineLayer]]]) -> str:
-    """plan → 优化配置 → 层，写成确定的文本，供 ``graphs/engines/`` 逐行比较。"""
+    """引擎 → 优化配置 → 层，写成确定的文本，供 ``graphs/engines/`` 逐行比较。"""
     lines: list[str] = []
-    for plan, profiles in layers.items():
+    for engine, profiles in layers.items():
         for profile, found in profiles.items():
             counts = "、".join(f"{kind}×{n}" for kind, n in layer_counts(found).items())
-            lines += ["", f"[{plan} {profile}] {counts}"]
+            lines += ["", f"[{engine} {profile}] {counts}"]
             for layer in found:
                 what = f"dsx::{layer.op}" if layer.op else f"{layer.kind} {layer.name}"
                 lines.append(f"{what} <- {', '.join(layer.onnx) or '-'}")

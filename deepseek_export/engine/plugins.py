@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.compile import compile_plan
-from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
-from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
+from deepseek_export.kernels.compile import compile_table
+from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.launcher import Launcher
-from deepseek_export.kernels.program import LaunchPlan, Program
+from deepseek_export.kernels.program import LaunchTable, Program
 from deepseek_export.kernels.table import KernelSpec
 from deepseek_export.ops.table import (
     LATENT_ATTENTION,
@@ -39,20 +39,22 @@ _ATTRIBUTE_DIMS: Mapping[str, str] = MappingProxyType({"r": "kv_lora_rank"})
 _FIELD_KINDS = {"int": ("INT32", np.int32), "float": ("FLOAT32", np.float32)}
 
 
-Planner = Callable[[int, Mapping[str, int], Mapping[TypeVar, Any], Mapping[str, Any]], LaunchPlan[KernelSpec]]
+Tabulate = Callable[
+    [int, Mapping[str, int], Mapping[TypeVar, Any], Mapping[str, Any]], LaunchTable[KernelSpec]
+]
 
 
-def _latent_attention(sm, dims, dtypes, attributes) -> LaunchPlan[KernelSpec]:
+def _latent_attention(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
     r, scale = attributes["kv_lora_rank"], attributes["scale"]
-    return latent_attention_plan(sm, dims["H"], r, dims["r+dr"] - r, scale, dtypes["T"], dtypes["F"])
+    return latent_attention_launch(sm, dims["H"], r, dims["r+dr"] - r, scale, dtypes["T"], dtypes["F"])
 
 
-def _moe_experts(sm, dims, dtypes, attributes) -> LaunchPlan[KernelSpec]:
-    return grouped_swiglu_plan(sm, dims["E"], dims["k"], dims["D"], dims["I"], dtypes["T"])
+def _moe_experts(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
+    return grouped_swiglu_launch(sm, dims["E"], dims["k"], dims["D"], dims["I"], dtypes["T"])
 
 
-#: 插件核 → 由静态的具名维、类型变量与属性得到启动计划。
-PLANNERS: Mapping[str, Planner] = MappingProxyType(
+#: 插件核 → 由静态的具名维、类型变量与属性得到启动表。
+LAUNCH_TABLES: Mapping[str, Tabulate] = MappingProxyType(
     {LATENT_ATTENTION.name: _latent_attention, MOE_EXPERTS.name: _moe_experts}
 )
 #: 有插件的算子。
@@ -250,7 +252,9 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             dims = spec.dims([tuple(entry.desc.dims) for entry in inputs])
             types = spec.types([dtypes.get(entry.desc.type, str(entry.desc.type)) for entry in inputs])
-            self.program = compile_plan(PLANNERS[spec.name](_targets[-1].sm, dims, types, self.attributes))
+            self.program = compile_table(
+                LAUNCH_TABLES[spec.name](_targets[-1].sm, dims, types, self.attributes)
+            )
 
         @contained(0)
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:

@@ -1,10 +1,10 @@
-"""一个算子在一种 SM 上的启动计划：用哪些 kernel，启动它们的次序、网格、参数。
+"""一个算子在一种 SM 上的启动表：用哪些 kernel，启动它们的次序、网格、参数。
 
-:class:`LaunchPlan` 里的 kernel 先是待编译的（:class:`~deepseek_export.kernels.table.KernelSpec`），编译之后是机器码
+:class:`LaunchTable` 里的 kernel 先是待编译的（:class:`~deepseek_export.kernels.table.KernelSpec`），编译之后是机器码
 （:class:`CompiledKernel`），其余不变；编译好的就是 :data:`Program`。这里不依赖 Triton、torch 或 CUDA。
 
-TensorRT 插件把程序序列化成两个字段：:data:`PROGRAM_FIELD`（:meth:`LaunchPlan.to_text`，逐行的文本）与 :data:`IMAGE_FIELD`（各 kernel 的
-cubin 首尾相接）。Python 插件用 :meth:`LaunchPlan.bind` 得到每次启动的参数，C++ 插件（``plugins/tensorrt``）解析同一份文本。
+TensorRT 插件把程序序列化成两个字段：:data:`PROGRAM_FIELD`（:meth:`LaunchTable.to_text`，逐行的文本）与 :data:`IMAGE_FIELD`（各 kernel 的
+cubin 首尾相接）。Python 插件用 :meth:`LaunchTable.bind` 得到每次启动的参数，C++ 插件（``plugins/tensorrt``）解析同一份文本。
 
 文本格式（每行一条，空格分隔；算式见 :mod:`~deepseek_export.kernels.expression`）::
 
@@ -118,7 +118,7 @@ class Variant(Generic[K]):
 
 
 @dataclass(frozen=True)
-class LaunchPlan(Generic[K]):
+class LaunchTable(Generic[K]):
     """见模块说明。
 
     Attributes:
@@ -139,7 +139,7 @@ class LaunchPlan(Generic[K]):
         """用到的 kernel，按启动的次序，各出现一次。"""
         return list(dict.fromkeys(launch.kernel for v in self.variants for launch in v.launches))
 
-    def map(self, change: Callable[[K], _Other]) -> LaunchPlan[_Other]:
+    def map(self, change: Callable[[K], _Other]) -> LaunchTable[_Other]:
         """每个 kernel 换成 ``change`` 的结果。"""
         made = {kernel: change(kernel) for kernel in self.kernels}
         variants = (
@@ -150,7 +150,7 @@ class LaunchPlan(Generic[K]):
             )
             for v in self.variants
         )
-        return LaunchPlan(self.op, self.sm, self.inputs, self.outputs, tuple(variants))
+        return LaunchTable(self.op, self.sm, self.inputs, self.outputs, tuple(variants))
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
         """由输入的形状得到符号的值。
@@ -235,8 +235,8 @@ class LaunchPlan(Generic[K]):
         return program
 
 
-#: 编译好的启动计划。
-Program: TypeAlias = LaunchPlan[CompiledKernel]
+#: 编译好的启动表。
+Program: TypeAlias = LaunchTable[CompiledKernel]
 
 _Launch: TypeAlias = Launch[CompiledKernel, Expression]
 

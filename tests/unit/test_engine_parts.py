@@ -20,7 +20,7 @@ from deepseek_export.engine.layers import (
     parse_layers,
     unfused_attention,
 )
-from deepseek_export.engine.record import RECORD_FILE, EngineRecord, PlanEntry
+from deepseek_export.engine.record import RECORD_FILE, EngineEntry, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
 
@@ -148,7 +148,7 @@ def test_plugin_layers_of_tensorrt_10():
 
 
 def record() -> EngineRecord:
-    entry = PlanEntry(
+    entry = EngineEntry(
         graph="model.onnx",
         role="main",
         bytes=3,
@@ -182,7 +182,7 @@ def test_engine_is_refused_where_it_does_not_match(tmp_path: Path):
     read.check(tmp_path, "1.7", 89, "abc")
     for arguments in (("1.8", 89, "abc"), ("1.7", 80, "abc"), ("1.7", None, "abc"), ("1.7", 89, "abd")):
         refused("DSX-E917", read.check, tmp_path, *arguments)
-    refused("DSX-E917", read.read_plan, tmp_path / "model.plan")
+    refused("DSX-E917", read.read_engine, tmp_path / "model.plan")
     (tmp_path / "model.plan").write_bytes(b"ab")
     refused("DSX-E917", read.check, tmp_path, "1.7", 89, "abc")
     (tmp_path / RECORD_FILE).write_text(json.dumps({"schema_version": 2}))

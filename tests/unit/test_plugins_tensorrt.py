@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_export.kernels.compile import compile_plan
+from deepseek_export.kernels.compile import compile_table
 from deepseek_export.kernels.expression import OPERATORS
-from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
-from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
+from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import Program
 
 pytestmark = pytest.mark.unit
@@ -29,11 +29,11 @@ HEADERS = os.environ.get("TENSORRT_ROOT")
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Program]:
     """两个算子的小程序。"""
-    plans = (
-        latent_attention_plan(89, 8, 64, 16, 0.1, "float16"),
-        grouped_swiglu_plan(89, 8, 2, 32, 48, "float16"),
+    tables = (
+        latent_attention_launch(89, 8, 64, 16, 0.1, "float16"),
+        grouped_swiglu_launch(89, 8, 2, 32, 48, "float16"),
     )
-    return {plan.op: compile_plan(plan) for plan in plans}
+    return {table.op: compile_table(table) for table in tables}
 
 
 @pytest.fixture(scope="module")
