@@ -160,7 +160,7 @@ def test_kernel_binaries_are_inside_the_plan(built):
     """TRT-4：plan 里有启动说明与 cubin，运行时不再编译。"""
     plan = (built[0].path / "model.plan").read_bytes()
     for text in (
-        b"dsx-program 1",
+        b"dsx-program 2",
         b"op LatentAttention 89",
         b"op MoeExperts 89",
         b"latent_attention_partial",
