@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -76,6 +77,25 @@ def test_tokens_equal_onnxruntime(bundles, counts, name):
             )
     assert there.generate([PROMPTS[0]], max_new_tokens=4).notes == ()
     assert counts["launch"] > counts["plain"] > 0
+
+
+def test_any_thread_can_use_and_drop_a_session(bundles, gpu):
+    """TRT-9：在一个线程里加载，在别的线程里生成、放手：驱动的当前上下文按线程记，dsx 每次都设好。"""
+    path = bundles("full").path
+    gc.collect()
+    before = len(gpu.driver.live), len(gpu.driver.graphs)
+    held = [deepseek_export.load(path, backend="trt")]
+    want = tokens(deepseek_export.load(path), list(PROMPTS))
+
+    def use_and_drop():
+        got = tokens(held[0], list(PROMPTS))
+        held.clear()
+        gc.collect()
+        return got
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(use_and_drop).result() == want
+    assert (len(gpu.driver.live), len(gpu.driver.graphs)) == before
 
 
 def test_nothing_is_left_on_the_device(bundles, gpu):

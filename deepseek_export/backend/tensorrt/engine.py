@@ -113,6 +113,7 @@ class LoadedEngine:
             config = self.engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        self.cuda.make_current()
         with building_for(self._sm) as target:
             context = self.engine.create_execution_context(config)
             index = self._profiles.index(profile)
@@ -142,6 +143,7 @@ class LoadedEngine:
 
     def execute(self, context: Any, name: str) -> None:
         """在流上执行一次，不等它做完。"""
+        self.cuda.make_current()
         with building_for(self._sm) as target:
             if not context.execute_async_v3(self.cuda.stream):
                 raise self._failure(target, f"执行 {name}")
@@ -162,6 +164,7 @@ class LoadedEngine:
 
     def __del__(self) -> None:
         if getattr(self, "_workspace", 0):
+            self.cuda.make_current()
             self.contexts.clear()
             self.cuda.free(self._workspace)
 
