@@ -79,7 +79,9 @@ class LoadedEngine:
         DsxError: ``DSX-E914`` TensorRT 拒绝加载；``DSX-E916`` 插件出错。
     """
 
-    def __init__(self, flavour: Flavour, sm: int, content: bytes, profiles: Iterable[str], what: str) -> None:
+    def __init__(
+        self, flavour: Flavour, sm: int, content: bytes | memoryview, profiles: Iterable[str], what: str
+    ) -> None:
         self.cuda, self._sm, self._what = Cuda(), sm, what
         self._trt, self._profiles = load(flavour), list(profiles)
         self._logger = logger_for(self._trt)
