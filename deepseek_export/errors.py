@@ -150,6 +150,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E919": "--profile-shapes 写得不对",
         "DSX-E920": "没有这种 GPU 的引擎",
         "DSX-E921": "形状超出引擎的优化配置",
+        "DSX-E922": "引擎把缓存抄一遍",
     }
 )
 
