@@ -285,9 +285,10 @@ def _dense_layers(f: Fields, family: Family, layers: int) -> int:
     其余看 ``first_k_dense_replace``；两者不一致就拒绝。
     """
     types, dense = f.data.get("mlp_layer_types"), family.dense_layers
-    if types is None and dense is None:
-        return f.integer("first_k_dense_replace", low=0)
-    if types is not None:
+    if types is None:
+        if dense is None:
+            return f.integer("first_k_dense_replace", low=0)
+    else:
         dense = (
             next((i for i, kind in enumerate(types) if kind != "dense"), layers)
             if isinstance(types, list)

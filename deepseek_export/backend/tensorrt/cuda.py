@@ -121,8 +121,8 @@ class Cuda:
             todo = (
                 "显存不足：减小批大小，或用更小的 T 重建引擎" if full else "见驱动的日志（dmesg、nvidia-smi）"
             )
-            raise DsxError("DSX-E914", f"{name} 返回 {status.name}", todo)
-        return tuple(values)
+            raise DsxError("DSX-E914", f"{function.__name__} 返回 {status.name}", todo)
+        return values[0] if values else None
 
 
 class Buffer:
