@@ -50,6 +50,7 @@ from deepseek_export.runtime import (
     open_session,
     open_speculative,
 )
+from deepseek_export.runtime.stop import stop_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -231,7 +232,7 @@ class CompiledModel:
         seed: int | None = None,
         chat: bool = False,
         ignore_eos: bool = False,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         on_token: Callable[[int, int], None] | None = None,
         speculative: bool | None = None,
     ) -> GenerationResult:
@@ -257,9 +258,8 @@ class CompiledModel:
             for prompt in _prompt_rows(prompts, chat)
         ]
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        stops = [stop] if isinstance(stop, str) else list(stop)
         return generator.generate(
-            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos, stop=stops
+            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos, stop=stop_list(stop)
         )
 
     def _generator(self, speculative: bool | None) -> Generator:
