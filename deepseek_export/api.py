@@ -30,6 +30,7 @@ from deepseek_export.runtime import (
     open_session,
     open_speculative,
 )
+from deepseek_export.runtime.stop import stop_list
 
 # 编译与校验的一半用到时才导入：加载与生成不该等 torch、onnx。
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ class CompiledModel:
         seed: int | None = None,
         chat: bool = False,
         ignore_eos: bool = False,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         on_token: Callable[[int, int], None] | None = None,
         speculative: bool | None = None,
     ) -> GenerationResult:
@@ -248,9 +249,8 @@ class CompiledModel:
             for prompt in _prompt_rows(prompts, chat)
         ]
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        stops = [stop] if isinstance(stop, str) else list(stop)
         return generator.generate(
-            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos, stop=stops
+            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos, stop=stop_list(stop)
         )
 
     def _generator(self, speculative: bool | None) -> Generator:

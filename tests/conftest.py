@@ -18,6 +18,7 @@ from tests.raised_codes import RaisedCodes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # 磁盘缓存放在检出目录里：各个 worker 与子进程里的 dsx 共用，又不碰用户自己的。
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / "build/test-cache")
+os.environ.pop("DSX_HOME", None)  # 它比 XDG_CACHE_HOME 优先
 
 
 def pytest_configure(config: pytest.Config) -> None:

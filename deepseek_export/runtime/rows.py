@@ -71,11 +71,11 @@ class OutputRows:
         """每行的文本，遇到停止串的到它之前；没有 tokenizer 为 ``None``。"""
         if tokenizer is None:
             return None
-        rows: Sequence[StoppedRow | None] = self._stopped or [None] * len(self.token_ids)
-        return [
-            row.text if row is not None and row.stopped else tokenizer.decode(ids)
-            for row, ids in zip(rows, self.token_ids, strict=True)
-        ]
+        texts = [tokenizer.decode(ids) for ids in self.token_ids]
+        if self._stopped is None:
+            return texts
+        rows = zip(self._stopped, texts, strict=True)
+        return [row.text if row.stopped else text for row, text in rows]
 
     def notes(self, max_new_tokens: int, limit: int) -> tuple[str, ...]:
         """因为模型放不下而少给了的，说一声。

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
@@ -49,6 +49,19 @@ class StopStrings:
         """输出结束了：攥着的也给出来。"""
         text, self._held = self._held, ""
         return text
+
+
+def stop_list(stop: str | Sequence[str] | None) -> list[str]:
+    """一个、几个或没有停止串，都写成列表。
+
+    Raises:
+        DsxError: ``DSX-E512``，别的写法。
+    """
+    if stop is None or isinstance(stop, str):
+        return [] if stop is None else [stop]
+    if not isinstance(stop, Iterable):
+        raise DsxError("DSX-E512", f"stop={stop!r}", '给一个停止串 "。"，或几个 ["。", "\\n"]')
+    return list(stop)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -86,7 +86,7 @@ def build(bundle: str, arch: str, cache: str) -> Callable[[], dict[str, Any]]:
     from deepseek_export.engine.build import build_engine
     from deepseek_export.engine.shapes import ProfileShapes
 
-    os.environ |= {"DSX_NO_CACHE": "0", "XDG_CACHE_HOME": cache}
+    os.environ |= {"DSX_NO_CACHE": "0", "DSX_HOME": cache}
     opened = Bundle.open(bundle)
     shapes = ProfileShapes.parse("", opened.manifest.model.max_position_embeddings)
 

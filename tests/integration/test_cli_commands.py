@@ -365,7 +365,7 @@ def test_ctrl_c_stops_without_a_traceback(demo_bundle):
 
 
 def test_demo_runs_the_whole_tour(tmp_path):
-    process = dsx("demo", env=environment(DSX_HOME=str(tmp_path)))
+    process = dsx("demo", "--dir", tmp_path)
     assert process.returncode == 0, process.stdout + process.stderr
     commands = [line for line in process.stdout.splitlines() if line.startswith("$ dsx ")]
     steps = ["export", "verify", "inspect", "generate", "generate", "export", "build"]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import BundleTokenizer, SpeculativeGenerator, StopStrings
+from deepseek_export.runtime.stop import stop_list
 from tests.unit.test_runtime_speculative_toy import LIMIT, build, make_drafts
 from tests.unit.test_runtime_tokenizer import byte_tokenizer
 from tests.unit.test_runtime_toy import make_toy
@@ -51,6 +52,13 @@ def test_stop_strings_that_are_none(stops):
         StopStrings(stops)
     assert error.value.code == "DSX-E512"
     assert repr(stops[-1]) in error.value.what
+
+
+def test_one_several_or_no_stop_strings():
+    assert (stop_list(None), stop_list("。"), stop_list(("a", "b"))) == ([], ["。"], ["a", "b"])
+    with pytest.raises(DsxError) as error:
+        stop_list(5)  # type: ignore[arg-type]
+    assert error.value.code == "DSX-E512"
 
 
 @pytest.fixture
