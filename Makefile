@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_DIR ?= build/demo
 # 不安静的机器上：make perf-check PERF_FLAGS=--no-time
 PERF_FLAGS ?=
-SOURCES := deepseek_export tests tools perf plugins noxfile.py hatch_build.py
+SOURCES := deepseek_export tests tools perf plugins examples noxfile.py hatch_build.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo plugins test test-all graphs ops-header perf perf-check docs lint format clean

@@ -154,7 +154,7 @@ def _require_parity(directory: Path, progress: Progress | None) -> None:
     from deepseek_export.parity.verify import verify_bundle
 
     # 权重刚写好、刚算过，不再读一遍。
-    report = verify_bundle(directory, verify_weights=False, progress=progress)
+    report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
     failure = report.first_failure
     if failure is not None:
         raise ParityRefused(
@@ -339,7 +339,7 @@ def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress 
     require_export("打包")
     from deepseek_export.bundle.pack import pack_bundle
 
-    return pack_bundle(bundle, verify_weights=verify_weights, progress=progress)
+    return pack_bundle(bundle, progress, verify_weights=verify_weights)
 
 
 def build(
@@ -405,18 +405,20 @@ def verify(
     require_export("校验")
     from deepseek_export.parity.verify import verify_bundle
 
-    return verify_bundle(
-        bundle,
-        against,
-        levels=levels,
-        prompts=prompts,
-        steps=steps,
-        seed=seed,
-        text=text,
-        backend=backend,
-        verify_weights=verify_weights,
-        progress=progress,
-    )
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        return verify_bundle(
+            opened,
+            against,
+            levels=levels,
+            prompts=prompts,
+            steps=steps,
+            seed=seed,
+            text=text,
+            backend=backend,
+            verify_weights=verify_weights,
+            progress=progress,
+        )
 
 
 def compare(
@@ -435,14 +437,16 @@ def compare(
     require_export("逐块比较")
     from deepseek_export.parity.compare import compare_bundle
 
-    return compare_bundle(
-        bundle,
-        against,
-        backends=backends,
-        blocks=blocks,
-        bisect=bisect,
-        folder=folder,
-        seed=seed,
-        verify_weights=verify_weights,
-        progress=progress,
-    )
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        return compare_bundle(
+            opened,
+            against,
+            backends=backends,
+            blocks=blocks,
+            bisect=bisect,
+            folder=folder,
+            seed=seed,
+            verify_weights=verify_weights,
+            progress=progress,
+        )

@@ -118,6 +118,9 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E710": "基准测试的长度超出模型的最大长度",
         "DSX-E711": "对照的 bundle 来自别的检查点",
         "DSX-E720": "没有安装编译用的依赖",
+        "DSX-E721": "没有安装 HTTP 服务的依赖",
+        "DSX-E730": "API 密钥给得不对",
+        "DSX-E731": "服务的地址用不了",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",
@@ -147,6 +150,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E919": "--profile-shapes 写得不对",
         "DSX-E920": "没有这种 GPU 的引擎",
         "DSX-E921": "形状超出引擎的优化配置",
+        "DSX-E922": "引擎把缓存抄一遍",
     }
 )
 

@@ -1,7 +1,8 @@
-"""可选的依赖：编译与校验要的一组，运行 bundle 用不着。"""
+"""可选的依赖：编译与校验要一组，HTTP 服务要一组，运行 bundle 都用不着。"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 
@@ -9,6 +10,8 @@ from deepseek_export.errors import DsxError
 
 #: ``deepseek-export[export]`` 装的：导出、打包、校验、建引擎才要。
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnx_graphsurgeon", "polygraphy")
+#: ``deepseek-export[serve]`` 装的：``dsx serve`` 才要。
+SERVE_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def require_export(what: str) -> None:
@@ -20,13 +23,28 @@ def require_export(what: str) -> None:
     Raises:
         DsxError: ``DSX-E720``，缺哪几个包，怎么装。
     """
-    missing = [name for name in EXPORT_PACKAGES if not _installed(name)]
-    if missing:
+    if missing := _missing(EXPORT_PACKAGES):
         raise DsxError(
             "DSX-E720",
-            f"{what}要用 {'、'.join(missing)}，这里没有装（只装了运行 bundle 的那一半）",
+            f"{what}要用 {missing}，这里没有装（只装了运行 bundle 的那一半）",
             "pip install -U 'deepseek-export[export]'",
         )
+
+
+def require_serve() -> None:
+    """HTTP 服务的依赖齐不齐；不导入它们。
+
+    Raises:
+        DsxError: ``DSX-E721``，缺哪几个包，怎么装。
+    """
+    if missing := _missing(SERVE_PACKAGES):
+        raise DsxError(
+            "DSX-E721", f"dsx serve 要用 {missing}，这里没有装", "pip install -U 'deepseek-export[serve]'"
+        )
+
+
+def _missing(names: Sequence[str]) -> str:
+    return "、".join(name for name in names if not _installed(name))
 
 
 def _installed(name: str) -> bool:

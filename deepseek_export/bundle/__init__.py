@@ -3,7 +3,7 @@
 本包的 ``__init__`` 只有读的一半，不导入 torch 与 onnx；写的一半是 :mod:`.export` 与 :mod:`.pack`。
 """
 
-from deepseek_export.bundle.bundle import Bundle, read_bundle, steadily
+from deepseek_export.bundle.bundle import Bundle, read_bundle
 from deepseek_export.bundle.manifest import Manifest, WeightsMode
 from deepseek_export.bundle.weights import BundleWeights
 
@@ -13,5 +13,4 @@ __all__ = [
     "Manifest",
     "WeightsMode",
     "read_bundle",
-    "steadily",
 ]

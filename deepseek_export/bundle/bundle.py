@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -26,7 +25,6 @@ from deepseek_export.paths import MAX_LARGE_TEXT, check_readable, open_regular, 
 from deepseek_export.progress import Progress
 
 _T = TypeVar("_T")
-_P = ParamSpec("_P")
 
 #: 读的时候接连被换掉这么多次就不再试；每次之间歇一会儿（秒）。
 _ATTEMPTS, _PAUSE = 5, 0.1
@@ -166,20 +164,6 @@ def read_bundle(path: Path | str, read: Callable[[Bundle], _T]) -> _T:
                 raise
         time.sleep(_PAUSE)
     raise AssertionError
-
-
-def steadily(
-    work: Callable[Concatenate[Bundle, _P], _T],
-) -> Callable[Concatenate[Bundle | Path | str, _P], _T]:
-    """给 ``work(bundle, ...)`` 一个期间没有被换掉的 bundle，见 :meth:`Bundle.steady`；给的是目录就先打开。"""
-
-    @functools.wraps(work)
-    def wrapped(bundle: Bundle | Path | str, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        with opened.steady():
-            return work(opened, *args, **kwargs)
-
-    return wrapped
 
 
 def checkpoint_changed(path: Path, what: str) -> DsxError:

@@ -28,23 +28,21 @@ from deepseek_export.paths import path_kind
 from deepseek_export.progress import Progress
 
 
-def pack_bundle(
-    bundle: Path | str, *, verify_weights: bool = True, progress: Progress | None = None
-) -> Bundle:
+def pack_bundle(path: Path | str, progress: Progress | None = None, *, verify_weights: bool = True) -> Bundle:
     """把按引用的 bundle 变成自包含的：结果与一开始就用 ``--weights packed`` 导出的逐字节相同。
 
     Args:
-        bundle: bundle 目录；成功之后换成打包的，中途失败则保持原样。
-        verify_weights: 先读一遍检查点，核对导出时记下的 sha256；``False`` 只抽查每个张量的几处。
+        path: bundle 目录；成功之后换成打包的，中途失败则保持原样。
         progress: 进度。
+        verify_weights: 先读一遍检查点，核对导出时记下的 sha256；``False`` 只抽查每个张量的几处。
 
     Raises:
-        DsxError: ``DSX-E409`` 已经是打包的；``DSX-E401`` 里面有不是 dsx 写的文件，或 ``bundle`` 是符号链接；``DSX-E408`` 检查点与导出时不同；
+        DsxError: ``DSX-E409`` 已经是打包的；``DSX-E401`` 里面有不是 dsx 写的文件，或 ``path`` 是符号链接；``DSX-E408`` 检查点与导出时不同；
             ``DSX-E413`` 导出时没有算 sha256；``DSX-E404`` 磁盘空间不足；``DSX-E411`` 别人正在写；其余见 ``Bundle.open``、``write_packed``。
     """
-    path_kind(Path(bundle), "DSX-E402")  # 看不了的，是读不了它，不是写不了
-    with output_lock(bundle):
-        return _pack(Bundle.open(bundle), progress or Progress(), verify_weights)
+    path_kind(Path(path), "DSX-E402")  # 看不了的，是读不了它，不是写不了
+    with output_lock(path):
+        return _pack(Bundle.open(path), progress or Progress(), verify_weights)
 
 
 def _pack(bundle: Bundle, progress: Progress, verify_weights: bool) -> Bundle:

@@ -25,6 +25,7 @@ from deepseek_export.bundle.disk import (
     sha256_file,
     write_json,
 )
+from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.checkpoint.weight_only import packed_int4
 from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import (
@@ -39,6 +40,7 @@ from deepseek_export.engine.graph import engine_graph
 from deepseek_export.engine.interrupts import deferred_interrupts
 from deepseek_export.engine.layers import (
     EngineLayer,
+    copied_caches,
     layer_counts,
     missing_plugins,
     parse_layers,
@@ -91,7 +93,7 @@ def build_engine(
 
     Raises:
         DsxError: ``DSX-E901`` 起是 kernel 的；``DSX-E912`` 建不了这种 SM；``DSX-E913`` bundle 不合适；``DSX-E914`` TensorRT
-            报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E916`` 插件内部出错；``DSX-E412`` 建的时候 bundle 被换掉。
+            报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E922`` 引擎把缓存抄一遍；``DSX-E916`` 插件内部出错；``DSX-E412`` 建的时候 bundle 被换掉。
     """
     progress = progress or Progress()
     check_buildable(bundle)
@@ -120,6 +122,7 @@ def build_engine(
             layers[name] = parse_layers(text, list(profiles), graph.plugins)
             for profile, found in layers[name].items():
                 check_plugins(f"{name} 的 {profile} 配置", found, expected_plugins(profile, graph.plugins))
+            check_caches(name, text, entry, shapes.capacity)
             unfused = unfused_attention(layers[name].get("prefill", ()), graph.attentions)
             if unfused:
                 progress.note(
@@ -169,8 +172,10 @@ def build_engine_bytes(
     profiles: Mapping[str, Mapping[str, Range]],
     progress: Progress,
     initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
-) -> tuple[bytes, str]:
+) -> tuple[memoryview, str]:
     """一个 ONNX 文件 → 引擎与各层的文本。
+
+    引擎有几十 GB，所以不复制：交出的就是 TensorRT 自己的那块内存，用完即放。
 
     Args:
         trt: TensorRT 模块。
@@ -212,11 +217,12 @@ def build_engine_bytes(
         content = builder.build_serialized_network(network, config)
         if content is None or target.failures:
             raise _failure(target, model, logger.errors())
+        content = memoryview(content).cast("B")
         # 仍在 building_for 之内：完整的 TensorRT 在这里把引擎读回来，插件随之重建。
-        text = layer_information(flavour, trt, logger.messages(), bytes(content), logger)
+        text = layer_information(flavour, trt, logger.messages(), content, logger)
         if not text or target.failures:
             raise _failure(target, model, logger.errors())
-    return bytes(content), text
+    return content, text
 
 
 def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> bool:
@@ -252,6 +258,23 @@ def check_plugins(name: str, layers: Iterable[EngineLayer], plugins: Mapping[str
         raise DsxError(
             "DSX-E915", f"{name} 里没有插件层 {shown}", "这是 dsx 的缺陷：请附上 dsx doctor 的输出报告"
         )
+
+
+def check_caches(name: str, text: str, graph: GraphEntry, capacity: int) -> None:
+    """没有一层把整块缓存抄一遍。
+
+    Raises:
+        DsxError: ``DSX-E922``。
+    """
+    caches = [
+        [capacity if size == "T" else int(size) for size in value.shape[1:]]
+        for value in graph.inputs
+        if "T" in value.shape
+    ]
+    copies = copied_caches(text, caches)
+    if copies:
+        what = f"{name} 有 {len(copies)} 层把整块缓存抄一遍，第一层是 {copies[0]}"
+        raise DsxError("DSX-E922", what, "这是 dsx 的缺陷：请附上 dsx doctor 的输出报告")
 
 
 def _optimization_profile(builder: Any, network: Any, ranges: Mapping[str, Range]) -> Any:

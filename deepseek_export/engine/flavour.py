@@ -199,7 +199,7 @@ def network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def layer_information(flavour: Flavour, trt: Any, log: list[str], content: bytes, logger: Any) -> str:
+def layer_information(flavour: Flavour, trt: Any, log: list[str], content: memoryview, logger: Any) -> str:
     """引擎的全部层，一行一层；引擎读不回来时为空。
 
     RTX 没有 GPU 也在详细日志里印出来；完整的 TensorRT 反序列化之后由 inspector 给出同样的文本。

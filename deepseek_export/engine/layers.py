@@ -20,7 +20,9 @@ _PLUGIN_KINDS = {"custom_layer", "PluginV3"}
 #: 原生融合注意力的层名里都有它，例如 ``_gemm_mha_v2``。
 _FUSED_ATTENTION = "mha"
 #: 编译器的调度与形状计算，不是算子。
-_BOOKKEEPING = {"signal", "wait", "shape_call", "memset", "copy", "ShapeHostToDevice"}
+_BOOKKEEPING = {"signal", "wait", "shape_call", "memset", "ShapeHostToDevice"}
+_COPY = "copy"
+_DIMENSIONS = re.compile(r"Dimensions: \[([-\d,]*)\]")
 
 
 class EngineLayer(BaseModel):
@@ -75,6 +77,25 @@ def parse_layers(
             op=op if match["kind"] in _PLUGIN_KINDS else None,
         )
         found[profiles[graphs.get(graph_id, own) if graph_id else own]].append(layer)
+    return found
+
+
+def copied_caches(text: str, caches: Iterable[Sequence[int]]) -> list[str]:
+    """把整块缓存抄一遍的层：缓存没有做到输入输出同一块，每一步都要多搬一遍。
+
+    Args:
+        text: 同 :func:`parse_layers`。
+        caches: 各缓存除批之外的维；大小是 1 的维编译器会去掉，不比。
+    """
+    wanted = {tuple(size for size in cache if size != 1) for cache in caches}
+    found = []
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if match is None or match["kind"] != _COPY:
+            continue
+        shapes = ([int(size) for size in dims.split(",") if size] for dims in _DIMENSIONS.findall(line))
+        if any(tuple(size for size in shape[1:] if size != 1) in wanted for shape in shapes):
+            found.append(match["name"])
     return found
 
 

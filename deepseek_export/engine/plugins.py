@@ -289,10 +289,9 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
 
         @contained(None)
         def attach_to_context(self, context: Any) -> Plugin:
-            assert self.program is not None
             attached = self.clone()
             # 装载 cubin 会分配，所以在这里做完；enqueue 只启动，可以录进 CUDA graph。
-            attached.launcher = self.launcher or Launcher(self.program)
+            attached.loaded()
             return attached
 
         @recorded
@@ -305,8 +304,14 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
             workspace: int,
             stream: int,
         ) -> None:
-            assert self.launcher is not None
             shapes = tuple(tuple(entry.dims) for entry in input_desc)
-            self.launcher.enqueue(shapes, inputs, outputs, workspace, stream)
+            self.loaded().enqueue(shapes, inputs, outputs, workspace, stream)
+
+        def loaded(self) -> Launcher:
+            """装载好的程序；TensorRT 没有先调 ``attach_to_context`` 时在第一次 ``enqueue`` 装载。"""
+            if self.launcher is None:
+                assert self.program is not None
+                self.launcher = Launcher(self.program)
+            return self.launcher
 
     return Plugin

@@ -21,14 +21,14 @@ from typing import Any
 
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.program import CompiledKernel, LaunchTable, Program
+from deepseek_export.kernels.program import POINTER_ALIGNMENT, CompiledKernel, LaunchTable, Program
 from deepseek_export.kernels.table import KernelSpec, check_sm
 
 logger = logging.getLogger(__name__)
 
 CACHE = DiskCache("kernels")
 
-_ALIGNED = [["tt.divisibility", 16]]
+_ALIGNED = [["tt.divisibility", POINTER_ALIGNMENT]]
 _ENTRY = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
 #: Triton 类型 → PTX 形参类型；指针都是 ``u64``。
 _PTX_TYPES = {"i32": "u32", "fp32": "f32"}

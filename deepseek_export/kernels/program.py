@@ -8,7 +8,7 @@ cubin 首尾相接）。Python 插件用 :meth:`LaunchTable.bind` 得到每次�
 
 文本格式（每行一条，空格分隔；算式见 :mod:`~deepseek_export.kernels.expression`）::
 
-    dsx-program 1
+    dsx-program 2
     op <算子> <sm>
     input <dtype> <维> ...        维是整数（必须相等）或符号（首次出现时取值，之后必须相等）
     output <dtype> <维> ...
@@ -17,6 +17,8 @@ cubin 首尾相接）。Python 插件用 :meth:`LaunchTable.bind` 得到每次�
     launch <入口> <线程数> <动态共享内存> <scratch 指针数> <偏移> <长度>
     grid <x> ; <y> ; <z>          有一维是 0 就不启动
     argument input|output <序号> | workspace <偏移> | int32 <算式> | float32 <数>
+
+算式里的符号是各输入的维，与 :data:`SM_COUNT`。
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ from deepseek_export.kernels.expression import Expression
 PROGRAM_FIELD = "program"
 IMAGE_FIELD = "image"
 
-_HEADER = "dsx-program 1"
+#: 当前设备的 SM 个数，算式里的符号；装载之后才知道，所以 ``when`` 与 ``workspace`` 不用它。
+SM_COUNT = "sms"
+
+#: 张量与 workspace 的地址按多少字节对齐；kernel 按它编译（128 位的拷贝），没有对齐的地址不得启动。
+POINTER_ALIGNMENT = 16
+
+_HEADER = "dsx-program 2"
 
 #: kernel：待编译的，或编译好的。
 K = TypeVar("K")
@@ -177,9 +185,9 @@ class LaunchTable(Generic[K]):
         sizes = self.sizes(shapes)
         return max(variant.workspace.evaluate(sizes) for variant in self.variants)
 
-    def bind(self, shapes: Sequence[Sequence[int]]) -> list[Launch[K, int]]:
-        """这组输入形状的启动序列；空网格（没有 token）已去掉。"""
-        sizes = self.sizes(shapes)
+    def bind(self, shapes: Sequence[Sequence[int]], sm_count: int) -> list[Launch[K, int]]:
+        """这组输入形状在有 ``sm_count`` 个 SM 的卡上的启动序列；空网格（没有 token）已去掉。"""
+        sizes = self.sizes(shapes) | {SM_COUNT: sm_count}
         bound = []
         for launch in self.select(sizes).launches:
             x, y, z = (axis.evaluate(sizes) for axis in launch.grid)

@@ -26,12 +26,12 @@ class Sm:
 
     Attributes:
         shared: 一个线程块最多能用的共享内存，字节（CUDA C++ Programming Guide，Compute Capabilities）。
-        count: 参考卡的 SM 个数；只用来决定把 KV 切成几段，别的卡上结果不变。
-        card: 参考卡。
+        most: 这种 SM 的卡至多几个 SM；workspace 按它留。KV 切成几段看运行时那张卡的个数，不超过它。
+        card: SM 最多的卡。
     """
 
     shared: int
-    count: int
+    most: int
     card: str
 
 
@@ -39,10 +39,10 @@ SMS: Mapping[int, Sm] = MappingProxyType(
     {
         80: Sm(163 << 10, 108, "A100"),
         86: Sm(99 << 10, 84, "A40"),
-        89: Sm(99 << 10, 128, "RTX 4090"),
+        89: Sm(99 << 10, 142, "L40S"),
         90: Sm(227 << 10, 132, "H100"),
         100: Sm(227 << 10, 148, "B200"),
-        120: Sm(99 << 10, 170, "RTX 5090"),
+        120: Sm(99 << 10, 188, "RTX PRO 6000"),
         121: Sm(99 << 10, 48, "GB10"),
     }
 )

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deepseek_export.backend import backend_named
 from deepseek_export.backend.base import Run
-from deepseek_export.bundle import Bundle, Manifest, steadily
+from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.disk import atomic_directory, disk_errors, output_path, write_json
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.bundle.source import open_source
@@ -102,7 +102,6 @@ class ComparisonReport(BaseModel):
         return {"passed": self.passed, **self.model_dump(mode="json")}
 
 
-@steadily
 def compare_bundle(
     bundle: Bundle,
     against: Path | str | None = None,
@@ -118,7 +117,7 @@ def compare_bundle(
     """逐块比较一个 bundle。
 
     Args:
-        bundle: 要比的 bundle，或它的目录。
+        bundle: 要比的 bundle。
         against: 检查点目录；缺省取 manifest 里记的出处。
         backends: 后端的名字，见 :data:`~deepseek_export.backend.BACKENDS`。
         blocks: 只比这些块，见 :func:`block_choices`；缺省全部。

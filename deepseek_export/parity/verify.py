@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from deepseek_export.backend import backend_named
-from deepseek_export.bundle import Bundle, steadily
+from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import keeping, write_report
 from deepseek_export.bundle.source import open_source
 from deepseek_export.errors import DsxError
@@ -23,7 +23,6 @@ from deepseek_export.reference import Forms, load_reference
 from deepseek_export.runtime import BundleTokenizer
 
 
-@steadily
 def verify_bundle(
     bundle: Bundle,
     against: Path | str | None = None,
@@ -40,7 +39,7 @@ def verify_bundle(
     """验证一个 bundle 与 PyTorch 相等；权重量化过的，另量它比未量化的差多少。
 
     Args:
-        bundle: 要验证的 bundle，或它的目录。
+        bundle: 要验证的 bundle。
         against: 检查点目录；缺省取 manifest 里记的出处。
         levels: 要比的层级。
         prompts: 文本 prompt；缺省用内置的，没有 tokenizer 时用随机 token。

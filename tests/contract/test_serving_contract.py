@@ -220,20 +220,39 @@ def test_moves_cost_what_the_spec_says(toy, copied):
         assert copied == ([14, 35, 14] if reuse else [14])
 
 
-def test_the_oldest_prefix_leaves_first(toy):
-    """SERVE-6：先取空着的行，再取最久没有用到的；``rows`` 多几行就多留几条。"""
-    chats = [BASE[at : at + 20] for at in (0, 50, 100, 150)]
+@pytest.mark.parametrize("touched", [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)])
+@pytest.mark.parametrize("fresh", [0, 1, 3])
+def test_the_oldest_prefix_leaves_first(toy, touched, fresh):
+    """SERVE-6：先取空着的行，再取最久没有用到的；``rows`` 比 ``slots`` 多几行，就多留几条。"""
+    chats = [BASE[at : at + 20] for at in range(0, 160, 20)]
+    for at, chat in enumerate(touched):
+        with Engine(toy, (), EngineSettings(slots=1, rows=4)) as engine:
+            for each in range(4):
+                chats[each] = BASE[each * 20 :][:20]
+                chats[each] = [*chats[each], *ask(engine, chats[each]).token_ids]
+            assert engine.stats.resident_rows == 4
+            for each in touched:
+                assert ask(engine, chats[each], 1).cached_tokens == 25
+            for each in range(fresh):
+                assert ask(engine, chats[4 + each]).cached_tokens < 20
+            assert (ask(engine, chats[chat], 1).cached_tokens == 25) == (at >= fresh)
+
+
+def test_being_copied_from_counts_as_use(toy):
+    """SERVE-6：公共前缀被别人复制过，也算用到。"""
     with Engine(toy, (), EngineSettings(slots=1, rows=3)) as engine:
-        for chat in chats[:3]:
-            assert ask(engine, chat).cached_tokens == 0
-        assert engine.stats.resident_rows == 3
-        assert ask(engine, [*chats[0], 1, 2], 1).cached_tokens == 20  # 用过，不再是最久的；它复制到另一行
-        assert ask(engine, chats[3]).cached_tokens == 0
-        hits = [engine.submit(chat, max_new_tokens=1).result().cached_tokens for chat in (chats[3], chats[0])]
-        assert hits == [19, 19]
-        assert ask(engine, chats[1]).cached_tokens < 19
-    assert ask_once(toy, EngineSettings(slots=1, prefix_reuse=False), chats[0]) == [0, 0]
-    assert ask_once(toy, EngineSettings(slots=1), chats[0]) == [0, 19]
+        first = [*BASE[:20], *ask(engine, BASE[:20]).token_ids]
+        ask(engine, BASE[50:70])
+        assert ask(engine, [*BASE[:20], 1, 2]).cached_tokens >= 20  # 复制到另一行
+        ask(engine, BASE[100:120])
+        assert ask(engine, first, 1).cached_tokens == 25
+
+
+def test_reuse_can_be_switched_off(toy):
+    """SERVE-5：``prefix_reuse=False`` 什么也不留。"""
+    for reuse, hits in ((False, [0, 0]), (True, [0, 19])):
+        with Engine(toy, (), EngineSettings(slots=1, prefix_reuse=reuse)) as engine:
+            assert [ask(engine, BASE[:20]).cached_tokens for _ in range(2)] == hits
 
 
 def test_salt_separates_tenants(toy):
@@ -245,8 +264,3 @@ def test_salt_separates_tenants(toy):
 
 def common(one: list[int], two: list[int]) -> int:
     return next((at for at, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), len(two))
-
-
-def ask_once(session: ModelSession, options: EngineSettings, prompt: list[int]) -> list[int]:
-    with Engine(session, (), options) as engine:
-        return [ask(engine, prompt).cached_tokens for _ in range(2)]

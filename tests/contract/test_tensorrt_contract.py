@@ -160,7 +160,7 @@ def test_kernel_binaries_are_inside_the_plan(built):
     """TRT-4：plan 里有启动说明与 cubin，运行时不再编译。"""
     plan = (built[0].path / "model.plan").read_bytes()
     for text in (
-        b"dsx-program 1",
+        b"dsx-program 2",
         b"op LatentAttention 89",
         b"op MoeExperts 89",
         b"latent_attention_partial",
@@ -195,10 +195,13 @@ def test_without_plugins_the_function_bodies_build(built):
         assert registry.deregister_creator(creator)
     try:
         profiles = built[0].record.shapes.profiles(prefill=False)
-        _, text = build_engine_bytes(trt, flavour, built[0].path / "model.onnx", 89, profiles, Progress())
+        content, text = build_engine_bytes(
+            trt, flavour, built[0].path / "model.onnx", 89, profiles, Progress()
+        )
     finally:
         for creator in creators.values():
             assert registry.register_creator(creator, "dsx")
+    assert not isinstance(content.obj, bytes), "引擎是 TensorRT 的那块内存，没有复制"
     counts = layer_counts(parse_layers(text, list(profiles), {})["decode"])
     assert "custom_layer" not in counts
     assert counts["gemm"] > 0

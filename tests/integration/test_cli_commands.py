@@ -14,11 +14,12 @@ import pytest
 
 from deepseek_export import __version__
 from deepseek_export.bundle import Bundle
+from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli.demo import BUNDLE, ENGINE_BUNDLE
 from deepseek_export.cli.main import COMMANDS
 from deepseek_export.profile import BUILTIN_PROFILES
 from tests.bundles import edit_weight, run_polygraphy, tampered
-from tests.integration.cli import DSX, assert_refused, dsx, dsx_process, environment, last_json
+from tests.integration.cli import DSX, TINY, assert_refused, dsx, dsx_process, environment, last_json
 
 pytestmark = pytest.mark.integration
 
@@ -277,6 +278,23 @@ def test_inspect(tiny_bundle, demo_bundle):
         assert row["bytes_per_token"] == 576 * layers * 2
         assert row["bytes_at_context"] == 576 * layers * 2 * 8192
         assert row["saving"] == pytest.approx(1 - 576 / expanded)
+
+
+def test_the_polygraphy_command_of_inspect_runs(tmp_path):
+    """不给形状会失败；印出来的那一条，主模型与草稿模型都跑得过。"""
+    checkpoint = write_checkpoint(tmp_path / "ckpt", TINY, dtype="float32", mtp=True)
+    bundle = tmp_path / "out"
+    process = dsx("export", checkpoint, "-p", "full", "-o", bundle)
+    assert process.returncode == 0, process.stderr
+    shown = dsx("inspect", bundle).stdout
+    commands = last_json(dsx("inspect", bundle, "--json"))["polygraphy"]
+    assert list(commands) == ["model.onnx", "mtp.onnx"]
+    for command in commands.values():
+        assert f"试跑    {command}" in shown
+        process = run_polygraphy(command)
+        assert process.returncode == 0, process.stdout + process.stderr
+    bare = commands["model.onnx"].partition(" --input-shapes")[0]
+    assert run_polygraphy(bare).returncode != 0
 
 
 def test_inspect_into_a_closed_pipe_is_quiet(demo_bundle):

@@ -15,6 +15,7 @@ from deepseek_export.engine.flavour import FLAVOURS, ensure_library_link, librar
 from deepseek_export.engine.interrupts import deferred_interrupts
 from deepseek_export.engine.layers import (
     EngineLayer,
+    copied_caches,
     layer_counts,
     missing_plugins,
     parse_layers,
@@ -138,6 +139,27 @@ def test_layers_are_parsed_per_profile():
     assert missing_plugins(found["decode"], plugins) == ["d/MoeExperts"]
     assert layer_counts(found["decode"]) == {"dsx::LatentAttention": 1, "gemm": 1}
     assert unfused_attention(found["prefill"], ["a/Attention", "b/Attention"]) == ["b/Attention"]
+
+
+def copy_layer(dims: str) -> str:
+    return f"Name: c_myl0_4, LayerType: copy, Inputs: [ {{ Name: x, Dimensions: [{dims}], Strides: [1] }}], Metadata: "
+
+
+def test_copies_are_listed():
+    """TRT-3：编译器加的拷贝也是每一步要做的事，记在层里、算进个数。"""
+    found = parse_layers(copy_layer("-1,64"), ["decode"], {})
+    assert layer_counts(found["decode"]) == {"copy": 1}
+
+
+@pytest.mark.parametrize(
+    ("dims", "copied"),
+    [("-1,1,256,80", True), ("-1,256,80", True), ("4,256,80", True), ("256,80", False), ("-1,8,80", False)],
+)
+def test_a_copied_cache_is_found(dims, copied):
+    """TRT-3：拷贝的形状除批之外与缓存的相同，就是把整块缓存抄了一遍；别的拷贝、不是拷贝的层不算。"""
+    other = copy_layer("-1,1,256,80").replace("LayerType: copy", "LayerType: kgen")
+    text = "\n".join(("Layers:", other, copy_layer(dims)))
+    assert copied_caches(text, [(1, 256, 80)]) == (["c_myl0_4"] if copied else [])
 
 
 def test_plugin_layers_of_tensorrt_10():

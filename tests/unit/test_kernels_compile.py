@@ -18,7 +18,7 @@ from deepseek_export.kernels import compile as module
 from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_table
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
-from deepseek_export.kernels.program import Program
+from deepseek_export.kernels.program import SM_COUNT, Program
 from deepseek_export.kernels.table import SMS
 from deepseek_export.ops.table import LATENT_ATTENTION, MOE_EXPERTS
 
@@ -157,7 +157,7 @@ def test_program_refuses_foreign_text(programs):
     """别的版本、截断的 image、不认识的行与参数。"""
     text, image = programs[0].to_text(), programs[0].image
     for changed, given_image, message in (
-        (text.replace("dsx-program 1", "dsx-program 2"), image, "dsx-program 1"),
+        (text.replace("dsx-program 2", "dsx-program 1"), image, "dsx-program 2"),
         (text, image[:-1], "image 只有"),
         (text, image + b"x", "程序只用到"),
         (text + "cluster 2\n", image, "不认识的行"),
@@ -175,27 +175,28 @@ def test_bind(programs):
     def shapes(n):
         return [(n, 32), (n, 2), (n, 2), *weights]
 
-    small, large = program.bind(shapes(4)), program.bind(shapes(4096))
+    small, large = program.bind(shapes(4), 128), program.bind(shapes(4096), 128)
     assert [launch.kernel.entry for launch in small] == ["sort_pairs", "gate_up", "down", "combine"]
     assert small[1].kernel != large[1].kernel
     assert small[0].grid == (8 + 1, 1, 1)
     assert small[1].grid == ((4 * 2 // 16 + 8) * 2, 1, 1)
     assert program.workspace(shapes(4)) < program.workspace(shapes(4096))
-    assert [launch.kernel.entry for launch in program.bind(shapes(0))] == ["sort_pairs"]
+    assert [launch.kernel.entry for launch in program.bind(shapes(0), 128)] == ["sort_pairs"]
     with pytest.raises(ValueError, match="维 N 应为 4"):
-        program.bind([(4, 32), (5, 2), (4, 2), *weights])
+        program.bind([(4, 32), (5, 2), (4, 2), *weights], 128)
     with pytest.raises(ValueError, match="个数或秩"):
-        program.bind(shapes(4)[:-1])
+        program.bind(shapes(4)[:-1], 128)
 
 
 @given(st.data())
 def test_workspace_is_monotonic_and_sufficient(data):
-    """按最大尺寸要的 workspace 对任何更小的尺寸、任何变体都够：TensorRT 只按最大尺寸问一次。"""
+    """按最大尺寸要的 workspace 对任何更小的尺寸、任何变体、SM 有多有少的卡都够：TensorRT 只按最大尺寸问一次。"""
     table = data.draw(st.sampled_from(tables(data.draw(st.sampled_from(list(SMS))))))
     names = {name for tensor in table.inputs for name in tensor.dims if not name.isdigit()}
     large = {name: data.draw(st.integers(0, 300)) for name in sorted(names)}
     small = {name: data.draw(st.integers(0, size)) for name, size in large.items()}
     have = max(variant.workspace.evaluate(large) for variant in table.variants)
+    small[SM_COUNT] = data.draw(st.integers(1, 400))
     for variant in table.variants:
         offsets = [
             argument.value.evaluate(small)
@@ -213,17 +214,18 @@ def test_workspace_is_monotonic_and_sufficient(data):
 
 
 def test_splits_follow_the_card():
-    """段数：把 SM 占满，不超过容量里的块数，至少一段。"""
+    """KERNEL-5：段数按运行时那张卡的 SM 个数把它占满一轮，不超过容量里的块数，至少一段；SM 比表里多的卡按表里的，workspace 才够。"""
     table = tables(90)[0]
 
-    def splits(B, S, T):
-        sizes = {"B": B, "S": S, "T": T}
+    def splits(B, S, T, sms=132):
+        sizes = {"B": B, "S": S, "T": T, SM_COUNT: sms}
         variant = next(v for v in table.variants if v.when.evaluate(sizes))
         return variant.launches[0].grid[1].evaluate(sizes)
 
     assert splits(1, 1, 32768) == 66
     assert splits(1, 1, 1024) == 16
     assert splits(128, 1, 32768) == 1
+    assert [splits(1, 1, 32768, sms) for sms in (114, 78, 1, 500)] == [57, 39, 1, 66], "H100 PCIe、H20"
     assert splits(1, 1, 0) == 0, "没有缓存就没有启动"
 
 

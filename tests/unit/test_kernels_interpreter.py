@@ -34,7 +34,8 @@ else:
     from deepseek_export.kernels import latent_attention as attention_kernels
     from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
     from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
-    from deepseek_export.kernels.program import LaunchTable
+    from deepseek_export.kernels.program import SM_COUNT, LaunchTable
+    from deepseek_export.kernels.table import SMS
     from deepseek_export.ops.latent_attention import latent_attention
     from deepseek_export.ops.moe_experts import moe_experts
     from deepseek_export.parity.measures import measure
@@ -53,6 +54,7 @@ else:
             assert len(tensor.dims) == value.dim()
             for name, size in zip(tensor.dims, value.shape, strict=True):
                 assert size == (int(name) if name.isdigit() else sizes.setdefault(name, size))
+        sizes[SM_COUNT] = SMS[table.sm].most
         variant = next(v for v in table.variants if v.when.evaluate(sizes))
         regions = {}
         for launch in variant.launches:
@@ -139,7 +141,7 @@ else:
     def test_attention_with_one_split():
         """批大到每个序列只有一段：partial 直接写结果，reduce 不启动。"""
         table = latent_attention_launch(89, 2, 16, 16, 0.1, "float16")
-        sizes = {"B": 128, "S": 1, "T": 64}
+        sizes = {"B": 128, "S": 1, "T": 64, SM_COUNT: 128}
         reduce = next(v for v in table.variants if v.when.evaluate(sizes)).launches[1]
         assert 0 in [axis.evaluate(sizes) for axis in reduce.grid]
         check_attention(128, 1, 2, 16, 16, 64, [(7 * b) % 63 for b in range(128)], torch.float32)

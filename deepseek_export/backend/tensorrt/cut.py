@@ -82,7 +82,7 @@ class CutEngines:
         graph = onnx.load(model, load_external_data=False).graph
         return [_execute(loaded, name, graph, feed) for name, feed in zip(layers, feeds, strict=True)]
 
-    def build(self, model: Path, feeds: Sequence[Arrays]) -> tuple[bytes, dict[str, list[EngineLayer]]]:
+    def build(self, model: Path, feeds: Sequence[Arrays]) -> tuple[memoryview, dict[str, list[EngineLayer]]]:
         """只建引擎；不需要 GPU（发行允许的话）。
 
         Returns:

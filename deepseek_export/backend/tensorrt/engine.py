@@ -79,7 +79,9 @@ class LoadedEngine:
         DsxError: ``DSX-E914`` TensorRT 拒绝加载；``DSX-E916`` 插件出错。
     """
 
-    def __init__(self, flavour: Flavour, sm: int, content: bytes, profiles: Iterable[str], what: str) -> None:
+    def __init__(
+        self, flavour: Flavour, sm: int, content: bytes | memoryview, profiles: Iterable[str], what: str
+    ) -> None:
         self.cuda, self._sm, self._what = Cuda(), sm, what
         self._trt, self._profiles = load(flavour), list(profiles)
         self._logger = logger_for(self._trt)
@@ -113,6 +115,7 @@ class LoadedEngine:
             config = self.engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        self.cuda.make_current()
         with building_for(self._sm) as target:
             context = self.engine.create_execution_context(config)
             index = self._profiles.index(profile)
@@ -142,6 +145,7 @@ class LoadedEngine:
 
     def execute(self, context: Any, name: str) -> None:
         """在流上执行一次，不等它做完。"""
+        self.cuda.make_current()
         with building_for(self._sm) as target:
             if not context.execute_async_v3(self.cuda.stream):
                 raise self._failure(target, f"执行 {name}")
@@ -162,6 +166,7 @@ class LoadedEngine:
 
     def __del__(self) -> None:
         if getattr(self, "_workspace", 0):
+            self.cuda.make_current()
             self.contexts.clear()
             self.cuda.free(self._workspace)
 

@@ -1,0 +1,88 @@
+"""请求不成时答什么：OpenAI 的错误格式，以及 dsx 的错误码各对应哪个状态码。"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from fastapi import Response
+
+from deepseek_export.errors import DsxError
+
+#: 排队满了，多少秒之后再试。
+RETRY_AFTER_S = 1
+
+#: 请求自己不对的码，都是 400：输入不对的，别的字段不对的。两处都没有的是服务这边的事。
+_INPUT_CODES = frozenset({"DSX-E502", "DSX-E503", "DSX-E509", "DSX-E510", "DSX-E511", "DSX-E702"})
+_FIELD_CODES = frozenset({"DSX-E504", "DSX-E512", "DSX-E532"})
+#: OpenAI 的客户端认得的名字；别的用 dsx 的码。
+_KNOWN_NAMES = MappingProxyType({"DSX-E511": "context_length_exceeded"})
+
+
+class ApiError(Exception):
+    """要原样答给客户端的错误。
+
+    Args:
+        status: HTTP 状态码。
+        message: 给人看的。
+        param: 哪个字段，例如 ``messages.0.role``。
+        code: 给程序看的。
+        headers: 另加的头。
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @classmethod
+    def of(cls, error: DsxError, source: str | None = None) -> ApiError:
+        """``DsxError`` 变成答给客户端的；``source`` 是输入的字段：``messages`` 或 ``prompt``。"""
+        message = f"{error.code} {error.title}：{error.what}。{error.todo}"
+        code = _KNOWN_NAMES.get(error.code, error.code)
+        if error.code in _INPUT_CODES | _FIELD_CODES:
+            return cls(400, message, param=source if error.code in _INPUT_CODES else None, code=code)
+        if error.code == "DSX-E530":
+            return cls(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
+        return cls(503 if error.code == "DSX-E531" else 500, message, code=code)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """``{"error": {...}}``。"""
+        if self.status == 401:
+            kind = "authentication_error"
+        elif self.status == 404:
+            kind = "not_found_error"
+        elif self.status == 503:
+            kind = "unavailable_error"
+        else:
+            kind = "invalid_request_error" if self.status < 500 else "server_error"
+        fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": fields}
+
+    @property
+    def response(self) -> Response:
+        """整个回答。"""
+        return json_response(self.body, self.status, self.headers)
+
+
+def json_bytes(body: Mapping[str, Any]) -> bytes:
+    """紧凑的 UTF-8 JSON，没有换行；落单的代理项（请求里可以有）换成问号。"""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def json_response(
+    body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """JSON 的回答。"""
+    return Response(json_bytes(body), status, headers, media_type="application/json")

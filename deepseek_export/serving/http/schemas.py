@@ -1,0 +1,181 @@
+"""请求的字段。没有写在这里的都留在 ``model_extra``，由 :mod:`.unsupported` 决定拒绝还是不理会。"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+
+from deepseek_export.errors import DsxError
+from deepseek_export.runtime import SamplingParams
+from deepseek_export.serving.http.problems import ApiError
+from deepseek_export.serving.http.unsupported import MESSAGE_FIELDS, REQUEST_FIELDS, refuse_unsupported
+
+#: ``/v1/completions`` 没有给 ``max_tokens`` 时，与 OpenAI 相同。
+COMPLETION_TOKENS = 16
+#: 一个请求至多几个停止串、几个回答。
+MAX_STOPS, MAX_CHOICES = 64, 128
+
+TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    """``stream_options``。"""
+
+    include_usage: StrictBool | None = None
+
+
+class Sampled(BaseModel):
+    """两个生成的端点共有的字段；``None`` 与没有给一样。"""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    seed: StrictInt | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: StrictBool | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    cache_salt: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """停止串。"""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def choices(self) -> int:
+        """每条提示词要几个回答。"""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """流式的最后要不要另发一块用量。"""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> list[SamplingParams]:
+        """每个回答的采样参数：第 i 个的种子是 ``seed + i``，与批量生成的第 i 行相同。
+
+        没有给的照 OpenAI 的缺省：``temperature`` 与 ``top_p`` 都是 1。
+
+        Raises:
+            ApiError: 400，取值不在允许范围内。
+        """
+        try:
+            return [
+                SamplingParams(
+                    temperature=1.0 if self.temperature is None else self.temperature,
+                    top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM 的客户端用 -1 表示不限
+                    top_p=1.0 if self.top_p is None else self.top_p,
+                    seed=None if self.seed is None else self.seed + index,
+                )
+                for index in range(self.choices)
+            ]
+        except DsxError as error:
+            raise ApiError.of(error) from error
+
+    def checked(self) -> Self:
+        """还没有做的字段有没有给。
+
+        Raises:
+            ApiError: 400。
+        """
+        refuse_unsupported(self.model_extra or {}, REQUEST_FIELDS)
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options 只能与 stream=true 一起给", param="stream_options")
+        return self
+
+
+class CompletionRequest(Sampled):
+    """``POST /v1/completions``。"""
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """一条一条的提示词。"""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+
+    @property
+    def budget(self) -> int:
+        """至多几个新 token。"""
+        return self.max_tokens or COMPLETION_TOKENS
+
+
+class TextPart(BaseModel):
+    """消息里的一段文字；图片、声音的段不认得，会被拒绝。"""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """一条消息。"""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+
+    def as_template(self, where: str) -> dict[str, Any]:
+        """聊天模板里的样子。``developer`` 是 OpenAI 给 ``system`` 的新名字；几段文字各占一行。
+
+        Raises:
+            ApiError: 400，用到还没有做的字段；不是助手而没有 ``content``。
+        """
+        refuse_unsupported(self.model_extra or {}, MESSAGE_FIELDS, where)
+        if self.content is None and self.role != "assistant":
+            raise ApiError(400, f"{where}content 没有给", param=f"{where}content")
+        text = (
+            "\n".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
+        )
+        role = "system" if self.role == "developer" else self.role
+        return {**(self.model_extra or {}), "role": role, "content": text or ""}
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+def as_template(messages: list[Message]) -> list[dict[str, Any]]:
+    """一组消息在聊天模板里的样子。
+
+    Raises:
+        ApiError: 400，同 :meth:`Message.as_template`。
+    """
+    return [message.as_template(f"messages.{at}.") for at, message in enumerate(messages)]
+
+
+class ChatRequest(Sampled):
+    """``POST /v1/chat/completions``。"""
+
+    messages: Messages
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """至多几个新 token；``None`` 是到模型的最大长度为止。"""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TokenizeRequest(BaseModel):
+    """``POST /tokenize``：文本，或者对话。"""
+
+    prompt: str | None = None
+    messages: Messages | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """``POST /detokenize``。"""
+
+    tokens: list[TokenId]

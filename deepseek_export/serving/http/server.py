@@ -1,0 +1,154 @@
+"""监听、加载、停下：``dsx serve`` 的一生。"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from time import perf_counter
+from types import FrameType
+
+import uvicorn
+
+from deepseek_export.errors import DsxError
+from deepseek_export.serving.http.app import create_app
+from deepseek_export.serving.http.keys import KeyRing
+from deepseek_export.serving.http.respond import KEEP_ALIVE_S
+from deepseek_export.serving.http.service import ServedModel, Service
+
+#: 立刻停下时，留给没有做完的回答说一声的秒数。
+_LAST_WORDS_S = 1.0
+
+logger = logging.getLogger("dsx.serve")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """占住地址；``port`` 为 0 由系统挑一个。
+
+    Raises:
+        DsxError: ``DSX-E731``，解析不了、被占着或没有权限。
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(2048)
+        except BaseException:
+            listening.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DsxError(
+            "DSX-E731", f"{host}:{port}：{reason}", "换一个 --port（0 由系统挑），或换 --host"
+        ) from error
+    return listening
+
+
+def url_of(listening: socket.socket) -> str:
+    """监听着的地址，``http://127.0.0.1:8000``。"""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """一个服务：先监听，模型在后台加载，期间 ``/health`` 答 503。
+
+    第一个 SIGTERM（或 Ctrl-C）不再收新的，正在做的做完；第二个把正在做的也停下。
+
+    Args:
+        load: 加载模型，在另一个线程里调。
+        keys: 认得的密钥。
+        cors_origins: 允许哪些网页跨域来用。
+        keep_alive_s: 流式的回答这么多秒没有东西可发，就发一行注释。
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], ServedModel],
+        keys: KeyRing | None = None,
+        cors_origins: Sequence[str] = (),
+        keep_alive_s: float = KEEP_ALIVE_S,
+    ) -> None:
+        self.service = Service()
+        self._load = load
+        self._loop: asyncio.AbstractEventLoop | None = None
+        app = create_app(self.service, keys, cors_origins, keep_alive_s)
+        super().__init__(
+            uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
+        )
+
+    async def run_on(self, listening: socket.socket) -> None:
+        """服务到停下为止；引擎随之关掉。
+
+        Raises:
+            DsxError: 模型加载不了的原因。
+        """
+        began, self._loop = perf_counter(), asyncio.get_running_loop()
+        loading: Future[ServedModel] = Future()
+        # 不拦着退出：加载一个大模型要几分钟，这时要停就停。
+        threading.Thread(target=_settle, args=(loading, self._load), name="dsx-load", daemon=True).start()
+        loaded = asyncio.ensure_future(self._loaded(loading, began))
+        try:
+            await self.serve(sockets=[listening])
+        finally:
+            if not loaded.done():
+                loaded.cancel()
+            self.service.close()
+            if loaded.done() and not loaded.cancelled():
+                loaded.result()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """收到信号：在主线程里打断着别的代码调，只改标志，要做的事交给事件循环。"""
+        name = signal.Signals(sig).name
+        if self.should_exit and self._loop is not None:
+            logger.info("再次收到 %s：立刻停下", name)
+            self._loop.call_soon_threadsafe(self._stop_now)
+        else:
+            logger.info("收到 %s：不再收新的请求，做完手上的就停；再来一次立刻停", name)
+        super().handle_exit(sig, frame)
+
+    def _stop_now(self) -> None:
+        """没有做完的回答以错误结束；客户端连这也不收的，过一会儿就不管了。"""
+        self.service.close(timeout=0)
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, setattr, self, "force_exit", True)
+
+    async def _loaded(self, loading: Future[ServedModel], began: float) -> None:
+        try:
+            model = await asyncio.wrap_future(loading)
+        except BaseException:
+            self.should_exit = True
+            raise
+        self.service.model = model
+        for line in model.engine.notes:
+            logger.info("%s", line)
+        logger.info("%s 就绪，用了 %.1f 秒", model.name, perf_counter() - began)
+
+
+def serve(server: Server, listening: socket.socket) -> None:
+    """在本线程里跑一个事件循环，到停下为止。
+
+    Raises:
+        DsxError: 模型加载不了的原因。
+    """
+    asyncio.run(server.run_on(listening))
+
+
+def _settle(loading: Future[ServedModel], load: Callable[[], ServedModel]) -> None:
+    try:
+        model = load()
+    except BaseException as error:
+        if not loading.cancelled():
+            loading.set_exception(error)
+        return
+    if loading.cancelled():
+        model.engine.close(drain=False)
+    else:
+        loading.set_result(model)

@@ -1,0 +1,259 @@
+"""一次 HTTP 请求要的几个回答：交给服务引擎，在事件循环里等它们的文本。引擎的线程与事件循环只在这里相接。"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal, Self
+
+from deepseek_export.runtime import BundleTokenizer, SamplingParams
+from deepseek_export.runtime.stop import StopStrings
+from deepseek_export.serving import Engine, Request
+from deepseek_export.serving.http.problems import ApiError
+from deepseek_export.serving.http.reasoning import Parts, ReasoningSplit
+
+#: OpenAI 的 ``finish_reason``。
+FinishReason = Literal["stop", "length"]
+
+_REASONS: MappingProxyType[str, FinishReason] = MappingProxyType(
+    {"eos": "stop", "stop": "stop", "length": "length"}
+)
+
+
+class ClientGoneError(Exception):
+    """客户端走了，回答没有人收。"""
+
+
+@dataclass(frozen=True)
+class Order:
+    """要一个回答。
+
+    Attributes:
+        prompt: 提示词的 token id。
+        sampling: 采样参数。
+        max_new_tokens: 至多几个新 token。
+        stops: 停止串。
+        stop_token_ids: 另外遇到这些也停，它们不算进文本。
+        ignore_eos: 遇到 eos 也不停。
+        cache_salt: 只与同样的 ``cache_salt`` 共用前缀。
+        copy: 同一条提示词的第几个回答。
+        thinking: 思考与答案要不要分开：``None`` 不分（不是对话），否则是提示词有没有替回答开头。
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    max_new_tokens: int
+    stops: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    cache_salt: str = ""
+    copy: int = 0
+    thinking: bool | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """一个回答新来的一段。
+
+    Attributes:
+        index: 第几个回答。
+        text: 新的文本，可能为空串。
+        reasoning: 新的思考，可能为空串。
+        tokens: 这一段用了几个 token。
+        waited: 离上一段（头一段是离提交）几秒。
+        first: 是不是头一段有 token 的。
+        finish: 结束了就是原因。
+    """
+
+    index: int
+    text: str
+    reasoning: str
+    tokens: int
+    waited: float
+    first: bool
+    finish: FinishReason | None
+
+
+class Choice:
+    """一个回答：token 变成文本，找停止串，记下为什么结束。"""
+
+    def __init__(self, index: int, order: Order, tokenizer: BundleTokenizer) -> None:
+        self.index, self.order = index, order
+        self.tokens = 0
+        self.finish: FinishReason | None = None
+        self.request: Request | None = None
+        self._tokenizer, self._stream = tokenizer, tokenizer.stream()
+        self._stops, self._silent = StopStrings(order.stops), frozenset(order.stop_token_ids)
+        self._split = None if order.thinking is None else ReasoningSplit(order.thinking)
+        self._ids: list[int] = []
+        self._shown = ""
+        self._latest = perf_counter()
+
+    def advance(self) -> Piece | None:
+        """收下新来的 token；没有新的、也没有结束就是 ``None``。
+
+        Raises:
+            DsxError: 这个请求失败的原因。
+            ApiError: 503，服务要停，没有做完。
+        """
+        assert self.request is not None
+        done = self.request.done  # 先看结束没有，再取 token：反过来会漏掉中间来的
+        fresh = self.request.token_ids[self.tokens :]
+        if not fresh and not done:
+            return None
+        now, before, text = perf_counter(), self.tokens, ""
+        waited, self._latest = now - self._latest, now
+        for token in fresh:
+            self.tokens += 1
+            text += self._feed(token)
+            if self._stops.stopped:
+                self.finish = "stop"
+                self.request.cancel()
+                break
+        if done and self.finish is None:
+            reason = self.request.result(timeout=0).reason
+            if reason not in _REASONS:
+                raise ApiError(503, "服务正在停止，这个请求没有做完", code="shutting_down")
+            self.finish = _REASONS[reason]
+            text += self._rest()
+        reasoning, text = self._parted(text)
+        first = before == 0 < self.tokens
+        return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish)
+
+    def _feed(self, token: int) -> str:
+        if token in self._silent:
+            return ""
+        self._ids.append(token)
+        piece = self._stream.step(token)
+        self._shown += piece
+        return self._stops.feed(piece)
+
+    def _parted(self, text: str) -> Parts:
+        if self._split is None:
+            return Parts("", text)
+        parts = self._split.feed(text)
+        if self.finish is None:
+            return parts
+        last = self._split.flush()
+        return Parts(parts.reasoning + last.reasoning, parts.content + last.content)
+
+    def _rest(self) -> str:
+        """流式解码器还攥着的半个字符，与可能是停止串开头的那几个字。"""
+        whole = self._tokenizer.decode(self._ids)
+        rest = whole[len(self._shown) :] if whole.startswith(self._shown) else ""
+        text = self._stops.feed(rest)
+        if self._stops.stopped:
+            self.finish = "stop"
+        return text + self._stops.flush()
+
+
+class Turn:
+    """几个回答一起等；要写成 ``with``，离开时没有做完的都取消，不管是怎么离开的。
+
+    Args:
+        engine: 服务引擎。
+        tokenizer: 解码用。
+        orders: 每个回答一份。
+
+    Attributes:
+        choices: 各个回答。
+
+    Raises:
+        DsxError: ``DSX-E512``，停止串不对。
+    """
+
+    def __init__(self, engine: Engine, tokenizer: BundleTokenizer, orders: Sequence[Order]) -> None:
+        self.choices = [Choice(index, order, tokenizer) for index, order in enumerate(orders)]
+        self._engine = engine
+        self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
+        self._gone = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """没有做完的都不要了；做完了的不受影响。"""
+        for choice in self.choices:
+            if choice.request is not None:
+                choice.request.cancel()
+
+    def submit(self) -> None:
+        """全部交给引擎；有一个收不下，前面的也不要了。
+
+        Raises:
+            DsxError: 见 :meth:`~deepseek_export.serving.Engine.submit`。
+        """
+        try:
+            for choice in self.choices:
+                order = choice.order
+                choice.request = self._engine.submit(
+                    order.prompt,
+                    order.sampling,
+                    max_new_tokens=order.max_new_tokens,
+                    stop_token_ids=order.stop_token_ids,
+                    ignore_eos=order.ignore_eos,
+                    cache_salt=order.cache_salt,
+                    listener=self._tell,
+                )
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def pieces(self, idle_s: float | None = None) -> AsyncIterator[Piece | None]:
+        """各个回答的各段，先来先给；``idle_s`` 秒没有动静就给一个 ``None``。
+
+        Raises:
+            DsxError: 有一个请求失败了。
+            ApiError: 503，服务要停。
+            ClientGoneError: 客户端走了。
+        """
+        waiting = list(self.choices)
+        while waiting:
+            try:
+                async with asyncio.timeout(idle_s):
+                    await self._news.wait()
+            except TimeoutError:
+                yield None
+                continue
+            self._news.clear()
+            if self._gone:
+                raise ClientGoneError
+            for choice in waiting:
+                if (piece := choice.advance()) is not None:
+                    yield piece
+            waiting = [choice for choice in waiting if choice.finish is None]
+
+    def abandon(self) -> None:
+        """客户端走了；在事件循环里调。"""
+        self._gone = True
+        self._news.set()
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """OpenAI 的 ``usage``：一条提示词要几个回答，也只算一次。"""
+        prompts = [choice for choice in self.choices if choice.order.copy == 0]
+        prompt = sum(len(choice.order.prompt) for choice in prompts)
+        cached = sum(0 if one.request is None else one.request.cached_tokens for one in prompts)
+        completion = sum(choice.tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            # DeepSeek 自己的 API 的名字，算价钱的客户端读它们。
+            "prompt_cache_hit_tokens": cached,
+            "prompt_cache_miss_tokens": prompt - cached,
+        }
+
+    def _tell(self, request: Request) -> None:
+        """在引擎的线程里调；服务停得急，事件循环可能已经关了，那时没有人要听。"""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._news.set)

@@ -1,0 +1,91 @@
+"""认得、却还没有做的字段：给了会改变结果的值就拒绝，从不悄悄丢掉；表里没有的字段不认得，不理会。"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from deepseek_export.serving.http.problems import ApiError
+
+_OFF: tuple[Any, ...] = (None, False)
+_NONE: tuple[Any, ...] = (None,)
+_EMPTY: tuple[Any, ...] = (None, [], {})
+
+#: 字段 → 不改变结果、因此可以给的值。
+REQUEST_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "add_generation_prompt": (None, True),
+        "allowed_token_ids": _NONE,
+        "audio": _NONE,
+        "bad_words": _EMPTY,
+        "best_of": (None, 1),
+        "chat_template": _NONE,
+        "chat_template_kwargs": _EMPTY,
+        "continue_final_message": _OFF,
+        "documents": _EMPTY,
+        "echo": _OFF,
+        "frequency_penalty": (None, 0),
+        "function_call": (None, "none", "auto"),
+        "functions": _EMPTY,
+        "guided_choice": _NONE,
+        "guided_grammar": _NONE,
+        "guided_json": _NONE,
+        "guided_regex": _NONE,
+        "include_stop_str_in_output": _OFF,
+        "length_penalty": (None, 1),
+        "logit_bias": _EMPTY,
+        "logprobs": _OFF,
+        "min_p": (None, 0),
+        "min_tokens": (None, 0),
+        "modalities": (None, ["text"]),
+        "presence_penalty": (None, 0),
+        "prompt_embeds": _NONE,
+        "prompt_logprobs": _NONE,
+        "reasoning_effort": _NONE,
+        "repetition_penalty": (None, 1),
+        "response_format": (None, {"type": "text"}),
+        "return_token_ids": _OFF,
+        "skip_special_tokens": (None, True),
+        "structured_outputs": _NONE,
+        "suffix": (None, ""),
+        "tool_choice": (None, "none", "auto"),
+        "tools": _EMPTY,
+        "top_logprobs": (None, 0),
+        "truncate_prompt_tokens": _NONE,
+        "typical_p": (None, 1),
+        "use_beam_search": _OFF,
+        "verbosity": _NONE,
+        "web_search_options": _NONE,
+    }
+)
+#: 同上，一条消息里的。
+MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {"audio": _NONE, "function_call": _NONE, "tool_call_id": _NONE, "tool_calls": _EMPTY}
+)
+
+
+def refuse_unsupported(
+    fields: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], where: str = ""
+) -> None:
+    """还没有做的字段给了会改变结果的值就拒绝。
+
+    Args:
+        fields: 请求里 dsx 没有用到的字段。
+        table: :data:`REQUEST_FIELDS` 或 :data:`MESSAGE_FIELDS`。
+        where: 字段所在的地方，例如 ``messages.0.``。
+
+    Raises:
+        ApiError: 400，写着是哪个字段。
+    """
+    for name, value in fields.items():
+        harmless = table.get(name)
+        if harmless is not None and not any(_same(value, one) for one in harmless):
+            raise ApiError(
+                400, f"还不支持 {where}{name}，去掉它再试", param=where + name, code="unsupported_parameter"
+            )
+
+
+def _same(value: Any, harmless: Any) -> bool:
+    # 0 与 False、1 与 True 相等，却不是一个意思：logprobs=0 要的是选中的那个 token 的概率。
+    return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)

@@ -1,0 +1,149 @@
+"""``dsx serve``：真的进程、真的信号；docs/serve.md 里的每一行。"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+import deepseek_export
+from deepseek_export.cli.demo import CHECKPOINT
+from tests.integration.cli import assert_refused, dsx, environment
+from tests.serving_http import events
+
+pytestmark = pytest.mark.integration
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs/serve.md"
+#: 服务停下之后说它导入了哪些编译用的包。
+_SERVE = """
+import sys
+from deepseek_export.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    print([name for name in ("torch", "onnx", "transformers") if name in sys.modules])
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    """随包附带的演示检查点。"""
+    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("serve") / "OUT", "mla+moe").path
+
+
+@contextmanager
+def serving(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """一个就绪了的服务进程，与它的地址。"""
+    command = [sys.executable, "-c", _SERVE, "serve", str(bundle), "--port", "0", "--threads", "1", *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    try:
+        assert process.stderr is not None
+        seen = process.stderr.readline()
+        url = re.search(r"http://\S+:\d+", seen)
+        assert url is not None, seen + process.stderr.read()
+        assert "就绪" in process.stderr.readline()
+        yield process, url[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stopped(process: subprocess.Popen[str]) -> str:
+    """等它停下：退出码 143，没有导入编译用的包；返回 stderr 余下的。"""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert out == "[]\n"
+    assert "Traceback" not in err
+    return err
+
+
+def test_every_line_of_the_guide_runs(bundle: Path):
+    """SERVE-20：命令、curl、openai 客户端。"""
+    text = GUIDE.read_text(encoding="utf-8")
+    shell = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines()
+    (python,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    install, start, *curls = shell
+    assert install == "pip install 'deepseek-export[serve]'"
+    assert start == "dsx serve OUT --port 8000"
+    with serving(bundle) as (process, url):
+        for line in curls:
+            command = shlex.split(line.replace("http://127.0.0.1:8000", url))
+            assert command[0] == "curl"
+            done = subprocess.run([*command, "-sSf"], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (line, done.stderr)
+            if "-N" in command:
+                assert events(done.stdout)
+            else:
+                assert json.loads(done.stdout)
+        script = python.replace("http://127.0.0.1:8000", url)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "子曰：“君子不学，不仁者不可得而不礼。”\n"
+        process.send_signal(signal.SIGTERM)
+        stopped(process)
+
+
+def test_the_first_sigterm_lets_what_is_running_finish(bundle: Path):
+    """SERVE-27：手上的答完，新的连不上。"""
+    body = {"prompt": "And", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with serving(bundle) as (process, url), httpx.Client(timeout=60) as client:
+        with client.stream("POST", f"{url}/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            got = [next(lines)]
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr is not None
+            while "收到 SIGTERM" not in process.stderr.readline():
+                pass
+            got += list(lines)
+        chunks = events("\n".join(got) + "\n")
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        err = stopped(process)
+        assert "new=400 finish=length" in err
+        with pytest.raises(httpx.ConnectError):
+            client.get(f"{url}/health")
+
+
+def test_the_second_sigterm_stops_at_once(bundle: Path):
+    """SERVE-27：没有做完的流以错误的事件结束，不是断掉。"""
+    body = {"prompt": "And", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with serving(bundle) as (process, url), httpx.Client(timeout=60) as client:
+        with client.stream("POST", f"{url}/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            got = [next(lines)]
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr is not None
+            while "收到 SIGTERM" not in process.stderr.readline():
+                pass
+            process.send_signal(signal.SIGTERM)
+            got += list(lines)
+        assert events("\n".join(got) + "\n")[-1]["error"]["code"] == "shutting_down"
+        assert "finish=error" in stopped(process)
+
+
+def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):
+    """SERVE-26、SERVE-27：按码拒绝，没有 traceback。"""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_refused(dsx("serve", bundle, "--port", port), "DSX-E731")
+    assert_refused(dsx("serve", bundle, "--host", "no-such-host.invalid"), "DSX-E731")
+    assert_refused(dsx("serve", bundle, "--api-key-file", tmp_path / "none"), "DSX-E730")
+    assert_refused(dsx("serve", tmp_path / "none", "--port", 0), "DSX-E402")
+    assert_refused(dsx("serve", tiny_bundle, "--port", 0), "DSX-E514")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    refused = dsx("serve", bundle)
+    assert_refused(refused, "DSX-E721")
+    assert "uvicorn" in refused.stderr
+    assert "deepseek-export[serve]" in refused.stderr
+    assert dsx("serve", "--help").returncode == 0
