@@ -108,15 +108,25 @@ def texts(runs: Sequence[Run]) -> dict[Path, str]:
 
 
 def headline_table(runs: Sequence[Run], language: str) -> str:
-    """三个数字的表；``runs`` 是 :func:`~perf.results.newest` 给出的。"""
-    suites = {suite.suite: suite for run in runs for suite in run.suites}
+    """三个数字的表，与它们的机器、日期；``runs`` 是 :func:`~perf.results.newest` 给出的。"""
+    found = {suite.suite: (run, suite) for run in runs for suite in run.suites}
     what, median, again, left, right = _TABLE[language]
     rows = [[what, median, again]]
+    machines = []
     for line in HEADLINES:
-        case = next(case for case in suites[line.suite].cases if case.name == line.case)
+        run, suite = found[line.suite]
+        case = next(case for case in suite.cases if case.name == line.case)
         value = labels.share(case.ratios[line.ratio]).replace("（", left).replace("）", right)
         rows.append([line.words[language], value, f"`python -m perf run {line.suite}`"])
-    return "\n".join(report.table_lines(rows)) + "\n"
+        machines.append(_machine(run, language))
+    return "\n".join([*report.table_lines(rows), "", *dict.fromkeys(machines)]) + "\n"
+
+
+def _machine(run: Run, language: str) -> str:
+    cpu, gpus = run.environment["cpu"], [gpu["name"] for gpu in run.environment["gpus"]]
+    if language == "zh":
+        return f"{cpu['model']}，{cpu['cores']} 核，{'、'.join(gpus) or '没有 GPU'}，{run.started[:10]}。"
+    return f"{cpu['model']}, {cpu['cores']} cores, {', '.join(gpus) or 'no GPU'}, {run.started[:10]}."
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -11,9 +11,10 @@ from mkdocs.exceptions import PluginError
 
 #: docstring 里 Sphinx 的角色：只留名字，``~`` 开头的只留最后一段。
 _ROLE = re.compile(r":(?:class|func|meth|data|mod|attr|exc|const):<code>(~?)([\w.]+)</code>")
-#: 两个汉字（或中文标点）之间的换行；浏览器会显示成空格。
+_MARKS, _HAN = r"\u3000-\u303f\uff00-\uffef“”", r"\u4e00-\u9fff"
+#: 汉字之间、中文标点旁边的换行（连同缩进）；浏览器会显示成空格。
 _BREAK = re.compile(
-    r"(?<=[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef“”])\n(?=[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef“”])"
+    rf"(?<=[{_MARKS}])\n *|(?<=[{_HAN}])\n *(?=[{_HAN}{_MARKS}])|(?<=[^\s>])\n *(?=[{_MARKS}])"
 )
 #: 打开页面就会去取的；``a`` 的 ``href`` 要点了才去。
 _FETCHED = {

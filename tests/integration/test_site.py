@@ -45,5 +45,6 @@ def test_things_from_outside_are_found(tmp_path: Path):
 
 def test_prose_is_tidied_and_code_is_not():
     """汉字之间的换行不变成空格，Sphinx 的角色只留名字；代码块原样。"""
-    html = "<p>汉字\n汉字 :class:<code>~a.B</code> end\nword</p><pre>汉字\n汉字</pre>"
-    assert on_page_content(html) == "<p>汉字汉字 <code>B</code> end\nword</p><pre>汉字\n汉字</pre>"
+    html = "<p>汉字\n  汉字，\nword :class:<code>~a.B</code> end\nword\n“汉字”</p><pre>汉字\n汉字</pre>"
+    tidy = "<p>汉字汉字，word <code>B</code> end\nword“汉字”</p><pre>汉字\n汉字</pre>"
+    assert on_page_content(html) == tidy
