@@ -470,7 +470,7 @@ def test_an_error_after_the_stream_began_is_an_event(bundle: Path):
             chunks = events(running.post("/v1/chat/completions", body).text)
             assert "choices" in chunks[-2]
             assert (chunks[-1]["error"]["code"], chunks[-1]["error"]["type"]) == ("DSX-E513", "server_error")
-            assert running.get("/health").status_code == 503
+            assert "DSX-E513" in running.get("/health").json()["error"]["message"]
             failing.times = 0
             with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
                 with pytest.raises(openai.InternalServerError, match="DSX-E513"):
@@ -484,8 +484,11 @@ def test_an_error_after_the_stream_began_is_an_event(bundle: Path):
             chunks = events(running.post("/v1/chat/completions", body).text)
         assert chunks[-1]["error"]["code"] == "internal_error"
         assert "secret" not in chunks[-1]["error"]["message"]
-        assert running.get("/health").status_code == 503
+        sick = running.get("/health")
+        assert sick.status_code == 503
+        assert "RuntimeError" in sick.text
         refused = running.post("/v1/chat/completions", body)
+        assert "secret" not in sick.text + refused.text
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "DSX-E531")
         assert 'dsx:request_success_total{finished_reason="error"} 4.0' in running.get("/metrics").text
 
