@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 DEMO_DIR ?= build/demo
 # 不安静的机器上：make perf-check PERF_FLAGS=--no-time
 PERF_FLAGS ?=
-SOURCES := deepseek_export tests tools perf plugins noxfile.py hatch_build.py
+SOURCES := deepseek_export tests tools perf plugins examples noxfile.py hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo plugins test test-all graphs ops-header perf perf-check lint format clean
+.PHONY: help demo plugins test test-all graphs ops-header perf perf-check docs lint format clean
 
 help: ## 显示这份说明
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -45,6 +45,11 @@ perf: plugins ## 完整的性能测量（要安静的机器），追加进 perf/
 
 perf-check: plugins ## 缩小的性能测量（五分钟以内），对照 perf/gates.toml；报告在 build/perf-report
 	$(RUN) -m perf check $(PERF_FLAGS)
+
+docs: $(STAMP) ## 网站，建在 build/site；命令行与性能两页先按源码、历史重写
+	$(RUN) -m tools.make_cli_page
+	$(RUN) -m perf pages
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 lint: $(STAMP) ## ruff、mypy、import-linter
 	$(RUN) -m ruff check $(SOURCES)

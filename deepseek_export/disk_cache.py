@@ -1,7 +1,7 @@
 """磁盘缓存：算起来要好几秒、而结果由输入完全决定的东西（捕获的计算图），下次不必重算。
 
 缓存只影响快慢，不影响结果：键是全部输入的摘要，条目自带 sha256（连同键，放错了名字的也认得出），读到损坏的当作没有；目录不可写就不存。
-位置是 ``$XDG_CACHE_HOME/dsx``（缺省 ``~/.cache/dsx``），整个删掉随时可以；``DSX_NO_CACHE=1`` 既不读也不写。
+位置是 :func:`home` 的 ``traces``、``kernels``，整个删掉随时可以；``DSX_NO_CACHE=1`` 既不读也不写。
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from deepseek_export.paths import MAX_LARGE_TEXT, read_regular
 
 #: 一类条目至多留这么多个，再多就删最久没用过的。
 MAX_ENTRIES = 512
+
+
+def home() -> Path:
+    """dsx 自己的文件放在哪里：``$DSX_HOME``，缺省 ``${XDG_CACHE_HOME:-~/.cache}/dsx``。"""
+    if value := os.environ.get("DSX_HOME"):
+        return Path(value)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsx"
 
 
 class DiskCache:
@@ -35,8 +42,7 @@ class DiskCache:
         """条目所在的目录，不一定存在；缓存关掉时为 ``None``。"""
         if os.environ.get("DSX_NO_CACHE", "0") != "0":
             return None
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(root) / "dsx" / self._kind
+        return home() / self._kind
 
     def get(self, key: str) -> bytes | None:
         """``key`` 的内容；没有、读不了、不是普通文件、太大、损坏都是 ``None``。

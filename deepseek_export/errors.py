@@ -9,7 +9,8 @@ dsx 自身的缺陷不用这个类，traceback 原样保留。码一经发布就
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E919": "--profile-shapes 写得不对",
         "DSX-E920": "没有这种 GPU 的引擎",
         "DSX-E921": "形状超出引擎的优化配置",
+        "DSX-E922": "引擎把缓存抄一遍",
     }
 )
 
@@ -176,6 +178,12 @@ class UnwrittenReport(DsxError):
     def __init__(self, error: DsxError, report: Any) -> None:
         super().__init__(error.code, error.what, error.todo)
         self.report = report
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``known`` 里与写错了的 ``name`` 最像的一个，接在 ``todo`` 前面；都不像是空串。"""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f"是不是想写 {close[0]}？" if close else ""
 
 
 def first_invalid(error: ValidationError) -> str:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deepseek_export.errors import DsxError
+from deepseek_export.errors import DsxError, did_you_mean
 from deepseek_export.paths import read_text
 
 
@@ -199,12 +198,10 @@ def _compose(spec: str) -> dict[str, dict[str, Any]]:
 def _builtin(name: str) -> dict[str, dict[str, Any]]:
     if name in _BUILTIN_VALUES:
         return {section: dict(keys) for section, keys in _BUILTIN_VALUES[name].items()}
-    close = difflib.get_close_matches(name, list(_BUILTIN_VALUES), n=1, cutoff=0.5)
-    hint = f"是不是想写 {close[0]}？" if close else ""
     raise DsxError(
         "DSX-E001",
         f"没有叫 {name!r} 的优化方案",
-        f"{hint}可选：{'、'.join(_BUILTIN_VALUES)}；可用 + 组合（mla+moe），也可以给 .toml 文件的路径",
+        f"{did_you_mean(name, _BUILTIN_VALUES)}可选：{'、'.join(_BUILTIN_VALUES)}；可用 + 组合（mla+moe），也可以给 .toml 文件的路径",
     )
 
 
@@ -252,9 +249,8 @@ def _validate(values: Mapping[str, Any]) -> OptimizationProfile:
 
 
 def _unknown_key(name: str) -> DsxError:
-    close = difflib.get_close_matches(name, _KEYS, n=1)
-    hint = f"是不是想写 {close[0]}？" if close else ""
-    return DsxError("DSX-E002", f"方案里没有 {name!r} 这个键", f"{hint}允许的键：{'、'.join(_KEYS)}")
+    todo = f"{did_you_mean(name, _KEYS)}允许的键：{'、'.join(_KEYS)}"
+    return DsxError("DSX-E002", f"方案里没有 {name!r} 这个键", todo)
 
 
 def _switched_off(section: str, key: str, value: Any) -> DsxError:

@@ -5,6 +5,7 @@ python -m perf check               缩小的场景，对照门槛与上一次，
 python -m perf report              只用历史重写报告
 python -m perf add FILE            把 python -m perf.gpu 在别的机器上写的一行追加进历史，重写报告
 python -m perf compare [SUITE...]  每套最后两次完整的运行：每个比值的散布相不相交
+python -m perf pages               由历史重写 docs/performance.md 与两份 README 的三个数字
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import click
 from deepseek_export.bench.environment import environment
 from deepseek_export.cpu_library import find_library
 from deepseek_export.machine import cores
-from perf import gates, report, reproduce, results
+from perf import gates, pages, report, reproduce, results
 from perf.results import ROOT, Run
 from perf.suites import SUITES
 from perf.workload.workspace import workspace
@@ -104,6 +105,14 @@ def compare(suites: tuple[str, ...]) -> None:
         click.echo("\n".join(comparison.lines()))
     if failed := [comparison.suite for comparison in found if not comparison.reproduced]:
         raise click.ClickException(f"没有重现：{'、'.join(failed)}")
+
+
+@cli.command("pages")
+def rewrite_pages() -> None:
+    """由历史重写 docs/performance.md 与两份 README 的三个数字。"""
+    for path, text in pages.texts(results.load()).items():
+        path.write_text(text, encoding="utf-8")
+        click.echo(str(path))
 
 
 def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:

@@ -16,7 +16,7 @@ from perf.results import Case, Run, SuiteResult
 from perf.suites import SUITES
 
 _STATUS = {"pass": "达到", "within-spread": "在散布之内", "fail": "不过", "open": "未达到（已知）"}
-_LEGEND = "中位数（最小–最大），比值是优化后 / 对照，越小越好"
+LEGEND = "中位数（最小–最大），比值是优化后 / 对照，越小越好"
 
 Rows = list[tuple[str, str]]
 
@@ -69,28 +69,39 @@ def verdict_line(verdict: Verdict) -> str:
 
 def markdown(runs: Sequence[Run], verdicts: list[Verdict]) -> str:
     """Markdown：各套共同的环境、结论，再每套一节。"""
-    common, sections = _sections(runs)
-    lines = ["# 性能报告", "", f"{_LEGEND}。", "", *_list(common)]
+    common, found = sections(runs)
+    lines = ["# 性能报告", "", f"{LEGEND}。", "", *_list(common)]
     lines += [f"- 跳过：{line}" for line in _skipped(runs)]
     lines += ["", "## 门槛", "", *(f"- {verdict_line(verdict)}" for verdict in verdicts)]
-    for section in sections:
+    for section in found:
         lines += ["", f"## {section.suite.title}", "", *_list(section.environment)]
         lines += [f"- 场景：{section.scenario}"]
-        for head, *rows in section.tables:
-            lines += ["", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-            lines += [f"| {' | '.join(row)} |" for row in rows]
-        lines += [""] if section.facts else []
-        for case, found in section.facts:
-            lines += [f"- {case}", *(f"  {line}" for line in _list(found))]
+        for table in section.tables:
+            lines += ["", *table_lines(table)]
+        lines += fact_lines(section)
     return "\n".join(lines) + "\n"
+
+
+def table_lines(table: list[list[str]]) -> list[str]:
+    """一张表的 Markdown，第一行是表头。"""
+    head, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return [head, f"|{'---|' * len(table[0])}", *rows]
+
+
+def fact_lines(section: Section) -> list[str]:
+    """不是重复测量的东西：一格一条，里面各一条；没有就什么都不写。"""
+    lines = [""] if section.facts else []
+    for case, found in section.facts:
+        lines += [f"- {case}", *(f"  {line}" for line in _list(found))]
+    return lines
 
 
 def html(runs: Sequence[Run], verdicts: list[Verdict]) -> str:
     """自包含的 HTML。"""
-    common, sections = _sections(runs)
+    common, found = sections(runs)
     problem, drawn = "", {}
     try:
-        for name, suite in ((s.suite.suite, s.suite) for s in sections if s.suite.suite in figures.FIGURES):
+        for name, suite in ((s.suite.suite, s.suite) for s in found if s.suite.suite in figures.FIGURES):
             drawn[name] = figures.coloured(figures.draw(suite), figures.VARIABLES)
     except figures.NoChineseFont as error:
         problem, drawn = str(error), {}
@@ -98,12 +109,12 @@ def html(runs: Sequence[Run], verdicts: list[Verdict]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("report.html.j2").render(
-        legend=_LEGEND,
+        legend=LEGEND,
         common=common,
         skipped=_skipped(runs),
         problem=problem,
         verdicts=[(verdict.status, verdict_line(verdict)) for verdict in verdicts],
-        sections=sections,
+        sections=found,
         drawn=drawn,
         themes={theme: list(colours.values()) for theme, colours in figures.THEMES.items()},
     )
@@ -151,7 +162,7 @@ def _table(cases: list[Case]) -> list[list[str]]:
     return rows
 
 
-def _sections(runs: Sequence[Run]) -> tuple[Rows, list[Section]]:
+def sections(runs: Sequence[Run]) -> tuple[Rows, list[Section]]:
     """各套都相同的环境，与各套；次序是 :data:`SUITES` 的。"""
     order = list(SUITES)
     found = sorted(

@@ -122,3 +122,15 @@ def latest(runs: list[Run]) -> list[Run]:
         for run in same
     ]
     return [run for run in kept if run.suites or run.skipped]
+
+
+def newest(runs: list[Run]) -> list[Run]:
+    """每一套最近一次完整的运行，不论在哪台机器上；一个运行一套，从旧到新。同一时刻开始的几行都留下：从前的结果分成几行转来。"""
+    full = [
+        run.model_copy(update={"suites": [suite], "skipped": []})
+        for run in sorted(runs, key=lambda run: run.started)
+        if not run.quick
+        for suite in run.suites
+    ]
+    last = {run.suites[0].suite: run.started for run in full}
+    return [run for run in full if last[run.suites[0].suite] == run.started]

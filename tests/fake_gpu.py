@@ -1,6 +1,6 @@
 """没有 GPU 时跑 TensorRT 会话的替身。替的是 GPU、驱动与 TensorRT 的运行时，不是被测的代码。
 
-- 驱动：显存是主机内存，流上的事立即做完；录制期间只记不做，分配、同步、拷贝都是错误；没有设过当前上下文的线程里也是错误。
+- 驱动：显存是主机内存，流上的事立即做完；录制期间只记不做，分配、同步、拷贝都是错误。当前上下文按线程记，没有设过的线程用不了。
 - 引擎：plan 的内容是一个编号，指向下沉后的 ONNX，由 ONNX Runtime 在「显存」的那些地址上读写；同一个缓存的输入与输出必须是同一块。
 - 录制的规矩照 NVIDIA 的说明断言：录之前刚以同样的形状执行过，kernel 不会再换，录过的上下文没有再改动。
 
@@ -65,13 +65,21 @@ class FakeDriver:
         self.invalidated = False
         self._thread = threading.local()
 
-    def _outside_capture(self, *values: Any) -> tuple:
-        if not hasattr(self._thread, "context"):
+    @property
+    def entered(self) -> bool:
+        """这个线程有没有当前上下文。"""
+        return getattr(self._thread, "context", None) is not None
+
+    def _in_context(self, *values: Any) -> tuple:
+        if not self.entered:
             return (Status.CUDA_ERROR_INVALID_CONTEXT, *(None for _ in values))
+        return (Status.CUDA_SUCCESS, *values)
+
+    def _outside_capture(self, *values: Any) -> tuple:
         if self.recording is not None:
             self.invalidated = True
             return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, *(None for _ in values))
-        return (Status.CUDA_SUCCESS, *values)
+        return self._in_context(*values)
 
     def cuInit(self, flags):
         return (Status.CUDA_SUCCESS,)
@@ -87,7 +95,7 @@ class FakeDriver:
         return (Status.CUDA_SUCCESS,)
 
     def cuStreamCreate(self, flags):
-        return Status.CUDA_SUCCESS, 7
+        return self._in_context(7)
 
     def cuStreamSynchronize(self, stream):
         return self._outside_capture()
@@ -101,8 +109,10 @@ class FakeDriver:
         return result
 
     def cuMemFree(self, address):
-        self.live.pop(address)
-        return self._outside_capture()
+        result = self._outside_capture()
+        if result[0] is Status.CUDA_SUCCESS:
+            self.live.pop(address)
+        return result
 
     def cuMemsetD8Async(self, address, value, nbytes, stream):
         ctypes.memset(self.memory(address, nbytes), value, nbytes)
@@ -139,8 +149,10 @@ class FakeDriver:
         return (Status.CUDA_SUCCESS,)
 
     def cuGraphExecDestroy(self, graph):
-        self.graphs.remove(graph)
-        return (Status.CUDA_SUCCESS,)
+        result = self._in_context()
+        if result[0] is Status.CUDA_SUCCESS:
+            self.graphs.remove(graph)
+        return result
 
     def cuGraphLaunch(self, graph, stream):
         self.counts["launch"] += 1
@@ -188,6 +200,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         driver, shapes, addresses = self._engine.gpu.driver, dict(self._shapes), dict(self._addresses)
+        assert driver.entered, "这个线程没有当前上下文"
         assert self._workspace is not None
         driver.memory(*self._workspace)
         if driver.recording is None:
@@ -230,6 +243,7 @@ class FakeEngine:
 
     def create_execution_context(self, config: Any) -> FakeContext | None:
         assert getattr(config, "strategy", config) == "user"
+        assert self.gpu.driver.entered, "这个线程没有当前上下文：插件在这里装载机器码"
         fixed_kernels = getattr(config, "dynamic_shapes_kernel_specialization_strategy", "") == "eager"
         return None if fixed_kernels and self.gpu.out_of_memory else FakeContext(self, fixed_kernels)
 
@@ -293,7 +307,9 @@ class FakeGpu:
         for module in (build, loading):
             patch.setattr(module, "load", lambda flavour: trt)
             patch.setattr(module, "registered_creators", lambda trt: {})
-        patch.setattr(build, "build_plan", lambda trt, flavour, model, *rest: (str(model).encode(), ""))
+        patch.setattr(
+            build, "build_engine_bytes", lambda trt, flavour, model, *rest: (str(model).encode(), "")
+        )
         for check in ("check_arch", "check_plugins"):
             patch.setattr(build, check, lambda *_: None)
 

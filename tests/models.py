@@ -107,6 +107,11 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "first_k_dense_replace": 2,
         },
     ),
+    "sarvam": (
+        "sarvam_mla",
+        {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": YARN},
+    ),
+    "axk1": ("axk1", {"rope_parameters": YARN}),
     "youtu": ("youtu", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "minicpm3": ("minicpm3", {"rope_parameters": LONGROPE, "scale_emb": 3.5, "dim_model_base": 20}),
 }
@@ -136,7 +141,9 @@ def build_model(variant: str, seed: int = 0, **overrides):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" in name:
+            if name.endswith("e_score_correction_bias") and not FAMILIES[model.published_as].router_bias:
+                parameter.zero_()
+            elif "norm" in name:
                 parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
             elif name.endswith(("bias", "e_score_correction_bias")):
                 # 足够大的负 bias：带 bias 的分数会小于零，组外置 0 还是 -inf 就有了区别。

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from deepseek_export.checkpoint.synthetic import write_checkpoint, write_demo_checkpoint
+from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import DsxError
 
 CONFIGS = Path(__file__).with_name("published_configs.json")
@@ -103,12 +104,14 @@ def main(
         raise click.UsageError("--layers、--sparse-files 要与 --like 同用")
     try:
         options: dict[str, Any] = {"dtype": dtype, "shards": shards or 1, "mtp": mtp, "seed": seed}
-        if like is not None:
-            write_like(out, like, layers, shards, seed=seed, sparse=sparse)
-        elif config is None:
-            write_demo_checkpoint(out, **options)
-        else:
-            write_checkpoint(out, json.loads(config.read_text(encoding="utf-8")), **options)
+        with open_progress(as_json=False) as progress:
+            options["progress"] = progress
+            if like is not None:
+                write_like(out, like, layers, shards, seed=seed, sparse=sparse, progress=progress)
+            elif config is None:
+                write_demo_checkpoint(out, **options)
+            else:
+                write_checkpoint(out, json.loads(config.read_text(encoding="utf-8")), **options)
     except (DsxError, OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"已写好：{out}")

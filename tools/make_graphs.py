@@ -92,7 +92,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
     },
-    # 没有 MoE，多出三个缩放，longrope。kimi_k2、glm4_moe_lite、youtu 的图与 deepseek_v3 的没有结构差别，不另记。
+    # V3 加 post_mlp_layernorm，路由没有偏置。
+    "axk1": _SHARED
+    | {
+        "model_type": "axk1",
+        "q_lora_rank": 20,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    # 没有 MoE，多出三个缩放，longrope。kimi_k2、glm4_moe_lite、sarvam_mla、youtu 的图与 deepseek_v3 的没有结构差别，不另记。
     "minicpm3": {key: value for key, value in _SHARED.items() if key not in MOE_KEYS}
     | {
         "model_type": "minicpm3",

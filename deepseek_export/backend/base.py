@@ -57,8 +57,9 @@ class Caches(ABC):
         batch: 行数 B。
     """
 
-    spec: CacheSpec
-    batch: int
+    def __init__(self, spec: CacheSpec, batch: int) -> None:
+        self.spec, self.batch = spec, batch
+        self._views: dict[tuple[int, int], Caches] = {}
 
     @property
     @abstractmethod
@@ -81,17 +82,26 @@ class Caches(ABC):
             DsxError: ``DSX-E506``，超过上限；此时缓存原样不动。
         """
 
-    @abstractmethod
     def rows(self, start: int, count: int) -> Caches:
         """从第 ``start`` 行起 ``count`` 行的视图，不复制；同样的参数得到同一个对象。视图里的行号从 0 数。
 
         Raises:
             DsxError: 后端放不下这样的视图（TensorRT 的一行没有对齐），说明怎么办。
         """
+        if (start, count) == (0, self.batch):
+            return self
+        check_rows(start, count, self.batch)
+        if (start, count) not in self._views:
+            self._views[start, count] = self.view(start, count)
+        return self._views[start, count]
 
     def first(self, rows: int) -> Caches:
         """前 ``rows`` 行的视图，见 :meth:`rows`。"""
         return self.rows(0, rows)
+
+    @abstractmethod
+    def view(self, start: int, count: int) -> Caches:
+        """连着的几行，共用这里的内存；每次都是新的，平时用 :meth:`rows`。"""
 
     @abstractmethod
     def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:

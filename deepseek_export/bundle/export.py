@@ -34,7 +34,7 @@ from deepseek_export.bundle.disk import (
     write_json,
 )
 from deepseek_export.bundle.foreign import check_replaceable
-from deepseek_export.bundle.graph import bind_external, check_onnx, external_location, float32_islands
+from deepseek_export.bundle.graph import bind_external, check_onnx, external_location, float32_islands, label
 from deepseek_export.bundle.manifest import (
     SCHEMA_VERSION,
     CacheEntry,
@@ -261,6 +261,7 @@ def _export(
             progress.start("写计算图并检查")
             for graph in graphs:
                 graph.model = bind_external(graph.lowered.proto, slots)
+                label(graph.model, *_label(source.config, profile, target, dtype, quantization, graph))
                 with disk_errors(directory):
                     onnx.save(graph.model, directory / graph.file)
                 check_onnx(directory / graph.file)
@@ -311,6 +312,29 @@ class _Graph:
     captured: CapturedModel
     lowered: LoweredModel
     model: onnx.ModelProto = field(default_factory=onnx.ModelProto)
+
+
+def _label(
+    config: ModelConfig,
+    profile: OptimizationProfile,
+    target: str,
+    dtype: ModelDtype,
+    quantization: Quantization | None,
+    graph: _Graph,
+) -> tuple[str, dict[str, str]]:
+    """写进 ONNX 文件的标题与几样事实；别处已经写了目标与方案。"""
+    layers, cache = graph.captured.layers, profile.mla.cache_dtype
+    facts = {
+        "family": config.family,
+        "role": graph.captured.role,
+        "layers": str(len(layers)),
+        "moe_layers": str(sum(map(config.is_moe_layer, layers))),
+        "dtype": dtype,
+        "cache_dtype": dtype if cache == "model" else cache,
+        "quantization": "none" if quantization is None else f"{quantization.kind}/{quantization.block}",
+    }
+    what = {"main": "主模型", "draft": "草稿模型"}[graph.captured.role]
+    return f"{config.family} 的{what}，编译到 {target}；输入输出的约定见 manifest.json", facts
 
 
 def _file_name(index: int) -> str:

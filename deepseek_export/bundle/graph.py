@@ -12,6 +12,8 @@ from pathlib import Path
 import onnx
 from onnx import inliner
 
+from deepseek_export.version import __version__
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -47,6 +49,19 @@ def bind_external(proto: onnx.ModelProto, slots: Mapping[str, Slot]) -> onnx.Mod
     del model.graph.input[:]
     model.graph.input.extend(kept)
     return model
+
+
+def label(model: onnx.ModelProto, title: str, facts: Mapping[str, str]) -> None:
+    """写上 Netron 这样的工具会显示的：谁产生的、是什么、几样要紧的事；只由模型与设置决定，没有时间与路径。
+
+    Args:
+        model: 要写盘的模型；已有的 ``metadata_props`` 保留。
+        title: 一句话，写成 ``doc_string``。
+        facts: ``metadata_props``，键加上 ``dsx.``。
+    """
+    model.producer_version, model.doc_string = __version__, title
+    kept = {prop.key: prop.value for prop in model.metadata_props}
+    onnx.helper.set_model_props(model, kept | {f"dsx.{key}": value for key, value in facts.items()})
 
 
 def point_at(tensor: onnx.TensorProto, slot: Slot) -> None:

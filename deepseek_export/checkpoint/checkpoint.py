@@ -22,6 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = tuple(DTYPES[name].safetensors for name in ("float32", "float16", "bfloat16"))
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_ROUTER_BIAS, _POST_MLP_NORM = "mlp.gate.e_score_correction_bias", "post_mlp_layernorm.weight"
 # MTP 层里这两个张量只是主干的副本，检查点可以不带。
 _MTP_COPIES = frozenset({"embed_tokens.weight", "shared_head.head.weight"})
 _CHUNK = 64 << 20
@@ -59,12 +60,21 @@ def expected_mtp_tensors(config: ModelConfig, index: int) -> Shapes:
     return {prefix + name: shape for name, shape in extra.items()} | _decoder_layer(config, layer)
 
 
-def _empty_tensors(config: ModelConfig) -> Shapes:
-    """``n_shared_experts`` 为 0 时 transformers 仍旧建共享专家，存成宽度为 0 的张量；没有数据，读不读都一样。"""
+def _unused_tensors(config: ModelConfig) -> Shapes:
+    """可以存着、却没有作用的张量。
+
+    ``n_shared_experts`` 为 0 时 transformers 仍旧建共享专家，存成宽度为 0 的张量，没有数据。A.X-K1 发布的 dense 层也存着
+    ``post_mlp_layernorm``，前向不经过它；路由的偏置发布时没有，transformers 另存时补上的是零（见 :func:`_check_zero`）。
+    """
     shapes: Shapes = {}
     for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
         if config.is_moe_layer(layer) and not config.n_shared_experts:
-            shapes |= _mlp(f"model.layers.{layer}.mlp.shared_experts.", config.hidden_size, 0)
+            shapes |= _mlp(prefix + "mlp.shared_experts.", config.hidden_size, 0)
+        if config.is_moe_layer(layer) and not config.router_bias:
+            shapes[prefix + _ROUTER_BIAS] = (config.n_routed_experts,)
+        if config.post_mlp_norm and not config.is_moe_layer(layer):
+            shapes[prefix + _POST_MLP_NORM] = (config.hidden_size,)
     return shapes
 
 
@@ -78,8 +88,10 @@ def _decoder_layer(config: ModelConfig, layer: int) -> Shapes:
     if not config.is_moe_layer(layer):
         return shapes | _mlp(prefix + "mlp.", hidden, config.intermediate_size)
     shapes[prefix + "mlp.gate.weight"] = (config.n_routed_experts, hidden)
-    if config.topk_method == "noaux_tc":
-        shapes[prefix + "mlp.gate.e_score_correction_bias"] = (config.n_routed_experts,)
+    if config.topk_method == "noaux_tc" and config.router_bias:
+        shapes[prefix + _ROUTER_BIAS] = (config.n_routed_experts,)
+    if config.post_mlp_norm:
+        shapes[prefix + _POST_MLP_NORM] = (hidden,)
     for expert in range(config.n_routed_experts):
         shapes |= _mlp(f"{prefix}mlp.experts.{expert}.", hidden, config.moe_intermediate_size)
     if config.n_shared_experts:
@@ -141,8 +153,8 @@ class Checkpoint:
         """打开并核对一个 HF 检查点目录。
 
         Raises:
-            DsxError: ``DSX-E101`` 目录不存在、看不了或没有权重；``DSX-E111`` 缺张量；``DSX-E112`` 多张量；
-                ``DSX-E113`` 形状不符；``DSX-E114`` dtype 不支持；``DSX-E117`` 声明共享词嵌入，
+            DsxError: ``DSX-E101`` 目录不存在、看不了或没有权重；``DSX-E111`` 缺张量；``DSX-E112`` 多张量，
+                或路由不用的偏置不是零；``DSX-E113`` 形状不符；``DSX-E114`` dtype 不支持；``DSX-E117`` 声明共享词嵌入，
                 ``lm_head`` 却与它不同；``DSX-E120`` 声明是 FP8 却没有 FP8 张量；配置与文件的错误见
                 ``load_model_config``、``TensorStore.open``。
         """
@@ -157,8 +169,8 @@ class Checkpoint:
         ignored = [name for name in store.names if name.endswith("rotary_emb.inv_freq")]
         if config.tie_word_embeddings and _HEAD in store:
             ignored.append(_HEAD)
-        empty = {name: shape for name, shape in _empty_tensors(config).items() if name in store}
-        ignored += empty
+        unused = {name: shape for name, shape in _unused_tensors(config).items() if name in store}
+        ignored += unused
         scales = fp8_scales(config, store)
         extras = set(store.names) - set(expected) - set(ignored) - set(scales)
         groups: dict[int, set[str]] = {}
@@ -183,7 +195,8 @@ class Checkpoint:
         if unknown:
             todo = "dsx 不知道怎么用它们，所以不敢丢弃；确认 config.json 与权重是同一个模型"
             raise DsxError("DSX-E112", f"{path} 多出 {len(unknown)} 个张量：{_listed(unknown)}", todo)
-        _check_shapes(store, expected | mtp | scales | empty)
+        _check_shapes(store, expected | mtp | scales | unused)
+        _check_zero(store, [name for name in unused if name.endswith(_ROUTER_BIAS)])
         if _HEAD in ignored:
             _check_tied(store)
         return cls(path, config, store, tuple(sorted(mtp)), tuple(sorted(ignored)))
@@ -272,6 +285,14 @@ def _check_shapes(store: TensorStore, expected: Mapping[str, tuple[int, ...]]) -
         if store[name].shape != shape:
             what = f"张量 {name} 的形状是 {list(store[name].shape)}，按 config.json 应为 {list(shape)}"
             raise DsxError("DSX-E113", what, "确认 config.json 与权重是同一个模型")
+
+
+def _check_zero(store: TensorStore, names: Iterable[str]) -> None:
+    """路由没有偏置的家族，检查点里多带的偏置必须全是零：不是零就改变选中的专家。"""
+    for name in names:
+        if store.read(name).any():
+            what = f"张量 {name} 不是零，而这个家族的路由没有偏置"
+            raise DsxError("DSX-E112", what, "确认检查点是原版；dsx 不知道怎么用它，所以不敢丢弃")
 
 
 def _check_tied(store: TensorStore) -> None:

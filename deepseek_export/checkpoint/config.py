@@ -37,7 +37,8 @@ class ModelConfig:
     """``config.json`` 的类型化视图；字段名沿用 DeepSeek 的叫法，字段间的一致性在解析时已经查过。
 
     没有 MoE 的家族，专家数是 0，``first_k_dense_replace`` 等于层数。``embed_scale``、``residual_scale``、``logits_divisor``
-    是 MiniCPM3 的三个缩放，其余家族都是 1。
+    是 MiniCPM3 的三个缩放，其余家族都是 1。``router_bias``、``post_mlp_norm`` 见
+    :class:`~deepseek_export.checkpoint.families.Family`，只有 A.X-K1 与众不同。
     ``weight_block_size`` 是 FP8 检查点每个 scale 管的块（行、列）；不是 FP8 检查点则为 ``None``。
     """
 
@@ -78,6 +79,8 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    router_bias: bool = True
+    post_mlp_norm: bool = False
 
     @property
     def qk_head_dim(self) -> int:
@@ -171,18 +174,22 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
     for alias, key in family.aliases.items():
         if alias in data and key in data:
             Fields(data, where).must_equal(alias, data[key])
-    known = (
-        CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | set(INERT_KEYS) | family.extra_keys
-    )
+    known = CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | set(INERT_KEYS)
+    known |= family.extra_keys | set(family.inert)
     f.refuse_unknown(known | MOE_KEYS if family.has_moe else known)
     for key, only in FIXED_KEYS.items():
         f.must_equal(key, only)
-    check_inert(f)
+    for key, values in family.inert.items():
+        f.must_equal(key, *values)
+    check_inert(f, family.inert)
     heads = f.integer("num_attention_heads")
     nope, rope_dim = f.integer("qk_nope_head_dim"), f.integer("qk_rope_head_dim")
     f.must_equal("num_key_value_heads", heads)
     f.must_equal("qk_head_dim", nope + rope_dim)
-    f.must_equal("head_dim", rope_dim, nope + rope_dim)
+    rank = f.integer("kv_lora_rank")
+    f.must_equal(
+        "head_dim", rope_dim, nope + rope_dim, *([rank + rope_dim] if family.latent_head_dim else [])
+    )
     if rope_dim % 2:
         raise f.bad("qk_rope_head_dim", "偶数")
     interleave = "rope_interleave" not in family.extra_keys or f.boolean("rope_interleave", default=True)
@@ -204,7 +211,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         q_lora_rank=f.optional_integer("q_lora_rank", low=1, required=True),
-        kv_lora_rank=f.integer("kv_lora_rank"),
+        kv_lora_rank=rank,
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope_dim,
         v_head_dim=_v_head_dim(f, name, hidden, heads),
@@ -212,7 +219,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         attention_bias=f.boolean("attention_bias"),
         tie_word_embeddings=f.boolean("tie_word_embeddings"),
         max_position_embeddings=length,
-        rope=parse_rope(f, length, rope_dim),
+        rope=parse_rope(f, length, rope_dim, family.rope_types),
         rope_layout=family.rope_layout if interleave else "half",
         num_mtp_layers=f.integer("num_nextn_predict_layers", low=0, high=_MAX_LAYERS) if has_mtp else 0,
         dtype=cast(Any, f.choice(dtype_key, ("float32", "float16", "bfloat16"))),
@@ -220,6 +227,8 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         eos_token_ids=tuple(eos_list),
         pad_token_id=f.optional_integer("pad_token_id", low=-1),
         weight_block_size=parse_quantization(f),
+        router_bias=family.router_bias,
+        post_mlp_norm=family.post_mlp_norm,
         **(_parse_moe(f, family, layers) if family.has_moe else _DENSE | {"first_k_dense_replace": layers}),
         **(_parse_scales(f, hidden, layers) if "scale_emb" in family.extra_keys else {}),
     )
@@ -272,12 +281,14 @@ def _parse_moe(f: Fields, family: Family, layers: int) -> dict[str, Any]:
 def _dense_layers(f: Fields, family: Family, layers: int) -> int:
     """前多少层是 dense。
 
-    GLM 由 ``mlp_layer_types`` 逐层列出，缺省第一层 dense；transformers 不读它的 ``first_k_dense_replace``，两者不一致就拒绝。
+    GLM、A.X-K1 可以由 ``mlp_layer_types`` 逐层列出。没有列的，GLM 第一层 dense（transformers 不读它的 ``first_k_dense_replace``），
+    其余看 ``first_k_dense_replace``；两者不一致就拒绝。
     """
-    if "mlp_layer_types" not in family.extra_keys:
-        return f.integer("first_k_dense_replace", low=0)
-    types, dense = f.data.get("mlp_layer_types"), 1
-    if types is not None:
+    types, dense = f.data.get("mlp_layer_types"), family.dense_layers
+    if types is None:
+        if dense is None:
+            return f.integer("first_k_dense_replace", low=0)
+    else:
         dense = (
             next((i for i, kind in enumerate(types) if kind != "dense"), layers)
             if isinstance(types, list)

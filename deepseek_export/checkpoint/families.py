@@ -19,9 +19,17 @@ class Family:
     scoring_func: str = ""
     topk_methods: tuple[str, ...] = ()  # 第一个是缺省值；空表示这个家族没有 MoE 层
     honours_norm_topk_prob: bool = True
+    router_bias: bool = True  # noaux_tc 的选择偏置在不在检查点里；不在的按零算
+    post_mlp_norm: bool = False  # MoE 层的输出再过一个 RMSNorm 才加回残差
     extra_keys: frozenset[str] = frozenset()  # 只有这个家族才认的字段
     aliases: Mapping[str, str] = field(default_factory=dict)  # config.json 里的别名 -> 正名
     defaults: Mapping[str, Any] = field(default_factory=dict)  # 官方 config.json 省略的字段，取自家族的配置类
+    inert: Mapping[str, tuple[Any, ...]] = field(
+        default_factory=dict
+    )  # 只有这个家族才写、取这些值时不起作用的字段
+    rope_types: Mapping[str, str] = field(default_factory=dict)  # rope 类型的别名 -> 正名
+    latent_head_dim: bool = False  # head_dim 可以写成潜缓存一行的宽度
+    dense_layers: int | None = None  # 没有 mlp_layer_types 时前几层 dense；None 表示看 first_k_dense_replace
 
     @property
     def has_moe(self) -> bool:
@@ -53,7 +61,48 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "kimi_k2": _V3,
         # GLM-4.7-Flash：注意力、路由与 V3 相同，dense 层由 mlp_layer_types 指定。
         "glm4_moe_lite": replace(
-            _V3, transformers_type="glm4_moe_lite", extra_keys=_V3.extra_keys | {"mlp_layer_types"}
+            _V3,
+            transformers_type="glm4_moe_lite",
+            extra_keys=_V3.extra_keys | {"mlp_layer_types"},
+            dense_layers=1,
+        ),
+        # Sarvam-105B：架构就是 V3（没有 q_lora），config.json 的字段另起了名字。发布的没有写 n_group、topk_group：厂商提交给 vLLM 的
+        # 说明与 transformers 都是不分组；随检查点发布的远程代码缺省分 16 组选 2 组，是它的缺陷。
+        "sarvam_mla": replace(
+            _V3,
+            transformers_type="sarvam_mla",
+            aliases={
+                **_V3.aliases,
+                "num_experts": "n_routed_experts",
+                "num_shared_experts": "n_shared_experts",
+                "moe_shared_expert_intermediate_size": "moe_intermediate_size",
+                "q_head_dim": "qk_head_dim",
+            },
+            defaults={
+                "q_lora_rank": None,
+                "n_group": 1,
+                "topk_group": 1,
+                "norm_topk_prob": True,
+                "attention_bias": False,
+            },
+            # 厂商与 transformers 的注意力都不读 use_qk_norm；两个 dropout 只在训练时起作用，发布的就是 0。
+            inert={
+                "use_qk_norm": (True, False),
+                "moe_router_enable_expert_bias": (True,),
+                "default_theta": (10000.0,),
+                "embedding_dropout": (0.0,),
+                "output_dropout": (0.0,),
+            },
+            rope_types={"deepseek_yarn": "yarn"},
+            latent_head_dim=True,
+        ),
+        # A.X-K1：V3 加一个 post_mlp_layernorm；检查点不存路由的偏置。
+        "axk1": replace(
+            _V3,
+            transformers_type="axk1",
+            router_bias=False,
+            post_mlp_norm=True,
+            extra_keys=_V3.extra_keys | {"mlp_layer_types"},
         ),
         # Youtu-LLM：V3 的注意力，没有 MoE。
         "youtu": Family(

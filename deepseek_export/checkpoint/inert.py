@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -29,15 +29,15 @@ class Inert:
     why: str
 
 
-def check_inert(f: Fields) -> None:
-    """表里的字段都取着不起作用的值。
+def check_inert(f: Fields, also: Collection[str] = ()) -> None:
+    """表里的字段都取着不起作用的值；``also`` 是家族自己另有规定的，不看这张表。
 
     Raises:
         DsxError: ``DSX-E105``，有一个不是。
     """
     for key, inert in INERT_KEYS.items():
         value = f.data.get(key)
-        if value is not None and not inert.accepts(value):
+        if value is not None and key not in also and not inert.accepts(value):
             raise f.bad(key, f"{inert.want}：{inert.why}")
 
 

@@ -180,7 +180,7 @@ def _recipes(
         shape = (len(sources), *shapes[sources[0]])
         recipes[name] = Recipe(op="stack", sources=tuple(sources), shape=shape, dtype=dtype)
     for layer in layers:
-        # V2 没有 e_score_correction_bias，而 MoeGate 的输入个数固定：补一个零。
+        # V2、A.X-K1 没有 e_score_correction_bias，而 MoeGate 的输入个数固定：补一个零。
         name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
         if config.is_moe_layer(layer) and name not in recipes:
             recipes[name] = Recipe(op="zeros", sources=(), shape=(config.n_routed_experts,), dtype="float32")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from deepseek_export.checkpoint.families import LONGROPE_KEYS, ROPE_KEYS, YARN_KEYS
@@ -54,13 +56,16 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def parse_rope(f: Fields, length: int, dim: int) -> RopeConfig:
+def parse_rope(
+    f: Fields, length: int, dim: int, aliases: Mapping[str, str] = MappingProxyType({})
+) -> RopeConfig:
     """读 rope 字段，旧式 ``rope_scaling`` 与 transformers 5 的 ``rope_parameters`` 都认，但不能互相矛盾。
 
     Args:
         f: 整个 config.json。
         length: ``max_position_embeddings``，充当 yarn、longrope 原始长度的缺省值（同 transformers）。
         dim: ``qk_rope_head_dim``，longrope 每对 lane 一个因子。
+        aliases: 这个家族给 rope 类型另起的名字 → 正名。
 
     Raises:
         DsxError: ``DSX-E107`` rope 类型或字段不支持；``DSX-E106`` 缺 ``rope_theta``；``DSX-E105`` 其值不对。
@@ -75,12 +80,13 @@ def parse_rope(f: Fields, length: int, dim: int) -> RopeConfig:
         raise f.bad(key, "对象或 null", code)
     r = Fields(dict(raw), f"{f.where} 的 {key}")
     kind = raw.get("rope_type", raw.get("type", "default"))
+    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _TYPE_KEYS:
         raise DsxError(
             code, f"{r.where} 的 rope 类型是 {shown(kind)}", f"支持的 rope 类型：{'、'.join(_TYPE_KEYS)}"
         )
     for name in ("type", "rope_type"):
-        r.must_equal(name, kind, code=code)
+        r.must_equal(name, kind, *(alias for alias, proper in aliases.items() if proper == kind), code=code)
     r.must_equal("partial_rotary_factor", 1, code=code)
     r.refuse_unknown(ROPE_KEYS | _TYPE_KEYS[kind], code)
     top = f.data.get("rope_theta")

@@ -22,6 +22,11 @@ from deepseek_export.paths import MAX_LARGE_TEXT, open_regular, read_text
 
 MAX_HEADER = 100 << 20
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+#: 叠放的专家的名字 → 每个专家依次是哪几个矩阵。
+_STACKED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+)
+_MAX_STACKED = 2 * 4096  # 配置里专家数的上限，各两个矩阵；文件头声称更多的不展开
 _PERMISSIONS = "检查文件的权限与磁盘，确认读得了"
 _REDOWNLOAD = "重新下载这个文件，并核对大小与 SHA-256"
 
@@ -57,7 +62,10 @@ class _Shard:
 
 @dataclass(frozen=True)
 class TensorStore:
-    """一个检查点目录里的全部张量；只有 :meth:`read`、:meth:`read_rows` 与 :meth:`fingerprint` 才会碰数据。"""
+    """一个检查点目录里的全部张量；只有 :meth:`read`、:meth:`read_rows` 与 :meth:`fingerprint` 才会碰数据。
+
+    叠在一起存的专家看成逐个专家的张量，名字与逐个存的一样，见 :func:`_per_expert`。
+    """
 
     directory: Path
     _shards: tuple[_Shard, ...]
@@ -100,7 +108,7 @@ class TensorStore:
                 specs[name] = spec
         if weight_map is not None:
             _check_index(index, weight_map, specs)
-        return cls(directory, shards, MappingProxyType(specs))
+        return cls(directory, shards, MappingProxyType(_per_expert(specs)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,9 +130,6 @@ class TensorStore:
         return len(self._specs)
 
     def __getitem__(self, name: str) -> TensorSpec:
-        return self._specs[name]
-
-    def spec(self, name: str) -> TensorSpec:
         """张量的元数据；没有这个名字时抛 ``KeyError``（属于 dsx 的缺陷）。"""
         return self._specs[name]
 
@@ -132,7 +137,7 @@ class TensorStore:
         """取一个张量的只读视图，不拷贝。
 
         Returns:
-            形状为 ``spec(name).shape`` 的数组；BF16 与 FP8 用 ml_dtypes 的类型。
+            形状为 ``store[name].shape`` 的数组；BF16 与 FP8 用 ml_dtypes 的类型。
 
         Raises:
             DsxError: ``DSX-E110`` 打开之后文件又变短了。
@@ -237,6 +242,31 @@ def _check_index(index: Path, weight_map: Mapping[str, str], specs: Mapping[str,
         if claimed != actual:
             what = f"张量 {name}：索引说在 {claimed or '（没有）'}，实际在 {actual or '（没有）'}"
             raise DsxError("DSX-E118", f"{index} 与分片不一致。{what}", "重新下载索引和分片，保证同一版本")
+
+
+def _per_expert(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """叠放的专家拆成逐个的：``experts.gate_up_proj`` [E, 2I, D]（gate 在前）、``experts.down_proj`` [E, D, I]。
+
+    每个专家的每个矩阵在文件里本来就是连续的一段，所以只换名字、形状与起点。transformers 在内存里就这样叠放，A.X-K1 也照这样发布。
+    形状拆不开的原样留着，由 :class:`~deepseek_export.checkpoint.checkpoint.Checkpoint` 当作多出来的张量拒绝。
+    """
+    split: dict[str, TensorSpec] = {}
+    for name, spec in specs.items():
+        head, _, kind = name.rpartition(".mlp.experts.")
+        parts = _STACKED.get(kind, ()) if head and len(spec.shape) == 3 else ()
+        count = spec.shape[0] * len(parts) if parts else 0
+        if not 0 < count <= _MAX_STACKED or spec.shape[1] % len(parts) or spec.nbytes % count:
+            split[name] = spec
+            continue
+        size, rows, columns = spec.nbytes // count, spec.shape[1], spec.shape[2]
+        for index in range(count):
+            expert, part = divmod(index, len(parts))
+            alone = f"{head}.mlp.experts.{expert}.{parts[part]}.weight"
+            if alone in specs:
+                raise _broken(spec.file, f"专家既叠放成 {name}，又另有 {alone}")
+            shape = (rows // len(parts), columns)
+            split[alone] = TensorSpec(alone, spec.dtype, shape, spec.file, spec.offset + index * size, size)
+    return split
 
 
 def _read_shard(path: Path) -> _Shard:

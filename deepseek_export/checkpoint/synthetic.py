@@ -23,6 +23,7 @@ from deepseek_export.checkpoint.config import ModelConfig, parse_model_config
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import INDEX_NAME, SINGLE_NAME
 from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
+from deepseek_export.progress import Progress
 
 DEMO_CONFIG: Mapping[str, Any] = MappingProxyType(
     {
@@ -116,7 +117,7 @@ DEMO_TEXT = (
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Contents:
     """检查点里每个张量的 dtype 与形状，以及怎么造内容。"""
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -151,6 +152,7 @@ def write_checkpoint(
     shards: int = 1,
     mtp: bool = False,
     sparse: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """写一个随机权重的检查点，逐块落盘，内存占用与模型大小无关。
 
@@ -162,6 +164,7 @@ def write_checkpoint(
         shards: 分成几个文件，按大小均分；大于 1 时另写索引。
         mtp: 是否写 MTP 层；层数取 ``num_nextn_predict_layers``，至少一层。
         sparse: 只写文件头，数据区留成稀疏文件的洞（全零），几乎不占磁盘。
+        progress: 进度。
 
     Returns:
         ``out``。
@@ -184,14 +187,18 @@ def write_checkpoint(
     _write_json(out / "config.json", values)
     tokens = {"bos_token_id": parsed.bos_token_id, "eos_token_id": values.get("eos_token_id")}
     _write_json(out / "generation_config.json", {"_from_model_config": True, **tokens})
-    plan = _Plan(tensors, parsed.weight_block_size, seed, parsed.tie_word_embeddings)
+    contents = _Contents(tensors, parsed.weight_block_size, seed, parsed.tie_word_embeddings)
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(_split({name: plan.nbytes(name) for name in tensors}, shards), start=1):
+    progress = progress or Progress()
+    progress.start("写权重", sum(map(contents.nbytes, tensors)), "bytes")
+    for number, names in enumerate(
+        _split({name: contents.nbytes(name) for name in tensors}, shards), start=1
+    ):
         file = SINGLE_NAME if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        _write_shard(out / file, names, plan, sparse)
+        _write_shard(out / file, names, contents, sparse, progress)
         weight_map |= dict.fromkeys(names, file)
     if shards > 1:
-        total = sum(map(plan.nbytes, tensors))
+        total = sum(map(contents.nbytes, tensors))
         index_data = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(out / INDEX_NAME, index_data)
     return out
@@ -218,7 +225,7 @@ def write_demo_checkpoint(out: Path, **options: Any) -> Path:
 
     Args:
         out: 目标目录。
-        **options: 原样交给 :func:`write_checkpoint`（``seed``、``dtype``、``shards``、``mtp``）。
+        **options: 原样交给 :func:`write_checkpoint`（``seed``、``dtype``、``shards``、``mtp``、``progress``）。
 
     Returns:
         ``out``，含权重、``tokenizer.json``、``tokenizer_config.json``。
@@ -226,6 +233,23 @@ def write_demo_checkpoint(out: Path, **options: Any) -> Path:
     write_checkpoint(out, DEMO_CONFIG, **options)
     _write_tokenizer(out, int(DEMO_CONFIG["vocab_size"]))
     return out
+
+
+def tokenizer_settings(length: int) -> dict[str, Any]:
+    """``tokenizer_config.json``：带 :data:`CHAT_TEMPLATE`，``length`` 是模型的最大长度。"""
+    bos, eos, *extra = SPECIAL_TOKENS
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": eos,
+        "additional_special_tokens": extra,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": length,
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def _tensors(config: ModelConfig, dtype: str, mtp: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -256,13 +280,15 @@ def _split(sizes: Mapping[str, int], parts: int) -> Iterator[list[str]]:
     yield shard
 
 
-def _write_shard(path: Path, names: Sequence[str], plan: _Plan, sparse: bool) -> None:
+def _write_shard(
+    path: Path, names: Sequence[str], contents: _Contents, sparse: bool, progress: Progress
+) -> None:
     """写一个 safetensors 文件。"""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        tag, shape = plan.tensors[name]
-        begin, end = end, end + plan.nbytes(name)
+        tag, shape = contents.tensors[name]
+        begin, end = end, end + contents.nbytes(name)
         header[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
@@ -270,10 +296,12 @@ def _write_shard(path: Path, names: Sequence[str], plan: _Plan, sparse: bool) ->
         stream.write(struct.pack("<Q", len(raw)) + raw)
         if sparse:
             stream.truncate(stream.tell() + end)
+            progress.advance(end, path.name)
             return
         for name in names:
-            for block in plan.blocks(name):
+            for block in contents.blocks(name):
                 stream.write(block.tobytes())
+                progress.advance(block.nbytes, name)
 
 
 def _random_blocks(name: str, shape: tuple[int, ...], seed: int, tied: bool) -> Iterator[np.ndarray]:
@@ -323,23 +351,12 @@ def _write_tokenizer(out: Path, vocab_size: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(DEMO_TEXT, trainer)
-    bos, eos, *extra = SPECIAL_TOKENS
+    bos = SPECIAL_TOKENS[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 0)]
     )
     tokenizer.save(str(out / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "pad_token": eos,
-        "additional_special_tokens": extra,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": DEMO_CONFIG["max_position_embeddings"],
-        "chat_template": CHAT_TEMPLATE,
-    }
+    settings = tokenizer_settings(DEMO_CONFIG["max_position_embeddings"])
     _write_json(out / "tokenizer_config.json", settings)
 
 

@@ -18,14 +18,16 @@ from deepseek_export.units import size
 if TYPE_CHECKING:
     from deepseek_export.engine.build import BuiltEngine
     from deepseek_export.engine.layers import EngineLayer
-    from deepseek_export.engine.record import PlanEntry
+    from deepseek_export.engine.record import EngineEntry
 
 _SHOWN = 8
 
 
 @click.command("build", cls=Command, short_help="为指定的 SM 建 TensorRT 引擎")
 @bundle_argument
-@click.option("--arch", "arches", required=True, metavar="SM", help="目标 SM，几个用逗号隔开：sm89,sm120。")
+@click.option(
+    "--arch", "arches", required=True, metavar="SM", help="目标 SM，几个用逗号隔开：sm89,sm120；sm 可以不写。"
+)
 @click.option(
     "--flavour",
     type=click.Choice(list(FLAVOURS)),
@@ -105,12 +107,12 @@ def _print(engine: BuiltEngine) -> None:
         *("文件", "配置", *numbers, "插件", "其余"),
         right=numbers,
     )
-    for plan, entry in record.plans.items():
+    for name, entry in record.plans.items():
         for profile, counts in entry.layers.items():
             plugins = {kind: n for kind, n in counts.items() if kind.startswith("dsx::")}
             others = {kind: n for kind, n in counts.items() if kind not in plugins}
             made.add_row(
-                plan,
+                name,
                 profile,
                 str(sum(counts.values())),
                 str(sum(plugins.values())),
@@ -125,9 +127,9 @@ def _print(engine: BuiltEngine) -> None:
             "形状",
             f"B {':'.join(map(str, shapes.batch))}，prefill S {shapes.prefill}，缓存容量 {shapes.capacity}",
         ),
-        ("大小", "，".join(f"{plan} {size(entry.bytes)}" for plan, entry in record.plans.items())),
-        *((f"{plan} 解码的插件层", _names(found["decode"])) for plan, found in engine.layers.items()),
-        *((f"{plan} prefill 的融合注意力", _fused(entry)) for plan, entry in record.plans.items()),
+        ("大小", "，".join(f"{name} {size(entry.bytes)}" for name, entry in record.plans.items())),
+        *((f"{name} 解码的插件层", _names(found["decode"])) for name, found in engine.layers.items()),
+        *((f"{name} prefill 的融合注意力", _fused(entry)) for name, entry in record.plans.items()),
         (
             "用时",
             f"{sum(entry.seconds for entry in record.plans.values()):.1f} s，"
@@ -143,7 +145,7 @@ def _names(layers: list[EngineLayer]) -> str:
     return "、".join(names[:_SHOWN]) + more or "没有"
 
 
-def _fused(entry: PlanEntry) -> str:
+def _fused(entry: EngineEntry) -> str:
     unfused = entry.unfused_attention
     total = entry.fused_attention + len(unfused)
     if not total:

@@ -168,7 +168,7 @@ def print_bundle(found: dict[str, Any]) -> None:
     if not found["nodes"]:
         return
     out.print()
-    made = table("插件节点", "图", "节点", "creator", "登记", "函数体")
+    made = table("插件节点", "图", "节点", "creator", "登记", "函数体", optional=("函数体", "图"))
     for node in found["nodes"]:
         registered = "、".join(f"{name} {'有' if on else '没有'}" for name, on in node["registered"].items())
         made.add_row(

@@ -20,7 +20,8 @@ from deepseek_export.cli.options import (
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
-    from deepseek_export.parity import ComparisonReport, Culprit
+    from deepseek_export.parity.bisect import Culprit
+    from deepseek_export.parity.compare import ComparisonReport
 
 #: 同一段的节点多于这些就只说头尾。
 _LISTED = 6
@@ -127,6 +128,7 @@ def _print(report: ComparisonReport, summary: dict[str, Any]) -> None:
         f"{report.bundle}（{report.profile}，{report.target}，{report.dtype}）逐块对 PyTorch",
         *("图", "块", "后端", *COLUMNS, "结果"),
         right=COLUMNS,
+        optional=(COLUMNS[3], COLUMNS[2]),
     )
     for row in summary["blocks"]:
         verdict = f"{row['failed']} 项不过" if row["failed"] else "通过"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import click
 
 from deepseek_export.cli.formatting import Command
+from deepseek_export.disk_cache import home
 from deepseek_export.engine.flavour import FLAVOURS
 
 #: 随包附带的检查点：DeepSeek-V3 结构，真的训练过，数据与训练曲线见其中的 README.md。
@@ -79,10 +79,3 @@ def _engine_steps(bundle: Path) -> list[tuple[str, list[str]]]:
         ("导出给 TensorRT", [*export, "-o", str(bundle), "--overwrite"]),
         ("建引擎，看插件层", ["build", str(bundle), "--arch", "sm89"]),
     ]
-
-
-def home() -> Path:
-    """``$DSX_HOME``，缺省 ``${XDG_CACHE_HOME:-~/.cache}/dsx``。"""
-    if value := os.environ.get("DSX_HOME"):
-        return Path(value)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsx"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from deepseek_export.cli.options import json_option
 from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
-from deepseek_export.machine import cores, cpu_flags, memory_bytes
+from deepseek_export.machine import cores, cpu_flags, installed, memory_bytes, nvidia
 from deepseek_export.units import size
 from deepseek_export.version import __version__
 
@@ -36,18 +37,39 @@ PACKAGES = (
     Package("onnx", None, "计算图的读写与检查"),
     Package("onnxruntime", None, "运行 bundle"),
     Package("onnxscript", None, "torch.export → ONNX"),
+    Package("polygraphy", None, "dsx compare 的文件与复现命令"),
     Package("transformers", "hf", "dsx verify 的基准"),
     Package("tensorrt", "tensorrt", "TensorRT 引擎，在目标 GPU 上建"),
     Package("tensorrt_rtx", "rtx", "TensorRT-RTX 引擎，不用 GPU 也能建"),
+    Package("triton", "kernels", "编译插件的 kernel，建引擎时用"),
+    Package("cuda_bindings", "kernels", "在 GPU 上运行引擎"),
 )
-#: 目标 → 状态；与 passes 的流水线一致由测试保证（导入 passes 会带进 torch）。
+
+
+class Target(NamedTuple):
+    """一个编译目标；导出只要必需的依赖，哪个目标都一样。
+
+    Attributes:
+        purpose: 在哪里跑。
+        build: 建引擎另要的包；不建引擎的目标没有。
+        build_needs_gpu: 建引擎要不要 GPU。
+    """
+
+    purpose: str
+    build: tuple[str, ...] = ()
+    build_needs_gpu: bool = False
+
+
+#: 与 passes 的流水线一致由测试保证（导入 passes 会带进 torch）。
 TARGETS = {
-    "portable": "可用：任何 ONNX Runtime",
-    "ort-cpu": "可用：ONNX Runtime CPU 的 MoE kernel",
-    "tensorrt": "可用：完整的 TensorRT，插件核与原生层",
-    "tensorrt-rtx": "可用：TensorRT-RTX，插件核与原生层",
+    "portable": Target("任何 ONNX Runtime"),
+    "ort-cpu": Target("ONNX Runtime CPU 的 MoE kernel"),
+    "tensorrt": Target("完整的 TensorRT，插件核与原生层", ("tensorrt", "triton"), build_needs_gpu=True),
+    "tensorrt-rtx": Target("TensorRT-RTX，插件核与原生层", ("tensorrt_rtx", "triton")),
 }
-_READY = "可用"
+#: 引擎在 GPU 上跑，由它驱动。
+_RUN_ENGINE = "cuda_bindings"
+_GPU = "GPU"
 
 
 @click.command("doctor", cls=Command, short_help="看这台机器的环境，或一个 bundle 缺什么插件")
@@ -55,9 +77,9 @@ _READY = "可用"
 @json_option
 @click.pass_context
 def command(ctx: click.Context, bundle: Path | None, as_json: bool) -> None:
-    """检查 Python、CPU、内存、依赖的版本，以及能编译到哪些目标；给出 OUT 时另看它的插件。
+    """检查 Python、CPU、内存、GPU、依赖的版本，以及每个目标在这里能做到哪一步；给出 OUT 时另看它的插件。
 
-    不给 OUT 时只读安装信息；给了则逐个列出插件节点、需要的 creator、在已装的 TensorRT 里登记得上没有，缺什么、怎么装，以及
+    不给 OUT 时只读安装信息，问一次 nvidia-smi；给了则逐个列出插件节点、需要的 creator、在已装的 TensorRT 里登记得上没有，缺什么、怎么装，以及
     dsx build 会不会拒绝它。必需的依赖缺少或太旧、有插件登记不上、这个 bundle 建不了引擎时，退出码是 1。
     """
     found = diagnose()
@@ -81,6 +103,8 @@ def diagnose() -> dict[str, Any]:
     """全部检查结果；``--json`` 输出的就是它。"""
     floors = _floors()
     packages = [_package(package, floors.get(_normal(package.name))) for package in PACKAGES]
+    status = {package["name"]: package["status"] for package in packages}
+    found = nvidia()
     flags = cpu_flags()
     traces = DiskCache("traces").directory
     return {
@@ -91,10 +115,48 @@ def diagnose() -> dict[str, Any]:
         "cpu": {"cores": cores(), "flags": None if flags is None else {f: f in flags for f in CPU_FLAGS}},
         "memory_bytes": memory_bytes(),
         "packages": packages,
-        "targets": {name: state.startswith(_READY) for name, state in TARGETS.items()},
+        "gpu": {
+            "driver": found.driver,
+            "gpus": [gpu._asdict() for gpu in found.gpus],
+            "problem": found.problem,
+        },
+        "targets": {name: _target(target, status, bool(found.gpus)) for name, target in TARGETS.items()},
         "cpu_library": _cpu_library(),
         "trace_cache": None if traces is None else str(traces),
     }
+
+
+def _target(target: Target, status: dict[str, str], has_gpu: bool) -> dict[str, Any]:
+    """``export``、``build``、``run`` 各缺什么；空的就是做得了。不建引擎的目标，``build`` 是 ``None``，导出了就能跑。"""
+    required = [package.name for package in PACKAGES if package.extra is None]
+
+    def absent(*names: str) -> list[str]:
+        return [name for name in names if status[name] != "ok"]
+
+    export = absent(*required)
+    if not target.build:
+        return {"export": export, "build": None, "run": absent("onnxruntime")}
+    gpu = [] if has_gpu else [_GPU]
+    build = [*absent(*target.build), *(gpu if target.build_needs_gpu else [])]
+    return {"export": export, "build": build, "run": [*absent(target.build[0], _RUN_ENGINE), *gpu]}
+
+
+def _target_lines(found: dict[str, Any]) -> str:
+    verbs = {"export": "导出", "build": "建引擎", "run": "运行"}
+    lacks = {verbs[step]: missing for step, missing in found.items() if missing is not None}
+    ready = [verb for verb, missing in lacks.items() if not missing]
+    lines = [f"能{'、'.join(ready)}"] if ready else []
+    return "；".join([*lines, *(f"{verb}缺 {'、'.join(names)}" for verb, names in lacks.items() if names)])
+
+
+def _gpu_line(found: dict[str, Any]) -> str:
+    if found["problem"] is not None:
+        return f"看不了：{found['problem']}"
+    if not found["gpus"]:
+        return "没有 NVIDIA 驱动" if found["driver"] is None else f"没有，驱动 {found['driver']}"
+    gpus = Counter(f"{gpu['name']}（sm{gpu['sm']}，{size(gpu['memory_bytes'])}）" for gpu in found["gpus"])
+    shown = "、".join(f"{count} × {name}" if count > 1 else name for name, count in gpus.items())
+    return f"{shown}，驱动 {found['driver']}"
 
 
 def _cpu_library() -> dict[str, Any]:
@@ -117,21 +179,13 @@ def _library_line(library: dict[str, Any]) -> str:
 
 
 def _package(package: Package, floor: str | None) -> dict[str, Any]:
-    version = _version(package.name)
+    names = [package.name]
+    if package.name.startswith("tensorrt"):
+        names.append(f"{package.name}_cu13")  # 轮子名字带着 CUDA 的版本
+    version = installed(*names)
     old = version is not None and floor is not None and _numbers(version) < _numbers(floor)
     status = "missing" if version is None else "old" if old else "ok"
     return {**package._asdict(), "version": version, "required": floor, "status": status}
-
-
-def _version(name: str) -> str | None:
-    """已安装的版本；TensorRT 的轮子名字带着 CUDA 的版本。"""
-    names = (name, f"{name}_cu13") if name.startswith("tensorrt") else (name,)
-    for candidate in names:
-        try:
-            return metadata.version(candidate)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _floors() -> dict[str, str]:
@@ -142,6 +196,8 @@ def _floors() -> dict[str, str]:
         return {}
     found = {}
     for line in requires:
+        if re.search(r"""extra == ['"]dev['"]""", line):
+            continue  # 开发用的下限比用户的高
         match = re.match(r"([\w.-]+)[^;]*>=\s*([\d.]+)", line)
         if match:
             found[_normal(match[1].removesuffix("-cu13"))] = match[2]
@@ -171,13 +227,14 @@ def _print(found: dict[str, Any]) -> None:
                 ("平台", found["platform"]),
                 ("CPU", f"{found['cpu']['cores']} 核；{shown}"),
                 ("内存", "未知" if memory is None else size(memory)),
+                ("GPU", _gpu_line(found["gpu"])),
                 ("C++ 算子库", _library_line(found["cpu_library"])),
                 ("捕获缓存", found["trace_cache"] or "关（DSX_NO_CACHE）"),
             ],
         )
     )
     out.print()
-    made = table("依赖", "包", "版本", "要求", "状态", "用途", "安装")
+    made = table("依赖", "包", "版本", "要求", "状态", "用途", "安装", optional=("用途", "要求"))
     states = {"ok": ("正常", "green"), "old": ("太旧", "bold red"), "missing": ("没有", "dim")}
     for package in found["packages"]:
         text, style = states[package["status"]]
@@ -190,9 +247,9 @@ def _print(found: dict[str, Any]) -> None:
         )
     out.print(made)
     out.print()
-    made = table("编译目标", "目标", "状态")
-    for name, state in TARGETS.items():
-        made.add_row(name, state, style="" if state.startswith(_READY) else "dim")
+    made = table("编译目标", "目标", "在哪里跑", "这里", optional=("在哪里跑",))
+    for name, target in TARGETS.items():
+        made.add_row(name, target.purpose, _target_lines(found["targets"][name]))
     out.print(made)
 
 

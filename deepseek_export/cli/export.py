@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from deepseek_export.cli.console import console, echo_json, facts, weights_size
+from deepseek_export.cli.doctor import TARGETS
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import checkpoint_argument, json_option, set_option
+from deepseek_export.cli.options import DtypeChoice, checkpoint_argument, json_option, set_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import DsxError
 from deepseek_export.units import size
@@ -38,14 +39,15 @@ if TYPE_CHECKING:
     "--target",
     default="portable",
     show_default=True,
-    help="编译目标：portable、ort-cpu、tensorrt、tensorrt-rtx。",
+    shell_complete=lambda ctx, param, incomplete: [name for name in TARGETS if name.startswith(incomplete)],
+    help=f"编译目标：{'、'.join(TARGETS)}。",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=DtypeChoice(),
     default="float32",
     show_default=True,
-    help="权重与计算的 dtype；router 总是 float32。bfloat16 只用于 TensorRT 的目标。",
+    help="权重与计算的 dtype，也可以写 fp32、fp16、bf16；router 总是 float32。bfloat16 只用于 TensorRT 的目标。",
 )
 @click.option(
     "--weights",

@@ -31,7 +31,12 @@ def wrap(text: str, width: int) -> list[str]:
     return lines or [""]
 
 
-def _join(lines: Sequence[str]) -> str:
+def units(text: str) -> list[str]:
+    """折行时不切断的最小单位，去掉空白。"""
+    return [unit for unit in map(str.strip, _UNIT.findall(text)) if unit]
+
+
+def join(lines: Sequence[str]) -> str:
     """接起 docstring 里断开的行：汉字之间、标点旁边不补空格，其余补一个。"""
     text = ""
     for line in lines:
@@ -65,7 +70,7 @@ class HelpFormatter(click.HelpFormatter):
             if lines and lines[0].strip() == "\b":
                 body = lines[1:]
             else:
-                body = wrap(_join([line.strip() for line in lines]), self.width - len(indent))
+                body = wrap(join([line.strip() for line in lines]), self.width - len(indent))
             paragraphs.append("\n".join(indent + line for line in body))
         self.write("\n\n".join(paragraphs) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from deepseek_export.bundle import Manifest
 
 CONTEXT = 8192
+#: 试跑一次用的大小；S + past 不能超过 T，L 是 K + 1。
+_TRIAL = {"B": 1, "S": 8, "T": 64, "K": 1, "K+1": 2}
 
 
 class CacheShape(NamedTuple):
@@ -59,7 +62,8 @@ def command(bundle: Path, as_json: bool) -> None:
     """
     from deepseek_export.bundle import Bundle
 
-    summary = summarize(Bundle.open(bundle).manifest)
+    manifest = Bundle.open(bundle).manifest
+    summary = summarize(manifest) | {"polygraphy": polygraphy_trials(bundle, manifest)}
     if as_json:
         echo_json(summary)
     else:
@@ -128,6 +132,26 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         },
         "published": [_published(shape) for shape in PUBLISHED],
     }
+
+
+def polygraphy_trials(path: Path, manifest: Manifest) -> dict[str, str]:
+    """每张图用 Polygraphy 在 ONNX Runtime 上试跑一次的命令；不给形状时它取 1，而容量 1 的缓存放不下一步。
+
+    Polygraphy 不会按配方生成权重，CPU 上也没有 bfloat16：按引用的、bfloat16 的、给 TensorRT 的没有。
+    """
+    if manifest.weights.mode == "reference" or manifest.target.startswith("tensorrt"):
+        return {}
+    commands = {}
+    for graph in manifest.graphs:
+        drafts = any(value.name == "draft_ids" for value in graph.inputs)
+        sizes = _TRIAL | {"L": _TRIAL["K+1"] if drafts else 1}
+        shapes = [
+            f"{value.name}:[{','.join(str(sizes.get(str(dim), dim)) for dim in value.shape)}]"
+            for value in graph.inputs
+        ]
+        words = ["polygraphy", "run", str(path / graph.file), "--onnxrt", "--input-shapes"]
+        commands[graph.file] = " ".join([shlex.join(words), *(f"'{shape}'" for shape in shapes)])
+    return commands
 
 
 def _published(shape: CacheShape) -> dict[str, Any]:
@@ -209,6 +233,8 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
             ],
         )
     )
+    for command in summary["polygraphy"].values():
+        click.echo(f"\n试跑    {command}")  # 很长，要原样复制：不放进表里
     out.print()
     out.print(_published_table(summary["published"]))
 
@@ -252,7 +278,11 @@ def _print_passes(out: Any, summary: dict[str, Any]) -> None:
 def _published_table(published: list[dict[str, Any]]) -> Any:
     numbers = ("层数", "每 token 每层（展开）", "每 token", f"{CONTEXT} token（展开）", "省")
     made = table(
-        "真实模型的缓存（bf16，batch 1，由公开的 config.json 算出）", "模型", *numbers, right=numbers
+        "真实模型的缓存（bf16，batch 1，由公开的 config.json 算出）",
+        "模型",
+        *numbers,
+        right=numbers,
+        optional=("层数", "每 token 每层（展开）"),
     )
     for row in published:
         values, expanded = row["values_per_token_per_layer"], row["expanded_values_per_token_per_layer"]

@@ -15,6 +15,18 @@ from deepseek_export.errors import DsxError
 from deepseek_export.paths import MAX_TEXT, read_text
 
 _JSON = "deepseek_export.json"
+_SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class DtypeChoice(click.Choice[str]):
+    """dtype 的全名，另收别处惯用的短名。"""
+
+    def __init__(self) -> None:
+        super().__init__(list(_SHORT_DTYPES.values()))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """总是给出全名。"""
+        return super().convert(_SHORT_DTYPES.get(value, value), param, ctx)
 
 
 def wants_json(ctx: click.Context) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,7 @@ def _gpu_table(plan: Plan) -> Any:
         f"权重 {plan.weights}，batch {plan.batch} × {plan.context} token",
         *("GPU", "切法", *numbers),
         right=numbers,
+        optional=("每卡可用",),
     )
     for gpu in plan.gpus:
         for split in gpu.requested:
@@ -141,13 +143,18 @@ def _gpu_table(plan: Plan) -> Any:
                 size(split.weight_bytes),
                 size(split.cache_bytes),
                 size(gpu.usable_bytes),
-                _speed(split.decode_tokens_per_second),
+                speed(split.decode_tokens_per_second),
             )
     return made
 
 
-def _speed(value: float | None) -> str:
-    return "放不下" if value is None else f"{value:,.0f} token/s"
+def speed(value: float | None) -> str:
+    """上界只知道两位：往上取，「不超过」才仍然成立；不到 1 的也写得出。"""
+    if value is None:
+        return "放不下"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
+    rounded = math.ceil(value / unit * (1 - 1e-12)) * unit
+    return f"{rounded:,.0f} token/s" if unit >= 1 else f"{rounded:.2g} token/s"
 
 
 def _gpu_facts(plan: Plan) -> Any:
@@ -160,9 +167,9 @@ def _gpu_facts(plan: Plan) -> Any:
             least += f"；{gpu.no_split}"
         if gpu.decode_split is not None and gpu.decode_bound is not None:
             least += (
-                f"；解码不超过 {_speed(gpu.decode_tokens_per_second)}"
+                f"；解码不超过 {speed(gpu.decode_tokens_per_second)}"
                 f"（{_SPLITS[gpu.decode_split]}，{_BOUNDS[gpu.decode_bound]}），"
-                f"prefill 不超过 {_speed(gpu.prefill_tokens_per_second)}"
+                f"prefill 不超过 {speed(gpu.prefill_tokens_per_second)}"
             )
         rows.append((gpu.title, least))
     return facts("至少几块，多快", rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any
@@ -37,22 +38,59 @@ class CliProgress(Progress):
         click.echo(f"注意：{line}", err=True)
 
 
-class PlainProgress(CliProgress):
-    """每个阶段一行，开头是从启动算起的秒数。"""
+#: 没有终端时，一个阶段里每隔这么久说一声做到哪里。
+EVERY_SECONDS = 5.0
 
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
+
+class PlainProgress(CliProgress):
+    """每个阶段一行，开头是从启动算起的秒数；做得久的每隔几秒再一行。
+
+    Args:
+        every: 隔几秒；由自己的线程看着，阶段里不报进度的长活（建引擎、加载模型）也不会一声不响。
+    """
+
+    def __init__(self, every: float | None = None) -> None:
+        self._every = EVERY_SECONDS if every is None else every
+        self._began = self._said = time.perf_counter()
+        self._stage, self._total, self._done, self._detail = "", 0, 0, ""
+        self._unit: Unit = "items"
+        self._closed = threading.Event()
+        self._watch = threading.Thread(target=self._repeat, name="dsx-progress", daemon=True)
+        self._watch.start()
 
     def start(self, stage: str, total: int | None = None, unit: Unit = "items") -> None:
         """进入阶段时打印，卡住也看得出卡在哪。"""
-        amount = f"（{size(total)}）" if total is not None and unit == "bytes" else ""
-        click.echo(f"[{time.perf_counter() - self._began:6.1f} s] {stage}{amount}", err=True)
+        self._stage, self._total, self._unit, self._done, self._detail = stage, total or 0, unit, 0, ""
+        self._say(f"{stage}（{size(total)}）" if total is not None and unit == "bytes" else stage)
+
+    def advance(self, amount: int = 1, detail: str = "") -> None:
+        """只记下；到时候由线程打印。"""
+        self._done, self._detail = self._done + amount, detail
 
     def close(self, succeeded: bool) -> None:
         """最后一行：总用时。"""
-        click.echo(
-            f"[{time.perf_counter() - self._began:6.1f} s] {'完成' if succeeded else '中止'}", err=True
-        )
+        self._closed.set()
+        self._watch.join()
+        self._say("完成" if succeeded else "中止")
+
+    def _repeat(self) -> None:
+        while not self._closed.wait(max(self._said + self._every - time.perf_counter(), 0.01)):
+            if self._stage and time.perf_counter() >= self._said + self._every:
+                try:
+                    self._say(self._now())
+                except Exception:
+                    return  # stderr 写不了：主线程下一次写的时候会按码报
+
+    def _now(self) -> str:
+        amounts = [str(self._done), str(self._total)]
+        if self._unit == "bytes":
+            amounts = [size(self._done), size(self._total)]
+        line = self._stage + (f"：{' / '.join(amounts)}" if self._total else "……")
+        return f"{line}（{self._detail}）" if self._detail else line
+
+    def _say(self, line: str) -> None:
+        self._said = time.perf_counter()
+        click.echo(f"[{self._said - self._began:6.1f} s] {line}", err=True)
 
 
 class _Amount(ProgressColumn):

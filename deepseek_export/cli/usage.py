@@ -6,7 +6,7 @@ import re
 
 import click
 
-from deepseek_export.errors import DsxError
+from deepseek_export.errors import DsxError, did_you_mean
 
 #: click 的说法 → 中文；``\1`` 起是其中的值。没有列出的原样留着。
 _MESSAGES = (
@@ -29,7 +29,18 @@ _MESSAGES = (
 def usage_error(error: click.UsageError) -> DsxError:
     """click 的用法错误 → ``DSX-E700``。"""
     command = error.ctx.command_path if error.ctx is not None else "dsx"
-    return DsxError("DSX-E700", _what(error), f"{command} --help 有全部用法")
+    return DsxError("DSX-E700", _what(error), f"{_near(error)}{command} --help 有全部用法")
+
+
+def _near(error: click.UsageError) -> str:
+    """写错的命令、选项的值，最像的是哪一个。"""
+    group = error.ctx.command if error.ctx is not None else None
+    if isinstance(group, click.Group) and (found := re.fullmatch(r"No such command '(.*)'\.", error.message)):
+        return did_you_mean(found[1], group.list_commands(error.ctx))  # type: ignore[arg-type]
+    kind = getattr(getattr(error, "param", None), "type", None)
+    if isinstance(kind, click.Choice) and (found := re.match(r"'(.*)' is not one of ", error.message)):
+        return did_you_mean(found[1], map(str, kind.choices))
+    return ""
 
 
 def _what(error: click.UsageError) -> str:

@@ -23,7 +23,7 @@ from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import UnwrittenReport
 
 if TYPE_CHECKING:
-    from deepseek_export.parity import ParityReport, QuantLoss
+    from deepseek_export.parity.report import ParityReport, QuantLoss
 
 LEVELS = ("op", "block", "model", "tokens")
 _MEANINGS = {
@@ -136,6 +136,7 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
         f"{report.bundle}（{report.profile}，{report.target}，{report.dtype}）对 {report.oracle}",
         *("层级", "比什么", *numbers, "结果"),
         right=numbers,
+        optional=("比什么", "项数"),
     )
     for row in summary["levels"]:
         failed = f"{row['failed']} 项不过"

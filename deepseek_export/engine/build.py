@@ -25,6 +25,7 @@ from deepseek_export.bundle.disk import (
     sha256_file,
     write_json,
 )
+from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.checkpoint.weight_only import packed_int4
 from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import (
@@ -39,6 +40,7 @@ from deepseek_export.engine.graph import engine_graph
 from deepseek_export.engine.interrupts import deferred_interrupts
 from deepseek_export.engine.layers import (
     EngineLayer,
+    copied_caches,
     layer_counts,
     missing_plugins,
     parse_layers,
@@ -46,7 +48,7 @@ from deepseek_export.engine.layers import (
 )
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
-from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineRecord, PlanEntry
+from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineEntry, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes, Range, has_prefill
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import MOE_EXPERTS
@@ -64,7 +66,7 @@ class BuiltEngine:
         bundle: 由它建成；引擎目录在它的 ``engines/`` 里。
         path: 目录。
         record: ``engine.json``。
-        layers: plan 文件名 → 优化配置名 → 各层。
+        layers: 引擎的文件名 → 优化配置名 → 各层。
     """
 
     bundle: Bundle
@@ -91,14 +93,14 @@ def build_engine(
 
     Raises:
         DsxError: ``DSX-E901`` 起是 kernel 的；``DSX-E912`` 建不了这种 SM；``DSX-E913`` bundle 不合适；``DSX-E914`` TensorRT
-            报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E916`` 插件内部出错；``DSX-E412`` 建的时候 bundle 被换掉。
+            报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E922`` 引擎把缓存抄一遍；``DSX-E916`` 插件内部出错；``DSX-E412`` 建的时候 bundle 被换掉。
     """
     progress = progress or Progress()
     check_buildable(bundle)
     trt = load(flavour)
     check_arch(flavour, trt, sm)
     out = bundle.path / ENGINES / f"{flavour.name}-sm{sm}"
-    plans: dict[str, PlanEntry] = {}
+    engines: dict[str, EngineEntry] = {}
     layers: dict[str, dict[str, list[EngineLayer]]] = {}
     with disk_errors(out):
         out.parent.mkdir(exist_ok=True)
@@ -112,25 +114,28 @@ def build_engine(
             profiles = shapes.profiles(prefill=has_prefill(bundle.manifest.profile))
             began = time.perf_counter()
             made = weights.arrays(tensor.name for tensor in graph.model.graph.initializer)
-            plan, text = build_plan(trt, flavour, directory / entry.file, sm, profiles, progress, made)
+            content, text = build_engine_bytes(
+                trt, flavour, directory / entry.file, sm, profiles, progress, made
+            )
             seconds = round(time.perf_counter() - began, 3)
             name = f"{entry.file.removesuffix('.onnx')}.plan"
             layers[name] = parse_layers(text, list(profiles), graph.plugins)
             for profile, found in layers[name].items():
                 check_plugins(f"{name} 的 {profile} 配置", found, expected_plugins(profile, graph.plugins))
+            check_caches(name, text, entry, shapes.capacity)
             unfused = unfused_attention(layers[name].get("prefill", ()), graph.attentions)
             if unfused:
                 progress.note(
                     f"{name}：prefill 有 {len(unfused)} / {len(graph.attentions)} 层注意力没有融成一个原生核"
                 )
             with disk_errors(directory):
-                check_free_space(directory, len(plan))
-                (directory / name).write_bytes(plan)
-            plans[name] = PlanEntry(
+                check_free_space(directory, len(content))
+                (directory / name).write_bytes(content)
+            engines[name] = EngineEntry(
                 graph=entry.file,
                 role=entry.role,
-                bytes=len(plan),
-                sha256=hashlib.sha256(plan).hexdigest(),
+                bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
                 profiles={profile: dict(ranges) for profile, ranges in profiles.items()},
                 layers={profile: layer_counts(found) for profile, found in layers[name].items()},
                 fused_attention=len(graph.attentions) - len(unfused),
@@ -145,21 +150,21 @@ def build_engine(
             sm=sm,
             bundle_sha256=sha256_file(bundle.path / "manifest.json"),
             shapes=shapes,
-            plans=plans,
+            plans=engines,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         bundle.check_in_place()  # 换掉了的，record 里的哈希是新的，引擎却由旧的建成
         with disk_errors(directory):
             write_json(directory / RECORD_FILE, record.model_dump(mode="json"))
             listed = {
-                plan: {profile: [layer.model_dump() for layer in found] for profile, found in each.items()}
-                for plan, each in layers.items()
+                name: {profile: [layer.model_dump() for layer in found] for profile, found in each.items()}
+                for name, each in layers.items()
             }
             write_json(directory / LAYERS_FILE, listed)
     return BuiltEngine(bundle, out, record, layers)
 
 
-def build_plan(
+def build_engine_bytes(
     trt: Any,
     flavour: Flavour,
     model: Path,
@@ -167,8 +172,10 @@ def build_plan(
     profiles: Mapping[str, Mapping[str, Range]],
     progress: Progress,
     initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
-) -> tuple[bytes, str]:
-    """一个 ONNX 文件 → plan 与各层的文本。
+) -> tuple[memoryview, str]:
+    """一个 ONNX 文件 → 引擎与各层的文本。
+
+    引擎有几十 GB，所以不复制：交出的就是 TensorRT 自己的那块内存，用完即放。
 
     Args:
         trt: TensorRT 模块。
@@ -207,14 +214,15 @@ def build_plan(
         )
         for ranges in profiles.values():
             config.add_optimization_profile(_optimization_profile(builder, network, ranges))
-        plan = builder.build_serialized_network(network, config)
-        if plan is None or target.failures:
+        content = builder.build_serialized_network(network, config)
+        if content is None or target.failures:
             raise _failure(target, model, logger.errors())
+        content = memoryview(content).cast("B")
         # 仍在 building_for 之内：完整的 TensorRT 在这里把引擎读回来，插件随之重建。
-        text = layer_information(flavour, trt, logger.messages(), bytes(plan), logger)
+        text = layer_information(flavour, trt, logger.messages(), content, logger)
         if not text or target.failures:
             raise _failure(target, model, logger.errors())
-    return bytes(plan), text
+    return content, text
 
 
 def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> bool:
@@ -250,6 +258,23 @@ def check_plugins(name: str, layers: Iterable[EngineLayer], plugins: Mapping[str
         raise DsxError(
             "DSX-E915", f"{name} 里没有插件层 {shown}", "这是 dsx 的缺陷：请附上 dsx doctor 的输出报告"
         )
+
+
+def check_caches(name: str, text: str, graph: GraphEntry, capacity: int) -> None:
+    """没有一层把整块缓存抄一遍。
+
+    Raises:
+        DsxError: ``DSX-E922``。
+    """
+    caches = [
+        [capacity if size == "T" else int(size) for size in value.shape[1:]]
+        for value in graph.inputs
+        if "T" in value.shape
+    ]
+    copies = copied_caches(text, caches)
+    if copies:
+        what = f"{name} 有 {len(copies)} 层把整块缓存抄一遍，第一层是 {copies[0]}"
+        raise DsxError("DSX-E922", what, "这是 dsx 的缺陷：请附上 dsx doctor 的输出报告")
 
 
 def _optimization_profile(builder: Any, network: Any, ranges: Mapping[str, Range]) -> Any:

@@ -64,7 +64,7 @@ def buildable_bundle(
 ) -> Bundle:
     """建得了引擎的原样返回；否则由检查点、以同样的方案与量化另导出一份，已有而没有过时的直接用。
 
-    另导出的那一份：目标是这种发行的（两种发行的图相同，已有的不分发行），float32 改成 float16，int8 缓存改成与模型相同的 dtype，权重打包还是按引用随原来的。
+    另导出的那一份：目标是这种发行的（两种发行的图相同，已有的不分发行），float32 改成检查点的 dtype（也是 float32 的改成 float16），int8 缓存改成与模型相同的 dtype，权重打包还是按引用随原来的。
 
     Args:
         bundle: 任意一个 bundle。
@@ -75,7 +75,7 @@ def buildable_bundle(
 
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E116`` / ``DSX-E313``
-            换成 float16、换成这个目标之后放不下、量化不了，附自己导出的命令；``DSX-E401`` 那个目录里是别的东西；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；其余见
+            换了 dtype、换成这个目标之后放不下、量化不了，附自己导出的命令；``DSX-E401`` 那个目录里是别的东西；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；其余见
             :func:`~deepseek_export.bundle.export_bundle`。
     """
     progress = progress or Progress()
@@ -168,7 +168,13 @@ def _profile(manifest: Manifest) -> OptimizationProfile:
 
 
 def _dtype(manifest: Manifest) -> ModelDtype:
-    return "float16" if manifest.dtype == "float32" else manifest.dtype
+    """float32 的改成检查点自己的；检查点也是 float32 的，没有哪个更近，用 float16。
+
+    检查点是 bfloat16 的不能改成 float16：它的激活可以超出 65504，权重放得下也会溢出（DeepSeek-V2 就是）。
+    """
+    if manifest.dtype != "float32":
+        return manifest.dtype
+    return "float16" if manifest.model.dtype == "float32" else manifest.model.dtype
 
 
 def _quantization(manifest: Manifest) -> Quantization | None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.table import SMS, check_sm
+from deepseek_export.machine import installed
 
 FlavourName = Literal["rtx", "tensorrt"]
 
@@ -46,12 +47,7 @@ class Flavour:
 
     def version(self) -> str | None:
         """已安装的版本；不导入它。"""
-        for name in (self.module, f"{self.module}_cu13"):
-            try:
-                return metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        return None
+        return installed(self.module, f"{self.module}_cu13")
 
 
 FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
@@ -131,12 +127,12 @@ def ensure_library_link(folder: Path | None) -> None:
 
 
 def parse_arch(text: str) -> int:
-    """``sm89`` → 89。
+    """``sm89``、``89`` → 89。
 
     Raises:
         DsxError: ``DSX-E912``，写法不对。
     """
-    match = re.fullmatch(r"sm_?(\d{2,3})", text.strip().lower())
+    match = re.fullmatch(r"(?:sm_?)?(\d{2,3})", text.strip().lower())
     if match is None:
         raise DsxError("DSX-E912", f"--arch {text!r} 不是 SM 的写法", "写成 sm89，几个用逗号隔开：sm89,sm120")
     return int(match[1])
@@ -203,14 +199,14 @@ def network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def layer_information(flavour: Flavour, trt: Any, log: list[str], plan: bytes, logger: Any) -> str:
+def layer_information(flavour: Flavour, trt: Any, log: list[str], content: memoryview, logger: Any) -> str:
     """引擎的全部层，一行一层；引擎读不回来时为空。
 
     RTX 没有 GPU 也在详细日志里印出来；完整的 TensorRT 反序列化之后由 inspector 给出同样的文本。
     """
     if flavour.cross_builds:
         return next((text for text in reversed(log) if text.startswith("Layers:")), "")
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    engine = trt.Runtime(logger).deserialize_cuda_engine(content)
     if engine is None:
         return ""  # 反序列化失败：没有任何层，由调用方按日志里的原话报告
     inspector = engine.create_engine_inspector()

@@ -20,7 +20,9 @@ _PLUGIN_KINDS = {"custom_layer", "PluginV3"}
 #: 原生融合注意力的层名里都有它，例如 ``_gemm_mha_v2``。
 _FUSED_ATTENTION = "mha"
 #: 编译器的调度与形状计算，不是算子。
-_BOOKKEEPING = {"signal", "wait", "shape_call", "memset", "copy", "ShapeHostToDevice"}
+_BOOKKEEPING = {"signal", "wait", "shape_call", "memset", "ShapeHostToDevice"}
+_COPY = "copy"
+_DIMENSIONS = re.compile(r"Dimensions: \[([-\d,]*)\]")
 
 
 class EngineLayer(BaseModel):
@@ -78,6 +80,25 @@ def parse_layers(
     return found
 
 
+def copied_caches(text: str, caches: Iterable[Sequence[int]]) -> list[str]:
+    """把整块缓存抄一遍的层：缓存没有做到输入输出同一块，每一步都要多搬一遍。
+
+    Args:
+        text: 同 :func:`parse_layers`。
+        caches: 各缓存除批之外的维；大小是 1 的维编译器会去掉，不比。
+    """
+    wanted = {tuple(size for size in cache if size != 1) for cache in caches}
+    found = []
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if match is None or match["kind"] != _COPY:
+            continue
+        shapes = ([int(size) for size in dims.split(",") if size] for dims in _DIMENSIONS.findall(line))
+        if any(tuple(size for size in shape[1:] if size != 1) in wanted for shape in shapes):
+            found.append(match["name"])
+    return found
+
+
 def missing_plugins(layers: Iterable[EngineLayer], plugins: Mapping[str, str]) -> list[str]:
     """没有成为插件层的插件节点。"""
     survived = {name for layer in layers if layer.op for name in layer.onnx}
@@ -97,12 +118,12 @@ def layer_counts(layers: Iterable[EngineLayer]) -> dict[str, int]:
 
 
 def layer_listing(layers: Mapping[str, Mapping[str, Sequence[EngineLayer]]]) -> str:
-    """plan → 优化配置 → 层，写成确定的文本，供 ``graphs/engines/`` 逐行比较。"""
+    """引擎 → 优化配置 → 层，写成确定的文本，供 ``graphs/engines/`` 逐行比较。"""
     lines: list[str] = []
-    for plan, profiles in layers.items():
+    for engine, profiles in layers.items():
         for profile, found in profiles.items():
             counts = "、".join(f"{kind}×{n}" for kind, n in layer_counts(found).items())
-            lines += ["", f"[{plan} {profile}] {counts}"]
+            lines += ["", f"[{engine} {profile}] {counts}"]
             for layer in found:
                 what = f"dsx::{layer.op}" if layer.op else f"{layer.kind} {layer.name}"
                 lines.append(f"{what} <- {', '.join(layer.onnx) or '-'}")

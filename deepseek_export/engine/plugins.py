@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.compile import compile_plan
-from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
-from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
+from deepseek_export.kernels.compile import compile_table
+from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.launcher import Launcher
-from deepseek_export.kernels.program import LaunchPlan, Program
+from deepseek_export.kernels.program import IMAGE_FIELD, PROGRAM_FIELD, LaunchTable, Program
 from deepseek_export.kernels.table import KernelSpec
 from deepseek_export.ops.table import (
     LATENT_ATTENTION,
@@ -39,20 +39,22 @@ _ATTRIBUTE_DIMS: Mapping[str, str] = MappingProxyType({"r": "kv_lora_rank"})
 _FIELD_KINDS = {"int": ("INT32", np.int32), "float": ("FLOAT32", np.float32)}
 
 
-Planner = Callable[[int, Mapping[str, int], Mapping[TypeVar, Any], Mapping[str, Any]], LaunchPlan[KernelSpec]]
+Tabulate = Callable[
+    [int, Mapping[str, int], Mapping[TypeVar, Any], Mapping[str, Any]], LaunchTable[KernelSpec]
+]
 
 
-def _latent_attention(sm, dims, dtypes, attributes) -> LaunchPlan[KernelSpec]:
+def _latent_attention(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
     r, scale = attributes["kv_lora_rank"], attributes["scale"]
-    return latent_attention_plan(sm, dims["H"], r, dims["r+dr"] - r, scale, dtypes["T"], dtypes["F"])
+    return latent_attention_launch(sm, dims["H"], r, dims["r+dr"] - r, scale, dtypes["T"], dtypes["F"])
 
 
-def _moe_experts(sm, dims, dtypes, attributes) -> LaunchPlan[KernelSpec]:
-    return grouped_swiglu_plan(sm, dims["E"], dims["k"], dims["D"], dims["I"], dtypes["T"])
+def _moe_experts(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
+    return grouped_swiglu_launch(sm, dims["E"], dims["k"], dims["D"], dims["I"], dtypes["T"])
 
 
-#: 插件核 → 由静态的具名维、类型变量与属性得到启动计划。
-PLANNERS: Mapping[str, Planner] = MappingProxyType(
+#: 插件核 → 由静态的具名维、类型变量与属性得到启动表。
+LAUNCH_TABLES: Mapping[str, Tabulate] = MappingProxyType(
     {LATENT_ATTENTION.name: _latent_attention, MOE_EXPERTS.name: _moe_experts}
 )
 #: 有插件的算子。
@@ -175,7 +177,7 @@ def make_creator(trt: Any, spec: OpSpec) -> Any:
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             given = {entry.name: entry.data for entry in fields}
             if phase == trt.TensorRTPhase.RUNTIME:
-                program = Program.from_text(_bytes(given["program"]).decode(), _bytes(given["image"]))
+                program = Program.from_text(_bytes(given[PROGRAM_FIELD]).decode(), _bytes(given[IMAGE_FIELD]))
                 return plugin_class(trt, spec)({}, program)
             attributes = {}
             for attribute in spec.attributes:
@@ -250,7 +252,9 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             dims = spec.dims([tuple(entry.desc.dims) for entry in inputs])
             types = spec.types([dtypes.get(entry.desc.type, str(entry.desc.type)) for entry in inputs])
-            self.program = compile_plan(PLANNERS[spec.name](_targets[-1].sm, dims, types, self.attributes))
+            self.program = compile_table(
+                LAUNCH_TABLES[spec.name](_targets[-1].sm, dims, types, self.attributes)
+            )
 
         @contained(0)
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
@@ -268,8 +272,8 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
             text, image = self.serialized
             self.fields = trt.PluginFieldCollection(
                 [
-                    trt.PluginField("program", text, trt.PluginFieldType.CHAR),
-                    trt.PluginField("image", image, trt.PluginFieldType.UNKNOWN),
+                    trt.PluginField(PROGRAM_FIELD, text, trt.PluginFieldType.CHAR),
+                    trt.PluginField(IMAGE_FIELD, image, trt.PluginFieldType.UNKNOWN),
                 ]
             )
             return self.fields
@@ -285,10 +289,9 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
 
         @contained(None)
         def attach_to_context(self, context: Any) -> Plugin:
-            assert self.program is not None
             attached = self.clone()
             # 装载 cubin 会分配，所以在这里做完；enqueue 只启动，可以录进 CUDA graph。
-            attached.launcher = self.launcher or Launcher(self.program)
+            attached.loaded()
             return attached
 
         @recorded
@@ -301,8 +304,14 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
             workspace: int,
             stream: int,
         ) -> None:
-            assert self.launcher is not None
             shapes = tuple(tuple(entry.dims) for entry in input_desc)
-            self.launcher.enqueue(shapes, inputs, outputs, workspace, stream)
+            self.loaded().enqueue(shapes, inputs, outputs, workspace, stream)
+
+        def loaded(self) -> Launcher:
+            """装载好的程序；TensorRT 没有先调 ``attach_to_context`` 时在第一次 ``enqueue`` 装载。"""
+            if self.launcher is None:
+                assert self.program is not None
+                self.launcher = Launcher(self.program)
+            return self.launcher
 
     return Plugin

@@ -19,13 +19,13 @@ ENGINES = "engines"
 RECORD_FILE, LAYERS_FILE = "engine.json", "layers.json"
 
 
-class PlanEntry(BaseModel):
-    """一个 plan 文件。
+class EngineEntry(BaseModel):
+    """一个引擎（一个 ``.plan`` 文件）。
 
     Attributes:
         graph: bundle 里对应的 ONNX 文件。
         role: ``main`` 或 ``draft``。
-        bytes, sha256: plan 的大小与哈希。
+        bytes, sha256: 文件的大小与哈希。
         profiles: 优化配置名 → 动态维 → 最小、最优、最大值；次序即编号。
         layers: 优化配置名 → 层的种类 → 个数。
         fused_attention: prefill 配置里融成一个原生核的注意力有几层。
@@ -67,7 +67,7 @@ class EngineRecord(BaseModel):
     sm: int
     bundle_sha256: str
     shapes: ProfileShapes
-    plans: dict[str, PlanEntry]
+    plans: dict[str, EngineEntry]
     peak_rss_bytes: int
 
     @property
@@ -94,7 +94,7 @@ class EngineRecord(BaseModel):
             raise DsxError("DSX-E917", f"{path}：{reason}", "用 dsx build 重建") from error
 
     def check(self, directory: Path, version: str | None, sm: int | None, bundle_sha256: str) -> None:
-        """能不能在这里加载；plan 的内容在 :meth:`read_plan` 时核对。
+        """能不能在这里加载；文件的内容在 :meth:`read_engine` 时核对。
 
         Args:
             directory: 引擎目录。
@@ -120,13 +120,13 @@ class EngineRecord(BaseModel):
             if not (directory / name).is_file() or (directory / name).stat().st_size != entry.bytes:
                 raise DsxError("DSX-E917", f"{directory / name} 缺失或大小不符", "用 dsx build 重建")
 
-    def read_plan(self, path: Path) -> bytes:
-        """读一个 plan，核对哈希。
+    def read_engine(self, path: Path) -> bytes:
+        """读一个引擎，核对哈希。
 
         Raises:
             DsxError: ``DSX-E917``，内容与建的时候不同。
         """
-        plan = path.read_bytes()
-        if hashlib.sha256(plan).hexdigest() != self.plans[path.name].sha256:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.plans[path.name].sha256:
             raise DsxError("DSX-E917", f"{path} 的内容与建的时候不同", "文件损坏或改过：用 dsx build 重建")
-        return plan
+        return content

@@ -1,4 +1,4 @@
-"""提前编译：启动计划 → 带 cubin 的 :data:`~deepseek_export.kernels.program.Program`，不需要 GPU。
+"""提前编译：启动表 → 带 cubin 的 :data:`~deepseek_export.kernels.program.Program`，不需要 GPU。
 
 编译结果按内容存进 :class:`~deepseek_export.disk_cache.DiskCache`：键是 kernel 源码、Triton 版本、SM、签名、常数与编译选项的
 sha256；损坏的条目当作没有，重新编译。
@@ -21,26 +21,26 @@ from typing import Any
 
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.program import CompiledKernel, LaunchPlan, Program
+from deepseek_export.kernels.program import POINTER_ALIGNMENT, CompiledKernel, LaunchTable, Program
 from deepseek_export.kernels.table import KernelSpec, check_sm
 
 logger = logging.getLogger(__name__)
 
 CACHE = DiskCache("kernels")
 
-_ALIGNED = [["tt.divisibility", 16]]
+_ALIGNED = [["tt.divisibility", POINTER_ALIGNMENT]]
 _ENTRY = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
 #: Triton 类型 → PTX 形参类型；指针都是 ``u64``。
 _PTX_TYPES = {"i32": "u32", "fp32": "f32"}
 
 
-def compile_plan(plan: LaunchPlan[KernelSpec]) -> Program:
-    """编译计划里的每个 kernel。
+def compile_table(table: LaunchTable[KernelSpec]) -> Program:
+    """编译启动表里的每个 kernel。
 
     Raises:
         DsxError: 见 :func:`compile_kernel`。
     """
-    return plan.map(lambda spec: compile_kernel(spec, plan.sm))
+    return table.map(lambda spec: compile_kernel(spec, table.sm))
 
 
 def compile_kernel(spec: KernelSpec, sm: int) -> CompiledKernel:

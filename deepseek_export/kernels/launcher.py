@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.program import CompiledKernel, Launch, Program
+from deepseek_export.kernels.program import POINTER_ALIGNMENT, CompiledKernel, Launch, Program
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -33,8 +33,16 @@ class Launcher:
         self.program = program
         self._driver = _load_driver()
         (context,) = self._check(self._driver.cuCtxGetCurrent())
-        self._functions = {kernel: self._load(context, kernel) for kernel in program.kernels}
-        self._bind = functools.lru_cache(maxsize=256)(program.bind)  # 解码的每一步形状都相同
+        (device,) = self._check(self._driver.cuCtxGetDevice())
+        self._functions = {kernel: self._load(context, device, kernel) for kernel in program.kernels}
+        multiprocessors = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        (sms,) = self._check(self._driver.cuDeviceGetAttribute(multiprocessors, device))
+
+        @functools.lru_cache(maxsize=256)  # 解码的每一步形状都相同
+        def bind(shapes: Shapes) -> list[Launch[CompiledKernel, int]]:
+            return program.bind(shapes, sms)
+
+        self._bind = bind
 
     def enqueue(
         self, shapes: Shapes, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
@@ -46,7 +54,13 @@ class Launcher:
             inputs, outputs: 各张量的设备地址，16 字节对齐。
             workspace: 至少 ``program.workspace(shapes)`` 字节，256 字节对齐；不需要时可为 0。
             stream: ``CUstream``。
+
+        Raises:
+            RuntimeError: 有地址没有对齐，或驱动报错。
         """
+        self._check_aligned("输入", inputs)
+        self._check_aligned("输出", outputs)
+        self._check_aligned("workspace", [workspace])
         for launch in self._bind(shapes):
             kernel = launch.kernel
             self._check(
@@ -63,12 +77,18 @@ class Launcher:
                 )
             )
 
-    def _load(self, context: Any, kernel: CompiledKernel) -> Any:
+    def _check_aligned(self, what: str, addresses: Sequence[int]) -> None:
+        for index, address in enumerate(addresses):
+            if address % POINTER_ALIGNMENT:
+                raise RuntimeError(
+                    f"{self.program.op} 的{what} {index} 在 {address:#x}，没有按 {POINTER_ALIGNMENT} 字节对齐"
+                )
+
+    def _load(self, context: Any, device: Any, kernel: CompiledKernel) -> Any:
         if (context, kernel) not in _LOADED:
             driver = self._driver
             (library,) = self._check(driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0))
             (handle,) = self._check(driver.cuLibraryGetKernel(library, kernel.entry.encode()))
-            (device,) = self._check(driver.cuCtxGetDevice())
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._check(driver.cuKernelSetAttribute(attribute, kernel.shared, handle, device))
             (_LOADED[context, kernel],) = self._check(driver.cuKernelGetFunction(handle))

@@ -1,14 +1,14 @@
-"""一个算子在一种 SM 上的启动计划：用哪些 kernel，启动它们的次序、网格、参数。
+"""一个算子在一种 SM 上的启动表：用哪些 kernel，启动它们的次序、网格、参数。
 
-:class:`LaunchPlan` 里的 kernel 先是待编译的（:class:`~deepseek_export.kernels.table.KernelSpec`），编译之后是机器码
+:class:`LaunchTable` 里的 kernel 先是待编译的（:class:`~deepseek_export.kernels.table.KernelSpec`），编译之后是机器码
 （:class:`CompiledKernel`），其余不变；编译好的就是 :data:`Program`。这里不依赖 Triton、torch 或 CUDA。
 
-TensorRT 插件把程序序列化成两个字段：:data:`PROGRAM_FIELD`（:meth:`LaunchPlan.to_text`，逐行的文本）与 :data:`IMAGE_FIELD`（各 kernel 的
-cubin 首尾相接）。Python 插件用 :meth:`LaunchPlan.bind` 得到每次启动的参数，C++ 插件（``plugins/tensorrt``）解析同一份文本。
+TensorRT 插件把程序序列化成两个字段：:data:`PROGRAM_FIELD`（:meth:`LaunchTable.to_text`，逐行的文本）与 :data:`IMAGE_FIELD`（各 kernel 的
+cubin 首尾相接）。Python 插件用 :meth:`LaunchTable.bind` 得到每次启动的参数，C++ 插件（``plugins/tensorrt``）解析同一份文本。
 
 文本格式（每行一条，空格分隔；算式见 :mod:`~deepseek_export.kernels.expression`）::
 
-    dsx-program 1
+    dsx-program 2
     op <算子> <sm>
     input <dtype> <维> ...        维是整数（必须相等）或符号（首次出现时取值，之后必须相等）
     output <dtype> <维> ...
@@ -17,6 +17,8 @@ cubin 首尾相接）。Python 插件用 :meth:`LaunchPlan.bind` 得到每次启
     launch <入口> <线程数> <动态共享内存> <scratch 指针数> <偏移> <长度>
     grid <x> ; <y> ; <z>          有一维是 0 就不启动
     argument input|output <序号> | workspace <偏移> | int32 <算式> | float32 <数>
+
+算式里的符号是各输入的维，与 :data:`SM_COUNT`。
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ from deepseek_export.kernels.expression import Expression
 PROGRAM_FIELD = "program"
 IMAGE_FIELD = "image"
 
-_HEADER = "dsx-program 1"
+#: 当前设备的 SM 个数，算式里的符号；装载之后才知道，所以 ``when`` 与 ``workspace`` 不用它。
+SM_COUNT = "sms"
+
+#: 张量与 workspace 的地址按多少字节对齐；kernel 按它编译（128 位的拷贝），没有对齐的地址不得启动。
+POINTER_ALIGNMENT = 16
+
+_HEADER = "dsx-program 2"
 
 #: kernel：待编译的，或编译好的。
 K = TypeVar("K")
@@ -118,7 +126,7 @@ class Variant(Generic[K]):
 
 
 @dataclass(frozen=True)
-class LaunchPlan(Generic[K]):
+class LaunchTable(Generic[K]):
     """见模块说明。
 
     Attributes:
@@ -139,7 +147,7 @@ class LaunchPlan(Generic[K]):
         """用到的 kernel，按启动的次序，各出现一次。"""
         return list(dict.fromkeys(launch.kernel for v in self.variants for launch in v.launches))
 
-    def map(self, change: Callable[[K], _Other]) -> LaunchPlan[_Other]:
+    def map(self, change: Callable[[K], _Other]) -> LaunchTable[_Other]:
         """每个 kernel 换成 ``change`` 的结果。"""
         made = {kernel: change(kernel) for kernel in self.kernels}
         variants = (
@@ -150,7 +158,7 @@ class LaunchPlan(Generic[K]):
             )
             for v in self.variants
         )
-        return LaunchPlan(self.op, self.sm, self.inputs, self.outputs, tuple(variants))
+        return LaunchTable(self.op, self.sm, self.inputs, self.outputs, tuple(variants))
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
         """由输入的形状得到符号的值。
@@ -177,9 +185,9 @@ class LaunchPlan(Generic[K]):
         sizes = self.sizes(shapes)
         return max(variant.workspace.evaluate(sizes) for variant in self.variants)
 
-    def bind(self, shapes: Sequence[Sequence[int]]) -> list[Launch[K, int]]:
-        """这组输入形状的启动序列；空网格（没有 token）已去掉。"""
-        sizes = self.sizes(shapes)
+    def bind(self, shapes: Sequence[Sequence[int]], sm_count: int) -> list[Launch[K, int]]:
+        """这组输入形状在有 ``sm_count`` 个 SM 的卡上的启动序列；空网格（没有 token）已去掉。"""
+        sizes = self.sizes(shapes) | {SM_COUNT: sm_count}
         bound = []
         for launch in self.select(sizes).launches:
             x, y, z = (axis.evaluate(sizes) for axis in launch.grid)
@@ -235,8 +243,8 @@ class LaunchPlan(Generic[K]):
         return program
 
 
-#: 编译好的启动计划。
-Program: TypeAlias = LaunchPlan[CompiledKernel]
+#: 编译好的启动表。
+Program: TypeAlias = LaunchTable[CompiledKernel]
 
 _Launch: TypeAlias = Launch[CompiledKernel, Expression]
 

@@ -1,6 +1,6 @@
-"""启动表的公共部分：有哪些 SM，怎样写一次启动；各算子的计划在 :mod:`.latent_attention_plan` 与 :mod:`.grouped_swiglu_plan`。
+"""启动表的公共部分：有哪些 SM，怎样写一次启动；各算子的在 :mod:`.latent_attention_launch` 与 :mod:`.grouped_swiglu_launch`。
 
-计划只查表、拼算式，不导入 Triton；:func:`~deepseek_export.kernels.compile.compile_plan` 把它编译成
+启动表只拼算式，不导入 Triton；:func:`~deepseek_export.kernels.compile.compile_table` 把它编译成
 :data:`~deepseek_export.kernels.program.Program`。
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, Size
-from deepseek_export.kernels.program import Argument, Launch, LaunchPlan, Tensor, Variant
+from deepseek_export.kernels.program import Argument, Launch, LaunchTable, Tensor, Variant
 from deepseek_export.ops.table import TYPE_CONSTRAINTS, OpSpec, Port, TypeVar
 
 KernelDtype = Literal["float16", "bfloat16"]
@@ -26,12 +26,12 @@ class Sm:
 
     Attributes:
         shared: 一个线程块最多能用的共享内存，字节（CUDA C++ Programming Guide，Compute Capabilities）。
-        count: 参考卡的 SM 个数；只用来决定把 KV 切成几段，别的卡上结果不变。
-        card: 参考卡。
+        most: 这种 SM 的卡至多几个 SM；workspace 按它留。KV 切成几段看运行时那张卡的个数，不超过它。
+        card: SM 最多的卡。
     """
 
     shared: int
-    count: int
+    most: int
     card: str
 
 
@@ -39,10 +39,10 @@ SMS: Mapping[int, Sm] = MappingProxyType(
     {
         80: Sm(163 << 10, 108, "A100"),
         86: Sm(99 << 10, 84, "A40"),
-        89: Sm(99 << 10, 128, "RTX 4090"),
+        89: Sm(99 << 10, 142, "L40S"),
         90: Sm(227 << 10, 132, "H100"),
         100: Sm(227 << 10, 148, "B200"),
-        120: Sm(99 << 10, 170, "RTX 5090"),
+        120: Sm(99 << 10, 188, "RTX PRO 6000"),
         121: Sm(99 << 10, 48, "GB10"),
     }
 )
@@ -135,10 +135,10 @@ class Problem:
         kind, index, port = self.op.find(name)
         return Parameter(name, DTYPES[self._dtype(port)].triton, Argument(kind, index))
 
-    def plan(self, variants: Sequence[Variant[KernelSpec]]) -> LaunchPlan[KernelSpec]:
-        """这些变体组成的启动计划。"""
+    def table(self, variants: Sequence[Variant[KernelSpec]]) -> LaunchTable[KernelSpec]:
+        """这些变体组成的启动表。"""
         inputs, outputs = (tuple(map(self._tensor, ports)) for ports in (self.op.inputs, self.op.outputs))
-        return LaunchPlan(self.op.name, self.sm, inputs, outputs, tuple(variants))
+        return LaunchTable(self.op.name, self.sm, inputs, outputs, tuple(variants))
 
     def _dtype(self, port: Port) -> str:
         return self.dtypes.get(port.type) or TYPE_CONSTRAINTS[port.type][0]

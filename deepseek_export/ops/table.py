@@ -1,6 +1,6 @@
 """算子契约的唯一一张表。
 
-torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creator、启动计划的张量都由这张表导出；C++ 一侧经由它生成的
+torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creator、启动表的张量都由这张表导出；C++ 一侧经由它生成的
 ``plugins/ops.h``。别处不再拼写算子名、输入次序或属性名。这里不导入 torch。
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即

@@ -13,7 +13,7 @@ from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.errors import DsxError
+from deepseek_export.errors import DsxError, did_you_mean
 from deepseek_export.ops.table import (
     DOMAIN,
     INT8_EXPERTS,
@@ -228,7 +228,8 @@ def check_target(target: str, dtype: ModelDtype) -> None:
         DsxError: ``DSX-E301`` 没有这个目标；``DSX-E321`` 目标不支持 bfloat16。
     """
     if target not in TARGETS:
-        raise DsxError("DSX-E301", f"目标 {target!r} 不存在", f"可用的目标：{'、'.join(TARGETS)}")
+        todo = f"{did_you_mean(target, TARGETS)}可用的目标：{'、'.join(TARGETS)}"
+        raise DsxError("DSX-E301", f"目标 {target!r} 不存在", todo)
     if dtype == "bfloat16" and target not in TENSORRT_TARGETS:
         what = f"目标 {target} 在 ONNX Runtime 的 CPU 上运行，它没有 bfloat16 的算子"
         raise DsxError("DSX-E321", what, f"用 --dtype float16，或 --target {' / '.join(TENSORRT_TARGETS)}")

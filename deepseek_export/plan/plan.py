@@ -14,7 +14,7 @@ from deepseek_export.checkpoint import Checkpoint, require_mtp
 from deepseek_export.checkpoint.recipe import CHUNK_BYTES, WeightDtype
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.errors import DsxError
+from deepseek_export.errors import DsxError, did_you_mean
 from deepseek_export.plan.gpus import GPUS
 from deepseek_export.plan.result import BuildPlan, CachePlan, ExportPlan, Plan, StoredWeights, WeightKind
 from deepseek_export.plan.roofline import ROOFLINE_ASSUMPTIONS, Estimate
@@ -70,7 +70,8 @@ def make_plan(
     """
     unknown = [name for name in gpus if name.lower() not in GPUS]
     if unknown:
-        raise DsxError("DSX-E703", f"没有叫 {unknown[0]!r} 的 GPU", f"认识的 GPU：{'、'.join(GPUS)}")
+        todo = f"{did_you_mean(unknown[0], GPUS)}认识的 GPU：{'、'.join(GPUS)}"
+        raise DsxError("DSX-E703", f"没有叫 {unknown[0]!r} 的 GPU", todo)
     source = Checkpoint.open(checkpoint)
     config = source.config
     limit = config.max_position_embeddings

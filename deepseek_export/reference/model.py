@@ -73,7 +73,7 @@ class Embed(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """一层：注意力与前馈，各带前置 RMSNorm 和残差。"""
+    """一层：注意力与前馈，各带前置 RMSNorm 和残差；A.X-K1 的 MoE 层在加回残差之前再过一个 RMSNorm。"""
 
     def __init__(self, config: ModelConfig, is_moe: bool, forms: Forms) -> None:
         super().__init__()
@@ -82,6 +82,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config, forms.moe, forms.as_ops) if is_moe else MLP(D, inner)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_mlp_layernorm = None
+        if is_moe and config.post_mlp_norm:
+            self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_scale = config.residual_scale
 
     def forward(
@@ -90,8 +93,10 @@ class DecoderLayer(nn.Module):
         """返回 ``(attn_residual [B,S,D], x [B,S,D], *新缓存)``。"""
         attention, caches = self.self_attn(self.input_layernorm(x), cos, sin, past_lens, caches)
         residual = x + _scaled(attention, self.residual_scale)
-        mlp = _scaled(self.mlp(self.post_attention_layernorm(residual)), self.residual_scale)
-        return residual, residual + mlp, *caches
+        mlp = self.mlp(self.post_attention_layernorm(residual))
+        if self.post_mlp_layernorm is not None:
+            mlp = self.post_mlp_layernorm(mlp)
+        return residual, residual + _scaled(mlp, self.residual_scale), *caches
 
 
 class Head(nn.Module):

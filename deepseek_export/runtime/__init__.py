@@ -2,7 +2,7 @@
 
 from deepseek_export.runtime.generate import Generator
 from deepseek_export.runtime.loading import open_session, open_speculative
-from deepseek_export.runtime.result import FinishReason, GenerationResult
+from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation.draft import DraftSession
@@ -15,7 +15,6 @@ from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
 __all__ = [
     "BundleTokenizer",
     "DraftSession",
-    "FinishReason",
     "GenerationResult",
     "Generator",
     "MeasuredFloor",

@@ -54,7 +54,7 @@ class EngineSettings:
         context = self.context or session.max_positions
         if context > session.max_positions:
             raise refused("context", context, f"不超过 {session.max_positions} 的整数：模型只有这么长")
-        per_row = context * session.cache_spec.bytes_per_token
+        per_row = context * session.runner.contract.caches.bytes_per_token
         if self.cache_bytes is not None and rows * per_row > self.cache_bytes:
             what = f"不小于 {rows * per_row} 的整数：{rows} 行，每行 {context} 个 token，各 {per_row} 字节；或减小 rows、context"
             raise refused("cache_bytes", self.cache_bytes, what)

@@ -168,18 +168,18 @@ class Session:
 
     def attention_program(self, H: int, dtype):
         """H 个头的注意力程序。"""
-        from deepseek_export.kernels.compile import compile_plan
-        from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
+        from deepseek_export.kernels.compile import compile_table
+        from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 
-        plan = latent_attention_plan(self.sm, H, LATENT, ROPE, SCALE, _name(dtype))
-        return compile_plan(plan)
+        table = latent_attention_launch(self.sm, H, LATENT, ROPE, SCALE, _name(dtype))
+        return compile_table(table)
 
     def experts_program(self, shape: str, dtype):
         """一种形状的专家程序。"""
-        from deepseek_export.kernels.compile import compile_plan
-        from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
+        from deepseek_export.kernels.compile import compile_table
+        from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 
-        return compile_plan(grouped_swiglu_plan(self.sm, *EXPERTS[shape], _name(dtype)))
+        return compile_table(grouped_swiglu_launch(self.sm, *EXPERTS[shape], _name(dtype)))
 
     # ------------------------------------------------------------ 核对
 

@@ -1,6 +1,7 @@
 // 打印一个程序在给定形状下的启动序列；测试用它核对 C++ 与 Python 两份实现。
 //
-//   bind PROGRAM IMAGE_SIZE 4,1,128,576 4,1,1024,576 4
+//   bind PROGRAM IMAGE_SIZE SM_COUNT 4,1,128,576 4,1,1024,576 4
+#include <clocale>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -20,10 +21,10 @@ std::vector<int64_t> parse_shape(std::string const& text) {
     return shape;
 }
 
-void print(dsx::Program const& program, std::vector<std::vector<int64_t>> const& shapes) {
+void print(dsx::Program const& program, int sm_count, std::vector<std::vector<int64_t>> const& shapes) {
     constexpr char const* kKinds[] = {"input", "output", "workspace", "int32", "float32"};
     auto const sizes = program.sizes(shapes);
-    auto const launches = program.bind(sizes);
+    auto const launches = program.bind(sizes, sm_count);
     std::printf("%s %d %zu\n", program.op.c_str(), program.sm, program.workspace(sizes));
     for (auto const& launch : launches) {
         auto const& kernel = program.kernels[launch.kernel];
@@ -43,8 +44,8 @@ void print(dsx::Program const& program, std::vector<std::vector<int64_t>> const&
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc < 3) {
-        std::fprintf(stderr, "用法：bind PROGRAM IMAGE_SIZE SHAPE...\n");
+    if (argc < 4) {
+        std::fprintf(stderr, "用法：bind PROGRAM IMAGE_SIZE SM_COUNT SHAPE...\n");
         return 2;
     }
     try {
@@ -52,10 +53,13 @@ int main(int argc, char** argv) {
         std::stringstream text;
         text << file.rdbuf();
         std::vector<std::vector<int64_t>> shapes;
-        for (int i = 3; i < argc; ++i) {
+        for (int i = 4; i < argc; ++i) {
             shapes.push_back(parse_shape(argv[i]));
         }
-        print(dsx::Program(text.str(), std::stoull(argv[2])), shapes);
+        std::setlocale(LC_ALL, "");  // 宿主进程可以用任何 locale；读出的数不得随它变
+        dsx::Program const program(text.str(), std::stoull(argv[2]));
+        std::setlocale(LC_ALL, "C");
+        print(program, std::stoi(argv[3]), shapes);
     } catch (std::exception const& error) {
         std::fprintf(stderr, "%s\n", error.what());
         return 1;

@@ -15,6 +15,7 @@ struct Driver {
     decltype(&cuGetErrorName) get_error_name = nullptr;
     decltype(&cuCtxGetCurrent) ctx_get_current = nullptr;
     decltype(&cuCtxGetDevice) ctx_get_device = nullptr;
+    decltype(&cuDeviceGetAttribute) device_get_attribute = nullptr;
     decltype(&cuLibraryLoadData) library_load_data = nullptr;
     decltype(&cuLibraryUnload) library_unload = nullptr;
     decltype(&cuLibraryGetKernel) library_get_kernel = nullptr;
@@ -41,6 +42,7 @@ Driver const& driver() {
         resolve(library, "cuGetErrorName", d.get_error_name);
         resolve(library, "cuCtxGetCurrent", d.ctx_get_current);
         resolve(library, "cuCtxGetDevice", d.ctx_get_device);
+        resolve(library, "cuDeviceGetAttribute", d.device_get_attribute);
         resolve(library, "cuLibraryLoadData", d.library_load_data);
         resolve(library, "cuLibraryUnload", d.library_unload);
         resolve(library, "cuLibraryGetKernel", d.library_get_kernel);
@@ -66,6 +68,7 @@ void check(CUresult status, std::string const& what) {
 LoadedImage::LoadedImage(Program const& program, std::string const& image) : kernels_(program.kernels) {
     CUdevice device = 0;
     check(driver().ctx_get_device(&device), "取当前设备");
+    check(driver().device_get_attribute(&sm_count_, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device), "取 SM 个数");
     for (auto const& kernel : kernels_) {
         CUlibrary library = nullptr;
         check(driver().library_load_data(
@@ -104,6 +107,8 @@ void LoadedImage::launch(BoundLaunch const& launch, void const* const* inputs, v
     CUstream stream) const {
     // kernelParams 是指向各参数值的指针；值都放得进 8 字节。
     constexpr size_t kMost = 32;
+    // kernel 按它编译，与 deepseek_export/kernels/program.py 的 POINTER_ALIGNMENT 相同。
+    constexpr uintptr_t kPointerAlignment = 16;
     Kernel const& kernel = kernels_[launch.kernel];
     size_t const count = launch.arguments.size();
     if (count + static_cast<size_t>(kernel.scratch) > kMost) {
@@ -124,6 +129,12 @@ void LoadedImage::launch(BoundLaunch const& launch, void const* const* inputs, v
         case Argument::Kind::kInt32: values[i].integer = static_cast<int32_t>(argument.value); break;
         case Argument::Kind::kFloat32: values[i].number = argument.number; break;
         }
+        bool const address = argument.kind == Argument::Kind::kInput || argument.kind == Argument::Kind::kOutput ||
+            argument.kind == Argument::Kind::kWorkspace;
+        if (address && reinterpret_cast<uintptr_t>(values[i].pointer) % kPointerAlignment != 0) {
+            throw std::runtime_error("dsx: " + kernel.entry + " 的参数 " + std::to_string(i) + " 没有按 " +
+                std::to_string(kPointerAlignment) + " 字节对齐");
+        }
         pointers[i] = &values[i];
     }
     for (size_t i = count; i < count + static_cast<size_t>(kernel.scratch); ++i) {
@@ -134,6 +145,24 @@ void LoadedImage::launch(BoundLaunch const& launch, void const* const* inputs, v
               static_cast<unsigned>(kernel.threads), 1, 1, static_cast<unsigned>(kernel.shared), stream, pointers,
               nullptr),
         "启动 " + kernel.entry);
+}
+
+void Launcher::load() {
+    if (!loaded_) {
+        loaded_ = LoadedImage::shared(*program_, *image_);
+    }
+}
+
+void Launcher::enqueue(std::vector<std::vector<int64_t>> const& shapes, void const* const* inputs, void* const* outputs,
+    void* workspace, CUstream stream) {
+    load();
+    if (shapes_ != shapes) {
+        launches_ = program_->bind(program_->sizes(shapes), loaded_->sm_count());
+        shapes_ = shapes;
+    }
+    for (auto const& launch : launches_) {
+        loaded_->launch(launch, inputs, outputs, workspace, stream);
+    }
 }
 
 }  // namespace dsx

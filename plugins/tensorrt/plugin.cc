@@ -70,9 +70,10 @@ public:
           program_(std::make_shared<Program const>(*text_, image_->size())),
           fields_{PluginField{"program", text_->data(), PluginFieldType::kUNKNOWN, static_cast<int32_t>(text_->size())},
               PluginField{"image", image_->data(), PluginFieldType::kUNKNOWN, static_cast<int32_t>(image_->size())}},
-          collection_{static_cast<int32_t>(fields_.size()), fields_.data()} {}
+          collection_{static_cast<int32_t>(fields_.size()), fields_.data()},
+          launcher_(program_, image_) {}
 
-    Plugin(Plugin const& other) : Plugin(other.text_, other.image_) { loaded_ = other.loaded_; }
+    Plugin(Plugin const& other) : Plugin(other.text_, other.image_) { launcher_ = other.launcher_; }
     Plugin& operator=(Plugin const&) = delete;
 
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
@@ -159,16 +160,18 @@ public:
             for (int32_t i = 0; i < count; ++i) {
                 shapes.push_back(shape(inputs[i].dims));
             }
-            launches_ = program_->bind(program_->sizes(shapes));
+            program_->sizes(shapes);  // 形状不符在这里就说；启动序列由 enqueue 按它自己的形状得到
         });
     }
 
-    int32_t enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
+    int32_t enqueue(PluginTensorDesc const* descriptions, PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
         void* workspace, cudaStream_t stream) noexcept override {
         return guard([&] {
-            for (auto const& launch : launches_) {
-                loaded_->launch(launch, inputs, outputs, workspace, stream);
+            std::vector<std::vector<int64_t>> shapes;
+            for (size_t i = 0; i < program_->inputs.size(); ++i) {
+                shapes.push_back(shape(descriptions[i].dims));
             }
+            launcher_.enqueue(shapes, inputs, outputs, workspace, stream);
         });
     }
 
@@ -176,7 +179,7 @@ public:
         // 装载推迟到这里，而不是构造时：建引擎、解析计算图不需要 GPU。
         return make([&] {
             auto attached = std::make_unique<Plugin>(*this);
-            attached->loaded_ = LoadedImage::shared(*program_, *image_);
+            attached->launcher_.load();
             return attached;
         });
     }
@@ -189,8 +192,7 @@ private:
     std::shared_ptr<Program const> program_;
     std::array<PluginField, 2> fields_;
     PluginFieldCollection collection_;
-    std::shared_ptr<LoadedImage const> loaded_;
-    std::vector<BoundLaunch> launches_;
+    Launcher launcher_;
 };
 
 class Creator final : public IPluginCreatorV3One {

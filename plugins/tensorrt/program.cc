@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <locale>
 #include <sstream>
 #include <stdexcept>
 
@@ -8,6 +9,22 @@ namespace dsx {
 namespace {
 
 [[noreturn]] void fail(std::string const& what) { throw std::runtime_error("dsx: " + what); }
+
+// 按 C locale 读的流：程序的文本与进程的 locale 无关。std::stof、strtof 则跟着 LC_NUMERIC 走，逗号作小数点的 locale 里 "0.1147" 读成 0。
+std::istringstream reader(std::string_view text) {
+    std::istringstream stream{std::string(text)};
+    stream.imbue(std::locale::classic());
+    return stream;
+}
+
+float parse_float(std::string const& text) {
+    auto stream = reader(text);
+    float number = 0.0F;
+    if (!(stream >> number) || stream.peek() != std::istringstream::traits_type::eof()) {
+        fail(text + " 不是数");
+    }
+    return number;
+}
 
 // 与 deepseek_export/kernels/expression.py 的 OPERATORS 是同一张表。
 bool apply(std::string const& token, int64_t a, int64_t b, int64_t& result) {
@@ -51,7 +68,7 @@ Argument parse_argument(std::istringstream& line) {
         argument.expression = Expression(rest);
     } else if (kind == "float32") {
         argument.kind = Argument::Kind::kFloat32;
-        argument.number = std::stof(rest);
+        argument.number = parse_float(rest);
     } else {
         fail("不认识的参数 " + kind);
     }
@@ -74,7 +91,7 @@ bool is_number(std::string_view token) {
 }
 
 Expression::Expression(std::string_view text) {
-    std::istringstream stream{std::string(text)};
+    auto stream = reader(text);
     for (std::string token; stream >> token;) {
         tokens_.push_back(token);
     }
@@ -105,13 +122,13 @@ int64_t Expression::evaluate(Sizes const& sizes) const {
 }
 
 Program::Program(std::string_view text, size_t image_size) {
-    std::istringstream stream{std::string(text)};
+    auto stream = reader(text);
     std::string row;
-    if (!std::getline(stream, row) || row != "dsx-program 1") {
-        fail("程序的首行是 " + row + "，应为 dsx-program 1");
+    if (!std::getline(stream, row) || row != "dsx-program 2") {
+        fail("程序的首行是 " + row + "，应为 dsx-program 2");
     }
     while (std::getline(stream, row)) {
-        std::istringstream line(row);
+        auto line = reader(row);
         std::string word;
         line >> word;
         if (word == "op") {
@@ -193,7 +210,8 @@ size_t Program::workspace(Sizes const& sizes) const {
     return static_cast<size_t>(most);
 }
 
-std::vector<BoundLaunch> Program::bind(Sizes const& sizes) const {
+std::vector<BoundLaunch> Program::bind(Sizes sizes, int sm_count) const {
+    sizes[kSmCount] = sm_count;
     auto const variant = std::find_if(
         variants.begin(), variants.end(), [&](Variant const& v) { return v.when.evaluate(sizes) != 0; });
     if (variant == variants.end()) {

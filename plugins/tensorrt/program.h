@@ -14,6 +14,9 @@ namespace dsx {
 
 using Sizes = std::map<std::string, int64_t, std::less<>>;
 
+// 当前设备的 SM 个数，算式里的符号；与 deepseek_export/kernels/program.py 的同名常数相同。
+constexpr char const* kSmCount = "sms";
+
 // 符号尺寸上的整数算式，逆波兰记号。
 class Expression {
 public:
@@ -84,8 +87,8 @@ public:
     // 对这组尺寸以及任何更小的尺寸都够用的字节数。
     size_t workspace(Sizes const& sizes) const;
 
-    // 这组尺寸的启动序列；空网格已去掉。
-    std::vector<BoundLaunch> bind(Sizes const& sizes) const;
+    // 这组尺寸在有 sm_count 个 SM 的卡上的启动序列；空网格已去掉。
+    std::vector<BoundLaunch> bind(Sizes sizes, int sm_count) const;
 
     std::string op;
     int sm = 0;

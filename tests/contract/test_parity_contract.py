@@ -23,13 +23,15 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.cli.verify import command as verify_command
 from deepseek_export.engine.flavour import device_sm
 from deepseek_export.errors import DsxError
-from deepseek_export.parity import LEVELS, ParityReport
 from deepseek_export.parity.bisect import bisect_block
 from deepseek_export.parity.blocks import main_blocks
+from deepseek_export.parity.checks import LEVELS
 from deepseek_export.parity.inputs import block_rows
 from deepseek_export.parity.keys import block_keys
+from deepseek_export.parity.report import ParityReport
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import tolerance
+from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_reference
 from tests.bundles import edit_model, edit_weight, find_node, run_polygraphy, set_float, tampered
 from tests.models import VARIANTS, build_model, save_checkpoint
@@ -48,6 +50,28 @@ def test_correct_bundles_pass(exported, variant: str, target: str):
     logits = [case.measure.max_abs for case in report.cases if case.level == "model"]
     assert max(logits) <= 1e-4
     assert all(case.near_ties == 0 for case in report.cases)
+
+
+class _Steps(Progress):
+    """记下每个阶段的总量与前进了多少。"""
+
+    def __init__(self) -> None:
+        self.stages: list[list[Any]] = []
+
+    def start(self, stage: str, total: int | None = None, unit: Any = "items") -> None:
+        self.stages.append([stage, total, 0])
+
+    def advance(self, amount: int = 1, detail: str = "") -> None:
+        self.stages[-1][2] += amount
+
+
+def test_every_level_shows_how_far_it_is(exported):
+    """PARITY-1：四个层级都有总量，做完时正好走满，tokens 级也是。"""
+    steps = _Steps()
+    deepseek_export.verify(exported("v3-yarn", "mla+moe").path, steps=2, verify_weights=False, progress=steps)
+    found = {stage: (total, done) for stage, total, done in steps.stages if stage.startswith("校验 ")}
+    assert {stage.partition("：")[0] for stage in found} == {f"校验 {level}" for level in LEVELS}
+    assert all(total == done > 1 for total, done in found.values()), found
 
 
 @pytest.mark.parametrize("profile", ["baseline", "mla", "moe"])
@@ -388,7 +412,14 @@ class TestCompare:
         blocks = list(main_blocks(manifest, model, block_rows(manifest, 0), keys))
         for i, block in enumerate(blocks):
             folder = tmp_path / str(i)
-            where = (v3_bundle, checkpoint, manifest.main, model, block, ModelGraph(v3_bundle))
+            where = (
+                v3_bundle,
+                checkpoint,
+                manifest.main,
+                model,
+                block,
+                ModelGraph(v3_bundle, manifest.main.file),
+            )
             culprit = bisect_block(*where, run_file, folder, folder)
             assert culprit.case is None, culprit
             assert (culprit.value, culprit.nodes, culprit.causes) == ("", [], [])

@@ -12,6 +12,7 @@ import deepseek_export
 from deepseek_export.checkpoint import parse_model_config
 from deepseek_export.errors import DsxError
 from deepseek_export.profile import BUILTIN_PROFILES, resolve_profile
+from deepseek_export.progress import Progress
 from tests.models import build_model, save_checkpoint
 
 pytestmark = pytest.mark.contract
@@ -67,7 +68,7 @@ def test_refused_lowering_is_recorded_and_printed(exported, saved, tmp_path: Pat
     """MOE-4：换不成 ONNX Runtime kernel 的专家留在函数体里，原因写进 manifest，并报告一行。"""
     lines: list[str] = []
 
-    class Notes(deepseek_export.api.Progress):
+    class Notes(Progress):
         def note(self, line: str) -> None:
             lines.append(line)
 
@@ -76,7 +77,8 @@ def test_refused_lowering_is_recorded_and_printed(exported, saved, tmp_path: Pat
     bundle = deepseek_export.export(checkpoint, tmp_path / "out", "moe", **options)
     assert lines == bundle.manifest.fallbacks
     assert "float16" in lines[0]
-    refused = [refusal for result in bundle.manifest.passes for refusal in result.refused]
+    passes = [result for graph in bundle.manifest.graphs for result in graph.passes]
+    refused = [refusal for result in passes for refusal in result.refused]
     assert {refusal.node.split("/")[0] for refusal in refused} == {"layers.1.mlp", "layers.2.mlp"}
     assert all(refusal.reason and refusal.value for refusal in refused)
     assert bundle.manifest.graphs[0].op_counts["dsx::MoeExperts"] == 2

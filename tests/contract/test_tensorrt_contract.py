@@ -30,14 +30,14 @@ from deepseek_export.cli.build import command as build_command
 from deepseek_export.cli.bundle_plugins import diagnose_bundle
 from deepseek_export.cli.main import cli
 from deepseek_export.engine import plugins as plugin_module
-from deepseek_export.engine.build import build_engine, build_plan, check_plugins
+from deepseek_export.engine.build import build_engine, build_engine_bytes, check_plugins
 from deepseek_export.engine.flavour import choose, device_sm, load
 from deepseek_export.engine.layers import layer_counts, parse_layers
 from deepseek_export.engine.plugins import building_for, registered_creators
 from deepseek_export.engine.record import EngineRecord
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels.compile import compile_plan
-from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
+from deepseek_export.kernels.compile import compile_table
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.ops.table import LATENT_ATTENTION
 from deepseek_export.passes.lower_mla_to_tensorrt import NATIVE_ATTENTION
 from deepseek_export.progress import Progress
@@ -160,7 +160,7 @@ def test_kernel_binaries_are_inside_the_plan(built):
     """TRT-4：plan 里有启动说明与 cubin，运行时不再编译。"""
     plan = (built[0].path / "model.plan").read_bytes()
     for text in (
-        b"dsx-program 1",
+        b"dsx-program 2",
         b"op LatentAttention 89",
         b"op MoeExperts 89",
         b"latent_attention_partial",
@@ -173,7 +173,7 @@ def test_serialised_fields_restore_the_program(built):
     """TRT-4：序列化的两个字段还原出同一个程序；没有驱动时在挂到上下文的那一步报码。"""
     trt = load(choose("rtx"))
     spec = LATENT_ATTENTION
-    program = compile_plan(latent_attention_plan(89, 4, 16, 8, 0.2, "float16"))
+    program = compile_table(latent_attention_launch(89, 4, 16, 8, 0.2, "float16"))
     original = plugin_module.plugin_class(trt, spec)({"kv_lora_rank": 16, "scale": 0.2}, program)
     creator = registered_creators(trt)[spec.name]
     fields = original.get_fields_to_serialize()
@@ -195,10 +195,13 @@ def test_without_plugins_the_function_bodies_build(built):
         assert registry.deregister_creator(creator)
     try:
         profiles = built[0].record.shapes.profiles(prefill=False)
-        _, text = build_plan(trt, flavour, built[0].path / "model.onnx", 89, profiles, Progress())
+        content, text = build_engine_bytes(
+            trt, flavour, built[0].path / "model.onnx", 89, profiles, Progress()
+        )
     finally:
         for creator in creators.values():
             assert registry.register_creator(creator, "dsx")
+    assert not isinstance(content.obj, bytes), "引擎是 TensorRT 的那块内存，没有复制"
     counts = layer_counts(parse_layers(text, list(profiles), {})["decode"])
     assert "custom_layer" not in counts
     assert counts["gemm"] > 0
@@ -262,22 +265,24 @@ def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):
     trt, profiles = load(flavour), built[0].record.shapes.profiles(prefill=False)
 
     def fail_with(error: Exception):
-        def planner(*_):
+        def broken(*_):
             raise error
 
-        monkeypatch.setattr(plugin_module, "PLANNERS", dict.fromkeys(plugin_module.PLANNERS, planner))
+        monkeypatch.setattr(
+            plugin_module, "LAUNCH_TABLES", dict.fromkeys(plugin_module.LAUNCH_TABLES, broken)
+        )
 
     fail_with(ValueError("boom"))
-    error = refused("DSX-E916", build_plan, trt, flavour, path, 89, profiles, Progress())
+    error = refused("DSX-E916", build_engine_bytes, trt, flavour, path, 89, profiles, Progress())
     assert "ValueError：boom" in error.what
     fail_with(DsxError("DSX-E903", "不行", "换一个"))
-    refused("DSX-E903", build_plan, trt, flavour, path, 89, profiles, Progress())
+    refused("DSX-E903", build_engine_bytes, trt, flavour, path, 89, profiles, Progress())
     model = onnx.load(path, load_external_data=False)
     next(node for node in model.graph.node if node.op_type == "MatMul").op_type = "NoSuchOp"
     broken = path.with_name("broken.onnx")
     onnx.save(model, broken)
     try:
-        error = refused("DSX-E914", build_plan, trt, flavour, broken, 89, profiles, Progress())
+        error = refused("DSX-E914", build_engine_bytes, trt, flavour, broken, 89, profiles, Progress())
     finally:
         broken.unlink()
     assert "NoSuchOp" in error.what
@@ -324,7 +329,7 @@ def test_progress_comes_from_tensorrt(built):
 
     flavour = choose("rtx")
     profiles = built[0].record.shapes.profiles(prefill=False)
-    build_plan(load(flavour), flavour, built[0].path / "model.onnx", 89, profiles, Watch())
+    build_engine_bytes(load(flavour), flavour, built[0].path / "model.onnx", 89, profiles, Watch())
     stage, total = seen[-1]
     assert stage == "TensorRT 构建 model（sm89）"
     assert total is not None

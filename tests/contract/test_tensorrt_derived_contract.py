@@ -101,6 +101,17 @@ def test_any_bundle_becomes_buildable(name, checkpoint, tmp_path):
     assert deepseek_export.verify(derived.path, levels=["block", "model"]).passed
 
 
+def test_a_bfloat16_checkpoint_stays_bfloat16(tmp_path):
+    """TRT-5：没有说要 float16 的，检查点是 bfloat16 就是 bfloat16（激活放不进 float16）；说了的照说的。"""
+    checkpoint = write_checkpoint(tmp_path / "ck", CONFIG, dtype="bfloat16")
+    for asked, want in (("float32", "bfloat16"), ("float16", "float16")):
+        bundle = deepseek_export.export(checkpoint, tmp_path / asked, "mla+moe", dtype=asked)
+        derived = buildable_bundle(bundle, RTX)
+        assert (derived.manifest.dtype, derived.manifest.cache.dtype) == (want, want)
+        assert f"（{want}）" in derived.manifest.fallbacks[0]
+        assert engine_bundle(bundle) == derived
+
+
 def test_one_road_to_an_engine(checkpoint, tmp_path):
     """TRT-5：TensorRT 目标的直接建，两种发行都收；portable 另导出的与直接导出的逐字节是同一张图、同一份权重。"""
     options = {"profile": "full", "dtype": "float16"}

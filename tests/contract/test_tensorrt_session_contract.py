@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import hashlib
+import shutil
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,8 +20,12 @@ from deepseek_export import DsxForCausalLM
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import QuantizationEntry
 from deepseek_export.checkpoint.synthetic import write_checkpoint
-from deepseek_export.parity import compare_bundle, verify_bundle
+from deepseek_export.engine import build
+from deepseek_export.engine.flavour import FLAVOURS
+from deepseek_export.engine.shapes import ProfileShapes
+from deepseek_export.parity.compare import compare_bundle
 from deepseek_export.parity.tolerances import tolerance
+from deepseek_export.parity.verify import verify_bundle
 from tests.contract.test_mtp_contract import SMALL
 from tests.engines import refused
 from tests.fake_gpu import FakeGpu
@@ -76,6 +84,54 @@ def test_tokens_equal_onnxruntime(bundles, counts, name):
             )
     assert there.generate([PROMPTS[0]], max_new_tokens=4).notes == ()
     assert counts["launch"] > counts["plain"] > 0
+
+
+def test_an_engine_that_copies_its_cache_is_refused(bundles, gpu, monkeypatch):
+    """DSX-E922：编译器把整块缓存抄一遍，就不是原地更新：引擎不留下。"""
+    bundle = bundles("mla+moe")
+    cache = next(value for value in bundle.manifest.main.inputs if "T" in value.shape)
+    line = f"Name: c, LayerType: copy, Inputs: [ {{ Name: x, Dimensions: [-1,1,128,{cache.shape[-1]}] }}]"
+    monkeypatch.setattr(build, "build_engine_bytes", lambda *_: (memoryview(b"plan"), f"Layers:\n{line}"))
+    path = bundle.path / "engines/rtx-sm89/engine.json"
+    before = path.read_bytes()
+    refused("DSX-E922", gpu.build, bundle)
+    assert path.read_bytes() == before
+
+
+def test_an_engine_is_written_from_its_buffer(bundles, gpu, monkeypatch, tmp_path):
+    """TRT-10：写引擎、算哈希都用 TensorRT 交出的那块内存，不在进程里再复制一份。"""
+    plan = np.zeros(64 << 20, np.uint8)
+    monkeypatch.setattr(build, "build_engine_bytes", lambda *_: (memoryview(plan), ""))
+    shutil.copytree(bundles("mla+moe").path, tmp_path / "copy")
+    tracemalloc.start()
+    try:
+        shapes = ProfileShapes(prefill=(16, 32), capacity=64)
+        made = build.build_engine(Bundle.open(tmp_path / "copy"), 89, FLAVOURS["rtx"], shapes)
+        assert tracemalloc.get_traced_memory()[1] < plan.nbytes // 2
+    finally:
+        tracemalloc.stop()
+    entry = made.record.plans["model.plan"]
+    assert (entry.bytes, entry.sha256) == (plan.nbytes, hashlib.sha256(plan).hexdigest())
+    assert (made.path / "model.plan").stat().st_size == plan.nbytes
+
+
+def test_any_thread_can_use_and_drop_a_session(bundles, gpu):
+    """TRT-9：在一个线程里加载，在别的线程里生成、放手：驱动的当前上下文按线程记，dsx 每次都设好。"""
+    path = bundles("full").path
+    gc.collect()
+    before = len(gpu.driver.live), len(gpu.driver.graphs)
+    held = [deepseek_export.load(path, backend="trt")]
+    want = tokens(deepseek_export.load(path), list(PROMPTS))
+
+    def use_and_drop():
+        got = tokens(held[0], list(PROMPTS))
+        held.clear()
+        gc.collect()
+        return got
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(use_and_drop).result() == want
+    assert (len(gpu.driver.live), len(gpu.driver.graphs)) == before
 
 
 def test_nothing_is_left_on_the_device(bundles, gpu):

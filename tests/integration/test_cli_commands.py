@@ -9,15 +9,17 @@ import sys
 import tomllib
 from pathlib import Path
 
+import onnx
 import pytest
 
 from deepseek_export import __version__
 from deepseek_export.bundle import Bundle
+from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli.demo import BUNDLE, ENGINE_BUNDLE
 from deepseek_export.cli.main import COMMANDS
 from deepseek_export.profile import BUILTIN_PROFILES
 from tests.bundles import edit_weight, run_polygraphy, tampered
-from tests.integration.cli import DSX, assert_refused, dsx, dsx_process, environment, last_json
+from tests.integration.cli import DSX, TINY, assert_refused, dsx, dsx_process, environment, last_json
 
 pytestmark = pytest.mark.integration
 
@@ -69,6 +71,9 @@ def test_version_and_usage_errors():
     assert dsx("--version").stdout == f"dsx {__version__}\n"
     for args, what in (
         (["nothing"], "没有命令 nothing"),
+        (["exprot"], "是不是想写 export？"),
+        (["export", "CKPT", "-o", "x", "--dtype", "flaot16"], "是不是想写 float16？"),
+        (["verify", "OUT", "--level", "token"], "是不是想写 tokens？"),
         (["export"], "缺少参数"),
         (["export", "CKPT", "-o", "x", "--quant", "int3"], "--quant：int3 不在可选的值里"),
         (["export", "CKPT", "--outptu", "x"], "没有选项 --outptu，是不是 --output"),
@@ -82,6 +87,59 @@ def test_version_and_usage_errors():
         assert process.stdout == ""
         assert process.stderr.startswith("DSX-E700 "), process.stderr
         assert what in process.stderr
+
+
+def test_python_dash_m_is_the_same_program():
+    process = subprocess.run(
+        [sys.executable, "-m", "deepseek_export", "--version"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert (process.returncode, process.stdout) == (0, f"dsx {__version__}\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell):
+    """文档里的那一行真的给出脚本；命令与选项的值补得出来。"""
+    line = f"_DSX_COMPLETE={shell}_source dsx"
+    assert line in (Path(__file__).parents[2] / "docs/shell-completion.md").read_text(encoding="utf-8")
+    process = dsx_process(env=environment(_DSX_COMPLETE=f"{shell}_source"))
+    assert process.returncode == 0, process.stderr
+    assert f"_DSX_COMPLETE={shell}_complete" in process.stdout
+
+    def completed(words: str, index: int) -> str:
+        asked = {"_DSX_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)}
+        return dsx_process(env=environment(**asked)).stdout
+
+    if shell == "bash":
+        assert completed("dsx gen", 1).split() == ["plain,generate"]
+        assert completed("dsx export CKPT --dtype b", 4).split() == ["plain,bfloat16"]
+        assert "plain,ort-cpu" in completed("dsx export CKPT --target o", 4)
+
+
+def test_short_dtypes(tiny, tmp_path):
+    """``--dtype fp16`` 就是 float16；ONNX 文件写着是谁、是什么，不写何时、何处。"""
+    process = dsx("export", tiny, "-p", "mla", "-o", tmp_path / "out", "--dtype", "fp16", "--json")
+    assert last_json(process)["dtype"] == "float16"
+    model = onnx.load(tmp_path / "out/model.onnx", load_external_data=False)
+    assert (model.producer_name, model.producer_version) == ("dsx", __version__)
+    assert model.doc_string == "deepseek_v3 的主模型，编译到 portable；输入输出的约定见 manifest.json"
+    assert {prop.key: prop.value for prop in model.metadata_props} == {
+        "dsx.target": "portable",
+        "dsx.profile": "mla",
+        "dsx.family": "deepseek_v3",
+        "dsx.role": "main",
+        "dsx.layers": "2",
+        "dsx.moe_layers": "1",
+        "dsx.dtype": "float16",
+        "dsx.cache_dtype": "float16",
+        "dsx.quantization": "none",
+    }
+    again = dsx("export", tiny, "-p", "mla", "-o", tmp_path / "again", "--dtype", "float16")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out/model.onnx").read_bytes() == (tmp_path / "again/model.onnx").read_bytes()
 
 
 def test_profiles_lists_them_all():
@@ -220,6 +278,23 @@ def test_inspect(tiny_bundle, demo_bundle):
         assert row["bytes_per_token"] == 576 * layers * 2
         assert row["bytes_at_context"] == 576 * layers * 2 * 8192
         assert row["saving"] == pytest.approx(1 - 576 / expanded)
+
+
+def test_the_polygraphy_command_of_inspect_runs(tmp_path):
+    """不给形状会失败；印出来的那一条，主模型与草稿模型都跑得过。"""
+    checkpoint = write_checkpoint(tmp_path / "ckpt", TINY, dtype="float32", mtp=True)
+    bundle = tmp_path / "out"
+    process = dsx("export", checkpoint, "-p", "full", "-o", bundle)
+    assert process.returncode == 0, process.stderr
+    shown = dsx("inspect", bundle).stdout
+    commands = last_json(dsx("inspect", bundle, "--json"))["polygraphy"]
+    assert list(commands) == ["model.onnx", "mtp.onnx"]
+    for command in commands.values():
+        assert f"试跑    {command}" in shown
+        process = run_polygraphy(command)
+        assert process.returncode == 0, process.stdout + process.stderr
+    bare = commands["model.onnx"].partition(" --input-shapes")[0]
+    assert run_polygraphy(bare).returncode != 0
 
 
 def test_inspect_into_a_closed_pipe_is_quiet(demo_bundle):

@@ -200,6 +200,27 @@ def test_tied_head(tmp_path: Path):
     refused("DSX-E117", rewrite(path, lm_head__weight=embed.astype(np.float32)))
 
 
+def test_axk1_tensors(tmp_path: Path):
+    """A.X-K1：MoE 层要有 post_mlp_layernorm；dense 层多带的、零偏置不用，偏置不是零的拒绝；V3 不认这个 norm。"""
+    config = TINY | {"model_type": "axk1", "n_group": 1, "topk_group": 1}
+    path = write_checkpoint(tmp_path / "x", config, dtype="float32")
+    norm, bias = (
+        "model.layers.{}.post_mlp_layernorm.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+    )
+    opened = Checkpoint.open(path)
+    assert norm.format(1) in opened.store
+    assert (norm.format(0) in opened.store, bias in opened.store, opened.ignored) == (False, False, ())
+    hidden, experts = (np.ones(TINY[key], np.float32) for key in ("hidden_size", "n_routed_experts"))
+    more = {norm.format(0).replace(".", "__"): hidden, bias.replace(".", "__"): 0 * experts}
+    assert Checkpoint.open(rewrite(path, **more)).ignored == (norm.format(0), bias)
+    assert bias in str(refused("DSX-E112", rewrite(path, **{bias.replace(".", "__"): experts})))
+    refused("DSX-E113", rewrite(path, **{bias.replace(".", "__"): experts[1:]}))
+    refused("DSX-E111", rewrite(path, drop=(norm.format(1), bias)))
+    v3 = write_checkpoint(tmp_path / "v3", TINY, dtype="float32")
+    refused("DSX-E112", rewrite(v3, **{norm.format(1).replace(".", "__"): hidden}))
+
+
 @pytest.mark.parametrize(
     "config", [TINY, TINY_V2, TINY | {"tie_word_embeddings": True, "attention_bias": True}]
 )
@@ -260,7 +281,9 @@ def test_demo_is_deterministic_and_its_tokenizer_round_trips(tmp_path: Path):
 def test_published_shapes_without_the_disk(tmp_path: Path, like: str, shards: int, mtp: bool):
     """--like：宽度、dtype、分片、MTP 层都是发布时的；--sparse-files 不占磁盘，读出来全零。"""
     arguments = ["--like", like, "--layers", "4", "--sparse-files", str(tmp_path)]
-    assert CliRunner().invoke(maker, arguments).exit_code == 0
+    result = CliRunner().invoke(maker, arguments)
+    assert result.exit_code == 0
+    assert "写权重（" in result.stderr
     checkpoint = Checkpoint.open(tmp_path)
     config, store = checkpoint.config, checkpoint.store
     assert config.num_hidden_layers == 4

@@ -6,18 +6,24 @@ import contextlib
 import io
 import os
 import re
+import threading
+import time
 from importlib import metadata
+from pathlib import Path
 
 import click
 import pytest
+from rich.cells import cell_len
 
 from deepseek_export import api, machine
-from deepseek_export.cli import console, demo, doctor, progress, verify
+from deepseek_export.cli import console, demo, doctor, plan, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
-from deepseek_export.parity import LEVELS, Case, ComparisonReport, Culprit, ParityReport
-from deepseek_export.parity.bisect import NodeEntry
-from deepseek_export.parity.compare import BlockCase
+from deepseek_export.disk_cache import DiskCache
+from deepseek_export.parity.bisect import Culprit, NodeEntry
+from deepseek_export.parity.checks import LEVELS
+from deepseek_export.parity.compare import BlockCase, ComparisonReport
 from deepseek_export.parity.measures import Measure
+from deepseek_export.parity.report import Case, ParityReport
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.records import TARGETS
 from tests.integration.cli import dsx, last_json
@@ -27,7 +33,7 @@ pytestmark = pytest.mark.unit
 
 def test_names_agree_with_their_source():
     assert verify.LEVELS == LEVELS
-    assert {name for name, state in doctor.TARGETS.items() if state.startswith("可用")} == set(TARGETS)
+    assert set(doctor.TARGETS) == set(TARGETS)
 
 
 def test_every_command_has_chinese_help():
@@ -60,6 +66,51 @@ def test_names_are_not_broken_in_the_middle(width: int):
     made.add_row("layers.1.mlp.shared_experts.down_proj/MatMul", "1")
     firsts = [line.split()[0] for line in _lines(made, 36)[3:]]
     assert firsts == ["layers.1.mlp.shared_experts.", "down_proj/MatMul"]
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 50])
+def test_a_table_leaves_columns_out_before_it_breaks_a_name(width: int):
+    """放得下就整张；放不下先去掉可有可无的列，说一声；名字与数字不从中间断，也不越过边。"""
+    names = ("DeepSeek-V2-Lite", "model.layers.11.mlp", "float32", "1,234,567")
+    made = console.table("表", "名字", "哪一层", "类型", "数", right=("数",), optional=("哪一层", "类型"))
+    made.add_row(*names)
+    lines = _lines(made, width)
+    assert all(cell_len(line) <= width for line in lines)
+    dropped = {120: (), 80: (), 60: ("model.layers.11.mlp",), 50: ("model.layers.11.mlp",)}[width]
+    for name in names:
+        assert (f" {name}" in "\n".join(lines)) is (name not in dropped)
+    assert ("没有列出：哪一层" in "".join(lines)) is bool(dropped)
+
+
+def test_real_tables_fit_into_80_columns(monkeypatch):
+    """``dsx doctor`` 的表：标识符都是整个的。"""
+    monkeypatch.setattr(console, "LOG_WIDTH", 80)
+    found, text = doctor.diagnose(), dsx("doctor").stdout
+    assert all(cell_len(line.rstrip()) <= 80 for line in text.splitlines())
+    names = [package["name"] for package in found["packages"]]
+    versions = [package["version"] for package in found["packages"] if package["version"]]
+    for word in (*names, *versions, *doctor.TARGETS):
+        assert f" {word} " in text, word
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "放不下"),
+        (1234567.0, "1,300,000 token/s"),
+        (1200.0, "1,200 token/s"),
+        (1201.0, "1,300 token/s"),
+        (99.2, "100 token/s"),
+        (12.3, "13 token/s"),
+        (7.0, "7 token/s"),
+        (3.14, "3.2 token/s"),
+        (0.0421, "0.043 token/s"),
+        (0.0, "0 token/s"),
+    ],
+)
+def test_plan_prints_the_digits_it_knows(value, shown):
+    """估算的上界只有两位可信，往上取。"""
+    assert plan.speed(value) == shown
 
 
 def _case(name: str, **fields: object) -> Case:
@@ -184,11 +235,82 @@ def test_doctor_reports_missing_and_old_packages(monkeypatch):
     found = last_json(process)
     status = {package["name"]: package["status"] for package in found["packages"]}
     assert (status["torch"], status["tensorrt"], status["onnx"]) == ("old", "missing", "ok")
+    assert {"polygraphy", "triton", "cuda_bindings"} <= set(status)
     assert not found["ok"]
+    assert found["targets"]["portable"] == {"export": ["torch"], "build": None, "run": []}
     process = dsx("doctor")
     assert process.returncode == 1
     assert "太旧" in process.stdout
     assert "deepseek-export[hf]" in process.stdout
+
+
+_SMI = """#!/bin/sh
+echo "580.65.06, 9.0, 81559, NVIDIA H100 80GB HBM3"
+echo "580.65.06, 9.0, 81559, NVIDIA H100 80GB HBM3"
+"""
+
+
+def _path_with(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str | None) -> None:
+    """``PATH`` 上只有这一个 ``nvidia-smi``，或者没有。"""
+    monkeypatch.setenv("PATH", str(folder))
+    if script is not None:
+        (folder / "nvidia-smi").write_text(script)
+        (folder / "nvidia-smi").chmod(0o755)
+
+
+def test_doctor_says_how_far_each_target_gets_here(monkeypatch, tmp_path):
+    """没有装 TensorRT、没有 GPU：能导出，不说可用；有了就是。"""
+
+    def version(name):
+        if name.startswith("tensorrt") and not installed:
+            raise metadata.PackageNotFoundError(name)
+        return "99"
+
+    installed = False
+    monkeypatch.setattr(metadata, "version", version)
+    _path_with(tmp_path, monkeypatch, None)
+    found = doctor.diagnose()
+    assert found["ok"]
+    assert found["gpu"] == {"driver": None, "gpus": [], "problem": None}
+    assert found["targets"]["ort-cpu"] == {"export": [], "build": None, "run": []}
+    assert found["targets"]["tensorrt"] == {
+        "export": [],
+        "build": ["tensorrt", "GPU"],
+        "run": ["tensorrt", "GPU"],
+    }
+    assert found["targets"]["tensorrt-rtx"]["build"] == ["tensorrt_rtx"]
+    text = dsx("doctor").stdout
+    assert "没有 NVIDIA 驱动" in text
+    assert "能导出；建引擎缺 tensorrt、GPU；运行缺 tensorrt、GPU" in text
+    installed = True
+    assert doctor.diagnose()["targets"]["tensorrt-rtx"] == {"export": [], "build": [], "run": ["GPU"]}
+    _path_with(tmp_path, monkeypatch, _SMI)
+    found = doctor.diagnose()
+    assert found["targets"]["tensorrt"] == {"export": [], "build": [], "run": []}
+    assert found["gpu"]["gpus"][0] == {
+        "name": "NVIDIA H100 80GB HBM3",
+        "sm": 90,
+        "memory_bytes": 81559 << 20,
+    }
+    text = dsx("doctor").stdout
+    assert "2 × NVIDIA H100 80GB HBM3（sm90，79.6 GiB），驱动 580.65.06" in text
+    assert "能导出、建引擎、运行" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("#!/bin/sh\necho 'driver/library version mismatch'; exit 18", "driver/library version mismatch"),
+        ("#!/bin/sh\nexit 9", "退出码是 9"),
+        ("#!/bin/sh\necho '580, [N/A], x'", "看不懂"),
+        ("#!/no/such/shell", None),
+    ],
+)
+def test_a_driver_that_does_not_answer(monkeypatch, tmp_path, script, problem):
+    _path_with(tmp_path, monkeypatch, script)
+    found = machine.nvidia()
+    assert found.gpus == ()
+    assert (found.problem is None) if problem is None else (problem in str(found.problem))
 
 
 def test_doctor_without_installed_metadata(monkeypatch):
@@ -203,9 +325,11 @@ def test_doctor_without_installed_metadata(monkeypatch):
     assert {package["required"] for package in last_json(process)["packages"]} == {None}
 
 
-def test_demo_home(monkeypatch, tmp_path):
+def test_home_moves_the_demo_and_the_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("DSX_HOME", str(tmp_path))
     assert demo.home() == tmp_path
+    assert DiskCache("traces").directory == tmp_path / "traces"
+    assert doctor.diagnose()["trace_cache"] == str(tmp_path / "traces")
     monkeypatch.delenv("DSX_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert demo.home() == tmp_path / "cache/dsx"
@@ -245,6 +369,31 @@ def test_rich_progress_on_a_terminal(monkeypatch, tmp_path):
     os.close(primary)
     for expected in ("✓", "读检查点", "写权重", "退回 naive", "中止"):
         assert expected in text
+
+
+def test_long_work_without_a_terminal_says_where_it_is(capsys):
+    """每隔几秒一行：做到哪里、正在做什么；阶段里不报进度的也有。"""
+    with progress.PlainProgress(every=0.05) as plain:
+        plain.start("写权重", 4 << 30, "bytes")
+        plain.advance(1 << 30, "model.norm.weight")
+        _wait_for(capsys, "写权重：1.00 GiB / 4.00 GiB（model.norm.weight）")
+        plain.start("校验 tokens", 7)
+        plain.advance(2, "batch 2")
+        _wait_for(capsys, "校验 tokens：2 / 7（batch 2）")
+        plain.start("加载模型")
+        _wait_for(capsys, "加载模型……")
+    assert not any(thread.name == "dsx-progress" for thread in threading.enumerate())
+
+
+def _wait_for(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    """等到这一行印出来；不看用了多久。"""
+    shown = ""
+    for _ in range(3000):
+        shown += capsys.readouterr().err
+        if line in shown:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"没有印出 {line!r}：{shown}")
 
 
 def test_plain_and_silent_progress(capsys):

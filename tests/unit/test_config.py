@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -21,10 +22,12 @@ from deepseek_export.errors import DsxError
 
 pytestmark = pytest.mark.unit
 
-# V3、V2 是官方 config.json 的内容，V3 去掉了 FP8 的 quantization_config；其余家族只留推理用得到的字段。
+# V3、V2 是官方 config.json 的内容，V3 去掉了 FP8 的 quantization_config；其余家族只留推理用得到的字段。Sarvam-105B、A.X-K1 的原文没有
+# 核对过：取值来自 transformers 的配置类，Sarvam 的字段名来自厂商随检查点发布的配置类。
 _PUBLISHED = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
 V3, V2_LITE, V2 = (_PUBLISHED[name] for name in ("V3", "V2_LITE", "V2"))
 KIMI, GLM, YOUTU, MINICPM = (_PUBLISHED[name] for name in ("KIMI_K2", "GLM_4_7_FLASH", "YOUTU", "MINICPM3"))
+SARVAM, AXK1 = _PUBLISHED["SARVAM_105B"], _PUBLISHED["AX_K1"]
 
 
 def _yarn(mscale: float) -> dict[str, Any]:
@@ -99,6 +102,66 @@ def test_published_dense_families():
     assert (plain.residual_scale, plain.logits_divisor) == (1.0, 1.0)
 
 
+def test_published_sarvam_uses_its_own_names():
+    """字段另起了名字、rope 叫 deepseek_yarn、head_dim 是潜缓存的宽度、没写分组：就是没有 q_lora、不分组的 V3。"""
+    config = parse_model_config(SARVAM, "sarvam")
+    names = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
+    usual = {
+        names.get(key, key): value for key, value in SARVAM.items() if key not in ("head_dim", "q_head_dim")
+    }
+    usual |= {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "norm_topk_prob": True}
+    usual |= {"attention_bias": False, "use_qk_norm": False, "rope_scaling": _yarn(1.0)}
+    only_here = ("default_theta", "embedding_dropout", "output_dropout", "moe_router_enable_expert_bias")
+    v3 = parse_model_config(edit(usual, *only_here, model_type="deepseek_v3"), "v3")
+    assert dataclasses.replace(config, family="deepseek_v3") == v3
+    assert (config.rope.rope_type, config.qk_head_dim, config.num_moe_layers) == ("yarn", 192, 31)
+    assert parse_model_config(edit(SARVAM, moe_shared_expert_intermediate_size=2048), "x") == config
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("DSX-E105", {"head_dim": 575}),
+        ("DSX-E105", {"q_head_dim": 576}),
+        ("DSX-E105", {"num_experts": 128, "n_routed_experts": 64}),
+        ("DSX-E105", {"moe_shared_expert_intermediate_size": 4096}),
+        ("DSX-E105", {"moe_router_enable_expert_bias": False}),
+        ("DSX-E105", {"use_qk_norm": 1}),
+        ("DSX-E105", {"output_dropout": 0.1}),
+        ("DSX-E107", {"rope_scaling": _yarn(1.0) | {"type": "telechat3-yarn"}}),
+        ("DSX-E107", {"rope_scaling": _yarn(1.0) | {"type": "deepseek_yarn", "rope_type": "default"}}),
+        ("DSX-E109", {"topk_method": "greedy"}),
+    ],
+)
+def test_sarvam_refuses_what_it_does_not_know(code, change):
+    """别名与正名矛盾、它的字段取别的值、别的 rope：一律拒绝。"""
+    refused(code, edit(SARVAM, **change))
+
+
+def test_names_of_one_family_are_not_taken_by_another():
+    """Sarvam 的名字只有 sarvam_mla 认：别的实现不读它们，读法也就未必相同。"""
+    refused("DSX-E104", edit(V3, num_shared_experts=1))
+    refused("DSX-E104", edit(V3, moe_router_enable_expert_bias=True))
+    refused("DSX-E105", edit(V3, head_dim=576))
+    refused("DSX-E105", edit(V3, use_qk_norm=True))
+    refused("DSX-E107", edit(V3, rope_scaling=_yarn(1.0) | {"type": "deepseek_yarn"}))
+
+
+def test_published_axk1():
+    """V3 的路由与注意力；dense 层由 first_k_dense_replace 或 mlp_layer_types 给出，两者矛盾的拒绝。"""
+    config = parse_model_config(AXK1, "axk1")
+    assert (config.group_score, config.n_group, config.topk_group) == ("top2_sum", 8, 4)
+    assert (config.num_moe_layers, config.post_mlp_norm, config.router_bias) == (60, True, False)
+    types = ["dense"] * 2 + ["sparse"] * 59
+    listed = edit(AXK1, "first_k_dense_replace", mlp_layer_types=types)
+    assert parse_model_config(listed, "x").num_moe_layers == 59
+    refused("DSX-E105", listed | {"first_k_dense_replace": 1})
+    refused("DSX-E106", edit(AXK1, "first_k_dense_replace"))
+    refused("DSX-E109", edit(AXK1, topk_method="greedy"))
+    v3 = parse_model_config(V3, "v3")
+    assert (v3.post_mlp_norm, v3.router_bias) == (False, True)
+
+
 def _longrope(**changes: Any) -> dict[str, Any]:
     factors = [1.0 + i / 10 for i in range(16)]
     scaling = {"type": "longrope", "short_factor": factors, "long_factor": [f + 1 for f in factors]}
@@ -129,7 +192,7 @@ _INERT = {
 }
 
 
-@pytest.mark.parametrize("base", [V3, V2_LITE, GLM, YOUTU, MINICPM])
+@pytest.mark.parametrize("base", [V3, V2_LITE, GLM, YOUTU, MINICPM, SARVAM, AXK1])
 def test_fields_that_change_nothing_are_let_through(base):
     """关着的开关、生成的缺省值、记账：收下，结果与没有写一样。"""
     assert parse_model_config(edit(base, **_INERT), "x") == parse_model_config(base, "x")

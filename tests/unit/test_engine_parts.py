@@ -15,12 +15,13 @@ from deepseek_export.engine.flavour import FLAVOURS, ensure_library_link, librar
 from deepseek_export.engine.interrupts import deferred_interrupts
 from deepseek_export.engine.layers import (
     EngineLayer,
+    copied_caches,
     layer_counts,
     missing_plugins,
     parse_layers,
     unfused_attention,
 )
-from deepseek_export.engine.record import RECORD_FILE, EngineRecord, PlanEntry
+from deepseek_export.engine.record import RECORD_FILE, EngineEntry, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
 
@@ -82,12 +83,12 @@ def test_library_link_is_repaired_once(tmp_path: Path):
     ensure_library_link(None)
 
 
-@pytest.mark.parametrize(("text", "sm"), [("sm89", 89), ("SM120", 120), (" sm_80 ", 80)])
+@pytest.mark.parametrize(("text", "sm"), [("sm89", 89), ("SM120", 120), (" sm_80 ", 80), ("89", 89)])
 def test_arch(text, sm):
     assert parse_arch(text) == sm
 
 
-@pytest.mark.parametrize("text", ["89", "sm", "sm8.9", "ada", ""])
+@pytest.mark.parametrize("text", ["8", "sm", "1e9", "sm8.9", "ada", ""])
 def test_bad_arch(text):
     refused("DSX-E912", parse_arch, text)
 
@@ -140,6 +141,27 @@ def test_layers_are_parsed_per_profile():
     assert unfused_attention(found["prefill"], ["a/Attention", "b/Attention"]) == ["b/Attention"]
 
 
+def copy_layer(dims: str) -> str:
+    return f"Name: c_myl0_4, LayerType: copy, Inputs: [ {{ Name: x, Dimensions: [{dims}], Strides: [1] }}], Metadata: "
+
+
+def test_copies_are_listed():
+    """TRT-3：编译器加的拷贝也是每一步要做的事，记在层里、算进个数。"""
+    found = parse_layers(copy_layer("-1,64"), ["decode"], {})
+    assert layer_counts(found["decode"]) == {"copy": 1}
+
+
+@pytest.mark.parametrize(
+    ("dims", "copied"),
+    [("-1,1,256,80", True), ("-1,256,80", True), ("4,256,80", True), ("256,80", False), ("-1,8,80", False)],
+)
+def test_a_copied_cache_is_found(dims, copied):
+    """TRT-3：拷贝的形状除批之外与缓存的相同，就是把整块缓存抄了一遍；别的拷贝、不是拷贝的层不算。"""
+    other = copy_layer("-1,1,256,80").replace("LayerType: copy", "LayerType: kgen")
+    text = "\n".join(("Layers:", other, copy_layer(dims)))
+    assert copied_caches(text, [(1, 256, 80)]) == (["c_myl0_4"] if copied else [])
+
+
 def test_plugin_layers_of_tensorrt_10():
     """TensorRT 10 的 inspector 把插件层叫 PluginV3。"""
     line = "Name: a/MoeExperts, LayerType: PluginV3, Inputs: [], Metadata: [ONNX Layer: a/MoeExperts]"
@@ -148,7 +170,7 @@ def test_plugin_layers_of_tensorrt_10():
 
 
 def record() -> EngineRecord:
-    entry = PlanEntry(
+    entry = EngineEntry(
         graph="model.onnx",
         role="main",
         bytes=3,
@@ -182,7 +204,7 @@ def test_engine_is_refused_where_it_does_not_match(tmp_path: Path):
     read.check(tmp_path, "1.7", 89, "abc")
     for arguments in (("1.8", 89, "abc"), ("1.7", 80, "abc"), ("1.7", None, "abc"), ("1.7", 89, "abd")):
         refused("DSX-E917", read.check, tmp_path, *arguments)
-    refused("DSX-E917", read.read_plan, tmp_path / "model.plan")
+    refused("DSX-E917", read.read_engine, tmp_path / "model.plan")
     (tmp_path / "model.plan").write_bytes(b"ab")
     refused("DSX-E917", read.check, tmp_path, "1.7", 89, "abc")
     (tmp_path / RECORD_FILE).write_text(json.dumps({"schema_version": 2}))

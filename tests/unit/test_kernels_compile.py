@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels import compile as module
-from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_plan
-from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
-from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
-from deepseek_export.kernels.program import Program
+from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_table
+from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
+from deepseek_export.kernels.program import SM_COUNT, Program
 from deepseek_export.kernels.table import SMS
 from deepseek_export.ops.table import LATENT_ATTENTION, MOE_EXPERTS
 
@@ -36,13 +36,13 @@ def empty_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("DSX_NO_CACHE", raising=False)
 
 
-def plans(sm: int, dtype: str = "bfloat16"):
-    attention = latent_attention_plan(sm, **ATTENTION, dtype=dtype)
-    return attention, grouped_swiglu_plan(sm, **EXPERTS, dtype=dtype)
+def tables(sm: int, dtype: str = "bfloat16"):
+    attention = latent_attention_launch(sm, **ATTENTION, dtype=dtype)
+    return attention, grouped_swiglu_launch(sm, **EXPERTS, dtype=dtype)
 
 
-def specs(plan):
-    return list(dict.fromkeys(launch.kernel for v in plan.variants for launch in v.launches))
+def specs(table):
+    return list(dict.fromkeys(launch.kernel for v in table.variants for launch in v.launches))
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
@@ -61,7 +61,7 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
 def test_compiles_for_each_sm(sm):
     """KERNEL-3：每种 SM 各编译一个注意力 kernel，共享内存在上限之内，机器码里没有源码路径。"""
-    spec = specs(plans(sm)[0])[0]
+    spec = specs(tables(sm)[0])[0]
     kernel = compile_kernel(spec, sm)
     assert kernel.cubin[:4] == b"\x7fELF"
     assert kernel.entry.encode() in kernel.cubin
@@ -75,14 +75,14 @@ def test_compiles_for_each_sm(sm):
 @pytest.mark.parametrize("sm", SMS)
 def test_compiles_everything(sm, dtype, tmp_path):
     """KERNEL-3：全部变体在全部 SM 上放得进共享内存；除了 Hopper 起 64 行的注意力块，寄存器都不溢出。"""
-    for plan in plans(sm, dtype):
-        for spec in specs(plan):
+    for table in tables(sm, dtype):
+        for spec in specs(table):
             kernel = compile_kernel(spec, sm)
             assert kernel.shared <= SMS[sm].shared
             # 64 行的累加器占满寄存器，溢出的是几个地址；换来的是 wgmma。
             if dict(spec.constants).get("BLOCK_M") != 64 or spec.function != "latent_attention_partial":
                 assert resources(kernel.cubin, tmp_path)["STACK"] == 0, (spec.function, spec.constants)
-    for spec in specs(latent_attention_plan(sm, **ATTENTION, dtype=dtype, cache_dtype="float32")):
+    for spec in specs(latent_attention_launch(sm, **ATTENTION, dtype=dtype, cache_dtype="float32")):
         assert compile_kernel(spec, sm).shared <= SMS[sm].shared
 
 
@@ -90,8 +90,8 @@ def test_cached_by_content(empty_cache, monkeypatch):
     """KERNEL-4：第二次不再编译；常数、SM 或源码变了键就变。"""
     import triton
 
-    plan = plans(90)[1]
-    spec = next(s for s in specs(plan) if s.function == "combine")
+    table = tables(90)[1]
+    spec = next(s for s in specs(table) if s.function == "combine")
     first = compile_kernel(spec, 90)
     monkeypatch.setattr(triton, "compile", None)
     assert compile_kernel(spec, 90) == first
@@ -106,7 +106,7 @@ def test_cached_by_content(empty_cache, monkeypatch):
 
 def test_corrupt_cache_entry_is_rebuilt(empty_cache):
     """KERNEL-4：被改过的条目当作没有：重新编译，结果与原来相同，条目也修好了。"""
-    spec = next(s for s in specs(plans(90)[1]) if s.function == "combine")
+    spec = next(s for s in specs(tables(90)[1]) if s.function == "combine")
     want = compile_kernel(spec, 90)
     path = module.CACHE.directory / cache_key(spec, 90)
     good = path.read_bytes()
@@ -116,18 +116,18 @@ def test_corrupt_cache_entry_is_rebuilt(empty_cache):
 
 
 @pytest.mark.parametrize("spec", [LATENT_ATTENTION, MOE_EXPERTS], ids=lambda spec: spec.name)
-def test_plans_follow_the_op_table(spec):
-    """计划的输入输出是契约里的那些；kernel 的张量形参与端口同名，指的就是那个端口，类型也是它的。"""
-    plan = next(plan for plan in plans(90) if plan.op == spec.name)
-    for ports, tensors in ((spec.inputs, plan.inputs), (spec.outputs, plan.outputs)):
+def test_launch_tables_follow_the_op_table(spec):
+    """启动表的输入输出是契约里的那些；kernel 的张量形参与端口同名，指的就是那个端口，类型也是它的。"""
+    table = next(table for table in tables(90) if table.op == spec.name)
+    for ports, tensors in ((spec.inputs, table.inputs), (spec.outputs, table.outputs)):
         assert [len(port.dims) for port in ports] == [len(tensor.dims) for tensor in tensors]
     used = set()
-    for launch in (launch for variant in plan.variants for launch in variant.launches):
+    for launch in (launch for variant in table.variants for launch in variant.launches):
         for (name, type_), argument in zip(launch.kernel.signature, launch.arguments, strict=True):
             if argument.kind in ("input", "output"):
                 kind, index, _ = spec.find(name)
                 assert argument == (kind, index)
-                tensor = (plan.inputs if kind == "input" else plan.outputs)[index]
+                tensor = (table.inputs if kind == "input" else table.outputs)[index]
                 assert type_ == DTYPES[tensor.dtype].triton
                 used.add(name)
     assert used == {port.name for port in (*spec.inputs, *spec.outputs)}
@@ -139,8 +139,8 @@ def test_plans_follow_the_op_table(spec):
 def programs():
     """小形状的两个程序；与 test_plugins_tensorrt 用的相同，编译结果共用缓存。"""
     return (
-        compile_plan(latent_attention_plan(89, 8, 64, 16, 0.1, "float16")),
-        compile_plan(grouped_swiglu_plan(89, 8, 2, 32, 48, "float16")),
+        compile_table(latent_attention_launch(89, 8, 64, 16, 0.1, "float16")),
+        compile_table(grouped_swiglu_launch(89, 8, 2, 32, 48, "float16")),
     )
 
 
@@ -157,7 +157,7 @@ def test_program_refuses_foreign_text(programs):
     """别的版本、截断的 image、不认识的行与参数。"""
     text, image = programs[0].to_text(), programs[0].image
     for changed, given_image, message in (
-        (text.replace("dsx-program 1", "dsx-program 2"), image, "dsx-program 1"),
+        (text.replace("dsx-program 2", "dsx-program 1"), image, "dsx-program 2"),
         (text, image[:-1], "image 只有"),
         (text, image + b"x", "程序只用到"),
         (text + "cluster 2\n", image, "不认识的行"),
@@ -175,28 +175,29 @@ def test_bind(programs):
     def shapes(n):
         return [(n, 32), (n, 2), (n, 2), *weights]
 
-    small, large = program.bind(shapes(4)), program.bind(shapes(4096))
+    small, large = program.bind(shapes(4), 128), program.bind(shapes(4096), 128)
     assert [launch.kernel.entry for launch in small] == ["sort_pairs", "gate_up", "down", "combine"]
     assert small[1].kernel != large[1].kernel
     assert small[0].grid == (8 + 1, 1, 1)
     assert small[1].grid == ((4 * 2 // 16 + 8) * 2, 1, 1)
     assert program.workspace(shapes(4)) < program.workspace(shapes(4096))
-    assert [launch.kernel.entry for launch in program.bind(shapes(0))] == ["sort_pairs"]
+    assert [launch.kernel.entry for launch in program.bind(shapes(0), 128)] == ["sort_pairs"]
     with pytest.raises(ValueError, match="维 N 应为 4"):
-        program.bind([(4, 32), (5, 2), (4, 2), *weights])
+        program.bind([(4, 32), (5, 2), (4, 2), *weights], 128)
     with pytest.raises(ValueError, match="个数或秩"):
-        program.bind(shapes(4)[:-1])
+        program.bind(shapes(4)[:-1], 128)
 
 
 @given(st.data())
 def test_workspace_is_monotonic_and_sufficient(data):
-    """按最大尺寸要的 workspace 对任何更小的尺寸、任何变体都够：TensorRT 只按最大尺寸问一次。"""
-    plan = data.draw(st.sampled_from(plans(data.draw(st.sampled_from(list(SMS))))))
-    names = {name for tensor in plan.inputs for name in tensor.dims if not name.isdigit()}
+    """按最大尺寸要的 workspace 对任何更小的尺寸、任何变体、SM 有多有少的卡都够：TensorRT 只按最大尺寸问一次。"""
+    table = data.draw(st.sampled_from(tables(data.draw(st.sampled_from(list(SMS))))))
+    names = {name for tensor in table.inputs for name in tensor.dims if not name.isdigit()}
     large = {name: data.draw(st.integers(0, 300)) for name in sorted(names)}
     small = {name: data.draw(st.integers(0, size)) for name, size in large.items()}
-    have = max(variant.workspace.evaluate(large) for variant in plan.variants)
-    for variant in plan.variants:
+    have = max(variant.workspace.evaluate(large) for variant in table.variants)
+    small[SM_COUNT] = data.draw(st.integers(1, 400))
+    for variant in table.variants:
         offsets = [
             argument.value.evaluate(small)
             for launch in variant.launches
@@ -204,7 +205,7 @@ def test_workspace_is_monotonic_and_sufficient(data):
             if argument.kind == "workspace"
         ]
         # 最后一块是 lse（注意力，4 字节一行）或各对的输出（专家）。
-        if plan.op == "LatentAttention":
+        if table.op == "LatentAttention":
             grid = variant.launches[0].grid
             tail = small["B"] * grid[1].evaluate(small) * small["S"] * ATTENTION["num_heads"] * 4
         else:
@@ -213,29 +214,30 @@ def test_workspace_is_monotonic_and_sufficient(data):
 
 
 def test_splits_follow_the_card():
-    """段数：把 SM 占满，不超过容量里的块数，至少一段。"""
-    plan = plans(90)[0]
+    """KERNEL-5：段数按运行时那张卡的 SM 个数把它占满一轮，不超过容量里的块数，至少一段；SM 比表里多的卡按表里的，workspace 才够。"""
+    table = tables(90)[0]
 
-    def splits(B, S, T):
-        sizes = {"B": B, "S": S, "T": T}
-        variant = next(v for v in plan.variants if v.when.evaluate(sizes))
+    def splits(B, S, T, sms=132):
+        sizes = {"B": B, "S": S, "T": T, SM_COUNT: sms}
+        variant = next(v for v in table.variants if v.when.evaluate(sizes))
         return variant.launches[0].grid[1].evaluate(sizes)
 
     assert splits(1, 1, 32768) == 66
     assert splits(1, 1, 1024) == 16
     assert splits(128, 1, 32768) == 1
+    assert [splits(1, 1, 32768, sms) for sms in (114, 78, 1, 500)] == [57, 39, 1, 66], "H100 PCIe、H20"
     assert splits(1, 1, 0) == 0, "没有缓存就没有启动"
 
 
 def test_unknown_sm():
     """DSX-E901。"""
     with pytest.raises(DsxError, match="DSX-E901"):
-        plans(75)
+        tables(75)
 
 
 def test_without_triton(monkeypatch):
     """DSX-E902。"""
-    spec = specs(plans(90)[0])[0]
+    spec = specs(tables(90)[0])[0]
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(DsxError, match="DSX-E902"):
         compile_kernel(spec, 90)
@@ -248,11 +250,11 @@ def test_without_triton(monkeypatch):
 def test_unsupported_problem(change):
     """DSX-E903。"""
     with pytest.raises(DsxError, match="DSX-E903"):
-        latent_attention_plan(90, **{**ATTENTION, "dtype": "bfloat16", **change})
+        latent_attention_launch(90, **{**ATTENTION, "dtype": "bfloat16", **change})
 
 
 def test_too_much_shared_memory():
     """DSX-E904：H100 的块放不进 99 KiB。"""
-    spec = specs(plans(90)[1])[1]
+    spec = specs(tables(90)[1])[1]
     with pytest.raises(DsxError, match="DSX-E904"):
         compile_kernel(replace(spec, num_stages=8), 89)

@@ -32,9 +32,10 @@ else:
     from deepseek_export.dtypes import DTYPES
     from deepseek_export.kernels import grouped_swiglu as experts_kernels
     from deepseek_export.kernels import latent_attention as attention_kernels
-    from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
-    from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
-    from deepseek_export.kernels.program import LaunchPlan
+    from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+    from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
+    from deepseek_export.kernels.program import SM_COUNT, LaunchTable
+    from deepseek_export.kernels.table import SMS
     from deepseek_export.ops.latent_attention import latent_attention
     from deepseek_export.ops.moe_experts import moe_experts
     from deepseek_export.parity.measures import measure
@@ -46,14 +47,15 @@ else:
     POINTEES = {DTYPES[name].triton: torch_dtype(name) for name in ("float32", "int32", "int64")}
     CANARY = 64
 
-    def run(plan: LaunchPlan, inputs, output):
-        """按启动计划在解释器里执行：workspace 预先填满 NaN，每一块后面有哨兵，越界写会露馅。"""
+    def run(table: LaunchTable, inputs, output):
+        """按启动表在解释器里执行：workspace 预先填满 NaN，每一块后面有哨兵，越界写会露馅。"""
         sizes = {}
-        for tensor, value in zip(plan.inputs, inputs, strict=True):
+        for tensor, value in zip(table.inputs, inputs, strict=True):
             assert len(tensor.dims) == value.dim()
             for name, size in zip(tensor.dims, value.shape, strict=True):
                 assert size == (int(name) if name.isdigit() else sizes.setdefault(name, size))
-        variant = next(v for v in plan.variants if v.when.evaluate(sizes))
+        sizes[SM_COUNT] = SMS[table.sm].most
+        variant = next(v for v in table.variants if v.when.evaluate(sizes))
         regions = {}
         for launch in variant.launches:
             for (_, kind), argument in zip(launch.kernel.signature, launch.arguments, strict=True):
@@ -110,10 +112,10 @@ else:
     def check_attention(B, S, H, r, dr, T, past, dtype, cache_dtype=None, sm=89, seed=0, scale=None):
         q, cache, past_lens = attention_inputs(B, S, H, r, dr, T, past, dtype, cache_dtype, seed)
         scale = scale or (r + dr) ** -0.5
-        plan = latent_attention_plan(
+        table = latent_attention_launch(
             sm, H, r, dr, scale, "float16", cache_dtype and by_torch(cache_dtype).name
         )
-        got = run(plan, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype))
+        got = run(table, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype))
         want = latent_attention(q, cache.nan_to_num(0), past_lens, scale, r)
         assert_close(got, want)
 
@@ -138,9 +140,9 @@ else:
 
     def test_attention_with_one_split():
         """批大到每个序列只有一段：partial 直接写结果，reduce 不启动。"""
-        plan = latent_attention_plan(89, 2, 16, 16, 0.1, "float16")
-        sizes = {"B": 128, "S": 1, "T": 64}
-        reduce = next(v for v in plan.variants if v.when.evaluate(sizes)).launches[1]
+        table = latent_attention_launch(89, 2, 16, 16, 0.1, "float16")
+        sizes = {"B": 128, "S": 1, "T": 64, SM_COUNT: 128}
+        reduce = next(v for v in table.variants if v.when.evaluate(sizes)).launches[1]
         assert 0 in [axis.evaluate(sizes) for axis in reduce.grid]
         check_attention(128, 1, 2, 16, 16, 64, [(7 * b) % 63 for b in range(128)], torch.float32)
 
@@ -160,8 +162,8 @@ else:
         """有效长度不大于 0 的序列得到零而不是 NaN，不影响同一批的其它序列。"""
         q, cache, _ = attention_inputs(3, 2, 6, 40, 12, 96, [5, 5, 90], torch.float32)
         past_lens = torch.tensor([-2, -1, 90])
-        plan = latent_attention_plan(89, 6, 40, 12, 0.1, "float16")
-        got = run(plan, (q, cache, past_lens), poisoned(3, 2, 6, 40, dtype=torch.float32))
+        table = latent_attention_launch(89, 6, 40, 12, 0.1, "float16")
+        got = run(table, (q, cache, past_lens), poisoned(3, 2, 6, 40, dtype=torch.float32))
         assert not got[0].any()
         assert not got[1, 0].any()
         assert torch.equal(got[1, 1], cache[1, 0, 0, :40].expand(6, -1)), "只看得见一个 key"
@@ -170,8 +172,8 @@ else:
     def test_attention_of_nothing():
         """S 为 0 时什么也不启动。"""
         inputs = attention_inputs(2, 0, 6, 40, 12, 32, [3, 4], torch.float32)
-        plan = latent_attention_plan(89, 6, 40, 12, 0.1, "float16")
-        assert run(plan, inputs, poisoned(2, 0, 6, 40, dtype=torch.float32)).shape == (2, 0, 6, 40)
+        table = latent_attention_launch(89, 6, 40, 12, 0.1, "float16")
+        assert run(table, inputs, poisoned(2, 0, 6, 40, dtype=torch.float32)).shape == (2, 0, 6, 40)
 
     @settings(max_examples=15, deadline=None)
     @given(st.data())
@@ -203,8 +205,8 @@ else:
     def run_experts(inputs, sm=89):
         x, ids, _, w_gate, *_ = inputs
         E, inner, D = w_gate.shape
-        plan = grouped_swiglu_plan(sm, E, ids.shape[1], D, inner, "float16")
-        return run(plan, inputs, poisoned(*x.shape, dtype=x.dtype))
+        table = grouped_swiglu_launch(sm, E, ids.shape[1], D, inner, "float16")
+        return run(table, inputs, poisoned(*x.shape, dtype=x.dtype))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize(

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from deepseek_export.engine.flavour import FLAVOURS, load
+from deepseek_export.engine.plugins import plugin_class
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.launcher import Launcher, pack_arguments
-from deepseek_export.kernels.program import Argument, CompiledKernel, Launch, Program, Tensor, Variant
+from deepseek_export.kernels.program import (
+    SM_COUNT,
+    Argument,
+    CompiledKernel,
+    Launch,
+    Program,
+    Tensor,
+    Variant,
+)
+from deepseek_export.ops.table import LATENT_ATTENTION
 
 pytestmark = pytest.mark.unit
 
@@ -39,7 +51,9 @@ PROGRAM = Program(
                         Argument("int32", N),
                     ),
                 ),
-                Launch(SECOND, (N, ONE, ONE), (Argument("workspace", N * 64), Argument("output", 0))),
+                Launch(
+                    SECOND, (N, symbol(SM_COUNT), ONE), (Argument("workspace", N * 64), Argument("output", 0))
+                ),
             ),
         ),
     ),
@@ -51,6 +65,7 @@ class Recorder:
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"))
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="max-shared")
+    CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="sm-count")
 
     def __init__(self):
         self.calls, self.status = [], self.CUresult.CUDA_SUCCESS
@@ -63,6 +78,8 @@ class Recorder:
             self.calls.append((name, arguments))
             if name in ("cuInit", "cuLaunchKernel"):
                 return (self.status,)
+            if name == "cuDeviceGetAttribute":
+                return self.status, 3
             return self.status, self if name == "cuCtxGetCurrent" else (name, *arguments)
 
         return call
@@ -77,7 +94,7 @@ def driver(monkeypatch):
 
 def test_pack_arguments():
     """指针、workspace 偏移、标量各是什么 C 类型；末尾补 scratch 的空指针。"""
-    first, second = PROGRAM.bind([(4, 8)])
+    first, second = PROGRAM.bind([(4, 8)], 3)
     assert pack_arguments(first, [0x1000], [0x2000], 0x3000) == (
         (0x1000, 0x3000 + 256, 0.125, 4, 0, 0),
         (
@@ -103,16 +120,42 @@ def test_loading_raises_the_shared_memory_limit(driver):
 
 
 def test_enqueue_only_launches(driver):
-    """KERNEL-6：只调用 cuLaunchKernel：不分配、不同步；次序、网格、线程数、共享内存、流都对；没有 token 就不启动。"""
+    """KERNEL-6：只调用 cuLaunchKernel：不分配、不同步；次序、网格（SM 的个数取自设备）、线程数、共享内存、流都对；没有 token 就不启动。"""
     launcher = Launcher(PROGRAM)
     driver.calls.clear()
     launcher.enqueue(((5, 8),), [0x1000], [0x2000], 0x3000, 77)
     assert [name for name, _ in driver.calls] == ["cuLaunchKernel"] * 2
     first, second = (arguments for _, arguments in driver.calls)
     assert first[1:9] == (3, 1, 1, 128, 1, 1, 98304, 77)
-    assert second[1:9] == (5, 1, 1, 64, 1, 1, 0, 77)
+    assert second[1:9] == (5, 3, 1, 64, 1, 1, 0, 77)
     driver.calls.clear()
     launcher.enqueue(((0, 8),), [0x1000], [0x2000], 0x3000, 77)
+    assert not driver.calls
+
+
+def test_plugin_needs_no_earlier_attach(driver):
+    """TRT-4：TensorRT 没有先调 attach_to_context 就 enqueue：当场装载，照样启动；之后不再装载。"""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("没有安装 tensorrt_rtx，没有插件的基类")
+    plugin = plugin_class(load(FLAVOURS["rtx"]), LATENT_ATTENTION)({}, PROGRAM)
+    for _ in range(2):
+        plugin.enqueue([SimpleNamespace(dims=(5, 8))], [], [0x1000], [0x2000], 0x3000, 77)
+    names = [name for name, _ in driver.calls]
+    assert names.count("cuLibraryLoadData") == 2
+    assert names.count("cuLaunchKernel") == 4
+
+
+def test_misaligned_addresses_are_refused(driver):
+    """KERNEL-6：kernel 按 16 字节对齐编译，没有对齐的地址在启动之前说出来，一个 kernel 也不启动。"""
+    launcher = Launcher(PROGRAM)
+    driver.calls.clear()
+    for inputs, outputs, workspace, what in (
+        ([0x1008], [0x2000], 0x3000, "Toy 的输入 0 在 0x1008"),
+        ([0x1000], [0x2004], 0x3000, "Toy 的输出 0 在 0x2004"),
+        ([0x1000], [0x2000], 0x3002, "Toy 的workspace 0 在 0x3002"),
+    ):
+        with pytest.raises(RuntimeError, match=what):
+            launcher.enqueue(((5, 8),), inputs, outputs, workspace, 77)
     assert not driver.calls
 
 

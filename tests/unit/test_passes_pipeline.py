@@ -209,6 +209,8 @@ def test_unknown_target_lists_the_targets():
     ) as caught:
         lowered("v3", "mla+moe", "tpu")
     assert caught.value.code == "DSX-E301"
+    with pytest.raises(DsxError, match="是不是想写 tensorrt-rtx？"):
+        lowered("v3", "mla+moe", "tensorrt_rtx")
 
 
 @pytest.mark.parametrize("target", TENSORRT_TARGETS)

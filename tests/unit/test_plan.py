@@ -240,6 +240,8 @@ def test_refusals(minicpm: Path):
         make_plan(minicpm, ON, gpus=["gtx1080"])
     assert error.value.code == "DSX-E703"
     assert "gtx1080" in error.value.what
+    with pytest.raises(DsxError, match="是不是想写 rtx4090？"):
+        make_plan(minicpm, ON, gpus=["RTX-4090"])
     with pytest.raises(DsxError) as error:
         make_plan(minicpm, ON, context=32769)
     assert error.value.code == "DSX-E704"

@@ -13,27 +13,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_export.kernels.compile import compile_plan
+from deepseek_export.kernels.compile import compile_table
 from deepseek_export.kernels.expression import OPERATORS
-from deepseek_export.kernels.grouped_swiglu_plan import grouped_swiglu_plan
-from deepseek_export.kernels.latent_attention_plan import latent_attention_plan
+from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import Program
 
 pytestmark = pytest.mark.unit
 
 SOURCES = Path(__file__).resolve().parents[2] / "plugins/tensorrt"
 CXX = shutil.which("g++")
+COMPILE = (CXX, "-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror")
 HEADERS = os.environ.get("TENSORRT_ROOT")
 
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Program]:
     """两个算子的小程序。"""
-    plans = (
-        latent_attention_plan(89, 8, 64, 16, 0.1, "float16"),
-        grouped_swiglu_plan(89, 8, 2, 32, 48, "float16"),
+    tables = (
+        latent_attention_launch(89, 8, 64, 16, 0.1, "float16"),
+        grouped_swiglu_launch(89, 8, 2, 32, 48, "float16"),
     )
-    return {plan.op: compile_plan(plan) for plan in plans}
+    return {table.op: compile_table(table) for table in tables}
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +43,24 @@ def bind(tmp_path_factory):
     if CXX is None:
         pytest.skip("没有 g++，不能编译 C++ 一侧")
     binary = tmp_path_factory.mktemp("native") / "bind"
-    command = [CXX, "-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-o", binary]
+    command = [*COMPILE, "-o", binary]
     subprocess.run([*command, SOURCES / "bind.cc", SOURCES / "program.cc"], check=True)
 
-    def run(program: Program, shapes, text: str | None = None, image_size: int | None = None):
+    def run(
+        program: Program, shapes, text: str | None = None, image_size: int | None = None, sms=128, **variables
+    ):
         file = binary.with_suffix(".txt")
         file.write_text(program.to_text() if text is None else text, encoding="utf-8")
         size = len(program.image) if image_size is None else image_size
-        command = [binary, file, str(size), *(",".join(map(str, shape)) for shape in shapes)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [binary, file, str(size), str(sms), *(",".join(map(str, shape)) for shape in shapes)]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **variables}
+        )
 
     return run
 
 
-def expected(program: Program, shapes) -> str:
+def expected(program: Program, shapes, sm_count: int = 128) -> str:
     """``bind`` 应当打印的内容，由 Python 一侧得到。"""
     offsets = {}
     for variant in program.variants:
@@ -63,7 +68,7 @@ def expected(program: Program, shapes) -> str:
             if launch.kernel not in offsets:
                 offsets[launch.kernel] = sum(len(kernel.cubin) for kernel in offsets)
     lines = [f"{program.op} {program.sm} {program.workspace(shapes)}"]
-    for launch in program.bind(shapes):
+    for launch in program.bind(shapes, sm_count):
         k = launch.kernel
         numbers = (k.threads, k.shared, k.scratch, offsets[k], len(k.cubin), *launch.grid)
         lines.append(" ".join(map(str, (k.entry, *numbers))))
@@ -97,6 +102,31 @@ def test_both_sides_agree(op, shapes, programs, bind):
     assert done.stdout == expected(programs[op], shapes)
 
 
+@pytest.mark.parametrize("sms", [1, 78, 500])
+def test_both_sides_bind_the_sm_count(sms, programs, bind):
+    """KERNEL-5：SM 的个数在装载之后才代入，两边得到同样的段数；比表里多的按表里的。"""
+    shapes = attention_shapes(1, 1, 4096)
+    assert bind(programs["LatentAttention"], shapes, sms=sms).stdout == expected(
+        programs["LatentAttention"], shapes, sms
+    )
+
+
+@pytest.fixture(scope="module")
+def decimal_comma(tmp_path_factory) -> dict[str, str]:
+    """小数点是逗号的 locale，由 localedef 编译；环境变量。"""
+    if shutil.which("localedef") is None or not Path("/usr/share/i18n/locales/de_DE").exists():
+        pytest.skip("没有 localedef 或它的 de_DE，编译不出小数点是逗号的 locale")
+    folder = tmp_path_factory.mktemp("locales")
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", folder / "de_DE.utf8"], check=True)
+    return {"LOCPATH": str(folder), "LC_ALL": "de_DE.utf8"}
+
+
+def test_numbers_do_not_follow_the_locale(programs, bind, decimal_comma):
+    """KERNEL-5：宿主进程的 locale 以逗号作小数点，读出的 scale 也不变。"""
+    program, shapes = programs["LatentAttention"], attention_shapes(1, 1, 64)
+    assert bind(program, shapes, **decimal_comma).stdout == expected(program, shapes)
+
+
 def test_refusals(programs, bind):
     """形状不符、截断的 image、别的版本、不认识的行、没有值的符号：一行说明，不崩溃。"""
     program = programs["LatentAttention"]
@@ -107,9 +137,10 @@ def test_refusals(programs, bind):
         (bind(program, good[:2]), "有 2 个输入，应为 3"),
         (bind(program, [(2,), *good[1:]]), "的秩不符"),
         (bind(program, good, image_size=len(program.image) - 1), "image 只有"),
-        (bind(program, good, text.replace("program 1", "program 2")), "应为 dsx-program 1"),
+        (bind(program, good, text.replace("program 2", "program 1")), "应为 dsx-program 2"),
         (bind(program, good, text + "cluster 2\n"), "不认识的行 cluster 2"),
         (bind(program, good, text.replace("argument int32 S", "argument int64 S")), "不认识的参数 int64"),
+        (bind(program, good, text.replace("argument float32 0.1", "argument float32 0,1")), "0,1 不是数"),
         (bind(program, good, text.replace("argument int32 S", "argument int32 Q")), "符号 Q 没有值"),
         (bind(program, good, text.replace("argument int32 S", "argument int32 S +")), "算式不完整"),
         (bind(program, good, text.replace("argument int32 S", "argument int32 S 0 /")), "不是正数"),
@@ -123,6 +154,49 @@ def test_operators_are_the_same_on_both_sides():
     """C++ 里算式的运算符与 Python 的表一致。"""
     program = (SOURCES / "program.cc").read_text(encoding="utf-8")
     assert set(re.findall(r'token == "(.+?)"', program)) == set(OPERATORS)
+
+
+@pytest.fixture(scope="module")
+def enqueue(tmp_path_factory):
+    """``enqueue(program, shapes...)``：C++ 的启动器在一个假的 libcuda 上执行，返回它打印的各行。"""
+    triton = importlib.util.find_spec("triton")
+    if CXX is None or triton is None:
+        pytest.skip("没有 g++，或没有 triton 带的 cuda.h，不能编译 C++ 一侧")
+    folder = tmp_path_factory.mktemp("driver")
+    include = f"-I{Path(triton.origin).parent / 'backends/nvidia/include'}"
+    shared = ["-shared", "-fPIC", "-o", folder / "libcuda.so.1", SOURCES / "fake_cuda.cc"]
+    subprocess.run([*COMPILE, include, *shared], check=True)
+    sources = [SOURCES / name for name in ("enqueue.cc", "driver.cc", "program.cc")]
+    subprocess.run([*COMPILE, include, "-o", folder / "enqueue", *sources, "-ldl"], check=True)
+
+    def run(program: Program, *calls, sms: int = 128) -> list[str]:
+        (folder / "program").write_text(program.to_text(), encoding="utf-8")
+        shapes = [",".join(map(str, shape)) for call in calls for shape in call]
+        numbers = [str(len(program.image)), str(len(program.inputs))]
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_SMS": str(sms)}
+        command = [folder / "enqueue", folder / "program", *numbers, *shapes]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("sms", [4, 128])
+def test_enqueue_needs_no_earlier_call(sms, programs, enqueue):
+    """KERNEL-6：没有先装载、没有先报形状就 enqueue：当场装载（只一次），按这一次的形状与这张卡的 SM 个数启动，不会什么也不做就说
+    成功；没有对齐的地址不启动。
+    """
+    program = programs["LatentAttention"]
+    calls = [attention_shapes(1, 1, 4096), attention_shapes(3, 8, 500)]
+    want = []
+    for call in calls:
+        want += ["enqueue", *["load" for _ in program.kernels if call is calls[0]]]
+        for launch in program.bind(call, sms):
+            numbers = (*launch.grid, launch.kernel.threads, launch.kernel.shared)
+            want.append(f"launch {' '.join(map(str, numbers))}")
+    *lines, last = enqueue(program, *calls, sms=sms)
+    assert lines == want
+    assert last == "dsx: latent_attention_partial 的参数 0 没有按 16 字节对齐"
 
 
 PARSE = """

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from deepseek_export.backend.base import Caches, SavedRow, check_rows
+from deepseek_export.backend.base import Caches, SavedRow
 from deepseek_export.backend.contract import CacheSpec, CacheTensor
 from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.errors import DsxError
@@ -68,9 +68,8 @@ class OrtCaches(Caches):
     """主机内存里的缓存；各行在内存里相邻，所以连着的几行就是一段，视图不必复制。"""
 
     def __init__(self, spec: CacheSpec, batch: int, storage: _Storage, start: int = 0) -> None:
-        self.spec, self.batch = spec, batch
+        super().__init__(spec, batch)
         self._storage, self._start = storage, start
-        self._views: dict[tuple[int, int], OrtCaches] = {}
         # OrtValue 只借用 numpy 的内存，数组由 storage 留住。
         self._values: dict[str, ort.OrtValue] = {}
         self._valued: int | None = None
@@ -113,14 +112,8 @@ class OrtCaches(Caches):
     def ensure(self, needed: int) -> bool:
         return self._storage.grow(needed)
 
-    def rows(self, start: int, count: int) -> OrtCaches:
-        if (start, count) == (0, self.batch):
-            return self
-        check_rows(start, count, self.batch)
-        if (start, count) not in self._views:
-            view = OrtCaches(self.spec, count, self._storage, self._start + start)
-            self._views[start, count] = view
-        return self._views[start, count]
+    def view(self, start: int, count: int) -> OrtCaches:
+        return OrtCaches(self.spec, count, self._storage, self._start + start)
 
     def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:
         if origin is None or origin is self:

@@ -35,7 +35,7 @@ class TensorRTBackend(Backend):
         """
         graph = graph or bundle.manifest.main
         directory, record = find_engine(bundle, require_gpu())
-        entry = record.plans[_plan_path(directory, graph).name]
+        entry = record.plans[_engine_path(directory, graph).name]
         profiles = entry.profiles.values()
         verifies = any("K" in value.shape for value in graph.inputs)
         return Limits(
@@ -56,7 +56,7 @@ class TensorRTBackend(Backend):
             DsxError: ``DSX-E918`` 没有 GPU；``DSX-E920`` 没有引擎；``DSX-E917`` 引擎与这里不符；``DSX-E914`` / ``DSX-E916`` 加载失败。
         """
         directory, _ = find_engine(bundle, require_gpu())
-        return TensorRTRunner(bundle, _plan_path(directory, graph), self.limits(bundle, graph))
+        return TensorRTRunner(bundle, _engine_path(directory, graph), self.limits(bundle, graph))
 
     def cut_runner(self, bundle: Bundle) -> CutRunner:
         # 到这里才导入：建引擎的那一半只有 dsx compare 用。
@@ -65,5 +65,5 @@ class TensorRTBackend(Backend):
         return cut_runner(bundle)
 
 
-def _plan_path(directory: Path, graph: GraphEntry) -> Path:
+def _engine_path(directory: Path, graph: GraphEntry) -> Path:
     return directory / Path(graph.file).with_suffix(".plan").name

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from deepseek_export.backend.base import Caches, SavedRow, check_rows
+from deepseek_export.backend.base import Caches, SavedRow
 from deepseek_export.backend.contract import CacheSpec, CacheTensor
 from deepseek_export.backend.tensorrt.cuda import Cuda
 from deepseek_export.errors import DsxError
@@ -38,9 +38,8 @@ class DeviceCaches(Caches):
     """一个批次在显存里的缓存。"""
 
     def __init__(self, spec: CacheSpec, batch: int, capacity: int, memory: _Memory, start: int = 0) -> None:
-        self.spec, self.batch = spec, batch
+        super().__init__(spec, batch)
         self._capacity, self._memory, self._start = capacity, memory, start
-        self._views: dict[tuple[int, int], DeviceCaches] = {}
         self._addresses = dict(memory.addresses)
         for tensor in spec.tensors:
             offset = start * capacity * tensor.bytes_per_token
@@ -73,14 +72,8 @@ class DeviceCaches(Caches):
         _check_fits(needed, self._capacity)
         return False
 
-    def rows(self, start: int, count: int) -> DeviceCaches:
-        if (start, count) == (0, self.batch):
-            return self
-        check_rows(start, count, self.batch)
-        if (start, count) not in self._views:
-            view = DeviceCaches(self.spec, count, self._capacity, self._memory, self._start + start)
-            self._views[start, count] = view
-        return self._views[start, count]
+    def view(self, start: int, count: int) -> DeviceCaches:
+        return DeviceCaches(self.spec, count, self._capacity, self._memory, self._start + start)
 
     def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:
         there = cast(DeviceCaches, origin or self)  # 同一个 Runner 分配的

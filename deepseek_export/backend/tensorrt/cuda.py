@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,16 +29,22 @@ def require_gpu() -> int:
 
 
 class Cuda:
-    """一个设备上的主上下文与一条流；在哪个线程里用，上下文就在哪个线程里设为当前（CUDA 的当前上下文是逐线程的）。"""
+    """一个设备上的主上下文与一条流，任何线程都能用：每次调用驱动之前把上下文设为这个线程当前的。"""
 
     def __init__(self) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
-        self._check(driver.cuInit(0), "cuInit")
-        (self._context,) = self._check(driver.cuDevicePrimaryCtxRetain(0), "cuDevicePrimaryCtxRetain")
-        self._thread = threading.local()
+        self._check(driver.cuInit, driver.cuInit(0))
+        self._context = self._check(driver.cuDevicePrimaryCtxRetain, driver.cuDevicePrimaryCtxRetain(0))
         self._stream = self._call(driver.cuStreamCreate, 1)  # 1 = CU_STREAM_NON_BLOCKING
+
+    def make_current(self) -> None:
+        """把上下文设为这个线程当前的；不经过本类而要用驱动的（TensorRT 与其中的插件）先调它。
+
+        驱动的当前上下文按线程记，服务里加载与执行往往不在同一个线程，析构更可以在任何一个。
+        """
+        self._check(self._driver.cuCtxSetCurrent, self._driver.cuCtxSetCurrent(self._context))
 
     @property
     def stream(self) -> int:
@@ -106,21 +111,18 @@ class Cuda:
         self._call(self._driver.cuGraphExecDestroy, graph)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        if not hasattr(self._thread, "current"):
-            self._check(self._driver.cuCtxSetCurrent(self._context), "cuCtxSetCurrent")
-            self._thread.current = True
-        values = self._check(function(*arguments), function.__name__)
-        return values[0] if values else None
+        self.make_current()
+        return self._check(function, function(*arguments))
 
-    def _check(self, result: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    def _check(self, function: Callable[..., Any], result: tuple[Any, ...]) -> Any:
         status, *values = result
         if status != self._driver.CUresult.CUDA_SUCCESS:
             full = status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
             todo = (
                 "显存不足：减小批大小，或用更小的 T 重建引擎" if full else "见驱动的日志（dmesg、nvidia-smi）"
             )
-            raise DsxError("DSX-E914", f"{name} 返回 {status.name}", todo)
-        return tuple(values)
+            raise DsxError("DSX-E914", f"{function.__name__} 返回 {status.name}", todo)
+        return values[0] if values else None
 
 
 class Buffer:

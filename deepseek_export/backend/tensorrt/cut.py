@@ -18,7 +18,7 @@ from deepseek_export.backend.tensorrt.cuda import Buffer, require_gpu
 from deepseek_export.backend.tensorrt.engine import LoadedEngine, find_engine
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import GraphEntry
-from deepseek_export.engine.build import build_plan, check_plugins
+from deepseek_export.engine.build import build_engine_bytes, check_plugins
 from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
 from deepseek_export.engine.graph import fix_capacity
@@ -77,26 +77,28 @@ class CutEngines:
         Raises:
             DsxError: ``DSX-E914`` TensorRT 报错；``DSX-E915`` 有插件没有留在引擎里；``DSX-E916`` 插件出错。
         """
-        plan, layers = self.build(model, feeds)
-        loaded = LoadedEngine(self._flavour, self._sm, plan, layers, str(model))
+        content, layers = self.build(model, feeds)
+        loaded = LoadedEngine(self._flavour, self._sm, content, layers, str(model))
         graph = onnx.load(model, load_external_data=False).graph
         return [_execute(loaded, name, graph, feed) for name, feed in zip(layers, feeds, strict=True)]
 
-    def build(self, model: Path, feeds: Sequence[Arrays]) -> tuple[bytes, dict[str, list[EngineLayer]]]:
+    def build(self, model: Path, feeds: Sequence[Arrays]) -> tuple[memoryview, dict[str, list[EngineLayer]]]:
         """只建引擎；不需要 GPU（发行允许的话）。
 
         Returns:
-            plan，与每个优化配置的层；配置的名字是第几次前向。
+            引擎，与每个优化配置的层；配置的名字是第几次前向。
         """
         graph = onnx.load(model, load_external_data=False)
         profiles = {str(i): ranges for i, ranges in enumerate(fix_shapes(graph, feeds))}
         path = model.with_name(ENGINE_GRAPH)
         onnx.save(graph, path)
-        plan, text = build_plan(load(self._flavour), self._flavour, path, self._sm, profiles, Progress())
+        content, text = build_engine_bytes(
+            load(self._flavour), self._flavour, path, self._sm, profiles, Progress()
+        )
         plugins = {node.name: node.op_type for node in graph.graph.node if node.domain == DOMAIN}
         layers = parse_layers(text, list(profiles), plugins)
         check_plugins(path.name, [layer for found in layers.values() for layer in found], plugins)
-        return plan, layers
+        return content, layers
 
 
 def fix_shapes(model: onnx.ModelProto, feeds: Sequence[Arrays]) -> list[dict[str, Range]]:

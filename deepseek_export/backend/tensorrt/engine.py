@@ -1,4 +1,4 @@
-"""引擎目录里的引擎（TensorRT 叫 plan 文件）：按 GPU 找到、核对、反序列化、执行。"""
+"""引擎目录里的引擎（``.plan`` 文件）：按 GPU 找到、核对、反序列化、执行。"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
-from deepseek_export.engine.record import ENGINES, EngineRecord, PlanEntry
+from deepseek_export.engine.record import ENGINES, EngineEntry, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
 
@@ -66,7 +66,7 @@ class LoadedEngine:
     Args:
         flavour: 用哪种 TensorRT。
         sm: 当前 GPU。
-        plan: plan 的内容。
+        content: 引擎的内容。
         profiles: 优化配置的名字，次序即编号。
         what: 它叫什么，写进错误里。
 
@@ -79,7 +79,9 @@ class LoadedEngine:
         DsxError: ``DSX-E914`` TensorRT 拒绝加载；``DSX-E916`` 插件出错。
     """
 
-    def __init__(self, flavour: Flavour, sm: int, plan: bytes, profiles: Iterable[str], what: str) -> None:
+    def __init__(
+        self, flavour: Flavour, sm: int, content: bytes | memoryview, profiles: Iterable[str], what: str
+    ) -> None:
         self.cuda, self._sm, self._what = Cuda(), sm, what
         self._trt, self._profiles = load(flavour), list(profiles)
         self._logger = logger_for(self._trt)
@@ -88,7 +90,7 @@ class LoadedEngine:
         self.contexts: dict[str, Any] = {}
         with building_for(sm) as target:
             self._runtime = self._trt.Runtime(self._logger)
-            self.engine = self._runtime.deserialize_cuda_engine(plan)
+            self.engine = self._runtime.deserialize_cuda_engine(content)
             if self.engine is None:
                 raise self._failure(target, f"加载 {what}")
         self._workspace_bytes = self.engine.device_memory_size_v2
@@ -113,6 +115,7 @@ class LoadedEngine:
             config = self.engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        self.cuda.make_current()
         with building_for(self._sm) as target:
             context = self.engine.create_execution_context(config)
             index = self._profiles.index(profile)
@@ -142,6 +145,7 @@ class LoadedEngine:
 
     def execute(self, context: Any, name: str) -> None:
         """在流上执行一次，不等它做完。"""
+        self.cuda.make_current()
         with building_for(self._sm) as target:
             if not context.execute_async_v3(self.cuda.stream):
                 raise self._failure(target, f"执行 {name}")
@@ -162,6 +166,7 @@ class LoadedEngine:
 
     def __del__(self) -> None:
         if getattr(self, "_workspace", 0):
+            self.cuda.make_current()
             self.contexts.clear()
             self.cuda.free(self._workspace)
 
@@ -185,7 +190,7 @@ class BundleEngine:
 
     loaded: LoadedEngine
     shapes: ProfileShapes
-    entry: PlanEntry
+    entry: EngineEntry
     contract: GraphContract
 
 
@@ -194,7 +199,7 @@ def open_engine(bundle: Bundle, path: Path) -> BundleEngine:
 
     Args:
         bundle: 引擎所属的 bundle。
-        path: 引擎目录里的 plan 文件。
+        path: 引擎目录里的 ``.plan`` 文件。
 
     Raises:
         DsxError: ``DSX-E918`` 没有 GPU；``DSX-E917`` 引擎与这里不符；其余见 :class:`LoadedEngine`。
@@ -205,7 +210,7 @@ def open_engine(bundle: Bundle, path: Path) -> BundleEngine:
     record.check(path.parent, flavour.version(), sm, sha256_file(bundle.path / "manifest.json"))
     entry = record.plans[path.name]
     graph = next(graph for graph in bundle.manifest.graphs if graph.file == entry.graph)
-    loaded = LoadedEngine(flavour, sm, record.read_plan(path), entry.profiles, str(path))
+    loaded = LoadedEngine(flavour, sm, record.read_engine(path), entry.profiles, str(path))
     return BundleEngine(loaded, record.shapes, entry, graph_contract(graph))
 
 
@@ -222,7 +227,7 @@ def graph_contract(graph: GraphEntry) -> GraphContract:
     return GraphContract.of(inputs, outputs)
 
 
-def select_profile(entry: PlanEntry, sizes: Mapping[str, int]) -> str:
+def select_profile(entry: EngineEntry, sizes: Mapping[str, int]) -> str:
     """放得下这组尺寸的优化配置。
 
     Raises:
@@ -244,7 +249,7 @@ def select_profile(entry: PlanEntry, sizes: Mapping[str, int]) -> str:
     raise DsxError("DSX-E921", f"{shown} 不在引擎的优化配置里（{limits}）", todo)
 
 
-def max_logits_rows(entry: PlanEntry, verifies_drafts: bool) -> int:
+def max_logits_rows(entry: EngineEntry, verifies_drafts: bool) -> int:
     """一次调用至多能要几行 logits，要的是全部新 token 的；带草稿验证的，L 行要 L-1 个草稿。"""
     return max(
         min(ranges["S"][2], ranges["L"][2], ranges["K"][2] + 1 if verifies_drafts else ranges["L"][2])

@@ -26,7 +26,7 @@ class TensorRTRunner(Runner):
 
     Args:
         bundle: 引擎所属的 bundle。
-        path: plan 文件。
+        path: 引擎的文件。
         limits: 它做得到什么，见 :meth:`TensorRTBackend.limits`。
 
     Raises:

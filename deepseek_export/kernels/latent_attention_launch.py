@@ -1,4 +1,4 @@
-"""``dsx::LatentAttention`` 的启动计划：在每种形状与 SM 上用多大的块、怎样的网格、多少 workspace。"""
+"""``dsx::LatentAttention`` 的启动表：在每种形状与 SM 上用多大的块、怎样的网格、多少 workspace。"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import MappingProxyType
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, symbol
-from deepseek_export.kernels.program import LaunchPlan, Variant
+from deepseek_export.kernels.program import SM_COUNT, LaunchTable, Variant
 from deepseek_export.kernels.table import (
     ALIGNMENT,
     KernelDtype,
@@ -57,7 +57,7 @@ _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
 _REDUCE_SPLITS, _REDUCE_COLUMNS, _REDUCE_WARPS = 64, 128, 4
 
 
-def latent_attention_plan(
+def latent_attention_launch(
     sm: int,
     num_heads: int,
     kv_lora_rank: int,
@@ -65,8 +65,8 @@ def latent_attention_plan(
     scale: float,
     dtype: KernelDtype,
     cache_dtype: str | None = None,
-) -> LaunchPlan[KernelSpec]:
-    """``dsx::LatentAttention`` 的启动计划。
+) -> LaunchTable[KernelSpec]:
+    """``dsx::LatentAttention`` 的启动表。
 
     Args:
         sm: 计算能力。
@@ -97,10 +97,10 @@ def latent_attention_plan(
         keys = tile.keys * 2 // DTYPES[cache_dtype].nbytes(1)  # float32 的缓存每个 key 占两倍共享内存
         row_blocks = rows.ceil(tile.rows)
         # 每个 SM 一个线程块，一轮跑完；至少一段，不超过容量里的块数。max(1) 也顾及 B 或 S 为 0。
-        splits = (Expression.of(limits.count) // (B * row_blocks).max(1)).max(1).min(T.ceil(keys))
+        splits = (symbol(SM_COUNT).min(limits.most) // (B * row_blocks).max(1)).max(1).min(T.ceil(keys))
         partial_bytes = (B * splits * rows * (4 * r)).align(ALIGNMENT)
-        # B*splits*row_blocks 不超过 max(SM 数, B*row_blocks)：这个上界随尺寸单调，段数却不是。
-        slots = (B * row_blocks).max(limits.count) * tile.rows
+        # B*splits*row_blocks 不超过 max(SM 数的上限, B*row_blocks)：这个上界随尺寸单调，段数却不是。
+        slots = (B * row_blocks).max(limits.most) * tile.rows
         workspace = (slots * (4 * r)).align(ALIGNMENT) + slots * 4
         results = (
             problem.port("past_lens"),
@@ -130,4 +130,4 @@ def latent_attention_plan(
         )
         when = Expression.of(1) if tile is tiles[-1] else rows.at_most(tile.rows)
         variants.append(Variant(when, workspace, (partial, reduce)))
-    return problem.plan(variants)
+    return problem.table(variants)

@@ -1,4 +1,4 @@
-"""``dsx::MoeExperts`` 的启动计划：在每种形状与 SM 上用多大的块、怎样的网格、多少 workspace。"""
+"""``dsx::MoeExperts`` 的启动表：在每种形状与 SM 上用多大的块、怎样的网格、多少 workspace。"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.kernels.expression import Expression, symbol
-from deepseek_export.kernels.program import LaunchPlan, Variant
+from deepseek_export.kernels.program import LaunchTable, Variant
 from deepseek_export.kernels.table import (
     ALIGNMENT,
     KernelDtype,
@@ -56,15 +56,15 @@ _GROUP = 8
 _COMBINE_BLOCK = 1024
 
 
-def grouped_swiglu_plan(
+def grouped_swiglu_launch(
     sm: int,
     num_experts: int,
     top_k: int,
     hidden_size: int,
     moe_intermediate_size: int,
     dtype: KernelDtype,
-) -> LaunchPlan[KernelSpec]:
-    """``dsx::MoeExperts`` 的启动计划。
+) -> LaunchTable[KernelSpec]:
+    """``dsx::MoeExperts`` 的启动表。
 
     Args:
         sm: 计算能力。
@@ -147,4 +147,4 @@ def grouped_swiglu_plan(
         # 平均每个专家分到的 token 装不满一个大块时用小块：这时受限于读权重，大块只是空算。
         when = Expression.of(1) if tile is tiles[-1] else pairs.at_most(2 * tile.rows * E)
         variants.append(Variant(when, workspace, (sort, gate_up, down, combine)))
-    return problem.plan(variants)
+    return problem.table(variants)
