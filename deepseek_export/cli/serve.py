@@ -23,13 +23,16 @@ from deepseek_export.extras import require_serve
 
 @click.command("serve", cls=Command, short_help="用 bundle 开一个 OpenAI 兼容的 HTTP 服务")
 @bundle_argument
-@click.option("--host", default="127.0.0.1", show_default=True, help="监听的地址；0.0.0.0 对外开放。")
+@click.option(
+    "--host", metavar="HOST", default="127.0.0.1", show_default=True, help="监听的地址；0.0.0.0 对外开放。"
+)
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="端口；0 由系统挑一个。"
 )
-@click.option("--name", help="模型名，请求里的 model；缺省是 OUT 的目录名。")
+@click.option("--name", metavar="NAME", help="模型名，请求里的 model；缺省是 OUT 的目录名。")
 @click.option(
     "--api-key-file",
+    metavar="FILE",
     type=click.Path(path_type=Path),
     help="API 密钥，一行一个；也可以放在环境变量 DSX_API_KEYS 里，用逗号隔开。",
 )
@@ -40,7 +43,9 @@ from deepseek_export.extras import require_serve
     multiple=True,
     help="允许这个网页跨域来用；可重复。",
 )
-@click.option("--slots", type=counts(), default=8, show_default=True, help="至多几个请求同时生成。")
+@click.option(
+    "--slots", type=click.IntRange(1, 4096), default=8, show_default=True, help="至多几个请求同时生成。"
+)
 @click.option(
     "--max-queue", type=counts(), default=256, show_default=True, help="至多几个请求排队，多的答 503。"
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 import httpx
 import openai
+import psutil
 import pytest
 
 import deepseek_export
@@ -432,7 +433,7 @@ def test_a_character_over_several_tokens_comes_whole(server: Running, model: Com
 
 
 def test_comments_keep_a_waiting_stream_alive(narrow: Running):
-    """SERVE-23：排队的时候也有注释；官方的客户端不理会它们。"""
+    """SERVE-23：排队的时候也有注释，轮到了照常给文本。"""
     with narrow.client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as busy:
         tokens = busy.iter_lines()  # 留着：迭代器没有了，连接就断了
         next(tokens)
@@ -470,7 +471,7 @@ def test_an_error_after_the_stream_began_is_an_event(bundle: Path):
             chunks = events(running.post("/v1/chat/completions", body).text)
             assert "choices" in chunks[-2]
             assert (chunks[-1]["error"]["code"], chunks[-1]["error"]["type"]) == ("DSX-E513", "server_error")
-            assert running.get("/health").status_code == 503
+            assert "DSX-E513" in running.get("/health").json()["error"]["message"]
             failing.times = 0
             with openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0) as client:
                 with pytest.raises(openai.InternalServerError, match="DSX-E513"):
@@ -484,8 +485,11 @@ def test_an_error_after_the_stream_began_is_an_event(bundle: Path):
             chunks = events(running.post("/v1/chat/completions", body).text)
         assert chunks[-1]["error"]["code"] == "internal_error"
         assert "secret" not in chunks[-1]["error"]["message"]
-        assert running.get("/health").status_code == 503
+        sick = running.get("/health")
+        assert sick.status_code == 503
+        assert "RuntimeError" in sick.text
         refused = running.post("/v1/chat/completions", body)
+        assert "secret" not in sick.text + refused.text
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "DSX-E531")
         assert 'dsx:request_success_total{finished_reason="error"} 4.0' in running.get("/metrics").text
 
@@ -563,6 +567,50 @@ def test_a_client_that_leaves_before_the_whole_answer_stops_it(server: Running):
     server.idle()
     assert server.engine.stats.finished["cancelled"] == before.finished["cancelled"] + 1
     until(lambda: server.tasks() <= tasks)
+
+
+def test_a_storm_leaves_nothing_behind(server: Running, model: CompiledModel):
+    """SERVE-24：答完的、中途走的、写坏的、太长的混着来；答完的都对，请求、任务、线程、文件都没有多。"""
+    want = alone(model, TEXT, max_new_tokens=12)
+    short = {"prompt": TEXT, "max_tokens": 12, "temperature": 0}
+    url = f"{server.url}/v1/completions"
+
+    def whole(client: httpx.Client) -> None:
+        assert client.post(url, json=short).json()["choices"][0]["text"] == want
+
+    def stream(client: httpx.Client) -> None:
+        chunks = events(client.post(url, json=short | {"stream": True}).text)
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == want
+
+    def leave_stream(client: httpx.Client) -> None:
+        with client.stream("POST", url, json=LONG | {"stream": True}) as answer:
+            next(answer.iter_lines())
+
+    def leave_whole(client: httpx.Client) -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(url, json=LONG, timeout=httpx.Timeout(60, read=0.05))
+
+    def malformed(client: httpx.Client) -> None:
+        assert client.post(url, json=short | {"n": -1}).status_code == 400
+
+    def too_long(client: httpx.Client) -> None:
+        assert client.post(url, json={"prompt": [[3], [3] * 3000]}).status_code == 400
+
+    def ask(kind: Callable[[httpx.Client], None]) -> None:
+        with httpx.Client(timeout=60) as client:
+            kind(client)
+
+    def left() -> tuple[int, int]:
+        return server.tasks(), psutil.Process().num_fds()
+
+    server.idle()
+    before = left()
+    kinds = [whole, stream, leave_stream, leave_whole, malformed, too_long] * 6
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, kinds))
+    server.idle()
+    until(lambda: all(now <= then for now, then in zip(left(), before, strict=True)))
+    assert sum(thread.name == "dsx-load" for thread in threading.enumerate()) == 0
 
 
 # SERVE-25

@@ -60,10 +60,10 @@ def serving(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
         process.communicate()
 
 
-def stopped(process: subprocess.Popen[str]) -> str:
-    """等它停下：退出码 143，没有导入编译用的包；返回 stderr 余下的。"""
+def stopped(process: subprocess.Popen[str], code: int = 143) -> str:
+    """等它停下：退出码对，没有导入编译用的包；返回 stderr 余下的。"""
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    assert process.returncode == code, err
     assert out == "[]\n"
     assert "Traceback" not in err
     return err
@@ -130,6 +130,15 @@ def test_the_second_sigterm_stops_at_once(bundle: Path):
             got += list(lines)
         assert events("\n".join(got) + "\n")[-1]["error"]["code"] == "shutting_down"
         assert "finish=error" in stopped(process)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c(bundle: Path, times: int):
+    """SERVE-27：没有请求时，一次、两次都停得干净。"""
+    with serving(bundle) as (process, _):
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+        assert stopped(process, 130).splitlines()[-1] == "已中断"
 
 
 def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):

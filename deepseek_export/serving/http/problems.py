@@ -54,7 +54,9 @@ class ApiError(Exception):
             return cls(400, message, param=source if error.code in _INPUT_CODES else None, code=code)
         if error.code == "DSX-E530":
             return cls(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
-        return cls(503 if error.code == "DSX-E531" else 500, message, code=code)
+        if error.code == "DSX-E531":  # 里面有内部错误的原文，那是给管服务的人看的
+            return cls(503, f"{error.code} {error.title}", code=code)
+        return cls(500, message, code=code)
 
     @property
     def body(self) -> dict[str, Any]:

@@ -81,9 +81,10 @@ class Server(uvicorn.Server):
         self._load = load
         self._loop: asyncio.AbstractEventLoop | None = None
         app = create_app(self.service, keys, cors_origins, keep_alive_s)
-        super().__init__(
-            uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off"
         )
+        super().__init__(config)
 
     async def run_on(self, listening: socket.socket) -> None:
         """服务到停下为止；引擎随之关掉。

@@ -165,7 +165,9 @@ class Service:
         model = self.ready()
         if not model.engine.healthy:
             failure = model.engine.failure
-            reason = "已经关闭" if failure is None else f"出错：{failure!s}"
+            # 探针不要密钥：只说是哪一种，不说内部错误的原文。
+            kind = failure.code if isinstance(failure, DsxError) else type(failure).__name__
+            reason = "已经关闭" if failure is None else f"出错：{kind}"
             raise ApiError(503, f"服务引擎{reason}", code="engine_dead")
         return model
 
