@@ -151,6 +151,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E920": "没有这种 GPU 的引擎",
         "DSX-E921": "形状超出引擎的优化配置",
         "DSX-E922": "引擎把缓存抄一遍",
+        "DSX-E923": "驱动比编译 kernel 的 CUDA 旧",
     }
 )
 

@@ -47,6 +47,7 @@ class FakeDriver:
     Attributes:
         live: 没有归还的显存，地址 → 内存。
         graphs: 没有归还的 CUDA graph。
+        version: 支持到哪一版 CUDA，13000 是 13.0。
         counts: ``plain`` 照常执行、``capture`` 录制、``launch`` 重放的次数。
     """
 
@@ -64,6 +65,7 @@ class FakeDriver:
         self.recording: list[Any] | None = None
         self.invalidated = False
         self._thread = threading.local()
+        self.version = 13000
 
     @property
     def entered(self) -> bool:
@@ -83,6 +85,9 @@ class FakeDriver:
 
     def cuInit(self, flags):
         return (Status.CUDA_SUCCESS,)
+
+    def cuDriverGetVersion(self):
+        return Status.CUDA_SUCCESS, self.version
 
     def cuDeviceGetAttribute(self, number, device):
         return Status.CUDA_SUCCESS, number

@@ -51,6 +51,7 @@ from deepseek_export.engine.plugins import BuildTarget, building_for, registered
 from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineEntry, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes, Range, has_prefill
 from deepseek_export.errors import DsxError
+from deepseek_export.kernels.compile import toolkit_version
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.progress import Progress
 from deepseek_export.version import __version__
@@ -148,6 +149,7 @@ def build_engine(
             flavour=flavour.name,
             version=trt.__version__,
             sm=sm,
+            toolkit=toolkit_version(sm),
             bundle_sha256=sha256_file(bundle.path / "manifest.json"),
             shapes=shapes,
             plans=engines,

@@ -52,6 +52,7 @@ class EngineRecord(BaseModel):
     Attributes:
         flavour, version: 哪种 TensorRT、哪个版本。
         sm: 目标计算能力。
+        toolkit: 插件的机器码由哪一版 CUDA 的 ptxas 编译，例如 ``13.4``。
         bundle_sha256: bundle 的 manifest.json 的 sha256；它含每个文件的哈希。
         shapes: 建的时候给的形状。
         plans: 文件名 → 说明。
@@ -65,6 +66,7 @@ class EngineRecord(BaseModel):
     flavour: FlavourName
     version: str
     sm: int
+    toolkit: str
     bundle_sha256: str
     shapes: ProfileShapes
     plans: dict[str, EngineEntry]
@@ -119,6 +121,21 @@ class EngineRecord(BaseModel):
         for name, entry in self.plans.items():
             if not (directory / name).is_file() or (directory / name).stat().st_size != entry.bytes:
                 raise DsxError("DSX-E917", f"{directory / name} 缺失或大小不符", "用 dsx build 重建")
+
+    def check_driver(self, directory: Path, driver: tuple[int, int]) -> None:
+        """驱动读不读得了插件的机器码：同一个主版本之内新旧都行，主版本更旧的驱动不认。
+
+        Args:
+            directory: 引擎目录。
+            driver: 驱动支持到哪一版 CUDA，主、次版本号。
+
+        Raises:
+            DsxError: ``DSX-E923``。
+        """
+        wanted = int(self.toolkit.split(".")[0])
+        if driver[0] < wanted:
+            what = f"{directory} 的 kernel 由 CUDA {self.toolkit} 编译，驱动只支持到 CUDA {driver[0]}.{driver[1]}"
+            raise DsxError("DSX-E923", what, f"升级驱动到支持 CUDA {wanted} 的版本")
 
     def read_engine(self, path: Path) -> bytes:
         """读一个引擎，核对哈希。

@@ -87,6 +87,20 @@ def cache_key(spec: KernelSpec, sm: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@cache
+def toolkit_version(sm: int) -> str:
+    """编译 ``sm`` 的机器码的 ptxas 属于哪一版 CUDA，例如 ``13.4``；Triton 按 SM 带了新旧两个。
+
+    Raises:
+        DsxError: ``DSX-E902``。
+    """
+    _triton_version()
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    found: str = get_ptxas(sm).version
+    return found
+
+
 def _triton_version() -> str:
     if find_spec("triton") is None:
         raise DsxError("DSX-E902", "没有安装 triton", "pip install -U 'deepseek-export[kernels]'")

@@ -13,6 +13,7 @@ namespace {
 
 struct Driver {
     decltype(&cuGetErrorName) get_error_name = nullptr;
+    decltype(&cuDriverGetVersion) driver_get_version = nullptr;
     decltype(&cuCtxGetCurrent) ctx_get_current = nullptr;
     decltype(&cuCtxGetDevice) ctx_get_device = nullptr;
     decltype(&cuDeviceGetAttribute) device_get_attribute = nullptr;
@@ -40,6 +41,7 @@ Driver const& driver() {
         }
         Driver d;
         resolve(library, "cuGetErrorName", d.get_error_name);
+        resolve(library, "cuDriverGetVersion", d.driver_get_version);
         resolve(library, "cuCtxGetCurrent", d.ctx_get_current);
         resolve(library, "cuCtxGetDevice", d.ctx_get_device);
         resolve(library, "cuDeviceGetAttribute", d.device_get_attribute);
@@ -63,6 +65,12 @@ void check(CUresult status, std::string const& what) {
     throw std::runtime_error("dsx: " + what + "：" + (name != nullptr ? name : "未知的 CUDA 错误"));
 }
 
+std::string supported() {
+    int version = 0;
+    driver().driver_get_version(&version);
+    return "驱动支持到 CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 }  // namespace
 
 LoadedImage::LoadedImage(Program const& program, std::string const& image) : kernels_(program.kernels) {
@@ -73,7 +81,8 @@ LoadedImage::LoadedImage(Program const& program, std::string const& image) : ker
         CUlibrary library = nullptr;
         check(driver().library_load_data(
                   &library, image.data() + kernel.offset, nullptr, nullptr, 0, nullptr, nullptr, 0),
-            "装载 " + kernel.entry + "（sm" + std::to_string(program.sm) + "）");
+            "装载 " + kernel.entry + "（sm" + std::to_string(program.sm) + "；" + supported() +
+                "，更旧的主版本不认 engine.json 里 toolkit 那一版编译的机器码）");
         libraries_.emplace_back(library);
         CUkernel handle = nullptr;
         check(driver().library_get_kernel(&handle, library, kernel.entry.c_str()), "查找 " + kernel.entry);

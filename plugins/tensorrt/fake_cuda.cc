@@ -22,6 +22,11 @@ CUresult cuGetErrorName(CUresult, char const** name) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuDriverGetVersion(int* version) {
+    *version = 12080;
+    return CUDA_SUCCESS;
+}
+
 CUresult cuCtxGetCurrent(CUcontext* context) {
     *context = handle<CUcontext>();
     return CUDA_SUCCESS;
@@ -41,7 +46,7 @@ CUresult cuLibraryLoadData(
     CUlibrary* library, void const*, CUjit_option*, void**, unsigned, CUlibraryOption*, void**, unsigned) {
     *library = handle<CUlibrary>();
     std::puts("load");
-    return CUDA_SUCCESS;
+    return std::getenv("FAKE_OLD") != nullptr ? CUDA_ERROR_NO_BINARY_FOR_GPU : CUDA_SUCCESS;
 }
 
 CUresult cuLibraryUnload(CUlibrary) { return CUDA_SUCCESS; }

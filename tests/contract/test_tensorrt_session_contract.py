@@ -22,7 +22,9 @@ from deepseek_export.bundle.manifest import QuantizationEntry
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.engine import build
 from deepseek_export.engine.flavour import FLAVOURS
+from deepseek_export.engine.record import EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
+from deepseek_export.kernels.compile import toolkit_version
 from deepseek_export.parity.compare import compare_bundle
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.parity.verify import verify_bundle
@@ -113,6 +115,16 @@ def test_an_engine_is_written_from_its_buffer(bundles, gpu, monkeypatch, tmp_pat
     entry = made.record.plans["model.plan"]
     assert (entry.bytes, entry.sha256) == (plan.nbytes, hashlib.sha256(plan).hexdigest())
     assert (made.path / "model.plan").stat().st_size == plan.nbytes
+
+
+def test_an_old_driver_is_told_so(bundles, gpu, monkeypatch):
+    """DSX-E923：驱动的 CUDA 主版本比编译 kernel 的 ptxas 旧，加载之前就说；引擎记着是哪一版编译的。"""
+    path = bundles("mla+moe").path
+    toolkit = EngineRecord.read(path / "engines/rtx-sm89").toolkit
+    assert toolkit == toolkit_version(89)
+    monkeypatch.setattr(gpu.driver, "version", 11080)
+    error = refused("DSX-E923", functools.partial(deepseek_export.load, path, backend="trt"))
+    assert toolkit in error.what
 
 
 def test_any_thread_can_use_and_drop_a_session(bundles, gpu):

@@ -187,6 +187,7 @@ def record() -> EngineRecord:
         flavour="rtx",
         version="1.7",
         sm=89,
+        toolkit="12.9",
         bundle_sha256="abc",
         shapes=ProfileShapes(),
         plans={"model.plan": entry},
@@ -213,6 +214,15 @@ def test_engine_is_refused_where_it_does_not_match(tmp_path: Path):
     refused("DSX-E917", EngineRecord.read, tmp_path)
     (tmp_path / RECORD_FILE).unlink()
     refused("DSX-E917", EngineRecord.read, tmp_path)
+
+
+def test_the_driver_must_be_of_the_toolkit_or_newer(tmp_path: Path):
+    """TRT-6：编译 kernel 的 CUDA 与驱动比主版本：同一个主版本之内都行，驱动更新也行。"""
+    for driver in ((12, 0), (12, 9), (13, 0)):
+        record().check_driver(tmp_path, driver)
+    error = refused("DSX-E923", record().check_driver, tmp_path, (11, 8))
+    assert "CUDA 12.9" in error.what
+    assert "CUDA 11.8" in error.what
 
 
 def test_full_tensorrt_builds_only_for_the_present_gpu(monkeypatch):

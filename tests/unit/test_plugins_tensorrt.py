@@ -169,11 +169,11 @@ def enqueue(tmp_path_factory):
     sources = [SOURCES / name for name in ("enqueue.cc", "driver.cc", "program.cc")]
     subprocess.run([*COMPILE, include, "-o", folder / "enqueue", *sources, "-ldl"], check=True)
 
-    def run(program: Program, *calls, sms: int = 128) -> list[str]:
+    def run(program: Program, *calls, sms: int = 128, **variables: str) -> list[str]:
         (folder / "program").write_text(program.to_text(), encoding="utf-8")
         shapes = [",".join(map(str, shape)) for call in calls for shape in call]
         numbers = [str(len(program.image)), str(len(program.inputs))]
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_SMS": str(sms)}
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_SMS": str(sms), **variables}
         command = [folder / "enqueue", folder / "program", *numbers, *shapes]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
@@ -197,6 +197,12 @@ def test_enqueue_needs_no_earlier_call(sms, programs, enqueue):
     *lines, last = enqueue(program, *calls, sms=sms)
     assert lines == want
     assert last == "dsx: latent_attention_partial 的参数 0 没有按 16 字节对齐"
+
+
+def test_a_refused_image_names_the_driver(programs, enqueue):
+    """KERNEL-5：驱动不认机器码时，说出驱动支持到哪一版 CUDA。"""
+    *_, last = enqueue(programs["LatentAttention"], attention_shapes(1, 1, 64), FAKE_OLD="1")
+    assert "sm89；驱动支持到 CUDA 12.8" in last
 
 
 PARSE = """

@@ -28,6 +28,14 @@ def require_gpu() -> int:
     return sm
 
 
+def driver_version() -> tuple[int, int]:
+    """驱动支持到哪一版 CUDA：主、次版本号；先过 :func:`require_gpu`。"""
+    from cuda.bindings import driver
+
+    _, number = driver.cuDriverGetVersion()  # 13040 是 13.4；没有 GPU 也答得出
+    return number // 1000, number % 1000 // 10
+
+
 class Cuda:
     """一个设备上的主上下文与一条流，任何线程都能用：每次调用驱动之前把上下文设为这个线程当前的。"""
 

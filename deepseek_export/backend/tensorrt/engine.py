@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_export.backend.contract import GraphContract, Port
-from deepseek_export.backend.tensorrt.cuda import Cuda, require_gpu
+from deepseek_export.backend.tensorrt.cuda import Cuda, driver_version, require_gpu
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.bundle.manifest import GraphEntry
@@ -202,12 +202,13 @@ def open_engine(bundle: Bundle, path: Path) -> BundleEngine:
         path: 引擎目录里的 ``.plan`` 文件。
 
     Raises:
-        DsxError: ``DSX-E918`` 没有 GPU；``DSX-E917`` 引擎与这里不符；其余见 :class:`LoadedEngine`。
+        DsxError: ``DSX-E918`` 没有 GPU；``DSX-E917`` 引擎与这里不符；``DSX-E923`` 驱动太旧；其余见 :class:`LoadedEngine`。
     """
     sm = require_gpu()
     record = EngineRecord.read(path.parent)
     flavour = FLAVOURS[record.flavour]
     record.check(path.parent, flavour.version(), sm, sha256_file(bundle.path / "manifest.json"))
+    record.check_driver(path.parent, driver_version())
     entry = record.plans[path.name]
     graph = next(graph for graph in bundle.manifest.graphs if graph.file == entry.graph)
     loaded = LoadedEngine(flavour, sm, record.read_engine(path), entry.profiles, str(path))
