@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -169,11 +170,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         got = "没有 model_type" if name is None else f"model_type 是 {shown(name)}"
         raise DsxError("DSX-E103", f"{where} {got}", f"支持的 model_type：{'、'.join(FAMILIES)}")
     family = FAMILIES[name]
-    renamed = {family.aliases.get(key, key): value for key, value in data.items()}
-    f = Fields({**family.defaults, **renamed}, where)
-    for alias, key in family.aliases.items():
-        if alias in data and key in data:
-            Fields(data, where).must_equal(alias, data[key])
+    f = Fields({**family.defaults, **_renamed(Fields(data, where), family.aliases)}, where)
     known = CONSUMED_KEYS | IGNORED_KEYS | DERIVED_KEYS | set(FIXED_KEYS) | set(INERT_KEYS)
     known |= family.extra_keys | set(family.inert)
     f.refuse_unknown(known | MOE_KEYS if family.has_moe else known)
@@ -234,6 +231,18 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
     )
 
 
+def _renamed(f: Fields, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """别名换成正名；一个字段有几种名字、取值不同的拒绝，null 等于没有写。"""
+    renamed: dict[str, Any] = {}
+    for key, value in f.data.items():
+        proper = aliases.get(key, key)
+        if renamed.get(proper) is None:
+            renamed[proper] = value
+        else:
+            f.must_equal(key, renamed[proper])
+    return renamed
+
+
 #: 没有 MoE 的家族：这些字段不起作用，取中性值。
 _DENSE: dict[str, Any] = {
     "moe_intermediate_size": 0,
@@ -284,11 +293,10 @@ def _dense_layers(f: Fields, family: Family, layers: int) -> int:
     GLM、A.X-K1 可以由 ``mlp_layer_types`` 逐层列出。没有列的，GLM 第一层 dense（transformers 不读它的 ``first_k_dense_replace``），
     其余看 ``first_k_dense_replace``；两者不一致就拒绝。
     """
-    types, dense = f.data.get("mlp_layer_types"), family.dense_layers
-    if types is None:
-        if dense is None:
-            return f.integer("first_k_dense_replace", low=0)
-    else:
+    types, dense = f.data.get("mlp_layer_types"), family.dense_layers or 0
+    if types is None and family.dense_layers is None:
+        return f.integer("first_k_dense_replace", low=0)
+    if types is not None:
         dense = (
             next((i for i, kind in enumerate(types) if kind != "dense"), layers)
             if isinstance(types, list)

@@ -24,9 +24,7 @@ class Family:
     extra_keys: frozenset[str] = frozenset()  # 只有这个家族才认的字段
     aliases: Mapping[str, str] = field(default_factory=dict)  # config.json 里的别名 -> 正名
     defaults: Mapping[str, Any] = field(default_factory=dict)  # 官方 config.json 省略的字段，取自家族的配置类
-    inert: Mapping[str, tuple[Any, ...]] = field(
-        default_factory=dict
-    )  # 只有这个家族才写、取这些值时不起作用的字段
+    inert: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # 只有它才写的字段 -> 不起作用的取值
     rope_types: Mapping[str, str] = field(default_factory=dict)  # rope 类型的别名 -> 正名
     latent_head_dim: bool = False  # head_dim 可以写成潜缓存一行的宽度
     dense_layers: int | None = None  # 没有 mlp_layer_types 时前几层 dense；None 表示看 first_k_dense_replace

@@ -17,7 +17,7 @@ from deepseek_export.checkpoint import Checkpoint, expected_tensors
 from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.parity.oracle import TransformersOracle
-from tests.models import ODD, TOLERANCE, VARIANTS, YARN, distance
+from tests.models import ODD, TOLERANCE, VARIANTS, YARN, build_model, distance
 
 pytestmark = pytest.mark.contract
 
@@ -125,6 +125,15 @@ def test_published_spellings_pass(published, tmp_path: Path, family: str, profil
     assert report.passed, report.first_failure
     assert report.oracle.startswith("transformers")
     assert {case.level for case in report.cases} == {"block", "model", "tokens"}
+
+
+def test_sarvam_takes_apply():
+    """EXPORT-30：sarvam_mla 在 transformers 里就是 DeepseekV3ForCausalLM，``apply`` 照样能用。"""
+    model, ids = build_model("sarvam"), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+        got = deepseek_export.apply(model, "mla+moe")(ids).logits
+    assert distance(got, want) < TOLERANCE[torch.float32]
 
 
 def test_stacked_experts_by_reference(published, tmp_path: Path):

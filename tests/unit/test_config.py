@@ -124,6 +124,7 @@ def test_published_sarvam_uses_its_own_names():
         ("DSX-E105", {"head_dim": 575}),
         ("DSX-E105", {"q_head_dim": 576}),
         ("DSX-E105", {"num_experts": 128, "n_routed_experts": 64}),
+        ("DSX-E105", {"num_experts": 128, "num_local_experts": 64}),
         ("DSX-E105", {"moe_shared_expert_intermediate_size": 4096}),
         ("DSX-E105", {"moe_router_enable_expert_bias": False}),
         ("DSX-E105", {"use_qk_norm": 1}),
