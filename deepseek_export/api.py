@@ -48,6 +48,7 @@ from deepseek_export.runtime import (
     open_session,
     open_speculative,
 )
+from deepseek_export.serving import Engine, EngineSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -254,6 +255,14 @@ class CompiledModel:
             ids.append(self.encode(prompt, chat) if isinstance(prompt, str) else [int(i) for i in prompt])
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         return generator.generate(ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos)
+
+    def engine(self, settings: EngineSettings | None = None) -> Engine:
+        """服务引擎：同时服务许多请求，各得各的 token 流；用完要关，关之前别处不要用这个模型。
+
+        Raises:
+            DsxError: ``DSX-E532``，参数与模型、后端不合。
+        """
+        return Engine(self.session, self.generator.eos_token_ids, settings)
 
     def _generator(self, speculative: bool | None) -> Generator:
         if speculative is False or (speculative is None and self.speculative is None):

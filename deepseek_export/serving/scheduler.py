@@ -186,8 +186,8 @@ class Scheduler:
         picked = pick_tokens(logits, lengths, [requests[slot].work.sampler for slot in rows])
         self._newest[start : start + len(requests)][usable] = picked
         for slot, token in zip(rows, picked.tolist(), strict=True):
-            requests[slot].emit(token)
             self.counters.generated_tokens += 1
+            requests[slot].emit(token)
         self._pack()
 
     def _pack(self) -> None:
