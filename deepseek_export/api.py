@@ -260,7 +260,7 @@ class CompiledModel:
         """服务引擎：同时服务许多请求，各得各的 token 流；用完要关，关之前别处不要用这个模型。
 
         Raises:
-            DsxError: ``DSX-E532``，参数与模型、后端不合。
+            DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐。
         """
         return Engine(self.session, self.generator.eos_token_ids, settings)
 

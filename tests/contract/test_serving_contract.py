@@ -157,6 +157,8 @@ def test_engine_backend_among_others_equals_alone(tmp_path):
         assert engine.stats.hit_tokens > 0
         assert gpu.driver.counts["launch"] > 0
         del engine, model
+        gpu.build(bundle, "T=129")
+        refused("DSX-E919", deepseek_export.load(bundle.path, backend="trt").engine)
         gc.collect()
         assert not gpu.driver.live
 
