@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import deepseek_export
 from deepseek_export.cli.main import COMMANDS
 from perf import pages, results
 from tools import make_cli_page
@@ -19,6 +20,14 @@ def test_the_cli_page_is_generated():
     assert make_cli_page.PAGE.read_text(encoding="utf-8") == text
     assert re.findall(r"^## dsx (\w+)$", text, re.MULTILINE) == list(COMMANDS)
     assert "`-P, --prompt TEXT`" in text
+
+
+def test_the_api_page_names_everything_public():
+    """顶层的每个名字在 docs/api.md 里各有一项。"""
+    text = (make_cli_page.PAGE.parent / "api.md").read_text(encoding="utf-8")
+    assert {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE)} == set(
+        deepseek_export.__all__
+    )
 
 
 def test_performance_and_the_readme_figures_come_from_the_history():
