@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from deepseek_export.engine.build import BuiltEngine
     from deepseek_export.engine.flavour import FlavourName
-    from deepseek_export.parity import ComparisonReport, ParityReport
+    from deepseek_export.parity.compare import ComparisonReport
+    from deepseek_export.parity.report import ParityReport
 
 
 def export(
@@ -150,7 +151,7 @@ class ParityRefused(DsxError):
 
 
 def _require_parity(directory: Path, progress: Progress | None) -> None:
-    from deepseek_export.parity import verify_bundle
+    from deepseek_export.parity.verify import verify_bundle
 
     # 权重刚写好、刚算过，不再读一遍。
     report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
@@ -402,7 +403,7 @@ def verify(
 ) -> ParityReport:
     """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
     require_export("校验")
-    from deepseek_export.parity import verify_bundle
+    from deepseek_export.parity.verify import verify_bundle
 
     opened = Bundle.open(bundle)
     with opened.steady():
@@ -434,7 +435,7 @@ def compare(
 ) -> ComparisonReport:
     """PyTorch 与各后端逐块比；参数见 :func:`~deepseek_export.parity.compare.compare_bundle`。"""
     require_export("逐块比较")
-    from deepseek_export.parity import compare_bundle
+    from deepseek_export.parity.compare import compare_bundle
 
     opened = Bundle.open(bundle)
     with opened.steady():

@@ -18,6 +18,11 @@ from deepseek_export.paths import MAX_LARGE_TEXT, read_regular
 MAX_ENTRIES = 512
 
 
+def cache_home() -> Path:
+    """dsx 放缓存的地方，不一定存在。"""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsx"
+
+
 class DiskCache:
     """一类条目的缓存。
 
@@ -35,8 +40,7 @@ class DiskCache:
         """条目所在的目录，不一定存在；缓存关掉时为 ``None``。"""
         if os.environ.get("DSX_NO_CACHE", "0") != "0":
             return None
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(root) / "dsx" / self._kind
+        return cache_home() / self._kind
 
     def get(self, key: str) -> bytes | None:
         """``key`` 的内容；没有、读不了、不是普通文件、太大、损坏都是 ``None``。

@@ -1,10 +1,11 @@
-"""这台机器与这个进程：CPU、内存、GPU、进程占了多少。只用标准库，``dsx doctor`` 与基准测试共用。"""
+"""这台机器与这个进程：CPU、内存、GPU、进程占了多少，装着什么。只用标准库，``dsx doctor`` 与基准测试共用。"""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,6 +112,16 @@ def nvidia(command: str = "nvidia-smi") -> Nvidia:
         driver = found[1]
         gpus.append(Gpu(found[5], int(found[2] + found[3]), int(found[4]) << 20))
     return Nvidia(driver, tuple(gpus))
+
+
+def installed(*names: str) -> str | None:
+    """这几个名字里头一个装了的包的版本，不导入它；都没有装是 ``None``。"""
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _read(path: Path) -> str:

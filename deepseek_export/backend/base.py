@@ -57,8 +57,9 @@ class Caches(ABC):
         batch: 行数 B。
     """
 
-    spec: CacheSpec
-    batch: int
+    def __init__(self, spec: CacheSpec, batch: int) -> None:
+        self.spec, self.batch = spec, batch
+        self._views: dict[int, Caches] = {}
 
     @property
     @abstractmethod
@@ -81,9 +82,19 @@ class Caches(ABC):
             DsxError: ``DSX-E506``，超过上限；此时缓存原样不动。
         """
 
-    @abstractmethod
     def first(self, rows: int) -> Caches:
         """前 ``rows`` 行的视图，不复制；同样的 ``rows`` 得到同一个对象。"""
+        if rows == self.batch:
+            return self
+        if not 0 < rows < self.batch:
+            raise ValueError(f"要前 {rows} 行，一共 {self.batch} 行")
+        if rows not in self._views:
+            self._views[rows] = self.view(rows)
+        return self._views[rows]
+
+    @abstractmethod
+    def view(self, rows: int) -> Caches:
+        """前 ``rows`` 行，共用这里的内存；每次都是新的，平时用 :meth:`first`。"""
 
     @abstractmethod
     def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:

@@ -6,12 +6,11 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from deepseek_export import __version__
-from deepseek_export.machine import cores, cpu_flags, cpu_model, memory_bytes
+from deepseek_export.machine import cores, cpu_flags, cpu_model, installed, memory_bytes
 
 _LIBRARIES = ("torch", "onnxruntime", "onnx", "transformers", "numpy")
 #: 决定矩阵乘快慢的那些标志。
@@ -42,7 +41,7 @@ def environment(threads: int | None, source: Path | None = None) -> dict[str, An
         "gpus": _gpus(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "libraries": {"deepseek-export": __version__, **{name: _version(name) for name in _LIBRARIES}},
+        "libraries": {"deepseek-export": __version__, **{name: installed(name) for name in _LIBRARIES}},
         "threads": threads,
         "git": None if source is None else _revision(source),
     }
@@ -55,13 +54,6 @@ def _revision(source: Path) -> str | None:
     if found and _output(*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *kept):
         return f"{found}-dirty"
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _gpus() -> list[dict[str, str]]:

@@ -117,11 +117,6 @@ class Bundle:
         """主模型的 ONNX 文件。"""
         return self.path / self.manifest.main.file
 
-    @property
-    def draft_paths(self) -> list[Path]:
-        """草稿模型的 ONNX 文件，按 MTP 模块的次序。"""
-        return [self.path / graph.file for graph in self.manifest.drafts]
-
     def check_weights(self, progress: Progress) -> None:
         """读一遍全部权重，核对每个文件的 sha256。
 

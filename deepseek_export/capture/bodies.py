@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from deepseek_export.capture import blocks
-from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, trace
+from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, named, trace
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.ops import mla_attention as mla
 from deepseek_export.ops import moe_experts as experts
@@ -73,9 +73,7 @@ def mla_attention_body(
         nodes += _prefers_naive(a, b)
         info = helper.make_tensor_value_info("o", by_torch(dtype).onnx, ["B", "S", H, dv])
         branches = {
-            name: helper.make_graph(
-                _output(body(), "o", f"{name}/o"), name, [], [_with_name(info, f"{name}/o")]
-            )
+            name: helper.make_graph(_output(body(), "o", f"{name}/o"), name, [], [named(info, f"{name}/o")])
             for name, body in (("naive", naive), ("absorb", absorb))
         }
         nodes.append(
@@ -232,13 +230,6 @@ def _output(nodes: list[onnx.NodeProto], old: str, new: str) -> list[onnx.NodePr
 
 def _constant(name: str, array: np.ndarray) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
-
-
-def _with_name(info: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    copy = onnx.ValueInfoProto()
-    copy.CopyFrom(info)
-    copy.name = name
-    return copy
 
 
 def _scale() -> onnx.NodeProto:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -44,6 +45,10 @@ _CACHE = DiskCache("traces")
 
 #: 追踪时动态维度的取值。互不相同且不为 0、1，避免 torch.export 把它们特化或等同起来。
 _EXAMPLE_SIZES = {"B": 2, "S": 3, "T": 37, "L": 5, "N": 7, "K": 4, "K+1": 5}
+
+
+#: 有名字的 ONNX 消息。
+Proto = TypeVar("Proto", onnx.TensorProto, onnx.ValueInfoProto)
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,9 @@ class TracedGraph:
             nodes.append(copy)
         constants, infos = {}, {}
         for name, tensor in self.constants.items():
-            constants[rename(name)] = _named(tensor, rename(name))
+            constants[rename(name)] = named(tensor, rename(name))
         for name, info in self.value_info.items():
-            infos[rename(name)] = _named(info, rename(name))
+            infos[rename(name)] = named(info, rename(name))
         return replace(
             self,
             nodes=tuple(nodes),
@@ -132,7 +137,8 @@ class TracedGraph:
         )
 
 
-def _named(proto, name: str):
+def named(proto: Proto, name: str) -> Proto:
+    """改了名字的副本。"""
     copy = type(proto)()
     copy.CopyFrom(proto)
     copy.name = name

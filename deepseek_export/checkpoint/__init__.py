@@ -10,13 +10,12 @@ from deepseek_export.checkpoint.checkpoint import (
 from deepseek_export.checkpoint.config import ModelConfig, load_model_config, parse_model_config
 from deepseek_export.checkpoint.generation_config import stop_token_ids
 from deepseek_export.checkpoint.rope_config import RopeConfig
-from deepseek_export.checkpoint.store import TensorSpec, TensorStore
+from deepseek_export.checkpoint.store import TensorStore
 
 __all__ = [
     "Checkpoint",
     "ModelConfig",
     "RopeConfig",
-    "TensorSpec",
     "TensorStore",
     "dtype_conflict",
     "expected_mtp_tensors",

@@ -122,9 +122,6 @@ class TensorStore:
         return len(self._specs)
 
     def __getitem__(self, name: str) -> TensorSpec:
-        return self._specs[name]
-
-    def spec(self, name: str) -> TensorSpec:
         """张量的元数据；没有这个名字时抛 ``KeyError``（属于 dsx 的缺陷）。"""
         return self._specs[name]
 
@@ -132,7 +129,7 @@ class TensorStore:
         """取一个张量的只读视图，不拷贝。
 
         Returns:
-            形状为 ``spec(name).shape`` 的数组；BF16 与 FP8 用 ml_dtypes 的类型。
+            形状为 ``store[name].shape`` 的数组；BF16 与 FP8 用 ml_dtypes 的类型。
 
         Raises:
             DsxError: ``DSX-E110`` 打开之后文件又变短了。

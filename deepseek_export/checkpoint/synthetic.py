@@ -230,6 +230,23 @@ def write_demo_checkpoint(out: Path, **options: Any) -> Path:
     return out
 
 
+def tokenizer_settings(length: int) -> dict[str, Any]:
+    """``tokenizer_config.json``：带 :data:`CHAT_TEMPLATE`，``length`` 是模型的最大长度。"""
+    bos, eos, *extra = SPECIAL_TOKENS
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": eos,
+        "additional_special_tokens": extra,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": length,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
 def _tensors(config: ModelConfig, dtype: str, mtp: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """名字 → (safetensors 的 dtype, 形状)；scale 紧跟在它的权重后面。"""
     shapes = expected_tensors(config)
@@ -325,23 +342,12 @@ def _write_tokenizer(out: Path, vocab_size: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(DEMO_TEXT, trainer)
-    bos, eos, *extra = SPECIAL_TOKENS
+    bos = SPECIAL_TOKENS[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 0)]
     )
     tokenizer.save(str(out / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "pad_token": eos,
-        "additional_special_tokens": extra,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": DEMO_CONFIG["max_position_embeddings"],
-        "chat_template": CHAT_TEMPLATE,
-    }
+    settings = tokenizer_settings(DEMO_CONFIG["max_position_embeddings"])
     _write_json(out / "tokenizer_config.json", settings)
 
 

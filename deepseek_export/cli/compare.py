@@ -20,7 +20,8 @@ from deepseek_export.cli.options import (
 from deepseek_export.cli.progress import open_progress
 
 if TYPE_CHECKING:
-    from deepseek_export.parity import ComparisonReport, Culprit
+    from deepseek_export.parity.bisect import Culprit
+    from deepseek_export.parity.compare import ComparisonReport
 
 #: 同一段的节点多于这些就只说头尾。
 _LISTED = 6

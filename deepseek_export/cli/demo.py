@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from deepseek_export.cli.formatting import Command
+from deepseek_export.disk_cache import cache_home
 from deepseek_export.engine.flavour import FLAVOURS
 
 #: 随包附带的检查点：DeepSeek-V3 结构，真的训练过，数据与训练曲线见其中的 README.md。
@@ -83,6 +84,5 @@ def _engine_steps(bundle: Path) -> list[tuple[str, list[str]]]:
 
 def home() -> Path:
     """``$DSX_HOME``，缺省 ``${XDG_CACHE_HOME:-~/.cache}/dsx``。"""
-    if value := os.environ.get("DSX_HOME"):
-        return Path(value)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsx"
+    value = os.environ.get("DSX_HOME")
+    return Path(value) if value else cache_home()

@@ -17,7 +17,7 @@ from deepseek_export.cli.options import json_option
 from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from deepseek_export.disk_cache import DiskCache
 from deepseek_export.errors import DsxError
-from deepseek_export.machine import cores, cpu_flags, memory_bytes, nvidia
+from deepseek_export.machine import cores, cpu_flags, installed, memory_bytes, nvidia
 from deepseek_export.units import size
 from deepseek_export.version import __version__
 
@@ -179,21 +179,13 @@ def _library_line(library: dict[str, Any]) -> str:
 
 
 def _package(package: Package, floor: str | None) -> dict[str, Any]:
-    version = _version(package.name)
+    names = [package.name]
+    if package.name.startswith("tensorrt"):
+        names.append(f"{package.name}_cu13")  # 轮子名字带着 CUDA 的版本
+    version = installed(*names)
     old = version is not None and floor is not None and _numbers(version) < _numbers(floor)
     status = "missing" if version is None else "old" if old else "ok"
     return {**package._asdict(), "version": version, "required": floor, "status": status}
-
-
-def _version(name: str) -> str | None:
-    """已安装的版本；TensorRT 的轮子名字带着 CUDA 的版本。"""
-    names = (name, f"{name}_cu13") if name.startswith("tensorrt") else (name,)
-    for candidate in names:
-        try:
-            return metadata.version(candidate)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _floors() -> dict[str, str]:

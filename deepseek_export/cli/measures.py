@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepseek_export.parity import Case
+    from deepseek_export.parity.report import Case
 
 #: 三个量与近平局的列名，与 :func:`cells` 一一对应。
 COLUMNS = ("最大绝对差", "calc_diff", "|范数比 - 1|", "近平局")

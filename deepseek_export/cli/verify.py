@@ -23,7 +23,7 @@ from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import UnwrittenReport
 
 if TYPE_CHECKING:
-    from deepseek_export.parity import ParityReport, QuantLoss
+    from deepseek_export.parity.report import ParityReport, QuantLoss
 
 LEVELS = ("op", "block", "model", "tokens")
 _MEANINGS = {

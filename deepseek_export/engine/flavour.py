@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.table import SMS, check_sm
+from deepseek_export.machine import installed
 
 FlavourName = Literal["rtx", "tensorrt"]
 
@@ -46,12 +47,7 @@ class Flavour:
 
     def version(self) -> str | None:
         """已安装的版本；不导入它。"""
-        for name in (self.module, f"{self.module}_cu13"):
-            try:
-                return metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        return None
+        return installed(self.module, f"{self.module}_cu13")
 
 
 FLAVOURS: Mapping[str, Flavour] = MappingProxyType(

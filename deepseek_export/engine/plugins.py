@@ -21,7 +21,7 @@ from deepseek_export.kernels.compile import compile_table
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.launcher import Launcher
-from deepseek_export.kernels.program import LaunchTable, Program
+from deepseek_export.kernels.program import IMAGE_FIELD, PROGRAM_FIELD, LaunchTable, Program
 from deepseek_export.kernels.table import KernelSpec
 from deepseek_export.ops.table import (
     LATENT_ATTENTION,
@@ -177,7 +177,7 @@ def make_creator(trt: Any, spec: OpSpec) -> Any:
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             given = {entry.name: entry.data for entry in fields}
             if phase == trt.TensorRTPhase.RUNTIME:
-                program = Program.from_text(_bytes(given["program"]).decode(), _bytes(given["image"]))
+                program = Program.from_text(_bytes(given[PROGRAM_FIELD]).decode(), _bytes(given[IMAGE_FIELD]))
                 return plugin_class(trt, spec)({}, program)
             attributes = {}
             for attribute in spec.attributes:
@@ -272,8 +272,8 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
             text, image = self.serialized
             self.fields = trt.PluginFieldCollection(
                 [
-                    trt.PluginField("program", text, trt.PluginFieldType.CHAR),
-                    trt.PluginField("image", image, trt.PluginFieldType.UNKNOWN),
+                    trt.PluginField(PROGRAM_FIELD, text, trt.PluginFieldType.CHAR),
+                    trt.PluginField(IMAGE_FIELD, image, trt.PluginFieldType.UNKNOWN),
                 ]
             )
             return self.fields

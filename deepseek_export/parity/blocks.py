@@ -18,6 +18,7 @@ from deepseek_export.capture import names
 from deepseek_export.ops.int8_cache import decode_rows
 from deepseek_export.parity.arrays import to_numpy, to_torch
 from deepseek_export.parity.checks import PHASES, Level
+from deepseek_export.parity.inputs import cache_feeds
 from deepseek_export.parity.keys import Keys
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.routing import router_margin, without_flipped
@@ -205,12 +206,9 @@ def attention_block(
         caches, updated: 参考模型这一层更新前后的缓存。
     """
     layer, index = where
-    feeds, outputs = (
-        dict(feeds),
-        [Output(f"{prefix}self_attn", names.attn_residual(layer), residual.numpy(), key)],
-    )
-    for tensor, old, new in zip(manifest.cache.tensors, caches, updated, strict=True):
-        feeds[names.cache_input(tensor.name, index)] = to_numpy(old)
+    feeds = {**feeds, **cache_feeds(manifest, index, caches)}
+    outputs = [Output(f"{prefix}self_attn", names.attn_residual(layer), residual.numpy(), key)]
+    for tensor, new in zip(manifest.cache.tensors, updated, strict=True):
         value = names.cache_output(tensor.name, index)
         rank = manifest.model.kv_lora_rank if new.dtype == torch.int8 else None
         outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key, rank))

@@ -1,4 +1,4 @@
-"""拿什么去比：prompt、测困惑度的文本、逐块比较的随机 token。"""
+"""拿什么去比：prompt、测困惑度的文本、逐块比较的随机 token、缓存。"""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from deepseek_export.bundle import Bundle, Manifest
+from deepseek_export.capture import names
 from deepseek_export.errors import DsxError
+from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.paths import MAX_LARGE_TEXT, read_text
 from deepseek_export.runtime import BundleTokenizer
 
@@ -78,6 +81,12 @@ def read_passage(bundle: Bundle, tokenizer: BundleTokenizer | None, path: Path) 
             "DSX-E606", f"{path} 只有 {len(ids)} 个 token", "给长一些的文本，至少几百个 token 才有意义"
         )
     return str(path), ids
+
+
+def cache_feeds(manifest: Manifest, index: int, caches: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    """参考模型一层的缓存，作为图里编号 ``index`` 的那一层的输入。"""
+    tensors = zip(manifest.cache.tensors, caches, strict=True)
+    return {names.cache_input(tensor.name, index): to_numpy(cache) for tensor, cache in tensors}
 
 
 def block_rows(manifest: Manifest, seed: int) -> list[list[int]]:

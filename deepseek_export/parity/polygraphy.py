@@ -17,8 +17,10 @@ from polygraphy.logger import G_LOGGER
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import check_free_space, disk_errors
+from deepseek_export.bundle.graph import Slot, point_at
 from deepseek_export.capture import names
 from deepseek_export.parity.blocks import Output
+from deepseek_export.parity.inputs import cache_feeds
 from deepseek_export.parity.keys import logits_key
 from deepseek_export.parity.measures import rms
 from deepseek_export.parity.subgraph import ModelGraph
@@ -69,10 +71,7 @@ def _pack_weights(model: onnx.ModelProto, graph: ModelGraph, folder: Path) -> No
             offset = packed.tell()
             graph.array(tensor.name).tofile(packed)
             packed.flush()
-            length = packed.tell() - offset
-            del tensor.external_data[:]
-            for key, text in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
-                tensor.external_data.add(key=key, value=text)
+            point_at(tensor, Slot(WEIGHTS, offset, packed.tell() - offset))
 
 
 def save_iterations(folder: Path, iterations: Sequence[Iteration]) -> None:
@@ -127,16 +126,14 @@ def save_model_comparison(bundle: Bundle, model: ReferenceModel, rows: Sequence[
     ids = torch.tensor([list(row) for row in rows])
     past = torch.zeros(ids.shape[0], dtype=torch.int64)
     positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
-    cache_dtype = torch_dtype(bundle.manifest.cache.dtype)
-    caches = model.empty_caches(ids.shape[0], ids.shape[1], cache_dtype)
+    caches = model.empty_caches(ids.shape[0], ids.shape[1], torch_dtype(manifest.cache.dtype))
     feeds = {
         names.INPUT_IDS: ids.numpy(),
         names.PAST_LENS: past.numpy(),
         names.LOGITS_POSITIONS: np.ascontiguousarray(positions.numpy()),
     }
     for i, layer in enumerate(caches):
-        for tensor, cache in zip(bundle.manifest.cache.tensors, layer, strict=True):
-            feeds[names.cache_input(tensor.name, i)] = cache.numpy()
+        feeds |= cache_feeds(manifest, i, layer)
     logits, hidden, _ = model(ids, past, positions, caches)
     want = {names.LOGITS: logits.numpy(), names.HIDDEN: hidden.numpy()}
     with disk_errors(folder):

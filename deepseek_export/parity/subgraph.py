@@ -14,6 +14,7 @@ from deepseek_export.backend.ort.cut import Call, open_model
 from deepseek_export.backend.ort.session import SessionSettings
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest
 from deepseek_export.bundle.graph import external_location
+from deepseek_export.capture.trace import named
 from deepseek_export.checkpoint.weight_only import unpacked_int4
 from deepseek_export.cpu_library import library_for
 from deepseek_export.parity.arrays import widened
@@ -36,18 +37,16 @@ class ModelGraph:
 
     Args:
         bundle: bundle。
-        file: 图的文件名；缺省是主模型。
+        file: 图的文件名。
         model: 代替文件内容的图，例如下沉过的；外部权重的位置同文件里的。
     """
 
-    def __init__(self, bundle: Bundle, file: str | None = None, model: onnx.ModelProto | None = None) -> None:
+    def __init__(self, bundle: Bundle, file: str, model: onnx.ModelProto | None = None) -> None:
         self.folder: Path = bundle.path
         self._library = library_for(bundle.manifest.target)
         self._weights = BundleWeights(bundle)
-        path = bundle.model_path if file is None else bundle.path / file
-        self.model = onnx.shape_inference.infer_shapes(
-            model or onnx.load(path, load_external_data=False), data_prop=True
-        )
+        model = model or onnx.load(bundle.path / file, load_external_data=False)
+        self.model = onnx.shape_inference.infer_shapes(model, data_prop=True)
 
     @cached_property
     def producers(self) -> dict[str, onnx.NodeProto]:
@@ -122,26 +121,21 @@ class ModelGraph:
         used = {name for node in graph.node for name in node.input}
         graph.initializer.extend(tensor for name, tensor in self.initializers.items() if name in used)
         fed = {name: _FED + name for name in inputs if name in used and name in outputs}
-        graph.input.extend(
-            _renamed(self.values[name], fed.get(name, name)) for name in inputs if name in used
-        )
+        graph.input.extend(named(self.values[name], fed.get(name, name)) for name in inputs if name in used)
         graph.output.extend(self.values[name] for name in outputs)
         for node in graph.node:
             node.input[:] = [fed.get(name, name) for name in node.input]
         _widen_bfloat16(graph)
         return model
 
-    def run(
-        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], model: onnx.ModelProto | None = None
-    ) -> list[np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
         """截取并运行一次。
 
         Args:
             feeds: 输入名 → 数组；多给的忽略。
             outputs: 要的值。
-            model: 已经截好的子图（形状不同的多次运行可以共用）。
         """
-        return self.session(model or self.cut(list(feeds), outputs))(feeds, outputs)
+        return self.session(self.cut(list(feeds), outputs))(feeds, outputs)
 
     def session(self, model: onnx.ModelProto) -> Call:
         """截好的子图 → 可反复调用的函数 ``(feeds, outputs) -> list[np.ndarray]``。"""
@@ -156,17 +150,8 @@ class ModelGraph:
 
 def feeds_for(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """``cut`` 出来的模型的输入：按它的输入名挑出来，bfloat16 转成 float32。"""
-    arrays = {}
-    for value in model.graph.input:
-        arrays[value.name] = widened(feeds[value.name.removeprefix(_FED)])
-    return arrays
-
-
-def _renamed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
-    copy = onnx.ValueInfoProto()
-    copy.CopyFrom(value)
-    copy.name = name
-    return copy
+    names = [value.name for value in model.graph.input]
+    return {name: widened(feeds[name.removeprefix(_FED)]) for name in names}
 
 
 def _widen_bfloat16(graph: onnx.GraphProto) -> None:

@@ -2,7 +2,7 @@
 
 from deepseek_export.runtime.generate import Generator
 from deepseek_export.runtime.loading import open_session, open_speculative
-from deepseek_export.runtime.result import FinishReason, GenerationResult
+from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation.draft import DraftSession
@@ -10,12 +10,11 @@ from deepseek_export.runtime.speculation.floor import MeasuredFloor, Speculative
 from deepseek_export.runtime.speculation.generator import SpeculativeGenerator
 from deepseek_export.runtime.speculation.stats import SpeculationStats
 from deepseek_export.runtime.stop import StopStrings
-from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
+from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 __all__ = [
     "BundleTokenizer",
     "DraftSession",
-    "FinishReason",
     "GenerationResult",
     "Generator",
     "MeasuredFloor",
@@ -26,7 +25,6 @@ __all__ = [
     "SpeculativeFloor",
     "SpeculativeGenerator",
     "StopStrings",
-    "TokenStream",
     "open_session",
     "open_speculative",
 ]

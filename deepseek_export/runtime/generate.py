@@ -13,8 +13,9 @@ from deepseek_export.runtime.batching import right_padded_chunks
 from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
-from deepseek_export.runtime.sampling import Sampler, SamplingParams
+from deepseek_export.runtime.sampling import Sampler, SamplingParams, is_integer
 from deepseek_export.runtime.session import ModelSession
+from deepseek_export.runtime.speculation.stats import SpeculationStats
 from deepseek_export.runtime.stop import stopped_rows
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
@@ -71,29 +72,16 @@ class Generator:
                 ``DSX-E512``，``max_new_tokens`` 不是正整数，或停止串不对；``DSX-E509``，token id 越界；
                 ``DSX-E505``，logits 无法采样。
         """
-        check_positive("max_new_tokens", max_new_tokens)
-        rows = self._check_rows(prompts)
-        lens = np.array([len(row) for row in rows], np.int64)
-        limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
-        budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
-        eos = frozenset() if ignore_eos else self.eos_token_ids
-        out = OutputRows(budgets, eos, on_token, stopped_rows(stop, self.tokenizer, len(rows)))
+        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos, stop)
         started = perf_counter()
         caches = self.session.new_caches(len(rows), int(lens.max()))
         logits = self._prefill(rows, lens, caches)
         prefilled = perf_counter()
         sampler = Sampler(sampling or SamplingParams(), len(rows))
         self._decode(logits, lens, caches, sampler, out)
-        finished = perf_counter()
-        return GenerationResult(
-            token_ids=out.token_ids,
-            text=out.texts(self.tokenizer),
-            prompt_lens=lens.tolist(),
-            finish_reasons=out.reasons,
-            prefill_s=prefilled - started,
-            decode_s=finished - prefilled,
-            notes=(*self.session.notes, *out.notes(max_new_tokens, limit)),
-        )
+        times = (started, prefilled, perf_counter())
+        notes = (*self.session.notes, *out.notes(max_new_tokens, self.session.max_positions))
+        return self._result(lens, out, times, notes)
 
     def logits(self, ids: Sequence[Sequence[int]], chunk: int | None = None) -> list[np.ndarray]:
         """teacher-forced：每个位置的 logits，供对齐校验。
@@ -160,6 +148,45 @@ class Generator:
                 logits = self.session.run(picked[:, None], newest, first, caches)[:, 0]
                 newest += 1
 
+    def _begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        on_token: OnToken | None,
+        ignore_eos: bool,
+        stop: Sequence[str],
+    ) -> tuple[list[np.ndarray], np.ndarray, OutputRows]:
+        """核对过的提示词、各行的长度 ``[B]``，与还空着的输出。"""
+        check_positive("max_new_tokens", max_new_tokens)
+        rows = self._check_rows(prompts)
+        lens = np.array([len(row) for row in rows], np.int64)
+        limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
+        budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
+        eos = frozenset() if ignore_eos else self.eos_token_ids
+        out = OutputRows(budgets, eos, on_token, stopped_rows(stop, self.tokenizer, len(rows)))
+        return rows, lens, out
+
+    def _result(
+        self,
+        lens: np.ndarray,
+        out: OutputRows,
+        times: tuple[float, float, float],
+        notes: tuple[str, ...],
+        speculation: SpeculationStats | None = None,
+    ) -> GenerationResult:
+        """``times`` 是开始、prefill 完、解码完的时刻。"""
+        started, prefilled, finished = times
+        return GenerationResult(
+            token_ids=out.token_ids,
+            text=out.texts(self.tokenizer),
+            prompt_lens=lens.tolist(),
+            finish_reasons=out.reasons,
+            prefill_s=prefilled - started,
+            decode_s=finished - prefilled,
+            speculation=speculation,
+            notes=notes,
+        )
+
     def _check_rows(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         if len(prompts) == 0:
             raise DsxError("DSX-E510", "提示词列表为空", "至少给一条提示词")
@@ -182,5 +209,5 @@ class Generator:
 
 def check_positive(name: str, value: int) -> None:
     """不是正整数就报 ``DSX-E512``。"""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not (is_integer(value) and value >= 1):
         raise DsxError("DSX-E512", f"{name}={value!r}", f"把 {name} 设为不小于 1 的整数")

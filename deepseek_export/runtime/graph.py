@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from deepseek_export.backend.base import Caches, Limits, Runner
-from deepseek_export.backend.contract import TOKEN_INPUTS, CacheSpec
+from deepseek_export.backend.contract import TOKEN_INPUTS
 from deepseek_export.errors import DsxError
 
 
@@ -45,11 +45,6 @@ class GraphSession:
     def max_positions(self) -> int:
         """一行至多多长。"""
         return self.runner.limits.max_positions
-
-    @property
-    def cache_spec(self) -> CacheSpec:
-        """图要的缓存。"""
-        return self.runner.contract.caches
 
     @property
     def notes(self) -> tuple[str, ...]:

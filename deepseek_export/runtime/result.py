@@ -50,11 +50,6 @@ class GenerationResult:
         return sum(max(len(ids) - 1, 0) for ids in self.token_ids)
 
     @property
-    def prefill_tokens_per_s(self) -> float:
-        """prefill 吞吐：提示词 token 数除以 ``prefill_s``。"""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
-
-    @property
     def decode_tokens_per_s(self) -> float:
         """decode 吞吐：``decode_tokens`` 除以 ``decode_s``，整批合计。"""
         return self.decode_tokens / self.decode_s if self.decode_s > 0 else 0.0

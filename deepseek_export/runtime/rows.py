@@ -71,7 +71,7 @@ class OutputRows:
         """每行的文本，遇到停止串的到它之前；没有 tokenizer 为 ``None``。"""
         if tokenizer is None:
             return None
-        rows = self._stopped or [None] * len(self.token_ids)
+        rows: Sequence[StoppedRow | None] = self._stopped or [None] * len(self.token_ids)
         return [
             row.text if row is not None and row.stopped else tokenizer.decode(ids)
             for row, ids in zip(rows, self.token_ids, strict=True)

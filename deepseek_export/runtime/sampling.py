@@ -31,13 +31,13 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_real(self.temperature) and self.temperature >= 0):
+        if not (is_real(self.temperature) and self.temperature >= 0):
             raise _refused("temperature", self.temperature, "有限且不小于 0 的数，0 表示贪心")
-        if not (_is_int(self.top_k) and self.top_k >= 0):
+        if not (is_integer(self.top_k) and self.top_k >= 0):
             raise _refused("top_k", self.top_k, "不小于 0 的整数，0 表示不限")
-        if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
+        if not (is_real(self.top_p) and 0 < self.top_p <= 1):
             raise _refused("top_p", self.top_p, "(0, 1] 内的数，1 表示不限")
-        if self.seed is not None and not (_is_int(self.seed) and self.seed >= 0):
+        if self.seed is not None and not (is_integer(self.seed) and self.seed >= 0):
             raise _refused("seed", self.seed, "不小于 0 的整数，或者不给")
 
     @property
@@ -146,11 +146,13 @@ def check_peaks(peaks: np.ndarray, rows: np.ndarray) -> None:
         raise unusable_logits(int(rows[bad[0]]), float(peaks[bad[0]]))
 
 
-def _is_real(value: object) -> bool:
+def is_real(value: object) -> bool:
+    """有限的数；``bool`` 不算。"""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_int(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """整数；``bool`` 不算。"""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

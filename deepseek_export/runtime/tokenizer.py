@@ -78,11 +78,6 @@ class BundleTokenizer:
         except UnicodeEncodeError as error:
             raise _unreadable(folder / "tokenizer_config.json", error) from error
 
-    @property
-    def has_chat_template(self) -> bool:
-        """是否带聊天模板。"""
-        return self._chat_template is not None
-
     def encode(self, text: str) -> list[int]:
         """编码成 token id。
 

@@ -166,8 +166,8 @@ def test_bundle_has_a_draft_graph_sharing_the_weights(bundle):
         tensors = onnx.load(path, load_external_data=False).graph.initializer
         return {t.name: {e.key: e.value for e in t.external_data} for t in tensors if t.external_data}
 
-    (path,) = bundle.draft_paths
-    main, draft = places(bundle.model_path), places(path)
+    (entry,) = bundle.manifest.drafts
+    main, draft = places(bundle.model_path), places(bundle.path / entry.file)
     shared = {"model.embed_tokens.weight", "lm_head.weight"}
     assert main.keys() & draft.keys() == shared
     assert all(main[name] == draft[name] for name in shared)

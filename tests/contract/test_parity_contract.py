@@ -23,11 +23,12 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.cli.verify import command as verify_command
 from deepseek_export.engine.flavour import device_sm
 from deepseek_export.errors import DsxError
-from deepseek_export.parity import LEVELS, ParityReport
 from deepseek_export.parity.bisect import bisect_block
 from deepseek_export.parity.blocks import main_blocks
+from deepseek_export.parity.checks import LEVELS
 from deepseek_export.parity.inputs import block_rows
 from deepseek_export.parity.keys import block_keys
+from deepseek_export.parity.report import ParityReport
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.reference import Forms, load_reference
@@ -388,7 +389,14 @@ class TestCompare:
         blocks = list(main_blocks(manifest, model, block_rows(manifest, 0), keys))
         for i, block in enumerate(blocks):
             folder = tmp_path / str(i)
-            where = (v3_bundle, checkpoint, manifest.main, model, block, ModelGraph(v3_bundle))
+            where = (
+                v3_bundle,
+                checkpoint,
+                manifest.main,
+                model,
+                block,
+                ModelGraph(v3_bundle, manifest.main.file),
+            )
             culprit = bisect_block(*where, run_file, folder, folder)
             assert culprit.case is None, culprit
             assert (culprit.value, culprit.nodes, culprit.causes) == ("", [], [])

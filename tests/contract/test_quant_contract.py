@@ -17,7 +17,7 @@ from deepseek_export.bundle import Bundle, disk
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cli.main import cli
-from deepseek_export.parity import ParityReport
+from deepseek_export.parity.report import ParityReport
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.plan.written import HEADROOM, written_bytes
 from deepseek_export.profile import resolve_profile

@@ -114,7 +114,7 @@ def test_initializers_point_into_the_checkpoint_where_they_can(twins, referenced
     """EXPORT-21：dtype 与布局相同的直接指到检查点里的偏移，其余（叠放、反量化）按配方生成。"""
     for checkpoint, bundle in zip(twins, referenced, strict=True):
         store = Checkpoint.open(checkpoint).store
-        for path in (bundle.model_path, *bundle.draft_paths):
+        for path in (bundle.path / graph.file for graph in bundle.manifest.graphs):
             for tensor in onnx.load(path, load_external_data=False).graph.initializer:
                 if tensor.name.startswith("constants/"):
                     continue

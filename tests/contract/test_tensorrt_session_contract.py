@@ -25,8 +25,9 @@ from deepseek_export.engine.flavour import FLAVOURS
 from deepseek_export.engine.record import EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.kernels.compile import toolkit_version
-from deepseek_export.parity import compare_bundle, verify_bundle
+from deepseek_export.parity.compare import compare_bundle
 from deepseek_export.parity.tolerances import tolerance
+from deepseek_export.parity.verify import verify_bundle
 from tests.contract.test_mtp_contract import SMALL
 from tests.engines import refused
 from tests.fake_gpu import FakeGpu

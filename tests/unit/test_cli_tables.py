@@ -15,10 +15,11 @@ import pytest
 from deepseek_export import api, machine
 from deepseek_export.cli import console, demo, doctor, progress, verify
 from deepseek_export.cli.main import COMMANDS, LazyGroup, cli
-from deepseek_export.parity import LEVELS, Case, ComparisonReport, Culprit, ParityReport
-from deepseek_export.parity.bisect import NodeEntry
-from deepseek_export.parity.compare import BlockCase
+from deepseek_export.parity.bisect import Culprit, NodeEntry
+from deepseek_export.parity.checks import LEVELS
+from deepseek_export.parity.compare import BlockCase, ComparisonReport
 from deepseek_export.parity.measures import Measure
+from deepseek_export.parity.report import Case, ParityReport
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.records import TARGETS
 from tests.integration.cli import dsx, last_json

@@ -55,12 +55,12 @@ def test_bucket_fits_and_is_a_step(needed: int, limit: int) -> None:
 
 
 def test_spec_comes_from_the_session(session: ModelSession) -> None:
-    names = [(t.name, t.out_name) for t in session.cache_spec.tensors]
+    names = [(t.name, t.out_name) for t in session.runner.contract.caches.tensors]
     assert names == [(f"kv_cache.{i}", f"kv_cache_out.{i}") for i in range(LAYERS)]
-    assert session.cache_spec.bytes_per_token == LAYERS * LATENT * 4
+    assert session.runner.contract.caches.bytes_per_token == LAYERS * LATENT * 4
     caches = session.new_caches(3)
     assert caches.capacity == 256
-    assert caches.nbytes == 3 * 256 * session.cache_spec.bytes_per_token
+    assert caches.nbytes == 3 * 256 * session.runner.contract.caches.bytes_per_token
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int8])

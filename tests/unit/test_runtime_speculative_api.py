@@ -102,8 +102,9 @@ def _compiled(folder: Path, with_drafts: bool = True, **options: Any) -> api.Com
         weights=weights,
         dtype="float32",
         target="portable",
-        main=SimpleNamespace(file="model.onnx"),
-        drafts=[SimpleNamespace(file="mtp.onnx")] if with_drafts else [],
+        graphs=[],
+        main=SimpleNamespace(file="model.onnx", by_recipe=[]),
+        drafts=[SimpleNamespace(file="mtp.onnx", by_recipe=[])] if with_drafts else [],
     )
     return api.CompiledModel(Bundle(folder, manifest), **options)
 

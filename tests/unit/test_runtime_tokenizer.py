@@ -106,7 +106,6 @@ def test_without_config_tokenizer_json_decides(tmp_path: Path) -> None:
     loaded = write(tmp_path, None, bos_postprocessor=True)
     assert loaded.bos_id is None
     assert loaded.encode("a")[0] == 256
-    assert not loaded.has_chat_template
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=30))

@@ -144,6 +144,6 @@ def test_toy_matches_numpy(tmp_path: Path, cache_dtype: str, split_kv: bool) -> 
     got = session.run(ids, np.array([0]), np.arange(5)[None], session.new_caches(1, 5))
     bound = {"float32": 1e-5, "float16": 3e-2, "bfloat16": 3e-1}[cache_dtype]
     assert np.abs(got[0] - toy.forward(ids[0].tolist())).max() < bound
-    assert session.cache_spec.bytes_per_token == (
+    assert session.runner.contract.caches.bytes_per_token == (
         LAYERS * (1 + split_kv) * LATENT * (4 if cache_dtype == "float32" else 2)
     )

@@ -58,7 +58,7 @@ def test_reads_what_safetensors_wrote(tmp_path: Path):
     assert list(store) == list(store.names)
     for name, array in arrays.items():
         got = store.read(name)
-        assert (got.dtype, got.shape, store.spec(name)) == (array.dtype, array.shape, store[name])
+        assert (got.dtype, got.shape) == (array.dtype, array.shape)
         assert np.array_equal(got, array)
         assert not got.flags.writeable
     assert (store["b"].dtype, store["b"].nbytes) == ("BF16", 10)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_export.checkpoint.synthetic import CHAT_TEMPLATE, SPECIAL_TOKENS
+from deepseek_export.checkpoint.synthetic import SPECIAL_TOKENS
 
 BOS, EOS, USER, ASSISTANT = range(4)
 _POEMS = ("tang300", "song100")
@@ -140,23 +140,6 @@ def train_tokenizer(corpora: dict[str, Corpus], vocab_size: int) -> Any:
         special_tokens=[(SPECIAL_TOKENS[0], BOS)],
     )
     return tokenizer
-
-
-def tokenizer_settings(length: int) -> dict[str, Any]:
-    """``tokenizer_config.json``，与 ``dsx`` 的合成检查点相同的对话模板。"""
-    bos, eos, *extra = SPECIAL_TOKENS
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "pad_token": eos,
-        "additional_special_tokens": extra,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": length,
-        "chat_template": CHAT_TEMPLATE,
-    }
 
 
 class Stream:

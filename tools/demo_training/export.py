@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_export.checkpoint.store import SINGLE_NAME
-from tools.demo_training.data import BOS, EOS, Corpus, tokenizer_settings, train_tokenizer
+from deepseek_export.checkpoint.synthetic import tokenizer_settings
+from tools.demo_training.data import BOS, EOS, Corpus, train_tokenizer
 from tools.demo_training.model import DemoModel
 
 _CONFIG: dict[str, Any] = {

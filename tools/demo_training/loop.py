@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tools.demo_training.data import Stream
-from tools.demo_training.model import DemoModel, Gate, MoE
+from tools.demo_training.model import DemoModel, Gate
 
 DEPTH = 3  # 训练与评估都递归应用 MTP 模块三次
 
@@ -197,8 +197,3 @@ def balance(loads: list[Tensor]) -> list[tuple[float, float]]:
         entropy = -(share * share.clamp_min(1e-12).log()).sum() / math.log(len(load))
         result.append((float(share.max() * len(load)), float(entropy)))
     return result
-
-
-def moe_layers(model: DemoModel) -> list[int]:
-    """MoE 层的编号，最后一个可能是 MTP 层。"""
-    return [index for index, layer in enumerate(model.model.layers) if isinstance(layer.mlp, MoE)]

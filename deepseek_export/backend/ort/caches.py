@@ -68,9 +68,8 @@ class OrtCaches(Caches):
     """主机内存里的缓存；各行在内存里相邻，所以前几行就是一段，视图不必复制。"""
 
     def __init__(self, spec: CacheSpec, batch: int, storage: _Storage) -> None:
-        self.spec, self.batch = spec, batch
+        super().__init__(spec, batch)
         self._storage = storage
-        self._views: dict[int, OrtCaches] = {}
         # OrtValue 只借用 numpy 的内存，数组由 storage 留住。
         self._values: dict[str, ort.OrtValue] = {}
         self._valued: int | None = None
@@ -113,14 +112,8 @@ class OrtCaches(Caches):
     def ensure(self, needed: int) -> bool:
         return self._storage.grow(needed)
 
-    def first(self, rows: int) -> OrtCaches:
-        if rows == self.batch:
-            return self
-        if not 0 < rows < self.batch:
-            raise ValueError(f"要前 {rows} 行，一共 {self.batch} 行")
-        if rows not in self._views:
-            self._views[rows] = OrtCaches(self.spec, rows, self._storage)
-        return self._views[rows]
+    def view(self, rows: int) -> OrtCaches:
+        return OrtCaches(self.spec, rows, self._storage)
 
     def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:
         if origin is None or origin is self:

@@ -35,9 +35,8 @@ class DeviceCaches(Caches):
     """一个批次在显存里的缓存。"""
 
     def __init__(self, spec: CacheSpec, batch: int, capacity: int, memory: _Memory) -> None:
-        self.spec, self.batch = spec, batch
+        super().__init__(spec, batch)
         self._capacity, self._memory = capacity, memory
-        self._views: dict[int, DeviceCaches] = {}
 
     @classmethod
     def allocate(cls, cuda: Cuda, spec: CacheSpec, batch: int, capacity: int, needed: int) -> DeviceCaches:
@@ -63,14 +62,8 @@ class DeviceCaches(Caches):
         _check_fits(needed, self._capacity)
         return False
 
-    def first(self, rows: int) -> DeviceCaches:
-        if rows == self.batch:
-            return self
-        if not 0 < rows < self.batch:
-            raise ValueError(f"要前 {rows} 行，一共 {self.batch} 行")
-        if rows not in self._views:
-            self._views[rows] = DeviceCaches(self.spec, rows, self._capacity, self._memory)
-        return self._views[rows]
+    def view(self, rows: int) -> DeviceCaches:
+        return DeviceCaches(self.spec, rows, self._capacity, self._memory)
 
     def copy_row(self, source: int, target: int, length: int, origin: Caches | None = None) -> None:
         there = cast(DeviceCaches, origin or self)  # 同一个 Runner 分配的

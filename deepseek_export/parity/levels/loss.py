@@ -17,9 +17,9 @@ from deepseek_export.capture import names
 from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import MOE_GATE
-from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.checks import Check
 from deepseek_export.parity.context import Context
+from deepseek_export.parity.inputs import cache_feeds
 from deepseek_export.parity.keys import router_dtype
 from deepseek_export.parity.logits import logits_cases
 from deepseek_export.parity.report import Case, Perplexity, QuantLoss, compare
@@ -121,8 +121,7 @@ def _before_a_flip(
     caches = plain.empty_caches(1, len(row), torch_dtype(manifest.cache.dtype))
     feeds = {names.INPUT_IDS: ids.numpy(), names.PAST_LENS: past.numpy()}
     for i, tensors in enumerate(caches):
-        for entry, tensor in zip(manifest.cache.tensors, tensors, strict=True):
-            feeds[names.cache_input(entry.name, i)] = to_numpy(tensor)
+        feeds |= cache_feeds(manifest, i, tensors)
     mine = graph.run(feeds, [site.inputs[0] for site in gates])
     x, cos, sin = plain.embed(ids, past)
     same = np.ones(len(row), bool)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from deepseek_export.capture import names
-from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.checks import Check
 from deepseek_export.parity.context import Context
+from deepseek_export.parity.inputs import cache_feeds
 from deepseek_export.parity.keys import router_dtype
 from deepseek_export.parity.logits import logits_cases
 from deepseek_export.parity.report import Case
@@ -43,8 +43,7 @@ def _draft(check: Check, context: Context) -> Iterator[Case]:
         names.PREV_HIDDEN: run.hidden.numpy(),
         names.LOGITS_POSITIONS: run.positions.numpy(),
     }
-    for tensor, cache in zip(manifest.cache.tensors, run.caches, strict=True):
-        feeds[names.cache_input(tensor.name, 0)] = to_numpy(cache)
+    feeds |= cache_feeds(manifest, 0, run.caches)
     outputs, margin = (names.LOGITS, names.HIDDEN), run.margin().numpy()
     (key,), router = check.keys, router_dtype(manifest)
     with context.step(check.graph):

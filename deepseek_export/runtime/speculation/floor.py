@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.errors import DsxError
+from deepseek_export.runtime.sampling import is_integer, is_real
 
 DEFAULT_WINDOW = 32
 
@@ -82,11 +82,11 @@ class SpeculativeFloor:
     window: int = DEFAULT_WINDOW
 
     def __post_init__(self) -> None:
-        value = self.min_acceptance
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (real and math.isfinite(value) and value >= 0):
-            raise refused("min_acceptance", value, "有限且不小于 0 的数；不要止损就把 floor 设为 None")
-        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
+        if not (is_real(self.min_acceptance) and self.min_acceptance >= 0):
+            raise refused(
+                "min_acceptance", self.min_acceptance, "有限且不小于 0 的数；不要止损就把 floor 设为 None"
+            )
+        if not (is_integer(self.window) and self.window >= 1):
             raise refused("window", self.window, "不小于 1 的整数")
 
     @property
@@ -158,7 +158,7 @@ class MeasuredFloor:
 
     def __post_init__(self) -> None:
         for key, value in (("window", self.window), ("probe", self.probe)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not (is_integer(value) and value >= 1):
                 raise refused(key, value, "不小于 1 的整数")
 
     @property

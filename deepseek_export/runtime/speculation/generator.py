@@ -12,18 +12,17 @@ from deepseek_export.backend.base import Caches
 from deepseek_export.backend.contract import contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.generate import Generator, check_positive
+from deepseek_export.runtime.generate import Generator
 from deepseek_export.runtime.packing import Packing
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
-from deepseek_export.runtime.sampling import SamplingParams, check_peaks
+from deepseek_export.runtime.sampling import SamplingParams, check_peaks, is_integer
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
 from deepseek_export.runtime.speculation.chance import RowChance
 from deepseek_export.runtime.speculation.draft import DraftSession
 from deepseek_export.runtime.speculation.drafter import Drafter
 from deepseek_export.runtime.speculation.floor import Floor, FloorWatch, Round, refused
 from deepseek_export.runtime.speculation.stats import Tally
-from deepseek_export.runtime.stop import stopped_rows
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
 MAX_DRAFT_TOKENS = 8
@@ -93,8 +92,7 @@ class SpeculativeGenerator(Generator):
         floor: Floor | None = None,
     ) -> None:
         super().__init__(session, tokenizer, eos_token_ids, prefill_chunk)
-        whole = isinstance(num_draft_tokens, int) and not isinstance(num_draft_tokens, bool)
-        if not whole or not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+        if not (is_integer(num_draft_tokens) and 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS):
             raise refused("num_draft_tokens", num_draft_tokens, f" 1 到 {MAX_DRAFT_TOKENS} 的整数")
         if not drafts:
             raise refused("drafts", list(drafts), "至少一个草稿模块")
@@ -128,13 +126,7 @@ class SpeculativeGenerator(Generator):
         """
         params = sampling or SamplingParams()
         self._check_sampling(params)
-        check_positive("max_new_tokens", max_new_tokens)
-        rows = self._check_rows(prompts)
-        lens = np.array([len(row) for row in rows], np.int64)
-        limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
-        budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
-        eos = frozenset() if ignore_eos else self.eos_token_ids
-        out = OutputRows(budgets, eos, on_token, stopped_rows(stop, self.tokenizer, len(rows)))
+        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos, stop)
         started = perf_counter()
         run = self._start(rows, lens, out, params)
         first = self._prefill_ids(rows, run)
@@ -143,21 +135,11 @@ class SpeculativeGenerator(Generator):
             run.tokens[row, lens[row]] = first[row]
             out.emit(row, [int(first[row])])
         notes, draft_calls = self._decode_rounds(run)
-        finished = perf_counter()
-        return GenerationResult(
-            token_ids=out.token_ids,
-            text=out.texts(self.tokenizer),
-            prompt_lens=lens.tolist(),
-            finish_reasons=out.reasons,
-            prefill_s=prefilled - started,
-            decode_s=finished - prefilled,
-            speculation=run.tally.stats(draft_calls, fell_back=bool(notes)),
-            notes=(
-                *notes,
-                *dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes),
-                *out.notes(max_new_tokens, limit),
-            ),
-        )
+        stats = run.tally.stats(draft_calls, fell_back=bool(notes))
+        times = (started, prefilled, perf_counter())
+        notes += tuple(dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes))
+        notes += tuple(out.notes(max_new_tokens, self.session.max_positions))
+        return self._result(lens, out, times, notes, stats)
 
     def _start(
         self, rows: list[np.ndarray], lens: np.ndarray, out: OutputRows, params: SamplingParams
