@@ -38,7 +38,7 @@ class LowerMlaToTensorrtPass(Pass):
 
     1. 缓存写入：``kv_cache_out = TensorScatter(kv_cache, [c_kv, k_pe], past_lens)``，TensorRT 认作 KV_CACHE_UPDATE，原地执行。
     2. ``mla.form=absorb``：解码路径。W_UK、W_UV 的吸收是按头分批的原生 MatMul，中间是 ``LatentAttention``。
-    3. ``mla.form=naive``：prefill 路径。缓存展开成每头的 K、V，V 补零到与 K 同宽（原生注意力要求 Q、K、V 等宽），再用标准
+    3. ``mla.form=naive``：prefill 路径。缓存里没有写过的行换成零（算的时候权重是 0，而 0 乘 NaN 还是 NaN），再展开成每头的 K、V，V 补零到与 K 同宽（原生注意力要求 Q、K、V 等宽），再用标准
        ``Attention``，最后切回 ``v_head_dim`` 列。
     4. ``mla.form=auto``：两条都在，S <= 8 走解码，否则走 prefill。不用 ``If``：它在 TensorRT 里带一次设备到主机的拷贝，而且
        分支里不能有插件。另一条路径的结果切成 0 行；每个优化配置的 S 都在分界的同一侧，编译器因此把走不到的那条整条删掉。
@@ -208,6 +208,9 @@ class _Rewrite:
         latent = emit("Squeeze", [cache, emit.ints(1)], "mla/latent", cache)
         if cache.dtype != q_nope.dtype:
             latent = emit("Cast", [latent], "mla/latent_cast", q_nope, to=dtype_of(q_nope).onnx)
+        mask, written = self._masks(q_pe, latent)
+        zero = emit("Cast", [emit.int0d(0)], "mla/zero", latent, [], to=dtype_of(latent).onnx)
+        latent = emit("Where", [written, latent, zero], "mla/written_latent", latent)
         c_kv, k_pe = emit.split(latent, (self.r, self.dr), ("mla/c_kv", "mla/k_pe"), axis=2)
         w = emit("Transpose", [self.w_kv_b], "mla/w_kv_b_t", self.w_kv_b, perm=[1, 0])
         kv = emit("MatMul", [c_kv, w], "mla/expand", q)
@@ -218,9 +221,7 @@ class _Rewrite:
         k_pe = emit("Expand", [k_pe, emit.ints(1, H, 1, 1)], "mla/k_pe_heads", q)
         k = emit("Concat", [k_nope, k_pe], "mla/k", q, axis=-1)
         k, v = self._pad(k, padded - width, "k"), self._pad(v, padded - self.dv, "v")
-        attended = emit(
-            NATIVE_ATTENTION, [q, k, v, self._mask(q_pe, latent)], "mla/Attention", q, scale=self.scale
-        )
+        attended = emit(NATIVE_ATTENTION, [q, k, v, mask], "mla/Attention", q, scale=self.scale)
         if padded > self.dv:
             columns = [emit.ints(0), emit.ints(self.dv), emit.ints(3)]
             attended = emit("Slice", [attended, *columns], "mla/attended", q)
@@ -235,12 +236,13 @@ class _Rewrite:
             return tensor
         return self.emit("Pad", [tensor, self.emit.ints(*[0] * 7, columns)], f"mla/{name}_padded", tensor)
 
-    def _mask(self, rows: gs.Tensor, keys: gs.Tensor) -> gs.Tensor:
-        """[B, 1, S, T] bool，True 表示看得见：``j <= past_lens[b] + i``。"""
+    def _masks(self, rows: gs.Tensor, keys: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
+        """[B, 1, S, T] bool，True 表示看得见：``j <= past_lens[b] + i``；[B, T, 1] bool，True 表示写过：``j < past_lens[b] + S``。"""
         emit = self.emit
-        positions = []
+        positions, counts = [], []
         for name, tensor in (("row", rows), ("key", keys)):
             count = emit("Shape", [tensor], f"mla/{name}_count", np.int64, [1], start=1, end=2)
+            counts.append(count)
             count = emit("Squeeze", [count, emit.ints(0)], f"mla/{name}_count_0d", np.int64, [])
             positions.append(
                 emit("Range", [emit.int0d(0), count, emit.int0d(1)], f"mla/{name}_positions", np.int64)
@@ -248,4 +250,8 @@ class _Rewrite:
         past = emit("Unsqueeze", [self.past_lens, emit.ints(1)], "mla/past", np.int64)
         last = emit("Add", [past, positions[0]], "mla/last_visible", np.int64)
         last = emit("Unsqueeze", [last, emit.ints(1, 3)], "mla/last_visible_4d", np.int64)
-        return emit("LessOrEqual", [positions[1], last], "mla/visible", np.bool_)
+        length = emit("Add", [past, counts[0]], "mla/length", np.int64)
+        length = emit("Unsqueeze", [length, emit.ints(2)], "mla/length_3d", np.int64)
+        keys_3d = emit("Unsqueeze", [positions[1], emit.ints(1)], "mla/key_positions_2d", np.int64)
+        written = emit("Less", [keys_3d, length], "mla/written", np.bool_)
+        return emit("LessOrEqual", [positions[1], last], "mla/visible", np.bool_), written
