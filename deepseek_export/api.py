@@ -30,6 +30,7 @@ from deepseek_export.runtime import (
     open_session,
     open_speculative,
 )
+from deepseek_export.serving import Engine, EngineSettings
 
 # 编译与校验的一半用到时才导入：加载与生成不该等 torch、onnx。
 if TYPE_CHECKING:
@@ -252,6 +253,14 @@ class CompiledModel:
         return generator.generate(
             ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos, stop=stops
         )
+
+    def engine(self, settings: EngineSettings | None = None) -> Engine:
+        """服务引擎：同时服务许多请求，各得各的 token 流；用完要关，关之前别处不要用这个模型。
+
+        Raises:
+            DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐。
+        """
+        return Engine(self.session, self.generator.eos_token_ids, settings)
 
     def _generator(self, speculative: bool | None) -> Generator:
         if speculative is False or (speculative is None and self.speculative is None):

@@ -31,7 +31,7 @@ class Engine:
         settings: 参数，缺省都用缺省值。
 
     Raises:
-        DsxError: ``DSX-E532``，参数与模型、后端不合。
+        DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐。
     """
 
     def __init__(

@@ -40,6 +40,9 @@ class Scheduler:
         waiting: 排队的请求，先来先走。
         counters: 累计。
         failure: 最近一次模型调用为什么失败；成功一次就是 ``None``。
+
+    Raises:
+        DsxError: ``DSX-E919``，TensorRT 引擎的一行没有对齐，不能只运行其中一行。
     """
 
     def __init__(self, session: ModelSession, settings: FittedSettings) -> None:
@@ -47,7 +50,10 @@ class Scheduler:
         self.counters = Counters()
         self.failure: DsxError | None = None
         self._session, self._settings = session, settings
-        self._table = RowTable(session.new_caches(settings.rows), settings.prefix_reuse)
+        caches = session.new_caches(settings.rows)
+        if settings.rows > 1:
+            caches.rows(1, 1)  # 后端做不到只运行其中一行的，现在就说
+        self._table = RowTable(caches, settings.prefix_reuse)
         self._joining: _Joining | None = None
         self._running: list[Request] = []  # 第 b 个占着第 b 行
         self._newest = np.zeros(settings.rows, np.int64)  # 每行最新的 token，还没有送进模型
@@ -186,8 +192,8 @@ class Scheduler:
         picked = pick_tokens(logits, lengths, [requests[slot].work.sampler for slot in rows])
         self._newest[start : start + len(requests)][usable] = picked
         for slot, token in zip(rows, picked.tolist(), strict=True):
-            requests[slot].emit(token)
             self.counters.generated_tokens += 1
+            requests[slot].emit(token)
         self._pack()
 
     def _pack(self) -> None:

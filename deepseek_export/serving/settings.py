@@ -17,7 +17,7 @@ class EngineSettings:
         rows: 缓存一共几行，不小于 ``slots``；多出来的只用来留住结束了的前缀。``None`` 与 ``slots`` 相同。
         context: 一行（提示词加新 token）至多几个 token；``None`` 由模型与后端决定。
         queue: 至多几个请求排队，还没开始的都算。
-        prefill_tokens: 一步里至多算几个提示词的 token；别人的两个 token 之间至多插进这么多。``None`` 由后端决定。
+        prefill_tokens: 一步里至多算几个提示词的 token；别人的两个 token 之间至多插进这么多。后端一块取不了这么多就取它的。
         prefix_reuse: 用不用别的行里现成的前缀。
         cache_bytes: 缓存至多占多少字节，按每行都到 ``context`` 算；``None`` 不限。
 
@@ -29,14 +29,14 @@ class EngineSettings:
     rows: int | None = None
     context: int | None = None
     queue: int = 256
-    prefill_tokens: int | None = None
+    prefill_tokens: int = 128
     prefix_reuse: bool = True
     cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("slots", "queue"):
+        for key in ("slots", "queue", "prefill_tokens"):
             _check_whole(key, getattr(self, key))
-        for key in ("rows", "context", "prefill_tokens", "cache_bytes"):
+        for key in ("rows", "context", "cache_bytes"):
             if getattr(self, key) is not None:
                 _check_whole(key, getattr(self, key))
         if self.rows is not None and self.rows < self.slots:
@@ -58,7 +58,7 @@ class EngineSettings:
         if self.cache_bytes is not None and rows * per_row > self.cache_bytes:
             what = f"不小于 {rows * per_row} 的整数：{rows} 行，每行 {context} 个 token，各 {per_row} 字节；或减小 rows、context"
             raise refused("cache_bytes", self.cache_bytes, what)
-        chunk = min(self.prefill_tokens or limits.prefill_chunk, limits.prefill_chunk)
+        chunk = min(self.prefill_tokens, limits.prefill_chunk)
         return FittedSettings(self.slots, rows, context, self.queue, chunk, self.prefix_reuse)
 
 

@@ -79,6 +79,19 @@ def test_among_others_equals_alone(toy, asks, slots, spare, chunk, reuse):
     assert reuse or engine.stats.hit_tokens == engine.stats.resident_rows == 0
 
 
+def test_growing_caches_among_others(toy):
+    """SERVE-1：一个请求让缓存升档，正在生成的、正在算提示词的、留着前缀的各行都跟着搬，结果不变。"""
+    asks = [
+        Ask(BASE[:240], 60),
+        Ask([*BASE[:100], 3], 30, arrives=10),
+        Ask([*BASE[:200], *BASE[:330]], 20, arrives=12),
+        Ask(BASE[:250], 40, SamplingParams(temperature=1.0, seed=3), arrives=70),
+    ]
+    engine = assert_same_as_alone(toy, (), asks, EngineSettings(slots=3, rows=4, prefill_tokens=32))
+    assert engine.stats.cache_bytes == 4 * LIMIT * toy.cache_spec.bytes_per_token
+    assert engine.stats.hit_tokens >= 100 + 200 + 240
+
+
 def random_asks(rng: np.random.Generator, count: int, vocab: int, longest: int = 40) -> list[Ask]:
     """同 :func:`plays`，由种子定；给每次都要几秒的真模型用。"""
     base = rng.integers(0, vocab, longest).tolist()
@@ -125,15 +138,17 @@ def test_int8_models_among_others_equal_alone(int8_bundle, slots):
 
 def test_engine_backend_among_others_equals_alone(tmp_path):
     """SERVE-1、SERVE-4、SERVE-5：TensorRT 的引擎走同一套（GPU 是替身，见 tests/fake_gpu.py）；关了之后显存全部归还。"""
-    checkpoint = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32")
+    checkpoint = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32", mtp=True)
     bundle = deepseek_export.export(
-        checkpoint, tmp_path / "out", "mla+moe", target="tensorrt-rtx", dtype="float16"
+        checkpoint, tmp_path / "out", "full", target="tensorrt-rtx", dtype="float16"
     )
     with pytest.MonkeyPatch.context() as patch:
         gpu = FakeGpu(patch)
         gpu.build(bundle)
         model = deepseek_export.load(bundle.path, backend="trt")
         assert "slots=12" in refused("DSX-E532", EngineSettings(slots=12).fitted, model.session).what
+        with model.engine() as engine:
+            assert "不用它" in engine.notes[-1]
         asks = random_asks(np.random.default_rng(0), 12, model.session.vocab_size)
         options = EngineSettings(slots=4, rows=6, prefill_tokens=16)
         engine = assert_same_as_alone(
@@ -142,6 +157,8 @@ def test_engine_backend_among_others_equals_alone(tmp_path):
         assert engine.stats.hit_tokens > 0
         assert gpu.driver.counts["launch"] > 0
         del engine, model
+        gpu.build(bundle, "T=129")
+        refused("DSX-E919", deepseek_export.load(bundle.path, backend="trt").engine)
         gc.collect()
         assert not gpu.driver.live
 
@@ -183,7 +200,7 @@ def test_a_conversation_goes_on_without_copies(toy, copied):
             assert result.cached_tokens == (len(history) - 23 if turn else 0)
             history = history + result.token_ids + BASE[turn * 20 :][:22]
         assert (len(history), copied) == (10 + 12 * 30, [])
-        stats = engine.stats
+    stats = engine.stats
     assert stats.prefill_tokens == stats.prompt_tokens - stats.hit_tokens == 10 + 11 * 23
     assert stats.resident_rows == 1
 
@@ -230,12 +247,12 @@ def test_the_oldest_prefix_leaves_first(toy, touched, fresh):
             for each in range(4):
                 chats[each] = BASE[each * 20 :][:20]
                 chats[each] = [*chats[each], *ask(engine, chats[each]).token_ids]
-            assert engine.stats.resident_rows == 4
             for each in touched:
                 assert ask(engine, chats[each], 1).cached_tokens == 25
             for each in range(fresh):
                 assert ask(engine, chats[4 + each]).cached_tokens < 20
             assert (ask(engine, chats[chat], 1).cached_tokens == 25) == (at >= fresh)
+        assert engine.stats.resident_rows == 4
 
 
 def test_being_copied_from_counts_as_use(toy):

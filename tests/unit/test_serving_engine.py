@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -355,9 +357,18 @@ def test_waiting_for_a_result_has_a_limit(session: ModelSession) -> None:
 
 
 def test_many_threads_submit(toy: Toy, session: ModelSession) -> None:
-    """许多线程同时提交、收 token，各得各的；结束之后什么也不留。"""
+    """许多线程同时提交、收 token，各得各的；结束之后引擎不再握着它们。"""
+    alive: weakref.WeakSet[Request] = weakref.WeakSet()
+
+    def tokens(prompt: list[int]) -> list[int]:
+        request = engine.submit(prompt, max_new_tokens=9)
+        alive.add(request)
+        return list(request)
+
     prompts = [[n % VOCAB, (3 * n) % VOCAB, 5] for n in range(60)]
     with Engine(session, [], EngineSettings(slots=8)) as engine, ThreadPoolExecutor(16) as pool:
-        got = list(pool.map(lambda prompt: list(engine.submit(prompt, max_new_tokens=9)), prompts))
+        got = list(pool.map(tokens, prompts))
     assert got == [toy.greedy(prompt, 9) for prompt in prompts]
     assert (engine.stats.running, engine.stats.waiting) == (0, 0)
+    gc.collect()
+    assert not alive
