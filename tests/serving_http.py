@@ -24,8 +24,8 @@ NAME = "demo"
 
 def opened(model: CompiledModel, **settings: Any) -> ServedModel:
     """加载好的模型开成服务；之后它的会话归引擎。"""
-    eos = model.generator.eos_token_ids
-    return ServedModel.open(NAME, model.tokenizer, model.session, eos, EngineSettings(**settings))
+    engine = model.engine(EngineSettings(**settings))
+    return ServedModel.open(NAME, model.tokenizer, model.session, engine)
 
 
 def loader(bundle: Path, **settings: Any) -> Callable[[], ServedModel]:

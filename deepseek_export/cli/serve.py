@@ -90,9 +90,7 @@ def command(
 
         model = api.load(bundle, threads, backend, verify_weights=verify_weights)
         served = name or bundle.resolve().name
-        return ServedModel.open(
-            served, model.tokenizer, model.session, model.generator.eos_token_ids, settings
-        )
+        return ServedModel.open(served, model.tokenizer, model.session, model.engine(settings))
 
     server = Server(load, keys, cors_origins)
     with _log_to_stderr() as log, listen(host, port) as listening:

@@ -117,7 +117,8 @@ def test_the_first_sigterm_lets_what_is_running_finish(bundle: Path):
 
 def test_the_second_sigterm_stops_at_once(bundle: Path):
     """SERVE-27：没有做完的流以错误的事件结束，不是断掉。"""
-    body = {"prompt": "And", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    # 八个 slot，十六个回答：再快的机器也要几秒。
+    body = {"prompt": "And", "max_tokens": 2000, "n": 16, "ignore_eos": True, "stream": True}
     with serving(bundle) as (process, url), httpx.Client(timeout=60) as client:
         with client.stream("POST", f"{url}/v1/completions", json=body) as stream:
             lines = stream.iter_lines()

@@ -107,17 +107,18 @@ class Server(uvicorn.Server):
                 loaded.result()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """收到信号：在主线程里打断着别的代码调，只改标志，要做的事交给事件循环。"""
-        name = signal.Signals(sig).name
-        if self.should_exit and self._loop is not None:
-            logger.info("再次收到 %s：立刻停下", name)
-            self._loop.call_soon_threadsafe(self._stop_now)
-        else:
-            logger.info("收到 %s：不再收新的请求，做完手上的就停；再来一次立刻停", name)
+        """收到信号：打断着主线程里别的代码，自己也会被下一个信号打断，所以只改标志，其余的交给事件循环。"""
+        again = self.should_exit
         super().handle_exit(sig, frame)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._signalled, signal.Signals(sig).name, again)
 
-    def _stop_now(self) -> None:
-        """没有做完的回答以错误结束；客户端连这也不收的，过一会儿就不管了。"""
+    def _signalled(self, name: str, again: bool) -> None:
+        if not again:
+            logger.info("收到 %s：不再收新的请求，做完手上的就停；再来一次立刻停", name)
+            return
+        logger.info("再次收到 %s：立刻停下", name)
+        # 没有做完的回答以错误结束；客户端连这也不收的，过一会儿就不管了。
         self.service.close(timeout=0)
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, setattr, self, "force_exit", True)
 

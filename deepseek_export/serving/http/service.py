@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import BundleTokenizer, ModelSession
 from deepseek_export.runtime.generate import checked_prompt
-from deepseek_export.serving import Engine, EngineSettings
+from deepseek_export.serving import Engine
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.reasoning import begins_thinking
 from deepseek_export.serving.http.schemas import ChatRequest, CompletionRequest, Message, Sampled, as_template
@@ -43,20 +42,17 @@ class ServedModel:
         name: str,
         tokenizer: BundleTokenizer | None,
         session: ModelSession,
-        eos_token_ids: Iterable[int],
-        settings: EngineSettings,
+        engine: Engine,
     ) -> ServedModel:
-        """开引擎，试跑一个 token：之后才算就绪。
+        """试跑一个 token：之后才算就绪；不成就关掉引擎。
 
         Raises:
-            DsxError: ``DSX-E514``，bundle 没有 tokenizer；``DSX-E532``，参数与模型不合；模型跑不了的原因。
+            DsxError: ``DSX-E514``，bundle 没有 tokenizer；模型跑不了的原因。
         """
-        if tokenizer is None:
-            raise DsxError(
-                "DSX-E514", "bundle 没有 tokenizer，不能收发文本", "用带 tokenizer.json 的检查点导出"
-            )
-        engine = Engine(session, eos_token_ids, settings)
         try:
+            if tokenizer is None:
+                what = "bundle 没有 tokenizer，不能收发文本"
+                raise DsxError("DSX-E514", what, "用带 tokenizer.json 的检查点导出")
             request = engine.submit(
                 [tokenizer.bos_id or 0], max_new_tokens=1, ignore_eos=True, cache_salt=_WARM_UP_SALT
             )
