@@ -42,10 +42,14 @@ def _command(parent: click.Context, name: str) -> Iterator[str]:
         for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(command.help or "")):
             yield from ("", *_paragraph(paragraph))
         yield ""
-        for param in command.get_params(ctx):
+        for param in command.params:
             names, words = param.get_help_record(ctx) or ("", "")
             if words:  # 位置参数只在用法与说明里
                 yield f"- `{names}`：{_text(words)}"
+        # click 把帮助选项存在命令上，名字取自头一次用它的上下文；这里的名字照这一次的。
+        shown = command.get_help_option(ctx)
+        if shown is not None and shown.help:
+            yield f"- `{', '.join(ctx.help_option_names)}`：{_text(shown.help)}"
 
 
 def _paragraph(text: str) -> list[str]:

@@ -88,7 +88,7 @@ def test_growing_caches_among_others(toy):
         Ask(BASE[:250], 40, SamplingParams(temperature=1.0, seed=3), arrives=70),
     ]
     engine = assert_same_as_alone(toy, (), asks, EngineSettings(slots=3, rows=4, prefill_tokens=32))
-    assert engine.stats.cache_bytes == 4 * LIMIT * toy.cache_spec.bytes_per_token
+    assert engine.stats.cache_bytes == 4 * LIMIT * toy.runner.contract.caches.bytes_per_token
     assert engine.stats.hit_tokens >= 100 + 200 + 240
 
 

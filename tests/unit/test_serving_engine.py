@@ -218,7 +218,7 @@ def test_settings_are_checked(session: ModelSession) -> None:
         {"cache_bytes": 1.5},
     ):
         refused("DSX-E532", lambda bad=bad: EngineSettings(**bad))
-    per_token = session.cache_spec.bytes_per_token
+    per_token = session.runner.contract.caches.bytes_per_token
     for bad in ({"context": LIMIT + 1}, {"cache_bytes": 8 * LIMIT * per_token - 1}):
         refused("DSX-E532", lambda bad=bad: Engine(session, [], EngineSettings(**bad)))
     fitted = EngineSettings(prefill_tokens=10**6, cache_bytes=8 * LIMIT * per_token).fitted(session)
