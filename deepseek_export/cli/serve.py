@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -97,6 +98,8 @@ def command(
         log.info("在 %s 监听，正在加载 %s", url_of(listening), bundle)
         if not keys and not _loopback(listening.getsockname()[0]):
             log.warning("对外开放而没有密钥：谁都能用；用 --api-key-file 给密钥")
+        # 脚本用 & 起的进程继承的是忽略 SIGINT；uvicorn 照样听它，停下时又照这里登记的走，退出码不能因此不同。
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         serve(server, listening)
 
 

@@ -42,11 +42,19 @@ def bundle(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def serving(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """一个就绪了的服务进程，与它的地址。"""
+def serving(
+    bundle: Path, *options: str, in_background: bool = False
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """一个就绪了的服务进程，与它的地址；``in_background``：像脚本用 ``&`` 起的，继承的是忽略 SIGINT。"""
     command = [sys.executable, "-c", _SERVE, "serve", str(bundle), "--port", "0", "--threads", "1", *options]
+    interrupts = signal.SIG_IGN if in_background else signal.SIG_DFL
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
     )
     try:
         assert process.stderr is not None
@@ -133,10 +141,10 @@ def test_the_second_sigterm_stops_at_once(bundle: Path):
         assert "finish=error" in stopped(process)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c(bundle: Path, times: int):
-    """SERVE-27：没有请求时，一次、两次都停得干净。"""
-    with serving(bundle) as (process, _):
+@pytest.mark.parametrize(("times", "in_background"), [(1, False), (2, False), (1, True)])
+def test_ctrl_c(bundle: Path, times: int, in_background: bool):
+    """SERVE-27：没有请求时，一次、两次都停得干净；从脚本的后台起的也一样。"""
+    with serving(bundle, in_background=in_background) as (process, _):
         for _ in range(times):
             process.send_signal(signal.SIGINT)
         assert stopped(process, 130).splitlines()[-1] == "已中断"
