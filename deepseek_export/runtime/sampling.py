@@ -185,8 +185,13 @@ def check_peaks(peaks: np.ndarray, rows: np.ndarray) -> None:
 
 
 def is_real(value: object) -> bool:
-    """有限的数；``bool`` 不算。"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """float 放得下的有限的数；``bool`` 不算。"""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # 大得 float 放不下的整数
+        return False
 
 
 def is_integer(value: object) -> bool:

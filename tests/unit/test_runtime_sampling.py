@@ -22,6 +22,7 @@ LOGITS = hnp.arrays(np.float32, st.integers(1, 40), elements=st.integers(-20, 20
     ("key", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 10**400),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_k", -1),
