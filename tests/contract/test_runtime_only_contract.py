@@ -13,6 +13,7 @@ import deepseek_export
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.extras import EXPORT_PACKAGES
 from tests.contract.test_mtp_contract import SMALL
+from tests.raised_codes import saw
 
 pytestmark = pytest.mark.contract
 
@@ -87,6 +88,7 @@ def test_what_needs_the_compiler_says_how_to_get_it(bundles: dict[str, Path], co
     source = bundles["packed"].with_name("ck") if command == "export" else bundles["reference"]
     error = without_compilers(script, command, str(source), *arguments.get(command, []), fails=True)
     assert "DSX-E720" in error
+    saw("DSX-E720")
     assert "torch" in error
     assert "deepseek-export[export]" in error
     assert "Traceback" not in error
