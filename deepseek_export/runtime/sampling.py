@@ -1,10 +1,11 @@
-"""从 logits 里选下一个 token：温度 → top-k → top-p；随机数按行、按位置取，见 :mod:`.randomness`。"""
+"""从 logits 里选下一个 token：处理器 → 温度 → top-k → top-p；随机数按行、按位置取，见 :mod:`.randomness`。"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -80,49 +81,87 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
     return ids, probs / probs.sum()
 
 
+class Processor(Protocol):
+    """选 token 之前改一行 logits：惩罚、偏置、语法……；与 transformers 的 ``LogitsProcessor`` 是一个意思。"""
+
+    def __call__(self, scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+        """只由参数决定：同样的 ``tokens`` 总给同样的结果，先后问哪几条都行（验证草稿时会退回去）。
+
+        Args:
+            scores: ``[V]`` float64，可以原地改；屏蔽一个 token 就给它 ``-inf``。
+            tokens: 此前的整条序列：提示词、新 token、正在验证的草稿。
+
+        Returns:
+            ``[V]``，至少有一个有限的数。
+        """
+
+
 class RowSampler:
-    """一行怎么选 token：自己的采样参数，自己的随机数。
+    """一行怎么选 token：自己的采样参数，自己的随机数，自己的处理器。
 
     Args:
         params: 采样参数。
         stream: 这一行的随机数；缺省由 ``params.seed`` 定。
+        processors: 依次改 logits。
     """
 
-    def __init__(self, params: SamplingParams, stream: RowStream | None = None) -> None:
-        self.params = params
+    def __init__(
+        self, params: SamplingParams, stream: RowStream | None = None, processors: Sequence[Processor] = ()
+    ) -> None:
+        self.params, self.processors = params, tuple(processors)
         self._stream = RowStream(params.seed) if stream is None else stream
 
-    def pick(self, logits: np.ndarray, position: int) -> int:
-        """温度大于 0 的一行选一个 token。
+    @property
+    def plain(self) -> bool:
+        """只取 logits 最大的那个：既不抽样，也没有处理器。"""
+        return self.params.greedy and not self.processors
+
+    def pick(self, logits: np.ndarray, position: int, tokens: Sequence[int] = ()) -> int:
+        """选一个 token。
 
         Args:
             logits: ``[V]`` 浮点，最大值有限。
             position: 要选的 token 在整条序列（提示词加新 token）里的下标。
+            tokens: 它之前的整条序列；没有处理器时用不到。
         """
+        if self.processors:
+            logits = logits.astype(np.float64)
+            for processor in self.processors:
+                logits = processor(logits, tokens)
+        if self.params.greedy:
+            return int(logits.argmax())
         ids, probs = candidates(logits, self.params)
         cumulative = np.cumsum(probs)
         (aim,) = self._stream.uniforms(Use.NEXT, position) * cumulative[-1]
         return int(ids[min(int(np.searchsorted(cumulative, aim, side="right")), ids.size - 1)])
 
 
-def pick_tokens(logits: np.ndarray, positions: np.ndarray, samplers: Sequence[RowSampler]) -> np.ndarray:
-    """几行各选一个 token，每行照自己的参数；一行的结果只由它的种子、位置与 logits 决定，与同批还有谁无关。
+def pick_tokens(
+    logits: np.ndarray,
+    positions: np.ndarray,
+    samplers: Sequence[RowSampler],
+    history: Callable[[int], Sequence[int]] | None = None,
+) -> np.ndarray:
+    """几行各选一个 token，每行照自己的参数；一行的结果只由它的种子、位置、此前的 token 与 logits 决定，与同批还有谁无关。
 
     Args:
         logits: ``[n, V]``，浮点，每行的最大值有限（见 :func:`check_peaks`）。
         positions: ``[n]`` 整数，要选的 token 在整条序列里的下标。
         samplers: n 行各自的。
+        history: 给出第几行此前的整条序列；只问有处理器的行，都没有就不必给。
 
     Returns:
         ``[n]`` int64。
     """
-    chance = [slot for slot, sampler in enumerate(samplers) if not sampler.params.greedy]
-    if len(chance) == len(samplers):
+    special = [slot for slot, sampler in enumerate(samplers) if not sampler.plain]
+    if len(special) == len(samplers):
         picked = np.empty(len(samplers), np.int64)
     else:
         picked = logits.argmax(axis=1).astype(np.int64, copy=False)
-    for slot in chance:
-        picked[slot] = samplers[slot].pick(logits[slot], int(positions[slot]))
+    for slot in special:
+        sampler = samplers[slot]
+        tokens = history(slot) if sampler.processors and history is not None else ()
+        picked[slot] = sampler.pick(logits[slot], int(positions[slot]), tokens)
     return picked
 
 

@@ -120,6 +120,11 @@ class Request:
         """到现在为止的新 token，一份复制。"""
         return self._tokens.copy()
 
+    @property
+    def sequence(self) -> list[int]:
+        """提示词加到现在为止的新 token，一份复制。"""
+        return [*self.work.prompt.tolist(), *self._tokens]
+
     def __iter__(self) -> Iterator[int]:
         taken, over = 0, False
         while not over:

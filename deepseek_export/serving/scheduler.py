@@ -189,7 +189,8 @@ class Scheduler:
                 requests[slot].fail(unusable_logits(start + slot, float(peaks[slot])))
             logits, lengths = logits[usable], lengths[usable]
         rows = np.flatnonzero(usable).tolist()
-        picked = pick_tokens(logits, lengths, [requests[slot].work.sampler for slot in rows])
+        samplers = [requests[slot].work.sampler for slot in rows]
+        picked = pick_tokens(logits, lengths, samplers, lambda index: requests[rows[index]].sequence)
         self._newest[start : start + len(requests)][usable] = picked
         for slot, token in zip(rows, picked.tolist(), strict=True):
             self.counters.generated_tokens += 1

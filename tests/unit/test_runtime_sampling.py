@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import Sampler, SamplingParams
 from deepseek_export.runtime.randomness import RowStream, Use
-from deepseek_export.runtime.sampling import candidates
+from deepseek_export.runtime.sampling import RowSampler, candidates, pick_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -176,3 +178,32 @@ def test_same_probabilities_as_transformers(top_k: int, top_p: float) -> None:
     got = np.zeros(50)
     got[ids] = probs
     assert got == pytest.approx(want, abs=1e-6)
+
+
+class TestProcessors:
+    """处理器在温度之前改 logits；没有处理器的行不受同批的影响。"""
+
+    @staticmethod
+    def forbid_last(scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+        scores[tokens[-1]] = -np.inf
+        return scores
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_only_its_own_row_changes(self, temperature: float) -> None:
+        logits = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+        params, positions = SamplingParams(temperature=temperature, seed=3), np.array([5, 5])
+        plain = [RowSampler(params) for _ in range(2)]
+        want = pick_tokens(logits, positions, plain)
+        guarded = [plain[0], RowSampler(params, processors=[self.forbid_last])]
+        asked: list[int] = []
+
+        def history(slot: int) -> list[int]:
+            asked.append(slot)
+            return [1, 2, int(want[1])]
+
+        before = logits.copy()
+        got = pick_tokens(logits, positions, guarded, history)
+        assert got[0] == want[0]
+        assert got[1] != want[1]
+        assert asked == [1]
+        np.testing.assert_array_equal(logits, before)
