@@ -21,6 +21,11 @@ _SERIES: Mapping[str, str] = MappingProxyType(
         "dsx packed": "dsx 打包（写权重）",
         "dsx resumed": "杀掉几次，最后接着写完",
         "copy": "复制",
+        "generator": "生成器的批次",
+        "engine": "引擎",
+        "http": "经 HTTP",
+        "cold": "前缀重算",
+        "warm": "前缀现成",
         "matmul": "矩阵乘",
         "transformers OnnxExporter": "transformers OnnxExporter（写权重）",
     }
@@ -41,6 +46,9 @@ _FIELDS: Mapping[str, tuple[str, tuple[tuple[float, str], ...]]] = MappingProxyT
         "step_s": ("一步", _TIME),
         "decode_s": ("解码共", _TIME),
         "token_s": ("每个 token", _TIME),
+        "first_s": ("等第一个 token", _TIME),
+        "gap_p50_s": ("两段之间", _TIME),
+        "gap_p95_s": ("两段之间，95 分位", _TIME),
         "prefill_s": ("prefill", _TIME),
         "round_cost": ("一轮相当于几个普通步", _PLAIN),
         "tokens_per_second": ("token / 秒", _PLAIN),
@@ -67,6 +75,9 @@ _RATIOS: Mapping[str, str] = MappingProxyType(
         "capture": "捕获的时间 深 / 浅",
         "mla/transformers": "一步 apply 之后 / 原样",
         "int8/bfloat16": "误差 int8 / bfloat16",
+        "engine/generator": "一步 引擎 / 生成器",
+        "http/engine": "每个 token 经 HTTP / 引擎",
+        "warm/cold": "等第一个 token 前缀现成 / 重算",
     }
 )
 _SCENARIO: Mapping[str, str] = MappingProxyType(
@@ -106,6 +117,11 @@ _SCENARIO: Mapping[str, str] = MappingProxyType(
         "layers": "层数",
         "packed_layers": "打包的层数",
         "kills": "杀几次",
+        "slots": "槽",
+        "requests": "请求",
+        "prefix": "前缀 token",
+        "tail": "前缀之后的 token",
+        "steady": "满批次的提示词与步数",
     }
 )
 

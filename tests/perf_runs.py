@@ -107,7 +107,10 @@ def every_suite() -> list[SuiteResult]:
         suite("moe-quality", [quality]),
         suite("compile", [sizes, layers, engine]),
         suite("peers", [*speeds, memory]),
-        *(_from_gates(name) for name in ("apply", "cpu-kernel", "int8-cache", "quant", "scale", "gpu")),
+        *(
+            _from_gates(name)
+            for name in ("serve", "apply", "cpu-kernel", "int8-cache", "quant", "scale", "gpu")
+        ),
         suite(
             "decode-profile", [Case(name="depth 0", values={"dsx.step_s": one}, facts={"host_share": 0.01})]
         ),

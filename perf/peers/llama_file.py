@@ -1,7 +1,7 @@
 """把检查点写成 llama.cpp 的 GGUF 文件（``deepseek2`` 架构，kv_b 拆成吸收式 MLA 要的两半），只为同权重地比较。
 
-只收 perf 的形状用到的那些：deepseek_v3 的路由、不带 YaRN 的 RoPE、不带偏置的线性层；别的一律拒绝，不猜。没有 tokenizer：
-两边都直接喂 token id。
+只收 perf 的形状用到的那些：deepseek_v3 的路由、不带 YaRN 的 RoPE、不带偏置的线性层；别的一律拒绝，不猜。缺省没有 tokenizer，
+两边都直接喂 token id；``llama-server`` 要把 token 变成文本，给它人造的词表。
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, TensorStore
+from perf.servers.words import word
 
 WeightType = Literal["F32", "BF16", "Q8_0"]
 _LAYER = {
@@ -37,8 +38,14 @@ class _Tensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def write_gguf(checkpoint: Path, out: Path, weights: WeightType) -> Path:
+def write_gguf(checkpoint: Path, out: Path, weights: WeightType, words: bool = False) -> Path:
     """写一个 GGUF；norm、router 与偏置校正总是 float32，其余按 ``weights``，与 llama.cpp 自己的转换相同。
+
+    Args:
+        checkpoint: 检查点目录。
+        out: 写到哪里。
+        weights: 矩阵存成什么。
+        words: 带上人造的词表（:mod:`perf.servers.words`）。
 
     Raises:
         ValueError: 检查点超出上面说的范围。
@@ -48,6 +55,10 @@ def write_gguf(checkpoint: Path, out: Path, weights: WeightType) -> Path:
     _check(config)
     writer = gguf.GGUFWriter(out, "deepseek2")
     _write_metadata(writer, config)
+    if words:
+        _write_words(writer, config.vocab_size)
+    else:
+        writer.add_tokenizer_model("none")
     tensors = list(_tensors(opened.store, config))
     for tensor in tensors:
         kind = _type_of(tensor, weights)
@@ -80,7 +91,6 @@ def _check(config: ModelConfig) -> None:
 def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     """键与 llama.cpp 的 ``convert_hf_to_gguf.py`` 写的相同：吸收式 MLA 是一个 KV 头、宽 r+dr 的 MQA。"""
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -106,6 +116,17 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     writer.add_expert_weights_norm(config.norm_topk_prob)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
+
+
+def _write_words(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([word(token) for token in range(vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * vocab_size)
+    writer.add_token_merges([f"{word(0)} {word(1)}"])  # 空的列表它不收；这一条用不到
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
 
 
 def _tensors(store: TensorStore, config: ModelConfig) -> Iterator[_Tensor]:

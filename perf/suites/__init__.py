@@ -15,6 +15,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "moe-quality": "perf.suites.moe_quality",
         "compile": "perf.suites.compile",
         "peers": "perf.suites.peers",
+        "serve": "perf.suites.serve",
         "apply": "perf.suites.apply",
         "cpu-kernel": "perf.suites.cpu_kernel",
         "decode-profile": "perf.suites.decode_profile",
