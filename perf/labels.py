@@ -76,7 +76,7 @@ _RATIOS: Mapping[str, str] = MappingProxyType(
         "mla/transformers": "一步 apply 之后 / 原样",
         "int8/bfloat16": "误差 int8 / bfloat16",
         "engine/generator": "一步 引擎 / 生成器",
-        "http/engine": "每个 token 经 HTTP / 引擎",
+        "HTTP/engine": "每个 token 经 HTTP / 引擎",
         "warm/cold": "等第一个 token 前缀现成 / 重算",
     }
 )

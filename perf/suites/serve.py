@@ -124,7 +124,7 @@ def _local(bundle: Path, scenario: Scenario, threads: int, todo: list[Job]) -> l
         through = Case(
             name="闭环",
             values={f"{name}.token_s": spread for name, spread in token.items()},
-            ratios={"http/engine": paired_ratio(token["http"], token["engine"])},
+            ratios={"HTTP/engine": paired_ratio(token["http"], token["engine"])},
         )
         reuse = _prefix(ask, scenario, SHAPES[scenario.shape]["vocab_size"])
     return [steady, through, reuse]
