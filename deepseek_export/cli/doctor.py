@@ -74,13 +74,14 @@ _GPU = "GPU"
 
 @click.command("doctor", cls=Command, short_help="看这台机器的环境，或一个 bundle 缺什么插件")
 @click.argument("bundle", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
+@click.option("--kernels", is_flag=True, help="另把插件的 kernel 为每种 SM 编译一遍，读机器码；要 triton。")
 @json_option
 @click.pass_context
-def command(ctx: click.Context, bundle: Path | None, as_json: bool) -> None:
+def command(ctx: click.Context, bundle: Path | None, kernels: bool, as_json: bool) -> None:
     """检查 Python、CPU、内存、GPU、依赖的版本，以及每个目标在这里能做到哪一步；给出 OUT 时另看它的插件。
 
     不给 OUT 时只读安装信息，问一次 nvidia-smi；给了则逐个列出插件节点、需要的 creator、在已装的 TensorRT 里登记得上没有，缺什么、怎么装，以及
-    dsx build 会不会拒绝它。必需的依赖缺少或太旧、有插件登记不上、这个 bundle 建不了引擎时，退出码是 1。
+    dsx build 会不会拒绝它。--kernels 不要 GPU：主循环里乘加重不重复、拷贝与计算重不重叠、有没有溢出到本地内存；占峰值的几成是估计。必需的依赖缺少或太旧、有插件登记不上、这个 bundle 建不了引擎时，退出码是 1。
     """
     found = diagnose()
     if bundle is not None:
@@ -88,10 +89,20 @@ def command(ctx: click.Context, bundle: Path | None, as_json: bool) -> None:
 
         found["bundle"] = diagnose_bundle(bundle)
         found["ok"] = found["ok"] and found["bundle"]["ok"]
+    if kernels:
+        from deepseek_export.cli.kernel_audit import audit_kernels
+        from deepseek_export.cli.progress import open_progress
+
+        with open_progress(as_json) as progress:
+            found["kernels"] = audit_kernels(progress)
     if as_json:
         echo_json(found)
     else:
         _print(found)
+        if kernels:
+            from deepseek_export.cli.kernel_audit import print_kernels
+
+            print_kernels(found["kernels"])
         if bundle is not None:
             from deepseek_export.cli.bundle_plugins import print_bundle
 

@@ -45,11 +45,12 @@ class AttentionTile:
 
 #: 共享内存上限 → 各变体的块，行数升序；按 r=512、dr=64、两字节的缓存定的，编译测试核对每个都放得下。Hopper 起的 64 行是
 #: 一个 wgmma 的高度；更早的卡上 64 行的累加器会溢出寄存器，所以用 32 行。级数按共享内存取得
-#: 尽量多：一段 KV 在算的时候，下一段已经在路上。
+#: 尽量多：一段 KV 在算的时候，下一段已经在路上。warp 的个数由机器码的审计定（:mod:`.audit`）：分数的 M×N 摊到的 warp 多于它的
+#: 16×8 小块时，QKᵀ 会重复计算；99 KiB 的卡上放不下两段 32 个 key，宁可重复一些也要重叠。
 _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
     {
-        99 << 10: (AttentionTile(16, 32, 4, 3), AttentionTile(32, 32, 8, 2)),
-        163 << 10: (AttentionTile(16, 32, 4, 4), AttentionTile(32, 32, 8, 4)),
+        99 << 10: (AttentionTile(16, 32, 4, 3), AttentionTile(32, 16, 4, 3)),
+        163 << 10: (AttentionTile(16, 32, 4, 4), AttentionTile(32, 32, 4, 4)),
         227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 8, 2)),
     }
 )
@@ -94,7 +95,9 @@ def latent_attention_launch(
     # 行数刚够一个小块时用小块，否则用最大的块，让同一段 KV 少读几遍。
     variants = []
     for tile in tiles:
-        keys = tile.keys * 2 // DTYPES[cache_dtype].nbytes(1)  # float32 的缓存每个 key 占两倍共享内存
+        # float32 的缓存每个 key 占两倍共享内存：一次少读一半的 key，已经只有 16 个（tl.dot 的下限）的就少一级流水。
+        fewer = tile.keys * 2 // DTYPES[cache_dtype].nbytes(1)
+        keys, num_stages = (fewer, tile.num_stages) if fewer >= 16 else (16, tile.num_stages - 1)
         row_blocks = rows.ceil(tile.rows)
         # 每个 SM 一个线程块，一轮跑完；至少一段，不超过容量里的块数。max(1) 也顾及 B 或 S 为 0。
         splits = (symbol(SM_COUNT).min(limits.most) // (B * row_blocks).max(1)).max(1).min(T.ceil(keys))
@@ -116,7 +119,7 @@ def latent_attention_launch(
             (problem.port("q"), problem.port("kv_cache"), *results, float32("scale", scale), *integers),
             {**blocks, "P": dr, "BLOCK_P": block_size(dr), "BLOCK_M": tile.rows, "BLOCK_N": keys},
             tile.num_warps,
-            tile.num_stages,
+            num_stages,
         )
         reduce = launch(
             "latent_attention",

@@ -1,0 +1,351 @@
+"""读编译好的机器码：主循环里的乘加是不是恰好那么多，拷贝与计算重不重叠，有没有溢出到本地内存。不需要 GPU。
+
+反汇编用 Triton 自带的 ``nvdisasm``。读的是主循环（含张量核指令最多的那个向后跳转），数的是一次迭代：
+
+- 乘加：张量核指令的 M·N·K 之和，除以这个块该有的。大于 1 是重复计算。
+- 拷贝：``LDGSTS``（显存直接到共享内存）搬的字节数，除以该搬的；ptxas 把循环展开几次，这个比值就是几。
+- 重叠：循环里等拷贝的地方（``DEPBAR.LE SB0, n``）允许几组还在路上。0 是算的时候没有拷贝在飞。
+- 溢出：``LDL``、``STL`` 的条数。
+
+各周期数是估计（:class:`Estimate`）：只由指令数与卡的规格得出，没有在 GPU 上量过。
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from deepseek_export.errors import DsxError
+from deepseek_export.kernels.compile import compile_kernel
+from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
+from deepseek_export.kernels.program import LaunchTable
+from deepseek_export.kernels.table import SMS, KernelSpec
+
+_WARP, _WARPGROUP = 32, 4
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)$")
+_LABEL = re.compile(r"^(\.L\w+):")
+_TARGET = re.compile(r"`\((\.L\w+)\)")
+_WGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
+_WAIT = re.compile(r"SB0, 0x([0-9a-f]+)")
+#: 一个 warp 的 ``HMMA``：M·N·K。
+_HMMA: Mapping[str, int] = MappingProxyType({"HMMA.16816": 16 * 8 * 16, "HMMA.1688": 16 * 8 * 8})
+#: ``LDGSTS`` 一条、每个线程搬几个字节；没有写宽度的是 4。
+_WIDTHS: Mapping[str, int] = MappingProxyType({".128": 16, ".64": 8})
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """一条指令。
+
+    Attributes:
+        name: 助记符，带后缀。
+        operands: 其余。
+    """
+
+    name: str
+    operands: str
+
+    @property
+    def fmas(self) -> int:
+        """一个 warp 执行它，张量核做几次乘加；不是张量核指令为 0。
+
+        ``HGMMA`` 由四个 warp 合做，各记四分之一。
+        """
+        if match := _WGMMA.match(self.name):
+            m, n, k = map(int, match.groups())
+            return m * n * k // _WARPGROUP
+        return next((size for shape, size in _HMMA.items() if self.name.startswith(shape)), 0)
+
+    @property
+    def copied(self) -> int:
+        """一个线程执行它，从显存异步地搬几个字节到共享内存。"""
+        if not self.name.startswith("LDGSTS"):
+            return 0
+        return next((size for width, size in _WIDTHS.items() if width in self.name), 4)
+
+    @property
+    def spills(self) -> bool:
+        """读写本地内存：寄存器放不下的。"""
+        return self.name.startswith(("LDL", "STL"))
+
+    @property
+    def in_flight(self) -> int | None:
+        """等异步拷贝时，允许几组还没有到；不是等待为 ``None``。"""
+        if self.name != "DEPBAR.LE":
+            return None
+        match = _WAIT.search(self.operands)
+        return None if match is None else int(match[1], 16)
+
+
+@dataclass(frozen=True)
+class LoopAudit:
+    """主循环的一次迭代。
+
+    Attributes:
+        function, tile: kernel 的函数名与块，例如 ``16x32``。
+        sm: 计算能力。
+        threads, shared: 线程块的线程数、共享内存字节数。
+        work: 乘加的次数除以该有的；``None`` 是数不出来（sm100 的 ``UTCHMMA`` 不写形状）。
+        unrolled: 循环体是几次迭代。
+        in_flight: 等拷贝时至少允许几组在路上；大于 0 才重叠。
+        narrow: 不是 128 位的异步拷贝有几条。
+        spills: 读写本地内存的指令有几条。
+        instructions: 一次迭代里一个 warp 执行几条指令。
+        fmas, copied: 一次迭代里这个块该做的乘加、该搬的字节。
+    """
+
+    function: str
+    tile: str
+    sm: int
+    threads: int
+    shared: int
+    work: float | None
+    unrolled: int
+    in_flight: int
+    narrow: int
+    spills: int
+    instructions: float
+    fmas: int
+    copied: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """估计用的卡：每种 SM 一张，规格的出处见 :mod:`deepseek_export.plan.gpus`。
+
+    Attributes:
+        title: 名字。
+        sms: SM 个数。
+        clock: 加速频率，Hz。
+        bandwidth: 显存带宽，字节每秒。
+        fmas: 一个 SM 一个周期做几次 16 位乘加（float32 累加）。
+    """
+
+    title: str
+    sms: int
+    clock: float
+    bandwidth: float
+    fmas: int
+
+
+CARDS: Mapping[int, Card] = MappingProxyType(
+    {
+        80: Card("A100 80GB SXM", 108, 1.41e9, 2.039e12, 1024),
+        86: Card("A40", 84, 1.74e9, 0.696e12, 512),
+        89: Card("L40S", 142, 2.52e9, 0.864e12, 512),
+        90: Card("H100 SXM5", 132, 1.83e9, 3.35e12, 2048),
+        100: Card("B200", 148, 1.85e9, 8.0e12, 4096),
+        120: Card("RTX PRO 6000", 188, 2.6e9, 1.792e12, 512),
+        121: Card("GB10", 48, 2.5e9, 0.273e12, 512),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """一次迭代在一个 SM 上要几个周期，一个 SM 上只有一个线程块。估计，没有量过。
+
+    Attributes:
+        tensor: 张量核，按实际的乘加。
+        issue: 四个调度器发完全部指令。
+        memory: 从显存搬来，按一个 SM 分到的带宽。
+        of_matmul: 数据都已经在片上时，至多到这张卡算力的几成。
+        of_copy: 数据都要从显存来时，至多到带宽的几成：重叠就取长的一边，不重叠就相加。
+    """
+
+    tensor: float
+    issue: float
+    memory: float
+    of_matmul: float
+    of_copy: float
+
+
+def audit(spec: KernelSpec, sm: int) -> LoopAudit | None:
+    """编译一个 kernel 并读它的主循环；没有张量核指令的 kernel 为 ``None``。
+
+    Args:
+        spec: kernel。
+        sm: 计算能力。
+
+    Raises:
+        DsxError: ``DSX-E902``，没有 Triton 或它不带 nvdisasm；其余见 :func:`compile_kernel`。
+    """
+    wanted = _WANTED.get(spec.function)
+    if wanted is None:
+        return None
+    kernel = compile_kernel(spec, sm)
+    body = main_loop(disassemble(kernel.cubin))
+    fmas, copied = wanted(dict(spec.constants))
+    warps = kernel.threads // _WARP
+    done = sum(one.fmas for one in body) * warps
+    moved = sum(one.copied for one in body) * kernel.threads
+    unrolled = max(1, round(moved / copied))
+    waits = [one.in_flight for one in body if one.in_flight is not None]
+    constants = dict(spec.constants)
+    return LoopAudit(
+        function=spec.function,
+        tile=f"{constants['BLOCK_M']}x{constants['BLOCK_N']}",
+        sm=sm,
+        threads=kernel.threads,
+        shared=kernel.shared,
+        work=done / (fmas * unrolled) if done else None,
+        unrolled=unrolled,
+        in_flight=min(waits, default=0),
+        narrow=sum(0 < one.copied < 16 for one in body),
+        spills=sum(one.spills for one in body),
+        instructions=len(body) / unrolled,
+        fmas=fmas,
+        copied=copied,
+    )
+
+
+def estimate(found: LoopAudit) -> Estimate:
+    """由一次迭代的指令数估计周期；见 :class:`Estimate`。"""
+    card = CARDS[found.sm]
+    tensor = found.fmas * (found.work or 1.0) / card.fmas
+    issue = found.instructions * (found.threads // _WARP) / 4
+    memory = found.copied / (card.bandwidth / card.sms / card.clock)
+    busy = max(tensor, issue)
+    whole = max(busy, memory) if found.in_flight else busy + memory
+    return Estimate(tensor, issue, memory, found.fmas / card.fmas / busy, memory / whole)
+
+
+def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
+    """每种 SM 上每个有张量核指令的 kernel，形状是 DeepSeek-V3 的（块只由 SM 定，与头数、专家数无关）。
+
+    Raises:
+        DsxError: 见 :func:`audit`。
+    """
+    for sm in sms:
+        tables = (
+            latent_attention_launch(sm, 128, 512, 64, 0.1147, "bfloat16"),
+            grouped_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16"),
+        )
+        for spec in dict.fromkeys(kernel for table in tables for kernel in table.kernels):
+            found = audit(spec, sm)
+            if found is not None:
+                yield found
+
+
+@dataclass(frozen=True)
+class Balance:
+    """一次启动的各个程序摊在各 SM 上匀不匀；一个 SM 一次跑一个程序，先来先占。
+
+    Attributes:
+        programs: 有活干的程序数。
+        idle: 从开始到最后一个程序结束，各 SM 空着的时间占几成。
+    """
+
+    programs: int
+    idle: float
+
+
+def balance(table: LaunchTable[KernelSpec], lens: Sequence[int], capacity: int, sm_count: int) -> Balance:
+    """``latent_attention_partial`` 解码一步（S=1）的各个程序匀不匀，由启动表自己的算式得出。
+
+    Args:
+        table: ``dsx::LatentAttention`` 的启动表。
+        lens: 各行已有的长度，``[B]``。
+        capacity: 缓存的容量 T。
+        sm_count: 卡有几个 SM。
+    """
+    heads, width = (int(dim) for dim in table.inputs[0].dims[2:])
+    shapes = [(len(lens), 1, heads, width), (len(lens), 1, capacity, width), (len(lens),)]
+    launched = table.bind(shapes, sm_count)[0]
+    block = dict(launched.kernel.constants)["BLOCK_N"]
+    row_blocks, splits, _ = launched.grid
+    work = []
+    for past in lens:
+        keys = min(past + 1, capacity)
+        span = math.ceil(math.ceil(keys / splits) / block) * block
+        for start in range(0, keys, span):
+            work += [math.ceil((min(start + span, keys) - start) / block)] * row_blocks
+    free = [0] * sm_count
+    for one in work:
+        heapq.heapreplace(free, free[0] + one)
+    return Balance(len(work), 1 - sum(work) / (sm_count * max(free)))
+
+
+def disassemble(cubin: bytes) -> list[tuple[str | None, Instruction]]:
+    """机器码 → ``(标号, 指令)``；标号是落在这条指令上的那个，没有为 ``None``。
+
+    Raises:
+        DsxError: ``DSX-E902``，没有 Triton 自带的 nvdisasm，或它读不了这份机器码。
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        done = subprocess.run(
+            [_nvdisasm(), "-c", str(path)], capture_output=True, text=True, check=False, errors="replace"
+        )
+    if done.returncode:
+        raise DsxError("DSX-E902", f"nvdisasm：{done.stderr.strip()[-200:]}", "换一个版本的 triton")
+    return list(_parsed(done.stdout.splitlines()))
+
+
+def main_loop(code: Sequence[tuple[str | None, Instruction]]) -> list[Instruction]:
+    """向后跳转围成的各个循环里，张量核乘加最多的那个的循环体；一样多取短的。没有循环就是全部。"""
+    places = {label: index for index, (label, _) in enumerate(code) if label is not None}
+    bodies = []
+    for index, (_, one) in enumerate(code):
+        target = _TARGET.search(one.operands) if one.name.startswith("BRA") else None
+        if target is not None and places.get(target[1], index + 1) < index:
+            bodies.append([inner for _, inner in code[places[target[1]] : index + 1]])
+    if not bodies:
+        return [one for _, one in code]
+    return max(bodies, key=lambda body: (sum(map(_tensor_weight, body)), -len(body)))
+
+
+def _tensor_weight(one: Instruction) -> int:
+    return one.fmas or int(one.name.startswith("UTC") and "MMA" in one.name)
+
+
+def _parsed(lines: Iterable[str]) -> Iterable[tuple[str | None, Instruction]]:
+    label: str | None = None
+    for line in lines:
+        if match := _LABEL.match(line):
+            label = match[1]
+        elif match := _LINE.match(line):
+            yield label, Instruction(match[2], match[3])
+            label = None
+
+
+def _nvdisasm() -> str:
+    try:
+        import triton.backends.nvidia as nvidia
+    except ImportError as error:
+        raise DsxError("DSX-E902", "没有安装 triton", "pip install -U 'deepseek-export[kernels]'") from error
+    path = Path(next(iter(nvidia.__path__)), "bin", "nvdisasm")
+    if not path.is_file():
+        raise DsxError("DSX-E902", f"这个 triton 不带 nvdisasm：{path}", "换一个版本的 triton")
+    return str(path)
+
+
+def _attention(c: Mapping[str, int]) -> tuple[int, int]:
+    """QKᵀ 是 M·N·(r+dr)，PV 是 M·r·N；搬一段 KV（两字节的缓存）。"""
+    width = c["BLOCK_R"] + c["BLOCK_P"]
+    return c["BLOCK_M"] * c["BLOCK_N"] * (width + c["BLOCK_R"]), c["BLOCK_N"] * width * 2
+
+
+def _gate_up(c: Mapping[str, int]) -> tuple[int, int]:
+    rows = c["BLOCK_M"] + 2 * c["BLOCK_N"]
+    return 2 * c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], rows * c["BLOCK_K"] * 2
+
+
+def _down(c: Mapping[str, int]) -> tuple[int, int]:
+    rows = c["BLOCK_M"] + c["BLOCK_N"]
+    return c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], rows * c["BLOCK_K"] * 2
+
+
+#: kernel 的函数名 → 由常数得一次迭代该做的乘加、该搬的字节；不在其中的没有张量核指令。
+_WANTED: Mapping[str, Callable[[Mapping[str, int]], tuple[int, int]]] = MappingProxyType(
+    {"latent_attention_partial": _attention, "gate_up": _gate_up, "down": _down}
+)

@@ -1,0 +1,147 @@
+"""specs/kernels 的 KERNEL-9：编译出来的机器码，主循环里没有多余的活。不需要 GPU。"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from deepseek_export.errors import DsxError
+from deepseek_export.kernels import audit as module
+from deepseek_export.kernels.audit import (
+    CARDS,
+    Instruction,
+    LoopAudit,
+    audits,
+    balance,
+    disassemble,
+    estimate,
+    main_loop,
+)
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
+from deepseek_export.kernels.table import SMS
+from tests.integration.cli import dsx, last_json
+from tools.make_kernel_audit import PAGE
+
+pytestmark = pytest.mark.contract
+
+pytest.importorskip("triton", reason="没有装 kernels（triton）")
+
+#: 做不到的：(函数, 块) → 哪几种 SM 上、哪几条。
+#: 32 行的块放进 99 KiB 只能一次 16 个 key：分数只有 2×2 个 16×8 小块，四个 warp 里两个重算 QKᵀ；换来两段在路上。
+#: 64 行的块：Triton 给连着的两个 dot 选的布局让两个 warpgroup 各算一遍 QKᵀ，寄存器与共享内存又都用满，没有第二段缓冲。
+KNOWN = {
+    ("latent_attention_partial", "32x16"): {sm: {"work"} for sm in (86, 89, 120, 121)},
+    ("latent_attention_partial", "64x64"): {90: {"work", "overlap", "spills"}, 100: {"overlap", "spills"}},
+}
+
+
+def problems(found: LoopAudit) -> set[str]:
+    """哪几条没有做到；数不出乘加的不算。"""
+    broken = {
+        "work": found.work is not None and found.work != 1,
+        "overlap": found.in_flight == 0,
+        "spills": found.spills > 0,
+        "narrow": found.narrow > 0,
+    }
+    return {name for name, bad in broken.items() if bad}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, list[LoopAudit]]:
+    return {sm: list(audits([sm])) for sm in SMS}
+
+
+@pytest.mark.parametrize("sm", sorted(SMS))
+def test_main_loops_do_nothing_twice(sm: int, found: dict[int, list[LoopAudit]]) -> None:
+    """KERNEL-9：每种 SM 上的每个 kernel；列着的做不到，也只做不到那几条。"""
+    assert {one.function for one in found[sm]} == {"latent_attention_partial", "gate_up", "down"}
+    for one in found[sm]:
+        want = KNOWN.get((one.function, one.tile), {}).get(sm, set())
+        assert problems(one) == want, one
+        guess = estimate(one)
+        assert 0 < guess.of_matmul <= 1, one
+        assert 0 < guess.of_copy <= 1, one
+
+
+def test_the_known_list_names_tiles_that_exist(found: dict[int, list[LoopAudit]]) -> None:
+    tiles = {(one.function, one.tile, one.sm) for some in found.values() for one in some}
+    assert {(*key, sm) for key, sms in KNOWN.items() for sm in sms} <= tiles
+    assert set(CARDS) == set(SMS)
+
+
+def test_an_estimate_adds_what_does_not_overlap() -> None:
+    """不重叠的，搬运与计算相加；重复的乘加算进张量核的周期。"""
+    loop = LoopAudit("f", "16x32", 90, 128, 0, 2.0, 1, 1, 0, 0, 40.0, 2048 * 100, 1000)
+    card = CARDS[90]
+    memory = 1000 / (card.bandwidth / card.sms / card.clock)
+    overlapping = estimate(loop)
+    assert (overlapping.tensor, overlapping.issue) == (200.0, 40.0)
+    assert overlapping.of_matmul == 0.5
+    assert overlapping.of_copy == pytest.approx(memory / max(200.0, memory))
+    alone = estimate(LoopAudit("f", "16x32", 90, 128, 0, 2.0, 1, 0, 0, 0, 40.0, 2048 * 100, 1000))
+    assert alone.of_copy == pytest.approx(memory / (memory + 200.0))
+
+
+def test_the_loop_is_the_innermost_one_with_the_tensor_cores() -> None:
+    code: list[tuple[str | None, Instruction]] = [
+        (".L_x_0", Instruction("MOV", "")),
+        (".L_x_1", Instruction("HMMA.16816.F32.BF16", " R0")),
+        (None, Instruction("LDGSTS.E.BYPASS.128", " [R1]")),
+        (None, Instruction("LDGSTS.E.64", " [R1]")),
+        (None, Instruction("DEPBAR.LE", " SB0, 0x2 ;")),
+        (None, Instruction("STL.64", " [R1], R2")),
+        (None, Instruction("BRA", " `(.L_x_1) ;")),
+        (None, Instruction("BRA", " `(.L_x_0) ;")),
+        (".L_x_2", Instruction("BRA", " `(.L_x_2);")),
+    ]
+    body = main_loop(code)
+    assert body[0].name == "HMMA.16816.F32.BF16"
+    assert len(body) == 6
+    assert [one.fmas for one in body][:2] == [2048, 0]
+    assert [one.copied for one in body] == [0, 16, 8, 0, 0, 0]
+    assert [one.in_flight for one in body if one.in_flight is not None] == [2]
+    assert [one.spills for one in body].count(True) == 1
+    assert Instruction("HGMMA.64x256x16.F32.BF16", "").fmas == 64 * 256 * 16 // 4
+    assert main_loop(code[:1]) == [code[0][1]]
+
+
+@pytest.mark.parametrize(("batch", "busy"), [(67, 0.51), (100, 0.76), (133, 0.50)])
+def test_balance_sees_idle_processors(batch: int, busy: float) -> None:
+    """H=16、H100：行数不整除 SM 数时，有的 SM 空着。"""
+    table = latent_attention_launch(90, 16, 512, 64, 0.1147, "bfloat16")
+    found = balance(table, [8191] * batch, 8192, CARDS[90].sms)
+    assert 1 - found.idle == pytest.approx(busy, abs=0.005)
+    assert found.programs >= batch
+
+
+def test_machine_code_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DsxError, match="DSX-E902"):
+        disassemble(b"not a cubin")
+    monkeypatch.setattr(module, "_nvdisasm", lambda: "/bin/false")
+    with pytest.raises(DsxError, match="nvdisasm"):
+        disassemble(b"")
+
+
+def test_doctor_lists_every_kernel(
+    found: dict[int, list[LoopAudit]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KERNEL-9：``dsx doctor --kernels`` 的表与 JSON，说明哪些是估计。"""
+    monkeypatch.setattr("deepseek_export.cli.kernel_audit.audits", lambda sms: found[sms[0]])
+    shown = dsx("doctor", "--kernels", env={**os.environ, "COLUMNS": "120"}).stdout
+    assert "没有在 GPU 上量过" in shown
+    assert "latent_attention_partial" in shown
+    rows = last_json(dsx("doctor", "--kernels", "--json"))["kernels"]
+    assert [(row["sm"], row["function"], row["tile"]) for row in rows] == [
+        (one.sm, one.function, one.tile) for some in found.values() for one in some
+    ]
+    assert all(row["card"] == CARDS[row["sm"]].title for row in rows)
+
+
+def test_the_page_lists_what_is_compiled(found: dict[int, list[LoopAudit]]) -> None:
+    """docs/gpu.md 的那张表列着每一个；数字随 Triton 的版本变，不核对。"""
+    page = PAGE.read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| sm")]
+    assert [(row[0].split("（")[0][2:], row[1], row[2]) for row in rows] == [
+        (f"sm{one.sm}", f"`{one.function}`", one.tile) for some in found.values() for one in some
+    ]

@@ -1,0 +1,54 @@
+"""重新生成 docs/gpu.md 里的机器码一节：``dsx doctor --kernels`` 的表。列着的 kernel 与块由测试核对，数字随 Triton 的版本变。"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from deepseek_export.kernels.audit import CARDS, audits, estimate
+from deepseek_export.kernels.table import SMS
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/gpu.md"
+BEGIN, END = "<!-- 机器码：由 tools/make_kernel_audit.py 生成 -->", "<!-- 机器码：完 -->"
+
+_HEAD = """\
+每一行是一个 kernel 主循环的一次迭代，读自编译好的机器码（`dsx doctor --kernels`），不需要 GPU。乘加是张量核实际做的除以该做的，1 是恰好；
+重叠是算的时候还有几组拷贝在路上；溢出是读写本地内存的指令。
+
+后两列是**估计**：由指令数与那张卡的规格得出，没有在 GPU 上量过。算力一列假定数据都已在片上，带宽一列假定数据都从显存来；`python -m perf.gpu` 在卡上跑过一次，
+才知道它们对不对。
+"""
+
+
+def section() -> str:
+    """两个标记之间的全文。"""
+    lines = [
+        "| SM（卡） | kernel | 块 | 乘加 | 重叠 | 溢出 | 至多占算力 | 至多占带宽 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for found in audits(SMS):
+        guess = estimate(found)
+        cells = (
+            f"sm{found.sm}（{CARDS[found.sm].title}）",
+            f"`{found.function}`",
+            found.tile,
+            "数不出" if found.work is None else f"{found.work:.2f}",
+            str(found.in_flight or "无"),
+            str(found.spills),
+            f"{guess.of_matmul:.0%}",
+            f"{guess.of_copy:.0%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([_HEAD, *lines, "", f"Triton {version('triton')}。"])
+
+
+def main() -> None:
+    """改写那一节，别的不动。"""
+    page = PAGE.read_text(encoding="utf-8")
+    head, _, rest = page.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    PAGE.write_text(f"{head}{BEGIN}\n{section()}\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
