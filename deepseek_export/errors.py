@@ -90,6 +90,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E515": "采样方式与投机解码不相容",
         "DSX-E516": "投机解码的参数取值不允许",
         "DSX-E517": "bundle 不支持投机解码",
+        "DSX-E518": "没有 token 可选",
         "DSX-E520": "C++ 算子库装载不了",
         "DSX-E521": "指令集在这台机器上不能用",
         "DSX-E530": "排队的请求满了",

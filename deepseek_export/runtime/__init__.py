@@ -2,6 +2,7 @@
 
 from deepseek_export.runtime.generate import Generator
 from deepseek_export.runtime.loading import open_session, open_speculative
+from deepseek_export.runtime.logprobs import TokenLogprobs
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
@@ -25,6 +26,7 @@ __all__ = [
     "SpeculativeFloor",
     "SpeculativeGenerator",
     "StopStrings",
+    "TokenLogprobs",
     "TokenStream",
     "open_session",
     "open_speculative",

@@ -11,6 +11,7 @@ from deepseek_export.backend.base import Caches
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
 from deepseek_export.runtime.packing import Packing
+from deepseek_export.runtime.processors import row_processors
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OnToken, OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams, is_integer
@@ -69,16 +70,18 @@ class Generator:
 
         Raises:
             DsxError: ``DSX-E514``，有停止串而没有 tokenizer；``DSX-E510``，没有提示词或提示词为空；``DSX-E511``，提示词过长；
-                ``DSX-E512``，``max_new_tokens`` 不是正整数，或停止串不对；``DSX-E509``，token id 越界；
-                ``DSX-E505``，logits 无法采样。
+                ``DSX-E512``，``max_new_tokens`` 不是正整数或小于 ``min_tokens``，或停止串不对；``DSX-E509``，token id 越界；
+                ``DSX-E505``，logits 无法采样；``DSX-E518``，没有 token 可选。
         """
-        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos, stop)
+        params = sampling or SamplingParams()
+        rows, lens, out = self._begin(prompts, max_new_tokens, params, on_token, ignore_eos, stop)
+        ends = frozenset() if ignore_eos else self.eos_token_ids
+        each = [row_processors(params, len(row), ends, self.session) for row in rows]
         started = perf_counter()
         caches = self.session.new_caches(len(rows), int(lens.max()))
         logits = self._prefill(rows, lens, caches)
         prefilled = perf_counter()
-        sampler = Sampler(sampling or SamplingParams(), len(rows))
-        self._decode(logits, lens, caches, sampler, out)
+        self._decode(logits, rows, lens, caches, Sampler(params, len(rows), each), out)
         notes = (*self.session.notes, *out.notes(max_new_tokens, self.session.max_positions))
         return self._result(lens, out, (started, prefilled, perf_counter()), notes)
 
@@ -122,6 +125,7 @@ class Generator:
     def _decode(
         self,
         logits: np.ndarray,
+        prompts: list[np.ndarray],
         lens: np.ndarray,
         caches: Caches,
         sampler: Sampler,
@@ -133,10 +137,14 @@ class Generator:
         if (packing := Packing.of(out.active)) is not None:  # 提示词恰好占满的行没有余地
             caches = packing.caches(caches, newest)
             rows, newest, logits = (packing.array(array) for array in (rows, newest, logits))
+
+        def sequence(slot: int) -> list[int]:
+            return [*prompts[rows[slot]].tolist(), *out.token_ids[rows[slot]]]
+
         while rows.size:
-            picked = sampler.sample(logits, newest, rows)
+            picked = sampler.sample(logits, newest, rows, sequence)
             for slot in np.argsort(rows).tolist():
-                out.emit(int(rows[slot]), [int(picked[slot])])
+                out.emit(int(rows[slot]), [int(picked[slot])], logits[slot : slot + 1])
             if (packing := Packing.of(out.active[rows])) is not None:
                 rows, picked = packing.array(rows), packing.array(picked)
                 caches = packing.caches(caches, newest)
@@ -151,18 +159,20 @@ class Generator:
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
+        params: SamplingParams,
         on_token: OnToken | None,
         ignore_eos: bool,
         stop: Sequence[str],
     ) -> tuple[list[np.ndarray], np.ndarray, OutputRows]:
         """核对过的提示词、各行的长度 ``[B]``，与还空着的输出。"""
-        check_positive("max_new_tokens", max_new_tokens)
+        check_budget(max_new_tokens, params.min_tokens)
         rows = self._check_rows(prompts)
         lens = np.array([len(row) for row in rows], np.int64)
         limit = self.session.max_positions  # 先在 Python 的整数里收进来：max_new_tokens 可以大得 64 位放不下
         budgets = np.minimum(min(max_new_tokens, limit), limit - lens)
         eos = frozenset() if ignore_eos else self.eos_token_ids
-        return rows, lens, OutputRows(budgets, eos, on_token, stopped_rows(stop, self.tokenizer, len(rows)))
+        stopped = stopped_rows(stop, self.tokenizer, len(rows), params.min_tokens)
+        return rows, lens, OutputRows(budgets, eos, on_token, stopped, params.logprobs)
 
     def _result(
         self,
@@ -183,6 +193,7 @@ class Generator:
             decode_s=finished - prefilled,
             speculation=speculation,
             notes=notes,
+            logprobs=out.logprobs,
         )
 
     def _check_rows(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -226,3 +237,11 @@ def check_positive(name: str, value: int) -> None:
     """不是正整数就报 ``DSX-E512``。"""
     if not (is_integer(value) and value >= 1):
         raise DsxError("DSX-E512", f"{name}={value!r}", f"把 {name} 设为不小于 1 的整数")
+
+
+def check_budget(max_new_tokens: int, min_tokens: int) -> None:
+    """``max_new_tokens`` 不是正整数，或放不下 ``min_tokens``，就报 ``DSX-E512``。"""
+    check_positive("max_new_tokens", max_new_tokens)
+    if min_tokens > max_new_tokens:
+        what = f"min_tokens={min_tokens}，而 max_new_tokens={max_new_tokens}"
+        raise DsxError("DSX-E512", what, "让 min_tokens 不大于 max_new_tokens")

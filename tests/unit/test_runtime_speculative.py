@@ -387,3 +387,22 @@ def test_teacher_forced_logits_still_work(tmp_path: Path, verify: str) -> None:
     for chunk in (None, 3):
         for ids, got in zip(RAGGED, generator.logits(RAGGED, chunk), strict=True):
             assert got == pytest.approx(TOY.forward(ids), abs=1e-4)
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_logprobs_are_those_of_plain_decoding(tmp_path: Path, modules: int) -> None:
+    """RUNTIME-14：对数概率与逐个 token 解码的相同，到最大长度为止都对得上。"""
+    toy = make_toy(LIMIT)
+    made = build(tmp_path, toy, make_drafts(toy, modules), 4)
+    prompts = [np.random.default_rng(1).integers(0, VOCAB, LIMIT - 9).tolist(), [3, 1]]
+    params = SamplingParams(logprobs=2)
+    got = made.generate(prompts, 40, params)
+    want = Generator(made.session, None, ()).generate(prompts, 40, params)
+    assert got.token_ids == want.token_ids
+    assert got.logprobs is not None
+    assert want.logprobs is not None
+    for mine, plain_ones in zip(got.logprobs, want.logprobs, strict=True):
+        assert [(one.token, [token for token, _ in one.top]) for one in mine] == [
+            (one.token, [token for token, _ in one.top]) for one in plain_ones
+        ]
+        assert [one.logprob for one in mine] == pytest.approx([one.logprob for one in plain_ones], abs=1e-4)
