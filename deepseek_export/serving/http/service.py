@@ -77,7 +77,7 @@ class ServedModel:
         prompts = [
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
         ]
-        return self._orders(body, prompts, body.budget)
+        return self._orders(body, prompts, body.budget, echo=bool(body.echo))
 
     def chat_orders(self, body: ChatRequest) -> list[Order]:
         """``/v1/chat/completions`` 要的 ``n`` 个回答。要套模板、分词，会占住线程。
@@ -99,17 +99,23 @@ class ServedModel:
         return self.tokenizer.apply_chat_template(as_template(messages))
 
     def _orders(
-        self, body: Sampled, prompts: list[list[int]], budget: int, thinking: bool | None = None
+        self,
+        body: Sampled,
+        prompts: list[list[int]],
+        budget: int,
+        thinking: bool | None = None,
+        echo: bool = False,
     ) -> list[Order]:
         if not prompts:
             raise DsxError("DSX-E510", "prompt 是空的列表", "至少给一条提示词")
         # 全部核对过才交给引擎：有一条太长，别的也一个 token 都不算。
         for number, prompt in enumerate(prompts):
             checked_prompt(self.session, prompt, f"第 {number} 条提示词", self.context)
-        for token in body.stop_token_ids or ():
-            if token >= self.session.vocab_size:
-                what = f"stop_token_ids 里的 {token} 不在词表里，词表有 {self.session.vocab_size} 个"
-                raise ApiError(400, what, param="stop_token_ids")
+        for name, tokens in body.token_fields.items():
+            for token in tokens:
+                if token >= self.session.vocab_size:
+                    what = f"{name} 里的 {token} 不在词表里，词表有 {self.session.vocab_size} 个"
+                    raise ApiError(400, what, param=name)
         wanted, settings = len(prompts) * body.choices, self.engine.settings
         if wanted > settings.queue:
             what = f"一个请求要 {wanted} 个回答，排队的上限是 {settings.queue}：分成几个请求"
@@ -125,6 +131,7 @@ class ServedModel:
                 cache_salt=body.cache_salt or "",
                 copy=copy,
                 thinking=thinking,
+                echo=self.tokenizer.decode(prompt) if echo else "",
             )
             for prompt in prompts
             for copy, sampling in enumerate(body.sampling())
