@@ -122,6 +122,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E721": "没有安装 HTTP 服务的依赖",
         "DSX-E730": "API 密钥给得不对",
         "DSX-E731": "服务的地址用不了",
+        "DSX-E732": "导出的选项给了 bundle",
+        "DSX-E733": "服务的模型给得不对",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",

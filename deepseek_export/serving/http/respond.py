@@ -39,7 +39,7 @@ class Reply:
 
     def __init__(self, turn: Turn, answer: Answer, request: Request, metrics: Metrics) -> None:
         self.turn, self.answer = turn, answer
-        self._request, self._metrics = request, metrics
+        self._request, self._metrics = request, metrics.of(answer.model)
         self._first_s: float | None = None
         self._failed = False
 
@@ -112,6 +112,7 @@ class Reply:
         usage: Mapping[str, Any] = self.turn.usage
         note(
             self._request.scope,
+            model=self.answer.model,
             prompt=usage["prompt_tokens"],
             cached=usage["prompt_tokens_details"]["cached_tokens"],
             new=usage["completion_tokens"],

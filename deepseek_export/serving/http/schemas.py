@@ -237,6 +237,7 @@ class ChatRequest(Sampled):
 class TokenizeRequest(BaseModel):
     """``POST /tokenize``：文本，或者对话。"""
 
+    model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
 
@@ -244,4 +245,5 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """``POST /detokenize``。"""
 
+    model: str | None = None
     tokens: list[TokenId]
