@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,8 +11,6 @@ from deepseek_export.runtime.result import FinishReason
 from deepseek_export.runtime.stop import StoppedRow
 from deepseek_export.runtime.tokenizer import BundleTokenizer
 
-OnToken = Callable[[int, int], None]
-
 
 class OutputRows:
     """普通解码与投机解码共用的截断规则，所以两者的输出在同样的 token 处结束。
@@ -20,7 +18,6 @@ class OutputRows:
     Args:
         budgets: ``[B]``，每行至多多少个 token，可以为 0。
         eos: 任何一个都结束一行；它自己算在输出里。
-        on_token: 每收一个 token 调一次 ``on_token(row, token)``。
         stopped: 每行一个，找停止串；没有停止串为 ``None``。凑齐停止串的那个 token 算在输出里，文本里没有停止串。
         logprobs: 每个 token 另记最可能的几个的对数概率；``None`` 不记。
 
@@ -36,14 +33,13 @@ class OutputRows:
         self,
         budgets: np.ndarray,
         eos: frozenset[int],
-        on_token: OnToken | None,
         stopped: Sequence[StoppedRow] | None = None,
         logprobs: int | None = None,
     ) -> None:
         self._eos = eos
         self._stopped = stopped
         self._budgets = budgets
-        self._on_token = on_token
+        self._fresh: list[tuple[int, int]] = []
         self.token_ids: list[list[int]] = [[] for _ in budgets]
         self.reasons: list[FinishReason] = ["length"] * len(budgets)
         self.active = budgets > 0
@@ -66,8 +62,7 @@ class OutputRows:
                 self.logprobs[row].append(token_logprobs(logits[taken], token, self._top))
             taken += 1
             self.remaining[row] -= 1
-            if self._on_token is not None:
-                self._on_token(row, token)
+            self._fresh.append((row, token))
             ended = self._ended(row, token)
             if ended is not None:
                 self.reasons[row] = ended
@@ -75,6 +70,11 @@ class OutputRows:
             if not self.active[row]:
                 break
         return taken
+
+    def take(self) -> list[tuple[int, int]]:
+        """上一次取走之后收下的 ``(行号, token)``，依次。"""
+        fresh, self._fresh = self._fresh, []
+        return fresh
 
     def _ended(self, row: int, token: int) -> FinishReason | None:
         if token in self._eos:

@@ -30,6 +30,7 @@ from tests.unit.test_runtime_speculative_toy import (
     draft_oracle,
     make_drafts,
     markov,
+    one_by_one,
 )
 from tests.unit.test_runtime_toy import VOCAB, make_toy
 
@@ -51,7 +52,7 @@ class Seen:
 
 
 def plain(generator: SpeculativeGenerator, *args: Any, **kwargs: Any) -> list[list[int]]:
-    return Generator.generate(generator, *args, **kwargs).token_ids
+    return one_by_one(generator).generate(*args, **kwargs).token_ids
 
 
 @pytest.mark.parametrize("chunk", [3, 512])
@@ -104,7 +105,7 @@ def test_eos_in_an_accepted_run_and_uneven_lengths(tmp_path: Path) -> None:
     free = [toy.greedy(prompt, 24) for prompt in RAGGED]
     for eos in {token for ids in free for token in ids[1:4]}:
         generator = build(tmp_path, toy, make_drafts(toy, 1, mix=0), 4, eos=(eos,))
-        expected = Generator.generate(generator, RAGGED, 24)
+        expected = one_by_one(generator).generate(RAGGED, 24)
         seen: list[list[int]] = [[] for _ in RAGGED]
         result = generator.generate(RAGGED, 24, on_token=Seen(seen))
         assert result.token_ids == seen == expected.token_ids

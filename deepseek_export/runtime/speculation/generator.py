@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator as Iteration
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -12,10 +13,9 @@ from deepseek_export.backend.base import Caches
 from deepseek_export.backend.contract import contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.generate import Generator
+from deepseek_export.runtime.generate import Generator, Steps, lengths
 from deepseek_export.runtime.packing import Packing
-from deepseek_export.runtime.result import GenerationResult
-from deepseek_export.runtime.rows import OnToken, OutputRows
+from deepseek_export.runtime.rows import OutputRows
 from deepseek_export.runtime.sampling import SamplingParams, check_peaks, is_integer
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
 from deepseek_export.runtime.speculation.chance import RowChance
@@ -106,19 +106,19 @@ class SpeculativeGenerator(Generator):
         self.verify_mode = verify_mode
         self.floor = floor
 
-    def generate(
+    def steps(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         sampling: SamplingParams | None = None,
-        on_token: OnToken | None = None,
+        *,
         ignore_eos: bool = False,
         stop: Sequence[str] = (),
-    ) -> GenerationResult:
-        """批量生成；参数与结果的含义同 :meth:`Generator.generate`，另带 ``speculation`` 统计。
+    ) -> Steps:
+        """投机地走；参数与结果的含义同 :meth:`Generator.steps`，一步一轮，结果另带 ``speculation`` 统计。
 
         ``greedy`` 的输出与普通贪心解码逐个 token 相同；``rejection`` 的输出与普通采样同分布（但同一个种子
-        给出的序列不同），一行给了种子的结果与同批还有谁无关。``on_token`` 在一次调用里先给完一行接受的几个 token，再轮到下一行。
+        给出的序列不同），一行给了种子的结果与同批还有谁无关。
 
         Raises:
             DsxError: ``DSX-E515``，采样参数与验证方式不相容；``DSX-E516``，给了种子，止损线却要看时间；其余同
@@ -126,15 +126,22 @@ class SpeculativeGenerator(Generator):
         """
         params = sampling or SamplingParams()
         self._check_sampling(params)
-        rows, lens, out = self._begin(prompts, max_new_tokens, params, on_token, ignore_eos, stop)
+        rows, out = self._begin(prompts, max_new_tokens, params, ignore_eos, stop)
+        return self._speculated(rows, max_new_tokens, params, out)
+
+    def _speculated(
+        self, rows: list[np.ndarray], max_new_tokens: int, params: SamplingParams, out: OutputRows
+    ) -> Steps:
         started = perf_counter()
+        lens = lengths(rows)
         run = self._start(rows, lens, out, params)
         first, logits = self._prefill_ids(rows, run)
         prefilled = perf_counter()
         for row in np.flatnonzero(out.active).tolist():
             run.tokens[row, lens[row]] = first[row]
             out.emit(row, [int(first[row])], logits[row : row + 1])
-        notes, draft_calls = self._decode_rounds(run)
+        yield out.take()
+        notes, draft_calls = yield from self._decode_rounds(run)
         stats = run.tally.stats(draft_calls, fell_back=bool(notes))
         times = (started, prefilled, perf_counter())
         notes += tuple(dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes))
@@ -183,8 +190,10 @@ class SpeculativeGenerator(Generator):
                 run.drafter.prefill(part, got.hidden)
         return first, kept
 
-    def _decode_rounds(self, run: _Run) -> tuple[tuple[str, ...], int]:
-        """起草、验证、收下，直到每行都结束；返回说明与草稿模型的调用次数。"""
+    def _decode_rounds(
+        self, run: _Run
+    ) -> Iteration[list[tuple[int, int]], None, tuple[tuple[str, ...], int]]:
+        """起草、验证、收下，直到每行都结束，一轮一步；返回说明与草稿模型的调用次数。"""
         out = run.out
         watch = FloorWatch(self.floor, self.num_draft_tokens, len(run.rows))
         draft_calls = 0
@@ -214,6 +223,7 @@ class SpeculativeGenerator(Generator):
                 watch.add(rounds, perf_counter() - began, out.active)
                 if not watch.speculating[out.active].any():
                     run.drafter = None
+            yield out.take()
             run.pack()
         return watch.notes, draft_calls
 
