@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from deepseek_export.bench.environment import environment
+from deepseek_export.benchmark.environment import environment
 from deepseek_export.cpu_library import find_library
 from deepseek_export.machine import cores
 from perf import gates, pages, report, reproduce, results

@@ -22,8 +22,8 @@ from deepseek_export.errors import UnwrittenReport
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
-    from deepseek_export.bench.bundle import BenchReport
-    from deepseek_export.bench.spread import Spread
+    from deepseek_export.benchmark.bundle import BenchReport
+    from deepseek_export.benchmark.spread import Spread
 
 _COUNT = counts()
 _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "speculative": "投机"}
@@ -83,15 +83,15 @@ def command(
     try:
         with open_progress(as_json) as progress:
             progress.start("加载 onnxruntime")
-            from deepseek_export.bench.bundle import Scenario, bench_bundle
+            from deepseek_export.benchmark.bundle import bench
 
-            report = bench_bundle(
+            report = bench(
                 bundle,
-                against=against,
-                scenario=Scenario(**scenario),
+                against,
                 prompts=prompts or None,
                 verify_weights=verify_weights,
                 progress=progress,
+                **scenario,
             )
     except UnwrittenReport as unwritten:
         _show(unwritten.report, as_json)

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from deepseek_export.serving import Conversation
 
 #: 采样的选项：就是 ``dsx generate`` 的那几个，名字是 ``SamplingParams`` 的字段。
-SAMPLING = ("temperature", "top_p", "top_k", "seed")
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "seed"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "logit_bias"),
+)
 _SHARED = (*SAMPLING, "stop", "ignore_eos")
 _HELP = """\
   /reset   忘掉说过的话，重新开始

@@ -11,6 +11,7 @@ from deepseek_export.runtime.speculation.floor import MeasuredFloor, Speculative
 from deepseek_export.runtime.speculation.generator import SpeculativeGenerator
 from deepseek_export.runtime.speculation.stats import SpeculationStats
 from deepseek_export.runtime.stop import StopStrings
+from deepseek_export.runtime.streaming import TextStream
 from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "SpeculativeFloor",
     "SpeculativeGenerator",
     "StopStrings",
+    "TextStream",
     "TokenLogprobs",
     "TokenStream",
     "open_session",

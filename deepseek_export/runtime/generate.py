@@ -139,6 +139,27 @@ class Generator:
                 out[row][part.start : part.start + count] = logits[row, :count]
         return out
 
+    def hidden(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """每个位置过了末尾归一化的 hidden。
+
+        Args:
+            ids: B 个 token id 序列。
+
+        Returns:
+            B 个 ``[len, D]`` float32。
+
+        Raises:
+            DsxError: ``DSX-E519``，图里没有它，说明怎么导出；其余同 :meth:`logits`。
+        """
+        rows = self._check_rows(ids)
+        caches = self.session.new_caches(len(rows), max(len(row) for row in rows))
+        found: list[list[np.ndarray]] = [[] for _ in rows]
+        for part in right_padded_chunks(rows, self.prefill_chunk):
+            hidden = self.session.hidden(part.input_ids, part.past_lens, caches)
+            for row, count in enumerate(part.counts.tolist()):
+                found[row].append(hidden[row, :count].copy())
+        return [np.concatenate(parts) for parts in found]
+
     def _prefill(self, rows: list[np.ndarray], lens: np.ndarray, caches: Caches) -> np.ndarray:
         """填好缓存，返回每行最后一个提示词 token 的 logits ``[B, V]`` float32。"""
         last = np.empty((len(rows), self.session.vocab_size), np.float32)

@@ -92,7 +92,8 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self._tokenizer.apply_chat_template(asked)
-        writer = _Writer(self._tokenizer, self._stops, begins_thinking(prompt))
+        skip = 0 if self._sampling is None else self._sampling.min_tokens
+        writer = _Writer(self._tokenizer, self._stops, begins_thinking(prompt), skip)
         request = self._engine.submit(
             self._tokenizer.encode(prompt),
             self._sampling,
@@ -123,7 +124,10 @@ class Conversation:
 class _Writer:
     """一个回答：token 变成思考与答案，找停止串。"""
 
-    def __init__(self, tokenizer: BundleTokenizer, stops: Sequence[str], thinking: bool) -> None:
+    def __init__(
+        self, tokenizer: BundleTokenizer, stops: Sequence[str], thinking: bool, skip: int = 0
+    ) -> None:
+        self._skip = skip  # 前这么多个 token 的文本里不找停止串
         self.tokens: list[int] = []
         self._tokenizer, self._stream = tokenizer, tokenizer.stream()
         self._stops, self._split = StopStrings(stops), ReasoningSplit(thinking)
@@ -143,7 +147,7 @@ class _Writer:
         self.tokens.append(token)
         piece = self._stream.step(token)
         self._shown += piece
-        return self._split.feed(self._stops.feed(piece))
+        return self._split.feed(piece if len(self.tokens) <= self._skip else self._stops.feed(piece))
 
     def rest(self) -> Parts:
         """结束了：补上还攥着的半个字符，与可能是停止串、标记开头的那几个字。"""

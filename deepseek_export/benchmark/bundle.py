@@ -11,15 +11,17 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export import api
-from deepseek_export.bench.depth import DepthDecoder
-from deepseek_export.bench.environment import environment
-from deepseek_export.bench.memory import MemorySample, memory_in_subprocess
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.depth import DepthDecoder
+from deepseek_export.benchmark.environment import environment
+from deepseek_export.benchmark.memory import MemorySample, memory_in_subprocess
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import keeping, write_report
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import GenerationResult
+from deepseek_export.runtime.generate import check_positive
+from deepseek_export.runtime.sampling import is_integer
 
 REPORT = "reports/bench.json"
 BUNDLE, AGAINST = "bundle", "against"
@@ -189,6 +191,56 @@ def bench_bundle(
     with keeping(report):
         write_report(bundles[BUNDLE].path / REPORT, report.model_dump(mode="json"))
     return report
+
+
+def bench(
+    bundle: Path | str,
+    against: Path | str | None = None,
+    *,
+    batch: int = 1,
+    prompt_len: int = 256,
+    prompts: Sequence[str] | None = None,
+    new_tokens: int = 64,
+    depths: Sequence[int] = (),
+    runs: int = 5,
+    seed: int = 0,
+    threads: int | None = None,
+    verify_weights: bool = False,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """在这台机器上测一个 bundle 的速度与内存；同 ``dsx bench``，结果也写进 ``reports/bench.json``。
+
+    Args:
+        bundle, against, prompts, verify_weights, progress: 见 :func:`bench_bundle`。
+        batch, prompt_len, new_tokens, depths, runs, seed, threads: 场景，见 :class:`Scenario`。
+
+    Raises:
+        DsxError: ``DSX-E512``，场景的取值不对；其余见 :func:`bench_bundle`。
+    """
+    for name, value in (("batch", batch), ("prompt_len", prompt_len), ("runs", runs)):
+        check_positive(name, value)
+    for depth in depths:
+        check_positive("depths", depth)
+    if not (is_integer(new_tokens) and new_tokens >= 2):
+        what = f"new_tokens={new_tokens!r}"
+        raise DsxError("DSX-E512", what, "把 new_tokens 设为不小于 2 的整数：头一个不算解码")
+    scenario = Scenario(
+        batch=batch,
+        prompt_len=prompt_len,
+        new_tokens=new_tokens,
+        depths=tuple(depths),
+        runs=runs,
+        seed=seed,
+        threads=threads,
+    )
+    return bench_bundle(
+        bundle,
+        against=against,
+        scenario=scenario,
+        prompts=prompts,
+        verify_weights=verify_weights,
+        progress=progress,
+    )
 
 
 def _check_same_source(bundles: dict[str, Bundle]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export import api
-from deepseek_export.bench.depth import DepthDecoder
+from deepseek_export.benchmark.depth import DepthDecoder
 from deepseek_export.machine import ProcessMemory, process_memory
 
 _STEPS = 4
