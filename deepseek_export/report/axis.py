@@ -35,14 +35,15 @@ class Scale:
         return self.start + (self.stop - self.start) * min(max(share, 0.0), 1.0)
 
 
-def linear_ticks(high: float, count: int = 4) -> list[float]:
-    """0 到 ``high`` 之间大约 ``count`` 个整齐的刻度。"""
-    if not math.isfinite(high) or high <= 0:
-        return [0.0]
-    raw = high / count
+def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """``low`` 到 ``high`` 之间大约 ``count`` 个整齐的刻度。"""
+    if not math.isfinite(high - low) or high <= low:
+        return [low]
+    raw = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * nice for nice in (1, 2, 2.5, 5, 10) if unit * nice >= raw * 0.999)
-    return [step * i for i in range(int(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * i for i in range(first, last + 1)]
 
 
 def decades(low: float, high: float, count: int = 6) -> list[float]:

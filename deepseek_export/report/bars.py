@@ -74,11 +74,12 @@ def bar_chart(
     right = WIDTH - max(text_width(bar.shown) for bar in bars) - 10
     top = max([bar.high for bar in bars] + ([rule[0]] if rule else [])) or 1.0
     made, y = _head(title, note, heading)
-    began = y
+    began, texts = y, list[str]()
     for group in groups:
         if group.name:
             made.append(text(0, y + 14, group.name, class_="strong"))
             y += _ROW
+        first = y
         for bar in group.bars:
             if above:
                 made.append(text(left, y + 14, shortened(bar.name, WIDTH - left)))
@@ -92,17 +93,17 @@ def bar_chart(
             if high - low >= 1:
                 made.append(line(low, middle, high, middle, "ink"))
                 made += [line(at, middle - 3, at, middle + 3, "ink") for at in (low, high)]
-            made.append(text(max(high, left + length) + 6, middle + 4, bar.shown))
+            texts.append(text(max(high, left + length) + 6, middle + 4, bar.shown, class_="halo"))
             y += _ROW
+        made.append(line(left, first, left, y, "grid"))
         y += 6
-    made.append(line(left, began, left, y - 4, "grid"))
     if rule is not None:
         at = left + (right - left) * rule[0] / top
         made.append(line(at, began, at, y, "limit"))
         anchor: Anchor = "middle" if at + text_width(rule[1]) / 2 < WIDTH else "end"
         made.append(text(at if anchor == "middle" else WIDTH, y + 12, rule[1], anchor, "soft"))
         y += 18
-    return Picture(title, description, WIDTH, y, "".join(made))
+    return Picture(title, description, WIDTH, y, "".join(made + texts))
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,13 @@ class Axis:
         label: 名目与单位。
         logarithmic: 对数轴。
         ticks: 刻度；缺省自己挑。
-        top: 轴到哪里为止；缺省由点来定。
+        bottom, top: 轴从哪里到哪里；缺省线性的从 0 起，到最高的点。
     """
 
     label: str
     logarithmic: bool = False
     ticks: Sequence[float] = ()
+    bottom: float = 0.0
     top: float | None = None
 
 
@@ -93,7 +94,7 @@ def line_chart(
     Args:
         title, description: 给读屏软件的。
         lines: 系列。
-        x, y: 两根轴；线性的 y 从 0 起。
+        x, y: 两根轴。
         better: 例如「越低越好」。
         rule: 一条横的参考线与它的名字。
         marks: 不连线的点：颜色的次序与点，画成空心圈，纵向的须是散布。
@@ -125,7 +126,9 @@ def line_chart(
         body.append(line(at, base, at, base + 4) + text(at, base + 17, words, "middle", "soft"))
     if rule is not None:
         at = vertical(rule[0])
-        body.append(line(left, at, WIDTH - 6, at, "limit") + text(left + 4, at - 5, rule[1], class_="soft"))
+        body.append(
+            line(left, at, WIDTH - 6, at, "limit") + text(left + 4, at - 5, rule[1], class_="soft halo")
+        )
     body += [_series(one, horizontal, vertical, steps) for one in lines]
     for slot, point in marks:
         at = horizontal(point.x)
@@ -182,7 +185,7 @@ def _vertical(points: Sequence[Point], axis: Axis, top: float, rule: tuple[float
         return Scale(
             10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)), top + _HEIGHT, top, True
         )
-    return Scale(0.0, highest * (1.0 if axis.top else 1.05) or 1.0, top + _HEIGHT, top)
+    return Scale(axis.bottom, highest * (1.0 if axis.top else 1.05) or 1.0, top + _HEIGHT, top)
 
 
 def _horizontal(points: Sequence[Point], axis: Axis, left: float, right: float) -> Scale:
@@ -195,11 +198,7 @@ def _horizontal(points: Sequence[Point], axis: Axis, left: float, right: float) 
 def _ticks(scale: Scale, axis: Axis) -> Sequence[float]:
     if axis.ticks:
         return axis.ticks
-    return (
-        decades(scale.low, scale.high)
-        if scale.logarithmic
-        else [t for t in linear_ticks(scale.high) if t >= scale.low]
-    )
+    return (decades if scale.logarithmic else linear_ticks)(scale.low, scale.high)
 
 
 def _shown(axis: Axis) -> Callable[[float], str]:
@@ -207,4 +206,4 @@ def _shown(axis: Axis) -> Callable[[float], str]:
 
 
 def _plain(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
