@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.dtypes import DTYPES
+from deepseek_export.report.blocks import graph_blocks
 
 CONTEXT = 8192
 #: 试跑一次用的大小；S + past 不能超过 T，L 是 K + 1。
@@ -96,6 +97,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             }
             for graph in manifest.graphs
         ],
+        "blocks": graph_blocks(manifest),
         "passes": [
             {"graph": graph.file, **result.model_dump(mode="json")}
             for graph in manifest.graphs

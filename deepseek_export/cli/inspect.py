@@ -9,18 +9,20 @@ from typing import Any
 import click
 
 from deepseek_export import inspection
-from deepseek_export.cli.console import console, echo_json, facts, table, weights_size
+from deepseek_export.cli.console import console, echo_json, facts, table, weights_size, write_html
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import bundle_argument, html_option, json_option
 from deepseek_export.cpu_library import LIBRARY_TARGET
 from deepseek_export.inspection import CONTEXT
+from deepseek_export.report.inspect import inspect_page
 from deepseek_export.units import size
 
 
 @click.command("inspect", cls=Command, short_help="看 bundle 里有什么")
 @bundle_argument
+@html_option
 @json_option
-def command(bundle: Path, as_json: bool) -> None:
+def command(bundle: Path, html: Path | None, as_json: bool) -> None:
     """列出 bundle OUT 的算子、pass、回退、输入输出、权重与 KV 缓存。
 
     只读 manifest.json，不加载模型。末尾附真实模型（V2-Lite、V3）的缓存大小，由它们公开的 config.json 算出。
@@ -30,6 +32,7 @@ def command(bundle: Path, as_json: bool) -> None:
         echo_json(summary)
     else:
         _print(bundle, summary)
+    write_html(html, as_json, inspect_page, str(bundle), summary)
 
 
 def _print(path: Path, summary: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""``verify`` 与 ``compare`` 共用：一组比较的汇总，一处不通过的详情。"""
+"""``verify`` 与 ``compare`` 的话，终端与网页共用：一组比较的汇总，一处不通过的详情，量化的损失。"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepseek_export.parity.report import Case
+    from deepseek_export.parity.report import Case, QuantLoss
 
 #: 三个量与近平局的列名，与 :func:`cells` 一一对应。
 COLUMNS = ("最大绝对差", "calc_diff", "|范数比 - 1|", "近平局")
@@ -48,3 +48,21 @@ def failure_rows(case: Case) -> list[tuple[str, str]]:
         ("calc_diff", f"{m.calc_diff:.3e}（限 {limit.calc_diff:.1e}）"),
         ("范数比", f"{m.norm_ratio:.6f}（限 1 ± {limit.norm:.1e}）"),
     ]
+
+
+def loss_rows(loss: QuantLoss) -> list[tuple[str, str]]:
+    """只量化权重的代价：格式、logits 的相对误差、困惑度。"""
+    rows = [("格式", f"{loss.kind}，每 {loss.block} 个一块")]
+    if loss.relative_error_before_a_flip is not None:
+        share = f"{loss.before_a_flip} / {loss.tokens} 个 token"
+        rows.append(("路由分叉之前", f"{share}，logits 相对误差 {loss.relative_error_before_a_flip:.2e}"))
+    rows.append(("全部 token", f"logits 相对误差 {loss.relative_error:.2e}"))
+    if (p := loss.perplexity) is not None:
+        change = f"{p.bundle / p.unquantized - 1:+.2%}"
+        rows.append(
+            (
+                f"困惑度（{p.text}）",
+                f"{p.bundle:.4g}，未量化 {p.unquantized:.4g}（{change}），{p.tokens} 个 token",
+            )
+        )
+    return rows
