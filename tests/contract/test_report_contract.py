@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from deepseek_export.cli.demo import CHECKPOINT
-from deepseek_export.cli.inspect import polygraphy_trials, summarize
 from deepseek_export.errors import DsxError
+from deepseek_export.inspection import polygraphy_trials, summarize
 from deepseek_export.plan import make_plan
 from deepseek_export.plan.result import Plan
 from deepseek_export.profile import resolve_profile
