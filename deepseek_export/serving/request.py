@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from deepseek_export.runtime.logprobs import TokenLogprobs
 from deepseek_export.runtime.sampling import RowSampler
 
 #: ``eos`` 模型的结束符；``stop`` 请求自己的停止 token；``length`` 到了上限；``cancelled`` 取消了。
@@ -63,6 +64,7 @@ class RequestResult:
         prompt_tokens: 提示词的长度。
         cached_tokens: 其中有几个的缓存是现成的，没有重算。
         timeline: 各时刻。
+        logprobs: 每个新 token 的对数概率，与 ``token_ids`` 对应；没有要就是 ``None``。
     """
 
     token_ids: list[int]
@@ -70,6 +72,7 @@ class RequestResult:
     prompt_tokens: int
     cached_tokens: int
     timeline: Timeline
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class Request:
@@ -92,6 +95,7 @@ class Request:
         self._wake, self._listener = wake, listener
         self._changed = threading.Condition()
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._reason: EndReason | None = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -119,6 +123,11 @@ class Request:
     def token_ids(self) -> list[int]:
         """到现在为止的新 token，一份复制。"""
         return self._tokens.copy()
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        """到现在为止各个新 token 的对数概率，一份复制；没有要就是 ``None``。"""
+        return None if self.work.sampler.params.logprobs is None else self._logprobs.copy()
 
     @property
     def sequence(self) -> list[int]:
@@ -154,7 +163,12 @@ class Request:
             raise self._error or ValueError("没有结束的原因")
         timeline = Timeline(self._submitted, self._started, self._first, self._finished)
         return RequestResult(
-            self.token_ids, self._reason, len(self.work.prompt), self.cached_tokens, timeline
+            self.token_ids,
+            self._reason,
+            len(self.work.prompt),
+            self.cached_tokens,
+            timeline,
+            self.logprobs,
         )
 
     def cancel(self) -> None:
@@ -168,9 +182,11 @@ class Request:
         """离开队列。"""
         self._started, self.cached_tokens = perf_counter(), cached_tokens
 
-    def emit(self, token: int) -> None:
-        """给出一个 token；该结束就结束。"""
+    def emit(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
+        """给出一个 token，要对数概率的连它；该结束就结束。"""
         with self._changed:
+            if logprobs is not None:
+                self._logprobs.append(logprobs)
             self._tokens.append(token)
             if self._first is None:
                 self._first = perf_counter()

@@ -14,6 +14,7 @@ import numpy as np
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import ModelSession
+from deepseek_export.runtime.logprobs import token_logprobs
 from deepseek_export.runtime.sampling import pick_tokens, unusable_logits
 from deepseek_export.serving.request import Request
 from deepseek_export.serving.rows import Held, RowTable
@@ -190,11 +191,20 @@ class Scheduler:
             logits, lengths = logits[usable], lengths[usable]
         rows = np.flatnonzero(usable).tolist()
         samplers = [requests[slot].work.sampler for slot in rows]
-        picked = pick_tokens(logits, lengths, samplers, lambda index: requests[rows[index]].sequence)
+        picked = pick_tokens(
+            logits,
+            lengths,
+            samplers,
+            lambda index: requests[rows[index]].sequence,
+            lambda index, error: requests[rows[index]].fail(error),
+        )
         self._newest[start : start + len(requests)][usable] = picked
-        for slot, token in zip(rows, picked.tolist(), strict=True):
+        for index, (slot, token) in enumerate(zip(rows, picked.tolist(), strict=True)):
+            if requests[slot].done:  # 没有 token 可选
+                continue
             self.counters.generated_tokens += 1
-            requests[slot].emit(token)
+            top = samplers[index].params.logprobs
+            requests[slot].emit(token, None if top is None else token_logprobs(logits[index], token, top))
         self._pack()
 
     def _pack(self) -> None:
