@@ -257,10 +257,16 @@ class CompiledModel:
     def engine(self, settings: EngineSettings | None = None) -> Engine:
         """服务引擎：同时服务许多请求，各得各的 token 流；用完要关，关之前别处不要用这个模型。
 
+        有草稿模型就投机，token 与不投机的相同。
+
         Raises:
             DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐。
         """
-        return Engine(self.session, self.generator.eos_token_ids, settings)
+        eos = self.generator.eos_token_ids
+        if self.speculative is None:
+            return Engine(self.session, eos, settings)
+        drafts, most = self.speculative.drafts, self.speculative.num_draft_tokens
+        return Engine(self.session, eos, settings, drafts, most)
 
     def _generator(self, speculative: bool | None) -> Generator:
         if speculative is False or (speculative is None and self.speculative is None):

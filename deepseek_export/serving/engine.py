@@ -11,15 +11,13 @@ from typing import Literal
 import numpy as np
 
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime import ModelSession, SamplingParams
+from deepseek_export.runtime import DraftSession, ModelSession, SamplingParams
 from deepseek_export.runtime.generate import check_positive, checked_prompt
 from deepseek_export.runtime.sampling import RowSampler
 from deepseek_export.serving.request import Request, Work
 from deepseek_export.serving.scheduler import Scheduler
 from deepseek_export.serving.settings import EngineSettings, refused
 from deepseek_export.serving.stats import EngineStats
-
-_DRAFTS_UNUSED = "bundle 带草稿模型，服务引擎不用它：逐个 token 解码"
 
 
 class Engine:
@@ -29,18 +27,25 @@ class Engine:
         session: 加载好的主模型；引擎关闭之前，别处不要用它。
         eos_token_ids: 任何一个都结束一个请求。
         settings: 参数，缺省都用缺省值。
+        drafts: 草稿模型，按顺序；有就投机，token 与没有时相同。别处也不要用它们。
+        num_draft_tokens: bundle 一次至多几个草稿。
 
     Raises:
         DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐。
     """
 
     def __init__(
-        self, session: ModelSession, eos_token_ids: Iterable[int], settings: EngineSettings | None = None
+        self,
+        session: ModelSession,
+        eos_token_ids: Iterable[int],
+        settings: EngineSettings | None = None,
+        drafts: Sequence[DraftSession] = (),
+        num_draft_tokens: int = 0,
     ) -> None:
-        self.settings = (settings or EngineSettings()).fitted(session)
+        self.settings = (settings or EngineSettings()).fitted(session, drafts, num_draft_tokens)
         self.eos_token_ids = frozenset(eos_token_ids)
-        self._session = session
-        self._scheduler = Scheduler(session, self.settings)
+        self._session, self._drafts = session, tuple(drafts)
+        self._scheduler = Scheduler(session, self.settings, drafts)
         self._inbox: deque[Request] = deque()
         self._changed = threading.Condition()  # 守着 _inbox、_cancelling、_closing
         self._cancelling = False
@@ -135,8 +140,7 @@ class Engine:
     @property
     def notes(self) -> tuple[str, ...]:
         """要告诉用户的话。"""
-        unused = () if self._session.verify_mode is None else (_DRAFTS_UNUSED,)
-        return (*self._session.notes, *unused)
+        return tuple(dict.fromkeys(note for one in (self._session, *self._drafts) for note in one.notes))
 
     @property
     def stats(self) -> EngineStats:

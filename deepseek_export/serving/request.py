@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
@@ -78,7 +78,8 @@ class Request:
     Args:
         work: 要做的事。
         wake: 取消时叫醒引擎。
-        listener: 每有一个新 token、以及结束时，在引擎的线程里调一次 ``listener(request)``；要立刻返回。它抛出的异常算这个请求的失败。
+        listener: 每一步有了新 token（投机时可以不止一个）、以及结束时，在引擎的线程里调一次 ``listener(request)``；要立刻返回。它抛出的异常算
+            这个请求的失败。
     """
 
     def __init__(
@@ -119,6 +120,16 @@ class Request:
     def token_ids(self) -> list[int]:
         """到现在为止的新 token，一份复制。"""
         return self._tokens.copy()
+
+    @property
+    def length(self) -> int:
+        """提示词加到现在为止的新 token 一共几个。"""
+        return len(self.work.prompt) + len(self._tokens)
+
+    @property
+    def remaining(self) -> int:
+        """至多还能给出几个。"""
+        return self.work.budget - len(self._tokens)
 
     @property
     def sequence(self) -> list[int]:
@@ -168,17 +179,21 @@ class Request:
         """离开队列。"""
         self._started, self.cached_tokens = perf_counter(), cached_tokens
 
-    def emit(self, token: int) -> None:
-        """给出一个 token；该结束就结束。"""
+    def ends_with(self, token: int) -> bool:
+        """``token`` 是不是结束的那个。"""
+        return token in self.work.eos or token in self.work.stops
+
+    def emit(self, tokens: Sequence[int]) -> None:
+        """给出一步的 token，至少一个，至多 :attr:`remaining` 个；只有最后一个可以是结束的那个。"""
         with self._changed:
-            self._tokens.append(token)
+            self._tokens.extend(tokens)
             if self._first is None:
                 self._first = perf_counter()
-            if token in self.work.eos:
+            if tokens[-1] in self.work.eos:
                 self._reason = "eos"
-            elif token in self.work.stops:
+            elif tokens[-1] in self.work.stops:
                 self._reason = "stop"
-            elif len(self._tokens) >= self.work.budget:
+            elif self.remaining <= 0:
                 self._reason = "length"
             self._settle()
         self._tell()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from deepseek_export.serving import EngineStats
 from deepseek_export.serving.http.service import Service
 from deepseek_export.serving.http.turn import Piece
 
@@ -80,3 +81,17 @@ class _EngineReadings:
         yield CounterMetricFamily("dsx:generation_tokens", "给出的新 token 数", stats.generated_tokens)
         yield CounterMetricFamily("dsx:prefix_cache_queries", "查过前缀的 token 数", stats.prompt_tokens)
         yield CounterMetricFamily("dsx:prefix_cache_hits", "缓存现成的 token 数", stats.hit_tokens)
+        yield from _speculation(stats)
+
+
+def _speculation(stats: EngineStats) -> Iterator[Metric]:
+    """没有草稿模型也有，都是 0：仪表板不必分两种。"""
+    yield CounterMetricFamily("dsx:spec_decode_num_drafts", "起草的次数，一行一步算一次", stats.drafts)
+    yield CounterMetricFamily("dsx:spec_decode_num_draft_tokens", "提出的草稿数", sum(stats.proposed))
+    yield CounterMetricFamily("dsx:spec_decode_num_accepted_tokens", "接受的草稿数", sum(stats.accepted))
+    by_position = CounterMetricFamily(
+        "dsx:spec_decode_num_accepted_tokens_per_pos", "第几个草稿（从 0 数）接受的次数", labels=["position"]
+    )
+    for position, count in enumerate(stats.accepted):
+        by_position.add_metric([str(position)], count)
+    yield by_position
