@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, read_bundle
-from deepseek_export.bundle.disk import check_output, output_path
+from deepseek_export.bundle.disk import check_output, output_path, sha256_file
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.fields import shown
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -189,6 +189,7 @@ class CompiledModel:
         with bundle.steady():
             eos = stop_token_ids(bundle.path, bundle.manifest.model)
             self.tokenizer = BundleTokenizer.load(bundle.path)
+            self._identity = sha256_file(bundle.path / "manifest.json")
             weights = BundleWeights(bundle)
             self.session = open_session(chosen, bundle, weights, threads)
             self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)
@@ -262,11 +263,15 @@ class CompiledModel:
         Raises:
             DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐。
         """
-        eos = self.generator.eos_token_ids
-        if self.speculative is None:
-            return Engine(self.session, eos, settings)
-        drafts, most = self.speculative.drafts, self.speculative.num_draft_tokens
-        return Engine(self.session, eos, settings, drafts, most)
+        one = self.speculative
+        return Engine(
+            self.session,
+            self.generator.eos_token_ids,
+            settings,
+            () if one is None else one.drafts,
+            0 if one is None else one.num_draft_tokens,
+            self._identity,
+        )
 
     def _generator(self, speculative: bool | None) -> Generator:
         if speculative is False or (speculative is None and self.speculative is None):

@@ -50,6 +50,13 @@ from deepseek_export.extras import require_serve
 @click.option(
     "--max-queue", type=counts(), default=256, show_default=True, help="至多几个请求排队，多的答 503。"
 )
+@click.option(
+    "--slot-save-path",
+    "slot_folder",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="允许 /slots 把前缀存到这个目录、从这里恢复。",
+)
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -62,6 +69,7 @@ def command(
     cors_origins: tuple[str, ...],
     slots: int,
     max_queue: int,
+    slot_folder: Path | None,
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -93,7 +101,7 @@ def command(
         served = name or bundle.resolve().name
         return ServedModel.open(served, model.tokenizer, model.session, model.engine(settings))
 
-    server = Server(load, keys, cors_origins)
+    server = Server(load, keys, cors_origins, slot_folder=slot_folder)
     with _log_to_stderr() as log, listen(host, port) as listening:
         log.info("在 %s 监听，正在加载 %s", url_of(listening), bundle)
         if not keys and not _loopback(listening.getsockname()[0]):

@@ -3,6 +3,16 @@
 from deepseek_export.serving.engine import Engine
 from deepseek_export.serving.request import EndReason, Request, RequestResult, Timeline
 from deepseek_export.serving.settings import EngineSettings
+from deepseek_export.serving.slots import SlotState
 from deepseek_export.serving.stats import EngineStats
 
-__all__ = ["EndReason", "Engine", "EngineSettings", "EngineStats", "Request", "RequestResult", "Timeline"]
+__all__ = [
+    "EndReason",
+    "Engine",
+    "EngineSettings",
+    "EngineStats",
+    "Request",
+    "RequestResult",
+    "SlotState",
+    "Timeline",
+]

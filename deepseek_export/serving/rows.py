@@ -127,6 +127,24 @@ class RowTable:
         self._forget(held)
         self.lengths[held.row] = 0
 
+    def named(self, name: int) -> tuple[int, Held | None]:
+        """编号为 ``name`` 的现在是第几行、谁占着；空着为 ``None``。"""
+        (row,) = np.flatnonzero(self.names == name).tolist()
+        return row, self._held[row]
+
+    def clear(self, row: int) -> None:
+        """第 ``row`` 行不要了；它不能正在用。"""
+        if (held := self._held[row]) is not None:
+            self._forget(held)
+        self.lengths[row] = 0
+
+    def place(self, row: int, salt: str, tokens: np.ndarray) -> None:
+        """第 ``row`` 行的缓存里已经放好了 ``tokens``，留给以后的请求；它不能正在用。"""
+        self.clear(row)
+        held = self._held[row] = Held(row, salt, tokens[:0], finished=True, used=next(self._clock))
+        self.lengths[row] = len(tokens)
+        self._remember(held, tokens)
+
     def held(self, row: int) -> Held:
         """占着第 ``row`` 行的；那一行不能空着。"""
         found = self._held[row]

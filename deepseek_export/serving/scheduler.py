@@ -13,6 +13,8 @@ from time import perf_counter
 
 import numpy as np
 
+from deepseek_export.backend.base import SavedRow
+from deepseek_export.backend.contract import CacheSpec
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import DraftSession, ModelSession
 from deepseek_export.runtime.speculation.batch_floor import BatchFloor
@@ -21,6 +23,7 @@ from deepseek_export.serving.forward import Forward, Step
 from deepseek_export.serving.request import Request
 from deepseek_export.serving.rows import Held, RowTable
 from deepseek_export.serving.settings import FittedSettings
+from deepseek_export.serving.slots import SlotState, slot_refused
 from deepseek_export.serving.stats import Counters
 
 
@@ -85,6 +88,11 @@ class Scheduler:
         """缓存分配的字节数。"""
         return sum(caches.nbytes for caches in self._forward.caches)
 
+    @property
+    def cache_specs(self) -> list[CacheSpec]:
+        """主模型的缓存与各草稿模型的，各有哪些张量。"""
+        return [caches.spec for caches in self._forward.caches]
+
     def step(self) -> None:
         """走一步。
 
@@ -113,6 +121,66 @@ class Scheduler:
             if request.cancelled:
                 request.end("cancelled")
         self._pack()
+
+    def slots(self) -> list[SlotState]:
+        """每个槽现在怎样，按编号。"""
+        found = []
+        for name in range(self._settings.rows):
+            row, held = self._table.named(name)
+            found.append(
+                SlotState(name, int(self._table.lengths[row]), held is not None and not held.finished)
+            )
+        return found
+
+    def save(self, name: int) -> tuple[str, np.ndarray, tuple[SavedRow, ...]]:
+        """一个槽的 ``(salt, token, 各图的缓存)``；正在用的，存到这一步为止。
+
+        Raises:
+            DsxError: ``DSX-E534``，空着。
+        """
+        row, held = self._table.named(name)
+        length = self._forward.usable(row, int(self._table.lengths[row]))
+        if held is None or length <= 0:
+            raise slot_refused(name, "空着，没有可存的")
+        tokens = held.tokens
+        if row < self._table.active:
+            tokens = np.array(self._running[row].sequence, np.int64)
+        elif self._joining is not None and self._joining.held is held:
+            tokens = self._joining.request.work.prompt
+        saved = tuple(caches.save_row(row, length) for caches in self._forward.caches)
+        return held.salt, tokens[:length].copy(), saved
+
+    def restore(self, name: int, salt: str, tokens: np.ndarray, saved: Sequence[SavedRow]) -> None:
+        """:meth:`save` 的逆；原来在那里的前缀不要了。
+
+        Raises:
+            DsxError: ``DSX-E534``，正有请求在用，或前缀复用关着。
+        """
+        if not self._settings.prefix_reuse:
+            raise slot_refused(name, "恢复了也用不上：前缀复用关着")
+        row = self._idle_row(name)
+        for caches, rows in zip(self._forward.caches, saved, strict=True):
+            caches.ensure(len(tokens))
+            caches.restore_row(row, rows)
+        self._forward.admitted(row, len(tokens))
+        self._table.place(row, salt, tokens)
+
+    def erase(self, name: int) -> int:
+        """忘掉一个槽里的前缀；返回它有几个 token。
+
+        Raises:
+            DsxError: ``DSX-E534``，正有请求在用。
+        """
+        row = self._idle_row(name)
+        length = int(self._table.lengths[row])
+        self._table.clear(row)
+        return length
+
+    def _idle_row(self, name: int) -> int:
+        row, held = self._table.named(name)
+        if held is not None and not held.finished:
+            raise slot_refused(name, "正有请求在用")
+        return row
 
     def abandon(self, end: Callable[[Request], None]) -> None:
         """对每个没有结束的请求调 ``end``，然后什么也不剩；此后不能再走。"""
