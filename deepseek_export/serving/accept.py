@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -17,14 +18,14 @@ from deepseek_export.serving.request import Request
 
 
 def accepted(
-    request: Request, logits: np.ndarray, best: np.ndarray, peaks: np.ndarray, drafts: list[int], row: int
+    request: Request, logits: np.ndarray, best: list[int], peaks: list[float], drafts: list[int], row: int
 ) -> tuple[list[int], Exception | None]:
     """一行接下来的 token。
 
     Args:
         request: 这一行的请求。
         logits: ``[K+1, V]`` float32。
-        best, peaks: ``[K+1]``，``logits`` 每个位置最大的 token 与它的值。
+        best, peaks: 各 K+1 个，``logits`` 每个位置最大的 token 与它的值。
         drafts: 这一行的草稿，至多 K 个。
         row: 第几行，写进错误里。
 
@@ -35,10 +36,10 @@ def accepted(
     known = request.sequence if sampler.processors else []
     position = request.length
     for at in range(len(drafts) + 1):
-        if not np.isfinite(peaks[at]):
-            return taken, unusable_logits(row, float(peaks[at]))
+        if not math.isfinite(peaks[at]):
+            return taken, unusable_logits(row, peaks[at])
         try:
-            token = int(best[at]) if sampler.plain else sampler.pick(logits[at], position + at, known)
+            token = best[at] if sampler.plain else sampler.pick(logits[at], position + at, known)
         except Exception as error:  # 处理器可以是别人的代码；不能连累同批的请求
             return taken, error
         taken.append(token)

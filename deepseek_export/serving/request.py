@@ -91,7 +91,9 @@ class Request:
         self.work = work
         self.cached_tokens = 0
         self._wake, self._listener = wake, listener
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        # 同一把锁，两种等：等结束的不必每个 token 都醒一次，醒来要与引擎争解释器的锁。
+        self._news, self._over = threading.Condition(lock), threading.Condition(lock)
         self._tokens: list[int] = []
         self._reason: EndReason | None = None
         self._error: BaseException | None = None
@@ -139,9 +141,9 @@ class Request:
     def __iter__(self) -> Iterator[int]:
         taken, over = 0, False
         while not over:
-            with self._changed:
+            with self._news:
                 while len(self._tokens) == taken and not self.done:
-                    self._changed.wait()
+                    self._news.wait()
                 fresh, over = self._tokens[taken:], self.done
             yield from fresh
             taken += len(fresh)
@@ -158,8 +160,8 @@ class Request:
             TimeoutError: 到时还没有结束；请求照旧进行。
             DsxError: 这个请求失败的原因，例如后端的错误。
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
+        with self._over:
+            if not self._over.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"{timeout} 秒内没有结束")
         if self._error is not None or self._reason is None:
             raise self._error or ValueError("没有结束的原因")
@@ -185,7 +187,7 @@ class Request:
 
     def emit(self, tokens: Sequence[int]) -> None:
         """给出一步的 token，至少一个，至多 :attr:`remaining` 个；只有最后一个可以是结束的那个。"""
-        with self._changed:
+        with self._news:
             self._tokens.extend(tokens)
             if self._first is None:
                 self._first = perf_counter()
@@ -200,7 +202,7 @@ class Request:
 
     def end(self, reason: EndReason) -> None:
         """没有新 token 就结束；已经结束的不变。"""
-        with self._changed:
+        with self._news:
             if self.done:
                 return
             self._reason = reason
@@ -209,7 +211,7 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """失败；已经结束的不变。"""
-        with self._changed:
+        with self._news:
             if self.done:
                 return
             self._error = error
@@ -219,7 +221,8 @@ class Request:
     def _settle(self) -> None:
         if self.done:
             self._finished = perf_counter()
-        self._changed.notify_all()
+            self._over.notify_all()
+        self._news.notify_all()
 
     def _tell(self) -> None:
         if self._listener is None:

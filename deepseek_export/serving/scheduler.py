@@ -272,7 +272,7 @@ class Scheduler:
 
     def _take(self, step: Step, wanted: np.ndarray, start: int) -> np.ndarray:
         """给第 ``start`` 行起的各行选 token，交给它们的请求；返回各给出了几个 ``[n]``。"""
-        peaks, best = step.logits.max(axis=2), step.logits.argmax(axis=2)
+        peaks, best = step.logits.max(axis=2).tolist(), step.logits.argmax(axis=2).tolist()
         given = np.zeros(len(wanted), np.int64)
         for slot, drafts in enumerate(ragged(step, wanted)):
             request, row = self._running[start + slot], start + slot
