@@ -50,6 +50,7 @@ from deepseek_export.extras import require_serve
 @click.option(
     "--max-queue", type=counts(), default=256, show_default=True, help="至多几个请求排队，多的答 503。"
 )
+@click.option("--no-speculative", is_flag=True, help="bundle 带 MTP 时也逐个 token 解码；回答相同。")
 @click.option(
     "--slot-save-path",
     "slot_folder",
@@ -69,6 +70,7 @@ def command(
     cors_origins: tuple[str, ...],
     slots: int,
     max_queue: int,
+    no_speculative: bool,
     slot_folder: Path | None,
     threads: int | None,
     backend: str,
@@ -91,7 +93,7 @@ def command(
     from deepseek_export.serving.http.server import Server, listen, serve, url_of
     from deepseek_export.serving.http.service import ServedModel
 
-    settings = EngineSettings(slots=slots, queue=max_queue)
+    settings = EngineSettings(slots=slots, queue=max_queue, speculation=not no_speculative)
     keys = read_keys(api_key_file)
 
     def load() -> ServedModel:

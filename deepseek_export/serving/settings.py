@@ -22,7 +22,8 @@ class EngineSettings:
         prefill_tokens: 一步里至多算几个提示词的 token；别人的两个 token 之间至多插进这么多。后端一块取不了这么多就取它的。
         prefix_reuse: 用不用别的行里现成的前缀。
         cache_bytes: 缓存（草稿模型的也算）至多占多少字节，按每行都到 ``context`` 算；``None`` 不限。
-        speculation: 有草稿模型时一步至多验证几个草稿，1 到 8；``True`` 照 bundle 的，``False`` 不投机。投机不投机，token 都一样。
+        speculation: 有草稿模型时一步至多验证几个草稿，1 到 8；``True`` 照 bundle 的，``False`` 不投机。后端一次验证不了这么多就取它的。投机不投机，
+            token 都一样。
         speculation_floor: 实测投机不比普通解码快的批大小，先不投机；``False`` 一直投机。
 
     Raises:
