@@ -1,7 +1,7 @@
 """一步一步地跑：谁开始、谁算提示词、谁生成。没有线程，也不等待；线程与排队的上限在 :mod:`.engine`。
 
-一步至多两次模型调用：给正在加入的那个请求算一块提示词（至多 ``prefill_tokens`` 个 token，只有它那一行），再给正在生成的各行各走
-一个 token。所以不管来了多长的提示词，别人的两个 token 之间至多插进一块。一块怎么切只看这个请求自己，两次调用都没有填充。
+一步至多两次主模型调用：给正在加入的那个请求算一块提示词（至多 ``prefill_tokens`` 个 token，只有它那一行），再给正在生成的各行各走
+一步：一个 token，或起草了就验证几个。所以不管来了多长的提示词，别人的两个 token 之间至多插进一块。一块怎么切只看这个请求自己。
 """
 
 from __future__ import annotations
@@ -159,6 +159,7 @@ class Scheduler:
         if not self._settings.prefix_reuse:
             raise slot_refused(name, "恢复了也用不上：前缀复用关着")
         row = self._idle_row(name)
+        self._table.clear(row)  # 写到一半出了错，也不会有人以为里面还是原来的
         for caches, rows in zip(self._forward.caches, saved, strict=True):
             caches.ensure(len(tokens))
             caches.restore_row(row, rows)
