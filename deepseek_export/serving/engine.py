@@ -34,7 +34,7 @@ class Engine:
         eos_token_ids: 任何一个都结束一个请求。
         settings: 参数，缺省都用缺省值。
         drafts: 草稿模型，按顺序；有就投机，token 与没有时相同。别处也不要用它们。
-        num_draft_tokens: bundle 一次至多几个草稿。
+        num_draft_tokens: bundle 一次至多几个草稿；0 就是有几个模块算几个。
         bundle: 服务的是哪个 bundle，manifest.json 的 sha256；不知道就不能把槽存到文件。
 
     Raises:
@@ -272,11 +272,13 @@ class Engine:
             self._closing = "abort"
             self._scheduler.waiting.extend(self._inbox)
             self._inbox.clear()
-            errands, self._errands = self._errands, deque()
         crash = self._crash
-        for errand in errands:
-            errand()
+        self._run_errands()
         self._scheduler.abandon(lambda one: one.end("cancelled") if crash is None else one.fail(crash))
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            self._errands.popleft()()
 
     def _collect(self) -> bool:
         """收下新的请求与取消；没有事就等。要停了为假。"""
@@ -290,11 +292,9 @@ class Engine:
             self._inbox.clear()
             cancelling, self._cancelling = self._cancelling, False
             closing = self._closing
-            errands, self._errands = self._errands, deque()
         if cancelling:
             self._scheduler.sweep()
-        for errand in errands:
-            errand()
+        self._run_errands()
         return closing != "abort" and (self._scheduler.busy or not closing)
 
 

@@ -60,12 +60,13 @@ class EngineSettings:
         Args:
             session: 主模型。
             drafts: 草稿模型，可以没有。
-            num_draft_tokens: bundle 一次至多几个草稿。
+            num_draft_tokens: bundle 一次至多几个草稿；0 就是有几个模块算几个。
 
         Raises:
             DsxError: ``DSX-E532``，``slots`` 超过后端一次的行数，``context`` 超过模型的长度，或放不进 ``cache_bytes``。
         """
-        most = num_draft_tokens if self.speculation is True else int(self.speculation)
+        most = num_draft_tokens or len(drafts)
+        most = most if self.speculation is True else int(self.speculation)
         used = drafts[: most if drafts else 0]
         graphs, rows = (session, *used), self.rows or self.slots
         largest = min(

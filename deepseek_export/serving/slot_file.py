@@ -100,7 +100,7 @@ def read_slot(path: Path, bundle: str, specs: Sequence[CacheSpec], context: int)
         tokens, salt, owner = arrays[_TOKENS], about["salt"], about["bundle"]
     except OSError as error:
         raise _unusable(path, error.strerror or str(error)) from error
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise _unusable(path, "不是槽的文件，或者断了") from error
     if about.get("format") != FORMAT or about.get("version") != VERSION:
         raise _unusable(
