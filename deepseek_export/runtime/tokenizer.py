@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import MAX_LARGE_TEXT, optional_file, read_text
 from deepseek_export.runtime.chat_template import render_chat_template
+from deepseek_export.runtime.token_bytes import TokenBytes
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -41,6 +42,7 @@ class BundleTokenizer:
     Attributes:
         special_tokens: ``bos_token`` 等的字符串，缺的不列。
         bos_id: bos 的 id；没有 bos 时为 ``None``。
+        bytes_of: 一个 token 是哪几个字节。
     """
 
     def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
@@ -52,6 +54,7 @@ class BundleTokenizer:
         self.special_tokens = {key: text for key, text in contents.items() if text is not None}
         bos = self.special_tokens.get("bos_token")
         self.bos_id: int | None = None if bos is None else tokenizer.token_to_id(bos)
+        self.bytes_of = TokenBytes(tokenizer)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> BundleTokenizer | None:

@@ -14,7 +14,8 @@ import numpy as np
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import DraftSession, ModelSession, SamplingParams
-from deepseek_export.runtime.generate import check_positive, checked_prompt
+from deepseek_export.runtime.generate import check_budget, checked_prompt
+from deepseek_export.runtime.processors import row_processors
 from deepseek_export.runtime.sampling import RowSampler, is_integer
 from deepseek_export.serving.request import Request, Work
 from deepseek_export.serving.scheduler import Scheduler
@@ -89,19 +90,22 @@ class Engine:
 
         Raises:
             DsxError: ``DSX-E510``、``DSX-E511``、``DSX-E509``，提示词为空、过长、token id 越界；``DSX-E512``，``max_new_tokens`` 不是
-                正整数；``DSX-E532``，``cache_salt`` 不是字符串；``DSX-E530``，排队的满了；``DSX-E531``，引擎已经停了。
+                正整数或小于 ``min_tokens``；``DSX-E518``，没有 token 可选；``DSX-E532``，``cache_salt`` 不是字符串；``DSX-E530``，排队的满了；``DSX-E531``，引擎已经停了。
         """
-        check_positive("max_new_tokens", max_new_tokens)
+        params = sampling or SamplingParams()
+        check_budget(max_new_tokens, params.min_tokens)
         if not isinstance(cache_salt, str):
             raise refused("cache_salt", cache_salt, "字符串")
         prompt = checked_prompt(self._session, prompt_ids, "提示词", self.settings.context)
         stops = np.asarray([*stop_token_ids] or np.empty(0, np.int64))
         self._session.check_ids(stops, "stop_token_ids")
+        eos = frozenset() if ignore_eos else self.eos_token_ids
+        processors = row_processors(params, len(prompt), eos.union(stops.tolist()), self._session)
         work = Work(
             prompt=prompt.astype(np.int64),
-            sampler=RowSampler(sampling or SamplingParams()),
+            sampler=RowSampler(params, processors=processors),
             budget=min(max_new_tokens, self.settings.context - len(prompt)),
-            eos=frozenset() if ignore_eos else self.eos_token_ids,
+            eos=eos,
             stops=frozenset(stops.tolist()),
             salt=cache_salt,
         )

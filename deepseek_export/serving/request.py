@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from deepseek_export.runtime.logprobs import TokenLogprobs
 from deepseek_export.runtime.sampling import RowSampler
 
 #: ``eos`` 模型的结束符；``stop`` 请求自己的停止 token；``length`` 到了上限；``cancelled`` 取消了。
@@ -63,6 +64,7 @@ class RequestResult:
         prompt_tokens: 提示词的长度。
         cached_tokens: 其中有几个的缓存是现成的，没有重算。
         timeline: 各时刻。
+        logprobs: 每个新 token 的对数概率，与 ``token_ids`` 对应；没有要就是 ``None``。
     """
 
     token_ids: list[int]
@@ -70,6 +72,7 @@ class RequestResult:
     prompt_tokens: int
     cached_tokens: int
     timeline: Timeline
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class Request:
@@ -95,6 +98,7 @@ class Request:
         # 同一把锁，两种等：等结束的不必每个 token 都醒一次，醒来要与引擎争解释器的锁。
         self._news, self._over = threading.Condition(lock), threading.Condition(lock)
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._reason: EndReason | None = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -134,6 +138,11 @@ class Request:
         return self.work.budget - len(self._tokens)
 
     @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        """到现在为止各个新 token 的对数概率，一份复制；没有要就是 ``None``。"""
+        return None if self.work.sampler.params.logprobs is None else self._logprobs.copy()
+
+    @property
     def sequence(self) -> list[int]:
         """提示词加到现在为止的新 token，一份复制。"""
         return [*self.work.prompt.tolist(), *self._tokens]
@@ -167,7 +176,12 @@ class Request:
             raise self._error or ValueError("没有结束的原因")
         timeline = Timeline(self._submitted, self._started, self._first, self._finished)
         return RequestResult(
-            self.token_ids, self._reason, len(self.work.prompt), self.cached_tokens, timeline
+            self.token_ids,
+            self._reason,
+            len(self.work.prompt),
+            self.cached_tokens,
+            timeline,
+            self.logprobs,
         )
 
     def cancel(self) -> None:
@@ -185,9 +199,10 @@ class Request:
         """``token`` 是不是结束的那个。"""
         return token in self.work.eos or token in self.work.stops
 
-    def emit(self, tokens: Sequence[int]) -> None:
-        """给出一步的 token，至少一个，至多 :attr:`remaining` 个；只有最后一个可以是结束的那个。"""
+    def emit(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
+        """给出一步的 token，至少一个，至多 :attr:`remaining` 个；只有最后一个可以是结束的那个。要对数概率的，连同每个 token 的。"""
         with self._news:
+            self._logprobs.extend(logprobs)
             self._tokens.extend(tokens)
             if self._first is None:
                 self._first = perf_counter()

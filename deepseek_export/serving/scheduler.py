@@ -17,6 +17,7 @@ from deepseek_export.backend.base import SavedRow
 from deepseek_export.backend.contract import CacheSpec
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import DraftSession, ModelSession
+from deepseek_export.runtime.logprobs import TokenLogprobs, token_logprobs
 from deepseek_export.runtime.speculation.batch_floor import BatchFloor
 from deepseek_export.serving.accept import accepted, drafting, ragged
 from deepseek_export.serving.forward import Forward, Step
@@ -284,7 +285,7 @@ class Scheduler:
                 if self._forward.drafter is not None:
                     self._forward.drafter.learn(row, position, tokens)
                 self.counters.gave(tokens, drafts, request.ends_with(tokens[-1]))
-                request.emit(tokens)
+                request.emit(tokens, _logprobs(request, step.logits[slot], tokens))
             if error is not None:
                 request.fail(error)
         return given
@@ -310,3 +311,11 @@ class Scheduler:
         if packing is not None:
             self._running = packing.items(self._running)
             packing.array(self._newest[: len(kept)])
+
+
+def _logprobs(request: Request, logits: np.ndarray, tokens: Sequence[int]) -> list[TokenLogprobs]:
+    """要对数概率的请求，这一步每个 token 的；``logits`` ``[K+1, V]``。"""
+    top = request.work.sampler.params.logprobs
+    if top is None:
+        return []
+    return [token_logprobs(logits[at], token, top) for at, token in enumerate(tokens)]

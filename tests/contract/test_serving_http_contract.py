@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,12 @@ import deepseek_export
 from deepseek_export.api import CompiledModel
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
+from deepseek_export.runtime import SamplingParams, TokenLogprobs
+from deepseek_export.serving import EngineSettings
+from deepseek_export.serving.http.health import Pulse
 from deepseek_export.serving.http.keys import KeyRing
+from deepseek_export.serving.http.server import Server, listen, serve
+from deepseek_export.serving.http.service import ServedModel
 from tests.serving_http import NAME, Running, events, loader, opened, until
 
 pytestmark = pytest.mark.contract
@@ -40,6 +46,12 @@ def bundle(tmp_path_factory) -> Path:
 def model(bundle: Path) -> CompiledModel:
     """对照：不经过服务。"""
     return deepseek_export.load(bundle, threads=1)
+
+
+@pytest.fixture
+def model_of(bundle: Path) -> Callable[[], CompiledModel]:
+    """另加载一份，归引擎用。"""
+    return lambda: deepseek_export.load(bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -228,18 +240,12 @@ def test_stop_tokens_and_eos(server: Running, model: CompiledModel):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("top_logprobs", 3),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"5": 100}),
-        ("min_p", 0.1),
-        ("min_tokens", 4),
+        ("echo", True),
+        ("length_penalty", 0.5),
+        ("prompt_logprobs", 1),
         ("reasoning_effort", "high"),
         ("chat_template_kwargs", {"thinking": True}),
         ("continue_final_message", True),
@@ -278,6 +284,134 @@ def test_harmless_values_and_unknown_fields_are_accepted(client: openai.OpenAI):
     assert got.choices[0].finish_reason == "length"
 
 
+TUNED = {
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.75,
+    "repetition_penalty": 1.3,
+    "min_p": 0.02,
+    "min_tokens": 6,
+    "temperature": 0.8,
+    "top_p": 0.95,
+}
+
+
+def test_one_sampler_for_http_and_python(server: Running, model: CompiledModel):
+    """SERVE-21、RUNTIME-13：惩罚、偏置、min-p、最少长度、许可，与生成器的相同。"""
+    prompt, bias = "《秋思》陆游\n", {model.encode("月")[-1]: 2.5}
+    allowed = sorted({*model.encode("明月松间照，清泉石上流。春眠不觉晓"), *bias})
+    for extra in ({}, {"allowed_token_ids": allowed}):
+        body = {
+            "prompt": prompt,
+            "max_tokens": 12,
+            "seed": 3,
+            "n": 2,
+            "logit_bias": {str(k): v for k, v in bias.items()},
+        }
+        got = server.post("/v1/completions", body | TUNED | extra).json()["choices"]
+        for number, choice in enumerate(got):
+            params = SamplingParams(seed=3 + number, logit_bias=bias, **TUNED, **extra)
+            want = model.generator.generate([model.encode(prompt)], 12, params)
+            assert [choice["text"]] == want.text
+    plain = server.post("/v1/completions", {"prompt": prompt, "max_tokens": 12, "seed": 3} | TUNED).json()
+    assert plain["choices"][0]["text"] != got[0]["text"]
+
+
+def scored(model: CompiledModel, ids: list[int], **options) -> tuple[str, list[TokenLogprobs]]:
+    result = model.generator.generate([ids], options.pop("max_new_tokens"), SamplingParams(**options))
+    assert result.text is not None
+    assert result.logprobs is not None
+    return result.text[0], result.logprobs[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_logprobs(client: openai.OpenAI, model: CompiledModel, stream: bool):
+    """SERVE-29：各 token 的字节接起来就是回答；数值与生成器的相同，在惩罚与温度之前。"""
+    options = {"temperature": 0.7, "seed": 5, "presence_penalty": 0.5}
+    text, want = scored(
+        model, model.encode(CHAT[0]["content"], chat=True), max_new_tokens=12, logprobs=3, **options
+    )
+    got = client.chat.completions.create(
+        model=NAME, messages=CHAT, max_tokens=12, logprobs=True, top_logprobs=3, stream=stream, **options
+    )
+    if stream:
+        chunks = [chunk.choices[0] for chunk in got]
+        content = "".join(chunk.delta.content or "" for chunk in chunks)
+        entries = [one for chunk in chunks if chunk.logprobs for one in chunk.logprobs.content or ()]
+    else:
+        content, entries = got.choices[0].message.content, got.choices[0].logprobs.content
+    assert content == text
+    assert b"".join(bytes(one.bytes) for one in entries).decode("utf-8", "replace") == text
+    assert len(entries) == 12
+    for one, expected in zip(entries, want, strict=True):
+        assert one.logprob == pytest.approx(expected.logprob, abs=1e-3)
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx(
+            [v for _, v in expected.top], abs=1e-3
+        )
+        assert bytes(one.bytes) == model.tokenizer.bytes_of(expected.token)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completion_logprobs(server: Running, model: CompiledModel, stream: bool):
+    """SERVE-29：``text_offset`` 指着文本里的位置，跨几个 token 的字它们都指着它的开头；选出来的总在候选里。"""
+    prompt = "《秋思》陆游\n"
+    for cut, stop in ((20, None), (20, "，"), (9, None)):
+        _, want = scored(model, model.encode(prompt), max_new_tokens=cut, logprobs=2)
+        body = {"prompt": prompt, "max_tokens": cut, "temperature": 0, "logprobs": 2, "stop": stop}
+        got = server.post("/v1/completions", body | {"stream": stream})
+        choices = [chunk["choices"][0] for chunk in (events(got.text) if stream else [got.json()])]
+        text = "".join(choice["text"] for choice in choices)
+        parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        columns = {name: [one for part in parts for one in part[name]] for name in parts[0]}
+        rows = list(
+            zip(
+                *(columns[name] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")),
+                strict=True,
+            )
+        )
+        assert len(rows) == cut if stop is None else 0 < len(rows) < cut
+        for (token, logprob, top, offset), expected in zip(rows, want, strict=False):
+            assert logprob == pytest.approx(expected.logprob, abs=1e-3)
+            assert top[token] == logprob
+            assert 2 <= len(top) <= 3
+            if not token.startswith("bytes:"):
+                assert text[offset : offset + len(token)] == token[: len(text) - offset]
+        offsets = columns["text_offset"]
+        assert offsets == sorted(offsets)
+        assert offsets[0] == 0
+        assert offsets[-1] < len(text)
+
+
+def test_bytes_of_a_character_over_several_tokens(server: Running):
+    """SERVE-29：半个字的 token 写得出来，字节接起来仍是那个字。"""
+    body = {"prompt": "《秋思》陆游\n", "temperature": 0, "max_tokens": 40, "logprobs": 0}
+    got = server.post("/v1/completions", body).json()["choices"][0]
+    partial = [token for token in got["logprobs"]["tokens"] if token.startswith("bytes:")]
+    whole = b"".join(
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) if token in partial else token.encode()
+        for token in got["logprobs"]["tokens"]
+    )
+    assert whole.decode("utf-8", "replace") == got["text"]
+    assert all(len(top) == 1 for top in got["logprobs"]["top_logprobs"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo(server: Running, model: CompiledModel, stream: bool):
+    """SERVE-21：``echo`` 把提示词放在前面，停止串不在提示词里找；没有提示词的对数概率，不能一起给。"""
+    body = {
+        "prompt": TEXT,
+        "max_tokens": 4,
+        "temperature": 0,
+        "echo": True,
+        "stop": TEXT[0],
+        "stream": stream,
+    }
+    got = server.post("/v1/completions", body)
+    text = "".join(chunk["choices"][0]["text"] for chunk in (events(got.text) if stream else [got.json()]))
+    assert text == TEXT + alone(model, TEXT, max_new_tokens=4, stop=TEXT[0])
+    refused = server.post("/v1/completions", body | {"logprobs": 1})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "echo")
+
+
 # SERVE-22
 
 
@@ -294,6 +428,18 @@ def test_harmless_values_and_unknown_fields_are_accepted(client: openai.OpenAI):
         ({"messages": CHAT, "temperature": "hot"}, "temperature"),
         ({"messages": CHAT, "temperature": -1}, None),
         ({"messages": CHAT, "top_p": 0}, None),
+        ({"messages": CHAT, "min_p": 2}, None),
+        ({"messages": CHAT, "presence_penalty": 3}, None),
+        ({"messages": CHAT, "repetition_penalty": 0}, None),
+        ({"messages": CHAT, "min_tokens": 5, "max_tokens": 4}, None),
+        ({"messages": CHAT, "logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"messages": CHAT, "logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"messages": CHAT, "logit_bias": {"1": 101}}, None),
+        ({"messages": CHAT, "allowed_token_ids": [999999]}, "allowed_token_ids"),
+        ({"messages": CHAT, "allowed_token_ids": []}, None),
+        ({"messages": CHAT, "logprobs": 1}, "logprobs"),
+        ({"messages": CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"messages": CHAT, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": CHAT, "seed": -1}, None),
         ({"messages": CHAT, "stop": ""}, None),
         ({"messages": CHAT, "stop": [1]}, "stop"),
@@ -491,7 +637,7 @@ def test_an_error_after_the_stream_began_is_an_event(bundle: Path):
         refused = running.post("/v1/chat/completions", body)
         assert "secret" not in sick.text + refused.text
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "DSX-E531")
-        assert 'dsx:request_success_total{finished_reason="error"} 4.0' in running.get("/metrics").text
+        assert metrics(running)['dsx:request_success_total{finished_reason="error"}'] == 4
 
 
 # SERVE-28
@@ -634,16 +780,23 @@ def test_health_while_loading_and_after(bundle: Path):
         assert "dsx:num_requests_running" not in running.get("/metrics").text
         go.set()
         until(lambda: running.get("/ready").status_code == 200)
-        assert running.engine.stats.generated_tokens == 1
+        assert running.engine.stats.generated_tokens == 2  # 算一次提示词，生成一次
         assert running.get("/health").json() == {"status": "ok"}
+
+
+def metrics(server: Running, model: str = NAME) -> dict[str, float]:
+    """``/metrics`` 里这个模型的各项，名字里去掉 ``model_name``。"""
+    label = f'model_name="{model}"'
+    lines = [line for line in server.get("/metrics").text.splitlines() if label in line]
+    bare = (re.sub(rf"{label},?|,{label}", "", line).replace("{}", "") for line in lines)
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in bare)}
 
 
 def test_metrics(server: Running):
     """SERVE-25：vLLM 的名字，``dsx:`` 开头；数与引擎的、请求的对得上。"""
 
     def readings() -> dict[str, float]:
-        lines = [line for line in server.get("/metrics").text.splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+        return metrics(server)
 
     server.idle()
     before = readings()
@@ -663,6 +816,88 @@ def test_metrics(server: Running):
     assert grew("inter_token_latency_seconds_count") <= 8
     assert grew('request_success_total{finished_reason="length"}') == 1
     assert after["dsx:num_requests_running"] == after["dsx:num_requests_waiting"] == 0
+
+
+def test_health_recovers_by_itself(model_of: Callable[[], CompiledModel], caplog):
+    """SERVE-25：模型调用失败过就是 503；探针自己会试跑，好了就是 200，不必等别人的请求。"""
+    model = model_of()
+    with Running(lambda: opened(model)) as running:
+        broken = DsxError("DSX-E513", "坏了", "修")
+        with mock.patch.object(model.session, "run", side_effect=broken):
+            assert running.post("/v1/completions", {"prompt": TEXT}).status_code == 500
+            for _ in range(3):
+                got = running.get("/health")
+                assert (got.status_code, got.json()["error"]["code"]) == (503, "engine_dead")
+                assert "DSX-E513" in got.json()["error"]["message"]
+                assert "坏了" not in got.text  # 探针不要密钥，不说原文
+                running.idle()
+        assert running.get("/ready").status_code == 503  # 这一问开始试跑
+        until(lambda: running.get("/ready").status_code == 200)
+        assert running.get("/health").status_code == 200
+
+
+def test_health_sees_a_stuck_engine(model_of: Callable[[], CompiledModel]):
+    """SERVE-25：有事做而许久没有做完一次模型调用，是 503；动了就好了。"""
+    model = model_of()
+    go = threading.Event()
+    run = model.session.run
+
+    def stuck(*arguments):
+        go.wait(30)
+        return run(*arguments)
+
+    with model.engine(EngineSettings(slots=1)) as engine:
+        pulse = Pulse(engine, [5], stall_s=0.05)
+        assert pulse.trouble() is None
+        with mock.patch.object(model.session, "run", stuck):
+            request = engine.submit([5, 9], max_new_tokens=4)
+            until(lambda: "卡住了" in (pulse.trouble() or ""))
+            go.set()
+            request.result(30)
+        assert pulse.trouble() is None
+
+
+def test_several_models(bundle: Path, model: CompiledModel):
+    """SERVE-53：都列出来，请求里的 ``model`` 说要哪一个；健康要全部的；指标各记各的。"""
+    one, two = (lambda name=name: opened(deepseek_export.load(bundle, threads=1), name) for name in "ab")
+    with Running(one, more=[two]) as running:
+        assert [card["id"] for card in running.get("/v1/models").json()["data"]] == ["a", "b"]
+        want = alone(model, TEXT, max_new_tokens=6)
+        body = {"prompt": TEXT, "max_tokens": 6, "temperature": 0}
+        for name, times in (("a", 1), ("b", 2)):
+            for _ in range(times):
+                got = running.post("/v1/completions", body | {"model": name}).json()
+                assert (got["model"], got["choices"][0]["text"]) == (name, want)
+        assert running.post("/v1/completions", body).json()["error"]["param"] == "model"
+        assert running.post("/v1/completions", body | {"model": "c"}).status_code == 404
+        assert running.post("/tokenize", {"prompt": "x", "model": "b"}).status_code == 200
+        assert running.post("/detokenize", {"tokens": [5]}).status_code == 400
+        for name, times in (("a", 1), ("b", 2)):
+            read = metrics(running, name)
+            assert read["dsx:e2e_request_latency_seconds_count"] == times
+            assert read["dsx:generation_tokens_total"] == 6 * times + 2  # 试跑的也算
+        models = running.server.service.models
+        models["b"].engine.close()
+        got = running.get("/health")
+        assert got.status_code == 503
+        assert "'b'" in got.json()["error"]["message"]
+
+
+def test_one_model_that_cannot_load_stops_all(bundle: Path):
+    """SERVE-53：加载好的也关掉。"""
+    loaded: list[ServedModel] = []
+
+    def good() -> ServedModel:
+        loaded.append(opened(deepseek_export.load(bundle, threads=1)))
+        return loaded[0]
+
+    def bad() -> ServedModel:
+        raise DsxError("DSX-E402", "没有", "给一个")
+
+    server = Server([good, bad])
+    with listen("127.0.0.1", 0) as listening, pytest.raises(DsxError, match="DSX-E402"):
+        serve(server, listening)
+    assert not loaded[0].engine.healthy
 
 
 # SERVE-26
@@ -695,11 +930,24 @@ def test_keys_and_logs(bundle: Path, caplog):
         running.get("/a%0Ab", headers={"authorization": "Bearer other", "x-request-id": "two words"})
         until(lambda: len(caplog.records) == 2)
     first, second = (record.getMessage() for record in caplog.records[:2])
-    assert first.startswith("mine-1 POST /v1/completions 200 prompt=")
+    assert first.startswith("mine-1 POST /v1/completions 200 model=demo prompt=")
     assert "new=2 finish=length ttft=" in first
     assert " GET /a%0Ab 404 " in second
     assert not second.startswith("two words")
     assert not any(word in caplog.text for word in ("PROMPT-TEXT", secret, "other"))
+
+
+def test_prompts_are_logged_only_on_request(bundle: Path, caplog):
+    """SERVE-26：要了才写，仍是一行，看不见的字符都转义；回答从不写。"""
+    caplog.set_level("INFO", "dsx.serve")
+    with Running(loader(bundle), log_prompts=True) as running:
+        caplog.clear()
+        body = {"prompt": ["明月\n\x1b[31m\u2028", "x"], "max_tokens": 2}
+        assert running.post("/v1/completions", body).status_code == 200
+        until(lambda: caplog.records)
+    line = caplog.records[0].getMessage()
+    assert line.isprintable()
+    assert "明月\\n" in line
 
 
 def test_cors_only_where_allowed(bundle: Path):

@@ -50,7 +50,7 @@ def test_saved_restored_erased(bundle: Path, tmp_path: Path):
             "timings": {},
         }
         lines = running.get("/metrics").text
-        assert 'dsx:spec_decode_num_accepted_tokens_per_pos_total{position="0"}' in lines
+        assert 'dsx:spec_decode_num_accepted_tokens_per_pos_total{model_name="demo",position="0"}' in lines
     with Running(loader(bundle, slots=2), slot_folder=tmp_path) as running:
         got = running.post("/slots/1?action=restore", {"filename": "明月.slot"}).json()
         assert got["timings"]["restore_ms"] >= 0

@@ -6,10 +6,14 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from deepseek_export.serving.http.reasoning import Parts
+from deepseek_export.serving.http.scores import ScoredToken, chat_scores, completion_scores
 from deepseek_export.serving.http.turn import FinishReason, Piece
+
+#: 一段文本里的 token 的对数概率；没有要就是 ``None``。
+Scores: TypeAlias = Sequence[ScoredToken] | None
 
 
 class Form(Protocol):
@@ -32,7 +36,7 @@ class Form(Protocol):
     def parts(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
         """流式的各块，不含 ``index``。"""
 
-    def choice(self, text: str, reasoning: str) -> Mapping[str, Any]:
+    def choice(self, text: str, reasoning: str, scores: Scores) -> Mapping[str, Any]:
         """整个的一个回答，不含 ``index`` 与 ``finish_reason``。"""
 
 
@@ -47,18 +51,21 @@ class ChatForm:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def parts(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
-        """思考、文本、结束的原因各一块，次序与 OpenAI、DeepSeek 相同。"""
+        """思考、文本、结束的原因各一块，次序与 OpenAI、DeepSeek 相同；对数概率在最前面的那一块里。"""
+        scores = chat_scores(piece.scores) if piece.scores else None
         if piece.reasoning:
-            yield {"delta": _thought(piece.reasoning), "logprobs": None, "finish_reason": None}
-        if piece.text:
-            yield {"delta": {"content": piece.text}, "logprobs": None, "finish_reason": None}
+            yield {"delta": _thought(piece.reasoning), "logprobs": scores, "finish_reason": None}
+            scores = None
+        if piece.text or scores is not None:  # 思考的标记没有文本，它们的 token 也有对数概率
+            yield {"delta": {"content": piece.text}, "logprobs": scores, "finish_reason": None}
         if piece.finish is not None:
             yield {"delta": {}, "logprobs": None, "finish_reason": piece.finish}
 
-    def choice(self, text: str, reasoning: str) -> Mapping[str, Any]:
+    def choice(self, text: str, reasoning: str, scores: Scores) -> Mapping[str, Any]:
         """一条消息。"""
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message | _thought(reasoning), "logprobs": None}
+        logprobs = None if scores is None else chat_scores(scores)
+        return {"message": message | _thought(reasoning), "logprobs": logprobs}
 
 
 class CompletionForm:
@@ -72,12 +79,13 @@ class CompletionForm:
 
     def parts(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
         """文本与结束的原因在同一块。"""
-        if piece.text or piece.finish is not None:
-            yield {"text": piece.text, "logprobs": None, "finish_reason": piece.finish}
+        if piece.text or piece.scores or piece.finish is not None:
+            scores = completion_scores(piece.scores) if piece.scores else None
+            yield {"text": piece.text, "logprobs": scores, "finish_reason": piece.finish}
 
-    def choice(self, text: str, reasoning: str) -> Mapping[str, Any]:
+    def choice(self, text: str, reasoning: str, scores: Scores) -> Mapping[str, Any]:
         """一段文本；续写不分思考。"""
-        return {"text": text, "logprobs": None}
+        return {"text": text, "logprobs": None if scores is None else completion_scores(scores)}
 
 
 def _thought(reasoning: str) -> dict[str, str]:
@@ -106,13 +114,14 @@ class Answer:
     def whole(
         self,
         parts: Sequence[Parts],
+        scores: Sequence[Scores],
         finishes: Sequence[FinishReason | None],
         usage: Mapping[str, Any],
     ) -> dict[str, Any]:
         """整个回答。"""
         choices = [
-            {"index": index, **self.form.choice(part.content, part.reasoning), "finish_reason": finish}
-            for index, (part, finish) in enumerate(zip(parts, finishes, strict=True))
+            {"index": index, **self.form.choice(part.content, part.reasoning, score), "finish_reason": finish}
+            for index, (part, score, finish) in enumerate(zip(parts, scores, finishes, strict=True))
         ]
         return {**self._head(self.form.whole), "choices": choices, "usage": usage}
 

@@ -30,6 +30,8 @@ MAX_BODY = 16 << 20
 BODY_S = 30.0
 #: 探针：不要密钥，也不记日志。
 PROBES = frozenset({"/health", "/ready"})
+#: 不要密钥的：试用的那一页里没有秘密，密钥由它的用户填。
+OPEN = PROBES | {"/"}
 #: scope 里放日志要的东西的键，见 :func:`note`。
 _NOTE = "dsx.note"
 _OWN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -77,8 +79,8 @@ class RequestLog:
             await self._app(scope, receive, tagged)
         finally:
             took = perf_counter() - began
-            if noted:  # 生成的请求才有
-                self._metrics.answered(took)
+            if "model" in noted:  # 生成的请求才有
+                self._metrics.of(str(noted["model"])).answered(took)
             # 路径是客户端给的：换行之类写成 %0A，一个请求只能占一行。
             fields = "".join(f" {key}={value}" for key, value in noted.items())
             path = quote(scope["path"])
@@ -92,7 +94,7 @@ class RequireKey:
         self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        open_to_all = scope["type"] != "http" or scope["path"] in PROBES
+        open_to_all = scope["type"] != "http" or scope["path"] in OPEN
         if open_to_all or self._keys.admits(headers(scope).get(b"authorization")):
             await self._app(scope, receive, send)
             return

@@ -16,6 +16,7 @@ from deepseek_export.serving.http.guards import Receive, Scope, Send, note
 from deepseek_export.serving.http.metrics import Metrics
 from deepseek_export.serving.http.problems import ApiError, json_bytes, json_response
 from deepseek_export.serving.http.reasoning import Parts
+from deepseek_export.serving.http.scores import ScoredToken
 from deepseek_export.serving.http.turn import ClientGoneError, Piece, Turn
 
 #: 流式的回答这么多秒没有东西可发，就发一行注释，免得中间的代理以为连接断了。
@@ -38,7 +39,7 @@ class Reply:
 
     def __init__(self, turn: Turn, answer: Answer, request: Request, metrics: Metrics) -> None:
         self.turn, self.answer = turn, answer
-        self._request, self._metrics = request, metrics
+        self._request, self._metrics = request, metrics.of(answer.model)
         self._first_s: float | None = None
         self._failed = False
 
@@ -50,6 +51,9 @@ class Reply:
             ApiError: 503，服务要停。
         """
         parts = [Parts("", "")] * len(self.turn.choices)
+        scores: list[list[ScoredToken] | None] = [
+            None if choice.order.sampling.logprobs is None else [] for choice in self.turn.choices
+        ]
         # Starlette 只替流式的回答看着客户端，不替这一种。
         watch = asyncio.create_task(self._watch())
         try:
@@ -59,6 +63,8 @@ class Reply:
                         self._saw(piece)
                         reasoning, content = parts[piece.index]
                         parts[piece.index] = Parts(reasoning + piece.reasoning, content + piece.text)
+                        if (scored := scores[piece.index]) is not None:
+                            scored.extend(piece.scores or ())
         except ClientGoneError:
             return Response(status_code=_CLIENT_GONE)
         except Exception:
@@ -68,7 +74,7 @@ class Reply:
             watch.cancel()
             self.close()
         finishes = [choice.finish for choice in self.turn.choices]
-        return json_response(self.answer.whole(parts, finishes, self.turn.usage))
+        return json_response(self.answer.whole(parts, scores, finishes, self.turn.usage))
 
     def streamed(self, keep_alive_s: float) -> Response:
         """一边生成一边答；``keep_alive_s`` 秒没有东西可发，就发一行注释。"""
@@ -106,6 +112,7 @@ class Reply:
         usage: Mapping[str, Any] = self.turn.usage
         note(
             self._request.scope,
+            model=self.answer.model,
             prompt=usage["prompt_tokens"],
             cached=usage["prompt_tokens_details"]["cached_tokens"],
             new=usage["completion_tokens"],

@@ -14,6 +14,7 @@ from deepseek_export.runtime.stop import StopStrings
 from deepseek_export.serving import Engine, Request
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.reasoning import Parts, ReasoningSplit
+from deepseek_export.serving.http.scores import ScoredToken
 from deepseek_export.serving.http.waking import waker_of
 
 #: OpenAI 的 ``finish_reason``。
@@ -42,6 +43,7 @@ class Order:
         cache_salt: 只与同样的 ``cache_salt`` 共用前缀。
         copy: 同一条提示词的第几个回答。
         thinking: 思考与答案要不要分开：``None`` 不分（不是对话），否则是提示词有没有替回答开头。
+        echo: 放在文本最前面的，里面不找停止串。
     """
 
     prompt: Sequence[int]
@@ -53,6 +55,7 @@ class Order:
     cache_salt: str = ""
     copy: int = 0
     thinking: bool | None = None
+    echo: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Piece:
         waited: 离上一段（头一段是离提交）几秒。
         first: 是不是头一段有 token 的。
         finish: 结束了就是原因。
+        scores: 这一段文本里的 token 的对数概率；没有要就是 ``None``。文本还攥着的 token，留到给出文本的那一段。
     """
 
     index: int
@@ -76,6 +80,7 @@ class Piece:
     waited: float
     first: bool
     finish: FinishReason | None
+    scores: tuple[ScoredToken, ...] | None = None
 
 
 class Choice:
@@ -91,6 +96,8 @@ class Choice:
         self._split = None if order.thinking is None else ReasoningSplit(order.thinking)
         self._ids: list[int] = []
         self._shown = ""
+        self._given = 0  # 找过停止串、给出了的字符数
+        self._scores: list[ScoredToken] = []  # 文本还攥着的 token
         self._latest = perf_counter()
 
     def advance(self) -> Piece | None:
@@ -105,9 +112,14 @@ class Choice:
         fresh = self.request.token_ids[self.tokens :]
         if not fresh and not done:
             return None
+        logprobs = self.request.logprobs  # 先取的 token，这里一个也不少
         now, before, text = perf_counter(), self.tokens, ""
         waited, self._latest = now - self._latest, now
         for token in fresh:
+            if logprobs is not None and self._visible(token):
+                offset = len(self.order.echo) + len(self._shown)
+                scored = ScoredToken.of(logprobs[self.tokens], self._tokenizer.bytes_of, offset)
+                self._scores.append(scored)
             self.tokens += 1
             text += self._feed(token)
             if self._stops.stopped:
@@ -120,9 +132,26 @@ class Choice:
                 raise ApiError(503, "服务正在停止，这个请求没有做完", code="shutting_down")
             self.finish = _REASONS[reason]
             text += self._rest()
+        self._given += len(text)
+        scores = None if logprobs is None else self._released()
         reasoning, text = self._parted(text)
         first = before == 0 < self.tokens
-        return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish)
+        if before == 0:
+            text = self.order.echo + text
+        return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish, scores)
+
+    def _visible(self, token: int) -> bool:
+        """不是结束的 token：那些不在文本里。"""
+        assert self.request is not None
+        return token not in self._silent and token not in self.request.work.eos
+
+    def _released(self) -> tuple[ScoredToken, ...]:
+        """文本已经给出的 token；停在停止串上的，停止串里的都不要。"""
+        end = len(self.order.echo) + self._given
+        ended = self.finish is not None and not self._stops.stopped
+        count = sum(ended or one.offset < end for one in self._scores)
+        released, self._scores = tuple(self._scores[:count]), self._scores[count:]
+        return released
 
     def _feed(self, token: int) -> str:
         if token in self._silent:
@@ -130,6 +159,8 @@ class Choice:
         self._ids.append(token)
         piece = self._stream.step(token)
         self._shown += piece
+        if self.tokens <= self.order.sampling.min_tokens:
+            return piece
         return self._stops.feed(piece)
 
     def _parted(self, text: str) -> Parts:
