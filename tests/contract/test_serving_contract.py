@@ -47,6 +47,9 @@ def plays(draw, vocab: int = VOCAB) -> list[Ask]:
             temperature=draw(st.sampled_from([0.7, 1.5])) if hot else 0.0,
             top_k=draw(st.sampled_from([0, 5])),
             top_p=draw(st.sampled_from([1.0, 0.9])),
+            min_p=draw(st.sampled_from([0.0, 0.0, 0.1])),
+            repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.6])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.7])),
             seed=draw(st.integers(0, 3)),
         )
         asks.append(

@@ -100,6 +100,31 @@ def test_processors_see_every_draft(
     assert set(bans[1].seen) <= {line[:at] for at in range(2, len(line) + 1)}
 
 
+def test_logprobs_of_every_verified_position(tmp_path) -> None:
+    """SERVE-10：一步给出几个 token，各有各的对数概率，与生成器逐个解码的相同；惩罚、``min_tokens`` 也是。"""
+    toy = make_toy(LIMIT)
+    model = build(tmp_path, toy, make_drafts(toy, 2), 3)
+    alone = Generator(model.session, None, [9])
+    several = [
+        SamplingParams(logprobs=2),
+        SamplingParams(repetition_penalty=1.3, logprobs=1),
+        SamplingParams(temperature=0.9, seed=4, min_p=0.05, frequency_penalty=1.0, logprobs=0),
+        SamplingParams(temperature=1.0, seed=7, min_tokens=12, logit_bias={9: 3.0}, logprobs=3),
+    ]
+    with opened(model, (9,)) as engine:
+        requests = [engine.submit([3, 1, 4], params, max_new_tokens=40) for params in several]
+        results = [one.result() for one in requests]
+    assert sum(engine.stats.accepted) > 0
+    for params, got in zip(several, results, strict=True):
+        want = alone.generate([[3, 1, 4]], 40, params)
+        assert got.token_ids == want.token_ids[0]
+        assert got.logprobs is not None
+        assert want.logprobs is not None
+        for one, other in zip(got.logprobs, want.logprobs[0], strict=True):
+            assert (one.token, len(one.top)) == (other.token, params.logprobs)
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def test_broken_processors_fail_alone(
     toy: Toy, model: SpeculativeGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
