@@ -10,6 +10,7 @@ import numpy as np
 
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest
+from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import (
@@ -70,6 +71,7 @@ class CompiledModel:
         with bundle.steady():
             eos = stop_token_ids(bundle.path, bundle.manifest.model)
             self.tokenizer = BundleTokenizer.load(bundle.path)
+            self._identity = sha256_file(bundle.path / "manifest.json")
             weights = BundleWeights(bundle)
             self.session = open_session(chosen, bundle, weights, threads)
             self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)
@@ -234,10 +236,20 @@ class CompiledModel:
     def engine(self, settings: EngineSettings | None = None) -> Engine:
         """服务引擎：同时服务许多请求，各得各的 token 流；用完要关，模型关的时候也一起关。
 
+        有草稿模型就投机，token 与不投机的相同。
+
         Raises:
             DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐；``DSX-E522``，模型关了。
         """
-        engine = Engine(self.session, self.generator.eos_token_ids, settings)
+        one = self.speculative
+        engine = Engine(
+            self.session,
+            self.generator.eos_token_ids,
+            settings,
+            () if one is None else one.drafts,
+            0 if one is None else one.num_draft_tokens,
+            self._identity,
+        )
         self._engines.add(engine)
         return engine
 

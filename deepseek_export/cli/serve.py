@@ -70,6 +70,14 @@ logger = logging.getLogger("dsx.serve")
     help="每个模型至多几个请求排队，多的答 503。",
 )
 @click.option("--log-prompts", is_flag=True, help="日志里写上提示词；缺省不写。")
+@click.option("--no-speculative", is_flag=True, help="bundle 带 MTP 时也逐个 token 解码；回答相同。")
+@click.option(
+    "--slot-save-path",
+    "slot_folder",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="允许 /slots 把前缀存到这个目录、从这里恢复。",
+)
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -85,6 +93,8 @@ def command(
     slots: int,
     max_queue: int,
     log_prompts: bool,
+    no_speculative: bool,
+    slot_folder: Path | None,
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -111,7 +121,7 @@ def command(
 
     exporting = ExportOptions.taken(options)
     sources = served(source, name, more)
-    settings = EngineSettings(slots=slots, queue=max_queue)
+    settings = EngineSettings(slots=slots, queue=max_queue, speculation=not no_speculative)
     keys = read_keys(api_key_file)
 
     def load(name: str, source: Path) -> ServedModel:
@@ -123,7 +133,7 @@ def command(
         return ServedModel.open(name, model.tokenizer, model.session, model.engine(settings))
 
     loads = [partial(load, *entry) for entry in sources.items()]
-    server = Server(loads, keys, cors_origins, log_prompts=log_prompts)
+    server = Server(loads, keys, cors_origins, log_prompts=log_prompts, slot_folder=slot_folder)
     with _log_to_stderr(), listen(host, port) as listening:
         logger.info("在 %s 监听，正在加载 %s", url_of(listening), "、".join(map(str, sources.values())))
         if not keys and not _loopback(listening.getsockname()[0]):

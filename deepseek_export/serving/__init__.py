@@ -4,6 +4,7 @@ from deepseek_export.serving.conversation import AnswerStats, Conversation
 from deepseek_export.serving.engine import Engine
 from deepseek_export.serving.request import EndReason, Request, RequestResult, Timeline
 from deepseek_export.serving.settings import EngineSettings
+from deepseek_export.serving.slots import SlotState
 from deepseek_export.serving.stats import EngineStats
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "EngineStats",
     "Request",
     "RequestResult",
+    "SlotState",
     "Timeline",
 ]

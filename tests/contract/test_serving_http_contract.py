@@ -810,6 +810,8 @@ def test_metrics(server: Running):
     assert grew("generation_tokens_total") == 9
     assert grew("prompt_tokens_total") == grew("prefix_cache_queries_total") == got["usage"]["prompt_tokens"]
     assert grew("prefix_cache_hits_total") == got["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert grew("spec_decode_num_accepted_tokens_total") <= grew("spec_decode_num_draft_tokens_total")
+    assert grew("spec_decode_num_drafts_total") == 0 or server.engine.settings.num_drafts
     assert grew("time_to_first_token_seconds_count") == grew("e2e_request_latency_seconds_count") == 1
     assert grew("inter_token_latency_seconds_count") <= 8
     assert grew('request_success_total{finished_reason="length"}') == 1

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -29,6 +30,7 @@ from deepseek_export.serving.http.schemas import (
     TokenizeRequest,
 )
 from deepseek_export.serving.http.service import ServedModel, Service
+from deepseek_export.serving.http.slots import slots_router
 from deepseek_export.serving.http.turn import Order, Turn
 from deepseek_export.version import __version__
 
@@ -41,6 +43,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     keep_alive_s: float = KEEP_ALIVE_S,
     log_prompts: bool = False,
+    slot_folder: Path | None = None,
 ) -> App:
     """整个 ASGI 应用；模型可以以后才就绪。
 
@@ -50,6 +53,7 @@ def create_app(
         cors_origins: 允许哪些网页跨域来用；缺省一个也不许。
         keep_alive_s: 流式的回答这么多秒没有东西可发，就发一行注释。
         log_prompts: 日志里写上提示词。
+        slot_folder: ``/slots`` 的文件放在哪里；``None`` 不许存、不许恢复。
     """
     metrics = Metrics(service)
     # 文档页要从外面的 CDN 取脚本，不开。
@@ -58,6 +62,7 @@ def create_app(
     _add_generation(app, service, metrics, keep_alive_s, log_prompts)
     _add_tokenizer(app, service)
     _add_status(app, service, metrics)
+    app.include_router(slots_router(service.named, slot_folder))
     layers: list[Callable[[App], App]] = [LimitBody, partial(RequireKey, keys=keys or KeyRing())]
     if cors_origins:
         # 在密钥之外：预检请求不带密钥。

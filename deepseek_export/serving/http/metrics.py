@@ -36,6 +36,25 @@ _READINGS = (
     (CounterMetricFamily, "generation_tokens", "给出的新 token 数", lambda stats: stats.generated_tokens),
     (CounterMetricFamily, "prefix_cache_queries", "查过前缀的 token 数", lambda stats: stats.prompt_tokens),
     (CounterMetricFamily, "prefix_cache_hits", "缓存现成的 token 数", lambda stats: stats.hit_tokens),
+    # 没有草稿模型也有，都是 0：仪表板不必分两种。
+    (
+        CounterMetricFamily,
+        "spec_decode_num_drafts",
+        "起草的次数，一行一步算一次",
+        lambda stats: stats.drafts,
+    ),
+    (
+        CounterMetricFamily,
+        "spec_decode_num_draft_tokens",
+        "提出的草稿数",
+        lambda stats: sum(stats.proposed),
+    ),
+    (
+        CounterMetricFamily,
+        "spec_decode_num_accepted_tokens",
+        "接受的草稿数",
+        lambda stats: sum(stats.accepted),
+    ),
 )
 
 
@@ -116,3 +135,12 @@ class _EngineReadings:
             for model, one in stats.items():
                 family.add_metric([model], read(one))
             yield family
+        by_position = CounterMetricFamily(
+            "dsx:spec_decode_num_accepted_tokens_per_pos",
+            "第几个草稿（从 0 数）接受的次数",
+            labels=[_LABEL, "position"],
+        )
+        for model, one in stats.items():
+            for position, count in enumerate(one.accepted):
+                by_position.add_metric([model, str(position)], count)
+        yield by_position

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from time import perf_counter
 from types import FrameType
 
@@ -69,6 +70,7 @@ class Server(uvicorn.Server):
         cors_origins: 允许哪些网页跨域来用。
         keep_alive_s: 流式的回答这么多秒没有东西可发，就发一行注释。
         log_prompts: 日志里写上提示词。
+        slot_folder: ``/slots`` 的文件放在哪里；``None`` 不许存、不许恢复。
     """
 
     def __init__(
@@ -78,11 +80,12 @@ class Server(uvicorn.Server):
         cors_origins: Sequence[str] = (),
         keep_alive_s: float = KEEP_ALIVE_S,
         log_prompts: bool = False,
+        slot_folder: Path | None = None,
     ) -> None:
         self.service = Service()
         self._loads = loads
         self._loop: asyncio.AbstractEventLoop | None = None
-        app = create_app(self.service, keys, cors_origins, keep_alive_s, log_prompts)
+        app = create_app(self.service, keys, cors_origins, keep_alive_s, log_prompts, slot_folder)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off"
         )

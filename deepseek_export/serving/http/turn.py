@@ -15,6 +15,7 @@ from deepseek_export.serving import Engine, Request
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.reasoning import Parts, ReasoningSplit
 from deepseek_export.serving.http.scores import ScoredToken
+from deepseek_export.serving.http.waking import waker_of
 
 #: OpenAI 的 ``finish_reason``。
 FinishReason = Literal["stop", "length"]
@@ -200,6 +201,7 @@ class Turn:
         self.choices = [Choice(index, order, tokenizer) for index, order in enumerate(orders)]
         self._engine = engine
         self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
+        self._waker = waker_of(self._loop)
         self._gone = False
 
     def __enter__(self) -> Self:
@@ -286,5 +288,4 @@ class Turn:
 
     def _tell(self, request: Request) -> None:
         """在引擎的线程里调；服务停得急，事件循环可能已经关了，那时没有人要听。"""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._news.set)
+        self._waker.set(self._loop, self._news)
