@@ -128,6 +128,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E731": "服务的地址用不了",
         "DSX-E732": "导出的选项给了 bundle",
         "DSX-E733": "服务的模型给得不对",
+        "DSX-E734": "写不成 Triton 的模型",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",

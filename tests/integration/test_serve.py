@@ -43,6 +43,16 @@ def bundle(tmp_path_factory) -> Path:
     return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("serve") / "OUT", "mla+moe").path
 
 
+def linked_home(folder: Path) -> Path:
+    """空的 ``DSX_HOME``；捕获的缓存与别的测试共用，省去每次十几秒。"""
+    traces = cache_home() / "traces"
+    traces.mkdir(parents=True, exist_ok=True)
+    home = folder / "home"
+    home.mkdir()
+    (home / "traces").symlink_to(traces)
+    return home
+
+
 @contextmanager
 def serving(
     bundle: Path | None, *options: str, in_background: bool = False, **extra: str
@@ -105,6 +115,34 @@ def test_every_line_of_the_guide_runs(bundle: Path):
         assert done.stdout == "子曰：“君子不学，不仁者不可得而不礼。”\n"
         process.send_signal(signal.SIGTERM)
         stopped(process)
+
+
+def test_the_readme_goes_from_a_checkpoint_to_curl(tmp_path: Path):
+    """SERVE-52：README 里的四行，除了安装，原样在 shell 里跑。"""
+    readme = (GUIDE.parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\n(pip install.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    install, script = block.split("\n", 1)
+    assert install == "pip install -e '.[export,serve]'"
+    shutil.copytree(CHECKPOINT, tmp_path / "CKPT")
+    home = linked_home(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    script = script.replace("8000", port).replace("dsx serve CKPT", f"dsx serve CKPT --port {port}", 1)
+    shell = (
+        f'dsx() {{ exec "{sys.executable}" -m deepseek_export "$@"; }}\n{script}\nkill %1\nwait %1\nexit $?'
+    )
+    done = subprocess.run(
+        ["bash", "-mc", shell],
+        cwd=tmp_path,
+        env=environment(DSX_HOME=str(home)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 143, done.stderr
+    chunks = events(done.stdout)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
 
 def test_the_first_sigterm_lets_what_is_running_finish(bundle: Path):
@@ -175,11 +213,7 @@ def test_a_checkpoint_is_served(tmp_path: Path):
     """SERVE-52：一条命令从检查点到服务；名字是检查点的目录名。"""
     checkpoint = tmp_path / "CKPT"
     shutil.copytree(CHECKPOINT, checkpoint)
-    home = tmp_path / "home"
-    home.mkdir()
-    traces = cache_home() / "traces"
-    traces.mkdir(parents=True, exist_ok=True)
-    (home / "traces").symlink_to(traces)
+    home = linked_home(tmp_path)
     with serving(checkpoint, DSX_HOME=str(home)) as (_, url):
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "CKPT"
         body = {"prompt": "春", "max_tokens": 4}
