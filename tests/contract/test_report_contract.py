@@ -219,6 +219,17 @@ def test_pictures_are_readable_by_everyone(pages: dict[str, str]) -> None:
                 assert all(node.get("scope") for node in section.iter("th"))
 
 
+def test_contexts_are_drawn_in_order() -> None:
+    """REPORT-2：``--depth`` 先后给出、重复给出，图里都从小到大，表里照报告的次序。"""
+    report = report_pages.bench_report(against=False)
+    shuffled = report.model_copy(update={"depths": [report.depths[i] for i in (2, 0, 3, 0, 1)]})
+    page = parsed(render(bench_page(shuffled)))
+    dots = [float(dot.get("cx", 0)) for dot in next(page.iter(f"{SVG}svg")).iter(f"{SVG}circle")]
+    dots = [x for x in dots if x]  # 图例里的在 0
+    assert len(dots) == 5
+    assert dots == sorted(dots)
+
+
 def test_reports_with_nothing_in_a_place_still_make_a_page() -> None:
     """REPORT-1、REPORT-4：一级没有可比的、只有一个上下文、量到的是 0。"""
     report = report_pages.parity_report()
