@@ -59,7 +59,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E321": "bfloat16 只能在 TensorRT 上运行",
         "DSX-E322": "这个目标不支持 int8 缓存",
         # 4xx：bundle 与磁盘
-        "DSX-E401": "输出目录已存在",
+        "DSX-E401": "输出位置已有东西",
         "DSX-E402": "bundle 不完整或读不了",
         "DSX-E403": "manifest 读不了",
         "DSX-E404": "磁盘空间不足",

@@ -45,10 +45,8 @@ def _bar(name: str, spread: Spread, shown: Callable[[float], str], slot: int) ->
 
 def _spoken(groups: Sequence[Group]) -> str:
     """给读屏软件的：把每一条念出来。"""
-    return (
-        "；".join(f"{g.name}：" + "，".join(f"{bar.name} {bar.shown}" for bar in g.bars) for g in groups)
-        + "。"
-    )
+    lines = [(group.name, "，".join(f"{bar.name} {bar.shown}" for bar in group.bars)) for group in groups]
+    return "；".join(f"{name}：{words}" if name else words for name, words in lines) + "。"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -91,14 +91,14 @@ def check_picture(picture: ET.Element) -> None:
     assert picture.get("role") == "img"
     assert [child.tag for child in picture][:2] == [f"{SVG}title", f"{SVG}desc"]
     assert all(child.text for child in list(picture)[:2])
-    _, _, width, height = map(float, picture.get("viewBox", "").split())
+    left, top, width, height = map(float, picture.get("viewBox", "").split())
     shown = words(picture)
     assert shown
     for one in shown:
-        assert one.left >= -1, one
-        assert one.right <= width + 1, one
-        assert one.top >= 0, one
-        assert one.bottom <= height + 1, one
+        assert one.left >= left - 1, one
+        assert one.right <= left + width + 1, one
+        assert one.top >= top, one
+        assert one.bottom <= top + height + 1, one
     for one, other in itertools.combinations(shown, 2):
         apart = (
             one.right <= other.left

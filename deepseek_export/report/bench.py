@@ -76,11 +76,11 @@ def bench_page(report: BenchReport) -> Page:
 
 
 def _depths(report: BenchReport) -> Picture:
+    depths = sorted(report.depths, key=lambda depth: depth.context)
+    contexts = [depth.context for depth in depths]
     lines = [
-        Line(way_name(name), [_point(depth, name) for depth in report.depths], _SLOTS[name])
-        for name in report.subjects
+        Line(way_name(name), [_point(one, name) for one in depths], _SLOTS[name]) for name in report.subjects
     ]
-    contexts = [depth.context for depth in report.depths]
     points = [point for line in lines for point in line.points]
     # 机器忙的时候一遍能慢几十倍；让它定尺度，中位数就挤成一条线了。
     top = min(max(point.high for point in points), _HEADROOM * max(point.y for point in points))
@@ -88,9 +88,9 @@ def _depths(report: BenchReport) -> Picture:
     ends = "；".join(f"{line.name}从 {line.points[0].note} 到 {line.points[-1].note}" for line in lines)
     return line_chart(
         "解码一步的时间与上下文",
-        f"上下文 {min(contexts)} 到 {max(contexts)} 个 token，一步的毫秒数，带子是最小到最大：{ends}。数在旁边的表里。",
+        f"上下文 {contexts[0]} 到 {contexts[-1]} 个 token，一步的毫秒数，带子是最小到最大：{ends}。数在旁边的表里。",
         lines,
-        Axis("上下文（token，对数）", logarithmic=True, ticks=sorted(contexts)),
+        Axis("上下文（token，对数）", logarithmic=True, ticks=contexts),
         Axis(f"一步（ms{cut}）", top=top * 1.05),
         better="越低越好",
     )

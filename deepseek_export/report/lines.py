@@ -18,6 +18,7 @@ from deepseek_export.report.svg import (
     rect,
     tag,
     text,
+    text_of,
     text_width,
 )
 
@@ -170,7 +171,7 @@ def _series(one: Line, horizontal: Scale, vertical: Scale, steps: bool) -> str:
 
 
 def _ring(x: float, y: float, slot: int, note: str = "") -> str:
-    inside = tag("title", note) if note else ""
+    inside = tag("title", text_of(note)) if note else ""
     return tag("circle", inside, cx=float(x), cy=float(y), r=5.0, class_=f"hollow line s{slot % COLOURS}")
 
 

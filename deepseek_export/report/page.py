@@ -77,9 +77,10 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """哪几列全是数：列名也靠右。"""
+        """哪几列除了「-」全是数：靠右，列名也是。"""
         return [
-            bool(cells) and all(isinstance(cell, Number) for cell in cells)
+            any(isinstance(cell, Number) for cell in cells)
+            and all(isinstance(cell, Number) or cell == "-" for cell in cells)
             for cells in zip(*self.rows, strict=True)
         ]
 

@@ -43,15 +43,10 @@ def verify_page(report: ParityReport) -> Page:
         cases = [case for case in report.cases if case.level == level]
         measured = [case for case in cases if case.measure is not None]
         pictures = [_picture(f"{level} 级的误差", measured)] if measured else []
-        sections.append(
-            Section(
-                f"{level}：{MEANINGS[level]}",
-                pictures=pictures,
-                tables=[
-                    _cases(f"{level} 级的全部 {len(cases)} 项", [((case.name,), case) for case in cases])
-                ],
-            )
-        )
+        table = _cases(f"{level} 级的全部 {len(cases)} 项", [((case.name,), case) for case in cases])
+        lead = [] if cases else ["没有可比的，原因见“注意”。"]
+        title = f"{level}：{MEANINGS[level]}"
+        sections.append(Section(title, lead, pictures=pictures, tables=[table] if cases else []))
     if report.loss is not None:
         sections.append(Section("权重量化的损失（对未量化的基准）", facts=loss_rows(report.loss)))
     sections.append(_tolerances(report.cases))

@@ -13,8 +13,10 @@ from xml.sax.saxutils import escape, quoteattr
 #: 一张图的宽，像素：手机上几乎原大，桌面上并排放得下两张。
 WIDTH = 460.0
 FONT = 12.0
-#: 系列的颜色有几种，``.f0`` …… ``.f6``。
-COLOURS = 7
+#: 单独成文件时四周留的空。
+_MARGIN = 12.0
+#: 系列的颜色有几种，``.f0`` …… ``.f9``。
+COLOURS = 10
 #: 西文一个字符平均多宽（em）：各家无衬线字体取宽的。
 _LATIN = 0.58
 #: XML 1.0 里不许出现的控制字符。
@@ -41,23 +43,25 @@ class Picture:
     body: str
 
     def __html__(self) -> str:
-        """放进网页；样式由网页给。"""
-        return self._svg(self.body)
+        """放进网页；样式、四周的空由网页给。"""
+        return self._svg(self.body, 0.0)
 
     def standalone(self) -> str:
         """单独成一个文件：自带样式与底色，随看的人的主题变，放进 ``<img>`` 也行。"""
-        page = tag("rect", width=self.width, height=self.height, class_="page")
-        return self._svg(f"<style>{theme()}</style>{page}{self.body}") + "\n"
+        size = {"width": self.width + 2 * _MARGIN, "height": self.height + 2 * _MARGIN}
+        page = tag("rect", x=-_MARGIN, y=-_MARGIN, **size, rx=_MARGIN / 2, class_="page")
+        return self._svg(f"<style>{theme()}</style>{page}{self.body}", _MARGIN) + "\n"
 
-    def _svg(self, body: str) -> str:
+    def _svg(self, body: str, margin: float) -> str:
         names = tag("title", text_of(self.title)) + tag("desc", text_of(self.description))
+        width, height = self.width + 2 * margin, self.height + 2 * margin
         return tag(
             "svg",
             names + body,
             xmlns="http://www.w3.org/2000/svg",
-            viewBox=f"0 0 {_number(self.width)} {_number(self.height)}",
-            width=self.width,
-            height=self.height,
+            viewBox=" ".join(map(_number, (-margin, -margin, width, height))),
+            width=width,
+            height=height,
             class_="chart",
             role="img",
             aria_label=f"{self.title}。{self.description}",
@@ -200,4 +204,4 @@ def dot(x: float, y: float, slot: int, shape: int = 0, class_: str = "", note: s
 
 def _number(value: object) -> str:
     """坐标：两位小数，去掉多余的零。"""
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    return f"{value + 0.0:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from deepseek_export.bench.bundle import Depth
+from deepseek_export.bench.spread import Spread
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
 from deepseek_export.inspection import polygraphy_trials, summarize
@@ -215,6 +217,33 @@ def test_pictures_are_readable_by_everyone(pages: dict[str, str]) -> None:
             if section.find(f".//{SVG}svg") is not None:
                 assert section.find(".//table/caption") is not None, name
                 assert all(node.get("scope") for node in section.iter("th"))
+
+
+def test_contexts_are_drawn_in_order() -> None:
+    """REPORT-2：``--depth`` 先后给出、重复给出，图里都从小到大，表里照报告的次序。"""
+    report = report_pages.bench_report(against=False)
+    shuffled = report.model_copy(update={"depths": [report.depths[i] for i in (2, 0, 3, 0, 1)]})
+    page = parsed(render(bench_page(shuffled)))
+    dots = [float(dot.get("cx", 0)) for dot in next(page.iter(f"{SVG}svg")).iter(f"{SVG}circle")]
+    dots = [x for x in dots if x]  # 图例里的在 0
+    assert len(dots) == 5
+    assert dots == sorted(dots)
+
+
+def test_reports_with_nothing_in_a_place_still_make_a_page() -> None:
+    """REPORT-1、REPORT-4：一级没有可比的、只有一个上下文、量到的是 0。"""
+    report = report_pages.parity_report()
+    page = render(
+        verify_page(report.model_copy(update={"levels": ["op", "tokens"], "cases": [], "loss": None}))
+    )
+    assert "没有可比的" in "".join(parsed(page).itertext())
+    bench = report_pages.bench_report(against=False)
+    for step in (bench.depths[0].step_s["bundle"], Spread.of([0.0])):
+        one = bench.model_copy(update={"depths": [Depth(context=256, step_s={"bundle": step})]})
+        page = render(bench_page(one))
+        assert holds(rows(page), "256，被测", [step.median])
+        for picture in parsed(page).iter(f"{SVG}svg"):
+            check_picture(picture)
 
 
 def test_bars_are_as_long_as_their_values() -> None:
