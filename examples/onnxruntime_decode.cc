@@ -98,7 +98,7 @@ Ids greedy(Ort::Session& session, const Ids& prompt, size_t tokens) {
         bind("logits_positions", &last, {1, 1});
         session.Run(Ort::RunOptions{}, io);
         past += last + 1;
-        step = {argmax(io.GetOutputValues()[0])};
+        step.assign(1, argmax(io.GetOutputValues()[0]));
         found.push_back(step[0]);
     }
     return found;

@@ -256,7 +256,7 @@ void decode(const char* plan, const char* plugins, size_t tokens, const Ids& pro
     for (int64_t past = 0, made = 0; made < static_cast<int64_t>(tokens); ++made) {
         const int64_t next = decoder.step(step, past);
         past += static_cast<int64_t>(step.size());
-        step = {next};
+        step.assign(1, next);
         std::cout << (made ? "," : "") << next << std::flush;
     }
     std::cout << "\n";

@@ -70,7 +70,7 @@ def decoder(tmp_path_factory) -> Path:
     binary = folder / "decode"
     source = EXAMPLES / "onnxruntime_decode.cc"
     link = [library, f"-Wl,-rpath,{folder}", "-o", binary]
-    subprocess.run([*COMPILE, "-O1", "-isystem", headers, source, *link], check=True)
+    subprocess.run([*COMPILE, "-O2", "-isystem", headers, source, *link], check=True)
     return binary
 
 
@@ -114,7 +114,7 @@ def test_tensorrt_program_compiles(tmp_path: Path):
         Path(triton.origin).parent / "backends/nvidia/include",
     ]
     include = [part for folder in headers for part in ("-isystem", folder)]
-    command = [*COMPILE, *include, "-c", EXAMPLES / "tensorrt_decode.cc", "-o", tmp_path / "decode.o"]
+    command = [*COMPILE, *include, "-O2", "-c", EXAMPLES / "tensorrt_decode.cc", "-o", tmp_path / "decode.o"]
     subprocess.run(command, check=True)
 
 
