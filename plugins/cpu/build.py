@@ -28,7 +28,8 @@ PINNED = {
     "onnxruntime_cxx_inline.h": "7f448e994c732eacd9e49900365fefa8f1ac998a6d6eb78e5f4aab1b8d9d8900",
     "onnxruntime_float16.h": "6c4db3d1954b266c4febe413351af86cac922e3448538e7e452e51d646e56a4a",
 }
-PINNED_VERSION, PINNED_PACKAGE = "1.21.0", "libonnxruntime-dev=1.21.0+dfsg-1"
+PINNED_VERSION = "1.21.0"
+PINNED_PACKAGE = f"libonnxruntime-dev={PINNED_VERSION}*"  # 各发行版的后缀不同，内容反正要核对
 _SYSTEM_INCLUDES = (
     "/usr/include/onnxruntime",
     "/usr/local/include/onnxruntime",
