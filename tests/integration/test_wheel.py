@@ -10,6 +10,7 @@ import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
@@ -47,14 +48,15 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def environment(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """全新的环境的 bin/，里面只装了这个 wheel。"""
+def environment(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """全新的环境的 bin/，里面只装了这个 wheel；用完就删，几百 MB 不留给 pytest 的旧目录。"""
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=True)
     command: list[str | Path] = [folder / "bin/python", "-m", "pip", "install", "--quiet", packages[".whl"]]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_clean())
     assert done.returncode == 0, done.stderr
-    return folder / "bin"
+    yield folder / "bin"
+    shutil.rmtree(folder)
 
 
 def _clean(**variables: str) -> dict[str, str]:
