@@ -2,20 +2,26 @@
 PY ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# 两层：跑与导出用得着的，加上开发用得着的（测试、静态检查、网站、打包）。
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 DEMO_DIR ?= build/demo
 # 不安静的机器上：make perf-check PERF_FLAGS=--no-time
 PERF_FLAGS ?=
 SOURCES := deepseek_export tests tools perf plugins examples noxfile.py hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo plugins test test-all graphs ops-header perf perf-check docs lint format clean
+.PHONY: help demo plugins wheel test test-all graphs ops-header perf perf-check docs lint format clean
 
 help: ## 显示这份说明
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml deepseek_export/version.py
 	test -x $(RUN) || $(PY) -m venv $(VENV)
+	$(RUN) -m pip install -e '.[export]'
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
 	$(RUN) -m pip install -e '.[dev]'
 	touch $@
 
@@ -25,6 +31,9 @@ plugins: $(STAMP) ## 构建 C++ 算子库（没有编译器或头文件时说明
 demo: plugins ## 在随包附带的小模型上导出、校验、查看、生成、开服务
 	DSX_HOME=$(DEMO_DIR) $(VENV)/bin/dsx demo
 
+wheel: $(DEV_STAMP) ## 发布用的 sdist 与 manylinux wheel（带 C++ 算子库），放进 dist/
+	$(RUN) -m tools.make_wheel
+
 # 不重排：慢的契约测试先开始，末尾是几百个很快的单元测试，两个 worker 才会差不多同时结束。
 test: lint plugins ## 静态检查与测试（不含 slow），覆盖率至少 90%
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 -m "not slow" --cov --cov-report=term --cov-fail-under=90
@@ -32,32 +41,32 @@ test: lint plugins ## 静态检查与测试（不含 slow），覆盖率至少 9
 test-all: lint plugins ## 同上，加上 slow
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 --cov --cov-report=term --cov-fail-under=90
 
-graphs: $(STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
+graphs: $(DEV_STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py
 	$(RUN) -m tools.make_engine_graphs
 
-ops-header: $(STAMP) ## 改了 ops/table.py 之后，重新生成 C++ 一侧的契约 plugins/ops.h 与 docs/operators.md
+ops-header: $(DEV_STAMP) ## 改了 ops/table.py 之后，重新生成 C++ 一侧的契约 plugins/ops.h 与 docs/operators.md
 	$(RUN) -m tools.make_ops_header
 	$(RUN) -m tools.make_ops_page
 
-perf: plugins ## 完整的性能测量（要安静的机器），追加进 perf/history，报告在 build/perf-report
+perf: $(DEV_STAMP) plugins ## 完整的性能测量（要安静的机器），追加进 perf/history，报告在 build/perf-report
 	$(RUN) -m perf run
 
-perf-check: plugins ## 缩小的性能测量（五分钟以内），对照 perf/gates.toml；报告在 build/perf-report
+perf-check: $(DEV_STAMP) plugins ## 缩小的性能测量（五分钟以内），对照 perf/gates.toml；报告在 build/perf-report
 	$(RUN) -m perf check $(PERF_FLAGS)
 
-docs: $(STAMP) ## 网站，建在 build/site；命令行与性能两页先按源码、历史重写
+docs: $(DEV_STAMP) ## 网站，建在 build/site；命令行与性能两页先按源码、历史重写
 	$(RUN) -m tools.make_cli_page
 	$(RUN) -m perf pages
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-lint: $(STAMP) ## ruff、mypy、import-linter
+lint: $(DEV_STAMP) ## ruff、mypy、import-linter
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
-format: $(STAMP) ## 按 ruff 的格式改写源码
+format: $(DEV_STAMP) ## 按 ruff 的格式改写源码
 	$(RUN) -m ruff check --fix $(SOURCES)
 	$(RUN) -m ruff format $(SOURCES)
 

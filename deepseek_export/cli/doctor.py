@@ -24,8 +24,12 @@ from deepseek_export.version import __version__
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
 
+#: 编译与校验要的一组；只跑 bundle 的人不必有，没有不算毛病，太旧才算。
+EXPORT = "export"
+
+
 class Package(NamedTuple):
-    """一个要看版本的包。"""
+    """一个要看版本的包；``extra`` 是 ``None`` 的谁都要有。"""
 
     name: str
     extra: str | None
@@ -33,11 +37,11 @@ class Package(NamedTuple):
 
 
 PACKAGES = (
-    Package("torch", None, "参考模型与捕获"),
-    Package("onnx", None, "计算图的读写与检查"),
+    Package("torch", EXPORT, "参考模型与捕获"),
+    Package("onnx", EXPORT, "计算图的读写与检查"),
     Package("onnxruntime", None, "运行 bundle"),
-    Package("onnxscript", None, "torch.export → ONNX"),
-    Package("polygraphy", None, "dsx compare 的文件与复现命令"),
+    Package("onnxscript", EXPORT, "torch.export → ONNX"),
+    Package("polygraphy", EXPORT, "dsx compare 的文件与复现命令"),
     Package("transformers", "hf", "dsx verify 的基准"),
     Package("tensorrt", "tensorrt", "TensorRT 引擎，在目标 GPU 上建"),
     Package("tensorrt_rtx", "rtx", "TensorRT-RTX 引擎，不用 GPU 也能建"),
@@ -81,7 +85,8 @@ def command(ctx: click.Context, bundle: Path | None, kernels: bool, as_json: boo
     """检查 Python、CPU、内存、GPU、依赖的版本，以及每个目标在这里能做到哪一步；给出 OUT 时另看它的插件。
 
     不给 OUT 时只读安装信息，问一次 nvidia-smi；给了则逐个列出插件节点、需要的 creator、在已装的 TensorRT 里登记得上没有，缺什么、怎么装，以及
-    dsx build 会不会拒绝它。--kernels 不要 GPU：主循环里乘加重不重复、拷贝与计算重不重叠、有没有溢出到本地内存；占峰值的几成是估计。必需的依赖缺少或太旧、有插件登记不上、这个 bundle 建不了引擎时，退出码是 1。
+    dsx build 会不会拒绝它。--kernels 不要 GPU：主循环里乘加重不重复、拷贝与计算重不重叠、有没有溢出到本地内存；占峰值的几成是估计。
+    运行要的依赖缺少、编译要的装着却太旧、有插件登记不上、这个 bundle 建不了引擎时，退出码是 1。
     """
     found = diagnose()
     if bundle is not None:
@@ -119,7 +124,7 @@ def diagnose() -> dict[str, Any]:
     flags = cpu_flags()
     traces = DiskCache("traces").directory
     return {
-        "ok": all(p["status"] == "ok" for p in packages if p["extra"] is None),
+        "ok": all(p["status"] == "ok" or _does_without(p) for p in packages),
         "dsx": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -137,9 +142,17 @@ def diagnose() -> dict[str, Any]:
     }
 
 
+def _does_without(package: dict[str, Any]) -> bool:
+    """没有它，这里的 dsx 照样是好的；编译要的一组可以没有，不可以太旧。"""
+    return package["extra"] not in (None, EXPORT) or (package["extra"], package["status"]) == (
+        EXPORT,
+        "missing",
+    )
+
+
 def _target(target: Target, status: dict[str, str], has_gpu: bool) -> dict[str, Any]:
     """``export``、``build``、``run`` 各缺什么；空的就是做得了。不建引擎的目标，``build`` 是 ``None``，导出了就能跑。"""
-    required = [package.name for package in PACKAGES if package.extra is None]
+    required = [package.name for package in PACKAGES if package.extra in (None, EXPORT)]
 
     def absent(*names: str) -> list[str]:
         return [name for name in names if status[name] != "ok"]

@@ -1,5 +1,4 @@
 // ONNX Runtime 的算子库：登记各个算子。同名的函数体因此不再使用，模型不用改。
-#include <mutex>
 #include <string>
 
 #include "int8_experts_op.h"
@@ -18,17 +17,16 @@ namespace dsx {
 namespace {
 
 const OrtCustomOpDomain* domain() {
-    static Ort::CustomOpDomain made{nullptr};
-    static std::once_flag once;
-    std::call_once(once, [] {
-        made = Ort::CustomOpDomain(ops::kDomain);
-        add_mla_attention(made);
+    static const Ort::CustomOpDomain made = [] {
+        Ort::CustomOpDomain domain(ops::kDomain);
+        add_mla_attention(domain);
         // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 kernel 在那里快得多，走函数体。
         if (available_kernels().size() > 1) {
-            add_int8_linear(made);
-            add_int8_experts(made);
+            add_int8_linear(domain);
+            add_int8_experts(domain);
         }
-    });
+        return domain;
+    }();
     return made;
 }
 

@@ -244,6 +244,27 @@ def test_doctor_reports_missing_and_old_packages(monkeypatch):
     assert "deepseek-export[hf]" in process.stdout
 
 
+def test_doctor_is_content_with_the_runtime_alone(monkeypatch):
+    """只装了运行的那一半：退出码 0，说导出缺什么、装哪一组；连 onnxruntime 也没有才是 1。"""
+    present = {"onnxruntime", "deepseek-export"}
+
+    def version(name):
+        if name not in present:
+            raise metadata.PackageNotFoundError(name)
+        return "99"
+
+    monkeypatch.setattr(metadata, "version", version)
+    process = dsx("doctor")
+    assert process.returncode == 0
+    assert "能运行；导出缺 torch、onnx、onnxscript、polygraphy" in process.stdout
+    assert "deepseek-export[export]" in process.stdout
+    assert "缺少" not in process.stdout
+    present.clear()
+    process = dsx("doctor")
+    assert process.returncode == 1
+    assert "缺少" in process.stdout
+
+
 _SMI = """#!/bin/sh
 echo "580.65.06, 9.0, 81559, NVIDIA H100 80GB HBM3"
 echo "580.65.06, 9.0, 81559, NVIDIA H100 80GB HBM3"

@@ -280,6 +280,21 @@ def test_build_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "没有 cmake" in capsys.readouterr().out
 
 
+def test_pinned_headers_are_checked_by_content(tmp_path, monkeypatch, capsys):
+    """CPU-14：发布用的头文件按内容核对；给的不是那一版就拒绝，不换成别的；没有也取不到时说明原因，退出码 1。"""
+    monkeypatch.setattr(sys, "argv", ["build.py", "--headers"])
+    for name in builder().PINNED:
+        (tmp_path / name).write_text("// 不是那一版\n", encoding="utf-8")
+    monkeypatch.setenv("ORT_INCLUDE_DIR", str(tmp_path))
+    assert builder().main() == 1
+    assert f"ORT_INCLUDE_DIR={tmp_path} 里不是钉住的" in capsys.readouterr().err
+    monkeypatch.delenv("ORT_INCLUDE_DIR")
+    monkeypatch.setattr(builder(), "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert builder().main() == 1
+    assert "也取不到" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_under_sanitizers(library, tmp_path):
     """CPU-4：AddressSanitizer 与 UBSan 下每个指令集、形式、dtype 各跑一遍，没有越界与未定义行为。"""

@@ -207,12 +207,22 @@ def extra_user(name: str):
 @pytest.mark.parametrize(
     ("build", "arguments", "reason", "value"),
     [
-        (PASSES[0], {"variant": "v2-greedy"}, "scoring_func = sigmoid", "scoring_func = softmax"),
-        (PASSES[0], {"variant": "v3-no-norm-topk"}, "norm_topk_prob = 1", "norm_topk_prob = 0"),
-        (PASSES[0], {"extra": (extra_user("w"),)}, "w 还有别的消费者", "user_of_w"),
-        (PASSES[0], {"outputs": ("y", "ids")}, "ids 是图的输出", "ids"),
-        (PASSES[0], {"dtype": "float16"}, "只有 float32 kernel", "x 的 dtype = float16"),
-        (PASSES[1], {"dtype": "float16"}, "只有 float32 kernel", "x 的 dtype = float16"),
+        (
+            LowerGateExpertsToOrtMoePass,
+            {"variant": "v2-greedy"},
+            "scoring_func = sigmoid",
+            "scoring_func = softmax",
+        ),
+        (
+            LowerGateExpertsToOrtMoePass,
+            {"variant": "v3-no-norm-topk"},
+            "norm_topk_prob = 1",
+            "norm_topk_prob = 0",
+        ),
+        (LowerGateExpertsToOrtMoePass, {"extra": (extra_user("w"),)}, "w 还有别的消费者", "user_of_w"),
+        (LowerGateExpertsToOrtMoePass, {"outputs": ("y", "ids")}, "ids 是图的输出", "ids"),
+        (LowerGateExpertsToOrtMoePass, {"dtype": "float16"}, "只有 float32 kernel", "x 的 dtype = float16"),
+        (LowerExpertsToOrtMoePass, {"dtype": "float16"}, "只有 float32 kernel", "x 的 dtype = float16"),
     ],
 )
 def test_refusals_say_why_and_on_what(build, arguments, reason, value):

@@ -44,6 +44,13 @@ def module_of(variant: str = "v3", profile: str = "mla+moe") -> GraphModule:
     return GraphModule.from_captured(source, model_config(variant), "float32")
 
 
+def by_name(model) -> dict[str, PassResult]:
+    """pass 的名字 → 结果；每个 pass 至多跑一次。"""
+    found = {result.name: result for result in model.results}
+    assert len(found) == len(model.results)
+    return found
+
+
 def names(values) -> list[str]:
     return [value.name for value in values]
 
@@ -64,8 +71,10 @@ def test_whole_model_is_equal_before_and_after(variant, fused, saved):
     checkpoint = saved(variant)[1]
     portable, ort = (lowered(variant, "mla+moe", target) for target in ("portable", "ort-cpu"))
     layers, all_layers = model_config(variant).num_moe_layers, model_config(variant).num_hidden_layers
-    *counts, _fold, _split = [r.count for r in ort.results]
-    assert counts == ([layers, 0, all_layers] if fused else [0, layers, all_layers])
+    counts = {name: result.count for name, result in by_name(ort).items()}
+    assert counts["lower-gate-experts-to-ort-moe"] == (layers if fused else 0)
+    assert counts["lower-experts-to-ort-moe"] == (0 if fused else layers)
+    assert counts["bound-mla-cache"] == all_layers
     assert len(ort.fallbacks) == (0 if fused else 1)
     contract = [n for n in names(portable.proto.graph.input) if n not in portable.weights]
     assert [n for n in names(ort.proto.graph.input) if n not in ort.weights] == contract
@@ -97,8 +106,8 @@ def test_oversized_experts_are_split_in_the_whole_model(target, saved):
     arguments = (captured("v3", "mla+moe"), config, resolve_profile("mla+moe"), "float32", target)
     limit = 9 * config.hidden_size * config.moe_intermediate_size
     whole, split = lower(*arguments), lower(*arguments, max_elements=limit)
-    assert "split-experts" not in [r.name for r in whole.results]
-    assert (split.results[0].name, split.results[0].count) == ("split-experts", config.num_moe_layers)
+    assert "split-experts" not in by_name(whole)
+    assert by_name(split)["split-experts"].count == config.num_moe_layers
     counts = [node.op_type for node in split.proto.graph.node]
     assert counts.count("MoeExperts") == 2 * config.num_moe_layers
     # TensorRT 的路由展开成原生算子，其余目标原样留着。
@@ -171,8 +180,11 @@ def test_baseline_has_nothing_to_lower():
 
 def test_float16_falls_back_loudly():
     model = lowered("v3", "mla+moe", "ort-cpu", "float16")
-    assert [(r.count, len(r.refused)) for r in model.results[:3]] == [(0, 2), (0, 2), (3, 0)]
-    assert PassResult.model_validate_json(model.results[0].model_dump_json()) == model.results[0]
+    results = by_name(model)
+    for name in ("lower-gate-experts-to-ort-moe", "lower-experts-to-ort-moe"):
+        assert (results[name].count, len(results[name].refused)) == (0, 2)
+        assert PassResult.model_validate_json(results[name].model_dump_json()) == results[name]
+    assert (results["bound-mla-cache"].count, results["bound-mla-cache"].refused) == (3, ())
     (line,) = model.fallbacks  # 同一个原因只说一次
     assert "没有改写 layers.1.mlp 等 2 处" in line
     assert "float16" in line
@@ -320,11 +332,11 @@ def test_faults_inside_a_pass_name_it_and_its_predecessors():
 
 
 def test_passes_state_their_preconditions():
-    _fuse, experts, *_ = (step.rewrite for step in pipeline("ort-cpu"))
+    rewrites = {step.rewrite.name: step.rewrite for step in pipeline("ort-cpu")}
     module = module_of()
     module.graph.opset = 17
     with pytest.raises(PassError, match=r"requires 阶段失败.*17"):
-        experts(module)
+        rewrites["lower-experts-to-ort-moe"](module)
 
 
 def node(module, op) -> gs.Node:
