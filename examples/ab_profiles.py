@@ -11,8 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import deepseek_export as dsx
 from deepseek_export.bench.bundle import BenchReport, Scenario, bench_bundle
+
+import deepseek_export as dsx
 
 PROMPT = [5, 9, 23, 100, 7, 42]
 
