@@ -75,7 +75,7 @@ def decoder(tmp_path_factory) -> Path:
     return binary
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_cpp_decodes_the_same_tokens(decoder: Path, demo: Path, library, tmp_path: Path, dtype: str):
     """C++ 的循环逐 token 与 dsx 相同，走函数体、走算子库都是；没有 TensorScatter 的警告。"""
     bundle = deepseek_export.export(demo, tmp_path / "out", "mla+moe", target="ort-cpu", dtype=dtype)
