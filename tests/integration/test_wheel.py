@@ -76,7 +76,7 @@ def _run(command: list[str | Path], folder: Path, **variables: str) -> subproces
 
 
 def test_what_is_inside(packages: dict[str, Path]) -> None:
-    """CPU-14：wheel 带库、演示检查点，标签至多 manylinux_2_28；元数据的版本只有一处，没有网址；sdist 带得全源码。"""
+    """CPU-20：wheel 带库、演示检查点，标签至多 manylinux_2_28；元数据的版本只有一处，没有网址；sdist 带得全源码。"""
     name = packages[".whl"].name
     assert re.fullmatch(rf"deepseek_export-{re.escape(__version__)}-py3-none-.*manylinux_2_28_\w+\.whl", name)
     with zipfile.ZipFile(packages[".whl"]) as wheel:
@@ -101,7 +101,7 @@ def test_what_is_inside(packages: dict[str, Path]) -> None:
 
 
 def test_installs_and_runs_without_a_compiler(environment: Path, demo: Path, tmp_path: Path) -> None:
-    """CPU-14：全新的环境里导入、doctor、generate；结果与检出里的相同，走的是库的 kernel；没有 torch。"""
+    """CPU-20：全新的环境里导入、doctor、generate；结果与检出里的相同，走的是库的 kernel；没有 torch。"""
     show = "import importlib.util as u, deepseek_export as d; print(d.__version__, u.find_spec('torch'), d.__file__)"
     done = _run([environment / "python", "-c", show], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -281,7 +281,7 @@ def test_build_says_what_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_pinned_headers_are_checked_by_content(tmp_path, monkeypatch, capsys):
-    """CPU-14：发布用的头文件按内容核对；给的不是那一版就拒绝，不换成别的；没有也取不到时说明原因，退出码 1。"""
+    """CPU-20：发布用的头文件按内容核对；给的不是那一版就拒绝，不换成别的；没有也取不到时说明原因，退出码 1。"""
     monkeypatch.setattr(sys, "argv", ["build.py", "--headers"])
     for name in builder().PINNED:
         (tmp_path / name).write_text("// 不是那一版\n", encoding="utf-8")

@@ -33,7 +33,7 @@ def test_the_demo_installs_no_developers_tools(target: str, extras: list[str]) -
 
 
 def test_the_version_is_written_once() -> None:
-    """CPU-14：pyproject.toml 不写版本，只指向 version.py；也没有不存在的网址。"""
+    """CPU-20：pyproject.toml 不写版本，只指向 version.py；也没有不存在的网址。"""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" not in settings["project"]
     assert settings["project"]["dynamic"] == ["version"]
