@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
-
-from deepseek_export.bench.bundle import BenchReport, Scenario, bench_bundle
 
 import deepseek_export as dsx
 
@@ -24,20 +23,15 @@ def make_bundles(checkpoint: Path, folder: Path, profiles: dict[str, str], targe
     for name, profile in profiles.items():
         bundle = dsx.export(checkpoint, folder / name, profile, target=target, overwrite=True)
         made[name] = bundle.path
-        print(f"{name}：{profile}，缓存每个 token {bundle.manifest.cache.bytes_per_token} 字节")
+        print(f"{name}：{profile}，缓存每个 token {bundle.manifest.cache.bytes_per_token} 字节", flush=True)
     return made
 
 
-def show(report: BenchReport) -> None:
-    """用时之比的中位数与散布，小于 1 是分子快；``bundle`` 是 B，``against`` 是 A。"""
-    for ratio in report.ratios:
-        value = ratio.value
-        print(
-            f"{ratio.what}，{ratio.numerator} / {ratio.denominator}：{value.median:.3f}（{value.low:.3f}–{value.high:.3f}）"
-        )
-    for name, subject in report.subjects.items():
-        if subject.memory is not None:
-            print(f"{'B' if name == 'bundle' else 'A'} 的内存峰值：{subject.memory.peak >> 20} MiB")
+def measure(bundle: Path, against: Path, context: int, runs: int) -> int:
+    """交替地测，表印在 stdout 上，全部的数在 ``bundle`` 的 ``reports/bench.json``；返回退出码。"""
+    command = [sys.executable, "-m", "deepseek_export", "bench", str(bundle), "--against", str(against)]
+    command += ["--prompt-len", "64", "--new-tokens", "32", "--depth", str(context), "--runs", str(runs)]
+    return subprocess.run(command, check=False).returncode
 
 
 def main() -> int:
@@ -57,9 +51,7 @@ def main() -> int:
     if tokens["a"] != tokens["b"]:
         print("greedy 的输出不同：先用 dsx compare 看从哪里开始不同", file=sys.stderr)
         return 1
-    scenario = Scenario(prompt_len=64, new_tokens=32, depths=(arguments.context,), runs=arguments.runs)
-    show(bench_bundle(bundles["b"], against=bundles["a"], scenario=scenario))
-    return 0
+    return measure(bundles["b"], bundles["a"], arguments.context, arguments.runs)
 
 
 if __name__ == "__main__":
