@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 import deepseek_export
@@ -222,6 +223,31 @@ def test_a_checkpoint_is_served(tmp_path: Path):
         assert httpx.get(f"{url}/health").status_code == 200
         process.send_signal(signal.SIGTERM)
         stopped(process)  # 现成的那一份，不要编译的依赖
+
+
+def test_stopping_during_the_export_leaves_nothing(tmp_path: Path):
+    """SERVE-27、SERVE-52：导出到一半也停得下来，退出码照旧，没有留下子进程与写了一半的。"""
+    home = tmp_path / "home"
+    shutil.copytree(CHECKPOINT, tmp_path / "CKPT")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, "serve", str(tmp_path / "CKPT"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(DSX_HOME=str(home)),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "捕获计算图" in line:  # 没有缓存，要好几秒
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert not (home / "bundles").exists() or not list((home / "bundles").iterdir())
 
 
 def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):
