@@ -212,6 +212,17 @@ def test_up_to_the_last_position(tmp_path) -> None:
     assert [len(ids) for ids in got] == [1, 2, 6, 15, 25]
 
 
+def test_drafts_do_not_grow_the_caches(model: SpeculativeGenerator) -> None:
+    """SERVE-10：``context`` 正好一档时，草稿不让缓存升档。"""
+    with opened(model, slots=2, context=256) as engine:
+        full = engine.submit([1] * 240, max_new_tokens=100)
+        short = engine.submit([2], max_new_tokens=30)
+        assert (len(full.result().token_ids), len(short.result().token_ids)) == (16, 30)
+    assert sum(engine.stats.accepted) > 0
+    per_token = model.session.runner.contract.caches.bytes_per_token
+    assert engine.stats.cache_bytes == 2 * (2 * 256 * per_token)
+
+
 def test_settings(model: SpeculativeGenerator) -> None:
     """``speculation`` 的取值；草稿模型的缓存也算在 ``cache_bytes`` 里；不投机就不分配。"""
     for bad in (0, 9, -1, "yes", None, 1.5):
