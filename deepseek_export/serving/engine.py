@@ -16,7 +16,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.runtime import DraftSession, ModelSession, SamplingParams
 from deepseek_export.runtime.generate import check_budget, checked_prompt
 from deepseek_export.runtime.processors import row_processors
-from deepseek_export.runtime.sampling import RowSampler, is_integer
+from deepseek_export.runtime.sampling import Processor, RowSampler, is_integer
 from deepseek_export.serving.request import Request, Work
 from deepseek_export.serving.scheduler import Scheduler
 from deepseek_export.serving.settings import EngineSettings, refused
@@ -75,6 +75,7 @@ class Engine:
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
         cache_salt: str = "",
+        processors: Sequence[Processor] = (),
         listener: Callable[[Request], None] | None = None,
     ) -> Request:
         """交上一个请求，立刻返回；哪个线程都可以。
@@ -86,6 +87,7 @@ class Engine:
             stop_token_ids: 另外遇到这些也停。
             ignore_eos: 遇到 eos 也不停。
             cache_salt: 只与同样的 ``cache_salt`` 共用前缀，一家一个。
+            processors: 选 token 之前依次改 logits，在惩罚与偏置之后，例如约束输出的语法；见 :class:`~deepseek_export.runtime.sampling.Processor`。
             listener: 见 :class:`Request`。
 
         Raises:
@@ -100,10 +102,10 @@ class Engine:
         stops = np.asarray([*stop_token_ids] or np.empty(0, np.int64))
         self._session.check_ids(stops, "stop_token_ids")
         eos = frozenset() if ignore_eos else self.eos_token_ids
-        processors = row_processors(params, len(prompt), eos.union(stops.tolist()), self._session)
+        own = row_processors(params, len(prompt), eos.union(stops.tolist()), self._session)
         work = Work(
             prompt=prompt.astype(np.int64),
-            sampler=RowSampler(params, processors=processors),
+            sampler=RowSampler(params, processors=[*own, *processors]),
             budget=min(max_new_tokens, self.settings.context - len(prompt)),
             eos=eos,
             stops=frozenset(stops.tolist()),
