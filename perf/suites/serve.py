@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from perf.isolate import Worker
