@@ -1,4 +1,4 @@
-"""服务（SERVE-40 至 42）：引擎对生成器，HTTP 对引擎，前缀复用，以及对 llama.cpp 的 ``llama-server``；同一份权重，轮流各测一遍。
+"""服务（SERVE-60 至 63）：引擎对生成器，HTTP 对引擎，前缀复用，以及对 llama.cpp 的 ``llama-server``；同一份权重，轮流各测一遍。
 
 要 C++ 算子库与 ``serve``；没有 ``llama-server`` 时不测那一格，结果里写着。
 """
