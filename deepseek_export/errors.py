@@ -121,6 +121,12 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E721": "没有安装 HTTP 服务的依赖",
         "DSX-E730": "API 密钥给得不对",
         "DSX-E731": "服务的地址用不了",
+        "DSX-E760": "约束输出的语法用不了",
+        "DSX-E761": "没有安装约束输出的依赖",
+        "DSX-E762": "照着语法生成不下去",
+        "DSX-E763": "模型没有 eos，约束输出停不下来",
+        "DSX-E764": "消息里的工具调用不对",
+        "DSX-E765": "不知道模型怎么写工具调用",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",

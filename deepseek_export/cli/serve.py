@@ -20,6 +20,7 @@ from deepseek_export.cli.options import (
     verify_weights_option,
 )
 from deepseek_export.extras import require_serve
+from deepseek_export.formats.chat import TOOL_FORMATS
 
 
 @click.command("serve", cls=Command, short_help="用 bundle 开一个 OpenAI 兼容的 HTTP 服务")
@@ -50,6 +51,11 @@ from deepseek_export.extras import require_serve
 @click.option(
     "--max-queue", type=counts(), default=256, show_default=True, help="至多几个请求排队，多的答 503。"
 )
+@click.option(
+    "--tool-parser",
+    type=click.Choice(list(TOOL_FORMATS)),
+    help="模型怎么写工具调用；缺省由聊天模板看出来。",
+)
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -62,6 +68,7 @@ def command(
     cors_origins: tuple[str, ...],
     slots: int,
     max_queue: int,
+    tool_parser: str | None,
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -91,7 +98,7 @@ def command(
 
         model = api.load(bundle, threads, backend, verify_weights=verify_weights)
         served = name or bundle.resolve().name
-        return ServedModel.open(served, model.tokenizer, model.session, model.engine(settings))
+        return ServedModel.open(served, model.tokenizer, model.session, model.engine(settings), tool_parser)
 
     server = Server(load, keys, cors_origins)
     with _log_to_stderr() as log, listen(host, port) as listening:

@@ -13,7 +13,7 @@ import numpy as np
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import ModelSession, SamplingParams
 from deepseek_export.runtime.generate import check_positive, checked_prompt
-from deepseek_export.runtime.sampling import RowSampler
+from deepseek_export.runtime.sampling import Processor, RowSampler
 from deepseek_export.serving.request import Request, Work
 from deepseek_export.serving.scheduler import Scheduler
 from deepseek_export.serving.settings import EngineSettings, refused
@@ -59,6 +59,7 @@ class Engine:
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
         cache_salt: str = "",
+        processors: Sequence[Processor] = (),
         listener: Callable[[Request], None] | None = None,
     ) -> Request:
         """交上一个请求，立刻返回；哪个线程都可以。
@@ -70,6 +71,7 @@ class Engine:
             stop_token_ids: 另外遇到这些也停。
             ignore_eos: 遇到 eos 也不停。
             cache_salt: 只与同样的 ``cache_salt`` 共用前缀，一家一个。
+            processors: 选 token 之前依次改 logits，例如约束输出的语法；见 :class:`~deepseek_export.runtime.sampling.Processor`。
             listener: 见 :class:`Request`。
 
         Raises:
@@ -84,7 +86,7 @@ class Engine:
         self._session.check_ids(stops, "stop_token_ids")
         work = Work(
             prompt=prompt.astype(np.int64),
-            sampler=RowSampler(sampling or SamplingParams()),
+            sampler=RowSampler(sampling or SamplingParams(), processors=processors),
             budget=min(max_new_tokens, self.settings.context - len(prompt)),
             eos=frozenset() if ignore_eos else self.eos_token_ids,
             stops=frozenset(stops.tolist()),

@@ -15,8 +15,13 @@ from deepseek_export.errors import DsxError
 RETRY_AFTER_S = 1
 
 #: 请求自己不对的码，都是 400：输入不对的，别的字段不对的。两处都没有的是服务这边的事。
-_INPUT_CODES = frozenset({"DSX-E502", "DSX-E503", "DSX-E509", "DSX-E510", "DSX-E511", "DSX-E702"})
-_FIELD_CODES = frozenset({"DSX-E504", "DSX-E512", "DSX-E532"})
+_INPUT_CODES = frozenset({"DSX-E502", "DSX-E503", "DSX-E509", "DSX-E510", "DSX-E511", "DSX-E702"}) | {
+    "DSX-E760",
+    "DSX-E763",
+    "DSX-E764",
+    "DSX-E765",
+}
+_FIELD_CODES = frozenset({"DSX-E504", "DSX-E512", "DSX-E532", "DSX-E762"})
 #: OpenAI 的客户端认得的名字；别的用 dsx 的码。
 _KNOWN_NAMES = MappingProxyType({"DSX-E511": "context_length_exceeded"})
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_OPEN, _CLOSE = "<think>", "</think>"
+#: 思考的开头与结尾。
+TAGS = _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def begins_thinking(prompt: str) -> bool:

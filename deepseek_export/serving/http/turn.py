@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
+from deepseek_export.formats.calls import CallDelta
+from deepseek_export.formats.grammar import Grammar
 from deepseek_export.runtime import BundleTokenizer, SamplingParams
+from deepseek_export.runtime.sampling import Processor
 from deepseek_export.runtime.stop import StopStrings
 from deepseek_export.serving import Engine, Request
+from deepseek_export.serving.http.formats import Reading
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.reasoning import Parts, ReasoningSplit
 
 #: OpenAI 的 ``finish_reason``。
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 _REASONS: MappingProxyType[str, FinishReason] = MappingProxyType(
     {"eos": "stop", "stop": "stop", "length": "length"}
@@ -40,7 +45,8 @@ class Order:
         ignore_eos: 遇到 eos 也不停。
         cache_salt: 只与同样的 ``cache_salt`` 共用前缀。
         copy: 同一条提示词的第几个回答。
-        thinking: 思考与答案要不要分开：``None`` 不分（不是对话），否则是提示词有没有替回答开头。
+        reading: 思考、工具调用怎么分出来；``None`` 不分（不是对话）。
+        grammar: 约束输出的语法。
     """
 
     prompt: Sequence[int]
@@ -51,7 +57,8 @@ class Order:
     ignore_eos: bool = False
     cache_salt: str = ""
     copy: int = 0
-    thinking: bool | None = None
+    reading: Reading | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Piece:
         waited: 离上一段（头一段是离提交）几秒。
         first: 是不是头一段有 token 的。
         finish: 结束了就是原因。
+        calls: 新的工具调用的碎片，头一段带着 id。
     """
 
     index: int
@@ -75,6 +83,7 @@ class Piece:
     waited: float
     first: bool
     finish: FinishReason | None
+    calls: tuple[CallDelta, ...] = ()
 
 
 class Choice:
@@ -85,12 +94,23 @@ class Choice:
         self.tokens = 0
         self.finish: FinishReason | None = None
         self.request: Request | None = None
-        self._tokenizer, self._stream = tokenizer, tokenizer.stream()
+        self.stopped_by: str | None = None
+        self._reading = order.reading
+        self._kept = () if order.reading is None else order.reading.kept
+        self._tokenizer, self._stream = tokenizer, tokenizer.stream(self._kept)
         self._stops, self._silent = StopStrings(order.stops), frozenset(order.stop_token_ids)
-        self._split = None if order.thinking is None else ReasoningSplit(order.thinking)
+        self._split = None if order.reading is None else ReasoningSplit(order.reading.begun)
+        self._parser = None if order.reading is None else order.reading.parser()
+        self._called = False
+        self._constraint = None if order.grammar is None else order.grammar.processor(len(order.prompt))
         self._ids: list[int] = []
         self._shown = ""
         self._latest = perf_counter()
+
+    @property
+    def processors(self) -> list[Processor]:
+        """交给引擎的。"""
+        return [] if self._constraint is None else [self._constraint]
 
     def advance(self) -> Piece | None:
         """收下新来的 token；没有新的、也没有结束就是 ``None``。
@@ -110,18 +130,21 @@ class Choice:
             self.tokens += 1
             text += self._feed(token)
             if self._stops.stopped:
-                self.finish = "stop"
+                self.finish, self.stopped_by = "stop", self._stops.found
                 self.request.cancel()
                 break
         if done and self.finish is None:
             reason = self.request.result(timeout=0).reason
             if reason not in _REASONS:
                 raise ApiError(503, "服务正在停止，这个请求没有做完", code="shutting_down")
+            if self._constraint is not None and self._constraint.failure is not None:
+                raise self._constraint.failure
             self.finish = _REASONS[reason]
             text += self._rest()
         reasoning, text = self._parted(text)
+        text, calls = self._calls(text)
         first = before == 0 < self.tokens
-        return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish)
+        return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish, calls)
 
     def _feed(self, token: int) -> str:
         if token in self._silent:
@@ -140,14 +163,40 @@ class Choice:
         last = self._split.flush()
         return Parts(parts.reasoning + last.reasoning, parts.content + last.content)
 
+    def _calls(self, text: str) -> tuple[str, tuple[CallDelta, ...]]:
+        """正文与调用的碎片；只许一次的，头一次完了就停。"""
+        if self._parser is None:
+            return text, ()
+        parsed = [self._parser.feed(text)]
+        if self.finish is not None:
+            parsed.append(self._parser.flush())
+        calls = [delta for one in parsed for delta in one.calls]
+        if self._reading is not None and self._reading.single:
+            over = any(delta.done for delta in calls)
+            calls = [delta for delta in calls if delta.index == 0]
+            if over and self.finish is None and self.request is not None:
+                self.finish = "stop"
+                self.request.cancel()
+        self._called = self._called or bool(calls)
+        if self._called and self.finish == "stop":
+            self.finish = "tool_calls"
+        return "".join(one.content for one in parsed), tuple(map(_with_id, calls))
+
     def _rest(self) -> str:
         """流式解码器还攥着的半个字符，与可能是停止串开头的那几个字。"""
-        whole = self._tokenizer.decode(self._ids)
+        whole = self._tokenizer.decode(self._ids, self._kept)
         rest = whole[len(self._shown) :] if whole.startswith(self._shown) else ""
         text = self._stops.feed(rest)
         if self._stops.stopped:
-            self.finish = "stop"
+            self.finish, self.stopped_by = "stop", self._stops.found
         return text + self._stops.flush()
+
+
+def _with_id(delta: CallDelta) -> CallDelta:
+    """调用的头一段要有 id；文本里没有的，给一个。"""
+    if delta.name is None or delta.id is not None:
+        return delta
+    return replace(delta, id=f"call_{secrets.token_hex(12)}")
 
 
 class Turn:
@@ -201,6 +250,7 @@ class Turn:
                     stop_token_ids=order.stop_token_ids,
                     ignore_eos=order.ignore_eos,
                     cache_salt=order.cache_salt,
+                    processors=choice.processors,
                     listener=self._tell,
                 )
         except BaseException:
