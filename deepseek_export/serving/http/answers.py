@@ -28,12 +28,10 @@ class Form(Protocol):
     """一个端点的回答长什么样。
 
     Attributes:
-        source: 输入是请求的哪个字段。
         prefix: 回答的 id 以它开头。
         whole, chunk: 整个回答与流式一块的 ``object``。
     """
 
-    source: str
     prefix: str
     whole: str
     chunk: str
@@ -78,7 +76,7 @@ class Answering(Protocol):
 class ChatForm:
     """``/v1/chat/completions``。"""
 
-    source, prefix = "messages", "chatcmpl-"
+    prefix = "chatcmpl-"
     whole, chunk = "chat.completion", "chat.completion.chunk"
 
     def opening(self) -> Mapping[str, Any]:
@@ -112,7 +110,7 @@ class ChatForm:
 class CompletionForm:
     """``/v1/completions``。"""
 
-    source, prefix = "prompt", "cmpl-"
+    prefix = "cmpl-"
     whole, chunk = "text_completion", "text_completion"
 
     def opening(self) -> None:

@@ -162,6 +162,8 @@ class ModelFormats:
             return {"reasoning_effort": effort, **extra}
         switches = [name for name in _SWITCHES if template is None or re.search(rf"\b{name}\b", template)]
         if not switches:
+            if self._thinks == (effort not in _NO_EFFORT):  # 本来就是这样
+                return extra
             raise ApiError(
                 400,
                 "这个模型的聊天模板不认得 reasoning_effort，也没有思考的开关，去掉它再试",

@@ -61,6 +61,11 @@ class ReasoningSplit:
         self._drop_newlines()
         return Parts(reasoning, self._take(0))
 
+    @property
+    def thinking(self) -> bool:
+        """正在思考。"""
+        return self._state == "thinking"
+
     def flush(self) -> Parts:
         """回答结束了：攥着的也给出来。"""
         text = self._take(0)

@@ -87,7 +87,13 @@ class Piece:
 
 
 class Choice:
-    """一个回答：token 变成文本，找停止串，记下为什么结束。"""
+    """一个回答：token 变成文本，找停止串，分出思考与调用，记下为什么结束。
+
+    Attributes:
+        tokens, reasoning_tokens: 用了几个 token，其中几个在思考。
+        finish: 结束的原因；没有结束是 ``None``。
+        stopped_by: 停在哪个停止串；不是停止串就是 ``None``。
+    """
 
     def __init__(self, index: int, order: Order, tokenizer: BundleTokenizer) -> None:
         self.index, self.order = index, order
@@ -102,6 +108,8 @@ class Choice:
         self._split = None if order.reading is None else ReasoningSplit(order.reading.begun)
         self._parser = None if order.reading is None else order.reading.parser()
         self._called = False
+        self._parts = Parts("", "")
+        self.reasoning_tokens = 0
         self._constraint = None if order.grammar is None else order.grammar.processor(len(order.prompt))
         self._ids: list[int] = []
         self._shown = ""
@@ -124,11 +132,13 @@ class Choice:
         fresh = self.request.token_ids[self.tokens :]
         if not fresh and not done:
             return None
-        now, before, text = perf_counter(), self.tokens, ""
+        now, before = perf_counter(), self.tokens
         waited, self._latest = now - self._latest, now
         for token in fresh:
             self.tokens += 1
-            text += self._feed(token)
+            self._part(self._feed(token))
+            if self._split is not None and self._split.thinking:
+                self.reasoning_tokens += 1
             if self._stops.stopped:
                 self.finish, self.stopped_by = "stop", self._stops.found
                 self.request.cancel()
@@ -140,8 +150,10 @@ class Choice:
             if self._constraint is not None and self._constraint.failure is not None:
                 raise self._constraint.failure
             self.finish = _REASONS[reason]
-            text += self._rest()
-        reasoning, text = self._parted(text)
+            self._part(self._rest())
+        if self.finish is not None and self._split is not None:
+            self._parts = _joined(self._parts, self._split.flush())
+        (reasoning, text), self._parts = self._parts, Parts("", "")
         text, calls = self._calls(text)
         first = before == 0 < self.tokens
         return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish, calls)
@@ -154,14 +166,10 @@ class Choice:
         self._shown += piece
         return self._stops.feed(piece)
 
-    def _parted(self, text: str) -> Parts:
-        if self._split is None:
-            return Parts("", text)
-        parts = self._split.feed(text)
-        if self.finish is None:
-            return parts
-        last = self._split.flush()
-        return Parts(parts.reasoning + last.reasoning, parts.content + last.content)
+    def _part(self, text: str) -> None:
+        """分出思考与答案，攒在一起。"""
+        parts = Parts("", text) if self._split is None else self._split.feed(text)
+        self._parts = _joined(self._parts, parts)
 
     def _calls(self, text: str) -> tuple[str, tuple[CallDelta, ...]]:
         """正文与调用的碎片；只许一次的，头一次完了就停。"""
@@ -190,6 +198,10 @@ class Choice:
         if self._stops.stopped:
             self.finish, self.stopped_by = "stop", self._stops.found
         return text + self._stops.flush()
+
+
+def _joined(one: Parts, another: Parts) -> Parts:
+    return Parts(one.reasoning + another.reasoning, one.content + another.content)
 
 
 def _with_id(delta: CallDelta) -> CallDelta:
@@ -293,11 +305,13 @@ class Turn:
         prompt = sum(len(choice.order.prompt) for choice in prompts)
         cached = sum(0 if one.request is None else one.request.cached_tokens for one in prompts)
         completion = sum(choice.tokens for choice in self.choices)
+        thought = sum(choice.reasoning_tokens for choice in self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": thought},
             # DeepSeek 自己的 API 的名字，算价钱的客户端读它们。
             "prompt_cache_hit_tokens": cached,
             "prompt_cache_miss_tokens": prompt - cached,
