@@ -16,6 +16,8 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {one.name: one for one in (DEEPSEEK_V3, DEEPSEEK_V31, DSML, GLM45, GLM47, KIMI_K2)}
 )
 
+#: 模板怎么用 ``arguments``：自己写成 JSON 的要 object；文本、object 都认的给文本，与模型自己写的一字不差，前缀才接得上。
+_EITHER = re.compile(r"arguments['\"]?\]?\s+is\s+string")
 _AS_OBJECT = re.compile(r"arguments['\"]?\]?\s*(\|\s*(tojson|items)|\.items\(|or\s*\{\})")
 
 
@@ -67,7 +69,7 @@ def prepared(
     if template is None:
         return history
     if "tool_calls" in template:
-        as_object = _AS_OBJECT.search(template) is not None or (style is not None and style.object_arguments)
+        as_object = _wants_object(template, style)
         history = [_with_arguments(message, as_object) for message in history]
     elif style is not None:
         history = [_in_text(message, style) for message in history]
@@ -77,6 +79,12 @@ def prepared(
         before = history[0]["content"]
         history[0]["content"] = (before + "\n\n" if before else "") + style.describe(tools)
     return history
+
+
+def _wants_object(template: str, style: ToolFormat | None) -> bool:
+    if _EITHER.search(template):
+        return False
+    return _AS_OBJECT.search(template) is not None or (style is not None and style.object_arguments)
 
 
 def calls_of(message: Mapping[str, Any]) -> list[ToolCall]:

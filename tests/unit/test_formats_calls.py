@@ -15,6 +15,7 @@ from deepseek_export.formats.calls import Tool, ToolCall, ToolFormat
 from deepseek_export.formats.chat import TOOL_FORMATS, find_tool_format, prepared
 from deepseek_export.formats.grammar import Grammars
 from deepseek_export.formats.lark import speller
+from deepseek_export.runtime import BundleTokenizer
 
 pytestmark = pytest.mark.unit
 
@@ -269,6 +270,10 @@ def test_history_is_written_the_way_the_template_wants():
     assert prepared(HISTORY, (), "tool_calls tools", glm)[1]["tool_calls"][0]["function"]["arguments"] == {
         "x": 1
     }
+    either = (
+        "tool_calls tools {% if x['arguments'] is string %}{% else %}{{ x['arguments'] | tojson }}{% endif %}"
+    )
+    assert prepared(HISTORY, (), either, glm) == HISTORY
     made = prepared(HISTORY, TOOLS, "messages", v31)
     assert [one["role"] for one in made] == ["system", "user", "assistant", "user"]
     assert "get_weather" in made[0]["content"]
@@ -277,3 +282,42 @@ def test_history_is_written_the_way_the_template_wants():
     bad = [{**HISTORY[1], "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "["}}]}]
     with pytest.raises(DsxError, match="DSX-E764"):
         prepared(bad, (), "messages", v31)
+
+
+def test_templates_list_the_tools_themselves():
+    """模板得到 ``tools`` 与另给的变量；``tojson`` 的参数与 transformers 的相同，中文不转义。"""
+    one = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    template = (
+        "{% for t in tools or [] %}{{ t | tojson(ensure_ascii=False) }}{% endfor %}"
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v | tojson }}{% endfor %}{% endfor %}{% endfor %}"
+        "{{ [1, 2] | tojson(separators=(',', ':')) }}{{ thinking }}"
+    )
+    tokenizer = BundleTokenizer(one, {}, template)
+    style = find_tool_format(template, tokenizer.has_token)
+    history = prepared(HISTORY, [PLAIN], template, style)
+    text = tokenizer.apply_chat_template(
+        history, True, [WEATHER.as_openai], {"thinking": "on", "messages": []}
+    )
+    assert text == json.dumps(WEATHER.as_openai, ensure_ascii=False) + "<x>1[1,2]on"
+
+
+def test_v32_needs_no_template():
+    """没有模板而有 DSML 的记号，就是 V3.2 的编码；两者都没有的照旧拒绝。"""
+    one = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    with pytest.raises(DsxError, match="DSX-E502"):
+        BundleTokenizer(one, {}, None).apply_chat_template(HISTORY)
+    one.add_special_tokens(["｜DSML｜"])
+    tokenizer = BundleTokenizer(one, {}, None)
+    assert tokenizer.apply_chat_template(HISTORY, extra={"thinking": True}).endswith("<think>")
+    assert tokenizer.apply_chat_template(HISTORY, tools=[PLAIN.as_openai]).endswith("</think>")
+
+
+def test_special_tokens_stay_only_when_asked():
+    """解码去掉特殊 token，指定的留着，流式的也是。"""
+    one = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
+    one.add_special_tokens(["<x>", "<y>"])
+    tokenizer = BundleTokenizer(one, {}, None)
+    assert (tokenizer.decode([0, 2, 3, 1]), tokenizer.decode([0, 2, 3, 1], ["<y>"])) == ("a b", "a <y> b")
+    stream = tokenizer.stream(["<y>"])
+    assert "".join(stream.step(token) for token in [0, 2, 3, 1]) == "a <y> b"
