@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 256 << 10
 #: 编译好的留几个：同一个应用总用那几个。
 _KEPT = 32
+_QUOTED = re.compile(r"\s*(\d+ \||\^)")
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -53,11 +55,12 @@ class Grammars:
         self._bridge: LLTokenizer | None = None
         self._ready: OrderedDict[str, LLMatcher] = OrderedDict()
 
-    def compile(self, lark: str, thought: str | None = None) -> Grammar:
+    def compile(self, lark: str, thought: str | None = None, inner: str | None = None) -> Grammar:
         """编译一个语法，占住线程；大小、耗用都有上限，超出的拒绝。
 
         Args:
             lark: llguidance 的 Lark。
+            inner: 另一个语法，``lark`` 里叫它 ``@inner``。
             thought: 先有一段思考的，是 :func:`thought_rule` 给出的规则；语法从它之后才开始。
 
         Raises:
@@ -67,9 +70,9 @@ class Grammars:
             raise DsxError(
                 "DSX-E763", "模型没有 eos，合乎语法的输出结束不了", "去掉语法，或换一个带 eos 的检查点"
             )
-        if len(lark) > MAX_LENGTH:
-            raise _refused(f"语法有 {len(lark):,} 个字符，上限是 {MAX_LENGTH:,}")
-        whole = lark if thought is None else _after_thought(lark, thought)
+        whole = _assembled(lark, thought, inner)
+        if len(whole) > MAX_LENGTH:
+            raise _refused(f"语法有 {len(whole):,} 个字符，上限是 {MAX_LENGTH:,}")
         with self._lock:
             matcher = self._ready.pop(whole, None) or self._compiled(whole)
             self._ready[whole] = matcher
@@ -77,7 +80,7 @@ class Grammars:
                 self._ready.popitem(last=False)
         return Grammar(matcher, self._vocab_size, self._eos)
 
-    def _compiled(self, lark: str) -> LLMatcher:
+    def _compiled(self, grammars: str) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
         if self._bridge is None:
@@ -87,13 +90,12 @@ class Grammars:
                 )
             except Exception as error:  # llguidance 的 Rust 层只抛裸的异常
                 raise _refused(f"这个 tokenizer 用不了语法：{error}") from error
-        text = lark if lark.startswith("{") else LLMatcher.grammar_from_lark(lark)
         limits = LLParserLimits(verbose_errors=False)
-        matcher = LLMatcher(self._bridge, text, log_level=0, limits=limits)
+        matcher = LLMatcher(self._bridge, grammars, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
-            raise _refused(matcher.get_error().strip()[:500])
+            raise _refused(_reason(matcher))
         if matcher.is_stopped() and not matcher.is_accepting():
             raise _refused("没有文本合乎这个语法")
         return matcher
@@ -142,10 +144,10 @@ class GrammarProcessor:
 
     def _allowed(self, tokens: list[int]) -> np.ndarray:
         """``[V]`` bool。"""
-        common = next(
-            (at for at, (one, two) in enumerate(zip(self._taken, tokens, strict=False)) if one != two),
-            min(len(self._taken), len(tokens)),
-        )
+        common = len(self._taken)
+        if tokens[:common] != self._taken:
+            pairs = enumerate(zip(self._taken, tokens, strict=False))
+            common = next((at for at, (one, two) in pairs if one != two), min(common, len(tokens)))
         if common < len(self._taken):
             self._matcher.rollback(len(self._taken) - common)
             del self._taken[common:]
@@ -162,7 +164,7 @@ class GrammarProcessor:
             allowed |= np.unpackbits(packed, count=self._vocab_size, bitorder="little").astype(bool)
             allowed[self._eos] = self._matcher.is_accepting()
         if self._matcher.is_error():
-            self.failure = _failed(self._matcher.get_error().strip()[:500])
+            self.failure = _failed(_reason(self._matcher))
         return allowed
 
 
@@ -178,9 +180,21 @@ def thought_rule(spell: Spell, begun: bool) -> str:
     return f"thought: ({spell(_OPEN)} inside)?\n" + until("inside", ANY_TEXT, _CLOSE, spell)
 
 
-def _after_thought(lark: str, thought: str) -> str:
-    top = f"start: thought GAP? @answer\n{thought}\nGAP: /[ \\n]{{1,4}}/"
-    return json.dumps({"grammars": [{"lark_grammar": top}, {"name": "answer", "lark_grammar": lark}]})
+def _assembled(lark: str, thought: str | None, inner: str | None) -> str:
+    """llguidance 的 JSON：头一个是整个语法，别的由名字引用。"""
+    grammars = [{"lark_grammar": lark}]
+    if thought is not None:
+        top = f"start: thought GAP? @answer\n{thought}\nGAP: /[ \\n]{{1,4}}/"
+        grammars = [{"lark_grammar": top}, {"name": "answer", "lark_grammar": lark}]
+    if inner is not None:
+        grammars.append({"name": "inner", "lark_grammar": inner})
+    return json.dumps({"grammars": grammars})
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """错误里的话，不要抄回来的语法与指位置的尖号。"""
+    lines = [line.strip() for line in matcher.get_error().splitlines() if not _QUOTED.match(line)]
+    return " ".join(line for line in lines if line)[:500]
 
 
 def _refused(what: str) -> DsxError:

@@ -318,6 +318,19 @@ def test_strict_tools_hold_even_when_calling_is_optional(bundle: Path):
     assert whole["choices"][0]["finish_reason"] == "stop"
 
 
+def test_a_schema_and_tools_together(bundle: Path):
+    """SERVE-40、SERVE-41：要么调用工具，要么照 schema 说。"""
+    style = TOOL_FORMATS["deepseek_v31"]
+    wanted = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
+    asked = {"tools": [WEATHER], "response_format": wanted}
+    call = style.encode([ToolCall("", "get_weather", '{"city": "杭州", "days": 3}')])
+    whole, *_ = spoken_answer(bundle, style.name, call, asked)
+    assert whole["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+    said = '{"name": "孔子", "age": 72}'
+    whole, *_ = spoken_answer(bundle, style.name, said, asked)
+    assert whole["choices"][0]["message"]["content"] == said
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

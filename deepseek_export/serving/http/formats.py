@@ -123,15 +123,16 @@ class ModelFormats:
         ):
             thought = thought_rule(self._spell, begins_thinking(text))
         try:
-            return self._all().compile(wanted.lark, thought)
+            return self._all().compile(wanted.lark, thought, wanted.inner)
         except DsxError as error:
             raise ApiError.of(error, wanted.field) from error
 
     def _with_calls(self, constraint: Constraint | None, body: ChatRequest) -> Constraint | None:
         forced = body.forced
         if not forced:
-            strict = any(tool.strict for tool in body.offered)
-            return self._calls_or_text(body) if strict and constraint is None else constraint
+            if constraint is not None:
+                return self._calls_or(constraint, body) if body.offered else constraint
+            return self._calls_or_text(body) if any(tool.strict for tool in body.offered) else None
         if constraint is not None:
             what = f"{constraint.field} 与必须调用工具的 tool_choice 不能一起给"
             raise ApiError(400, what, param="tool_choice", code="invalid_value")
@@ -139,6 +140,13 @@ class ModelFormats:
         parallel = body.tool_choice == "required" and body.parallel_tool_calls is not False
         rules = style.rules(forced, parallel, self._spell)
         return Constraint(f"start: {self._spell(style.opening)} calls\n{rules}", "tools")
+
+    def _calls_or(self, constraint: Constraint, body: ChatRequest) -> Constraint:
+        """既约束输出又可以调用工具：要么调用，要么照着约束说。"""
+        style = self._needs_style("tools")
+        rules = style.rules(body.offered, body.parallel_tool_calls is not False, self._spell)
+        lark = f"start: @inner | {self._spell(style.opening)} calls\n{rules}"
+        return Constraint(lark, constraint.field, constraint.lark)
 
     def _calls_or_text(self, body: ChatRequest) -> Constraint:
         """有 ``strict`` 的工具而不必调用：随便写，一旦开始调用就要合乎 schema。"""

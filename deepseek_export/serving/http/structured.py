@@ -48,10 +48,11 @@ class StructuredOutputs(BaseModel):
 
 
 class Constraint(NamedTuple):
-    """约束输出的语法，与它来自哪个字段。"""
+    """约束输出的语法，与它来自哪个字段；``inner`` 是其中叫作 ``@inner`` 的。"""
 
     lark: str
     field: str
+    inner: str | None = None
 
 
 class Structured(BaseModel):
