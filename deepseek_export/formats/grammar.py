@@ -16,12 +16,11 @@ from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_grammar
 from deepseek_export.formats.calls import Spell
 from deepseek_export.formats.lark import ANY_TEXT, until
+from deepseek_export.formats.limits import check_length
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-#: 一个语法至多多少个字符。
-MAX_LENGTH = 256 << 10
 #: 编译好的留几个：同一个应用总用那几个。
 _KEPT = 32
 _QUOTED = re.compile(r"\s*(\d+ \||\^)")
@@ -56,7 +55,7 @@ class Grammars:
         self._ready: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def compile(self, lark: str, thought: str | None = None, inner: str | None = None) -> Grammar:
-        """编译一个语法，占住线程；大小、耗用都有上限，超出的拒绝。
+        """编译一个语法，占住线程；大小、耗用都有上限，超出的拒绝。别人给的先过 :mod:`.limits`。
 
         Args:
             lark: llguidance 的 Lark。
@@ -71,8 +70,7 @@ class Grammars:
                 "DSX-E763", "模型没有 eos，合乎语法的输出结束不了", "去掉语法，或换一个带 eos 的检查点"
             )
         whole = _assembled(lark, thought, inner)
-        if len(whole) > MAX_LENGTH:
-            raise _refused(f"语法有 {len(whole):,} 个字符，上限是 {MAX_LENGTH:,}")
+        check_length(whole)
         with self._lock:
             matcher = self._ready.pop(whole, None) or self._compiled(whole)
             self._ready[whole] = matcher

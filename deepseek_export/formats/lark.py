@@ -49,12 +49,13 @@ def speller(special: Mapping[str, int]) -> Spell:
     return spell
 
 
-def json_schema(schema: Any) -> dict[str, Any]:
-    """交给 llguidance 的 schema，空白有限。"""
+def json_schema(schema: Any) -> Any:
+    """交给 llguidance 的 schema，空白有限；不成样子的原样给它，由它拒绝。"""
     if schema is True:
         schema = {}
-    options = {"whitespace_pattern": _SPACES}
-    return {**schema, "x-guidance": {**options, **schema.get("x-guidance", {})}}
+    if not isinstance(schema, Mapping):
+        return schema
+    return {**schema, "x-guidance": {"whitespace_pattern": _SPACES}}
 
 
 def json_rule(name: str, schema: Any) -> str:
@@ -79,23 +80,21 @@ def until(name: str, body: str, end: str, spell: Spell) -> str:
     return f"{name}: {name.upper()} <[{special}\n{name.upper()}: /{body}{escaped(before)}/"
 
 
-def text_kind(schema: Any, root: Mapping[str, Any]) -> tuple[bool, bool]:
-    """``(可以是字符串, 可以是别的)``；看不出来就都可以。"""
+def text_kind(schema: Any, root: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> tuple[bool, bool]:
+    """``(可以是字符串, 可以是别的)``；看不出来（包括指回自己的）就都可以。"""
     if not isinstance(schema, Mapping):
         return True, True
     reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/"):
-        found: Any = root
+    if isinstance(reference, str):
+        found: Any = root if reference.startswith("#/") and reference not in seen else None
         for part in reference[2:].split("/"):
             found = found.get(part) if isinstance(found, Mapping) else None
-        # 指回自己的不追：看不出来。
-        return text_kind({**found, "$ref": None}, root) if isinstance(found, Mapping) else (True, True)
-    if "const" in schema or "enum" in schema:
-        values = schema.get("enum", [schema.get("const")])
+        return text_kind(found, root, seen | {reference})
+    if (values := _values(schema)) is not None:
         return _either((isinstance(value, str), not isinstance(value, str)) for value in values)
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
-            return _either(text_kind(one, root) for one in schema[key])
+            return _either(text_kind(one, root, seen) for one in schema[key])
     kinds = schema.get("type")
     if kinds is None:
         return True, True
@@ -107,9 +106,8 @@ def text_pattern(schema: Any) -> str:
     """裸的字符串合乎的正则：``enum``、``const``、长度与 ``pattern``；别的不管。"""
     if not isinstance(schema, Mapping):
         return ANY_TEXT
-    if "const" in schema or "enum" in schema:
-        values = [one for one in schema.get("enum", [schema.get("const")]) if isinstance(one, str)]
-        return "(" + "|".join(escaped(value) for value in values) + ")"
+    if (values := _values(schema)) is not None:
+        return "(" + "|".join(escaped(value) for value in values if isinstance(value, str)) + ")"
     pattern = schema.get("pattern")
     if isinstance(pattern, str):
         start = "" if pattern.startswith("^") else ANY_TEXT
@@ -135,6 +133,14 @@ def choice(texts: Iterable[str]) -> str:
 def schema_grammar(schema: Any) -> str:
     """整个语法：合乎 ``schema`` 的 JSON。"""
     return json_rule("start", schema)
+
+
+def _values(schema: Mapping[str, Any]) -> list[Any] | None:
+    """只能取这几个；没有说是 ``None``。"""
+    given = schema.get("enum")
+    if isinstance(given, list):
+        return given
+    return [schema["const"]] if "const" in schema else None
 
 
 def _either(pairs: Iterable[tuple[bool, bool]]) -> tuple[bool, bool]:

@@ -109,7 +109,8 @@ class MarkupCalls:
         properties = schema.get("properties")
         if not isinstance(properties, Mapping):
             return "", []
-        required = schema.get("required", ())
+        given = schema.get("required")
+        required = given if isinstance(given, list) else []
         body, rules = [], []
         for at, (key, one) in enumerate(properties.items()):
             name = f"{rule}_{at}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -14,9 +15,12 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field, SecretStr
 
 import deepseek_export
+from deepseek_export.api import CompiledModel
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.formats.calls import ToolCall
 from deepseek_export.formats.chat import TOOL_FORMATS
+from deepseek_export.serving.http.formats import ModelFormats
+from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.schemas import ChatRequest
 from tests.serving_http import NAME, Running, Scripted, events, loader, opened
 
@@ -63,6 +67,12 @@ class Person(BaseModel):
 def bundle(tmp_path_factory) -> Path:
     """演示检查点的 mla+moe。"""
     return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("formats") / "out", "mla+moe").path
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> CompiledModel:
+    """不开服务，只用它的分词器。"""
+    return deepseek_export.load(bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +159,24 @@ def test_json_object_stays_json_up_to_the_limit(server: Running):
         ({"guided_grammar": "start: nothing"}, "guided_grammar"),
         ({"guided_grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "guided_grammar"),
         ({"guided_grammar": '"x"' * 100_000}, "guided_grammar"),
+        (
+            {"guided_grammar": "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3000))},
+            "guided_grammar",
+        ),
+        ({"guided_regex": "a?" * 60_000}, "guided_regex"),
+        (
+            {
+                "guided_json": {
+                    "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)},
+                    "$ref": "#/$defs/d0",
+                }
+            },
+            "guided_json",
+        ),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": "[1]"}, "guided_json"),
         ({"guided_json": {"type": "foo"}}, "guided_json"),
+        ({"guided_json": {"type": "foo", "x-guidance": 5}}, "guided_json"),
         ({"guided_json": False}, "guided_json"),
         ({"guided_json": {"$ref": "#"}}, "guided_json"),
         ({"guided_json": {"$ref": "http://127.0.0.1/x"}}, "guided_json"),
@@ -331,6 +356,26 @@ def test_a_schema_and_tools_together(bundle: Path):
     assert whole["choices"][0]["message"]["content"] == said
 
 
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"properties": [1]},
+        {"properties": {"a": 1, "b": {"enum": 3}, "c": {"type": 5}, "d": {"minLength": "x"}}, "required": 7},
+        {"properties": {"a": {"pattern": "("}}, "required": ["a"]},
+        {"type": "string"},
+    ],
+)
+def test_odd_parameters_are_the_clients_mistake(model: CompiledModel, name: str, odd: dict):
+    """SERVE-41：写坏的 schema 是 400，或照能读懂的部分生成；服务从不内部出错。"""
+    assert model.tokenizer is not None
+    formats = ModelFormats(model.tokenizer, model.session.vocab_size, [1], name)
+    tool = {"type": "function", "function": {"name": "f", "parameters": odd}}
+    body = _request({"messages": CHAT, "tools": [tool], "tool_choice": "required"})
+    with suppress(ApiError):
+        assert formats.grammar(None, body, "x") is not None
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -341,6 +386,15 @@ def test_a_schema_and_tools_together(bundle: Path):
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [NOW], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "parameters": {"pattern": "a" * 5000}}}
+                ],
+                "tool_choice": "required",
+            },
+            "tools",
+        ),
         (
             {
                 "tools": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -16,7 +17,7 @@ from llguidance import LLMatcher
 
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
-from deepseek_export.formats import grammar as module
+from deepseek_export.formats import limits
 from deepseek_export.formats.grammar import GrammarProcessor, Grammars, regex_grammar, thought_rule
 from deepseek_export.formats.lark import choice, schema_grammar, speller, text_kind, text_pattern
 from deepseek_export.runtime import BundleTokenizer
@@ -134,7 +135,7 @@ def test_running_out_of_fuel_fails_that_request_only():
         schema_grammar({"type": "foo"}),
         schema_grammar({"$ref": "#"}),
         schema_grammar({"type": "array", "uniqueItems": True}),
-        "x" * (module.MAX_LENGTH + 1),
+        "x" * (limits.MAX_LENGTH + 1),
         "start: " + "(" * 20_000 + '"a"' + ")" * 20_000,
     ],
 )
@@ -154,6 +155,67 @@ def test_hostile_schemas_end_soon():
     ):
         with suppress(DsxError):
             assert allowed(GRAMMARS.compile(schema_grammar(schema)).processor(0), [])
+
+
+def chained(levels: int) -> dict[str, Any]:
+    """``$ref`` 一个接一个。"""
+    definitions: dict[str, Any] = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(levels)}
+    return {"$ref": "#/$defs/d0", "$defs": {**definitions, f"d{levels}": {"type": "string"}}}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """一层套一层。"""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+def rule_chain(count: int) -> str:
+    """规则一个接一个。"""
+    rules = [f'r{i}: r{i + 1} | "a"' for i in range(count)]
+    return "\n".join(["start: r0", *rules, f'r{count}: "b"'])
+
+
+@pytest.mark.parametrize(
+    ("check", "given"),
+    [
+        (limits.check_schema, chained(1500)),
+        (limits.check_schema, chained(30_000)),
+        (limits.check_schema, nested(900)),
+        (limits.check_schema, {"properties": {f"k{i}": {} for i in range(6000)}}),
+        (limits.check_schema, {"pattern": "a?" * 3000}),
+        (
+            limits.check_schema,
+            {"anyOf": [{"pattern": "a?" * 1000}] * 1 + [{"pattern": "b?" * 2000} for _ in range(9)]},
+        ),
+        (limits.check_lark, rule_chain(9000)),
+        (limits.check_lark, rule_chain(900)),
+        (limits.check_lark, "start: " + "(" * 900 + '"a"' + ")" * 900),
+        (limits.check_lark, "start: /" + "a?" * 3000 + "/"),
+        (limits.check_regex, "a?" * 3000),
+    ],
+)
+def test_what_llguidance_cannot_bear_never_reaches_it(check: Callable[[Any], None], given: Any):
+    """DSX-E760：这些会让它栈溢出（进程就没了），或算上几秒。"""
+    with pytest.raises(DsxError, match="DSX-E760"):
+        check(given)
+
+
+def test_what_passes_the_limits_is_borne():
+    """恰在限额之内的编译得成，掩码算得出；指回自己的也是。"""
+    loop = {
+        "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}}},
+        "$ref": "#/$defs/n",
+    }
+    for schema in (chained(45), nested(120), {"properties": {f"k{i}": {} for i in range(900)}}, loop, True):
+        limits.check_schema(schema)
+        with suppress(DsxError):
+            assert allowed(GRAMMARS.compile(schema_grammar(schema)).processor(0), [])
+    for lark in (rule_chain(700), "start: " + "(" * 700 + '"a"' + ")" * 700, "start: /" + "a?" * 1900 + "/"):
+        limits.check_lark(lark)
+        with suppress(DsxError):
+            assert allowed(GRAMMARS.compile(lark).processor(0), [])
 
 
 def test_models_without_eos_and_machines_without_llguidance():
@@ -210,6 +272,8 @@ def test_special_tokens_are_spelled_by_id():
         ({"$ref": "#/$defs/s"}, (True, False)),
         ({"$ref": "#/$defs/missing"}, (True, True)),
         ({"$ref": "#/$defs/loop"}, (True, True)),
+        ({"$ref": "#/$defs/tree"}, (True, True)),
+        ({"enum": 3}, (True, True)),
         ({}, (True, True)),
         (True, (True, True)),
     ],
@@ -217,6 +281,7 @@ def test_special_tokens_are_spelled_by_id():
 def test_which_values_are_written_raw(schema: Any, kinds: tuple[bool, bool]):
     """裸的文本还是 JSON，看 schema。"""
     root = {"$defs": {"s": {"type": "string"}, "loop": {"$ref": "#/$defs/loop"}}}
+    root["$defs"]["tree"] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/tree"}]}
     assert text_kind(schema, root) == kinds
 
 

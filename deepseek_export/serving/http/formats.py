@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from deepseek_export.formats.calls import Tool, ToolFormat, ToolParser
 from deepseek_export.formats.chat import TOOL_FORMATS, find_tool_format, prepared
 from deepseek_export.formats.grammar import Grammar, Grammars, thought_rule
 from deepseek_export.formats.lark import ANY_TEXT, escaped, speller, until
+from deepseek_export.formats.limits import check_schema
 from deepseek_export.runtime import BundleTokenizer
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.reasoning import TAGS, begins_thinking
@@ -136,22 +137,28 @@ class ModelFormats:
         if constraint is not None:
             what = f"{constraint.field} 与必须调用工具的 tool_choice 不能一起给"
             raise ApiError(400, what, param="tool_choice", code="invalid_value")
-        style = self._needs_style("tools")
         parallel = body.tool_choice == "required" and body.parallel_tool_calls is not False
-        rules = style.rules(forced, parallel, self._spell)
+        style, rules = self._rules(forced, parallel)
         return Constraint(f"start: {self._spell(style.opening)} calls\n{rules}", "tools")
+
+    def _rules(self, tools: Sequence[Tool], parallel: bool) -> tuple[ToolFormat, str]:
+        style = self._needs_style("tools")
+        try:
+            for tool in tools:
+                check_schema(tool.parameters)
+        except DsxError as error:
+            raise ApiError.of(error, "tools") from error
+        return style, style.rules(tools, parallel, self._spell)
 
     def _calls_or(self, constraint: Constraint, body: ChatRequest) -> Constraint:
         """既约束输出又可以调用工具：要么调用，要么照着约束说。"""
-        style = self._needs_style("tools")
-        rules = style.rules(body.offered, body.parallel_tool_calls is not False, self._spell)
+        style, rules = self._rules(body.offered, body.parallel_tool_calls is not False)
         lark = f"start: @inner | {self._spell(style.opening)} calls\n{rules}"
         return Constraint(lark, constraint.field, constraint.lark)
 
     def _calls_or_text(self, body: ChatRequest) -> Constraint:
         """有 ``strict`` 的工具而不必调用：随便写，一旦开始调用就要合乎 schema。"""
-        style = self._needs_style("tools")
-        rules = style.rules(body.offered, body.parallel_tool_calls is not False, self._spell)
+        style, rules = self._rules(body.offered, body.parallel_tool_calls is not False)
         opening = until("opening", ANY_TEXT, style.opening, self._spell)
         marker = self._spell(style.opening)
         plain = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
@@ -11,10 +12,11 @@ from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_grammar
 from deepseek_export.formats.grammar import regex_grammar
 from deepseek_export.formats.lark import choice, schema_grammar
+from deepseek_export.formats.limits import check_lark, check_regex, check_schema
 from deepseek_export.serving.http.problems import ApiError
 
 Schema = dict[str, Any] | StrictBool
-Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=4096)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
 
 
 class SchemaSpec(BaseModel):
@@ -125,17 +127,14 @@ def _schema(schema: str | Schema | None, field: str) -> Constraint | None:
             raise ApiError(400, f"{field} 不是 JSON：{error}", param=field, code="invalid_value") from error
     if not (schema is True or isinstance(schema, dict)):
         raise ApiError(400, f"{field} 要是一个 JSON Schema", param=field, code="invalid_value")
-    return Constraint(schema_grammar(schema), field)
+    return _checked(check_schema, schema, Constraint(schema_grammar(schema), field))
 
 
 def _regex(regex: str | None, field: str) -> Constraint | None:
     if regex is None:
         return None
     require_grammar()
-    try:
-        return Constraint(regex_grammar(regex), field)
-    except DsxError as error:
-        raise ApiError.of(error, field) from error
+    return _checked(check_regex, regex, Constraint(regex_grammar(regex), field))
 
 
 def _choice(texts: list[str] | None, field: str) -> Constraint | None:
@@ -143,4 +142,12 @@ def _choice(texts: list[str] | None, field: str) -> Constraint | None:
 
 
 def _lark(grammar: str | None, field: str) -> Constraint | None:
-    return None if grammar is None else Constraint(grammar, field)
+    return None if grammar is None else _checked(check_lark, grammar, Constraint(grammar, field))
+
+
+def _checked(check: Callable[[Any], None], given: Any, constraint: Constraint) -> Constraint:
+    try:
+        check(given)
+    except DsxError as error:
+        raise ApiError.of(error, constraint.field) from error
+    return constraint
