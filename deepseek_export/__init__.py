@@ -9,19 +9,26 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from deepseek_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from deepseek_export.api import CompiledModel, build, compare, export, load, pack, verify
+    from deepseek_export.api import build, compare, export, load, pack, verify
+    from deepseek_export.benchmark.bundle import bench
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
+    from deepseek_export.inspection import inspect
     from deepseek_export.integration.apply import apply, restore
     from deepseek_export.integration.causal_lm import DsxForCausalLM
+    from deepseek_export.model import Chat, CompiledModel
     from deepseek_export.plan import make_plan
     from deepseek_export.profile import OptimizationProfile
+    from deepseek_export.runtime import GenerationResult, SamplingParams, TextStream, TokenLogprobs
+    from deepseek_export.serving import Engine, EngineSettings
 
 _EXPORTS = {
     "export": "deepseek_export.api",
@@ -30,26 +37,44 @@ _EXPORTS = {
     "build": "deepseek_export.api",
     "verify": "deepseek_export.api",
     "compare": "deepseek_export.api",
-    "Quantization": "deepseek_export.checkpoint.weight_only",
+    "inspect": "deepseek_export.inspection",
+    "bench": "deepseek_export.benchmark.bundle",
     "make_plan": "deepseek_export.plan",
+    "CompiledModel": "deepseek_export.model",
+    "Chat": "deepseek_export.model",
+    "SamplingParams": "deepseek_export.runtime",
+    "GenerationResult": "deepseek_export.runtime",
+    "TokenLogprobs": "deepseek_export.runtime",
+    "TextStream": "deepseek_export.runtime",
+    "Engine": "deepseek_export.serving",
+    "EngineSettings": "deepseek_export.serving",
     "apply": "deepseek_export.integration.apply",
     "restore": "deepseek_export.integration.apply",
-    "CompiledModel": "deepseek_export.api",
     "DsxForCausalLM": "deepseek_export.integration.causal_lm",
-    "DsxError": "deepseek_export.errors",
+    "Quantization": "deepseek_export.checkpoint.weight_only",
     "OptimizationProfile": "deepseek_export.profile",
+    "DsxError": "deepseek_export.errors",
 }
 
 __all__ = [
+    "Chat",
     "CompiledModel",
     "DsxError",
     "DsxForCausalLM",
+    "Engine",
+    "EngineSettings",
+    "GenerationResult",
     "OptimizationProfile",
     "Quantization",
+    "SamplingParams",
+    "TextStream",
+    "TokenLogprobs",
     "apply",
+    "bench",
     "build",
     "compare",
     "export",
+    "inspect",
     "load",
     "make_plan",
     "pack",
@@ -62,3 +87,12 @@ def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """没有装 transformers 时不列要它的那几个：``help()`` 会逐个去取。"""
+    names = {*globals(), *__all__}
+    with suppress(ModuleNotFoundError):
+        if all(map(find_spec, ("torch", "transformers"))):
+            return sorted(names)
+    return sorted(name for name in names if ".integration." not in _EXPORTS.get(name, ""))

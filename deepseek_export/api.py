@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from deepseek_export.backend import backend_named
-from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, read_bundle
+from deepseek_export.bundle import Bundle, WeightsMode, read_bundle
 from deepseek_export.bundle.disk import check_output, output_path
-from deepseek_export.checkpoint import stop_token_ids
-from deepseek_export.checkpoint.fields import shown
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_export
+from deepseek_export.model import CompiledModel
 from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level
 from deepseek_export.paths import path_kind
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 from deepseek_export.progress import Progress
 from deepseek_export.records import ModelDtype
-from deepseek_export.runtime import (
-    BundleTokenizer,
-    GenerationResult,
-    Generator,
-    SamplingParams,
-    open_session,
-    open_speculative,
-)
-from deepseek_export.runtime.stop import stop_list
-from deepseek_export.serving import Engine, EngineSettings
+from deepseek_export.runtime import BundleTokenizer
 
 # 编译与校验的一半用到时才导入：加载与生成不该等 torch、onnx。
 if TYPE_CHECKING:
@@ -164,151 +152,6 @@ def _require_parity(directory: Path, progress: Progress | None) -> None:
             f"{failure.level} 层 {failure.name}：{failure.note}",
             "用 dsx verify 看全表；可试 --dtype float32，或 --set mla.form=naive",
         )
-
-
-class CompiledModel:
-    """加载好的 bundle。
-
-    Attributes:
-        bundle: 打开的 bundle；``trt`` 时是引擎由之建成的那个，见 :mod:`deepseek_export.engine.derived`。
-        tokenizer: 没有 tokenizer 的检查点为 ``None``。
-        session: 主模型的会话。
-        generator: 逐个 token 解码的生成器。
-        speculative: 投机解码的生成器，与 ``generator`` 共用主模型；bundle 没有草稿模型时为 ``None``。
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        threads: int | None = None,
-        backend: str = "ort",
-        speculative_floor: bool = True,
-    ) -> None:
-        chosen = backend_named(backend)
-        self.bundle = bundle = chosen.prepared(bundle)
-        with bundle.steady():
-            eos = stop_token_ids(bundle.path, bundle.manifest.model)
-            self.tokenizer = BundleTokenizer.load(bundle.path)
-            weights = BundleWeights(bundle)
-            self.session = open_session(chosen, bundle, weights, threads)
-            self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)
-            self.speculative = open_speculative(
-                chosen, bundle, weights, self.session, self.tokenizer, threads, speculative_floor
-            )
-
-    @property
-    def manifest(self) -> Manifest:
-        """bundle 的 manifest。"""
-        return self.bundle.manifest
-
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """文本 → token id。
-
-        Raises:
-            DsxError: ``DSX-E514``，bundle 没有 tokenizer；``DSX-E502``，没有聊天模板而 ``chat=True``。
-        """
-        if self.tokenizer is None:
-            raise DsxError("DSX-E514", f"{self.bundle.path} 没有 tokenizer", "直接给 token id（--ids 1,2,3）")
-        if chat:
-            text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        return self.tokenizer.encode(text)
-
-    def generate(
-        self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        chat: bool = False,
-        ignore_eos: bool = False,
-        stop: str | Sequence[str] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-        speculative: bool | None = None,
-    ) -> GenerationResult:
-        """生成。
-
-        Args:
-            prompts: 一条文本、多条文本，或多条 token id 序列（长度可以不等）。
-            max_new_tokens: 每条至多生成多少个 token。
-            temperature: 0 为 greedy。
-            top_k, top_p, seed: 采样参数，见 :class:`~deepseek_export.runtime.SamplingParams`。
-            chat: 套用聊天模板；只能套在文本上，每条是用户的一句话。
-            ignore_eos: 遇到 EOS 不停。
-            stop: 停止串，一个或几个：一行的文本里出现任何一个就停，文本到它之前为止。
-            on_token: 每个新 token 回调 ``(行号, token id)``。
-            speculative: 是否投机解码；``None`` 表示 bundle 带草稿模型就投机，``False`` 表示逐个 token 解码。
-
-        Raises:
-            DsxError: 5xx；``prompts`` 的写法不对为 ``DSX-E702``；``speculative=True`` 而 bundle 没有草稿模型为 ``DSX-E517``。
-        """
-        generator = self._generator(speculative)
-        ids = [
-            self.encode(prompt, chat) if isinstance(prompt, str) else prompt
-            for prompt in _prompt_rows(prompts, chat)
-        ]
-        sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return generator.generate(
-            ids, max_new_tokens, sampling, on_token=on_token, ignore_eos=ignore_eos, stop=stop_list(stop)
-        )
-
-    def engine(self, settings: EngineSettings | None = None) -> Engine:
-        """服务引擎：同时服务许多请求，各得各的 token 流；用完要关，关之前别处不要用这个模型。
-
-        Raises:
-            DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐。
-        """
-        return Engine(self.session, self.generator.eos_token_ids, settings)
-
-    def _generator(self, speculative: bool | None) -> Generator:
-        if speculative is False or (speculative is None and self.speculative is None):
-            return self.generator
-        if self.speculative is None:
-            raise DsxError(
-                "DSX-E517",
-                f"{self.bundle.path} 没有草稿模型",
-                "用 --set mtp.enabled=true 重新导出，或去掉 speculative=True",
-            )
-        return self.speculative
-
-
-def _prompt_rows(prompts: Any, chat: bool) -> list[str | list[int]]:
-    """``generate`` 的提示词：每条是文本，或一串 token id；别的写法按 ``DSX-E702`` 拒绝，并说该怎么写。"""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
-        raise _bad_prompts("prompts", prompts)
-    rows: list[str | list[int]] = []
-    for number, prompt in enumerate(prompts):
-        where = f"prompts[{number}]"
-        if isinstance(prompt, str):
-            rows.append(prompt)
-            continue
-        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
-            raise _bad_prompts(where, prompt)
-        if chat:
-            todo = "chat=True 给文本；要给 token id 就去掉 chat=True，自己先套好模板"
-            raise DsxError("DSX-E702", f"chat=True，而 {where} 是 token id", todo)
-        rows.append([_token_id(where, at, token) for at, token in enumerate(prompt)])
-    return rows
-
-
-def _token_id(where: str, at: int, token: Any) -> int:
-    try:
-        return index(token)
-    except TypeError as error:
-        raise _bad_prompts(f"{where}[{at}]", token) from error
-
-
-def _bad_prompts(where: str, value: Any) -> DsxError:
-    todo = '给一条文本 "床前明月光"，几条文本 ["春", "秋"]，或几条 token id [[1, 2, 3]]'
-    if isinstance(value, Mapping):
-        todo = "对话先套模板：generate(model.tokenizer.apply_chat_template(messages))；只有一句话就直接给文本，加 chat=True"
-    elif not isinstance(value, Iterable) and value is not None:
-        todo += "；一条也要套一层列表"
-    return DsxError("DSX-E702", f"{where} 是 {shown(value)}（{type(value).__name__}）", todo)
 
 
 def load(

@@ -5,7 +5,7 @@ python -m perf check               缩小的场景，对照门槛与上一次，
 python -m perf report              只用历史重写报告
 python -m perf add FILE            把 python -m perf.gpu 在别的机器上写的一行追加进历史，重写报告
 python -m perf compare [SUITE...]  每套最后两次完整的运行：每个比值的散布相不相交
-python -m perf pages               由历史重写 docs/performance.md 与两份 README 的三个数字
+python -m perf pages               由历史重写 docs/performance.md、docs/perf 里的图与两份 README 的三个数字
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from deepseek_export.bench.environment import environment
+from deepseek_export.benchmark.environment import environment
 from deepseek_export.cpu_library import find_library
 from deepseek_export.machine import cores
 from perf import gates, pages, report, reproduce, results
@@ -72,18 +72,10 @@ def check(suites: tuple[str, ...], threads: int, no_time: bool, out: Path) -> No
 
 
 @cli.command("report")
-@click.option(
-    "--figures",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="另把每张图写成 NAME-light.svg 与 NAME-dark.svg，供 README 用。",
-)
 @out_option
-def rewrite(figures: Path | None, out: Path) -> None:
+def rewrite(out: Path) -> None:
     """只用历史重写报告。"""
-    latest = _write_latest(out)
-    if figures is not None:
-        for path in report.write_figures(latest, figures):
-            click.echo(str(path))
+    _write_latest(out)
 
 
 @cli.command()
@@ -109,8 +101,11 @@ def compare(suites: tuple[str, ...]) -> None:
 
 @cli.command("pages")
 def rewrite_pages() -> None:
-    """由历史重写 docs/performance.md 与两份 README 的三个数字。"""
-    for path, text in pages.texts(results.load()).items():
+    """由历史重写 docs/performance.md、docs/perf 里的图与两份 README 的三个数字。"""
+    texts = pages.texts(results.load())
+    for stale in set(pages.PICTURES.glob("*.svg")) - set(texts):
+        stale.unlink()
+    for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
         click.echo(str(path))
 
@@ -141,10 +136,9 @@ def measure(suites: tuple[str, ...], threads: int, quick: bool) -> Run:
     )
 
 
-def _write_latest(out: Path) -> list[Run]:
+def _write_latest(out: Path) -> None:
     latest = results.latest(results.load())
     _write(latest, gates.check(latest, gates.load_gates()), out)
-    return latest
 
 
 def _write(runs: list[Run], verdicts: list[gates.Verdict], out: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deepseek_export.bench.spread import Spread
+from deepseek_export.benchmark.spread import Spread
 from perf.results import Run, comparable
 
 GATES = Path(__file__).with_name("gates.toml")

@@ -1,4 +1,4 @@
-"""由历史写的页：``docs/performance.md`` 与两份 README 里的三个数字。测试核对它们就是这里写出来的，所以没有一个数是抄的。
+"""由历史写的页：``docs/performance.md``、``docs/perf/`` 里的图与两份 README 里的三个数字。测试核对它们就是这里写出来的，所以没有一个数是抄的。
 
     python -m perf pages
 
@@ -17,6 +17,7 @@ from perf import figures, gates, labels, report
 from perf.results import ROOT, Run, newest
 
 PAGE = ROOT / "docs/performance.md"
+PICTURES = ROOT / "docs/perf"
 READMES: Mapping[str, Path] = MappingProxyType({"zh": ROOT / "README.md", "en": ROOT / "README.en.md"})
 
 _HEAD = """\
@@ -95,7 +96,7 @@ _MARK = re.compile(r"(<!-- python -m perf pages -->\n).*?(<!-- end -->)", re.DOT
 
 
 def texts(runs: Sequence[Run]) -> dict[Path, str]:
-    """每一页的路径与全文；README 只换两个记号之间的。"""
+    """每一页、每一张图的路径与全文；README 只换两个记号之间的。"""
     found = newest(list(runs))
     readmes = {
         path: _MARK.sub(
@@ -104,7 +105,13 @@ def texts(runs: Sequence[Run]) -> dict[Path, str]:
         )
         for language, path in READMES.items()
     }
-    return {PAGE: page(found)} | readmes
+    drawn = {
+        PICTURES / f"{name}.svg": picture.standalone()
+        for run in found
+        for suite in run.suites
+        for name, picture in figures.draw(suite).items()
+    }
+    return {PAGE: page(found)} | readmes | drawn
 
 
 def headline_table(runs: Sequence[Run], language: str) -> str:
@@ -140,12 +147,8 @@ def page(runs: Sequence[Run]) -> str:
         lines += [f"{environment['CPU']}，{environment['时刻'][:10]}。场景：{section.scenario}。"]
         if name in _WORDS:
             lines += [f"来历见 [{Path(_WORDS[name]).name}]({_WORDS[name]})。"]
-        if name in figures.FIGURES:
-            # 两张里只显示合主题的那张，见 docs/assets/site.css。
-            themes = [
-                f"![{section.suite.title}](perf/{name}-{theme}.svg#only-{theme})" for theme in figures.THEMES
-            ]
-            lines += ["", *themes]
+        if pictures := figures.draw(section.suite):
+            lines += ["", *(f"![{picture.title}](perf/{file}.svg)" for file, picture in pictures.items())]
         for table in section.tables:
             lines += [
                 "",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from deepseek_export.report.svg import theme
 from deepseek_export.units import size
 from perf import figures, labels
 from perf.gates import Verdict
@@ -39,7 +40,7 @@ class Section:
 
 
 def write(runs: Sequence[Run], verdicts: list[Verdict], out: Path) -> list[Path]:
-    """写 ``report.md``、``report.html`` 与 ``runs.json``。没有中文字体时 HTML 里没有图，并在页首写明。"""
+    """写 ``report.md``、``report.html`` 与 ``runs.json``。"""
     out.mkdir(parents=True, exist_ok=True)
     raw = [run.model_dump(mode="json") for run in runs]
     texts = {
@@ -50,13 +51,6 @@ def write(runs: Sequence[Run], verdicts: list[Verdict], out: Path) -> list[Path]
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
     return [out / name for name in texts]
-
-
-def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """:data:`figures.FIGURES` 里的每套一张图，亮色暗色各一份。"""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = [suite for run in runs for suite in run.suites if suite.suite in figures.FIGURES]
-    return [path for suite in drawn for path in figures.write_themes(suite, folder)]
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -99,12 +93,6 @@ def fact_lines(section: Section) -> list[str]:
 def html(runs: Sequence[Run], verdicts: list[Verdict]) -> str:
     """自包含的 HTML。"""
     common, found = sections(runs)
-    problem, drawn = "", {}
-    try:
-        for name, suite in ((s.suite.suite, s.suite) for s in found if s.suite.suite in figures.FIGURES):
-            drawn[name] = figures.coloured(figures.draw(suite), figures.VARIABLES)
-    except figures.NoChineseFont as error:
-        problem, drawn = str(error), {}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -112,11 +100,10 @@ def html(runs: Sequence[Run], verdicts: list[Verdict]) -> str:
         legend=LEGEND,
         common=common,
         skipped=_skipped(runs),
-        problem=problem,
         verdicts=[(verdict.status, verdict_line(verdict)) for verdict in verdicts],
         sections=found,
-        drawn=drawn,
-        themes={theme: list(colours.values()) for theme, colours in figures.THEMES.items()},
+        drawn={section.suite.suite: list(figures.draw(section.suite).values()) for section in found},
+        theme=theme(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from deepseek_export.bench.spread import Spread
+from deepseek_export.benchmark.spread import Spread
 from perf.results import Run, comparable
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from deepseek_export.bench.spread import Spread
+from deepseek_export.benchmark.spread import Spread
 
 ROOT = Path(__file__).resolve().parents[1]
 HISTORY = ROOT / "perf/history/runs.jsonl"

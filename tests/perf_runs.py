@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from deepseek_export.bench.spread import Spread
+from deepseek_export.benchmark.spread import Spread
 from perf.gates import load_gates
 from perf.results import Case, Run, SuiteResult
 from perf.suites import SUITES, compile, mtp, peers

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,10 +22,12 @@ from deepseek_export.serving.http.service import ServedModel
 NAME = "demo"
 
 
-def opened(model: CompiledModel, tool_parser: str | None = None, **settings: Any) -> ServedModel:
+def opened(
+    model: CompiledModel, name: str = NAME, tool_parser: str | None = None, **settings: Any
+) -> ServedModel:
     """加载好的模型开成服务；之后它的会话归引擎。"""
     engine = model.engine(EngineSettings(**settings))
-    return ServedModel.open(NAME, model.tokenizer, model.session, engine, tool_parser)
+    return ServedModel.open(name, model.tokenizer, model.session, engine, tool_parser)
 
 
 def loader(bundle: Path, **settings: Any) -> Callable[[], ServedModel]:
@@ -47,6 +49,7 @@ class Running:
     Args:
         load: 加载模型。
         wait: 等到就绪。
+        more: 另外几个模型。
         options: 交给 :class:`Server`。
 
     Attributes:
@@ -54,8 +57,14 @@ class Running:
         client: 连着它的 httpx 客户端。
     """
 
-    def __init__(self, load: Callable[[], ServedModel], wait: bool = True, **options: Any) -> None:
-        self.server = Server(load, **options)
+    def __init__(
+        self,
+        load: Callable[[], ServedModel],
+        wait: bool = True,
+        more: Sequence[Callable[[], ServedModel]] = (),
+        **options: Any,
+    ) -> None:
+        self.server = Server([load, *more], **options)
         self._socket = listen("127.0.0.1", 0)
         self.url = url_of(self._socket)
         self.client = httpx.Client(base_url=self.url, timeout=60)
@@ -73,20 +82,18 @@ class Running:
         self.server.should_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive()
-        if self.server.service.model is not None:
-            assert not self.engine.healthy  # 服务停了，引擎也关了
+        # 服务停了，引擎也关了。
+        assert not any(model.engine.healthy for model in self.server.service.models.values())
 
     @property
     def served(self) -> ServedModel:
-        """服务的模型。"""
-        assert self.server.service.model is not None
-        return self.server.service.model
+        """服务的（头一个）模型。"""
+        return next(iter(self.server.service.models.values()))
 
     @property
     def engine(self) -> Engine:
-        """服务的引擎。"""
-        assert self.server.service.model is not None
-        return self.server.service.model.engine
+        """服务的（头一个）引擎。"""
+        return next(iter(self.server.service.models.values())).engine
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         """GET。"""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
 
 from deepseek_export.parity.tolerances import Dtype, token_margin
-from deepseek_export.runtime import Generator, ModelSession, SamplingParams
+from deepseek_export.runtime import DraftSession, Generator, ModelSession, SamplingParams
 from deepseek_export.runtime.randomness import RowStream, Use
 from deepseek_export.runtime.sampling import candidates
 from deepseek_export.serving import Engine, EngineSettings, Request
@@ -50,6 +51,7 @@ class Play:
         self._engine, self._asks = engine, asks
         self._order = sorted(range(len(asks)), key=lambda index: asks[index].arrives)
         self._given = self._open = 0
+        self._heard_of: dict[int, int] = {}  # 每个请求听到过几个 token
         self._sent: SimpleQueue[Request] = SimpleQueue()
         self._lock = threading.RLock()  # 头一个由调用方的线程送，其余的由引擎的线程送
         self.requests: dict[int, Request] = {}
@@ -72,18 +74,20 @@ class Play:
             stop_token_ids=ask.stops,
             ignore_eos=ask.ignore_eos,
             cache_salt=ask.salt,
-            listener=lambda request: self._heard(request, ask),
+            listener=lambda request: self._heard(request, ask, index),
         )
         self._sent.put(self.requests[index])
 
-    def _heard(self, request: Request, ask: Ask) -> None:
+    def _heard(self, request: Request, ask: Ask, index: int) -> None:
         with self._lock:
-            self._next(request, ask)
+            self._next(request, ask, index)
 
-    def _next(self, request: Request, ask: Ask) -> None:
-        self._given += 1
+    def _next(self, request: Request, ask: Ask, index: int) -> None:
+        count = len(request.token_ids)
+        self._given += count - self._heard_of.get(index, 0)
+        self._heard_of[index] = count
         self._open -= request.done
-        if ask.cancels is not None and len(request.token_ids) == ask.cancels and not request.done:
+        if ask.cancels is not None and count >= ask.cancels and not (request.done or request.cancelled):
             request.cancel()
         while len(self.requests) < len(self._asks):
             due = self._asks[self._order[len(self.requests)]].arrives <= self._given
@@ -128,8 +132,10 @@ def assert_same_as_alone(
     asks: list[Ask],
     settings: EngineSettings,
     dtype: Dtype = "float32",
+    drafts: Sequence[DraftSession] = (),
+    num_draft_tokens: int = 0,
 ) -> Engine:
-    """每个请求的 token 都与单独跑的相同，取消了的是它的开头；返回关了的引擎。
+    """每个请求的 token 都与（不投机的生成器）单独跑的相同，取消了的是它的开头；返回关了的引擎。
 
     Args:
         session: 主模型。
@@ -137,15 +143,17 @@ def assert_same_as_alone(
         asks: 剧本。
         settings: 引擎的参数。
         dtype: 近平局照哪一行容差判，见 :func:`assert_same_tokens`。
+        drafts: 草稿模型。
+        num_draft_tokens: 至多几个草稿。
     """
     wanted = [alone(session, eos, ask) for ask in asks]
-    with Engine(session, eos, settings) as engine:
+    with Engine(session, eos, settings, drafts, num_draft_tokens) as engine:
         requests = Play(engine, asks).run()
     for ask, request, want in zip(asks, requests, wanted, strict=True):
         result = request.result()
         if result.reason == "cancelled":
             assert ask.cancels is not None
-            assert len(result.token_ids) <= ask.cancels + 1
+            assert len(result.token_ids) <= ask.cancels + 1 + engine.settings.num_drafts
             want = want[: len(result.token_ids)]
         assert_same_tokens(session, ask, result.token_ids, want, dtype)
         assert result.cached_tokens < len(ask.prompt)

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from deepseek_export.backend.ort.values import ort_value
-from deepseek_export.bench.depth import random_rows
+from deepseek_export.benchmark.depth import random_rows
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION, TYPE_CONSTRAINTS
 

@@ -222,9 +222,31 @@ def _install(temporary: Path, out: Path, overwrite: bool) -> None:
         raise DsxError("DSX-E401", f"{out} 在写的时候出现了", "换一个输出位置，或移开它") from error
 
 
+def json_text(data: dict[str, Any]) -> str:
+    """缩进的 JSON。"""
+    return json.dumps(data, ensure_ascii=False, indent=1) + "\n"
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """写成缩进的 UTF-8 JSON。"""
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json_text(data), encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """整个换上 ``text``（UTF-8）；写不下就不留文件，上一次的也还在。
+
+    Raises:
+        DsxError: ``DSX-E404`` / ``DSX-E405``，写不了。
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with disk_errors(path):
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise
 
 
 def write_report(path: Path, data: dict[str, Any]) -> None:
@@ -233,16 +255,9 @@ def write_report(path: Path, data: dict[str, Any]) -> None:
     Raises:
         DsxError: ``DSX-E404`` / ``DSX-E405``，bundle 写不了。
     """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
-        try:
-            write_json(scratch, data)
-            scratch.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
-            raise
+    replace_text(path, json_text(data))
 
 
 @contextlib.contextmanager

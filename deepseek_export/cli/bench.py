@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, table
+from deepseek_export.cli.console import console, echo_json, facts, table, write_html
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import (
     bundle_argument,
     counts,
+    html_option,
     json_option,
     read_prompts,
     threads_option,
@@ -19,14 +20,14 @@ from deepseek_export.cli.options import (
 )
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import UnwrittenReport
+from deepseek_export.report.bench import bench_page, ratio_name, way_name
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
-    from deepseek_export.bench.bundle import BenchReport
-    from deepseek_export.bench.spread import Spread
+    from deepseek_export.benchmark.bundle import BenchReport
+    from deepseek_export.benchmark.spread import Spread
 
 _COUNT = counts()
-_NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "speculative": "投机"}
 
 
 @click.command("bench", cls=Command, short_help="在这台机器上测 bundle 的速度与内存")
@@ -60,12 +61,14 @@ _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "spe
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="随机种子。")
 @threads_option
 @verify_weights_option(False)
+@html_option
 @json_option
 def command(
     bundle: Path,
     against: Path | None,
     prompts: tuple[str, ...],
     verify_weights: bool,
+    html: Path | None,
     as_json: bool,
     **scenario: Any,
 ) -> None:
@@ -83,22 +86,24 @@ def command(
     try:
         with open_progress(as_json) as progress:
             progress.start("加载 onnxruntime")
-            from deepseek_export.bench.bundle import Scenario, bench_bundle
+            from deepseek_export.benchmark.bundle import bench
 
-            report = bench_bundle(
+            report = bench(
                 bundle,
-                against=against,
-                scenario=Scenario(**scenario),
+                against,
                 prompts=prompts or None,
                 verify_weights=verify_weights,
                 progress=progress,
+                **scenario,
             )
     except UnwrittenReport as unwritten:
         _show(unwritten.report, as_json)
+        write_html(html, as_json, bench_page, unwritten.report)
         raise
     _show(report, as_json)
     if not as_json:
         click.echo(f"\n报告    {bundle / 'reports/bench.json'}")
+    write_html(html, as_json, bench_page, report)
 
 
 def _show(report: BenchReport, as_json: bool) -> None:
@@ -120,7 +125,7 @@ def _print(report: BenchReport) -> None:
                     f"{cpu['model'] or cpu['machine']}，{cpu['cores']} 核，线程 {scenario.threads or '自动'}",
                 ),
                 *(
-                    (_NAMES[name], f"{s.path}（{s.profile}，{s.target}，{s.dtype}）")
+                    (way_name(name), f"{s.path}（{s.profile}，{s.target}，{s.dtype}）")
                     for name, s in report.subjects.items()
                 ),
             ],
@@ -131,9 +136,9 @@ def _print(report: BenchReport) -> None:
     )
     for name, way in report.ways.items():
         rate = f"{1 / way.token_s.median:.1f}"
-        made.add_row(_name(name), _milliseconds(way.prefill_s), _milliseconds(way.token_s), rate)
+        made.add_row(way_name(name), _milliseconds(way.prefill_s), _milliseconds(way.token_s), rate)
     out.print(made)
-    made = table("一步", "上下文", *map(_name, report.subjects), right=map(_name, report.subjects))
+    made = table("一步", "上下文", *map(way_name, report.subjects), right=map(way_name, report.subjects))
     for depth in report.depths:
         made.add_row(str(depth.context), *(_milliseconds(depth.step_s[name]) for name in report.subjects))
     out.print(made)
@@ -141,27 +146,22 @@ def _print(report: BenchReport) -> None:
     made = table(f"内存（上下文 {max(scenario.depths)}）", "", *columns, right=columns)
     for name, subject in report.subjects.items():
         if subject.memory is None:
-            made.add_row(_name(name), *["未知"] * len(columns))
+            made.add_row(way_name(name), *["未知"] * len(columns))
             continue
         m = subject.memory
         values = (m.cache_computed, m.cache_resident, m.loaded, m.resident, m.peak)
-        made.add_row(_name(name), *map(size, values))
+        made.add_row(way_name(name), *map(size, values))
     out.print(made)
     if report.ratios:
         made = table("比值（小于 1 是前者快）", "", "中位数", "范围", right=("中位数", "范围"))
         for ratio in report.ratios:
             value = ratio.value
-            what = ratio.what.replace("depth", "上下文").replace("decode", "解码")
-            name = f"{what}：{_name(ratio.numerator)} / {_name(ratio.denominator)}"
+            name = ratio_name(ratio.what, ratio.numerator, ratio.denominator)
             made.add_row(name, f"{value.median:.3f}", f"{value.low:.3f}–{value.high:.3f}")
         out.print(made)
     for name, way in report.ways.items():
         for line in way.notes:
-            click.echo(f"注意：{_name(name)}：{line}")
-
-
-def _name(name: str) -> str:
-    return " ".join(_NAMES.get(part, part) for part in name.split("/"))
+            click.echo(f"注意：{way_name(name)}：{line}")
 
 
 def _milliseconds(spread: Spread) -> str:

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, table
+from deepseek_export.cli.console import console, echo_json, facts, table, write_html
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.measures import COLUMNS, cells, failure_rows, worst
 from deepseek_export.cli.options import (
     against_option,
     bundle_argument,
+    html_option,
     json_option,
     seed_option,
     verify_weights_option,
 )
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.report.measures import COLUMNS, cells, failure_rows, worst
+from deepseek_export.report.parity import compare_page
 
 if TYPE_CHECKING:
     from deepseek_export.parity.bisect import Culprit
@@ -55,6 +57,7 @@ _LISTED = 6
 )
 @seed_option
 @verify_weights_option(True)
+@html_option
 @json_option
 @click.pass_context
 def command(
@@ -67,6 +70,7 @@ def command(
     folder: Path | None,
     seed: int,
     verify_weights: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """逐块比较 bundle OUT 与 PyTorch，把输入与 PyTorch 的输出存成 Polygraphy 的格式。
@@ -94,6 +98,7 @@ def command(
         echo_json(summary)
     else:
         _print(report, summary)
+    write_html(html, as_json, compare_page, report)
     ctx.exit(0 if report.passed else 1)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -20,6 +21,9 @@ from rich.text import Text
 
 from deepseek_export.cli.formatting import units, wrap
 from deepseek_export.units import size
+
+if TYPE_CHECKING:
+    from deepseek_export.report.page import Page
 
 LOG_WIDTH = 120
 #: 名字里可以断开的一段。
@@ -163,6 +167,27 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 def echo_json(data: Any) -> None:
     """一行 JSON。"""
     click.echo(json.dumps(data, ensure_ascii=False))
+
+
+def write_html(path: Path | None, as_json: bool, page: Callable[..., Page], *results: Any) -> None:
+    """给了 ``--html`` 就写那一页；总在结果印完之后，写不下也不丢结果。
+
+    Args:
+        path: 写到哪里；``None`` 不写。
+        as_json: stdout 的最后一行已经是 JSON，不再多说。
+        page: 由 ``results`` 排出那一页。
+        *results: 算出来的结果。
+
+    Raises:
+        DsxError: 见 :func:`~deepseek_export.report.write.write_page`。
+    """
+    if path is None:
+        return
+    from deepseek_export.report.write import write_page
+
+    write_page(path, page(*results))
+    if not as_json:
+        click.echo(f"网页    {path}")
 
 
 def weights_size(count: int, mode: str) -> str:

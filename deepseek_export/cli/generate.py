@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,22 @@ from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import DsxError
 
 if TYPE_CHECKING:
-    from deepseek_export.runtime import BundleTokenizer, GenerationResult, SpeculationStats
+    from deepseek_export.runtime import BundleTokenizer, GenerationResult, SpeculationStats, TextStream
 
 #: 至多这么多位的 id 才交给模型去核对；再大的 64 位整数放不下。
 _ID_DIGITS = 18
+
+
+def _biases(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:
+    """``ID=BIAS`` 几个 → 字典。"""
+    biases = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} 不是 ID=BIAS，例如 42=-100", context, parameter) from error
+    return biases
 
 
 @click.command("generate", cls=Command, short_help="用 bundle 生成文本")
@@ -46,7 +60,31 @@ _ID_DIGITS = 18
 @click.option("--temperature", default=0.0, show_default=True, help="0 为 greedy。")
 @click.option("--top-p", default=1.0, show_default=True, help="只在累计概率 top-p 之内采样。")
 @click.option("--top-k", default=0, show_default=True, help="只在前 k 个里采样；0 不限。")
+@click.option("--min-p", default=0.0, show_default=True, help="去掉概率不到最大那个的 min-p 倍的。")
+@click.option("--presence-penalty", default=0.0, show_default=True, help="生成过的 token，logit 减去它。")
+@click.option("--frequency-penalty", default=0.0, show_default=True, help="每生成过一次减去它一次。")
+@click.option(
+    "--repetition-penalty",
+    default=1.0,
+    show_default=True,
+    help="提示词里有的、生成过的 token，logit 正的除以它，负的乘以它。",
+)
+@click.option("--min-tokens", default=0, show_default=True, help="至少生成几个才可以结束。")
+@click.option(
+    "--logit-bias",
+    metavar="ID=BIAS",
+    multiple=True,
+    callback=_biases,
+    help="给一个 token 的 logit 加上一个数，-100 到 100；可重复。",
+)
 @click.option("--seed", type=int, help="随机种子；缺省每次不同。")
+@click.option("-n", "n", default=1, show_default=True, help="每条提示词要几个回答。")
+@click.option(
+    "--logprobs",
+    metavar="K",
+    type=int,
+    help="每个新 token 另给它的与最可能的 K 个的对数概率，写在 stderr；--json 时在里面。",
+)
 @click.option("--stop", metavar="TEXT", multiple=True, help="文本里出现它就停，它自己不输出；可重复。")
 @click.option("--chat", is_flag=True, help="套用检查点自带的聊天模板。")
 @click.option("--ignore-eos", is_flag=True, help="遇到 EOS 不停。")
@@ -69,6 +107,7 @@ def command(
     no_floor: bool,
     stats: bool,
     stop: tuple[str, ...],
+    n: int,
     **options: Any,
 ) -> None:
     """用 bundle OUT 生成，缺省在 ONNX Runtime 上。
@@ -80,7 +119,7 @@ def command(
     例：
       dsx generate OUT -P "床前明月光" --max-new-tokens 32
       dsx generate OUT -P 你好 --chat --temperature 0.7 --top-p 0.95 --seed 1
-      dsx generate OUT -P @poem.txt --stop 。
+      dsx generate OUT -P @poem.txt --stop 。 --repetition-penalty 1.1
       dsx generate OUT --ids 0,15,27 --ids 0,9 --json
     """
     rows = _rows(prompts, id_texts)
@@ -100,21 +139,22 @@ def command(
             progress=progress,
         )
         load_s = time.perf_counter() - began
-    printer = _Printer(model.tokenizer, stop) if len(rows) == 1 and not as_json else None
-    result = model.generate(
-        rows,
-        on_token=None if printer is None else printer.on_token,
-        speculative=False if no_speculative else None,
-        stop=stop,
-        **options,
-    )
+    options |= {"stop": stop, "speculative": False if no_speculative else None}
+    if not (alone := len(rows) == n == 1 and not as_json):
+        result = model.generate(rows, n=n, **options)
+    elif model.tokenizer is None:
+        result = model.generate(rows, on_token=_IdPrinter(), **options)
+    else:
+        result = _streamed(model.stream(rows[0], **options))
     if as_json:
         echo_json(_summary(result, load_s))
         return
-    if printer is not None:
-        printer.finish(result)
+    if alone:
+        click.echo()
     else:
-        _print_batch(prompts or id_texts, result)
+        _print_batch(prompts or id_texts, n, result)
+    for line in _logprob_lines(result, model.tokenizer):
+        click.echo(line, err=True)
     click.echo(
         f"[提示 {result.prompt_tokens} token，{result.prefill_s:.2f} s；生成 {result.new_tokens} token，"
         f"{result.decode_s:.2f} s，{result.decode_tokens_per_s:.1f} token/s；"
@@ -178,33 +218,46 @@ def parse_ids(text: str) -> list[int]:
     return ids
 
 
-class _Printer:
-    """单条提示词：来一个 token，能确定多少文本就输出多少。"""
-
-    def __init__(self, tokenizer: BundleTokenizer | None, stop: tuple[str, ...]) -> None:
-        from deepseek_export.runtime import StopStrings
-
-        self._stream = None if tokenizer is None else tokenizer.stream()
-        self._stops = StopStrings(stop)
-        self._shown = ""
-
-    def on_token(self, row: int, token: int) -> None:
-        """:class:`~deepseek_export.runtime.Generator` 的回调。"""
-        separator = "," if self._shown else ""
-        text = f"{separator}{token}" if self._stream is None else self._stops.feed(self._stream.step(token))
-        self._shown += text
-        click.echo(text, nl=False)
-
-    def finish(self, result: GenerationResult) -> None:
-        """补上还攥着的：半个字符，没有凑齐的停止串；再换行。"""
-        whole = "" if result.text is None else result.text[0]
-        click.echo(whole[len(self._shown) :] if whole.startswith(self._shown) else "")
+def _streamed(stream: TextStream) -> GenerationResult:
+    """单条提示词：能确定多少文本就输出多少。"""
+    for piece in stream:
+        click.echo(piece, nl=False)
+    if stream.result is None:
+        raise ValueError("取完了而没有结果")
+    return stream.result
 
 
-def _print_batch(prompts: tuple[str, ...], result: GenerationResult) -> None:
+class _IdPrinter:
+    """没有 tokenizer 的单条提示词：来一个 token 输出一个 id。"""
+
+    def __init__(self) -> None:
+        self._separator = ""
+
+    def __call__(self, row: int, token: int) -> None:
+        click.echo(f"{self._separator}{token}", nl=False)
+        self._separator = ","
+
+
+def _print_batch(prompts: tuple[str, ...], n: int, result: GenerationResult) -> None:
     outputs = result.text or [",".join(map(str, ids)) for ids in result.token_ids]
-    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), start=1):
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    for number, (prompt, output) in enumerate(zip(asked, outputs, strict=True), start=1):
         click.echo(f"[{number}/{len(outputs)}] {prompt}\n{output}\n")
+
+
+def _logprob_lines(result: GenerationResult, tokenizer: BundleTokenizer | None) -> Iterator[str]:
+    """每个新 token 一行：它的对数概率，然后是最可能的几个。"""
+
+    def shown(token: int) -> str:
+        if tokenizer is None:
+            return str(token)
+        return repr(tokenizer.bytes_of(token).decode("utf-8", "backslashreplace"))
+
+    for number, row in enumerate(result.logprobs or (), start=1):
+        yield f"[对数概率 {number}/{len(result.token_ids)}]"
+        for one in row:
+            top = "，".join(f"{shown(token)} {value:.3f}" for token, value in one.top)
+            yield f"{one.logprob:9.3f}  {shown(one.token)}" + (f"    {top}" if top else "")
 
 
 def _summary(result: GenerationResult, load_s: float) -> dict[str, Any]:
@@ -221,6 +274,8 @@ def _summary(result: GenerationResult, load_s: float) -> dict[str, Any]:
             "decode_tokens_per_s": round(result.decode_tokens_per_s, 2),
         },
     }
+    if result.logprobs is not None:
+        summary["logprobs"] = [[asdict(one) for one in row] for row in result.logprobs]
     if result.speculation is not None:
         stats = result.speculation.as_dict()
         keys = ("acceptance", "tokens_per_call", "mean_accepted", "main_calls", "draft_calls", "fell_back")

@@ -2,173 +2,37 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, table, weights_size
+from deepseek_export import inspection
+from deepseek_export.cli.console import console, echo_json, facts, table, weights_size, write_html
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import bundle_argument, html_option, json_option
 from deepseek_export.cpu_library import LIBRARY_TARGET
-from deepseek_export.dtypes import DTYPES
+from deepseek_export.inspection import CONTEXT
+from deepseek_export.report.inspect import inspect_page
 from deepseek_export.units import size
-
-if TYPE_CHECKING:
-    from deepseek_export.bundle import Manifest
-
-CONTEXT = 8192
-#: 试跑一次用的大小；S + past 不能超过 T，L 是 K + 1。
-_TRIAL = {"B": 1, "S": 8, "T": 64, "K": 1, "K+1": 2}
-
-
-class CacheShape(NamedTuple):
-    """决定 KV 缓存大小的几个数，取自公开的 config.json。"""
-
-    name: str
-    num_hidden_layers: int
-    num_attention_heads: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-
-    @property
-    def latent(self) -> int:
-        """MLA：每个 token 每层缓存的数。"""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
-    def expanded(self) -> int:
-        """展开的逐头 K 与 V。"""
-        return self.num_attention_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
-
-
-PUBLISHED = (
-    CacheShape("DeepSeek-V2-Lite", 27, 16, 512, 128, 64, 128),
-    CacheShape("DeepSeek-V3", 61, 128, 512, 128, 64, 128),
-)
 
 
 @click.command("inspect", cls=Command, short_help="看 bundle 里有什么")
 @bundle_argument
+@html_option
 @json_option
-def command(bundle: Path, as_json: bool) -> None:
+def command(bundle: Path, html: Path | None, as_json: bool) -> None:
     """列出 bundle OUT 的算子、pass、回退、输入输出、权重与 KV 缓存。
 
     只读 manifest.json，不加载模型。末尾附真实模型（V2-Lite、V3）的缓存大小，由它们公开的 config.json 算出。
     """
-    from deepseek_export.bundle import Bundle
-
-    manifest = Bundle.open(bundle).manifest
-    summary = summarize(manifest) | {"polygraphy": polygraphy_trials(bundle, manifest)}
+    summary = inspection.inspect(bundle)
     if as_json:
         echo_json(summary)
     else:
         _print(bundle, summary)
-
-
-def summarize(manifest: Manifest) -> dict[str, Any]:
-    """manifest 的汇总；``--json`` 输出的就是它。"""
-    config, cache, recipes = manifest.model, manifest.cache, manifest.weights.recipes
-    shape = CacheShape(
-        "",
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.kv_lora_rank,
-        config.qk_nope_head_dim,
-        config.qk_rope_head_dim,
-        config.v_head_dim,
-    )
-    # 展开的缓存没有 int8 这一种，按模型的 dtype 比。
-    wide = manifest.dtype if cache.dtype == "int8" else cache.dtype
-    expanded = DTYPES[wide].nbytes(shape.expanded * cache.num_layers)
-    return {
-        "dsx_version": manifest.dsx_version,
-        "family": config.family,
-        "layers": config.num_hidden_layers,
-        "moe_layers": config.num_moe_layers,
-        "profile": manifest.profile.name,
-        "target": manifest.target,
-        "dtype": manifest.dtype,
-        "source": manifest.source.path,
-        "graphs": [
-            {
-                "file": graph.file,
-                "role": graph.role,
-                "op_counts": graph.op_counts,
-                "inputs": [value.model_dump() for value in graph.inputs],
-                "outputs": [value.model_dump() for value in graph.outputs],
-            }
-            for graph in manifest.graphs
-        ],
-        "passes": [
-            {"graph": graph.file, **result.model_dump(mode="json")}
-            for graph in manifest.graphs
-            for result in graph.passes
-        ],
-        "fallbacks": manifest.fallbacks,
-        "cpu_library": manifest.cpu_library,
-        "weights": {
-            "mode": manifest.weights.mode,
-            "count": len(recipes),
-            "bytes": sum(recipe.nbytes for recipe in recipes.values()),
-            "recipes": dict(Counter(recipe.op for recipe in recipes.values())),
-        },
-        "quantization": manifest.quantization and manifest.quantization.model_dump(mode="json"),
-        "float32_islands": manifest.float32_islands,
-        "cache": {
-            "dtype": cache.dtype,
-            "tensors": [tensor.model_dump() for tensor in cache.tensors],
-            "values_per_token_per_layer": cache.values_per_token_per_layer,
-            "expanded_values_per_token_per_layer": shape.expanded,
-            "bytes_per_token": cache.bytes_per_token,
-            "context": CONTEXT,
-            "bytes_at_context": cache.bytes_per_token * CONTEXT,
-            "expanded_bytes_at_context": expanded * CONTEXT,
-            "ratio": expanded / cache.bytes_per_token,
-        },
-        "published": [_published(shape) for shape in PUBLISHED],
-    }
-
-
-def polygraphy_trials(path: Path, manifest: Manifest) -> dict[str, str]:
-    """每张图用 Polygraphy 在 ONNX Runtime 上试跑一次的命令；不给形状时它取 1，而容量 1 的缓存放不下一步。
-
-    Polygraphy 不会按配方生成权重，CPU 上也没有 bfloat16：按引用的、bfloat16 的、给 TensorRT 的没有。
-    """
-    if manifest.weights.mode == "reference" or manifest.target.startswith("tensorrt"):
-        return {}
-    commands = {}
-    for graph in manifest.graphs:
-        drafts = any(value.name == "draft_ids" for value in graph.inputs)
-        sizes = _TRIAL | {"L": _TRIAL["K+1"] if drafts else 1}
-        shapes = [
-            f"{value.name}:[{','.join(str(sizes.get(str(dim), dim)) for dim in value.shape)}]"
-            for value in graph.inputs
-        ]
-        words = ["polygraphy", "run", str(path / graph.file), "--onnxrt", "--input-shapes"]
-        commands[graph.file] = " ".join([shlex.join(words), *(f"'{shape}'" for shape in shapes)])
-    return commands
-
-
-def _published(shape: CacheShape) -> dict[str, Any]:
-    latent, expanded = (
-        DTYPES["bfloat16"].nbytes(n * shape.num_hidden_layers) for n in (shape.latent, shape.expanded)
-    )
-    return {
-        "name": shape.name,
-        "layers": shape.num_hidden_layers,
-        "values_per_token_per_layer": shape.latent,
-        "expanded_values_per_token_per_layer": shape.expanded,
-        "bytes_per_token": latent,
-        "expanded_bytes_per_token": expanded,
-        "bytes_at_context": latent * CONTEXT,
-        "expanded_bytes_at_context": expanded * CONTEXT,
-        "saving": 1 - latent / expanded,
-    }
+    write_html(html, as_json, inspect_page, str(bundle), summary)
 
 
 def _print(path: Path, summary: dict[str, Any]) -> None:

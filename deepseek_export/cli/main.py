@@ -32,6 +32,7 @@ COMMANDS = MappingProxyType(
             "compare",
             "build",
             "generate",
+            "chat",
             "serve",
             "inspect",
             "bench",
@@ -85,6 +86,7 @@ def cli() -> None:
       dsx verify OUT                         与 PyTorch 逐层比对
       dsx compare OUT                        逐块比较，存成 Polygraphy 的格式
       dsx generate OUT -P "床前明月光"       生成
+      dsx chat OUT                           在终端里对话
       dsx serve OUT                          OpenAI 兼容的 HTTP 服务
     """
 

@@ -114,6 +114,22 @@ def _read_stdin() -> str:
     return content.decode("utf-8")
 
 
+def _html_target(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    from deepseek_export.report.write import check_target
+
+    if value is not None:
+        check_target(value)
+    return value
+
+
+#: 写不写得下先看一遍（``DSX-E401`` / ``DSX-E405``）：要比、要量好几分钟的，不该做完才说。
+html_option = click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    callback=_html_target,
+    help="另写一页自包含的 HTML，有图有表，离线可看；那里已有的只替换 dsx 写的页。",
+)
 # 路径是否存在由 api 检查，好给出带码的错误。
 bundle_argument = click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
 

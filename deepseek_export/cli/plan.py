@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, table
+from deepseek_export.cli.console import console, echo_json, facts, table, write_html
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import checkpoint_argument, counts, json_option, set_option
+from deepseek_export.cli.options import checkpoint_argument, counts, html_option, json_option, set_option
+from deepseek_export.report.plan import SPLITS, least, plan_page, speed
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
     from deepseek_export.plan import Plan
 
 KINDS = ("stored", "float32", "float16", "int8", "int4")
-_SPLITS = {"single": "单卡", "tensor": "张量并行", "expert": "专家并行", "pipeline": "流水并行"}
-_BOUNDS = {"memory": "受带宽限制", "compute": "受算力限制"}
 
 
 @click.command("plan", cls=Command, short_help="动工之前：多大、放不放得下、多快")
@@ -38,6 +36,7 @@ _BOUNDS = {"memory": "受带宽限制", "compute": "受算力限制"}
     help="显存里权重的 dtype；stored 是检查点里的原样。",
 )
 @set_option
+@html_option
 @json_option
 def command(
     checkpoint: Path,
@@ -48,6 +47,7 @@ def command(
     context: int | None,
     weights: Any,
     overrides: tuple[str, ...],
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """估算检查点 CKPT：权重、KV 缓存、导出要的内存与磁盘；给了 --gpu 再算放不放得下、怎么切、每秒多少 token 的上界。
@@ -75,6 +75,7 @@ def command(
         echo_json(plan.model_dump(mode="json"))
     else:
         _print(plan)
+    write_html(html, as_json, plan_page, plan)
 
 
 def _print(plan: Plan) -> None:
@@ -138,7 +139,7 @@ def _gpu_table(plan: Plan) -> Any:
         for split in gpu.requested:
             made.add_row(
                 gpu.title,
-                _SPLITS[split.split],
+                SPLITS[split.split],
                 str(split.gpus),
                 size(split.weight_bytes),
                 size(split.cache_bytes),
@@ -148,28 +149,5 @@ def _gpu_table(plan: Plan) -> Any:
     return made
 
 
-def speed(value: float | None) -> str:
-    """上界只知道两位：往上取，「不超过」才仍然成立；不到 1 的也写得出。"""
-    if value is None:
-        return "放不下"
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
-    rounded = math.ceil(value / unit * (1 - 1e-12)) * unit
-    return f"{rounded:,.0f} token/s" if unit >= 1 else f"{rounded:.2g} token/s"
-
-
 def _gpu_facts(plan: Plan) -> Any:
-    rows = []
-    for gpu in plan.gpus:
-        least = "128 块也不够"
-        if gpu.smallest is not None:
-            least = f"至少 {gpu.smallest.gpus} 块（{_SPLITS[gpu.smallest.split]}）"
-        if gpu.no_split is not None:
-            least += f"；{gpu.no_split}"
-        if gpu.decode_split is not None and gpu.decode_bound is not None:
-            least += (
-                f"；解码不超过 {speed(gpu.decode_tokens_per_second)}"
-                f"（{_SPLITS[gpu.decode_split]}，{_BOUNDS[gpu.decode_bound]}），"
-                f"prefill 不超过 {speed(gpu.prefill_tokens_per_second)}"
-            )
-        rows.append((gpu.title, least))
-    return facts("至少几块，多快", rows)
+    return facts("至少几块，多快", [(gpu.title, least(gpu)) for gpu in plan.gpus])

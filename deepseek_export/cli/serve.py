@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import (
-    backend_option,
-    bundle_argument,
-    counts,
-    threads_option,
-    verify_weights_option,
-)
+from deepseek_export.cli.options import backend_option, counts, threads_option, verify_weights_option
+from deepseek_export.cli.sources import ExportOptions, bundle_of, checkpoint_options
+from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_serve
 from deepseek_export.formats.chat import TOOL_FORMATS
+from deepseek_export.progress import Progress, Unit
+
+if TYPE_CHECKING:
+    from deepseek_export.serving.http.service import ServedModel
+
+logger = logging.getLogger("dsx.serve")
 
 
 @click.command("serve", cls=Command, short_help="用 bundle 开一个 OpenAI 兼容的 HTTP 服务")
-@bundle_argument
+@click.argument("source", metavar="[OUT]", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--host", metavar="HOST", default="127.0.0.1", show_default=True, help="监听的地址；0.0.0.0 对外开放。"
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="端口；0 由系统挑一个。"
 )
-@click.option("--name", metavar="NAME", help="模型名，请求里的 model；缺省是 OUT 的目录名。")
+@click.option("--name", metavar="NAME", help="OUT 的模型名，请求里的 model；缺省是 OUT 的目录名。")
+@click.option(
+    "--model",
+    "more",
+    metavar="NAME=OUT",
+    multiple=True,
+    help="另一个模型与它的名字；可重复，请求里的 model 说要哪一个。",
+)
 @click.option(
     "--api-key-file",
     metavar="FILE",
@@ -46,10 +57,27 @@ from deepseek_export.formats.chat import TOOL_FORMATS
     help="允许这个网页跨域来用；可重复。",
 )
 @click.option(
-    "--slots", type=click.IntRange(1, 4096), default=8, show_default=True, help="至多几个请求同时生成。"
+    "--slots",
+    type=click.IntRange(1, 4096),
+    default=8,
+    show_default=True,
+    help="每个模型至多几个请求同时生成。",
 )
 @click.option(
-    "--max-queue", type=counts(), default=256, show_default=True, help="至多几个请求排队，多的答 503。"
+    "--max-queue",
+    type=counts(),
+    default=256,
+    show_default=True,
+    help="每个模型至多几个请求排队，多的答 503。",
+)
+@click.option("--log-prompts", is_flag=True, help="日志里写上提示词；缺省不写。")
+@click.option("--no-speculative", is_flag=True, help="bundle 带 MTP 时也逐个 token 解码；回答相同。")
+@click.option(
+    "--slot-save-path",
+    "slot_folder",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="允许 /slots 把前缀存到这个目录、从这里恢复。",
 )
 @click.option(
     "--tool-parser",
@@ -59,28 +87,36 @@ from deepseek_export.formats.chat import TOOL_FORMATS
 @threads_option
 @backend_option
 @verify_weights_option(False)
+@checkpoint_options
 def command(
-    bundle: Path,
+    source: Path | None,
     host: str,
     port: int,
     name: str | None,
+    more: tuple[str, ...],
     api_key_file: Path | None,
     cors_origins: tuple[str, ...],
     slots: int,
     max_queue: int,
     tool_parser: str | None,
+    log_prompts: bool,
+    no_speculative: bool,
+    slot_folder: Path | None,
     threads: int | None,
     backend: str,
     verify_weights: bool,
+    **options: Any,
 ) -> None:
-    """用 bundle OUT 开一个 OpenAI 兼容的 HTTP 服务。
+    """用 bundle OUT 开一个 OpenAI 兼容的 HTTP 服务。OUT 也可以是检查点目录，先按引用导出，留着下次用。
 
-    缺省只在本机上听得到，谁都能用；对外开放要给 --host，也该给密钥。日志写在 stderr，一个请求一行，不含提示词与回答。
-    第一个 Ctrl-C（或 SIGTERM）做完手上的再停，第二个立刻停。
+    缺省只在本机上听得到，谁都能用；对外开放要给 --host，也该给密钥。日志写在 stderr，一个请求一行，不含回答，缺省也不含提示词。
+    浏览器打开监听的地址，是试用的一页。第一个 Ctrl-C（或 SIGTERM）做完手上的再停，第二个立刻停。
 
     \b
     例：
       dsx serve OUT
+      dsx serve CKPT -p full --quant int8
+      dsx serve --model small=OUT1 --model large=OUT2
       dsx serve OUT --host 0.0.0.0 --port 8000 --api-key-file KEYS
     """
     require_serve()
@@ -90,24 +126,62 @@ def command(
     from deepseek_export.serving.http.server import Server, listen, serve, url_of
     from deepseek_export.serving.http.service import ServedModel
 
-    settings = EngineSettings(slots=slots, queue=max_queue)
+    exporting = ExportOptions.taken(options)
+    sources = served(source, name, more)
+    settings = EngineSettings(slots=slots, queue=max_queue, speculation=not no_speculative)
     keys = read_keys(api_key_file)
 
-    def load() -> ServedModel:
+    def load(name: str, source: Path) -> ServedModel:
         from deepseek_export import api
 
-        model = api.load(bundle, threads, backend, verify_weights=verify_weights)
-        served = name or bundle.resolve().name
-        return ServedModel.open(served, model.tokenizer, model.session, model.engine(settings), tool_parser)
+        progress = _LogProgress()
+        bundle = bundle_of(source, exporting, verify_weights, progress)
+        model = api.load(bundle, threads, backend, verify_weights=verify_weights, progress=progress)
+        return ServedModel.open(name, model.tokenizer, model.session, model.engine(settings), tool_parser)
 
-    server = Server(load, keys, cors_origins)
-    with _log_to_stderr() as log, listen(host, port) as listening:
-        log.info("在 %s 监听，正在加载 %s", url_of(listening), bundle)
+    loads = [partial(load, *entry) for entry in sources.items()]
+    server = Server(loads, keys, cors_origins, log_prompts=log_prompts, slot_folder=slot_folder)
+    with _log_to_stderr(), listen(host, port) as listening:
+        logger.info("在 %s 监听，正在加载 %s", url_of(listening), "、".join(map(str, sources.values())))
         if not keys and not _loopback(listening.getsockname()[0]):
-            log.warning("对外开放而没有密钥：谁都能用；用 --api-key-file 给密钥")
+            logger.warning("对外开放而没有密钥：谁都能用；用 --api-key-file 给密钥")
         # 脚本用 & 起的进程继承的是忽略 SIGINT；uvicorn 照样听它，停下时又照这里登记的走，退出码不能因此不同。
         signal.signal(signal.SIGINT, signal.default_int_handler)
         serve(server, listening)
+
+
+def served(source: Path | None, name: str | None, more: tuple[str, ...]) -> Mapping[str, Path]:
+    """模型名 → 目录，先 OUT，再依次是各个 ``--model``。
+
+    Raises:
+        DsxError: ``DSX-E733``，一个也没有给、写得不对，或名字重了。
+    """
+    todo = "给 OUT，或 --model NAME=OUT，名字各不相同"
+    if source is None and not more:
+        raise DsxError("DSX-E733", "OUT 与 --model 都没有给", todo)
+    if source is None and name is not None:
+        raise DsxError("DSX-E733", f"给了 --name {name}，而没有 OUT", todo)
+    found = {} if source is None else {name or source.resolve().name: source}
+    for text in more:
+        given, separator, path = text.partition("=")
+        if not (given and separator and path):
+            raise DsxError("DSX-E733", f"--model {text!r} 不是 NAME=OUT", todo)
+        if given in found:
+            raise DsxError("DSX-E733", f"有两个模型叫 {given!r}", todo)
+        found[given] = Path(path)
+    return found
+
+
+class _LogProgress(Progress):
+    """导出的进度写进日志：一个阶段一行。"""
+
+    def start(self, stage: str, total: int | None = None, unit: Unit = "items") -> None:
+        """进入一个阶段。"""
+        logger.info("%s", stage)
+
+    def note(self, line: str) -> None:
+        """要让用户看到的话。"""
+        logger.warning("注意：%s", line)
 
 
 def _loopback(address: str) -> bool:
@@ -115,13 +189,12 @@ def _loopback(address: str) -> bool:
 
 
 @contextmanager
-def _log_to_stderr() -> Iterator[logging.Logger]:
+def _log_to_stderr() -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log = logging.getLogger("dsx.serve")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
-        yield log
+        yield
     finally:
-        log.removeHandler(handler)
+        logger.removeHandler(handler)

@@ -7,32 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_export.cli.console import console, echo_json, facts, table
+from deepseek_export.cli.console import console, echo_json, facts, table, write_html
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.measures import COLUMNS, cells, failure_rows, worst
 from deepseek_export.cli.options import (
     against_option,
     backend_option,
     bundle_argument,
     counts,
+    html_option,
     json_option,
     seed_option,
     verify_weights_option,
 )
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import UnwrittenReport
+from deepseek_export.report.measures import COLUMNS, cells, failure_rows, loss_rows, worst
+from deepseek_export.report.parity import MEANINGS, verify_page
 
 if TYPE_CHECKING:
-    from deepseek_export.parity.report import ParityReport, QuantLoss
+    from deepseek_export.parity.report import ParityReport
 
 LEVELS = ("op", "block", "model", "tokens")
-_MEANINGS = {
-    "op": "dsx 算子",
-    "block": "每层的注意力与前馈",
-    "model": "logits",
-    "tokens": "greedy 续写",
-    "loss": "舍入的损失",
-}
 
 
 @click.command("verify", cls=Command, short_help="证明 bundle 与 PyTorch 相等")
@@ -54,6 +49,7 @@ _MEANINGS = {
 )
 @backend_option
 @verify_weights_option(True)
+@html_option
 @json_option
 @click.pass_context
 def command(
@@ -67,6 +63,7 @@ def command(
     text: Path | None,
     backend: str,
     verify_weights: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """逐级比对 bundle OUT 与 PyTorch：算子、每一层、logits、greedy 续写的 token。
@@ -93,8 +90,10 @@ def command(
             )
     except UnwrittenReport as unwritten:
         _show(unwritten.report, None, as_json)
+        write_html(html, as_json, verify_page, unwritten.report)
         raise
     _show(report, Path(report.bundle) / "reports/parity.json", as_json)
+    write_html(html, as_json, verify_page, report)
     ctx.exit(0 if report.passed else 1)
 
 
@@ -145,7 +144,7 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
             verdict, style = failed, "bold red"
         made.add_row(
             row["level"],
-            _MEANINGS[row["level"]],
+            MEANINGS[row["level"]],
             str(row["cases"]),
             *cells(row),
             verdict,
@@ -156,7 +155,7 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
         click.echo(f"注意：{line}")
     if report.loss is not None:
         out.print()
-        out.print(facts("权重量化的损失（对未量化的基准）", _loss_rows(report.loss)))
+        out.print(facts("权重量化的损失（对未量化的基准）", loss_rows(report.loss)))
     failure = report.first_failure
     if failure is not None:
         where = [("层级", failure.level), ("哪一项", failure.name)]
@@ -166,20 +165,3 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
         click.echo(f"报告    {summary['report']}")
     if report.polygraphy is not None:
         click.echo(f"复现    {report.polygraphy}")
-
-
-def _loss_rows(loss: QuantLoss) -> list[tuple[str, str]]:
-    rows = [("格式", f"{loss.kind}，每 {loss.block} 个一块")]
-    if loss.relative_error_before_a_flip is not None:
-        share = f"{loss.before_a_flip} / {loss.tokens} 个 token"
-        rows.append(("路由分叉之前", f"{share}，logits 相对误差 {loss.relative_error_before_a_flip:.2e}"))
-    rows.append(("全部 token", f"logits 相对误差 {loss.relative_error:.2e}"))
-    if (p := loss.perplexity) is not None:
-        change = f"{p.bundle / p.unquantized - 1:+.2%}"
-        rows.append(
-            (
-                f"困惑度（{p.text}）",
-                f"{p.bundle:.4g}，未量化 {p.unquantized:.4g}（{change}），{p.tokens} 个 token",
-            )
-        )
-    return rows

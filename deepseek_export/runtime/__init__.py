@@ -2,6 +2,7 @@
 
 from deepseek_export.runtime.generate import Generator
 from deepseek_export.runtime.loading import open_session, open_speculative
+from deepseek_export.runtime.logprobs import TokenLogprobs
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.sampling import Sampler, SamplingParams
 from deepseek_export.runtime.session import ModelSession
@@ -10,6 +11,7 @@ from deepseek_export.runtime.speculation.floor import MeasuredFloor, Speculative
 from deepseek_export.runtime.speculation.generator import SpeculativeGenerator
 from deepseek_export.runtime.speculation.stats import SpeculationStats
 from deepseek_export.runtime.stop import StopStrings
+from deepseek_export.runtime.streaming import TextStream
 from deepseek_export.runtime.tokenizer import BundleTokenizer, TokenStream
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "SpeculativeFloor",
     "SpeculativeGenerator",
     "StopStrings",
+    "TextStream",
+    "TokenLogprobs",
     "TokenStream",
     "open_session",
     "open_speculative",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from threading import Lock
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from deepseek_export.backend.base import Caches, Limits, Runner
+from deepseek_export.backend.closed import ClosedRunner
 from deepseek_export.backend.contract import TOKEN_INPUTS
 from deepseek_export.errors import DsxError
 
 
 class GraphSession:
-    """无状态：序列的状态全在 :class:`~deepseek_export.backend.base.Caches` 里，同一会话可以服务多个批次。
+    """无状态：序列的状态全在 :class:`~deepseek_export.backend.base.Caches` 里，同一会话可以服务多个批次。几个线程一起用，一次走一个。
+
+    用完可以 :meth:`close`，也可以写成 ``with``；不关的，没有人用了就放掉。
 
     Args:
         runner: 加载好的图。
@@ -35,6 +40,19 @@ class GraphSession:
         self.vocab_size = runner.contract.vocab_size
         self.hidden_size = runner.contract.hidden_size
         self._float32: WeakKeyDictionary[Caches, np.ndarray] = WeakKeyDictionary()
+        self._running = Lock()
+
+    def close(self) -> None:
+        """放掉图与权重；正在走的那一步走完。之后再用是 ``DSX-E522``；可以调几次。"""
+        with self._running:
+            self.runner = ClosedRunner(self.runner)
+            self._float32.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def limits(self) -> Limits:
@@ -55,7 +73,7 @@ class GraphSession:
         """给一个新批次分配清零的缓存，至少放得下 ``needed`` 个位置。
 
         Raises:
-            DsxError: ``DSX-E506``，``needed`` 超过 ``max_positions``。
+            DsxError: ``DSX-E506``，``needed`` 超过 ``max_positions``；``DSX-E522``，关了。
         """
         return self.runner.new_caches(batch, needed)
 
@@ -91,7 +109,8 @@ class GraphSession:
         ids, past_lens, positions = (inputs[name] for name in TOKEN_INPUTS)
         self.check_ids(ids)
         _check_shapes(ids, past_lens, positions, caches)
-        return self.runner.run(inputs, outputs, caches)
+        with self._running:
+            return self.runner.run(inputs, outputs, caches)
 
     def as_float32(self, array: np.ndarray, caches: Caches) -> np.ndarray:
         """``array`` 的 float32 版本：已经是就原样返回，否则转进 ``caches`` 专用、反复使用的一块内存。"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from deepseek_export.runtime.logprobs import TokenLogprobs
 from deepseek_export.runtime.speculation.stats import SpeculationStats
 
 FinishReason = Literal["eos", "length", "stop"]
@@ -23,6 +24,7 @@ class GenerationResult:
         decode_s: 其余的秒数，含采样和 on_token 回调。
         speculation: 投机解码的统计；普通解码为 ``None``。
         notes: 要告诉用户的话，例如中途停止了投机、放不下 max_new_tokens 个。
+        logprobs: 每行每个新 token 的对数概率，与 ``token_ids`` 对应；没有要就是 ``None``。
     """
 
     token_ids: list[list[int]]
@@ -33,6 +35,7 @@ class GenerationResult:
     decode_s: float
     speculation: SpeculationStats | None = None
     notes: tuple[str, ...] = ()
+    logprobs: list[list[TokenLogprobs]] | None = None
 
     @property
     def prompt_tokens(self) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from deepseek_export.runtime.logprobs import TokenLogprobs, token_logprobs
 from deepseek_export.runtime.result import FinishReason
 from deepseek_export.runtime.stop import StoppedRow
 from deepseek_export.runtime.tokenizer import BundleTokenizer
-
-OnToken = Callable[[int, int], None]
 
 
 class OutputRows:
@@ -19,41 +18,51 @@ class OutputRows:
     Args:
         budgets: ``[B]``，每行至多多少个 token，可以为 0。
         eos: 任何一个都结束一行；它自己算在输出里。
-        on_token: 每收一个 token 调一次 ``on_token(row, token)``。
         stopped: 每行一个，找停止串；没有停止串为 ``None``。凑齐停止串的那个 token 算在输出里，文本里没有停止串。
+        logprobs: 每个 token 另记最可能的几个的对数概率；``None`` 不记。
 
     Attributes:
         token_ids: 每行收到的 token。
         reasons: 每行为什么结束。
         active: ``[B]`` bool，还没有结束的行。
         remaining: ``[B]`` int64，每行还能收几个。
+        logprobs: 每行每个 token 的对数概率；不记为 ``None``。
     """
 
     def __init__(
         self,
         budgets: np.ndarray,
         eos: frozenset[int],
-        on_token: OnToken | None,
         stopped: Sequence[StoppedRow] | None = None,
+        logprobs: int | None = None,
     ) -> None:
         self._eos = eos
         self._stopped = stopped
         self._budgets = budgets
-        self._on_token = on_token
+        self._fresh: list[tuple[int, int]] = []
         self.token_ids: list[list[int]] = [[] for _ in budgets]
         self.reasons: list[FinishReason] = ["length"] * len(budgets)
         self.active = budgets > 0
         self.remaining = budgets.astype(np.int64)
+        self._top = logprobs
+        self.logprobs: list[list[TokenLogprobs]] | None = None if logprobs is None else [[] for _ in budgets]
 
-    def emit(self, row: int, tokens: Iterable[int]) -> int:
-        """给还没结束的一行依次添上 ``tokens``，到它结束为止；返回收下了几个。"""
+    def emit(self, row: int, tokens: Iterable[int], logits: np.ndarray) -> int:
+        """给还没结束的一行依次添上 ``tokens``，到它结束为止；返回收下了几个。
+
+        Args:
+            row: 第几行。
+            tokens: 至多 n 个。
+            logits: ``[n, V]``，它们各从哪一行 logits 里选出来；只在要对数概率时用到。
+        """
         taken = 0
         for token in tokens:
-            taken += 1
             self.token_ids[row].append(token)
+            if self.logprobs is not None and self._top is not None:
+                self.logprobs[row].append(token_logprobs(logits[taken], token, self._top))
+            taken += 1
             self.remaining[row] -= 1
-            if self._on_token is not None:
-                self._on_token(row, token)
+            self._fresh.append((row, token))
             ended = self._ended(row, token)
             if ended is not None:
                 self.reasons[row] = ended
@@ -61,6 +70,11 @@ class OutputRows:
             if not self.active[row]:
                 break
         return taken
+
+    def take(self) -> list[tuple[int, int]]:
+        """上一次取走之后收下的 ``(行号, token)``，依次。"""
+        fresh, self._fresh = self._fresh, []
+        return fresh
 
     def _ended(self, row: int, token: int) -> FinishReason | None:
         if token in self._eos:

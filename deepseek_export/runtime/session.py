@@ -9,6 +9,7 @@ import numpy as np
 
 from deepseek_export.backend.base import Caches, Runner
 from deepseek_export.backend.contract import TOKEN_INPUTS, contract_broken
+from deepseek_export.errors import DsxError
 from deepseek_export.runtime.graph import GraphSession
 
 VerifyMode = Literal["greedy", "rejection"]
@@ -98,6 +99,28 @@ class ModelSession(GraphSession):
             DsxError: ``DSX-E509``，token id 超出词表；执行失败见 :meth:`Runner.run`（ONNX Runtime 是 ``DSX-E513``）。
             ValueError: 形状不一致、位置越界或缓存容量不够（调用方的缺陷）。
         """
+        inputs = self._inputs(input_ids, past_lens, logits_positions)
+        return self.as_float32(self.call(("logits",), inputs, caches)["logits"], caches)
+
+    def hidden(self, input_ids: np.ndarray, past_lens: np.ndarray, caches: Caches) -> np.ndarray:
+        """同 :meth:`run`，取的是每个新位置过了末尾归一化的 hidden。
+
+        Returns:
+            ``[B, S, D]`` float32，也会被覆盖。
+
+        Raises:
+            DsxError: ``DSX-E519``，图里没有它；其余同 :meth:`run`。
+        """
+        if self.verify_mode is None:
+            todo = "用 --set mtp.enabled=true（-p mtp 或 -p full）重新导出：带草稿模型的图有它"
+            raise DsxError("DSX-E519", "这个 bundle 的 model.onnx 没有 hidden 输出，只有 logits", todo)
+        inputs = self._inputs(input_ids, past_lens, np.zeros((len(input_ids), 1), np.int64))
+        return self.as_float32(self.call(("hidden",), inputs, caches)["hidden"], caches)
+
+    def _inputs(
+        self, input_ids: np.ndarray, past_lens: np.ndarray, logits_positions: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """缓存以外的输入；带草稿验证的图，草稿是占位的。"""
         inputs = dict(zip(TOKEN_INPUTS, (input_ids, past_lens, logits_positions), strict=True))
         if self.verify_mode is not None:
             batch, rows = logits_positions.shape
@@ -105,7 +128,7 @@ class ModelSession(GraphSession):
             if self.verify_mode == "rejection":
                 probs = np.broadcast_to(np.float32(0), (batch, rows - 1, self.vocab_size))
                 inputs |= _chance_inputs(Chance(probs, np.zeros((batch, rows), np.float32), 1.0))
-        return self.as_float32(self.call(("logits",), inputs, caches)["logits"], caches)
+        return inputs
 
     def verify(
         self,

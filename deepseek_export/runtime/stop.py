@@ -79,13 +79,14 @@ class StoppedRow:
     Args:
         stream: 这一行的流式解码器。
         stops: 停止串。
+        skip: 前这么多个 token 的文本里不找。
 
     Attributes:
         text: 停止串之前的文本；还没停的时候不含攥着的。
     """
 
-    def __init__(self, stream: TokenStream, stops: Sequence[str]) -> None:
-        self._stream, self._stops = stream, StopStrings(stops)
+    def __init__(self, stream: TokenStream, stops: Sequence[str], skip: int = 0) -> None:
+        self._stream, self._stops, self._skip = stream, StopStrings(stops), skip
         self.text = ""
 
     @property
@@ -95,14 +96,16 @@ class StoppedRow:
 
     def feed(self, token: int) -> bool:
         """送入下一个 token，返回停了没有。"""
-        self.text += self._stops.feed(self._stream.step(token))
+        piece = self._stream.step(token)
+        self.text += piece if self._skip > 0 else self._stops.feed(piece)
+        self._skip -= 1
         return self.stopped
 
 
 def stopped_rows(
-    stops: Sequence[str], tokenizer: BundleTokenizer | None, batch: int
+    stops: Sequence[str], tokenizer: BundleTokenizer | None, batch: int, skip: int = 0
 ) -> list[StoppedRow] | None:
-    """每行一个；没有停止串为 ``None``。
+    """每行一个，前 ``skip`` 个 token 的文本里不找；没有停止串为 ``None``。
 
     Raises:
         DsxError: ``DSX-E514``，有停止串而没有 tokenizer；``DSX-E512``，停止串不对。
@@ -111,4 +114,4 @@ def stopped_rows(
         return None
     if tokenizer is None:
         raise DsxError("DSX-E514", f"停止串 {stops[0]!r} 要在文本里找，而这里没有 tokenizer", "去掉停止串")
-    return [StoppedRow(tokenizer.stream(), stops) for _ in range(batch)]
+    return [StoppedRow(tokenizer.stream(), stops, skip) for _ in range(batch)]

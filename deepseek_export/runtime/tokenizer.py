@@ -16,6 +16,7 @@ from deepseek_export.formats.dsml_prompt import render_dsml
 from deepseek_export.formats.markup_calls import DSML_TOKEN
 from deepseek_export.paths import MAX_LARGE_TEXT, optional_file, read_text
 from deepseek_export.runtime.chat_template import render_chat_template
+from deepseek_export.runtime.token_bytes import TokenBytes
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -53,6 +54,7 @@ class BundleTokenizer:
         special_ids: 解码时去掉的 token：文本 → id。
         chat_template: 聊天模板原文；没有就是 ``None``。
         source: Hugging Face tokenizers 的对象。
+        bytes_of: 一个 token 是哪几个字节。
     """
 
     def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
@@ -69,6 +71,7 @@ class BundleTokenizer:
         self.special_tokens = {key: text for key, text in contents.items() if text is not None}
         bos = self.special_tokens.get("bos_token")
         self.bos_id: int | None = None if bos is None else tokenizer.token_to_id(bos)
+        self.bytes_of = TokenBytes(tokenizer)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> BundleTokenizer | None:

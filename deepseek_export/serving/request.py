@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
 import numpy as np
 
+from deepseek_export.runtime.logprobs import TokenLogprobs
 from deepseek_export.runtime.sampling import RowSampler
 
 #: ``eos`` 模型的结束符；``stop`` 请求自己的停止 token；``length`` 到了上限；``cancelled`` 取消了。
@@ -63,6 +64,7 @@ class RequestResult:
         prompt_tokens: 提示词的长度。
         cached_tokens: 其中有几个的缓存是现成的，没有重算。
         timeline: 各时刻。
+        logprobs: 每个新 token 的对数概率，与 ``token_ids`` 对应；没有要就是 ``None``。
     """
 
     token_ids: list[int]
@@ -70,6 +72,7 @@ class RequestResult:
     prompt_tokens: int
     cached_tokens: int
     timeline: Timeline
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class Request:
@@ -78,7 +81,8 @@ class Request:
     Args:
         work: 要做的事。
         wake: 取消时叫醒引擎。
-        listener: 每有一个新 token、以及结束时，在引擎的线程里调一次 ``listener(request)``；要立刻返回。它抛出的异常算这个请求的失败。
+        listener: 每一步有了新 token（投机时可以不止一个）、以及结束时，在引擎的线程里调一次 ``listener(request)``；要立刻返回。它抛出的异常算
+            这个请求的失败。
     """
 
     def __init__(
@@ -90,8 +94,11 @@ class Request:
         self.work = work
         self.cached_tokens = 0
         self._wake, self._listener = wake, listener
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        # 同一把锁，两种等：等结束的不必每个 token 都醒一次，醒来要与引擎争解释器的锁。
+        self._news, self._over = threading.Condition(lock), threading.Condition(lock)
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._reason: EndReason | None = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -121,6 +128,21 @@ class Request:
         return self._tokens.copy()
 
     @property
+    def length(self) -> int:
+        """提示词加到现在为止的新 token 一共几个。"""
+        return len(self.work.prompt) + len(self._tokens)
+
+    @property
+    def remaining(self) -> int:
+        """至多还能给出几个。"""
+        return self.work.budget - len(self._tokens)
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        """到现在为止各个新 token 的对数概率，一份复制；没有要就是 ``None``。"""
+        return None if self.work.sampler.params.logprobs is None else self._logprobs.copy()
+
+    @property
     def sequence(self) -> list[int]:
         """提示词加到现在为止的新 token，一份复制。"""
         return [*self.work.prompt.tolist(), *self._tokens]
@@ -128,9 +150,9 @@ class Request:
     def __iter__(self) -> Iterator[int]:
         taken, over = 0, False
         while not over:
-            with self._changed:
+            with self._news:
                 while len(self._tokens) == taken and not self.done:
-                    self._changed.wait()
+                    self._news.wait()
                 fresh, over = self._tokens[taken:], self.done
             yield from fresh
             taken += len(fresh)
@@ -147,14 +169,19 @@ class Request:
             TimeoutError: 到时还没有结束；请求照旧进行。
             DsxError: 这个请求失败的原因，例如后端的错误。
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
+        with self._over:
+            if not self._over.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"{timeout} 秒内没有结束")
         if self._error is not None or self._reason is None:
             raise self._error or ValueError("没有结束的原因")
         timeline = Timeline(self._submitted, self._started, self._first, self._finished)
         return RequestResult(
-            self.token_ids, self._reason, len(self.work.prompt), self.cached_tokens, timeline
+            self.token_ids,
+            self._reason,
+            len(self.work.prompt),
+            self.cached_tokens,
+            timeline,
+            self.logprobs,
         )
 
     def cancel(self) -> None:
@@ -168,24 +195,29 @@ class Request:
         """离开队列。"""
         self._started, self.cached_tokens = perf_counter(), cached_tokens
 
-    def emit(self, token: int) -> None:
-        """给出一个 token；该结束就结束。"""
-        with self._changed:
-            self._tokens.append(token)
+    def ends_with(self, token: int) -> bool:
+        """``token`` 是不是结束的那个。"""
+        return token in self.work.eos or token in self.work.stops
+
+    def emit(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
+        """给出一步的 token，至少一个，至多 :attr:`remaining` 个；只有最后一个可以是结束的那个。要对数概率的，连同每个 token 的。"""
+        with self._news:
+            self._logprobs.extend(logprobs)
+            self._tokens.extend(tokens)
             if self._first is None:
                 self._first = perf_counter()
-            if token in self.work.eos:
+            if tokens[-1] in self.work.eos:
                 self._reason = "eos"
-            elif token in self.work.stops:
+            elif tokens[-1] in self.work.stops:
                 self._reason = "stop"
-            elif len(self._tokens) >= self.work.budget:
+            elif self.remaining <= 0:
                 self._reason = "length"
             self._settle()
         self._tell()
 
     def end(self, reason: EndReason) -> None:
         """没有新 token 就结束；已经结束的不变。"""
-        with self._changed:
+        with self._news:
             if self.done:
                 return
             self._reason = reason
@@ -194,7 +226,7 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """失败；已经结束的不变。"""
-        with self._changed:
+        with self._news:
             if self.done:
                 return
             self._error = error
@@ -204,7 +236,8 @@ class Request:
     def _settle(self) -> None:
         if self.done:
             self._finished = perf_counter()
-        self._changed.notify_all()
+            self._over.notify_all()
+        self._news.notify_all()
 
     def _tell(self) -> None:
         if self._listener is None:

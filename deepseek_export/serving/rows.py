@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,20 +39,26 @@ class RowTable:
     """全部的行。
 
     Args:
-        caches: 缓存，一共几行由它定。
+        caches: 主模型的缓存与各草稿模型的，行数相同，一起搬。
         reuse: 用不用现成的前缀；不用就什么也不留。
+        redo: 接着用一段前缀时，末尾要重算几个位置。
+        arrays: 与行一起搬的数组，第 0 维都是行数。
 
     Attributes:
         active: 正在生成的有几行，占着第 ``0 .. active-1`` 行。
-        lengths: ``[R]`` int64，每行的缓存里有几个位置。
+        lengths: ``[R]`` int64，每行的主模型缓存里有几个位置。
+        names: ``[R]`` int64，每行的编号：随内容一起搬，所以一段内容的编号不变。
     """
 
-    def __init__(self, caches: Caches, reuse: bool) -> None:
-        self.caches = caches
+    def __init__(
+        self, caches: Sequence[Caches], reuse: bool, redo: int = 0, arrays: Sequence[np.ndarray] = ()
+    ) -> None:
+        count = caches[0].batch
         self.active = 0
-        self.lengths = np.zeros(caches.batch, np.int64)
-        self._reuse = reuse
-        self._held: list[Held | None] = [None] * caches.batch
+        self.lengths, self.names = np.zeros(count, np.int64), np.arange(count)
+        self._caches, self._arrays = tuple(caches), (self.lengths, self.names, *arrays)
+        self._reuse, self._redo = reuse, redo
+        self._held: list[Held | None] = [None] * count
         self._tree: PrefixTree[Held] = PrefixTree()
         self._clock = itertools.count(1)
 
@@ -67,7 +74,7 @@ class RowTable:
         2. 否则另取一行，把公共前缀复制过去，原来的那一行留着。取空着的，没有就取最久没有用到的。
         3. 除了公共前缀那一行以外没有别的行可取，就截短它。
 
-        至少留提示词的最后一个 token 重算：要它的 logits。
+        至少留提示词的最后一个 token 重算：要它的 logits。有草稿模型的，公共前缀的末尾还要重算 ``redo`` 个。
         """
         source, reused = self._match(prompt, salt)
         kept = 0
@@ -83,7 +90,8 @@ class RowTable:
         # 算完就要排到正在生成的后面。现在就去，占着那里的前缀让开：这一行还短，搬起来最省。
         self._swap(target, self.active)
         if source is not None and kept < reused:
-            self.caches.copy_row(source.row, held.row, reused)
+            for caches in self._caches:
+                caches.copy_row(source.row, held.row, reused)
             self.lengths[held.row] = reused
         return held
 
@@ -103,11 +111,12 @@ class RowTable:
         return packing
 
     def retire(self, held: Held, tokens: np.ndarray) -> None:
-        """不再生成；缓存里是 ``tokens`` 的前 ``lengths`` 个，留给以后的请求。"""
-        length = int(self.lengths[held.row])
+        """不再生成；``tokens`` 是可以给以后的请求当前缀的，比 ``lengths`` 短就截短。"""
+        length = min(int(self.lengths[held.row]), len(tokens))
         if not self._reuse or length == 0:
             self.drop(held)
             return
+        self.lengths[held.row] = length
         self._forget(held)
         self._held[held.row] = held
         self._remember(held, tokens[:length])
@@ -117,6 +126,24 @@ class RowTable:
         """不再生成，内容也不留。"""
         self._forget(held)
         self.lengths[held.row] = 0
+
+    def named(self, name: int) -> tuple[int, Held | None]:
+        """编号为 ``name`` 的现在是第几行、谁占着；空着为 ``None``。"""
+        (row,) = np.flatnonzero(self.names == name).tolist()
+        return row, self._held[row]
+
+    def clear(self, row: int) -> None:
+        """第 ``row`` 行不要了；它不能正在用。"""
+        if (held := self._held[row]) is not None:
+            self._forget(held)
+        self.lengths[row] = 0
+
+    def place(self, row: int, salt: str, tokens: np.ndarray) -> None:
+        """第 ``row`` 行的缓存里已经放好了 ``tokens``，留给以后的请求；它不能正在用。"""
+        self.clear(row)
+        held = self._held[row] = Held(row, salt, tokens[:0], finished=True, used=next(self._clock))
+        self.lengths[row] = len(tokens)
+        self._remember(held, tokens)
 
     def held(self, row: int) -> Held:
         """占着第 ``row`` 行的；那一行不能空着。"""
@@ -130,8 +157,8 @@ class RowTable:
         if not self._reuse:
             return None, 0
         length, candidates = self._tree.longest(salt, prompt)
-        reused = min(length, len(prompt) - 1)
-        if reused == 0:
+        reused = min(length - self._redo, len(prompt) - 1)
+        if reused <= 0:
             return None, 0
         chosen = next((one for one in candidates if self._whole(one, reused)), candidates[-1])
         chosen.used = next(self._clock)
@@ -139,7 +166,7 @@ class RowTable:
 
     def _whole(self, held: Held, reused: int) -> bool:
         """接着用这一行，除了要重算的那一个以外什么也不丢。"""
-        return held.finished and reused + 1 >= len(held.tokens)
+        return held.finished and reused + self._redo + 1 >= len(held.tokens)
 
     def _vacate(self, source: Held | None) -> int:
         """腾出一行：空着的，或最久没有用到的；``source`` 留到最后。"""
@@ -168,11 +195,13 @@ class RowTable:
             return
         short, long = (one, two) if self.lengths[one] <= self.lengths[two] else (two, one)
         length = int(self.lengths[short])
-        saved = self.caches.save_row(short, length) if length else None
-        self.caches.copy_row(long, short, int(self.lengths[long]))
-        if saved is not None:
-            self.caches.restore_row(long, saved)
-        self.lengths[[one, two]] = self.lengths[[two, one]]
+        for caches in self._caches:
+            saved = caches.save_row(short, length) if length else None
+            caches.copy_row(long, short, int(self.lengths[long]))
+            if saved is not None:
+                caches.restore_row(long, saved)
+        for array in self._arrays:
+            array[[one, two]] = array[[two, one]]
         self._held[one], self._held[two] = self._held[two], self._held[one]
         for row in (one, two):
             if (held := self._held[row]) is not None:

@@ -1,23 +1,30 @@
 """一步一步地跑：谁开始、谁算提示词、谁生成。没有线程，也不等待；线程与排队的上限在 :mod:`.engine`。
 
-一步至多两次模型调用：给正在加入的那个请求算一块提示词（至多 ``prefill_tokens`` 个 token，只有它那一行），再给正在生成的各行各走
-一个 token。所以不管来了多长的提示词，别人的两个 token 之间至多插进一块。一块怎么切只看这个请求自己，两次调用都没有填充。
+一步至多两次主模型调用：给正在加入的那个请求算一块提示词（至多 ``prefill_tokens`` 个 token，只有它那一行），再给正在生成的各行各走
+一步：一个 token，或起草了就验证几个。所以不管来了多长的提示词，别人的两个 token 之间至多插进一块。一块怎么切只看这个请求自己。
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 
+from deepseek_export.backend.base import SavedRow
+from deepseek_export.backend.contract import CacheSpec
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime import ModelSession
-from deepseek_export.runtime.sampling import pick_tokens, unusable_logits
+from deepseek_export.runtime import DraftSession, ModelSession
+from deepseek_export.runtime.logprobs import TokenLogprobs, token_logprobs
+from deepseek_export.runtime.speculation.batch_floor import BatchFloor
+from deepseek_export.serving.accept import accepted, drafting, ragged
+from deepseek_export.serving.forward import Forward, Step
 from deepseek_export.serving.request import Request
 from deepseek_export.serving.rows import Held, RowTable
 from deepseek_export.serving.settings import FittedSettings
+from deepseek_export.serving.slots import SlotState, slot_refused
 from deepseek_export.serving.stats import Counters
 
 
@@ -35,6 +42,7 @@ class Scheduler:
     Args:
         session: 主模型。
         settings: 定下了的参数。
+        drafts: 草稿模型。
 
     Attributes:
         waiting: 排队的请求，先来先走。
@@ -45,19 +53,21 @@ class Scheduler:
         DsxError: ``DSX-E919``，TensorRT 引擎的一行没有对齐，不能只运行其中一行。
     """
 
-    def __init__(self, session: ModelSession, settings: FittedSettings) -> None:
+    def __init__(
+        self, session: ModelSession, settings: FittedSettings, drafts: Sequence[DraftSession] = ()
+    ) -> None:
         self.waiting: deque[Request] = deque()
-        self.counters = Counters()
+        self.counters = Counters(settings.num_drafts)
         self.failure: DsxError | None = None
-        self._session, self._settings = session, settings
-        caches = session.new_caches(settings.rows)
-        if settings.rows > 1:
-            caches.rows(1, 1)  # 后端做不到只运行其中一行的，现在就说
-        self._table = RowTable(caches, settings.prefix_reuse)
+        self._settings = settings
+        self._forward = Forward(session, settings, drafts)
+        self._table = RowTable(
+            self._forward.caches, settings.prefix_reuse, self._forward.redo, self._forward.arrays
+        )
+        self._floor = BatchFloor() if settings.speculation_floor else None
         self._joining: _Joining | None = None
         self._running: list[Request] = []  # 第 b 个占着第 b 行
         self._newest = np.zeros(settings.rows, np.int64)  # 每行最新的 token，还没有送进模型
-        self._first = np.zeros((settings.rows, 1), np.int64)  # 解码的一步只有一个位置
 
     @property
     def running(self) -> int:
@@ -77,7 +87,12 @@ class Scheduler:
     @property
     def cache_bytes(self) -> int:
         """缓存分配的字节数。"""
-        return self._table.caches.nbytes
+        return sum(caches.nbytes for caches in self._forward.caches)
+
+    @property
+    def cache_specs(self) -> list[CacheSpec]:
+        """主模型的缓存与各草稿模型的，各有哪些张量。"""
+        return [caches.spec for caches in self._forward.caches]
 
     def step(self) -> None:
         """走一步。
@@ -101,12 +116,73 @@ class Scheduler:
         if joining is not None and joining.request.cancelled:
             joining.request.end("cancelled")
             self.counters.count(joining.request.outcome)
-            self._table.retire(joining.held, joining.request.work.prompt)
+            self._retire(joining.held, joining.request)
             self._joining = None
         for request in self._running:
             if request.cancelled:
                 request.end("cancelled")
         self._pack()
+
+    def slots(self) -> list[SlotState]:
+        """每个槽现在怎样，按编号。"""
+        found = []
+        for name in range(self._settings.rows):
+            row, held = self._table.named(name)
+            found.append(
+                SlotState(name, int(self._table.lengths[row]), held is not None and not held.finished)
+            )
+        return found
+
+    def save(self, name: int) -> tuple[str, np.ndarray, tuple[SavedRow, ...]]:
+        """一个槽的 ``(salt, token, 各图的缓存)``；正在用的，存到这一步为止。
+
+        Raises:
+            DsxError: ``DSX-E534``，空着。
+        """
+        row, held = self._table.named(name)
+        length = self._forward.usable(row, int(self._table.lengths[row]))
+        if held is None or length <= 0:
+            raise slot_refused(name, "空着，没有可存的")
+        tokens = held.tokens
+        if row < self._table.active:
+            tokens = np.array(self._running[row].sequence, np.int64)
+        elif self._joining is not None and self._joining.held is held:
+            tokens = self._joining.request.work.prompt
+        saved = tuple(caches.save_row(row, length) for caches in self._forward.caches)
+        return held.salt, tokens[:length].copy(), saved
+
+    def restore(self, name: int, salt: str, tokens: np.ndarray, saved: Sequence[SavedRow]) -> None:
+        """:meth:`save` 的逆；原来在那里的前缀不要了。
+
+        Raises:
+            DsxError: ``DSX-E534``，正有请求在用，或前缀复用关着。
+        """
+        if not self._settings.prefix_reuse:
+            raise slot_refused(name, "恢复了也用不上：前缀复用关着")
+        row = self._idle_row(name)
+        self._table.clear(row)  # 写到一半出了错，也不会有人以为里面还是原来的
+        for caches, rows in zip(self._forward.caches, saved, strict=True):
+            caches.ensure(len(tokens))
+            caches.restore_row(row, rows)
+        self._forward.admitted(row, len(tokens))
+        self._table.place(row, salt, tokens)
+
+    def erase(self, name: int) -> int:
+        """忘掉一个槽里的前缀；返回它有几个 token。
+
+        Raises:
+            DsxError: ``DSX-E534``，正有请求在用。
+        """
+        row = self._idle_row(name)
+        length = int(self._table.lengths[row])
+        self._table.clear(row)
+        return length
+
+    def _idle_row(self, name: int) -> int:
+        row, held = self._table.named(name)
+        if held is not None and not held.finished:
+            raise slot_refused(name, "正有请求在用")
+        return row
 
     def abandon(self, end: Callable[[Request], None]) -> None:
         """对每个没有结束的请求调 ``end``，然后什么也不剩；此后不能再走。"""
@@ -127,6 +203,7 @@ class Scheduler:
             return
         held = self._table.admit(prompt, request.work.salt)
         hit = int(self._table.lengths[held.row])
+        self._forward.admitted(held.row, hit)
         request.start(hit)
         self.counters.prompt_tokens += len(prompt)
         self.counters.hit_tokens += hit
@@ -136,12 +213,9 @@ class Scheduler:
         """算一块；提示词算完了就给出第一个 token，加入生成。"""
         request, row, table = joining.request, joining.held.row, self._table
         prompt, begin = request.work.prompt, int(table.lengths[row])
-        part = prompt[begin : begin + self._settings.prefill_tokens]
-        last = np.array([[len(part) - 1]])
+        size = min(self._settings.prefill_tokens, len(prompt) - begin)
         try:
-            table.caches.ensure(begin + len(part))
-            view = table.caches.rows(row, 1)
-            logits = self._session.run(part[None], table.lengths[row : row + 1], last, view)[:, 0]
+            logits = self._forward.prefill(row, begin, prompt, size)
         except DsxError as error:
             self.failure = error
             request.fail(error)
@@ -151,51 +225,75 @@ class Scheduler:
             return
         self.failure = None
         self.counters.prefill_calls += 1
-        self.counters.prefill_tokens += len(part)
-        table.lengths[row] += len(part)
-        if begin + len(part) < len(prompt):
+        self.counters.prefill_tokens += size
+        table.lengths[row] += size
+        if begin + size < len(prompt):
             return
         self._joining = None
         self._running.append(request)
         table.join(joining.held, prompt)
-        self._take(logits, len(self._running) - 1)
+        start = len(self._running) - 1
+        self._take(Step(logits, np.empty((1, 0), np.int64)), np.zeros(1, np.int64), start)
+        self._pack()
 
     def _decode(self) -> None:
-        """正在生成的各行各走一个 token。"""
-        table, count = self._table, len(self._running)
-        lengths = table.lengths[:count]
+        """正在生成的各行各走一步。"""
+        count, requests = len(self._running), self._running
+        lengths, newest = self._table.lengths[:count], self._newest[:count]
+        wanted = self._wanted(lengths)
+        most, began = int(wanted.max()), perf_counter()
         try:
-            table.caches.ensure(int(lengths.max()) + 1)
-            view = table.caches.first(count)
-            logits = self._session.run(self._newest[:count, None], lengths, self._first[:count], view)[:, 0]
+            step = self._forward.decode(newest, lengths, most, drafting(requests) if most else None)
+            given = self._take(step, wanted, 0)
+            if self._forward.drafter is not None and step.hidden is not None:
+                self._forward.drafter.observe(lengths, step.hidden, given)
         except DsxError as error:
             self.failure = error
-            for request in self._running:
+            for request in requests:
                 request.fail(error)
             self._pack()
             return
         self.failure = None
         self.counters.decode_steps += 1
-        lengths += 1
-        self._take(logits, 0)
-
-    def _take(self, logits: np.ndarray, start: int) -> None:
-        """给第 ``start`` 行起的各行选 token；``logits`` ``[n, V]``。结束了的离开。"""
-        requests, lengths = self._running[start:], self._table.lengths[start : start + len(logits)]
-        peaks = logits.max(axis=1)
-        usable = np.isfinite(peaks)
-        if not usable.all():
-            for slot in np.flatnonzero(~usable).tolist():
-                requests[slot].fail(unusable_logits(start + slot, float(peaks[slot])))
-            logits, lengths = logits[usable], lengths[usable]
-        rows = np.flatnonzero(usable).tolist()
-        samplers = [requests[slot].work.sampler for slot in rows]
-        picked = pick_tokens(logits, lengths, samplers, lambda index: requests[rows[index]].sequence)
-        self._newest[start : start + len(requests)][usable] = picked
-        for slot, token in zip(rows, picked.tolist(), strict=True):
-            self.counters.generated_tokens += 1
-            requests[slot].emit(token)
+        lengths += given
+        if self._forward.drafter is not None:
+            self.counters.draft_calls = self._forward.drafter.calls
+            if self._floor is not None:
+                self._floor.add(count, most > 0, int(given.sum()), perf_counter() - began)
         self._pack()
+
+    def _wanted(self, newest: np.ndarray) -> np.ndarray:
+        """``[B]``，这一步各行要几个草稿：不超过还能给出的，止损线说不划算就都是 0。"""
+        count = len(newest)
+        most = 0
+        if self._forward.drafter is not None and (self._floor is None or self._floor.wants(count)):
+            most = self._forward.most_drafts(newest)
+        if not most:
+            return np.zeros(count, np.int64)
+        return np.array([min(most, request.remaining - 1) for request in self._running], np.int64)
+
+    def _take(self, step: Step, wanted: np.ndarray, start: int) -> np.ndarray:
+        """给第 ``start`` 行起的各行选 token，交给它们的请求；返回各给出了几个 ``[n]``。"""
+        peaks, best = step.logits.max(axis=2).tolist(), step.logits.argmax(axis=2).tolist()
+        given = np.zeros(len(wanted), np.int64)
+        for slot, drafts in enumerate(ragged(step, wanted)):
+            request, row = self._running[start + slot], start + slot
+            position = request.length
+            tokens, error = accepted(request, step.logits[slot], best[slot], peaks[slot], drafts, row)
+            if tokens:
+                given[slot], self._newest[row] = len(tokens), tokens[-1]
+                if self._forward.drafter is not None:
+                    self._forward.drafter.learn(row, position, tokens)
+                self.counters.gave(tokens, drafts, request.ends_with(tokens[-1]))
+                request.emit(tokens, _logprobs(request, step.logits[slot], tokens))
+            if error is not None:
+                request.fail(error)
+        return given
+
+    def _retire(self, held: Held, request: Request) -> None:
+        tokens = np.array(request.sequence, np.int64)
+        usable = self._forward.usable(held.row, int(self._table.lengths[held.row]))
+        self._table.retire(held, tokens[:usable])
 
     def _pack(self) -> None:
         """结束了的离开批次，它们的行留给以后的请求；失败了的不留。"""
@@ -208,9 +306,16 @@ class Scheduler:
             if request.outcome == "error":
                 self._table.drop(held)
             else:
-                tokens = np.concatenate([request.work.prompt, np.array(request.token_ids, np.int64)])
-                self._table.retire(held, tokens)
+                self._retire(held, request)
         packing = self._table.pack(kept)
         if packing is not None:
             self._running = packing.items(self._running)
             packing.array(self._newest[: len(kept)])
+
+
+def _logprobs(request: Request, logits: np.ndarray, tokens: Sequence[int]) -> list[TokenLogprobs]:
+    """要对数概率的请求，这一步每个 token 的；``logits`` ``[K+1, V]``。"""
+    top = request.work.sampler.params.logprobs
+    if top is None:
+        return []
+    return [token_logprobs(logits[at], token, top) for at, token in enumerate(tokens)]

@@ -32,7 +32,7 @@ def main() -> int:
     if missing:
         print(f"缺少 {'、'.join(missing)}", file=sys.stderr)
         return 1
-    from deepseek_export.bench.environment import environment
+    from deepseek_export.benchmark.environment import environment
     from perf.gpu import session
 
     started = datetime.now(UTC)

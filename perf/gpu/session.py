@@ -119,7 +119,7 @@ def timed_case(
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """``deepseek_export.bench.spread.Spread`` 的字段；它要 pydantic。"""
+    """``deepseek_export.benchmark.spread.Spread`` 的字段；它要 pydantic。"""
     return {"median": median(samples), "low": min(samples), "high": max(samples), "samples": list(samples)}
 
 

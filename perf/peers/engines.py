@@ -24,7 +24,7 @@ class Dsx:
 
     def __init__(self, bundle: str, threads: int, context: int) -> None:
         from deepseek_export import api
-        from deepseek_export.bench.depth import fill_caches
+        from deepseek_export.benchmark.depth import fill_caches
 
         self._session = api.load(bundle, threads).session
         self._caches = self._session.new_caches(1, context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.integration.apply import apply
 from perf.peers.engines import Transformers
 from perf.results import Case, SuiteResult

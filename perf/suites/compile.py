@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle.manifest import WeightsMode
 from deepseek_export.records import ModelDtype
 from perf import isolate

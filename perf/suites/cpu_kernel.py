@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import onnxruntime as ort
 import torch
 
-from deepseek_export.bench.spread import Spread, interleaved
+from deepseek_export.benchmark.spread import Spread, interleaved
 from deepseek_export.cpu_library import BUILD_COMMAND, CpuLibrary, find_library
 from deepseek_export.dtypes import DTYPES
 from perf.results import Case, SuiteResult

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_export.backend.ort.runner import OrtRunner
-from deepseek_export.bench.depth import fill_caches
-from deepseek_export.bench.spread import Spread
+from deepseek_export.benchmark.depth import fill_caches
+from deepseek_export.benchmark.spread import Spread
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import library_for

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from tokenizers import Tokenizer
 
-from deepseek_export.bench.spread import Spread
+from deepseek_export.benchmark.spread import Spread
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.ops.int8_cache import decode_rows, encode_rows

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from deepseek_export import api
-from deepseek_export.bench.depth import DepthDecoder
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.depth import DepthDecoder
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from perf.peers.engines import Transformers
 from perf.results import Case, SuiteResult
 from perf.workload.workspace import Workspace

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from deepseek_export.bench.memory import MemorySample, memory_in_subprocess
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.memory import MemorySample, memory_in_subprocess
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from perf.results import Case, SuiteResult
 from perf.workload.workspace import Workspace
 

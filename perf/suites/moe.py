@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from deepseek_export import api
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from perf.results import Case, SuiteResult
 from perf.workload.workspace import Workspace, parameter_count
 

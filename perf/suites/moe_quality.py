@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from deepseek_export.bench.spread import Spread, paired_ratio
+from deepseek_export.benchmark.spread import Spread, paired_ratio
 from perf import isolate
 from perf.results import Case, SuiteResult
 from perf.workload.workspace import Workspace

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepseek_export import api
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.runtime import GenerationResult
 from perf.results import Case, SuiteResult

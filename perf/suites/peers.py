@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.checkpoint.weight_only import QuantBlock, Quantization
 from deepseek_export.cpu_library import BUILD_COMMAND, OFF, find_library
 from deepseek_export.parity.measures import measure

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepseek_export import api
-from deepseek_export.bench.spread import Spread
+from deepseek_export.benchmark.spread import Spread
 from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cli.demo import CHECKPOINT

@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-from deepseek_export.bench.spread import Spread
+from deepseek_export.benchmark.spread import Spread
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.progress import Progress

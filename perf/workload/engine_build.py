@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_export import api
-from deepseek_export.bench.spread import Spread, interleaved
+from deepseek_export.benchmark.spread import Spread, interleaved
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint
 from deepseek_export.engine.flavour import FLAVOURS, parse_arch
 from perf import isolate

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import deepseek_export
-from deepseek_export.bench.bundle import Scenario, bench_bundle
+from deepseek_export.benchmark.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle, read_bundle
 from deepseek_export.bundle.by_reference import UNHASHED
 from deepseek_export.bundle.disk import atomic_directory, output_lock

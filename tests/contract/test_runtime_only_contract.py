@@ -80,6 +80,21 @@ def test_the_command_line_needs_no_compiler(bundles: dict[str, Path]) -> None:
     assert str(want[0]).replace(" ", "") in out.replace(" ", "").replace("\n", "")
 
 
+@pytest.mark.parametrize("command", ["inspect", "bench", "plan"])
+def test_reading_and_measuring_need_no_compiler(
+    bundles: dict[str, Path], command: str, tmp_path: Path
+) -> None:
+    """RUNTIME-11：``dsx inspect``、``bench``、``plan`` 与它们的网页。"""
+    script = "from deepseek_export.cli.main import main\nmain(sys.argv[1:])"
+    small = ["--prompt-len", "4", "--new-tokens", "2", "--depth", "16", "--runs", "1"]
+    options = {"bench": small, "plan": ["--gpu", "h100"]}.get(command, [])
+    source = bundles["packed"].with_name("ck") if command == "plan" else bundles["packed"]
+    page = tmp_path / "page.html"
+    out = without_compilers(script, command, str(source), *options, "--html", str(page))
+    assert out.splitlines()[-1] == f"网页    {page}"
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("command", ["export", "verify", "compare", "pack", "build"])
 def test_what_needs_the_compiler_says_how_to_get_it(bundles: dict[str, Path], command: str) -> None:
     """RUNTIME-11：要编译依赖的命令按码拒绝，列出缺的包与怎么装。"""

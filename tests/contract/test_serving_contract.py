@@ -47,6 +47,9 @@ def plays(draw, vocab: int = VOCAB) -> list[Ask]:
             temperature=draw(st.sampled_from([0.7, 1.5])) if hot else 0.0,
             top_k=draw(st.sampled_from([0, 5])),
             top_p=draw(st.sampled_from([1.0, 0.9])),
+            min_p=draw(st.sampled_from([0.0, 0.0, 0.1])),
+            repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.6])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.7])),
             seed=draw(st.integers(0, 3)),
         )
         asks.append(
@@ -137,7 +140,7 @@ def test_int8_models_among_others_equal_alone(int8_bundle, slots):
 
 
 def test_engine_backend_among_others_equals_alone(tmp_path):
-    """SERVE-1、SERVE-4、SERVE-5：TensorRT 的引擎走同一套（GPU 是替身，见 tests/fake_gpu.py）；关了之后显存全部归还。"""
+    """SERVE-1、SERVE-4、SERVE-5、SERVE-10：TensorRT 的引擎走同一套，投机也是（GPU 是替身，见 tests/fake_gpu.py）；关了之后显存全部归还。"""
     checkpoint = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32", mtp=True)
     bundle = deepseek_export.export(
         checkpoint, tmp_path / "out", "full", target="tensorrt-rtx", dtype="float16"
@@ -147,16 +150,15 @@ def test_engine_backend_among_others_equals_alone(tmp_path):
         gpu.build(bundle)
         model = deepseek_export.load(bundle.path, backend="trt")
         assert "slots=12" in refused("DSX-E532", EngineSettings(slots=12).fitted, model.session).what
-        with model.engine() as engine:
-            assert "不用它" in engine.notes[-1]
         asks = random_asks(np.random.default_rng(0), 12, model.session.vocab_size)
-        options = EngineSettings(slots=4, rows=6, prefill_tokens=16)
-        engine = assert_same_as_alone(
-            model.session, tuple(model.generator.eos_token_ids), asks, options, "float16"
-        )
-        assert engine.stats.hit_tokens > 0
+        options = EngineSettings(slots=4, rows=6, prefill_tokens=16, speculation_floor=False)
+        eos = tuple(model.generator.eos_token_ids)
+        for drafts in ([], model.speculative.drafts):
+            engine = assert_same_as_alone(model.session, eos, asks, options, "float16", drafts, 3)
+            assert engine.stats.hit_tokens > 0
+            assert sum(engine.stats.proposed) > 0 or not drafts
         assert gpu.driver.counts["launch"] > 0
-        del engine, model
+        del engine, model, drafts
         gpu.build(bundle, "T=129")
         refused("DSX-E919", deepseek_export.load(bundle.path, backend="trt").engine)
         gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,11 @@ import deepseek_export
 from deepseek_export.api import CompiledModel
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
+from deepseek_export.serving import EngineSettings
+from deepseek_export.serving.http.health import Pulse
 from deepseek_export.serving.http.keys import KeyRing
+from deepseek_export.serving.http.server import Server, listen, serve
+from deepseek_export.serving.http.service import ServedModel
 from tests.serving_http import NAME, Running, alone, events, loader, opened, until
 
 pytestmark = pytest.mark.contract
@@ -40,6 +45,12 @@ def bundle(tmp_path_factory) -> Path:
 def model(bundle: Path) -> CompiledModel:
     """对照：不经过服务。"""
     return deepseek_export.load(bundle, threads=1)
+
+
+@pytest.fixture
+def model_of(bundle: Path) -> Callable[[], CompiledModel]:
+    """另加载一份，归引擎用。"""
+    return lambda: deepseek_export.load(bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +179,7 @@ def test_an_error_after_the_stream_began_is_an_event(bundle: Path):
         refused = running.post("/v1/chat/completions", body)
         assert "secret" not in sick.text + refused.text
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "DSX-E531")
-        assert 'dsx:request_success_total{finished_reason="error"} 4.0' in running.get("/metrics").text
+        assert metrics(running)['dsx:request_success_total{finished_reason="error"}'] == 4
 
 
 # SERVE-24
@@ -269,16 +280,23 @@ def test_health_while_loading_and_after(bundle: Path):
         assert "dsx:num_requests_running" not in running.get("/metrics").text
         go.set()
         until(lambda: running.get("/ready").status_code == 200)
-        assert running.engine.stats.generated_tokens == 1
+        assert running.engine.stats.generated_tokens == 2  # 算一次提示词，生成一次
         assert running.get("/health").json() == {"status": "ok"}
+
+
+def metrics(server: Running, model: str = NAME) -> dict[str, float]:
+    """``/metrics`` 里这个模型的各项，名字里去掉 ``model_name``。"""
+    label = f'model_name="{model}"'
+    lines = [line for line in server.get("/metrics").text.splitlines() if label in line]
+    bare = (re.sub(rf"{label},?|,{label}", "", line).replace("{}", "") for line in lines)
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in bare)}
 
 
 def test_metrics(server: Running):
     """SERVE-25：vLLM 的名字，``dsx:`` 开头；数与引擎的、请求的对得上。"""
 
     def readings() -> dict[str, float]:
-        lines = [line for line in server.get("/metrics").text.splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+        return metrics(server)
 
     server.idle()
     before = readings()
@@ -292,10 +310,94 @@ def test_metrics(server: Running):
     assert grew("generation_tokens_total") == 9
     assert grew("prompt_tokens_total") == grew("prefix_cache_queries_total") == got["usage"]["prompt_tokens"]
     assert grew("prefix_cache_hits_total") == got["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert grew("spec_decode_num_accepted_tokens_total") <= grew("spec_decode_num_draft_tokens_total")
+    assert grew("spec_decode_num_drafts_total") == 0 or server.engine.settings.num_drafts
     assert grew("time_to_first_token_seconds_count") == grew("e2e_request_latency_seconds_count") == 1
     assert grew("inter_token_latency_seconds_count") <= 8
     assert grew('request_success_total{finished_reason="length"}') == 1
     assert after["dsx:num_requests_running"] == after["dsx:num_requests_waiting"] == 0
+
+
+def test_health_recovers_by_itself(model_of: Callable[[], CompiledModel], caplog):
+    """SERVE-25：模型调用失败过就是 503；探针自己会试跑，好了就是 200，不必等别人的请求。"""
+    model = model_of()
+    with Running(lambda: opened(model)) as running:
+        broken = DsxError("DSX-E513", "坏了", "修")
+        with mock.patch.object(model.session, "run", side_effect=broken):
+            assert running.post("/v1/completions", {"prompt": TEXT}).status_code == 500
+            for _ in range(3):
+                got = running.get("/health")
+                assert (got.status_code, got.json()["error"]["code"]) == (503, "engine_dead")
+                assert "DSX-E513" in got.json()["error"]["message"]
+                assert "坏了" not in got.text  # 探针不要密钥，不说原文
+                running.idle()
+        assert running.get("/ready").status_code == 503  # 这一问开始试跑
+        until(lambda: running.get("/ready").status_code == 200)
+        assert running.get("/health").status_code == 200
+
+
+def test_health_sees_a_stuck_engine(model_of: Callable[[], CompiledModel]):
+    """SERVE-25：有事做而许久没有做完一次模型调用，是 503；动了就好了。"""
+    model = model_of()
+    go = threading.Event()
+    run = model.session.run
+
+    def stuck(*arguments):
+        go.wait(30)
+        return run(*arguments)
+
+    with model.engine(EngineSettings(slots=1)) as engine:
+        pulse = Pulse(engine, [5], stall_s=0.05)
+        assert pulse.trouble() is None
+        with mock.patch.object(model.session, "run", stuck):
+            request = engine.submit([5, 9], max_new_tokens=4)
+            until(lambda: "卡住了" in (pulse.trouble() or ""))
+            go.set()
+            request.result(30)
+        assert pulse.trouble() is None
+
+
+def test_several_models(bundle: Path, model: CompiledModel):
+    """SERVE-53：都列出来，请求里的 ``model`` 说要哪一个；健康要全部的；指标各记各的。"""
+    one, two = (lambda name=name: opened(deepseek_export.load(bundle, threads=1), name) for name in "ab")
+    with Running(one, more=[two]) as running:
+        assert [card["id"] for card in running.get("/v1/models").json()["data"]] == ["a", "b"]
+        want = alone(model, TEXT, max_new_tokens=6)
+        body = {"prompt": TEXT, "max_tokens": 6, "temperature": 0}
+        for name, times in (("a", 1), ("b", 2)):
+            for _ in range(times):
+                got = running.post("/v1/completions", body | {"model": name}).json()
+                assert (got["model"], got["choices"][0]["text"]) == (name, want)
+        assert running.post("/v1/completions", body).json()["error"]["param"] == "model"
+        assert running.post("/v1/completions", body | {"model": "c"}).status_code == 404
+        assert running.post("/tokenize", {"prompt": "x", "model": "b"}).status_code == 200
+        assert running.post("/detokenize", {"tokens": [5]}).status_code == 400
+        for name, times in (("a", 1), ("b", 2)):
+            read = metrics(running, name)
+            assert read["dsx:e2e_request_latency_seconds_count"] == times
+            assert read["dsx:generation_tokens_total"] == 6 * times + 2  # 试跑的也算
+        models = running.server.service.models
+        models["b"].engine.close()
+        got = running.get("/health")
+        assert got.status_code == 503
+        assert "'b'" in got.json()["error"]["message"]
+
+
+def test_one_model_that_cannot_load_stops_all(bundle: Path):
+    """SERVE-53：加载好的也关掉。"""
+    loaded: list[ServedModel] = []
+
+    def good() -> ServedModel:
+        loaded.append(opened(deepseek_export.load(bundle, threads=1)))
+        return loaded[0]
+
+    def bad() -> ServedModel:
+        raise DsxError("DSX-E402", "没有", "给一个")
+
+    server = Server([good, bad])
+    with listen("127.0.0.1", 0) as listening, pytest.raises(DsxError, match="DSX-E402"):
+        serve(server, listening)
+    assert not loaded[0].engine.healthy
 
 
 # SERVE-26
@@ -328,11 +430,24 @@ def test_keys_and_logs(bundle: Path, caplog):
         running.get("/a%0Ab", headers={"authorization": "Bearer other", "x-request-id": "two words"})
         until(lambda: len(caplog.records) == 2)
     first, second = (record.getMessage() for record in caplog.records[:2])
-    assert first.startswith("mine-1 POST /v1/completions 200 prompt=")
+    assert first.startswith("mine-1 POST /v1/completions 200 model=demo prompt=")
     assert "new=2 finish=length ttft=" in first
     assert " GET /a%0Ab 404 " in second
     assert not second.startswith("two words")
     assert not any(word in caplog.text for word in ("PROMPT-TEXT", secret, "other"))
+
+
+def test_prompts_are_logged_only_on_request(bundle: Path, caplog):
+    """SERVE-26：要了才写，仍是一行，看不见的字符都转义；回答从不写。"""
+    caplog.set_level("INFO", "dsx.serve")
+    with Running(loader(bundle), log_prompts=True) as running:
+        caplog.clear()
+        body = {"prompt": ["明月\n\x1b[31m\u2028", "x"], "max_tokens": 2}
+        assert running.post("/v1/completions", body).status_code == 200
+        until(lambda: caplog.records)
+    line = caplog.records[0].getMessage()
+    assert line.isprintable()
+    assert "明月\\n" in line
 
 
 def test_cors_only_where_allowed(bundle: Path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+import deepseek_export
 from deepseek_export import __version__
 from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.synthetic import write_checkpoint
@@ -320,6 +321,36 @@ def test_generate_json(demo_bundle):
     again = dsx("generate", demo_bundle, *prompts, *args, "--ignore-eos", "--threads", 1)
     assert "[1/2] 床前明月光" in again.stdout
     assert found["text"][1] in again.stdout
+
+
+def test_generate_takes_every_sampling_option(demo_bundle):
+    """RUNTIME-13：与 Python 的同名参数相同；对数概率在 ``--json`` 里，或在 stderr 上。"""
+    args = ("generate", demo_bundle, "-P", "床前明月光", "--max-new-tokens", 8, "--threads", 1)
+    args += ("--temperature", 0.9, "--min-p", 0.05, "--presence-penalty", 0.5, "--frequency-penalty", 0.25)
+    args += ("--repetition-penalty", 1.2, "--min-tokens", 8, "--logit-bias", "7=-100", "--seed", 3)
+    found = last_json(dsx(*args, "-n", 2, "--logprobs", 2, "--json"))
+    want = deepseek_export.load(demo_bundle, threads=1).generate(
+        "床前明月光",
+        8,
+        n=2,
+        temperature=0.9,
+        min_p=0.05,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        repetition_penalty=1.2,
+        min_tokens=8,
+        logit_bias={7: -100},
+        seed=3,
+        logprobs=2,
+    )
+    assert (found["token_ids"], found["text"]) == (want.token_ids, want.text)
+    assert [[one["token"] for one in row] for row in found["logprobs"]] == want.token_ids
+    assert all(len(one["top"]) == 2 for row in found["logprobs"] for one in row)
+    shown = dsx(*args, "--logprobs", 1)
+    assert shown.stdout == want.text[0] + "\n"
+    assert f"{want.logprobs[0][0].logprob:.3f}" in shown.stderr
+    both = dsx(*args, "-n", 2)
+    assert both.stdout.startswith(f"[1/2] 床前明月光\n{want.text[0]}\n\n[2/2] 床前明月光\n")
 
 
 def test_generate_streams(demo_bundle):

@@ -323,6 +323,12 @@ def test_bad_generate_inputs(tiny_bundle):
         (["--ids", "1,999999999999999999"], "DSX-E509"),
         (["--ids", "1,99999999999999999999999"], "DSX-E509"),
         (["--ids", "9" * 5000], "DSX-E509"),
+        (["--ids", "1", "--min-p", "2"], "DSX-E504"),
+        (["--ids", "1", "--logprobs", "21"], "DSX-E504"),
+        (["--ids", "1", "--logit-bias", "1=101"], "DSX-E504"),
+        (["--ids", "1", "--logit-bias", "9999999999999999999999=1"], "DSX-E509"),
+        (["--ids", "1", "--min-tokens", "65"], "DSX-E512"),
+        (["--ids", "1", "-n", "0"], "DSX-E512"),
     ):
         process = dsx("generate", tiny_bundle, *args, "--json")
         assert_refused(process, code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 import deepseek_export
 from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.disk_cache import home as cache_home
 from tests.integration.cli import assert_refused, dsx, environment
 from tests.serving_http import events
 
@@ -43,17 +45,18 @@ def bundle(tmp_path_factory) -> Path:
 
 @contextmanager
 def serving(
-    bundle: Path, *options: str, in_background: bool = False
+    bundle: Path | None, *options: str, in_background: bool = False, **extra: str
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """一个就绪了的服务进程，与它的地址；``in_background``：像脚本用 ``&`` 起的，继承的是忽略 SIGINT。"""
-    command = [sys.executable, "-c", _SERVE, "serve", str(bundle), "--port", "0", "--threads", "1", *options]
+    given = [] if bundle is None else [str(bundle)]
+    command = [sys.executable, "-c", _SERVE, "serve", *given, "--port", "0", "--threads", "1", *options]
     interrupts = signal.SIG_IGN if in_background else signal.SIG_DFL
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment(**extra),
         preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
     )
     try:
@@ -61,7 +64,8 @@ def serving(
         seen = process.stderr.readline()
         url = re.search(r"http://\S+:\d+", seen)
         assert url is not None, seen + process.stderr.read()
-        assert "就绪" in process.stderr.readline()
+        lines = iter(process.stderr.readline, "")
+        assert any("就绪" in line for line in lines)
         yield process, url[0]
     finally:
         process.kill()
@@ -154,8 +158,44 @@ def test_ctrl_c(bundle: Path, times: int, in_background: bool):
         assert stopped(process, 130).splitlines()[-1] == "已中断"
 
 
+def test_several_models_from_the_command_line(bundle: Path):
+    """SERVE-53：OUT 与 ``--model`` 都列出来，各答各的。"""
+    with (
+        serving(bundle, "--name", "one", "--model", f"two={bundle}") as (process, url),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        names = [card["id"] for card in client.get("/v1/models").json()["data"]]
+        assert names == ["one", "two"]
+        texts = set()
+        for name in names:
+            body = {"model": name, "prompt": "春", "temperature": 0, "max_tokens": 8}
+            texts.add(client.post("/v1/completions", json=body).json()["choices"][0]["text"])
+        assert len(texts) == 1
+        process.send_signal(signal.SIGTERM)
+        assert "model=two" in stopped(process)
+
+
+def test_a_checkpoint_is_served(tmp_path: Path):
+    """SERVE-52：一条命令从检查点到服务；名字是检查点的目录名。"""
+    checkpoint = tmp_path / "CKPT"
+    shutil.copytree(CHECKPOINT, checkpoint)
+    home = tmp_path / "home"
+    home.mkdir()
+    traces = cache_home() / "traces"
+    traces.mkdir(parents=True, exist_ok=True)
+    (home / "traces").symlink_to(traces)
+    with serving(checkpoint, DSX_HOME=str(home)) as (_, url):
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "CKPT"
+        body = {"prompt": "春", "max_tokens": 4}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+    with serving(checkpoint, DSX_HOME=str(home)) as (process, url):
+        assert httpx.get(f"{url}/health").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        stopped(process)  # 现成的那一份，不要编译的依赖
+
+
 def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):
-    """SERVE-26、SERVE-27：按码拒绝，没有 traceback。"""
+    """SERVE-26、SERVE-27、SERVE-52、SERVE-53：按码拒绝，没有 traceback。"""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert_refused(dsx("serve", bundle, "--port", port), "DSX-E731")
@@ -163,6 +203,18 @@ def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):
     assert_refused(dsx("serve", bundle, "--api-key-file", tmp_path / "none"), "DSX-E730")
     assert_refused(dsx("serve", tmp_path / "none", "--port", 0), "DSX-E402")
     assert_refused(dsx("serve", tiny_bundle, "--port", 0), "DSX-E514")
+    for wrong in (
+        (),
+        ("--model", "x"),
+        ("--model", "=OUT"),
+        ("--model", "x="),
+        ("--name", "x"),
+        ("--name", "x", "--model", "y=OUT"),
+        ("--model", "x=OUT", "--model", "x=OUT2"),
+        (bundle, "--name", "x", "--model", "x=OUT"),
+    ):
+        assert_refused(dsx("serve", "--port", 0, *wrong), "DSX-E733")
+    assert_refused(dsx("serve", bundle, "--port", 0, "--quant", "int8"), "DSX-E732")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     refused = dsx("serve", bundle)
     assert_refused(refused, "DSX-E721")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from deepseek_export import api, machine
-from deepseek_export.bench.bundle import BenchReport, Scenario, bench_bundle
-from deepseek_export.bench.depth import DepthDecoder
-from deepseek_export.bench.environment import environment
-from deepseek_export.bench.memory import measure, memory_in_subprocess
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.bundle import BenchReport, Scenario, bench_bundle
+from deepseek_export.benchmark.depth import DepthDecoder
+from deepseek_export.benchmark.environment import environment
+from deepseek_export.benchmark.memory import measure, memory_in_subprocess
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
 from tests.integration.cli import dsx
@@ -191,7 +191,7 @@ def test_bench_writes_its_report(exported):
 
 def test_bench_measures_speculation_and_survives_unknown_memory(speculative, monkeypatch):
     """带草稿模型时两种解码都测；系统不给进程内存时写「未知」。"""
-    monkeypatch.setattr("deepseek_export.bench.memory.process_memory", lambda: None)
+    monkeypatch.setattr("deepseek_export.benchmark.memory.process_memory", lambda: None)
     report, text = bench(speculative, "-P", "床前明月光")
     assert set(report.ways) == {"bundle/plain", "bundle/speculative"}
     assert report.ways["bundle/speculative"].speculation["main_calls"] > 0

@@ -31,9 +31,11 @@ def test_the_api_page_names_everything_public():
 
 
 def test_performance_and_the_readme_figures_come_from_the_history():
-    """不一致就运行 ``python -m perf pages``。"""
+    """REPORT-6：页、图与数都是历史写出来的，没有多余的图；不一致就运行 ``python -m perf pages``。"""
     written = pages.texts(results.load())
-    assert set(written) == {pages.PAGE, *pages.READMES.values()}
+    pictures = set(pages.PICTURES.glob("*.svg"))
+    assert pictures
+    assert set(written) == {pages.PAGE, *pages.READMES.values()} | pictures
     for path, text in written.items():
         assert path.read_text(encoding="utf-8") == text, path
 

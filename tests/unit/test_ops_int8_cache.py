@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from deepseek_export.bench.depth import random_rows
+from deepseek_export.benchmark.depth import random_rows
 from deepseek_export.ops.int8_cache import LATENT_CODES, ROPE_CODES, decode_rows, encode_rows
 from deepseek_export.ops.mla_attention import mla_attention
 from tests.models import TOLERANCE, distance

@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from deepseek_export.bench.environment import environment
-from deepseek_export.bench.memory import MemorySample
+from deepseek_export.benchmark.environment import environment
+from deepseek_export.benchmark.memory import MemorySample
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.reference import Forms, load_draft, load_reference

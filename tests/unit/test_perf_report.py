@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 
 import pytest
 
 from perf import figures, gates, labels, report, results
 from perf.results import Case, Run
-from perf.suites import SUITES
+from perf.suites import SUITES, mtp
 from tests.perf_runs import every_suite, make_run, memory_case, spread, suite
+from tests.report_pages import SVG, bars, check_picture
 
-pytestmark = [
-    pytest.mark.unit,
-    # 测试用随 matplotlib 带的字体画，没有汉字的字形。
-    pytest.mark.filterwarnings("ignore:Glyph .* missing from font"),
-]
+pytestmark = pytest.mark.unit
 
 
 def test_every_suite_reports_its_own_environment():
@@ -140,40 +136,67 @@ def test_report_is_self_contained_and_every_figure_parses(tmp_path):
     assert "prefers-color-scheme: dark" in page
 
 
-def test_figures_use_a_chinese_font_or_say_so(tmp_path, monkeypatch):
-    """没有中文字体：报告照写，页首说明怎么办，没有图；有就把每张图画成合法的 SVG，占位颜色全部换掉。"""
-    run = make_run(every_suite())
-    monkeypatch.setattr(figures, "FONTS", ("没有这个字体",))
-    page = report.html([run], [])
-    assert "fonts-wqy-zenhei" in page
-    assert "<svg" not in page
-    with pytest.raises(figures.NoChineseFont):
-        figures.draw(run.suites[0])
-    # 用随 matplotlib 带的字体画，缺的字形是方框，但版式、颜色与结构照验。
-    monkeypatch.setattr(figures, "FONTS", ("DejaVu Sans",))
-    paths = report.write_figures([run], tmp_path)
-    assert len(paths) == 2 * len(figures.FIGURES)
+def test_every_registered_suite_is_drawn():
+    """REPORT-4：每张图都是合法的 SVG，有名字与说明，字不相撞、不出图；单独的文件自带两种主题，文字仍是文字。"""
     assert set(figures.FIGURES) < set(SUITES)
-    for path in paths:
-        text = path.read_text()
-        ET.fromstring(text)
-        colours = figures.THEMES[path.stem.rpartition("-")[2]]
-        assert all(colour in text for colour in colours.values())
-        assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text)) <= set(
-            re.findall(r' id="([^"]+)"', text)
+    names = []
+    for one in every_suite():
+        drawn = figures.draw(one)
+        assert bool(drawn) == (one.suite in figures.FIGURES)
+        for name, picture in drawn.items():
+            assert name.startswith(one.suite)
+            names.append(name)
+            text = picture.standalone()
+            check_picture(ET.fromstring(text))
+            assert "prefers-color-scheme: dark" in text
+            assert picture.title in text
+            assert "href" not in text
+    assert len(names) == len(set(names))
+    page = report.html([make_run(every_suite())], [])
+    assert page.count("<svg") == len(names)
+
+
+def test_pictures_of_the_history_are_readable():
+    """REPORT-4：真的历史画出来的，名字与数字更长，也不相撞。"""
+    for run in results.newest(results.load()):
+        for picture in figures.draw(run.suites[0]).values():
+            check_picture(ET.fromstring(picture.standalone()))
+
+
+def test_bars_are_linear_and_say_which_way_is_better():
+    """REPORT-5：条的长短就是值之比，差七十倍也不取对数；每张量时间、内存、速度的图写着哪边好。"""
+    for run in results.newest(results.load()):
+        one = run.suites[0]
+        for name, picture in figures.draw(one).items():
+            if name != "moe-quality-load":  # 负载越匀越好，写在轴上
+                assert figures.LOWER in picture.body or figures.HIGHER in picture.body, name
+        if one.suite == "mla-memory":
+            found = bars(ET.fromstring(figures.draw(one)["mla-memory-cache"].standalone()))
+            lengths = iter(length for _, length in found)
+            longest = max(length for _, length in found)
+            largest = max(case.values["baseline.cache_resident"].median for case in one.cases)
+            for case in one.cases:
+                for key in ("mla.cache_resident", "baseline.cache_resident"):
+                    share = case.values[key].median / largest
+                    assert next(lengths) / longest == pytest.approx(share, abs=1e-3)
+
+
+def test_measured_acceptance_is_on_the_break_even_curves():
+    """REPORT-6：每个场景一个圈，横是实测的接受率，纵是实测的比值，都在名字里念得出。"""
+    found = next(run.suites[0] for run in results.newest(results.load()) if run.suites[0].suite == "mtp")
+    picture = figures.draw(found)["mtp-break-even"]
+    rings = [
+        node
+        for node in ET.fromstring(picture.standalone()).iter(f"{SVG}circle")
+        if "hollow" in node.get("class", "")
+    ]
+    rings = [ring for ring in rings if ring.find(f"{SVG}title") is not None]
+    assert len(rings) == len(found.cases)
+    for case in found.cases:
+        stats = case.facts["speculation"]
+        at = figures.equivalent_acceptance(stats["tokens_per_call"], stats["num_draft_tokens"])
+        assert mtp.tokens_per_round(at, stats["num_draft_tokens"]) == pytest.approx(stats["tokens_per_call"])
+        assert min(stats["acceptance"]) - 0.02 <= at <= max(stats["acceptance"])
+        assert (
+            f"{case.name}：实测接受率 {at:.1%}，比值 {case.ratios['time'].median:.2f}" in picture.description
         )
-        assert not any(placeholder in text for placeholder in colours)
-    page = report.html([make_run(every_suite()[:1])], [])
-    assert page.count("<svg") == 1
-    assert "var(--ink)" in page
-
-
-def test_a_font_of_one_odd_weight_draws_without_warnings(monkeypatch, caplog):
-    """文泉驿自称 500 的字重：不该每张图警告一次找不到 normal。"""
-    fonts = figures.font_manager.fontManager.ttflist
-    plain = next(entry for entry in fonts if entry.name == "DejaVu Sans")
-    odd = replace(plain, name="Only Medium", weight=500)
-    monkeypatch.setattr(figures.font_manager.fontManager, "ttflist", [*fonts, odd])
-    monkeypatch.setattr(figures, "FONTS", ("Only Medium",))
-    figures.draw(every_suite()[0])
-    assert not caplog.text

@@ -30,6 +30,7 @@ from tests.unit.test_runtime_speculative_toy import (
     draft_oracle,
     make_drafts,
     markov,
+    one_by_one,
 )
 from tests.unit.test_runtime_toy import VOCAB, make_toy
 
@@ -51,7 +52,7 @@ class Seen:
 
 
 def plain(generator: SpeculativeGenerator, *args: Any, **kwargs: Any) -> list[list[int]]:
-    return Generator.generate(generator, *args, **kwargs).token_ids
+    return one_by_one(generator).generate(*args, **kwargs).token_ids
 
 
 @pytest.mark.parametrize("chunk", [3, 512])
@@ -104,7 +105,7 @@ def test_eos_in_an_accepted_run_and_uneven_lengths(tmp_path: Path) -> None:
     free = [toy.greedy(prompt, 24) for prompt in RAGGED]
     for eos in {token for ids in free for token in ids[1:4]}:
         generator = build(tmp_path, toy, make_drafts(toy, 1, mix=0), 4, eos=(eos,))
-        expected = Generator.generate(generator, RAGGED, 24)
+        expected = one_by_one(generator).generate(RAGGED, 24)
         seen: list[list[int]] = [[] for _ in RAGGED]
         result = generator.generate(RAGGED, 24, on_token=Seen(seen))
         assert result.token_ids == seen == expected.token_ids
@@ -387,3 +388,22 @@ def test_teacher_forced_logits_still_work(tmp_path: Path, verify: str) -> None:
     for chunk in (None, 3):
         for ids, got in zip(RAGGED, generator.logits(RAGGED, chunk), strict=True):
             assert got == pytest.approx(TOY.forward(ids), abs=1e-4)
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_logprobs_are_those_of_plain_decoding(tmp_path: Path, modules: int) -> None:
+    """RUNTIME-14：对数概率与逐个 token 解码的相同，到最大长度为止都对得上。"""
+    toy = make_toy(LIMIT)
+    made = build(tmp_path, toy, make_drafts(toy, modules), 4)
+    prompts = [np.random.default_rng(1).integers(0, VOCAB, LIMIT - 9).tolist(), [3, 1]]
+    params = SamplingParams(logprobs=2)
+    got = made.generate(prompts, 40, params)
+    want = Generator(made.session, None, ()).generate(prompts, 40, params)
+    assert got.token_ids == want.token_ids
+    assert got.logprobs is not None
+    assert want.logprobs is not None
+    for mine, plain_ones in zip(got.logprobs, want.logprobs, strict=True):
+        assert [(one.token, [token for token, _ in one.top]) for one in mine] == [
+            (one.token, [token for token, _ in one.top]) for one in plain_ones
+        ]
+        assert [one.logprob for one in mine] == pytest.approx([one.logprob for one in plain_ones], abs=1e-4)

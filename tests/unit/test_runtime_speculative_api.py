@@ -40,6 +40,13 @@ TOY = make_toy(LIMIT)
         ("rejection", {}, "mtp.verify=greedy"),
         ("rejection", {"temperature": 0.7, "top_k": 3}, "top-k"),
         ("rejection", {"temperature": 0.7, "top_p": 0.5}, "top-p"),
+        ("rejection", {"temperature": 0.7, "min_p": 0.1}, "min-p"),
+        ("rejection", {"temperature": 0.7, "presence_penalty": 0.5}, "speculative=False"),
+        ("greedy", {"frequency_penalty": -0.5}, "speculative=False"),
+        ("greedy", {"repetition_penalty": 1.1}, "speculative=False"),
+        ("greedy", {"min_tokens": 2}, "speculative=False"),
+        ("greedy", {"logit_bias": {1: 1.0}}, "speculative=False"),
+        ("greedy", {"allowed_token_ids": [1]}, "speculative=False"),
     ],
 )
 def test_incompatible_sampling(tmp_path: Path, verify: str, params: dict[str, Any], todo: str) -> None:

@@ -15,7 +15,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deepseek_export.backend.ort.runner import OrtRunner
-from deepseek_export.runtime import DraftSession, ModelSession, SpeculativeFloor, SpeculativeGenerator
+from deepseek_export.runtime import (
+    DraftSession,
+    Generator,
+    ModelSession,
+    SpeculativeFloor,
+    SpeculativeGenerator,
+)
 from deepseek_export.runtime.session import Chance
 from tests.unit.test_runtime_toy import LAYERS, VOCAB, WIDTH, Toy, make_toy, save_toy
 
@@ -208,6 +214,11 @@ def build(
     paths = [save_draft(draft, folder / f"mtp.{i}.onnx", **options) for i, draft in enumerate(drafts)]
     modules = [DraftSession(OrtRunner(path, **kwargs)) for path in paths]
     return SpeculativeGenerator(session, modules, None, eos, count, verify, chunk, floor)
+
+
+def one_by_one(generator: SpeculativeGenerator) -> Generator:
+    """同一个主模型，逐个 token 解码。"""
+    return Generator(generator.session, generator.tokenizer, generator.eos_token_ids, generator.prefill_chunk)
 
 
 @pytest.mark.parametrize("split_kv", [False, True])

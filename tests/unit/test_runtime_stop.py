@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import BundleTokenizer, SpeculativeGenerator, StopStrings
 from deepseek_export.runtime.stop import stop_list
-from tests.unit.test_runtime_speculative_toy import LIMIT, build, make_drafts
+from tests.unit.test_runtime_speculative_toy import LIMIT, build, make_drafts, one_by_one
 from tests.unit.test_runtime_tokenizer import byte_tokenizer
 from tests.unit.test_runtime_toy import make_toy
 
@@ -80,8 +80,8 @@ def test_both_ways_of_decoding_stop_at_the_same_token(generator: SpeculativeGene
     assert stopped.finish_reasons[0] == "stop"
     end = plain.text[0].index(stop) + len(stop)
     assert stopped.token_ids[0] == plain.token_ids[0][:end]
-    one_by_one = super(SpeculativeGenerator, generator).generate
-    speculated = one_by_one(prompts, 24, stop=[stop])
+    plain_decoding = one_by_one(generator).generate
+    speculated = plain_decoding(prompts, 24, stop=[stop])
     assert (speculated.token_ids, speculated.text) == (stopped.token_ids, stopped.text)
     assert speculated.finish_reasons == stopped.finish_reasons
 
@@ -95,8 +95,8 @@ def test_a_stop_string_needs_text(generator: SpeculativeGenerator):
 
 def test_a_length_that_was_cut_is_said(generator: SpeculativeGenerator):
     """要的放不下：说要多少、给了多少；自己停下的、放得下的不说。"""
-    one_by_one = super(SpeculativeGenerator, generator).generate
-    for generate in (generator.generate, one_by_one):
+    plain = one_by_one(generator).generate
+    for generate in (generator.generate, plain):
         assert generate([[1]], LIMIT - 1).notes == ()
         (note,) = generate([[1, 2, 3]], 10**30).notes
         assert f"只放得下 {LIMIT - 3} 个" in note

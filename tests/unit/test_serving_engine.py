@@ -14,7 +14,7 @@ import pytest
 
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.errors import DsxError
-from deepseek_export.runtime import ModelSession, SamplingParams
+from deepseek_export.runtime import Generator, ModelSession, SamplingParams
 from deepseek_export.serving import Engine, EngineSettings, Request
 from tests.engines import refused
 from tests.unit.test_runtime_toy import VOCAB, Toy, make_toy, save_toy
@@ -372,3 +372,50 @@ def test_many_threads_submit(toy: Toy, session: ModelSession) -> None:
     assert (engine.stats.running, engine.stats.waiting) == (0, 0)
     gc.collect()
     assert not alive
+
+
+def test_penalties_and_logprobs_equal_the_generator(session: ModelSession) -> None:
+    """SERVE-9：处理器、对数概率与生成器的相同，与同批还有谁无关；没有要的请求没有。"""
+    prompts = [[3, 1, 4, 1], [8], [2, 7, 1]]
+    asked = [
+        SamplingParams(repetition_penalty=2.5, logprobs=2),
+        SamplingParams(temperature=0.9, seed=4, min_p=0.05, frequency_penalty=1.0, presence_penalty=0.5),
+        SamplingParams(min_tokens=6, logit_bias={5: 4.0}, allowed_token_ids=[1, 5, 7, 9], logprobs=0),
+    ]
+    with Engine(session, [5], EngineSettings(slots=4)) as engine:
+        pairs = zip(prompts, asked, strict=True)
+        requests = [engine.submit(prompt, params, max_new_tokens=9) for prompt, params in pairs]
+        results = [request.result(5) for request in requests]
+    for prompt, params, got in zip(prompts, asked, results, strict=True):
+        want = Generator(session, None, [5]).generate([prompt], 9, params)
+        assert got.token_ids == want.token_ids[0]
+        if params.logprobs is None:
+            assert got.logprobs is None
+            assert want.logprobs is None
+            continue
+        assert got.logprobs is not None
+        assert want.logprobs is not None
+        assert [one.token for one in got.logprobs] == got.token_ids
+        for one, other in zip(got.logprobs, want.logprobs[0], strict=True):
+            assert len(one.top) == params.logprobs
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_a_request_with_nothing_to_choose_fails_alone(toy: Toy, session: ModelSession, calls: Calls) -> None:
+    """SERVE-9：只许选的 token 模型一个也不给，算在那个请求头上；同批的照旧。"""
+
+    def spoil(logits: np.ndarray) -> None:
+        logits[..., 7] = -np.inf
+
+    calls.spoil = spoil
+    with Engine(session, [], EngineSettings(slots=2)) as engine:
+        other = engine.submit([8], SamplingParams(logit_bias={7: -100.0}), max_new_tokens=4)
+        bad = engine.submit([3, 1], SamplingParams(allowed_token_ids=[7]), max_new_tokens=4)
+        refused("DSX-E518", bad.result, 5)
+        assert len(other.result(5).token_ids) == 4
+        for params, code in (
+            (SamplingParams(allowed_token_ids=[VOCAB]), "DSX-E509"),
+            (SamplingParams(min_tokens=9), "DSX-E512"),
+        ):
+            with pytest.raises(DsxError, match=code):
+                engine.submit([3], params, max_new_tokens=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator as Iteration
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -12,10 +13,9 @@ from deepseek_export.backend.base import Caches
 from deepseek_export.backend.contract import contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.batching import right_padded_chunks
-from deepseek_export.runtime.generate import Generator
+from deepseek_export.runtime.generate import Generator, Steps, lengths
 from deepseek_export.runtime.packing import Packing
-from deepseek_export.runtime.result import GenerationResult
-from deepseek_export.runtime.rows import OnToken, OutputRows
+from deepseek_export.runtime.rows import OutputRows
 from deepseek_export.runtime.sampling import SamplingParams, check_peaks, is_integer
 from deepseek_export.runtime.session import ModelSession, Verified, VerifyMode
 from deepseek_export.runtime.speculation.chance import RowChance
@@ -106,19 +106,19 @@ class SpeculativeGenerator(Generator):
         self.verify_mode = verify_mode
         self.floor = floor
 
-    def generate(
+    def steps(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         sampling: SamplingParams | None = None,
-        on_token: OnToken | None = None,
+        *,
         ignore_eos: bool = False,
         stop: Sequence[str] = (),
-    ) -> GenerationResult:
-        """批量生成；参数与结果的含义同 :meth:`Generator.generate`，另带 ``speculation`` 统计。
+    ) -> Steps:
+        """投机地走；参数与结果的含义同 :meth:`Generator.steps`，一步一轮，结果另带 ``speculation`` 统计。
 
         ``greedy`` 的输出与普通贪心解码逐个 token 相同；``rejection`` 的输出与普通采样同分布（但同一个种子
-        给出的序列不同），一行给了种子的结果与同批还有谁无关。``on_token`` 在一次调用里先给完一行接受的几个 token，再轮到下一行。
+        给出的序列不同），一行给了种子的结果与同批还有谁无关。
 
         Raises:
             DsxError: ``DSX-E515``，采样参数与验证方式不相容；``DSX-E516``，给了种子，止损线却要看时间；其余同
@@ -126,15 +126,22 @@ class SpeculativeGenerator(Generator):
         """
         params = sampling or SamplingParams()
         self._check_sampling(params)
-        rows, lens, out = self._begin(prompts, max_new_tokens, on_token, ignore_eos, stop)
+        rows, out = self._begin(prompts, max_new_tokens, params, ignore_eos, stop)
+        return self._speculated(rows, max_new_tokens, params, out)
+
+    def _speculated(
+        self, rows: list[np.ndarray], max_new_tokens: int, params: SamplingParams, out: OutputRows
+    ) -> Steps:
         started = perf_counter()
+        lens = lengths(rows)
         run = self._start(rows, lens, out, params)
-        first = self._prefill_ids(rows, run)
+        first, logits = self._prefill_ids(rows, run)
         prefilled = perf_counter()
         for row in np.flatnonzero(out.active).tolist():
             run.tokens[row, lens[row]] = first[row]
-            out.emit(row, [int(first[row])])
-        notes, draft_calls = self._decode_rounds(run)
+            out.emit(row, [int(first[row])], logits[row : row + 1])
+        yield out.take()
+        notes, draft_calls = yield from self._decode_rounds(run)
         stats = run.tally.stats(draft_calls, fell_back=bool(notes))
         times = (started, prefilled, perf_counter())
         notes += tuple(dict.fromkeys(note for s in (self.session, *self.drafts) for note in s.notes))
@@ -165,9 +172,10 @@ class SpeculativeGenerator(Generator):
             tally=Tally(most, self.verify_mode),
         )
 
-    def _prefill_ids(self, rows: list[np.ndarray], run: _Run) -> np.ndarray:
-        """填好主模型与草稿模型的缓存，返回每行的第一个新 token ``[B]``。"""
+    def _prefill_ids(self, rows: list[np.ndarray], run: _Run) -> tuple[np.ndarray, np.ndarray]:
+        """填好主模型与草稿模型的缓存，返回每行的第一个新 token ``[B]`` 与它的 logits ``[B, V]``；不要对数概率时后者是空的。"""
         first = np.zeros(len(rows), np.int64)
+        kept = np.empty((len(rows), 0 if run.out.logprobs is None else self.session.vocab_size), np.float32)
         none, no_drafts = np.empty((len(rows), 0), np.int64), np.zeros(len(rows), np.int64)
         for part in right_padded_chunks(rows, self.prefill_chunk):
             ends_here = (part.counts > 0) & (part.start + part.counts == run.newest)
@@ -176,12 +184,16 @@ class SpeculativeGenerator(Generator):
             got = self.session.verify(part.input_ids, part.past_lens, positions, none, run.caches, chance)
             _check_used(got, ends_here & run.out.active, run.rows)
             first[ends_here] = got.next_id[ends_here]
+            if run.out.logprobs is not None:
+                kept[ends_here] = got.logits[ends_here, 0]
             if run.drafter is not None:
                 run.drafter.prefill(part, got.hidden)
-        return first
+        return first, kept
 
-    def _decode_rounds(self, run: _Run) -> tuple[tuple[str, ...], int]:
-        """起草、验证、收下，直到每行都结束；返回说明与草稿模型的调用次数。"""
+    def _decode_rounds(
+        self, run: _Run
+    ) -> Iteration[list[tuple[int, int]], None, tuple[tuple[str, ...], int]]:
+        """起草、验证、收下，直到每行都结束，一轮一步；返回说明与草稿模型的调用次数。"""
         out = run.out
         watch = FloorWatch(self.floor, self.num_draft_tokens, len(run.rows))
         draft_calls = 0
@@ -195,7 +207,7 @@ class SpeculativeGenerator(Generator):
             for slot in np.argsort(run.rows).tolist():
                 row, count, proposed = int(run.rows[slot]), int(got.num_accepted[slot]), int(counts[slot])
                 new = [*drafts[slot, :count].tolist(), int(got.next_id[slot])]
-                taken = out.emit(row, new)
+                taken = out.emit(row, new, got.logits[slot])
                 begin = run.newest[slot] + 1
                 run.tokens[slot, begin : begin + len(new)] = new
                 run.newest[slot] += len(new)
@@ -211,6 +223,7 @@ class SpeculativeGenerator(Generator):
                 watch.add(rounds, perf_counter() - began, out.active)
                 if not watch.speculating[out.active].any():
                     run.drafter = None
+            yield out.take()
             run.pack()
         return watch.notes, draft_calls
 
@@ -263,6 +276,12 @@ class SpeculativeGenerator(Generator):
         return got
 
     def _check_sampling(self, params: SamplingParams) -> None:
+        if params.changes_logits:
+            raise DsxError(
+                "DSX-E515",
+                f"{'、'.join(params.changes_logits)} 要先改 logits，而草稿在图里验证，改不到",
+                "去掉它们，或加 --no-speculative（Python 里 speculative=False）逐个 token 解码",
+            )
         if self.verify_mode == "greedy":
             if not params.greedy:
                 raise DsxError(
@@ -276,11 +295,12 @@ class SpeculativeGenerator(Generator):
                 "temperature=0，而这个 bundle 按采样验证草稿（mtp.verify=rejection），要除以温度",
                 "贪心请用 mtp.verify=greedy 导出的 bundle，或加 --no-speculative；采样请给大于 0 的温度",
             )
-        elif params.top_k or params.top_p < 1:
+        elif params.top_k or params.top_p < 1 or params.min_p:
             raise DsxError(
                 "DSX-E515",
-                f"top_k={params.top_k}、top_p={params.top_p:g}：草稿验证不截断分布，输出会与普通采样不同分布",
-                "去掉 top-k 与 top-p，或加 --no-speculative",
+                f"top_k={params.top_k}、top_p={params.top_p:g}、min_p={params.min_p:g}：草稿验证不截断分布，"
+                "输出会与普通采样不同分布",
+                "去掉 top-k、top-p 与 min-p，或加 --no-speculative",
             )
         elif params.seed is not None and self.floor is not None and not self.floor.per_row:
             raise refused(

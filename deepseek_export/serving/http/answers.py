@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from deepseek_export.formats.calls import CallDelta, ToolCall
 from deepseek_export.serving.http.problems import ApiError, json_bytes
 from deepseek_export.serving.http.said import Said
+from deepseek_export.serving.http.scores import chat_scores, completion_scores
 from deepseek_export.serving.http.turn import Choice, Piece
 
 Usage = Mapping[str, Any]
@@ -84,11 +85,13 @@ class ChatForm:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def parts(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
-        """思考、文本、调用的碎片、结束的原因各一块，次序与 OpenAI、DeepSeek 相同。"""
+        """思考、文本、调用的碎片、结束的原因各一块，次序与 OpenAI、DeepSeek 相同；对数概率在最前面的那一块里。"""
+        scores = chat_scores(piece.scores) if piece.scores else None
         if piece.reasoning:
-            yield {"delta": _thought(piece.reasoning), "logprobs": None, "finish_reason": None}
-        if piece.text:
-            yield {"delta": {"content": piece.text}, "logprobs": None, "finish_reason": None}
+            yield {"delta": _thought(piece.reasoning), "logprobs": scores, "finish_reason": None}
+            scores = None
+        if piece.text or scores is not None:  # 思考、调用的标记没有文本，它们的 token 也有对数概率
+            yield {"delta": {"content": piece.text}, "logprobs": scores, "finish_reason": None}
         for call in piece.calls:
             yield {"delta": {"tool_calls": [_fragment(call)]}, "logprobs": None, "finish_reason": None}
         if piece.finish is not None:
@@ -104,7 +107,7 @@ class ChatForm:
         }
         if said.calls:
             message["tool_calls"] = [_call(call) for call in said.calls]
-        return {"message": message, "logprobs": None}
+        return {"message": message, "logprobs": None if said.scores is None else chat_scores(said.scores)}
 
 
 class CompletionForm:
@@ -118,12 +121,14 @@ class CompletionForm:
 
     def parts(self, piece: Piece) -> Iterator[Mapping[str, Any]]:
         """文本与结束的原因在同一块。"""
-        if piece.text or piece.finish is not None:
-            yield {"text": piece.text, "logprobs": None, "finish_reason": piece.finish}
+        if piece.text or piece.scores or piece.finish is not None:
+            scores = completion_scores(piece.scores) if piece.scores else None
+            yield {"text": piece.text, "logprobs": scores, "finish_reason": piece.finish}
 
     def choice(self, said: Said) -> Mapping[str, Any]:
         """一段文本；续写不分思考。"""
-        return {"text": said.content, "logprobs": None}
+        scores = None if said.scores is None else completion_scores(said.scores)
+        return {"text": said.content, "logprobs": scores}
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -17,11 +18,12 @@ from starlette.exceptions import HTTPException
 from deepseek_export.errors import DsxError
 from deepseek_export.serving.http import messages, responses
 from deepseek_export.serving.http.answers import Answer, Answering, ChatForm, CompletionForm
-from deepseek_export.serving.http.guards import App, LimitBody, RequestLog, RequireKey, wrapped
+from deepseek_export.serving.http.guards import App, LimitBody, RequestLog, RequireKey, note, wrapped
 from deepseek_export.serving.http.keys import KeyRing
 from deepseek_export.serving.http.message_events import MessagesAnswer
 from deepseek_export.serving.http.messages import CountRequest, MessagesRequest
 from deepseek_export.serving.http.metrics import Metrics
+from deepseek_export.serving.http.page import PAGE, PAGE_HEADERS
 from deepseek_export.serving.http.problems import ApiError, json_response
 from deepseek_export.serving.http.respond import KEEP_ALIVE_S, Reply
 from deepseek_export.serving.http.response_events import ResponsesAnswer
@@ -34,6 +36,7 @@ from deepseek_export.serving.http.schemas import (
     TokenizeRequest,
 )
 from deepseek_export.serving.http.service import ServedModel, Service
+from deepseek_export.serving.http.slots import slots_router
 from deepseek_export.serving.http.turn import Order, Turn
 from deepseek_export.version import __version__
 
@@ -45,6 +48,8 @@ def create_app(
     keys: KeyRing | None = None,
     cors_origins: Sequence[str] = (),
     keep_alive_s: float = KEEP_ALIVE_S,
+    log_prompts: bool = False,
+    slot_folder: Path | None = None,
 ) -> App:
     """整个 ASGI 应用；模型可以以后才就绪。
 
@@ -53,14 +58,17 @@ def create_app(
         keys: 认得的密钥；``None`` 谁都放行。
         cors_origins: 允许哪些网页跨域来用；缺省一个也不许。
         keep_alive_s: 流式的回答这么多秒没有东西可发，就发一行注释。
+        log_prompts: 日志里写上提示词。
+        slot_folder: ``/slots`` 的文件放在哪里；``None`` 不许存、不许恢复。
     """
     metrics = Metrics(service)
     # 文档页要从外面的 CDN 取脚本，不开。
     app = FastAPI(title="dsx serve", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     _explain_errors(app)
-    _add_generation(app, service, metrics, keep_alive_s)
+    _add_generation(app, service, metrics, keep_alive_s, log_prompts)
     _add_tokenizer(app, service)
     _add_status(app, service, metrics)
+    app.include_router(slots_router(service.named, slot_folder))
     layers: list[Callable[[App], App]] = [LimitBody, partial(RequireKey, keys=keys or KeyRing())]
     if cors_origins:
         # 在密钥之外：预检请求不带密钥。
@@ -69,7 +77,9 @@ def create_app(
     return wrapped(app, [*layers, partial(RequestLog, metrics=metrics)])
 
 
-def _add_generation(app: FastAPI, service: Service, metrics: Metrics, keep_alive_s: float) -> None:
+def _add_generation(
+    app: FastAPI, service: Service, metrics: Metrics, keep_alive_s: float, log_prompts: bool
+) -> None:
     async def reply(
         request: Request,
         body: Sampled,
@@ -82,6 +92,9 @@ def _add_generation(app: FastAPI, service: Service, metrics: Metrics, keep_alive
             wanted = await _in_thread(partial(orders, model))
         except DsxError as error:
             raise ApiError.of(error, source) from error
+        if log_prompts:
+            texts = [model.tokenizer.decode(order.prompt) for order in wanted if order.copy == 0]
+            note(request.scope, text=repr(texts))  # repr：看不见的字符都转义，一个请求仍是一行
         turn = Turn(model.engine, model.tokenizer, wanted)
         turn.submit()
         answering = Reply(turn, answer(model.name), request, metrics)
@@ -132,7 +145,7 @@ def _renaming(names: Mapping[str, str]) -> Iterator[None]:
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:
-        model = service.ready()
+        model = service.named(body.model)
         if body.messages is not None:
             messages = body.messages
             ids = await _in_thread(lambda: model.tokenizer.encode(model.chat_text(messages)))
@@ -144,7 +157,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
-        model = service.ready()
+        model = service.named(body.model)
         for token in body.tokens:
             if token >= model.session.vocab_size:
                 what = f"token id {token} 不在词表里，词表有 {model.session.vocab_size} 个"
@@ -164,11 +177,15 @@ def _add_status(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [card(service.ready())]})
+        return json_response({"object": "list", "data": [card(model) for model in service.ready().values()]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         return json_response(card(service.named(name)))
+
+    @app.get("/")
+    async def page() -> Response:
+        return Response(PAGE, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
     @app.get("/health")
     async def health() -> Response:

@@ -30,6 +30,8 @@ MAX_BODY = 16 << 20
 BODY_S = 30.0
 #: 探针：不要密钥，也不记日志。
 PROBES = frozenset({"/health", "/ready"})
+#: 不要密钥的：试用的那一页里没有秘密，密钥由它的用户填。
+OPEN = PROBES | {"/"}
 #: scope 里放日志要的东西的键，见 :func:`note`。
 _NOTE = "dsx.note"
 _OWN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -77,8 +79,8 @@ class RequestLog:
             await self._app(scope, receive, tagged)
         finally:
             took = perf_counter() - began
-            if noted:  # 生成的请求才有
-                self._metrics.answered(took)
+            if "model" in noted:  # 生成的请求才有
+                self._metrics.of(str(noted["model"])).answered(took)
             # 路径是客户端给的：换行之类写成 %0A，一个请求只能占一行。
             fields = "".join(f" {key}={value}" for key, value in noted.items())
             path = quote(scope["path"])
@@ -99,7 +101,7 @@ class RequireKey:
         self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        open_to_all = scope["type"] != "http" or scope["path"] in PROBES
+        open_to_all = scope["type"] != "http" or scope["path"] in OPEN
         if open_to_all or self._keys.admits(_credentials(scope)):
             await self._app(scope, receive, send)
             return
@@ -109,7 +111,7 @@ class RequireKey:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await refused.answer(scope["path"])(scope, receive, send)
+        await refused.answer(scope.get("path", ""))(scope, receive, send)
 
 
 class LimitBody:
@@ -136,10 +138,10 @@ class LimitBody:
                 body = await self._whole(receive)
         except TimeoutError:
             slow = ApiError(408, f"请求体 {self._seconds:g} 秒还没有收完", code="request_timeout")
-            await slow.answer(scope["path"])(scope, receive, send)
+            await slow.answer(scope.get("path", ""))(scope, receive, send)
             return
         except ApiError as error:
-            await error.answer(scope["path"])(scope, receive, send)
+            await error.answer(scope.get("path", ""))(scope, receive, send)
             return
         pending = iter([body])
 

@@ -17,7 +17,7 @@ RETRY_AFTER_S = 1
 #: 请求自己不对的码，都是 400：输入不对的，别的字段不对的。两处都没有的是服务这边的事。
 _INPUT_CODES = frozenset({"DSX-E502", "DSX-E503", "DSX-E509", "DSX-E510", "DSX-E511", "DSX-E702"})
 _INPUT_CODES |= {"DSX-E760", "DSX-E763", "DSX-E764", "DSX-E765"}
-_FIELD_CODES = frozenset({"DSX-E504", "DSX-E512", "DSX-E532", "DSX-E762"})
+_FIELD_CODES = frozenset({"DSX-E504", "DSX-E512", "DSX-E518", "DSX-E532", "DSX-E533", "DSX-E534", "DSX-E762"})
 #: 这里的端点用 Anthropic 的格式。
 ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_KINDS = MappingProxyType(

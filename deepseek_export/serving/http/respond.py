@@ -38,7 +38,7 @@ class Reply:
 
     def __init__(self, turn: Turn, answer: Answering, request: Request, metrics: Metrics) -> None:
         self.turn, self.answer = turn, answer
-        self._request, self._metrics = request, metrics
+        self._request, self._metrics = request, metrics.of(answer.model)
         self._first_s: float | None = None
         self._failed = False
 
@@ -49,7 +49,7 @@ class Reply:
             DsxError: 有一个请求失败了。
             ApiError: 503，服务要停。
         """
-        said = [Said() for _ in self.turn.choices]
+        said = [Said.of(choice) for choice in self.turn.choices]
         # Starlette 只替流式的回答看着客户端，不替这一种。
         watch = asyncio.create_task(self._watch())
         try:
@@ -104,6 +104,7 @@ class Reply:
         usage: Mapping[str, Any] = self.turn.usage
         note(
             self._request.scope,
+            model=self.answer.model,
             prompt=usage["prompt_tokens"],
             cached=usage["prompt_tokens_details"]["cached_tokens"],
             new=usage["completion_tokens"],

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from deepseek_export.formats.calls import ToolCall
-from deepseek_export.serving.http.turn import Piece
+from deepseek_export.serving.http.scores import ScoredToken
+from deepseek_export.serving.http.turn import Choice, Piece
 
 
 @dataclass
@@ -16,16 +17,25 @@ class Said:
         reasoning: 思考。
         content: 正文。
         calls: 调用，次序与文本里相同。
+        scores: 各个 token 的对数概率；没有要就是 ``None``。
     """
 
     reasoning: str = ""
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    scores: list[ScoredToken] | None = None
+
+    @classmethod
+    def of(cls, choice: Choice) -> Said:
+        """这个回答的，还什么都没有说。"""
+        return cls(scores=None if choice.order.sampling.logprobs is None else [])
 
     def add(self, piece: Piece) -> None:
         """又来了一段。"""
         self.reasoning += piece.reasoning
         self.content += piece.text
+        if self.scores is not None:
+            self.scores.extend(piece.scores or ())
         for delta in piece.calls:
             if delta.name is not None:
                 self.calls.append(ToolCall(delta.id or "", delta.name, ""))

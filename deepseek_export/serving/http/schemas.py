@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import SamplingParams
+from deepseek_export.runtime.sampling import MAX_LOGPROBS
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.structured import Structured
 from deepseek_export.serving.http.tools import CalledTool, Tooled
@@ -20,6 +22,22 @@ MAX_STOPS, MAX_CHOICES = 64, 128
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+#: JSON 的键总是字符串。
+TokenKey = Annotated[int, Field(ge=0, lt=1 << 31)]
+TopCount = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+#: 与 :class:`SamplingParams` 同名、同样缺省的字段，给了就照给的。
+_AS_GIVEN = (
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+)
 
 
 class StreamOptions(BaseModel):
@@ -38,6 +56,13 @@ class Sampled(Structured):
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: StrictInt | None = None
+    min_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: StrictInt | None = None
+    logit_bias: dict[TokenKey, Number] | None = None
+    allowed_token_ids: list[TokenId] | None = None
     seed: StrictInt | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[TokenId] | None = None
@@ -59,6 +84,19 @@ class Sampled(Structured):
         return self.n or 1
 
     @property
+    def scored(self) -> int | None:
+        """每个 token 另要最可能的几个的对数概率；``None`` 不要。"""
+        return None
+
+    @property
+    def token_fields(self) -> Mapping[str, Iterable[int]]:
+        """写着 token id 的字段。"""
+        fields = {"stop_token_ids": self.stop_token_ids, "logit_bias": self.logit_bias}
+        return {
+            name: ids or () for name, ids in (*fields.items(), ("allowed_token_ids", self.allowed_token_ids))
+        }
+
+    @property
     def include_usage(self) -> bool:
         """流式的最后要不要另发一块用量。"""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -71,13 +109,15 @@ class Sampled(Structured):
         Raises:
             ApiError: 400，取值不在允许范围内。
         """
+        given = {name: value for name in _AS_GIVEN if (value := getattr(self, name)) is not None}
         try:
             return [
                 SamplingParams(
                     temperature=1.0 if self.temperature is None else self.temperature,
                     top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM 的客户端用 -1 表示不限
-                    top_p=1.0 if self.top_p is None else self.top_p,
                     seed=None if self.seed is None else self.seed + index,
+                    logprobs=self.scored,
+                    **given,
                 )
                 for index in range(self.choices)
             ]
@@ -100,6 +140,19 @@ class CompletionRequest(Sampled):
     """``POST /v1/completions``。"""
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    logprobs: TopCount | None = None
+    echo: StrictBool | None = None
+
+    @property
+    def scored(self) -> int | None:
+        """``logprobs`` 就是要几个。"""
+        return self.logprobs
+
+    def checked(self) -> Self:
+        """另外，提示词自己的对数概率还没有。"""
+        if self.echo and self.logprobs is not None:
+            raise ApiError(400, "echo 与 logprobs 不能一起给：没有提示词的对数概率", param="echo")
+        return super().checked()
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -183,10 +236,17 @@ class ChatRequest(Tooled, Sampled):
 
     messages: Messages
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: TopCount | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
+
+    @property
+    def scored(self) -> int | None:
+        """``logprobs`` 要不要，``top_logprobs`` 要几个。"""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def checked(self) -> Self:
         """见 :meth:`Sampled.checked`；另看几个字段合不合。
@@ -195,6 +255,8 @@ class ChatRequest(Tooled, Sampled):
             ApiError: 400。
         """
         super().checked()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs 只能与 logprobs=true 一起给", param="top_logprobs")
         self.checked_tools()
         _ = self.forced
         if self.continue_final_message and self.add_generation_prompt:
@@ -215,6 +277,7 @@ class ChatRequest(Tooled, Sampled):
 class TokenizeRequest(BaseModel):
     """``POST /tokenize``：文本，或者对话。"""
 
+    model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
 
@@ -222,4 +285,5 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """``POST /detokenize``。"""
 
+    model: str | None = None
     tokens: list[TokenId]

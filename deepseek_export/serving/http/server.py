@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from time import perf_counter
 from types import FrameType
 
@@ -64,23 +65,27 @@ class Server(uvicorn.Server):
     第一个 SIGTERM（或 Ctrl-C）不再收新的，正在做的做完；第二个把正在做的也停下。
 
     Args:
-        load: 加载模型，在另一个线程里调。
+        loads: 加载各个模型，在另一个线程里依次调；全部就绪才算就绪。
         keys: 认得的密钥。
         cors_origins: 允许哪些网页跨域来用。
         keep_alive_s: 流式的回答这么多秒没有东西可发，就发一行注释。
+        log_prompts: 日志里写上提示词。
+        slot_folder: ``/slots`` 的文件放在哪里；``None`` 不许存、不许恢复。
     """
 
     def __init__(
         self,
-        load: Callable[[], ServedModel],
+        loads: Sequence[Callable[[], ServedModel]],
         keys: KeyRing | None = None,
         cors_origins: Sequence[str] = (),
         keep_alive_s: float = KEEP_ALIVE_S,
+        log_prompts: bool = False,
+        slot_folder: Path | None = None,
     ) -> None:
         self.service = Service()
-        self._load = load
+        self._loads = loads
         self._loop: asyncio.AbstractEventLoop | None = None
-        app = create_app(self.service, keys, cors_origins, keep_alive_s)
+        app = create_app(self.service, keys, cors_origins, keep_alive_s, log_prompts, slot_folder)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off"
         )
@@ -93,9 +98,9 @@ class Server(uvicorn.Server):
             DsxError: 模型加载不了的原因。
         """
         began, self._loop = perf_counter(), asyncio.get_running_loop()
-        loading: Future[ServedModel] = Future()
+        loading: Future[list[ServedModel]] = Future()
         # 不拦着退出：加载一个大模型要几分钟，这时要停就停。
-        threading.Thread(target=_settle, args=(loading, self._load), name="dsx-load", daemon=True).start()
+        threading.Thread(target=_settle, args=(loading, self._loads), name="dsx-load", daemon=True).start()
         loaded = asyncio.ensure_future(self._loaded(loading, began))
         try:
             await self.serve(sockets=[listening])
@@ -122,16 +127,17 @@ class Server(uvicorn.Server):
         self.service.close(timeout=0)
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, setattr, self, "force_exit", True)
 
-    async def _loaded(self, loading: Future[ServedModel], began: float) -> None:
+    async def _loaded(self, loading: Future[list[ServedModel]], began: float) -> None:
         try:
-            model = await asyncio.wrap_future(loading)
+            models = await asyncio.wrap_future(loading)
         except BaseException:
             self.should_exit = True
             raise
-        self.service.model = model
-        for line in model.engine.notes:
-            logger.info("%s", line)
-        logger.info("%s 就绪，用了 %.1f 秒", model.name, perf_counter() - began)
+        self.service.models = {model.name: model for model in models}
+        for model in models:
+            for line in model.engine.notes:
+                logger.info("%s：%s", model.name, line)
+        logger.info("%s 就绪，用了 %.1f 秒", "、".join(self.service.models), perf_counter() - began)
 
 
 def serve(server: Server, listening: socket.socket) -> None:
@@ -143,14 +149,25 @@ def serve(server: Server, listening: socket.socket) -> None:
     asyncio.run(server.run_on(listening))
 
 
-def _settle(loading: Future[ServedModel], load: Callable[[], ServedModel]) -> None:
+def _settle(loading: Future[list[ServedModel]], loads: Sequence[Callable[[], ServedModel]]) -> None:
+    """依次加载；有一个不成，或者不要了，加载好的都关掉。"""
+    models: list[ServedModel] = []
     try:
-        model = load()
+        for load in loads:
+            if loading.cancelled():
+                break
+            models.append(load())
     except BaseException as error:
+        _close(models)
         if not loading.cancelled():
             loading.set_exception(error)
         return
     if loading.cancelled():
-        model.engine.close(drain=False)
+        _close(models)
     else:
-        loading.set_result(model)
+        loading.set_result(models)
+
+
+def _close(models: Sequence[ServedModel]) -> None:
+    for model in models:
+        model.engine.close(drain=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deepseek_export.errors import DsxError
@@ -11,12 +12,10 @@ from deepseek_export.runtime import BundleTokenizer, ModelSession
 from deepseek_export.runtime.generate import checked_prompt
 from deepseek_export.serving import Engine
 from deepseek_export.serving.http.formats import ModelFormats, Reading
+from deepseek_export.serving.http.health import Pulse
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.schemas import ChatRequest, CompletionRequest, Message, Sampled
 from deepseek_export.serving.http.turn import Order
-
-#: 试跑的那个请求不与别人共用前缀。
-_WARM_UP_SALT = "dsx:warm-up"
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class ServedModel:
         session: 主模型；归引擎用，这里只看它的长度与词表。
         engine: 服务引擎。
         formats: 提示词与回答的格式。
+        pulse: 引擎还行不行。
         created: 开始服务的 Unix 时间，秒。
     """
 
@@ -37,6 +37,7 @@ class ServedModel:
     session: ModelSession
     engine: Engine
     formats: ModelFormats
+    pulse: Pulse
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -48,7 +49,7 @@ class ServedModel:
         engine: Engine,
         tool_parser: str | None = None,
     ) -> ServedModel:
-        """试跑一个 token：之后才算就绪；不成就关掉引擎。
+        """试跑过：之后才算就绪；不成就关掉引擎。
 
         Raises:
             DsxError: ``DSX-E514``，bundle 没有 tokenizer；模型跑不了的原因。
@@ -57,15 +58,13 @@ class ServedModel:
             if tokenizer is None:
                 what = "bundle 没有 tokenizer，不能收发文本"
                 raise DsxError("DSX-E514", what, "用带 tokenizer.json 的检查点导出")
-            request = engine.submit(
-                [tokenizer.bos_id or 0], max_new_tokens=1, ignore_eos=True, cache_salt=_WARM_UP_SALT
-            )
-            request.result()
+            pulse = Pulse(engine, [tokenizer.bos_id or 0])
+            pulse.try_out().result()
         except BaseException:
             engine.close(drain=False)
             raise
         formats = ModelFormats(tokenizer, session.vocab_size, engine.eos_token_ids, tool_parser)
-        return cls(name, tokenizer, session, engine, formats)
+        return cls(name, tokenizer, session, engine, formats, pulse)
 
     @property
     def context(self) -> int:
@@ -83,7 +82,7 @@ class ServedModel:
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
         ]
         grammar = self.formats.grammar(body.constraint(), None, "")
-        return self._orders(body, prompts, body.budget, None, grammar)
+        return self._orders(body, prompts, body.budget, None, grammar, echo=bool(body.echo))
 
     def chat_orders(self, body: ChatRequest) -> list[Order]:
         """``/v1/chat/completions`` 要的 ``n`` 个回答。要套模板、分词，会占住线程。
@@ -112,16 +111,18 @@ class ServedModel:
         budget: int,
         reading: Reading | None,
         grammar: Grammar | None,
+        echo: bool = False,
     ) -> list[Order]:
         if not prompts:
             raise DsxError("DSX-E510", "prompt 是空的列表", "至少给一条提示词")
         # 全部核对过才交给引擎：有一条太长，别的也一个 token 都不算。
         for number, prompt in enumerate(prompts):
             checked_prompt(self.session, prompt, f"第 {number} 条提示词", self.context)
-        for token in body.stop_token_ids or ():
-            if token >= self.session.vocab_size:
-                what = f"stop_token_ids 里的 {token} 不在词表里，词表有 {self.session.vocab_size} 个"
-                raise ApiError(400, what, param="stop_token_ids")
+        for name, tokens in body.token_fields.items():
+            for token in tokens:
+                if token >= self.session.vocab_size:
+                    what = f"{name} 里的 {token} 不在词表里，词表有 {self.session.vocab_size} 个"
+                    raise ApiError(400, what, param=name)
         wanted, settings = len(prompts) * body.choices, self.engine.settings
         if wanted > settings.queue:
             what = f"一个请求要 {wanted} 个回答，排队的上限是 {settings.queue}：分成几个请求"
@@ -138,6 +139,7 @@ class ServedModel:
                 copy=copy,
                 reading=reading,
                 grammar=grammar,
+                echo=self.tokenizer.decode(prompt) if echo else "",
             )
             for prompt in prompts
             for copy, sampling in enumerate(body.sampling())
@@ -148,51 +150,54 @@ class Service:
     """HTTP 这一层看到的服务。
 
     Attributes:
-        model: 就绪了的模型；加载中为 ``None``。
+        models: 名字 → 模型；加载中是空的，全部就绪了一起放进来。
     """
 
     def __init__(self) -> None:
-        self.model: ServedModel | None = None
+        self.models: Mapping[str, ServedModel] = {}
 
-    def ready(self) -> ServedModel:
+    def ready(self) -> Mapping[str, ServedModel]:
         """就绪了的模型。
 
         Raises:
             ApiError: 503，还在加载。
         """
-        if self.model is None:
+        if not self.models:
             # 一个字不差：llama.cpp 的客户端与探针认得这个回答。
             raise ApiError(503, "Loading model", code=503)
-        return self.model
+        return self.models
 
-    def healthy(self) -> ServedModel:
-        """就绪而且引擎活着的模型。
+    def healthy(self) -> None:
+        """全部就绪，引擎都好好的；见 :class:`~deepseek_export.serving.http.health.Pulse`。
 
         Raises:
-            ApiError: 503，还在加载，或引擎不行了。
+            ApiError: 503，还在加载，或有一个引擎不行了。
         """
-        model = self.ready()
-        if not model.engine.healthy:
-            failure = model.engine.failure
-            # 探针不要密钥：只说是哪一种，不说内部错误的原文。
-            kind = failure.code if isinstance(failure, DsxError) else type(failure).__name__
-            reason = "已经关闭" if failure is None else f"出错：{kind}"
-            raise ApiError(503, f"服务引擎{reason}", code="engine_dead")
-        return model
+        troubles = {name: model.pulse.trouble() for name, model in self.ready().items()}
+        bad = [f"{name!r} {trouble}" for name, trouble in troubles.items() if trouble is not None]
+        if bad:
+            raise ApiError(503, f"服务引擎 {'；'.join(bad)}", code="engine_dead")
 
     def named(self, name: str | None) -> ServedModel:
         """请求里 ``model`` 指的那个；没有给就是唯一的那个。
 
         Raises:
-            ApiError: 404，没有这个模型；503，还在加载。
+            ApiError: 404，没有这个模型；400，没有给而有好几个；503，还在加载。
         """
-        model = self.ready()
-        if name is not None and name != model.name:
-            what = f"没有模型 {name!r}，这里只有 {model.name!r}"
+        models = self.ready()
+        if name is None:
+            if len(models) > 1:
+                what = f"没有给 model，而这里有 {'、'.join(map(repr, models))}：写上是哪一个"
+                raise ApiError(400, what, param="model")
+            return next(iter(models.values()))
+        if name not in models:
+            what = f"没有模型 {name!r}，这里只有 {'、'.join(map(repr, models))}"
             raise ApiError(404, what, param="model", code="model_not_found")
-        return model
+        return models[name]
 
     def close(self, timeout: float | None = None) -> None:
-        """关掉引擎，没有做完的都取消；至多等 ``timeout`` 秒。"""
-        if self.model is not None:
-            self.model.engine.close(drain=False, timeout=timeout)
+        """关掉全部的引擎，没有做完的都取消；每个至多等 ``timeout`` 秒。"""
+        for model in self.models.values():
+            model.engine.close(drain=False, timeout=0)  # 先都说一声，再一个一个地等
+        for model in self.models.values():
+            model.engine.close(drain=False, timeout=timeout)

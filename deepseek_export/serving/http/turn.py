@@ -19,6 +19,8 @@ from deepseek_export.serving import Engine, Request
 from deepseek_export.serving.http.formats import Reading
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.reasoning import Parts, ReasoningSplit
+from deepseek_export.serving.http.scores import ScoredToken
+from deepseek_export.serving.http.waking import waker_of
 
 #: OpenAI 的 ``finish_reason``。
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -47,6 +49,7 @@ class Order:
         copy: 同一条提示词的第几个回答。
         reading: 思考、工具调用怎么分出来；``None`` 不分（不是对话）。
         grammar: 约束输出的语法。
+        echo: 放在文本最前面的，里面不找停止串。
     """
 
     prompt: Sequence[int]
@@ -59,6 +62,7 @@ class Order:
     copy: int = 0
     reading: Reading | None = None
     grammar: Grammar | None = None
+    echo: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Piece:
         first: 是不是头一段有 token 的。
         finish: 结束了就是原因。
         calls: 新的工具调用的碎片，头一段带着 id。
+        scores: 这一段文本里的 token 的对数概率；没有要就是 ``None``。文本还攥着的 token，留到给出文本的那一段。
     """
 
     index: int
@@ -84,6 +89,7 @@ class Piece:
     first: bool
     finish: FinishReason | None
     calls: tuple[CallDelta, ...] = ()
+    scores: tuple[ScoredToken, ...] | None = None
 
 
 class Choice:
@@ -113,6 +119,8 @@ class Choice:
         self._constraint = None if order.grammar is None else order.grammar.processor(len(order.prompt))
         self._ids: list[int] = []
         self._shown = ""
+        self._given = 0  # 找过停止串、给出了的字符数
+        self._scores: list[ScoredToken] = []  # 文本还攥着的 token
         self._latest = perf_counter()
 
     @property
@@ -132,9 +140,14 @@ class Choice:
         fresh = self.request.token_ids[self.tokens :]
         if not fresh and not done:
             return None
+        logprobs = self.request.logprobs  # 先取的 token，这里一个也不少
         now, before = perf_counter(), self.tokens
         waited, self._latest = now - self._latest, now
         for token in fresh:
+            if logprobs is not None and self._visible(token):
+                offset = len(self.order.echo) + len(self._shown)
+                scored = ScoredToken.of(logprobs[self.tokens], self._tokenizer.bytes_of, offset)
+                self._scores.append(scored)
             self.tokens += 1
             self._part(self._feed(token))
             if self._split is not None and self._split.thinking:
@@ -153,10 +166,27 @@ class Choice:
             self._part(self._rest())
         if self.finish is not None and self._split is not None:
             self._parts = _joined(self._parts, self._split.flush())
+        scores = None if logprobs is None else self._released()
         (reasoning, text), self._parts = self._parts, Parts("", "")
         text, calls = self._calls(text)
         first = before == 0 < self.tokens
-        return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish, calls)
+        if before == 0:
+            text = self.order.echo + text
+        new = self.tokens - before
+        return Piece(self.index, text, reasoning, new, waited, first, self.finish, calls, scores)
+
+    def _visible(self, token: int) -> bool:
+        """不是结束的 token：那些不在文本里。"""
+        assert self.request is not None
+        return token not in self._silent and token not in self.request.work.eos
+
+    def _released(self) -> tuple[ScoredToken, ...]:
+        """文本已经给出的 token；停在停止串上的，停止串里的都不要。"""
+        end = len(self.order.echo) + self._given
+        ended = self.finish is not None and not self._stops.stopped
+        count = sum(ended or one.offset < end for one in self._scores)
+        released, self._scores = tuple(self._scores[:count]), self._scores[count:]
+        return released
 
     def _feed(self, token: int) -> str:
         if token in self._silent:
@@ -164,10 +194,13 @@ class Choice:
         self._ids.append(token)
         piece = self._stream.step(token)
         self._shown += piece
+        if self.tokens <= self.order.sampling.min_tokens:
+            return piece
         return self._stops.feed(piece)
 
     def _part(self, text: str) -> None:
         """分出思考与答案，攒在一起。"""
+        self._given += len(text)
         parts = Parts("", text) if self._split is None else self._split.feed(text)
         self._parts = _joined(self._parts, parts)
 
@@ -230,6 +263,7 @@ class Turn:
         self.choices = [Choice(index, order, tokenizer) for index, order in enumerate(orders)]
         self._engine = engine
         self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
+        self._waker = waker_of(self._loop)
         self._gone = False
 
     def __enter__(self) -> Self:
@@ -319,5 +353,4 @@ class Turn:
 
     def _tell(self, request: Request) -> None:
         """在引擎的线程里调；服务停得急，事件循环可能已经关了，那时没有人要听。"""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._news.set)
+        self._waker.set(self._loop, self._news)

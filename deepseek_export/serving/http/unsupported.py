@@ -15,33 +15,25 @@ _EMPTY: tuple[Any, ...] = (None, [], {})
 #: 字段 → 不改变结果、因此可以给的值。
 REQUEST_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "allowed_token_ids": _NONE,
         "audio": _NONE,
         "bad_words": _EMPTY,
         "best_of": (None, 1),
         "chat_template": _NONE,
         "documents": _EMPTY,
-        "echo": _OFF,
-        "frequency_penalty": (None, 0),
+        "echo": _OFF,  # 对话的；续写有
         "function_call": (None, "none", "auto"),
         "guided_decoding_backend": _NONE,
         "guided_whitespace_pattern": _NONE,
         "functions": _EMPTY,
         "include_stop_str_in_output": _OFF,
         "length_penalty": (None, 1),
-        "logit_bias": _EMPTY,
-        "logprobs": _OFF,
-        "min_p": (None, 0),
-        "min_tokens": (None, 0),
         "modalities": (None, ["text"]),
-        "presence_penalty": (None, 0),
         "prompt_embeds": _NONE,
         "prompt_logprobs": _NONE,
-        "repetition_penalty": (None, 1),
         "return_token_ids": _OFF,
         "skip_special_tokens": (None, True),
         "suffix": (None, ""),
-        "top_logprobs": (None, 0),
+        "top_logprobs": (None, 0),  # 续写的；对话有
         "truncate_prompt_tokens": _NONE,
         "typical_p": (None, 1),
         "use_beam_search": _OFF,
@@ -75,5 +67,5 @@ def refuse_unsupported(
 
 
 def _same(value: Any, harmless: Any) -> bool:
-    # 0 与 False、1 与 True 相等，却不是一个意思：logprobs=0 要的是选中的那个 token 的概率。
+    # 0 与 False、1 与 True 相等，却不是一个意思。
     return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)
