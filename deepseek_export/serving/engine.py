@@ -87,7 +87,7 @@ class Engine:
             stop_token_ids: 另外遇到这些也停。
             ignore_eos: 遇到 eos 也不停。
             cache_salt: 只与同样的 ``cache_salt`` 共用前缀，一家一个。
-            processors: 选 token 之前依次改 logits，例如约束输出的语法；见 :class:`~deepseek_export.runtime.sampling.Processor`。
+            processors: 选 token 之前依次改 logits，在惩罚与偏置之后，例如约束输出的语法；见 :class:`~deepseek_export.runtime.sampling.Processor`。
             listener: 见 :class:`Request`。
 
         Raises:
@@ -105,7 +105,7 @@ class Engine:
         own = row_processors(params, len(prompt), eos.union(stops.tolist()), self._session)
         work = Work(
             prompt=prompt.astype(np.int64),
-            sampler=RowSampler(params, processors=(*own, *processors)),
+            sampler=RowSampler(params, processors=[*own, *processors]),
             budget=min(max_new_tokens, self.settings.context - len(prompt)),
             eos=eos,
             stops=frozenset(stops.tolist()),

@@ -59,15 +59,17 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.counters = Counters(settings.num_drafts)
         self.failure: DsxError | None = None
-        self._settings = settings
-        self._forward = Forward(session, settings, drafts)
-        self._table = RowTable(
-            self._forward.caches, settings.prefix_reuse, self._forward.redo, self._forward.arrays
-        )
+        self._session, self._settings, self._drafts = session, settings, tuple(drafts)
+        self._open()
         self._floor = BatchFloor() if settings.speculation_floor else None
         self._joining: _Joining | None = None
         self._running: list[Request] = []  # 第 b 个占着第 b 行
         self._newest = np.zeros(settings.rows, np.int64)  # 每行最新的 token，还没有送进模型
+
+    def _open(self) -> None:
+        """分配缓存，各行都空着。"""
+        self._forward = forward = Forward(self._session, self._settings, self._drafts)
+        self._table = RowTable(forward.caches, self._settings.prefix_reuse, forward.redo, forward.arrays)
 
     @property
     def running(self) -> int:
