@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 plugins: $(STAMP) ## 构建 C++ 算子库（没有编译器或头文件时说明原因，走函数体）
 	$(RUN) plugins/cpu/build.py --fetch
 
-demo: plugins ## 在随包附带的小模型上导出、校验、查看、生成
+demo: plugins ## 在随包附带的小模型上导出、校验、查看、生成、开服务
 	DSX_HOME=$(DEMO_DIR) $(VENV)/bin/dsx demo
 
 # 不重排：慢的契约测试先开始，末尾是几百个很快的单元测试，两个 worker 才会差不多同时结束。

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from deepseek_export.engine.build import BuiltEngine
     from deepseek_export.engine.flavour import FlavourName
+    from deepseek_export.engine.triton import TritonModel
     from deepseek_export.parity.compare import ComparisonReport
     from deepseek_export.parity.report import ParityReport
 
@@ -192,6 +193,37 @@ def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress 
     from deepseek_export.bundle.pack import pack_bundle
 
     return pack_bundle(bundle, progress, verify_weights=verify_weights)
+
+
+def pack_triton(
+    bundle: Path | str,
+    repository: Path | str,
+    name: str | None = None,
+    *,
+    slots: int = 8,
+    context: int | None = None,
+    engine: str | None = None,
+    overwrite: bool = False,
+    verify_weights: bool = True,
+    progress: Progress | None = None,
+) -> TritonModel:
+    """写成 Triton Inference Server 的模型仓库里的一个模型；参数见 :func:`~deepseek_export.engine.triton.write_triton`，名字缺省是目录名。"""
+    require_export("写 Triton 的模型仓库")
+    from deepseek_export.engine.triton import write_triton
+
+    opened = Bundle.open(bundle)
+    with opened.steady():
+        if verify_weights:
+            opened.check_weights(progress or Progress())
+        return write_triton(
+            opened,
+            Path(repository),
+            opened.path.resolve().name if name is None else name,
+            slots=slots,
+            context=context,
+            engine=engine,
+            overwrite=overwrite,
+        )
 
 
 def build(

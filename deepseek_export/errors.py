@@ -128,6 +128,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E731": "服务的地址用不了",
         "DSX-E732": "导出的选项给了 bundle",
         "DSX-E733": "服务的模型给得不对",
+        "DSX-E734": "写不成 Triton 的模型",
         "DSX-E760": "约束输出的语法用不了",
         "DSX-E761": "没有安装约束输出的依赖",
         "DSX-E762": "照着语法生成不下去",

@@ -39,7 +39,7 @@ def require_serve() -> None:
     Raises:
         DsxError: ``DSX-E721``，缺哪几个包，怎么装。
     """
-    if missing := _missing(SERVE_PACKAGES):
+    if missing := missing_serve():
         raise DsxError(
             "DSX-E721", f"dsx serve 要用 {missing}，这里没有装", "pip install -U 'deepseek-export[serve]'"
         )
@@ -55,6 +55,11 @@ def require_grammar() -> None:
         raise DsxError(
             "DSX-E761", f"约束输出要用 {missing}，这里没有装", "pip install -U 'deepseek-export[serve]'"
         )
+
+
+def missing_serve() -> str:
+    """HTTP 服务缺哪几个包；不缺是空串。"""
+    return _missing(SERVE_PACKAGES)
 
 
 def _missing(names: Sequence[str]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -23,6 +25,9 @@ from deepseek_export.progress import Progress, Unit
 
 if TYPE_CHECKING:
     from deepseek_export.serving.http.service import ServedModel
+
+#: Ctrl-C 的退出码，同别的命令。
+_INTERRUPTED = 130
 
 logger = logging.getLogger("dsx.serve")
 
@@ -147,7 +152,21 @@ def command(
             logger.warning("对外开放而没有密钥：谁都能用；用 --api-key-file 给密钥")
         # 脚本用 & 起的进程继承的是忽略 SIGINT；uvicorn 照样听它，停下时又照这里登记的走，退出码不能因此不同。
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        serve(server, listening)
+        try:
+            serve(server, listening)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if server.loading:
+                _leave(stop)
+            raise
+
+
+def _leave(stop: KeyboardInterrupt | SystemExit) -> NoReturn:
+    """加载到一半要停：解释器收尾时，还在 C++ 里的线程会让进程异常终止，所以不收尾，退出码照旧。"""
+    if isinstance(stop, KeyboardInterrupt):
+        click.echo("已中断", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else _INTERRUPTED)
 
 
 def served(source: Path | None, name: str | None, more: tuple[str, ...]) -> Mapping[str, Path]:

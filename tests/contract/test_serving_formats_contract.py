@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -225,6 +226,34 @@ def test_a_grammar_starts_after_the_thinking(bundle: Path):
         with mock.patch.object(model.session, "run", spoken):
             message = running.post("/v1/chat/completions", body).json()["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("想{\n", "甲乙")
+
+
+def test_speculation_changes_nothing(tmp_path: Path):
+    """SERVE-40：每个验证的位置都照着语法，几个请求混在一批里：文本与不投机的相同，草稿真的用上了。"""
+    full = deepseek_export.export(CHECKPOINT, tmp_path / "full", "full").path
+    asks = [
+        {"messages": CHAT, "max_tokens": 60, "temperature": temperature, "seed": seed, **fields}
+        for temperature, seed in ((0, 0), (1, 3))
+        for fields in (
+            {"guided_regex": "(And the [a-z]{1,8} ){3}"},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}},
+            {"tools": [WEATHER, NOW], "tool_choice": "required", "max_tokens": 200},
+            {},
+        )
+    ]
+    answers = []
+    for speculation in (False, 4):
+        settings = {"slots": 4, "queue": 64, "speculation": speculation, "tool_parser": "deepseek_v31"}
+        with Running(loader(full, **settings)) as running, ThreadPoolExecutor(len(asks)) as pool:
+            got = list(pool.map(lambda ask: running.post("/v1/chat/completions", ask).json(), asks))
+            assert bool(sum(running.engine.stats.accepted)) is bool(speculation)
+        messages = [one["choices"][0]["message"] for one in got]
+        answers.append([(one["content"], _called(one)) for one in messages])
+    assert answers[0] == answers[1]
+
+
+def _called(message: dict) -> list[dict]:
+    return [call["function"] for call in message.get("tool_calls", ())]
 
 
 # SERVE-41

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -349,8 +350,11 @@ def test_health_sees_a_stuck_engine(model_of: Callable[[], CompiledModel]):
     with model.engine(EngineSettings(slots=1)) as engine:
         pulse = Pulse(engine, [5], stall_s=0.05)
         assert pulse.trouble() is None
+        time.sleep(0.1)  # 闲着的不算卡住，隔多久才有人问都一样
         with mock.patch.object(model.session, "run", stuck):
             request = engine.submit([5, 9], max_new_tokens=4)
+            until(lambda: engine.stats.running)
+            assert pulse.trouble() is None
             until(lambda: "卡住了" in (pulse.trouble() or ""))
             go.set()
             request.result(30)

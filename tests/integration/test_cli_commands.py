@@ -399,8 +399,11 @@ def test_demo_runs_the_whole_tour(tmp_path):
     process = dsx("demo", "--dir", tmp_path)
     assert process.returncode == 0, process.stdout + process.stderr
     commands = [line for line in process.stdout.splitlines() if line.startswith("$ dsx ")]
-    steps = ["export", "verify", "inspect", "generate", "generate", "export", "build"]
+    steps = ["export", "verify", "inspect", "generate", "generate", "export", "build", "serve"]
     assert [line.split()[2] for line in commands] == steps
+    asked = process.stdout.partition("$ curl -N http://127.0.0.1:")[2].splitlines()[1:3]
+    assert asked == ["子曰：“君子不学，不仁者不可得而不礼。”", "服务已停下。"]
+    assert "收到 SIGTERM" in process.stderr
     assert "全部通过" in process.stdout
     assert "dsx::LatentAttention×4、dsx::MoeExperts×3" in process.stdout
     assert "token" in process.stderr

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 import deepseek_export
@@ -41,6 +42,16 @@ finally:
 def bundle(tmp_path_factory) -> Path:
     """随包附带的演示检查点。"""
     return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("serve") / "OUT", "mla+moe").path
+
+
+def linked_home(folder: Path) -> Path:
+    """空的 ``DSX_HOME``；捕获的缓存与别的测试共用，省去每次十几秒。"""
+    traces = cache_home() / "traces"
+    traces.mkdir(parents=True, exist_ok=True)
+    home = folder / "home"
+    home.mkdir()
+    (home / "traces").symlink_to(traces)
+    return home
 
 
 @contextmanager
@@ -111,6 +122,34 @@ def test_every_line_of_the_guide_runs(bundle: Path):
         stopped(process)
 
 
+def test_the_readme_goes_from_a_checkpoint_to_curl(tmp_path: Path):
+    """SERVE-52：README 里的四行，除了安装，原样在 shell 里跑。"""
+    readme = (GUIDE.parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\n(pip install.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    install, script = block.split("\n", 1)
+    assert install == "pip install -e '.[export,serve]'"
+    shutil.copytree(CHECKPOINT, tmp_path / "CKPT")
+    home = linked_home(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    script = script.replace("8000", port).replace("dsx serve CKPT", f"dsx serve CKPT --port {port}", 1)
+    shell = (
+        f'dsx() {{ exec "{sys.executable}" -m deepseek_export "$@"; }}\n{script}\nkill %1\nwait %1\nexit $?'
+    )
+    done = subprocess.run(
+        ["bash", "-mc", shell],
+        cwd=tmp_path,
+        env=environment(DSX_HOME=str(home)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 143, done.stderr
+    chunks = events(done.stdout)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+
 def test_the_first_sigterm_lets_what_is_running_finish(bundle: Path):
     """SERVE-27：手上的答完，新的连不上。"""
     body = {"prompt": "And", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -179,11 +218,7 @@ def test_a_checkpoint_is_served(tmp_path: Path):
     """SERVE-52：一条命令从检查点到服务；名字是检查点的目录名。"""
     checkpoint = tmp_path / "CKPT"
     shutil.copytree(CHECKPOINT, checkpoint)
-    home = tmp_path / "home"
-    home.mkdir()
-    traces = cache_home() / "traces"
-    traces.mkdir(parents=True, exist_ok=True)
-    (home / "traces").symlink_to(traces)
+    home = linked_home(tmp_path)
     with serving(checkpoint, DSX_HOME=str(home)) as (_, url):
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "CKPT"
         body = {"prompt": "春", "max_tokens": 4}
@@ -192,6 +227,31 @@ def test_a_checkpoint_is_served(tmp_path: Path):
         assert httpx.get(f"{url}/health").status_code == 200
         process.send_signal(signal.SIGTERM)
         stopped(process)  # 现成的那一份，不要编译的依赖
+
+
+def test_stopping_during_the_export_leaves_nothing(tmp_path: Path):
+    """SERVE-27、SERVE-52：导出到一半也停得下来，退出码照旧，没有留下子进程与写了一半的。"""
+    home = tmp_path / "home"
+    shutil.copytree(CHECKPOINT, tmp_path / "CKPT")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, "serve", str(tmp_path / "CKPT"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(DSX_HOME=str(home)),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "捕获计算图" in line:  # 没有缓存，要好几秒
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert not (home / "bundles").exists() or not list((home / "bundles").iterdir())
 
 
 def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):
