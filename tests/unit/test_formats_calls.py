@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from deepseek_export.errors import DsxError
 from deepseek_export.formats.calls import Tool, ToolCall, ToolFormat
 from deepseek_export.formats.chat import TOOL_FORMATS, find_tool_format, prepared
-from deepseek_export.formats.grammar import Grammars
+from deepseek_export.formats.grammar import Grammar, Grammars
 from deepseek_export.formats.lark import speller
 from deepseek_export.runtime import BundleTokenizer
+from deepseek_export.serving.http.formats import ModelFormats
+from deepseek_export.serving.http.schemas import ChatRequest
 
 pytestmark = pytest.mark.unit
 
@@ -194,10 +197,13 @@ def bridged(special: Sequence[str]) -> tuple[Tokenizer, Grammars]:
 
 
 def accepts(tokenizer: Tokenizer, grammars: Grammars, lark: str, text: str) -> bool:
-    """语法收下 ``text``，而且可以到此为止；逐个 token 问。"""
-    import numpy as np
+    """语法收下 ``text``，而且可以到此为止。"""
+    return follows(tokenizer, grammars.compile(lark), text)
 
-    processor = grammars.compile(lark).processor(0)
+
+def follows(tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
+    """同上；逐个 token 问。"""
+    processor = grammar.processor(0)
     ids = [*tokenizer.encode(text).ids, tokenizer.token_to_id("<eos>")]
     return all(
         np.isfinite(processor(np.zeros(tokenizer.get_vocab_size()), ids[:at])[token])
@@ -227,6 +233,24 @@ def test_the_grammar_takes_what_is_written_and_nothing_else(style: ToolFormat, s
     ):
         assert not accepts(tokenizer, grammars, lark(True), style.encode([ToolCall("", "get_weather", bad)]))
     assert not accepts(tokenizer, grammars, lark(True), style.encode([ToolCall("", "other", "{}")]))
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("style", TOOL_FORMATS.values(), ids=TOOL_FORMATS)
+def test_strict_tools_leave_plain_text_alone(style: ToolFormat, special: bool):
+    """不必调用时，随便什么文本都行；一旦开始调用，参数就要合乎 schema。"""
+    tokenizer, _ = bridged(style.markers if special else ())
+    eos = tokenizer.token_to_id("<eos>")
+    formats = ModelFormats(BundleTokenizer(tokenizer, {}, "x"), tokenizer.get_vocab_size(), [eos], style.name)
+    function = {"name": "get_weather", "parameters": WEATHER.parameters, "strict": True}
+    tools = [{"type": "function", "function": function}]
+    body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "tools": tools})
+    grammar = formats.grammar(None, body, "x")
+    assert grammar is not None
+    good = style.encode([ToolCall("", "get_weather", '{"location": "a", "days": 3}')])
+    for text in ("你好 <x> < 1", "", good, "说。\n\n" + good):
+        assert follows(tokenizer, grammar, text)
+    assert not follows(tokenizer, grammar, "x" + style.encode([ToolCall("", "get_weather", '{"days": 3}')]))
 
 
 def test_the_format_shows_in_the_template_or_the_vocabulary():
