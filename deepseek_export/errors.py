@@ -129,6 +129,12 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E732": "导出的选项给了 bundle",
         "DSX-E733": "服务的模型给得不对",
         "DSX-E734": "写不成 Triton 的模型",
+        "DSX-E760": "约束输出的语法用不了",
+        "DSX-E761": "没有安装约束输出的依赖",
+        "DSX-E762": "照着语法生成不下去",
+        "DSX-E763": "模型没有 eos，约束输出停不下来",
+        "DSX-E764": "消息里的工具调用不对",
+        "DSX-E765": "不知道模型怎么写工具调用",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",

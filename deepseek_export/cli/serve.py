@@ -20,6 +20,7 @@ from deepseek_export.cli.options import backend_option, counts, threads_option, 
 from deepseek_export.cli.sources import ExportOptions, bundle_of, checkpoint_options
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_serve
+from deepseek_export.formats.chat import TOOL_FORMATS
 from deepseek_export.progress import Progress, Unit
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ logger = logging.getLogger("dsx.serve")
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="允许 /slots 把前缀存到这个目录、从这里恢复。",
 )
+@click.option(
+    "--tool-parser",
+    type=click.Choice(list(TOOL_FORMATS)),
+    help="模型怎么写工具调用；缺省由聊天模板看出来。",
+)
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -97,6 +103,7 @@ def command(
     cors_origins: tuple[str, ...],
     slots: int,
     max_queue: int,
+    tool_parser: str | None,
     log_prompts: bool,
     no_speculative: bool,
     slot_folder: Path | None,
@@ -135,7 +142,7 @@ def command(
         progress = _LogProgress()
         bundle = bundle_of(source, exporting, verify_weights, progress)
         model = api.load(bundle, threads, backend, verify_weights=verify_weights, progress=progress)
-        return ServedModel.open(name, model.tokenizer, model.session, model.engine(settings))
+        return ServedModel.open(name, model.tokenizer, model.session, model.engine(settings), tool_parser)
 
     loads = [partial(load, *entry) for entry in sources.items()]
     server = Server(loads, keys, cors_origins, log_prompts=log_prompts, slot_folder=slot_folder)

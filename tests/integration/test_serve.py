@@ -96,7 +96,7 @@ def test_every_line_of_the_guide_runs(bundle: Path):
     """SERVE-20：命令、curl、openai 客户端。"""
     text = GUIDE.read_text(encoding="utf-8")
     shell = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines()
-    (python,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    scripts = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     install, start, *curls = shell
     assert install == "pip install 'deepseek-export[serve]'"
     assert start == "dsx serve OUT --port 8000"
@@ -110,10 +110,14 @@ def test_every_line_of_the_guide_runs(bundle: Path):
                 assert events(done.stdout)
             else:
                 assert json.loads(done.stdout)
-        script = python.replace("http://127.0.0.1:8000", url)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == "子曰：“君子不学，不仁者不可得而不礼。”\n"
+        outputs = []
+        for script in scripts:
+            script = script.replace("http://127.0.0.1:8000", url)
+            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            outputs.append(done.stdout)
+        assert outputs[0] == "子曰：“君子不学，不仁者不可得而不礼。”\n"
+        assert set(json.loads(outputs[1])) == {"name", "age"}
         process.send_signal(signal.SIGTERM)
         stopped(process)
 
