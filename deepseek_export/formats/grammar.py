@@ -107,38 +107,54 @@ class Grammar:
 
     def processor(self, prompt_tokens: int) -> GrammarProcessor:
         """从长 ``prompt_tokens`` 的提示词之后开始。"""
-        return GrammarProcessor(self._matcher.deep_copy(), self._vocab_size, self._eos, prompt_tokens)
+        return GrammarProcessor(self._matcher, self._vocab_size, self._eos, prompt_tokens)
 
 
 class GrammarProcessor:
     """采样的处理器：不合语法的 token 都屏蔽。只由 ``tokens`` 决定：退回去了就跟着退（验证草稿时会）。
 
     语法可以结束的地方才许 eos；只能结束的地方只许 eos。中途算不下去（超出每一步的限额，或许的都被别的处理器屏蔽了）就只许 eos，
-    原因在 :attr:`failure`。
+    原因问 :meth:`failure`。
 
-    Attributes:
-        failure: 为什么算不下去；没有就是 ``None``。
+    Args:
+        matcher: 语法，还没有走过；只用它的复制。
+        vocab_size: 词表大小 V。
+        eos: 结束的 token。
+        prompt_tokens: 提示词有几个 token，语法从它之后开始。
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos: Sequence[int], prompt_tokens: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+        self._pristine, self._matcher = matcher, matcher.deep_copy()
+        self._vocab_size = vocab_size
         self._eos = np.array(eos)
         self._begin = prompt_tokens
         self._taken: list[int] = []
-        self.failure: DsxError | None = None
+        #: 在哪条序列之后算不下去，为什么。
+        self._dead: tuple[list[int], DsxError] | None = None
 
     def __call__(self, scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
         """见 :class:`~deepseek_export.runtime.sampling.Processor`。"""
-        allowed = self._allowed(list(tokens[self._begin :]))
-        usable = allowed & np.isfinite(scores)
-        if self.failure is None and not usable.any():
-            self.failure = _failed("语法许的 token 都被别的参数屏蔽了")
-        if self.failure is not None:
+        new = list(tokens[self._begin :])
+        if self._dead is not None and self.failure(new) is None:
+            # 死路上的是丢掉了的草稿；出过错的 matcher 退不回来，换一个从头走。
+            self._dead, self._matcher, self._taken = None, self._pristine.deep_copy(), []
+        if self._dead is None:
+            allowed = self._allowed(new)
+            if self._dead is None and not (allowed & np.isfinite(scores)).any():
+                self._dead = new, _failed("语法许的 token 都被别的参数屏蔽了")
+        if self._dead is not None:
             scores[:] = -np.inf
             scores[self._eos] = 0
             return scores
         scores[~allowed] = -np.inf
         return scores
+
+    def failure(self, new_tokens: Sequence[int]) -> DsxError | None:
+        """生成 ``new_tokens``（不含提示词）的途中为什么算不下去；没有就是 ``None``。"""
+        if self._dead is None:
+            return None
+        path, error = self._dead
+        return error if list(new_tokens[: len(path)]) == path else None
 
     def _allowed(self, tokens: list[int]) -> np.ndarray:
         """``[V]`` bool。"""
@@ -162,7 +178,7 @@ class GrammarProcessor:
             allowed |= np.unpackbits(packed, count=self._vocab_size, bitorder="little").astype(bool)
             allowed[self._eos] = self._matcher.is_accepting()
         if self._matcher.is_error():
-            self.failure = _failed(_reason(self._matcher))
+            self._dead = tokens, _failed(_reason(self._matcher))
         return allowed
 
 

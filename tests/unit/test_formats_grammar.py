@@ -61,7 +61,7 @@ def test_the_mask_depends_on_the_sequence_alone(data):
             nexts = sorted(allowed(compiled.processor(2), [7, 8, *path]))
             path.append(data.draw(st.sampled_from(nexts)))
         assert allowed(wandering, [7, 8, *path]) == allowed(compiled.processor(2), [7, 8, *path])
-    assert wandering.failure is None
+    assert wandering.failure(path) is None
 
 
 @settings(deadline=None)
@@ -104,15 +104,33 @@ def test_a_grammar_that_fights_other_processors_fails_by_code():
     scores = np.zeros(VOCAB)
     scores[ids_of("a")] = -np.inf
     assert np.flatnonzero(np.isfinite(processor(scores, []))).tolist() == [EOS]
-    assert processor.failure is not None
+    failure = processor.failure([EOS])
+    assert failure is not None
     with pytest.raises(DsxError, match="DSX-E762"):
-        raise processor.failure
+        raise failure
+
+
+def test_a_dead_end_of_a_rejected_draft_is_forgotten():
+    """走不下去的是丢掉了的草稿：换一条序列照常，与从头问的相同，也不算失败。"""
+    compiled = GRAMMARS.compile(choice(["ab", "cd"]))
+    processor = compiled.processor(0)
+    a, b, c = ids_of("a"), ids_of("b"), ids_of("c")
+    scores = np.zeros(VOCAB)
+    scores[[*b, *ids_of("ab")]] = -np.inf
+    assert np.flatnonzero(np.isfinite(processor(scores, a))).tolist() == [EOS]
+    assert processor.failure([*a, EOS]) is not None
+    assert processor.failure(c) is None
+    assert allowed(processor, c) == allowed(compiled.processor(0), c)
+    assert processor.failure([*a, EOS]) is None
 
 
 def test_running_out_of_fuel_fails_that_request_only():
     """DSX-E762：中途超出每一步的限额。"""
 
     class Exhausted:
+        def deep_copy(self) -> Exhausted:
+            return self
+
         def is_stopped(self) -> bool:
             return True
 
@@ -124,7 +142,7 @@ def test_running_out_of_fuel_fails_that_request_only():
 
     processor = GrammarProcessor(Exhausted(), VOCAB, [EOS], 0)  # type: ignore[arg-type]
     assert allowed(processor, []) == {EOS}
-    assert "too complex" in str(processor.failure)
+    assert "too complex" in str(processor.failure([EOS]))
 
 
 @pytest.mark.parametrize(

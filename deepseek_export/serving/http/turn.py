@@ -160,8 +160,10 @@ class Choice:
             reason = self.request.result(timeout=0).reason
             if reason not in _REASONS:
                 raise ApiError(503, "服务正在停止，这个请求没有做完", code="shutting_down")
-            if self._constraint is not None and self._constraint.failure is not None:
-                raise self._constraint.failure
+            if self._constraint is not None:
+                failure = self._constraint.failure(self.request.token_ids)
+                if failure is not None:
+                    raise failure
             self.finish = _REASONS[reason]
             self._part(self._rest())
         if self.finish is not None and self._split is not None:
