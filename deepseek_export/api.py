@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek_export.backend import backend_named
+from deepseek_export.backend.base import Backend
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest, WeightsMode, read_bundle
 from deepseek_export.bundle.disk import check_output, output_path
+from deepseek_export.bundle.stages import StageSet, is_stage_set
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.fields import shown
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.cluster.backend import PipelineBackend
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_export
 from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level
@@ -181,10 +184,10 @@ class CompiledModel:
         self,
         bundle: Bundle,
         threads: int | None = None,
-        backend: str = "ort",
+        backend: str | Backend = "ort",
         speculative_floor: bool = True,
     ) -> None:
-        chosen = backend_named(backend)
+        chosen = backend_named(backend) if isinstance(backend, str) else backend
         self.bundle = bundle = chosen.prepared(bundle)
         with bundle.steady():
             eos = stop_token_ids(bundle.path, bundle.manifest.model)
@@ -200,6 +203,10 @@ class CompiledModel:
     def manifest(self) -> Manifest:
         """bundle 的 manifest。"""
         return self.bundle.manifest
+
+    def close(self) -> None:
+        """停掉在别处跑的 stage；此后不能再生成。普通的 bundle 什么也不做。不调也会随对象一起停。"""
+        self.session.runner.close()
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """文本 → token id。
@@ -322,8 +329,10 @@ def load(
 ) -> CompiledModel:
     """加载 bundle，准备生成；别人正在替换它的话，得到的是旧的或新的，不会一半一半。
 
+    一套 stage（``dsx split`` 的输出目录）同样加载：在本机上给每个 stage 起一个进程，``CompiledModel.close`` 停掉它们。
+
     Args:
-        bundle: ``export`` 的输出目录。
+        bundle: ``export`` 的输出目录，或 ``split`` 的。
         threads: 线程数；缺省由 ONNX Runtime 决定。
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
         speculative_floor: 投机解码不划算时退回普通解码；``False`` 一直投机。没有草稿模型时不起作用。
@@ -332,10 +341,22 @@ def load(
 
     Raises:
         DsxError: 4xx bundle 有问题，其中 ``DSX-E412`` 是接连几次读到一半被换掉；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
-            引擎用不了。
+            引擎用不了；一套 stage 另有 ``DSX-E741``，不完整，``DSX-E744``，进程起不来。
     """
+    if is_stage_set(bundle):
+        stages = StageSet.open(bundle)
+        if verify_weights:
+            stages.check_weights(progress or Progress())
+        pipeline = PipelineBackend(stages, backend_named(backend))
+        return CompiledModel(stages.bundle, threads, pipeline, speculative_floor)
 
     def read(opened: Bundle) -> CompiledModel:
+        if (stage := opened.manifest.stage) is not None and stage.count > 1:
+            raise DsxError(
+                "DSX-E748",
+                f"{opened.path} 是 {stage.count} 个 stage 里的第 {stage.index} 个，单独生成不了",
+                "给整套 stage 的目录（里面有 stages.json）",
+            )
         if verify_weights:
             opened.check_weights(progress or Progress())
         return CompiledModel(opened, threads, backend, speculative_floor)
@@ -349,6 +370,21 @@ def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress 
     from deepseek_export.bundle.pack import pack_bundle
 
     return pack_bundle(bundle, progress, verify_weights=verify_weights)
+
+
+def split(
+    bundle: Path | str,
+    out: Path | str,
+    stages: int | str,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> StageSet:
+    """把 bundle 在层的边上切成一套 stage；见 :func:`~deepseek_export.bundle.split.split_bundle`。"""
+    require_export("切分")
+    from deepseek_export.bundle.split import split_bundle
+
+    return split_bundle(bundle, out, stages, overwrite=overwrite, progress=progress)
 
 
 def build(

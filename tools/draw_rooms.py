@@ -19,7 +19,7 @@ PICTURE = ROOT / "docs/architecture.svg"
 
 #: 房间按数据流经的次序分成几组，各用一种颜色；次序同层，自上而下。
 GROUPS = {
-    "#dbe7f5": ("给人用的", ("cli", "bench", "api", "serving", "integration")),
+    "#dbe7f5": ("给人用的", ("cli", "bench", "api", "cluster", "serving", "integration")),
     "#dff0e0": ("证明与运行", ("parity", "runtime", "backend")),
     "#f7ead8": ("编译", ("engine", "kernels", "bundle", "passes", "capture", "reference", "ops")),
     "#eee7f4": ("读检查点、定方案", ("plan", "checkpoint", "profile")),

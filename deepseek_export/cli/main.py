@@ -36,6 +36,7 @@ COMMANDS = MappingProxyType(
             "inspect",
             "bench",
             "pack",
+            "split",
             "demo",
             "profiles",
             "doctor",

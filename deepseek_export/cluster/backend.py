@@ -1,0 +1,64 @@
+"""一套 stage 当作后端：打开主模型就起好整套进程，草稿模块用同一套。"""
+
+from __future__ import annotations
+
+from deepseek_export.backend.base import Backend, CutRunner, Limits
+from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.bundle.manifest import GraphEntry
+from deepseek_export.bundle.stages import StageSet
+from deepseek_export.cluster.gang import Gang, Launcher
+from deepseek_export.cluster.local import LocalLauncher
+from deepseek_export.cluster.runner import PipelineRunner
+from deepseek_export.cluster.settings import ClusterSettings
+from deepseek_export.errors import DsxError
+
+
+class PipelineBackend(Backend):
+    """一套 stage；只打开它自己的 ``stages.bundle``。
+
+    Args:
+        stages: 哪一套。
+        inner: 每个 stage 在哪个后端上跑。
+        settings: 各种等待的上限。
+        launcher: 怎么起进程；缺省在本机上。
+    """
+
+    name = "pipeline"
+
+    def __init__(
+        self,
+        stages: StageSet,
+        inner: Backend,
+        settings: ClusterSettings | None = None,
+        launcher: Launcher | None = None,
+    ) -> None:
+        self._stages, self._inner, self._settings, self._launcher = stages, inner, settings, launcher
+        self._gang: Gang | None = None
+
+    def limits(self, bundle: Bundle, graph: GraphEntry | None = None) -> Limits:
+        found = self._inner.limits(bundle, graph)
+        return Limits(**{**vars(found), "block_outputs": False})
+
+    def open(
+        self, bundle: Bundle, graph: GraphEntry, weights: BundleWeights, threads: int | None = None
+    ) -> PipelineRunner:
+        """同 :meth:`Backend.open`；第一次打开时起进程。
+
+        Raises:
+            DsxError: stage 打不开自己的 bundle，或 ``DSX-E744``，进程起不来。
+        """
+        if self._gang is None:
+            directories = self._stages.directories
+            launcher = self._launcher or LocalLauncher(directories, self._inner.name, threads)
+            self._gang = Gang(launcher, self._settings)
+        return PipelineRunner(self._gang, graph)
+
+    def cut_runner(self, bundle: Bundle) -> CutRunner:
+        """没有：图不在这里。
+
+        Raises:
+            DsxError: ``DSX-E748``。
+        """
+        raise DsxError(
+            "DSX-E748", f"{bundle.path} 是一套 stage，逐块比不了", "dsx compare 用切开之前的 bundle"
+        )

@@ -1,0 +1,34 @@
+"""流水线的参数。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepseek_export.errors import DsxError
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """各种等待的上限；每一种等待都有。
+
+    Args:
+        silence_s: 一条信道上这么多秒没有一个字节（心跳也没有），就当对方不在了。
+        start_s: 各 stage 加载权重至多多少秒。
+        step_s: 一次模型调用至多多少秒。
+        retry_s: 起不来时隔多久再试；每次加倍，到 ``retry_max_s`` 为止。
+        retry_max_s: 同上。
+
+    Raises:
+        DsxError: ``DSX-E740``，不是正数。
+    """
+
+    silence_s: float = 5.0
+    start_s: float = 900.0
+    step_s: float = 600.0
+    retry_s: float = 0.5
+    retry_max_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise DsxError("DSX-E740", f"{key}={value!r}", f"把 {key} 设为大于 0 的秒数")
