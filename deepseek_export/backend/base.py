@@ -164,6 +164,11 @@ class Runner(ABC):
         """现在为什么跑不了；跑得了为 ``None``。在别处跑的（一套 stage）才会不行，自己恢复。"""
         return None
 
+    @property
+    def generation(self) -> int:
+        """第几次起的。变了，此前分配的缓存里就什么也没有了：要用就重新分配。"""
+        return 0
+
     def close(self) -> None:
         """放手别处的进程；此后不能再用。没有这样的东西就什么也不做。"""
 

@@ -226,8 +226,8 @@ class _Keeper:
     """起、看、重起的那个线程；不引用 :class:`Gang`，它没有人用了才停得下来。"""
 
     def __init__(self, launcher: Launcher, settings: ClusterSettings) -> None:
-        self.generation = 1
-        self.failure: DsxError | None = _restarting("正在加载")
+        self._generation = 1
+        self._down: DsxError | None = _restarting("正在加载")
         self.stages: list[dict[str, Any]] = []
         self._launcher, self._settings = launcher, settings
         self._ring: _Ring | None = None  # 加载好了、能用的
@@ -237,6 +237,20 @@ class _Keeper:
         self._refused: Exception | None = None
         # 进程退出时不等它：它一停，内核按登记的杀掉各 stage。
         self._thread = threading.Thread(target=self._keep, name="dsx-gang", daemon=True)
+
+    @property
+    def generation(self) -> int:
+        """见 :attr:`Gang.generation`；断了的那一刻就算下一次，不等线程看到。"""
+        ring, now = self._ring, self._generation
+        return now + 1 if ring is not None and ring.broken.is_set() else now
+
+    @property
+    def failure(self) -> DsxError | None:
+        """见 :attr:`Gang.failure`。"""
+        ring = self._ring
+        if ring is not None and ring.broken.is_set():
+            return _restarting("已经停了" if ring.reason is None else ring.reason.what)
+        return self._down
 
     def start(self) -> None:
         """起第一次，等它加载好；起不来就抛它的错误，不再试。"""
@@ -254,7 +268,7 @@ class _Keeper:
         """见 :meth:`Gang.call`。"""
         ring = self._ring
         if ring is None or ring.broken.is_set():
-            raise self.failure or _restarting("刚断")
+            raise self.failure or _restarting("正在加载")
         if generation is not None and generation != self.generation:
             what, todo = "那一套 stage 断了，缓存没有了", "重新提交：同一个请求得到同样的 token"
             raise CachesLost("DSX-E747", what, todo)
@@ -276,7 +290,7 @@ class _Keeper:
                 ring = self._up()
             except Exception as error:
                 what = error.what if isinstance(error, DsxError) else repr(error)
-                self.failure = _restarting(f"上一次起不来：{what}")
+                self._down = _restarting(f"上一次起不来：{what}")
                 if not self._first.is_set():
                     self._refused = error
                     break
@@ -287,10 +301,9 @@ class _Keeper:
             self._first.set()
             while not ring.broken.wait(BEAT_S / 2):
                 ring.watch()
-            # 先说不行了、换代，再动手：此后没有人能把新的一套当成旧的。
-            self.failure = _restarting("已经停了" if ring.reason is None else ring.reason.what)
+            self._down = self.failure
             self._ring = None
-            self.generation += 1
+            self._generation += 1
             ring.stop()
         self._first.set()
 
@@ -304,7 +317,7 @@ class _Keeper:
         except BaseException:
             ring.stop()
             raise
-        self._ring, self.failure, self._starting = ring, None, None
+        self._ring, self._down, self._starting = ring, None, None
         return ring
 
 

@@ -38,6 +38,10 @@ class PipelineRunner(Runner):
     def failure(self) -> DsxError | None:
         return self._gang.failure
 
+    @property
+    def generation(self) -> int:
+        return self._gang.generation
+
     def close(self) -> None:
         self._gang.close()
 

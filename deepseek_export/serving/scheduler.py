@@ -50,10 +50,7 @@ class Scheduler:
         self.counters = Counters()
         self.failure: DsxError | None = None
         self._session, self._settings = session, settings
-        caches = session.new_caches(settings.rows)
-        if settings.rows > 1:
-            caches.rows(1, 1)  # 后端做不到只运行其中一行的，现在就说
-        self._table = RowTable(caches, settings.prefix_reuse)
+        self._open()
         self._joining: _Joining | None = None
         self._running: list[Request] = []  # 第 b 个占着第 b 行
         self._newest = np.zeros(settings.rows, np.int64)  # 每行最新的 token，还没有送进模型
@@ -83,9 +80,15 @@ class Scheduler:
         """走一步。
 
         模型调用失败（``DsxError``）只算在这次调用里的请求头上，它们的行也不再留用。
+
+        Raises:
+            DsxError: 缓存搬不动，或模型断了还没有起来：接着要 :meth:`lose`。
         """
+        if self.outdated:
+            self._renew()
         if self._joining is None and self.waiting and self._table.active < self._settings.slots:
-            self._admit(self.waiting.popleft())
+            self._admit(self.waiting[0])  # 缓存搬不动，它还在队里
+            self.waiting.popleft()
         if self._joining is not None:
             self._prefill(self._joining)
         if self._running:
@@ -107,6 +110,41 @@ class Scheduler:
             if request.cancelled:
                 request.end("cancelled")
         self._pack()
+
+    @property
+    def outdated(self) -> bool:
+        """模型断过、又起来了（或正在起）：这里的缓存与 ``failure`` 都是上一次的。"""
+        return self._generation != self._session.runner.generation
+
+    def lose(self, error: DsxError) -> None:
+        """缓存用不了了：开始了的都以 ``error`` 失败，轮到的那一个也是；其余的接着排队，各行都不再留用。"""
+        self._fail_started(error)
+        if self.waiting:
+            request = self.waiting.popleft()
+            request.fail(error)
+            self.counters.count(request.outcome)
+        self._generation = -1
+
+    def _open(self) -> None:
+        """分配缓存，各行都空着。"""
+        self._generation = self._session.runner.generation
+        caches = self._session.new_caches(self._settings.rows)
+        if self._settings.rows > 1:
+            caches.rows(1, 1)  # 后端做不到只运行其中一行的，现在就说
+        self._table = RowTable(caches, self._settings.prefix_reuse)
+
+    def _renew(self) -> None:
+        """换一份缓存；开始了的请求，内容没有了，接不下去。"""
+        self._fail_started(DsxError("DSX-E747", "模型断了又起来，算到一半的没有了", "重新提交"))
+        self._open()
+        self.failure = None
+
+    def _fail_started(self, error: DsxError) -> None:
+        started = [*self._running, *([] if self._joining is None else [self._joining.request])]
+        self._running, self._joining = [], None
+        for request in started:
+            request.fail(error)
+            self.counters.count(request.outcome)
 
     def abandon(self, end: Callable[[Request], None]) -> None:
         """对每个没有结束的请求调 ``end``，然后什么也不剩；此后不能再走。"""

@@ -17,6 +17,8 @@ RETRY_AFTER_S = 1
 #: 请求自己不对的码，都是 400：输入不对的，别的字段不对的。两处都没有的是服务这边的事。
 _INPUT_CODES = frozenset({"DSX-E502", "DSX-E503", "DSX-E509", "DSX-E510", "DSX-E511", "DSX-E702"})
 _FIELD_CODES = frozenset({"DSX-E504", "DSX-E512", "DSX-E532"})
+#: 模型断了，自己会起来：过一会儿再来。
+_RETRY_CODES = frozenset({"DSX-E742", "DSX-E743", "DSX-E747"})
 #: OpenAI 的客户端认得的名字；别的用 dsx 的码。
 _KNOWN_NAMES = MappingProxyType({"DSX-E511": "context_length_exceeded"})
 
@@ -54,6 +56,9 @@ class ApiError(Exception):
             return cls(400, message, param=source if error.code in _INPUT_CODES else None, code=code)
         if error.code == "DSX-E530":
             return cls(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
+        if error.code in _RETRY_CODES:  # 哪个进程怎么死的，是给管服务的人看的
+            retry = {"Retry-After": str(RETRY_AFTER_S)}
+            return cls(503, f"{error.code} {error.title}", code=code, headers=retry)
         if error.code == "DSX-E531":  # 里面有内部错误的原文，那是给管服务的人看的
             return cls(503, f"{error.code} {error.title}", code=code)
         return cls(500, message, code=code)
