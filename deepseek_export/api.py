@@ -446,24 +446,32 @@ def verify(
     verify_weights: bool = True,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。"""
+    """证明 bundle 与 PyTorch 相等；参数见 :func:`~deepseek_export.parity.verify.verify_bundle`。
+
+    一套 stage 连起来比 model、tokens 两级，每个 stage 再单独比。
+    """
     require_export("校验")
     from deepseek_export.parity.verify import verify_bundle
 
+    run = partial(
+        verify_bundle,
+        against=against,
+        levels=levels,
+        prompts=prompts,
+        steps=steps,
+        seed=seed,
+        text=text,
+        backend=backend,
+        verify_weights=verify_weights,
+        progress=progress,
+    )
+    if is_stage_set(bundle):
+        stages = StageSet.open(bundle)
+        with PipelineBackend(stages, backend_named(backend)) as pipeline:
+            return run(stages.bundle, stages=stages, whole=pipeline)
     opened = Bundle.open(bundle)
     with opened.steady():
-        return verify_bundle(
-            opened,
-            against,
-            levels=levels,
-            prompts=prompts,
-            steps=steps,
-            seed=seed,
-            text=text,
-            backend=backend,
-            verify_weights=verify_weights,
-            progress=progress,
-        )
+        return run(opened)
 
 
 def compare(

@@ -14,7 +14,7 @@ from deepseek_export.errors import DsxError
 
 
 class PipelineBackend(Backend):
-    """一套 stage；只打开它自己的 ``stages.bundle``。
+    """一套 stage；只打开它自己的 ``stages.bundle``。写成 ``with`` 就在退出时停掉进程，不写则由打开的 ``Runner`` 管。
 
     Args:
         stages: 哪一套。
@@ -34,6 +34,13 @@ class PipelineBackend(Backend):
     ) -> None:
         self._stages, self._inner, self._settings, self._launcher = stages, inner, settings, launcher
         self._gang: Gang | None = None
+
+    def __enter__(self) -> PipelineBackend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._gang is not None:
+            self._gang.close()
 
     def limits(self, bundle: Bundle, graph: GraphEntry | None = None) -> Limits:
         found = self._inner.limits(bundle, graph)

@@ -15,13 +15,16 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import deepseek_export
+from deepseek_export.backend import backend_named
+from deepseek_export.bench.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.stages import StageSet
+from deepseek_export.cluster.backend import PipelineBackend
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import SamplingParams
 from deepseek_export.serving import Engine, EngineSettings
-from tests.bundles import tampered
+from tests.bundles import edit_weight, tampered
 from tests.contract.test_runtime_only_contract import without_compilers
 from tests.engines import refused
 from tests.serving_plans import Ask, assert_same_as_alone
@@ -308,3 +311,54 @@ if __name__ == "__main__":
     model.close()
 """
     assert without_compilers(script, str(split("float32", 2))).splitlines() == [str(want)]
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "baseline"])
+def test_verified_as_one_and_each_alone(split, kind):
+    """CLUSTER-11：连起来的与每个单独的都通过；没有截的写明；没有留下进程。"""
+    before = set(children())
+    path = split(kind, 3)
+    report = deepseek_export.verify(path, steps=6)
+    assert report.passed, report.first_failure
+    named = [case.name for case in report.cases if case.name.startswith("stage.")]
+    assert named == ["stage.0 hidden_out", "stage.1 hidden_out", "stage.2 logits"]
+    assert "tokens" in report.levels or kind == "int8"
+    assert "切开之前" in "".join(report.notes)
+    assert json.loads((path / "reports/parity.json").read_text(encoding="utf-8"))["cases"]
+    assert set(children()) == before
+
+
+def test_a_wrong_stage_is_named(bundles, tmp_path):
+    """CLUSTER-11：一层的权重不对，连起来的不通过，单独的只有那一层所在的 stage 不通过。"""
+    bundle = Bundle.open(bundles("baseline"))
+    name = "model.layers.2.self_attn.o_proj.weight"
+    bad = tampered(bundle, tmp_path, edit_weight(bundle, name, lambda array: array + np.float32(0.05)))
+    stages = deepseek_export.api.split(bad.path, tmp_path / "stages", "0-1,2-3,4")
+    report = deepseek_export.verify(stages.path, levels=("model",))
+    failed = {case.name.split()[0] for case in report.cases if not case.passed}
+    assert {name for name in failed if name.startswith("stage.")} == {"stage.1"}
+    assert any(name.startswith("logits") for name in failed)
+
+
+def test_measured_like_a_bundle(bundles, split):
+    """CLUSTER-11：``dsx bench`` 收一套 stage，可以与一个进程的互为对照。"""
+    scenario = Scenario(prompt_len=5, new_tokens=3, depths=(16,), runs=1, threads=1)
+    report = bench_bundle(
+        split("float32", 2), against=bundles("float32"), scenario=scenario, verify_weights=True
+    )
+    assert report.subjects["bundle"].memory is None
+    assert report.subjects["against"].memory is not None
+    assert {"bundle/plain", "bundle/speculative"} <= set(report.ways)
+
+
+def test_other_commands_want_the_bundle(split):
+    """CLUSTER-11：截图、建引擎、打包要切开之前的 bundle。"""
+    path = split("float32", 2)
+    for call in (
+        deepseek_export.compare,
+        deepseek_export.pack,
+        lambda path: deepseek_export.api.build(path, [89]),
+    ):
+        refused("DSX-E748", call, path)
+    backend = PipelineBackend(StageSet.open(path), backend_named("ort"))
+    refused("DSX-E748", backend.cut_runner, backend.prepared(StageSet.open(path).bundle))
