@@ -18,6 +18,7 @@ from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.checkpoint.fields import shown
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cluster.backend import PipelineBackend
+from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_export
 from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level
@@ -326,6 +327,7 @@ def load(
     speculative_floor: bool = True,
     verify_weights: bool = False,
     progress: Progress | None = None,
+    cluster: ClusterSettings | None = None,
 ) -> CompiledModel:
     """加载 bundle，准备生成；别人正在替换它的话，得到的是旧的或新的，不会一半一半。
 
@@ -338,6 +340,7 @@ def load(
         speculative_floor: 投机解码不划算时退回普通解码；``False`` 一直投机。没有草稿模型时不起作用。
         verify_weights: 先读一遍全部权重，核对 sha256；缺省不读，只核对其余的文件（按引用的另抽查每个张量的几处）。
         progress: 核对权重的进度。
+        cluster: 流水线的参数；只对一套 stage 起作用。
 
     Raises:
         DsxError: 4xx bundle 有问题，其中 ``DSX-E412`` 是接连几次读到一半被换掉；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
@@ -347,7 +350,7 @@ def load(
         stages = StageSet.open(bundle)
         if verify_weights:
             stages.check_weights(progress or Progress())
-        pipeline = PipelineBackend(stages, backend_named(backend))
+        pipeline = PipelineBackend(stages, backend_named(backend), cluster)
         return CompiledModel(stages.bundle, threads, pipeline, speculative_floor)
 
     def read(opened: Bundle) -> CompiledModel:

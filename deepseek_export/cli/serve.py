@@ -15,7 +15,9 @@ from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import (
     backend_option,
     bundle_argument,
+    cluster_settings,
     counts,
+    micro_batches_option,
     threads_option,
     verify_weights_option,
 )
@@ -50,6 +52,7 @@ from deepseek_export.extras import require_serve
 @click.option(
     "--max-queue", type=counts(), default=256, show_default=True, help="至多几个请求排队，多的答 503。"
 )
+@micro_batches_option
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -62,6 +65,7 @@ def command(
     cors_origins: tuple[str, ...],
     slots: int,
     max_queue: int,
+    micro_batches: int,
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -89,7 +93,8 @@ def command(
     def load() -> ServedModel:
         from deepseek_export import api
 
-        model = api.load(bundle, threads, backend, verify_weights=verify_weights)
+        cluster = cluster_settings(micro_batches)
+        model = api.load(bundle, threads, backend, verify_weights=verify_weights, cluster=cluster)
         served = name or bundle.resolve().name
         return ServedModel.open(served, model.tokenizer, model.session, model.engine(settings))
 

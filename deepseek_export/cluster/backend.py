@@ -19,7 +19,7 @@ class PipelineBackend(Backend):
     Args:
         stages: 哪一套。
         inner: 每个 stage 在哪个后端上跑。
-        settings: 各种等待的上限。
+        settings: 小批与各种等待的上限。
         launcher: 怎么起进程；缺省在本机上。
     """
 
@@ -32,7 +32,8 @@ class PipelineBackend(Backend):
         settings: ClusterSettings | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        self._stages, self._inner, self._settings, self._launcher = stages, inner, settings, launcher
+        self._stages, self._inner, self._launcher = stages, inner, launcher
+        self._settings = settings or ClusterSettings()
         self._gang: Gang | None = None
 
     def __enter__(self) -> PipelineBackend:
@@ -58,7 +59,7 @@ class PipelineBackend(Backend):
             directories = self._stages.directories
             launcher = self._launcher or LocalLauncher(directories, self._inner.name, threads)
             self._gang = Gang(launcher, self._settings)
-        return PipelineRunner(self._gang, graph)
+        return PipelineRunner(self._gang, graph, self._settings.micro_batches)
 
     def cut_runner(self, bundle: Bundle) -> CutRunner:
         """没有：图不在这里。

@@ -8,10 +8,11 @@ from typing import cast
 import numpy as np
 
 from deepseek_export.backend.base import Caches, Limits, Runner
-from deepseek_export.backend.contract import GraphContract, Port
+from deepseek_export.backend.contract import PORT_DIMS, GraphContract, Port
 from deepseek_export.bundle.manifest import GraphEntry, ValueEntry
 from deepseek_export.cluster.caches import PipelineCaches
 from deepseek_export.cluster.gang import Gang
+from deepseek_export.cluster.wire import Frame
 from deepseek_export.errors import DsxError
 
 
@@ -21,11 +22,14 @@ class PipelineRunner(Runner):
     Args:
         gang: 起好的一套 stage。
         graph: 整个模型的那张图。
+        micro_batches: 一次调用至多分成几个小批，见 :class:`~deepseek_export.cluster.settings.ClusterSettings`。
     """
 
-    def __init__(self, gang: Gang, graph: GraphEntry) -> None:
+    def __init__(self, gang: Gang, graph: GraphEntry, micro_batches: int = 1) -> None:
         self.contract = GraphContract.of(map(_port, graph.inputs), map(_port, graph.outputs))
         self._gang, self._graph = gang, graph.file
+        # 在环里的不超过 stage 的个数：再多，发的与收的可能互相等。
+        self._micro_batches = min(micro_batches, len(gang.stages))
         self.limits = _narrowest(
             [Limits(**stage["limits"][graph.file]) for stage in gang.stages if graph.file in stage["limits"]]
         )
@@ -54,13 +58,20 @@ class PipelineRunner(Runner):
     ) -> dict[str, np.ndarray]:
         """同 :meth:`Runner.run`；``DSX-E742`` / ``DSX-E743``，流水线断了、正在重启，``DSX-E747`` 缓存随它丢了。"""
         own = cast(PipelineCaches, caches)  # 这个 Runner 分配的
-        meta = {"op": "run", "graph": self._graph, "start": own.start, "count": own.batch}
+        meta = {"op": "run", "graph": self._graph, "outputs": list(outputs)}
         arrays = {
             name: np.asarray(inputs[name]).astype(port.numpy, copy=False)
             for name, port in self.contract.inputs.items()
         }
-        found = own.storage.call({**meta, "outputs": list(outputs)}, arrays)
-        return {name: found.arrays[name] for name in outputs}
+        frames = []
+        for rows in np.array_split(np.arange(own.batch), min(self._micro_batches, own.batch)):
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            part = {name: a[start:stop] if PORT_DIMS[name][0] == "B" else a for name, a in arrays.items()}
+            frames.append(Frame({**meta, "start": own.start + start, "count": stop - start}, part))
+        found = [frame.arrays for frame in own.storage.call_all(frames)]
+        if len(found) == 1:
+            return {name: found[0][name] for name in outputs}
+        return {name: np.concatenate([arrays[name] for arrays in found]) for name in outputs}
 
 
 def _narrowest(limits: list[Limits]) -> Limits:

@@ -1,4 +1,4 @@
-"""流水线的参数。"""
+"""流水线的参数：几个小批，各种等待的上限。"""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from deepseek_export.errors import DsxError
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """各种等待的上限；每一种等待都有。
+    """每一种等待都有上限。
 
     Args:
+        micro_batches: 一次调用的各行至多分成几个小批，依次进流水线，几个 stage 于是同时在算；不超过 stage 的个数与行数。1 不分。
+            分了之后每次调用的行数变少，最后几位随之不同（SERVE-1 说的那样）。
         silence_s: 一条信道上这么多秒没有一个字节（心跳也没有），就当对方不在了。
         start_s: 各 stage 加载权重至多多少秒。
         step_s: 一次模型调用至多多少秒。
@@ -22,6 +24,7 @@ class ClusterSettings:
         DsxError: ``DSX-E740``，不是正数。
     """
 
+    micro_batches: int = 1
     silence_s: float = 5.0
     start_s: float = 900.0
     step_s: float = 600.0
@@ -30,5 +33,8 @@ class ClusterSettings:
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise DsxError("DSX-E740", f"{key}={value!r}", f"把 {key} 设为大于 0 的秒数")
+            whole = key == "micro_batches"
+            right = isinstance(value, int) if whole else isinstance(value, int | float)
+            if isinstance(value, bool) or not right or not value > 0:
+                what = "正整数" if whole else "大于 0 的秒数"
+                raise DsxError("DSX-E740", f"{key}={value!r}", f"把 {key} 设为{what}")

@@ -20,6 +20,7 @@ from deepseek_export.bench.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.backend import PipelineBackend
+from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import SamplingParams
@@ -362,3 +363,43 @@ def test_other_commands_want_the_bundle(split):
         refused("DSX-E748", call, path)
     backend = PipelineBackend(StageSet.open(path), backend_named("ort"))
     refused("DSX-E748", backend.cut_runner, backend.prepared(StageSet.open(path).bundle))
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("micro", [2, 3, 9])
+def test_micro_batches_equal_running_them_one_by_one(bundles, split, kind, micro):
+    """CLUSTER-12：分成几个小批与一个进程依次跑它们逐位相同，行的次序不变；比 stage 多的、比行多的自动少分。"""
+    rng = np.random.default_rng(0)
+    ids, past = rng.integers(0, 160, (5, 6)), np.zeros(5, np.int64)
+    at = np.tile([1, 5], (5, 1))
+    alone = deepseek_export.load(bundles(kind), 1).session
+    parts = np.array_split(np.arange(5), min(micro, 3))
+    whole = alone.new_caches(5)
+    want = []
+    for lens, width in ((past, 6), (past + 6, 1)):
+        places = at if width == 6 else np.zeros((5, 1), np.int64)
+        want.append(
+            np.concatenate(
+                [
+                    alone.run(
+                        ids[rows, :width], lens[rows], places[rows], whole.rows(int(rows[0]), len(rows))
+                    ).copy()
+                    for rows in parts
+                ]
+            )
+        )
+    with loaded(split(kind, 3), cluster=ClusterSettings(micro_batches=micro)) as model:
+        caches = model.session.new_caches(5)
+        assert np.array_equal(model.session.run(ids, past, at, caches), want[0])
+        step = model.session.run(ids[:, :1], past + 6, np.zeros((5, 1), np.int64), caches)
+        assert np.array_equal(step, want[1])
+
+
+def test_large_micro_batches_do_not_wait_for_each_other(split):
+    """CLUSTER-12：每一帧都比套接字的缓冲区大得多，几帧同时在环里，照样走完；投机的也是。"""
+    with loaded(split("float32", 3), cluster=ClusterSettings(micro_batches=3)) as model:
+        rng = np.random.default_rng(1)
+        rows = rng.integers(0, 160, (12, 300)).tolist()
+        assert [len(logits) for logits in model.generator.logits(rows)] == [300] * 12
+        found = model.generate(rows, 8, ignore_eos=True)
+        assert [len(ids) for ids in found.token_ids] == [8] * 12

@@ -180,7 +180,8 @@ def test_silence_ends_the_wait_and_beats_keep_it(pair):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"silence_s": 0}, {"step_s": -1}, {"start_s": True}, {"retry_s": float("nan")}]
+    "bad",
+    [{"silence_s": 0}, {"step_s": -1}, {"start_s": True}, {"retry_s": float("nan")}, {"micro_batches": 1.5}],
 )
 def test_limits_are_positive(bad):
     """CLUSTER-6：每种等待的上限都要是正数。"""
