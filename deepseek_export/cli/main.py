@@ -33,6 +33,7 @@ COMMANDS = MappingProxyType(
             "build",
             "generate",
             "serve",
+            "batch",
             "inspect",
             "bench",
             "pack",
