@@ -130,6 +130,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E746": "图不能在这里切开",
         "DSX-E747": "缓存随流水线丢了",
         "DSX-E748": "一套 stage 做不了这件事",
+        "DSX-E749": "信道的另一端证明不了自己",
         "DSX-E750": "批量的输入不能用",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",

@@ -12,16 +12,36 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deepseek_export.backend.base import CachesLost
-from deepseek_export.cluster.local import Started
 from deepseek_export.cluster.settings import ClusterSettings
-from deepseek_export.cluster.wire import BEAT_S, ChannelClosed, Frame
+from deepseek_export.cluster.wire import BEAT_S, Channel, ChannelClosed, Frame
 from deepseek_export.errors import ERRORS, DsxError
 
 #: 等一个刚断了的环里的进程结束，好说清是谁，秒。
 _LAST_WORDS_S = 1.0
+
+
+class Member(Protocol):
+    """一个 stage 进程，在哪里都行。"""
+
+    @property
+    def ended(self) -> str | None:
+        """怎么结束的；还活着为 ``None``。不等待。"""
+
+    def kill(self) -> None:
+        """杀掉；停着的也杀得掉。"""
+
+
+@dataclass(frozen=True)
+class Started:
+    """起好的一套：往第一个发、从最后一个收的两条信道，与各个进程。"""
+
+    to_first: Channel
+    from_last: Channel
+    members: tuple[Member, ...]
 
 
 class Launcher(Protocol):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from deepseek_export.cluster.gang import Started
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.stage import StageSpec
 from deepseek_export.cluster.wire import Channel
@@ -23,8 +24,8 @@ Link = Callable[[], tuple[socket.socket, socket.socket]]
 
 
 @dataclass(frozen=True)
-class Member:
-    """一个 stage 进程。"""
+class LocalMember:
+    """本机上的一个 stage 进程。"""
 
     index: int
     process: subprocess.Popen[bytes]
@@ -42,15 +43,6 @@ class Member:
         """杀掉并收尸；停着的也杀得掉。"""
         self.process.kill()
         self.process.wait()
-
-
-@dataclass(frozen=True)
-class Started:
-    """起好的一套：往第一个发、从最后一个收的两条信道，与各个进程。"""
-
-    to_first: Channel
-    from_last: Channel
-    members: tuple[Member, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class LocalLauncher:
         """
         count = len(self.directories)
         edges = [self.link() for _ in range(count + 1)]
-        members: list[Member] = []
+        members: list[LocalMember] = []
         try:
             for index, directory in enumerate(self.directories):
                 upstream, downstream = edges[index][1], edges[index + 1][0]
@@ -99,7 +91,7 @@ class LocalLauncher:
                     pass_fds=(upstream.fileno(), downstream.fileno()),
                     start_new_session=True,
                 )
-                members.append(Member(index, process))
+                members.append(LocalMember(index, process))
         except BaseException:
             for member in members:
                 member.kill()

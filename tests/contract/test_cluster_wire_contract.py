@@ -9,15 +9,18 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deepseek_export.cluster.handshake import accept, connect, listen
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.wire import Channel, Frame
 from deepseek_export.dtypes import DTYPES
+from deepseek_export.errors import DsxError
 from tests.engines import refused
 
 pytestmark = pytest.mark.contract
@@ -186,3 +189,83 @@ def test_silence_ends_the_wait_and_beats_keep_it(pair):
 def test_limits_are_positive(bad):
     """CLUSTER-6：每种等待的上限都要是正数。"""
     refused("DSX-E740", lambda: ClusterSettings(**bad))
+
+
+class Served:
+    """在回环上等一个连上来的。"""
+
+    def __init__(self, secret: bytes, seconds: float = 5.0) -> None:
+        self.listening = listen("127.0.0.1", secret)
+        self.address = self.listening.getsockname()
+        self._found: list[socket.socket | DsxError] = []
+        self._thread = threading.Thread(target=self._run, args=(secret, seconds))
+        self._thread.start()
+
+    def _run(self, secret: bytes, seconds: float) -> None:
+        try:
+            self._found.append(accept(self.listening, secret, seconds))
+        except DsxError as error:
+            self._found.append(error)
+
+    def result(self) -> socket.socket | DsxError:
+        self._thread.join()
+        self.listening.close()
+        return self._found[0]
+
+
+def test_both_ends_prove_the_secret():
+    """CLUSTER-15：密钥相同就连上，之后照常收发；密钥不上线。"""
+    served = Served(b"secret of the house")
+    mine = Channel(connect(served.address, b"secret of the house", 5), "", 5)
+    stream = served.result()
+    assert isinstance(stream, socket.socket)
+    theirs = Channel(stream, "", 5)
+    frame = every_dtype()
+    thread = threading.Thread(target=mine.send, args=(frame,))
+    thread.start()
+    assert theirs.receive().meta == frame.meta
+    thread.join()
+    mine.close()
+    theirs.close()
+
+
+def test_a_wrong_secret_is_refused_and_the_right_one_still_gets_in():
+    """CLUSTER-15：密钥不对、不说话、乱说的，断开，接着等；对的还进得来。"""
+    served = Served(b"right", 20)
+    refused("DSX-E749", connect, served.address, b"wrong", 5)
+    with socket.create_connection(served.address) as noise:
+        noise.sendall(bytes(64))
+        assert len(noise.recv(1024)) == 37
+        assert noise.recv(1024) == b""
+    connect(served.address, b"right", 5).close()
+    assert isinstance(served.result(), socket.socket)
+
+
+def test_a_false_server_is_refused():
+    """CLUSTER-15：对面不是 stage，或不知道密钥而装作知道，连的一方也不信。"""
+    for said in (b"HTTP/1.1 400 Bad Request\r\n" + bytes(64), b"DSXA\x01" + bytes(32) + bytes(32), b"DSXA"):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def lie(said: bytes = said, listening: socket.socket = listening) -> None:
+                stream, _ = listening.accept()
+                with stream, suppress(OSError):  # 连的一方一看不对就断
+                    stream.sendall(said)
+                    stream.shutdown(socket.SHUT_WR)
+                    stream.settimeout(5)
+                    stream.recv(1024)
+
+            thread = threading.Thread(target=lie)
+            thread.start()
+            refused("DSX-E749", connect, listening.getsockname(), b"secret", 5)
+            thread.join()
+
+
+def test_other_machines_need_a_secret():
+    """CLUSTER-15：不是回环的地址没有密钥，不听也不连；没有人来、连不上，限时说清。"""
+    for host in ("0.0.0.0", "192.0.2.1", "stage-host"):
+        refused("DSX-E749", listen, host, b"")
+        refused("DSX-E749", connect, (host, 1), b"", 1)
+    assert isinstance(Served(b"", 0.2).result(), DsxError)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = closed.getsockname()
+    refused("DSX-E749", connect, address, b"", 1)
