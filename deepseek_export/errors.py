@@ -132,6 +132,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E748": "一套 stage 做不了这件事",
         "DSX-E749": "信道的另一端证明不了自己",
         "DSX-E750": "批量的输入不能用",
+        "DSX-E751": "没有安装 Ray",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -15,6 +16,8 @@ from deepseek_export.cli.options import (
     cluster_settings,
     json_option,
     micro_batches_option,
+    ray_option,
+    strategy_option,
     threads_option,
     verify_weights_option,
 )
@@ -38,6 +41,8 @@ from deepseek_export.extras import require_serve
     "--slots", type=click.IntRange(1, 4096), default=8, show_default=True, help="至多几个请求同时生成。"
 )
 @micro_batches_option
+@ray_option
+@strategy_option
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -51,6 +56,8 @@ def command(
     overwrite: bool,
     slots: int,
     micro_batches: int,
+    ray: str | None,
+    strategy: Literal["pack", "spread"],
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -77,7 +84,7 @@ def command(
         from deepseek_export.serving.http.service import ServedModel
 
         check_batch(source, out, overwrite)
-        cluster = cluster_settings(micro_batches)
+        cluster = cluster_settings(micro_batches, ray, strategy)
         model = api.load(bundle, threads, backend, verify_weights=verify_weights, cluster=cluster)
         engine = model.engine(EngineSettings(slots=slots))
         served = ServedModel.open(bundle.resolve().name, model.tokenizer, model.session, engine)

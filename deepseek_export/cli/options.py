@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -90,11 +90,27 @@ micro_batches_option = click.option(
 )
 
 
-def cluster_settings(micro_batches: int) -> ClusterSettings:
+ray_option = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="OUT 是一套 stage 时用 Ray 起它：auto 连已经在跑的，local 在本进程里起一个；缺省在本机上起，不要 Ray。",
+)
+strategy_option = click.option(
+    "--strategy",
+    type=click.Choice(["pack", "spread"]),
+    default="pack",
+    show_default=True,
+    help="配 --ray：各 stage 尽量放在一起，还是尽量分开。",
+)
+
+
+def cluster_settings(
+    micro_batches: int, ray: str | None = None, strategy: Literal["pack", "spread"] = "pack"
+) -> ClusterSettings:
     """命令行上的流水线参数。"""
     from deepseek_export.cluster.settings import ClusterSettings
 
-    return ClusterSettings(micro_batches=micro_batches)
+    return ClusterSettings(micro_batches=micro_batches, ray=ray, strategy=strategy)
 
 
 def read_prompts(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

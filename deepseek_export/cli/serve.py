@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -18,6 +19,8 @@ from deepseek_export.cli.options import (
     cluster_settings,
     counts,
     micro_batches_option,
+    ray_option,
+    strategy_option,
     threads_option,
     verify_weights_option,
 )
@@ -53,6 +56,8 @@ from deepseek_export.extras import require_serve
     "--max-queue", type=counts(), default=256, show_default=True, help="至多几个请求排队，多的答 503。"
 )
 @micro_batches_option
+@ray_option
+@strategy_option
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -66,6 +71,8 @@ def command(
     slots: int,
     max_queue: int,
     micro_batches: int,
+    ray: str | None,
+    strategy: Literal["pack", "spread"],
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -93,7 +100,7 @@ def command(
     def load() -> ServedModel:
         from deepseek_export import api
 
-        cluster = cluster_settings(micro_batches)
+        cluster = cluster_settings(micro_batches, ray, strategy)
         model = api.load(bundle, threads, backend, verify_weights=verify_weights, cluster=cluster)
         served = name or bundle.resolve().name
         return ServedModel.open(served, model.tokenizer, model.session, model.engine(settings))

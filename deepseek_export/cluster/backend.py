@@ -20,7 +20,7 @@ class PipelineBackend(Backend):
         stages: 哪一套。
         inner: 每个 stage 在哪个后端上跑。
         settings: 小批与各种等待的上限。
-        launcher: 怎么起进程；缺省在本机上。
+        launcher: 怎么起进程；缺省由 ``settings`` 定：在本机上，或用 Ray。
     """
 
     name = "pipeline"
@@ -56,10 +56,17 @@ class PipelineBackend(Backend):
             DsxError: stage 打不开自己的 bundle，或 ``DSX-E744``，进程起不来。
         """
         if self._gang is None:
-            directories = self._stages.directories
-            launcher = self._launcher or LocalLauncher(directories, self._inner.name, threads)
-            self._gang = Gang(launcher, self._settings)
+            self._gang = Gang(self._launcher or self._usual(threads), self._settings)
         return PipelineRunner(self._gang, graph, self._settings.micro_batches)
+
+    def _usual(self, threads: int | None) -> Launcher:
+        directories, settings, inner = self._stages.directories, self._settings, self._inner.name
+        if settings.ray is None:
+            return LocalLauncher(directories, inner, threads)
+        # 到这里才导入：不用 Ray 的不必装它。
+        from deepseek_export.cluster.ray_launcher import RayLauncher
+
+        return RayLauncher(directories, settings.ray, inner, threads, settings.cpus, settings.strategy)
 
     def cut_runner(self, bundle: Bundle) -> CutRunner:
         """没有：图不在这里。

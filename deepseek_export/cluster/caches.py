@@ -83,6 +83,8 @@ class KeptRow(Mapping[str, np.ndarray]):
     @property
     def _content(self) -> SavedRow:
         if self._fetched is None:
+            if not self.is_at(self._storage):
+                raise CachesLost("DSX-E747", "存下的那一行随那一套 stage 没有了", "重新提交")
             self._fetched = self._storage.call({"op": "fetch", "kept": self.number}).arrays
         return self._fetched
 

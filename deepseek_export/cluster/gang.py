@@ -223,8 +223,8 @@ class _Ring:
 
     def _reply(self, number: int) -> Frame:
         frame = self._started.from_last.receive(self._waiting)
-        if frame.meta["op"] == "fatal":
-            raise _lost(str(frame.meta["what"]))
+        if frame.meta["op"] == "fatal":  # 说的多半是邻居不在了：是谁，看进程
+            raise ChannelClosed("DSX-E742", str(frame.meta["what"]), _lost("").todo)
         if frame.meta.get("n") != number:
             raise _lost(f"回答的次序不对：等的是第 {number} 个，来的是第 {frame.meta.get('n')} 个")
         return frame

@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_export.cluster.gang import Started
+from deepseek_export.cluster.host import how_ended, spawn
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.stage import StageSpec
 from deepseek_export.cluster.wire import Channel
@@ -33,11 +32,8 @@ class LocalMember:
     @property
     def ended(self) -> str | None:
         """怎么结束的；还活着为 ``None``。"""
-        code = self.process.poll()
-        if code is None:
-            return None
-        how = f"被信号 {-code} 终止" if code < 0 else f"以 {code} 退出"
-        return f"stage {self.index}（进程 {self.process.pid}）{how}"
+        how = how_ended(self.process)
+        return None if how is None else f"stage {self.index} 的{how}"
 
     def kill(self) -> None:
         """杀掉并收尸；停着的也杀得掉。"""
@@ -84,14 +80,7 @@ class LocalLauncher:
                     downstream=downstream.fileno(),
                     parent=os.getpid(),
                 )
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "deepseek_export.cluster.stage", json.dumps(asdict(spec))],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=(upstream.fileno(), downstream.fileno()),
-                    start_new_session=True,
-                )
-                members.append(LocalMember(index, process))
+                members.append(LocalMember(index, spawn(spec)))
         except BaseException:
             for member in members:
                 member.kill()
@@ -105,6 +94,6 @@ class LocalLauncher:
             edges[index + 1][0].close()
         return Started(
             Channel(edges[0][0], " stage 0 ", settings.silence_s),
-            Channel(edges[-1][1], f" stage {count - 1} ", settings.start_s),
+            Channel(edges[-1][1], f" stage {count - 1} ", settings.start_s + settings.silence_s),
             tuple(members),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -37,6 +37,11 @@ class PipelineRunner(Runner):
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(note for stage in self._gang.stages for note in stage["notes"]))
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """各 stage 起好时报的：``pid``、``resident``（字节）、``limits``、``notes``。"""
+        return self._gang.stages
 
     @property
     def failure(self) -> DsxError | None:

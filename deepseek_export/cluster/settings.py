@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from deepseek_export.errors import DsxError
 
@@ -12,6 +13,9 @@ class ClusterSettings:
     """每一种等待都有上限。
 
     Args:
+        ray: 用 Ray 起，连哪个：``auto`` 连已经在跑的，``local`` 在本进程里起一个；``None`` 在本机上起，不要 Ray。
+        strategy: 用 Ray 起时，``pack`` 尽量放在一起，``spread`` 尽量分开。
+        cpus: 用 Ray 起时，每个 stage 要几个 CPU。
         micro_batches: 一次调用的各行至多分成几个小批，依次进流水线，几个 stage 于是同时在算；不超过 stage 的个数与行数。1 不分。
             分了之后每次调用的行数变少，最后几位随之不同（SERVE-1 说的那样）。
         silence_s: 一条信道上这么多秒没有一个字节（心跳也没有），就当对方不在了。
@@ -25,6 +29,9 @@ class ClusterSettings:
     """
 
     micro_batches: int = 1
+    ray: str | None = None
+    strategy: Literal["pack", "spread"] = "pack"
+    cpus: int = 1
     silence_s: float = 5.0
     start_s: float = 900.0
     step_s: float = 600.0
@@ -32,8 +39,12 @@ class ClusterSettings:
     retry_max_s: float = 30.0
 
     def __post_init__(self) -> None:
+        if self.strategy not in ("pack", "spread"):
+            raise DsxError("DSX-E740", f"strategy={self.strategy!r}", "写 pack 或 spread")
         for key, value in vars(self).items():
-            whole = key == "micro_batches"
+            if key in ("ray", "strategy"):
+                continue
+            whole = key in ("micro_batches", "cpus")
             right = isinstance(value, int) if whole else isinstance(value, int | float)
             if isinstance(value, bool) or not right or not value > 0:
                 what = "正整数" if whole else "大于 0 的秒数"

@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     name = f"stage {spec.index}"
     before = "发起的一端" if spec.index == 0 else f" stage {spec.index - 1} "
     after = "发起的一端" if spec.index == spec.count - 1 else f" stage {spec.index + 1} "
-    upstream = Channel(socket.socket(fileno=spec.upstream), before, spec.start_s)
+    upstream = Channel(socket.socket(fileno=spec.upstream), before, spec.start_s + spec.silence_s)
     downstream = Channel(socket.socket(fileno=spec.downstream), after, spec.silence_s)
     threading.Thread(target=_beat, args=(downstream,), daemon=True).start()
     try:

@@ -19,6 +19,7 @@ import pytest
 import deepseek_export
 from deepseek_export.api import CompiledModel
 from deepseek_export.backend import backend_named
+from deepseek_export.backend.base import CachesLost
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cluster.backend import PipelineBackend
@@ -26,6 +27,7 @@ from deepseek_export.cluster.local import LocalLauncher
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.errors import DsxError
 from deepseek_export.serving import Engine, EngineSettings, Request
+from tests.engines import refused
 from tests.integration.cli import environment
 from tests.serving_http import Running, opened, until
 from tests.stages import alive, children, write_five
@@ -314,3 +316,33 @@ def test_clients_get_a_retryable_answer(tmp_path):
         until(lambda: server.get("/health").status_code == 200, 60)
         assert server.post("/v1/completions", {**body, "max_tokens": 4}).status_code == 200
     kept[0].close()
+
+
+def test_caches_of_a_lost_set_say_so_once(stages):
+    """CLUSTER-9：断之前分配的缓存，重起之后说一次丢了，再用就是新分配的；存下的一行也随它丢了。"""
+    with running(stages) as (model, engine):
+        engine.close()
+        session = model.session
+        caches = session.new_caches(2)
+        saved = caches.save_row(0, 4)
+        generation = session.runner.generation
+        os.kill(pids(model)[0], signal.SIGKILL)
+        until(lambda: session.runner.generation > generation, BOUND_S)
+        assert session.runner.failure is not None
+        until(lambda: session.runner.failure is None, 60)
+        with pytest.raises(CachesLost, match="DSX-E747"):
+            caches.clear_row(0)
+        caches.clear_row(0)
+        assert not any(array.any() for array in caches.save_row(1, 4).values())
+        with pytest.raises(CachesLost):
+            dict(saved)
+
+
+def test_a_start_has_a_limit(stages):
+    """CLUSTER-8：加载也有上限；超过了、进程加载时就死了，都说清，没有留下进程。"""
+    before = set(children())
+    launcher = LocalLauncher(stages.directories, threads=1)
+    backend = PipelineBackend(stages, backend_named("ort"), ClusterSettings(start_s=0.05), launcher)
+    error = refused("DSX-E744", lambda: CompiledModel(stages.bundle, 1, backend))
+    assert "0.05" in error.what
+    assert set(children()) == before
