@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from deepseek_export.api import CompiledModel, build, compare, export, load, pack, verify
+    from deepseek_export.api import CompiledModel, build, compare, export, load, pack, split, verify
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
     from deepseek_export.integration.apply import apply, restore
@@ -27,6 +27,7 @@ _EXPORTS = {
     "export": "deepseek_export.api",
     "load": "deepseek_export.api",
     "pack": "deepseek_export.api",
+    "split": "deepseek_export.api",
     "build": "deepseek_export.api",
     "verify": "deepseek_export.api",
     "compare": "deepseek_export.api",
@@ -54,6 +55,7 @@ __all__ = [
     "make_plan",
     "pack",
     "restore",
+    "split",
     "verify",
 ]
 

@@ -6,7 +6,9 @@ manifest 的 sha256，所以拿混了的两套在加载之前就拒绝。分词�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -127,7 +129,7 @@ def is_stage_set(path: Path | str) -> bool:
 
 
 def balanced(layer_bytes: Sequence[int], first: int, last: int, stages: int) -> list[tuple[int, int]]:
-    """把各层分成连着的几段，最大的一段尽量小；同样大时，靠前的段先拿满。
+    """把各层分成连着的几段：最大的一段尽量小，其次各段尽量一样大。
 
     Args:
         layer_bytes: 每层的字节数。
@@ -137,30 +139,29 @@ def balanced(layer_bytes: Sequence[int], first: int, last: int, stages: int) -> 
     Returns:
         每段的 ``[begin, end)``。
     """
-    count = len(layer_bytes)
-    best: dict[tuple[int, int], tuple[int, int]] = {}
 
     def load(begin: int, end: int, stage: int) -> int:
-        own = sum(layer_bytes[begin:end])
-        return own + (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
+        ends = (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
+        return sum(layer_bytes[begin:end]) + ends
 
-    # best[s, end]：前 s+1 段装下前 end 层时，最大的一段至少多大，以及最后一段从哪里开始。
-    for end in range(1, count + 1):
-        best[0, end] = (load(0, end, 0), 0)
-    for stage in range(1, stages):
-        for end in range(stage + 1, count + 1):
-            best[stage, end] = min(
-                (
-                    (max(best[stage - 1, begin][0], load(begin, end, stage)), -begin)
+    def best(
+        weigh: Callable[[int], float], join: Callable[[float, float], float]
+    ) -> tuple[float, list[tuple[int, int]]]:
+        """各段的 ``weigh`` 用 ``join`` 合起来最小的分法；逐段递推。"""
+        count = len(layer_bytes)
+        found = {end: (weigh(load(0, end, 0)), [(0, end)]) for end in range(1, count + 1)}
+        for stage in range(1, stages):
+            found = {
+                end: min(
+                    (join(found[begin][0], weigh(load(begin, end, stage))), [*found[begin][1], (begin, end)])
                     for begin in range(stage, end)
-                ),
-            )
-    cuts, end = [], count
-    for stage in reversed(range(stages)):
-        begin = abs(best[stage, end][1])
-        cuts.append((begin, end))
-        end = begin
-    return cuts[::-1]
+                )
+                for end in range(stage + 1, count + 1)
+            }
+        return found[count]
+
+    largest, _ = best(float, max)
+    return best(lambda size: float(size) ** 2 if size <= largest else math.inf, operator.add)[1]
 
 
 def parse_cuts(text: str, layers: int) -> list[tuple[int, int]]:

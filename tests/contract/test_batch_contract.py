@@ -180,7 +180,7 @@ def test_killed_and_run_again(bundle, tmp_path):
     assert again.returncode == 0, again.stderr
     told = json.loads(again.stdout.splitlines()[-1])
     assert (told["lines"], told["failed"], told["resumed"]) == (24, 0, done)
-    stages = deepseek_export.api.split(bundle, tmp_path / "stages", 2)
+    stages = deepseek_export.split(bundle, tmp_path / "stages", 2)
     whole = tmp_path / "whole.jsonl"
     straight = dsx("batch", stages.path, source, "-o", whole, "--slots", "2", "--threads", "1")
     assert straight.returncode == 0, straight.stderr

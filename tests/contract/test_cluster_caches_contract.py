@@ -39,7 +39,7 @@ pytestmark = pytest.mark.contract
 def opened(folder, limit: int) -> Iterator[ModelSession]:
     checkpoint = write_checkpoint(folder / "ck", SMALL | {"max_position_embeddings": limit}, dtype="float32")
     bundle = deepseek_export.export(checkpoint, folder / "out").path
-    stages = deepseek_export.api.split(bundle, folder / "stages", 2)
+    stages = deepseek_export.split(bundle, folder / "stages", 2)
     with loaded(stages.path) as model:
         yield model.session
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import deepseek_export
 from deepseek_export.backend import backend_named
 from deepseek_export.bench.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.stages import StageSet
+from deepseek_export.bundle.stages import StageSet, balanced
 from deepseek_export.cluster.backend import PipelineBackend
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.errors import DsxError
@@ -58,7 +59,7 @@ def split(bundles: Callable[[str], Path]) -> Callable[[str, int | str], Path]:
     def build(kind: str, stages: int | str) -> Path:
         out = bundles(kind).with_name(f"{kind}-{stages}")
         if not out.exists():
-            deepseek_export.api.split(bundles(kind), out, stages)
+            deepseek_export.split(bundles(kind), out, stages)
         return out
 
     return build
@@ -112,7 +113,7 @@ def test_a_stage_by_reference_links_only_the_files_it_reads(tmp_path, bundles):
         json.dumps({"weight_map": index}), encoding="utf-8"
     )
     out = deepseek_export.export(checkpoint, tmp_path / "out", "full", weights="reference").path
-    stages = deepseek_export.api.split(out, tmp_path / "stages", "0-1,2-3,4")
+    stages = deepseek_export.split(out, tmp_path / "stages", "0-1,2-3,4")
     linked = [
         sorted(path.name for path in (directory / "weights").glob("*.safetensors"))
         for directory in stages.directories
@@ -130,12 +131,12 @@ def test_a_stage_by_reference_links_only_the_files_it_reads(tmp_path, bundles):
 
 def test_where_it_is_cut(bundles, tmp_path):
     """CLUSTER-2：按字节均匀；照写的切；编号写在每个节点上；切不了的说为什么。"""
-    made = deepseek_export.api.split(bundles("float32"), tmp_path / "even", 2)
+    made = deepseek_export.split(bundles("float32"), tmp_path / "even", 2)
     sizes = [item.weight_bytes for item in made.record.stages]
     for cut in range(1, 5):
-        other = deepseek_export.api.split(bundles("float32"), tmp_path / f"cut-{cut}", f"0-{cut - 1},{cut}-4")
+        other = deepseek_export.split(bundles("float32"), tmp_path / f"cut-{cut}", f"0-{cut - 1},{cut}-4")
         assert max(sizes) <= max(item.weight_bytes for item in other.record.stages)
-    made = deepseek_export.api.split(bundles("float32"), tmp_path / "asked", "0,1-3,4")
+    made = deepseek_export.split(bundles("float32"), tmp_path / "asked", "0,1-3,4")
     assert [item.layers for item in made.record.stages] == [[0], [1, 2, 3], [4]]
     for number, directory in enumerate(made.directories):
         model = onnx.load(directory / "model.onnx", load_external_data=False)
@@ -148,10 +149,36 @@ def test_where_it_is_cut(bundles, tmp_path):
         assert model.configuration[0].num_devices == 3
     for asked in (0, 6, "0-1", "0-1,3-4", "1-4", "0-4,5", "a-b", "0-1,1-4", "2-0,1-4", ""):
         with pytest.raises(DsxError, match="DSX-E740"):
-            deepseek_export.api.split(bundles("float32"), tmp_path / "no", asked)
+            deepseek_export.split(bundles("float32"), tmp_path / "no", asked)
     with pytest.raises(DsxError, match="DSX-E748"):
-        deepseek_export.api.split(made.directories[0], tmp_path / "no", 1)
+        deepseek_export.split(made.directories[0], tmp_path / "no", 1)
     assert not (tmp_path / "no").exists()
+
+
+def stage_loads(sizes: list[int], first: int, last: int, cuts: list[tuple[int, int]]) -> list[int]:
+    """每段有多大。"""
+    found = [sum(sizes[begin:end]) for begin, end in cuts]
+    found[0] += first
+    found[-1] += last
+    return found
+
+
+def test_stages_are_as_even_as_they_can_be():
+    """CLUSTER-2：最大的一段尽量小，其次尽量一样大；与逐个试过的最好的一样。"""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        count = int(rng.integers(1, 9))
+        sizes, first, last = rng.integers(1, 50, count).tolist(), *rng.integers(0, 80, 2).tolist()
+        stages = int(rng.integers(1, count + 1))
+
+        tried = []
+        for inner in itertools.combinations(range(1, count), stages - 1):
+            edges = [0, *inner, count]
+            tried.append(stage_loads(sizes, first, last, list(itertools.pairwise(edges))))
+        got = stage_loads(sizes, first, last, balanced(sizes, first, last, stages))
+        assert (max(got), sum(x * x for x in got)) == min(
+            (max(one), sum(x * x for x in one)) for one in tried
+        )
 
 
 def test_a_graph_with_more_crossing_is_refused(bundles, tmp_path):
@@ -166,7 +193,7 @@ def test_a_graph_with_more_crossing_is_refused(bundles, tmp_path):
         onnx.save(model, folder / "model.onnx")
 
     bad = tampered(Bundle.open(bundles("float32")), tmp_path, reach_back)
-    error = refused("DSX-E746", lambda: deepseek_export.api.split(bad.path, tmp_path / "out", 2))
+    error = refused("DSX-E746", lambda: deepseek_export.split(bad.path, tmp_path / "out", 2))
     assert "input_ids" in error.what
 
 
@@ -198,14 +225,12 @@ def test_all_or_nothing(bundles, split, tmp_path):
         lambda folder: (folder / "stages.json").write_text('{"schema_version": 2}')
     )
     refused("DSX-E741", lambda: StageSet.open(bundles("float32")))
-    refused("DSX-E401", lambda: deepseek_export.api.split(bundles("float32"), whole, 2))
+    refused("DSX-E401", lambda: deepseek_export.split(bundles("float32"), whole, 2))
     (whole / "stage.0/notes.txt").write_text("mine")
-    error = refused(
-        "DSX-E401", lambda: deepseek_export.api.split(bundles("float32"), whole, 2, overwrite=True)
-    )
+    error = refused("DSX-E401", lambda: deepseek_export.split(bundles("float32"), whole, 2, overwrite=True))
     assert "stage.0/notes.txt" in error.what
     (whole / "stage.0/notes.txt").unlink()
-    assert len(deepseek_export.api.split(bundles("float32"), whole, 2, overwrite=True).directories) == 2
+    assert len(deepseek_export.split(bundles("float32"), whole, 2, overwrite=True).directories) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -334,7 +359,7 @@ def test_a_wrong_stage_is_named(bundles, tmp_path):
     bundle = Bundle.open(bundles("baseline"))
     name = "model.layers.2.self_attn.o_proj.weight"
     bad = tampered(bundle, tmp_path, edit_weight(bundle, name, lambda array: array + np.float32(0.05)))
-    stages = deepseek_export.api.split(bad.path, tmp_path / "stages", "0-1,2-3,4")
+    stages = deepseek_export.split(bad.path, tmp_path / "stages", "0-1,2-3,4")
     report = deepseek_export.verify(stages.path, levels=("model",))
     failed = {case.name.split()[0] for case in report.cases if not case.passed}
     assert {name for name in failed if name.startswith("stage.")} == {"stage.1"}

@@ -45,7 +45,7 @@ RETRY = {"DSX-E742", "DSX-E743", "DSX-E747"}
 def stages(tmp_path_factory: pytest.TempPathFactory) -> StageSet:
     folder = tmp_path_factory.mktemp("faults")
     bundle = deepseek_export.export(write_five(folder / "ck"), folder / "out", "full").path
-    return deepseek_export.api.split(bundle, folder / "stages", 3)
+    return deepseek_export.split(bundle, folder / "stages", 3)
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_clients_get_a_retryable_answer(tmp_path):
     """CLUSTER-8：经过 HTTP：503 带 Retry-After，健康检查变坏再变好，之后照常；答案里没有进程号。"""
 
     bundle = deepseek_export.export(CHECKPOINT, tmp_path / "out", "mla").path
-    stages = deepseek_export.api.split(bundle, tmp_path / "stages", 2)
+    stages = deepseek_export.split(bundle, tmp_path / "stages", 2)
 
     def load():
         model = CompiledModel(stages.bundle, 1, PipelineBackend(stages, backend_named("ort"), SETTINGS))

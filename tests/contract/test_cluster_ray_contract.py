@@ -30,7 +30,7 @@ SETTINGS = ClusterSettings(ray="auto", strategy="spread", start_s=120.0, silence
 def stages(tmp_path_factory: pytest.TempPathFactory) -> StageSet:
     folder = tmp_path_factory.mktemp("ray")
     bundle = deepseek_export.export(write_five(folder / "ck"), folder / "out", "full").path
-    return deepseek_export.api.split(bundle, folder / "stages", 3)
+    return deepseek_export.split(bundle, folder / "stages", 3)
 
 
 def test_without_ray_it_says_how_to_install(stages, monkeypatch):
