@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 import weakref
@@ -19,6 +20,9 @@ from deepseek_export.backend.base import CachesLost
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.wire import BEAT_S, Channel, ChannelClosed, Frame
 from deepseek_export.errors import ERRORS, DsxError
+
+#: 服务的日志里也要有，所以在它的名下。
+logger = logging.getLogger("dsx.serve.cluster")
 
 #: 等一个刚断了的环里的进程结束，好说清是谁，秒。
 _LAST_WORDS_S = 1.0
@@ -314,14 +318,19 @@ class _Keeper:
                 if not self._first.is_set():
                     self._refused = error
                     break
+                logger.warning("整套 stage 起不来，%.1f 秒之后再试：%s", pause, what)
                 self._closing.wait(pause)
                 pause = min(pause * 2, self._settings.retry_max_s)
                 continue
             pause = self._settings.retry_s
+            if self._first.is_set():
+                logger.warning("整套 stage 又起来了")
             self._first.set()
             while not ring.broken.wait(BEAT_S / 2):
                 ring.watch()
             self._down = self.failure
+            if ring.reason is not None:
+                logger.warning("流水线断了，整套重启：%s", ring.reason.what)
             self._ring = None
             self._generation += 1
             ring.stop()

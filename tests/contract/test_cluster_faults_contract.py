@@ -177,8 +177,8 @@ def test_a_dead_or_frozen_stage(stages, want, stage, number, phase):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_stage_lost_while_idle(stages, want, number):
-    """CLUSTER-8：没有请求的时候断了，也看得出来、自己恢复；留着的前缀不会被当成还在。"""
+def test_a_stage_lost_while_idle(stages, want, number, caplog):
+    """CLUSTER-8：没有请求的时候断了，也看得出来、自己恢复，日志里有；留着的前缀不会被当成还在。"""
     with running(stages) as (model, engine):
         assert submit(engine).result().token_ids == want
         os.kill(pids(model)[1], number)
@@ -188,6 +188,10 @@ def test_a_stage_lost_while_idle(stages, want, number):
         again = submit(engine).result(BOUND_S)
         assert again.token_ids == want
         assert again.cached_tokens == 0
+    told = [record.getMessage() for record in caplog.records if record.name == "dsx.serve.cluster"]
+    assert "stage 1" in told[0]
+    assert told[1] == "整套 stage 又起来了"
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize(
