@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from deepseek_export.backend.base import CachesLost
 from deepseek_export.cluster.settings import ClusterSettings
-from deepseek_export.cluster.wire import BEAT_S, Channel, ChannelClosed, Frame
+from deepseek_export.cluster.wire import BEAT_S, Channel, ChannelClosed, Frame, check_size
 from deepseek_export.errors import ERRORS, DsxError
 
 #: 服务的日志里也要有，所以在它的名下。
@@ -96,8 +96,10 @@ class Gang:
             generation: 只在这一次起的那一套上做。
 
         Raises:
-            DsxError: ``DSX-E743`` 正在重起，``DSX-E742`` 做到一半断了，都可以过一会儿再试；``DSX-E747`` 已经不是那一套了；stage 拒绝的，是它的错误码。
+            DsxError: ``DSX-E743`` 正在重起，``DSX-E742`` 做到一半断了，都可以过一会儿再试；``DSX-E747`` 已经不是那一套了；``DSX-E745`` 一次要过信道的太多；stage 拒绝的，是它的错误码。
         """
+        for frame in frames:
+            check_size(frame)
         with self._calling:
             first, *rest = frames
             told = Frame({**first.meta, **self._thrown_away()}, first.arrays)

@@ -27,13 +27,15 @@ import numpy as np
 from deepseek_export.backend import backend_named
 from deepseek_export.backend.base import Caches, Runner, SavedRow
 from deepseek_export.bundle import Bundle, BundleWeights
-from deepseek_export.cluster.wire import BEAT_S, Channel, ChannelClosed, Frame
+from deepseek_export.cluster.wire import BEAT_S, Channel, ChannelClosed, Frame, check_size
 from deepseek_export.errors import DsxError
 from deepseek_export.machine import process_memory
 
 #: 这一端的正常结束：环关了。
 CLOSED = 3
 _PR_SET_PDEATHSIG = 1
+#: 认得的消息，各有一个同名的方法。
+_OPERATIONS = frozenset({"hello", "run", "new", "ensure", "copy", "clear", "save", "fetch", "restore"})
 #: 后面的 stage 用不着的输入。
 _SPENT = {"input_ids", "hidden_in"}
 
@@ -99,6 +101,8 @@ class StageWorker:
             self._caches.pop(number, None)
         for number in meta.pop("forget", ()):
             self._kept.pop(number, None)
+        if meta["op"] not in _OPERATIONS:
+            raise DsxError("DSX-E745", f"没有 {meta['op']!r} 这种消息", "两端用同一个版本的 dsx")
         handle = getattr(self, f"_{meta['op']}")
         made: Frame = handle(meta, frame.arrays)
         freed = {key: frame.meta[key] for key in ("free", "forget") if key in frame.meta}
@@ -185,6 +189,7 @@ def serve(upstream: Channel, downstream: Channel, worker: StageWorker, silence_s
             continue
         try:
             made = worker.answer(frame)
+            check_size(made)
         except DsxError as error:
             made = _refusal("failed", error, frame.meta.get("n"), worker.index)
         downstream.send(made)

@@ -53,6 +53,21 @@ class Frame:
 BEAT = Frame({})
 
 
+def check_size(frame: Frame) -> None:
+    """发之前核对：对方收不下的不发，信道照样能用。
+
+    Raises:
+        DsxError: ``DSX-E745``，数组一共超过 :data:`MAX_PAYLOAD`。
+    """
+    total = sum(array.nbytes for array in frame.arrays.values())
+    if total > MAX_PAYLOAD:
+        raise DsxError(
+            "DSX-E745",
+            f"一次要过信道的有 {total} 字节，上限是 {MAX_PAYLOAD}",
+            "一批少几行，一次少几个 token，或少要几行 logits",
+        )
+
+
 class ChannelClosed(DsxError):
     """对方关了，或不在了（``DSX-E742``）。"""
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
 import pytest
 
 import deepseek_export
@@ -23,8 +24,10 @@ from deepseek_export.backend.base import CachesLost
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cluster.backend import PipelineBackend
+from deepseek_export.cluster.gang import Gang
 from deepseek_export.cluster.local import LocalLauncher
 from deepseek_export.cluster.settings import ClusterSettings
+from deepseek_export.cluster.wire import Frame
 from deepseek_export.errors import DsxError
 from deepseek_export.serving import Engine, EngineSettings, Request
 from tests.engines import refused
@@ -340,6 +343,18 @@ def test_caches_of_a_lost_set_say_so_once(stages):
         assert not any(array.any() for array in caches.save_row(1, 4).values())
         with pytest.raises(CachesLost):
             dict(saved)
+
+
+def test_a_call_too_large_or_unknown_breaks_nothing(stages, want):
+    """CLUSTER-6、CLUSTER-8：过不了信道的一次调用、不认得的消息，只有它失败，整套照常。"""
+    gang = Gang(LocalLauncher(stages.directories, threads=1), SETTINGS)
+    big = np.broadcast_to(np.zeros(1, np.float32), (1 << 29,))
+    refused("DSX-E745", lambda: gang.call([Frame({"op": "restore", "caches": 1}, {"x": big})]))
+    error = refused("DSX-E745", lambda: gang.call([Frame({"op": "__init__"})]))
+    assert "__init__" in error.what
+    assert gang.generation == 1
+    assert len(gang.call([Frame({"op": "hello", "stages": []})] * 3)) == 3
+    gang.close()
 
 
 def test_a_start_has_a_limit(stages):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from deepseek_export.cluster.handshake import accept, connect, listen
 from deepseek_export.cluster.settings import ClusterSettings
-from deepseek_export.cluster.wire import Channel, Frame
+from deepseek_export.cluster.wire import Channel, Frame, check_size
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from tests.engines import refused
@@ -211,6 +211,13 @@ class Served:
         self._thread.join()
         self.listening.close()
         return self._found[0]
+
+
+def test_what_the_peer_would_refuse_is_not_sent():
+    """CLUSTER-6：超过上限的不发出去，按码拒绝，信道不因此作废。"""
+    big = np.broadcast_to(np.zeros(1, np.float32), (1 << 29,))
+    assert "2147483648" in refused("DSX-E745", check_size, Frame({"op": "run"}, {"x": big})).what
+    check_size(every_dtype())
 
 
 def test_both_ends_prove_the_secret():
