@@ -62,6 +62,18 @@ def missing_serve() -> str:
     return _missing(SERVE_PACKAGES)
 
 
+def require_ray() -> None:
+    """Ray 装了没有；不导入它。
+
+    Raises:
+        DsxError: ``DSX-E751``，怎么装。
+    """
+    if _missing(("ray",)):
+        raise DsxError(
+            "DSX-E751", "用 Ray 起 stage 要装 ray，这里没有", "pip install -U 'deepseek-export[ray]'"
+        )
+
+
 def _missing(names: Sequence[str]) -> str:
     return "、".join(name for name in names if not _installed(name))
 

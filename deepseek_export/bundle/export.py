@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import helper
 
 from deepseek_export.bundle.bundle import Bundle
 from deepseek_export.bundle.by_reference import (
@@ -34,7 +33,14 @@ from deepseek_export.bundle.disk import (
     write_json,
 )
 from deepseek_export.bundle.foreign import check_replaceable
-from deepseek_export.bundle.graph import bind_external, check_onnx, external_location, float32_islands, label
+from deepseek_export.bundle.graph import (
+    bind_external,
+    check_onnx,
+    external_location,
+    float32_islands,
+    label,
+    value_entry,
+)
 from deepseek_export.bundle.manifest import (
     SCHEMA_VERSION,
     CacheEntry,
@@ -44,7 +50,6 @@ from deepseek_export.bundle.manifest import (
     Manifest,
     QuantizationEntry,
     SourceEntry,
-    ValueEntry,
     WeightsEntry,
     WeightsMode,
 )
@@ -407,20 +412,12 @@ def _graph_entry(graph: _Graph) -> GraphEntry:
         file=graph.file,
         role=graph.captured.role,
         layers=list(graph.captured.layers),
-        inputs=[_value_entry(value) for value in proto.input],
-        outputs=[_value_entry(value) for value in proto.output],
+        inputs=[value_entry(value) for value in proto.input],
+        outputs=[value_entry(value) for value in proto.output],
         op_counts=dict(sorted(counts.items())),
         passes=graph.lowered.results,
         sites=graph.captured.sites,
         by_recipe=[t.name for t in proto.initializer if external_location(t) == BY_RECIPE_FILE],
-    )
-
-
-def _value_entry(value: onnx.ValueInfoProto) -> ValueEntry:
-    tensor = value.type.tensor_type
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return ValueEntry(
-        name=value.name, dtype=dtype, shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
     )
 
 

@@ -160,6 +160,13 @@ class FileEntry(_Entry):
     sha256: str
 
 
+class StageEntry(_Entry):
+    """这个 bundle 是流水线里的哪一个 stage，见 :mod:`~deepseek_export.bundle.stages`。"""
+
+    index: int
+    count: int
+
+
 class Manifest(_Entry):
     """bundle 的全部事实。
 
@@ -185,6 +192,7 @@ class Manifest(_Entry):
     float32_islands: dict[str, int]
     cpu_library: str | None = None
     files: dict[BundleFile, FileEntry]
+    stage: StageEntry | None = None
 
     @model_validator(mode="after")
     def _check_graphs(self) -> Manifest:

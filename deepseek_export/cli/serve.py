@@ -11,12 +11,21 @@ from contextlib import contextmanager
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import backend_option, counts, threads_option, verify_weights_option
+from deepseek_export.cli.options import (
+    backend_option,
+    cluster_settings,
+    counts,
+    micro_batches_option,
+    ray_option,
+    strategy_option,
+    threads_option,
+    verify_weights_option,
+)
 from deepseek_export.cli.sources import ExportOptions, bundle_of, checkpoint_options
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_serve
@@ -89,6 +98,9 @@ logger = logging.getLogger("dsx.serve")
     type=click.Choice(list(TOOL_FORMATS)),
     help="模型怎么写工具调用；缺省由聊天模板看出来。",
 )
+@micro_batches_option
+@ray_option
+@strategy_option
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -107,6 +119,9 @@ def command(
     log_prompts: bool,
     no_speculative: bool,
     slot_folder: Path | None,
+    micro_batches: int,
+    ray: str | None,
+    strategy: Literal["pack", "spread"],
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -141,7 +156,10 @@ def command(
 
         progress = _LogProgress()
         bundle = bundle_of(source, exporting, verify_weights, progress)
-        model = api.load(bundle, threads, backend, verify_weights=verify_weights, progress=progress)
+        cluster = cluster_settings(micro_batches, ray, strategy)
+        model = api.load(
+            bundle, threads, backend, verify_weights=verify_weights, progress=progress, cluster=cluster
+        )
         return ServedModel.open(name, model.tokenizer, model.session, model.engine(settings), tool_parser)
 
     loads = [partial(load, *entry) for entry in sources.items()]

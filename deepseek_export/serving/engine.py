@@ -201,8 +201,9 @@ class Engine:
 
     @property
     def failure(self) -> BaseException | None:
-        """为什么不健康：让引擎停下的内部错误，或最近一次模型调用的错误。"""
-        return self._crash or self._scheduler.failure
+        """为什么不健康：让引擎停下的内部错误，模型现在跑不了的原因，或最近一次模型调用的错误。"""
+        last = None if self._scheduler.outdated else self._scheduler.failure
+        return self._crash or self._session.runner.failure or last
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -271,7 +272,7 @@ class Engine:
         """引擎的线程：有事就走一步，没事就等。"""
         try:
             while self._collect():
-                self._scheduler.step()
+                self._guarded(self._scheduler.step)
         except BaseException as error:  # dsx 的缺陷：说得出来，不留下永远等不到的请求
             self._crash = error
         with self._changed:
@@ -283,8 +284,17 @@ class Engine:
         self._scheduler.abandon(lambda one: one.end("cancelled") if crash is None else one.fail(crash))
 
     def _run_errands(self) -> None:
+        if self._errands and self._scheduler.outdated:  # 存下来的不能是已经丢了的缓存
+            self._guarded(self._scheduler.renew)
         while self._errands:
             self._errands.popleft()()
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """走一步；缓存用不了了（模型在别处，断了）不算 dsx 的缺陷，引擎照常收请求。"""
+        try:
+            step()
+        except DsxError as error:
+            self._scheduler.lose(error)
 
     def _collect(self) -> bool:
         """收下新的请求与取消；没有事就等。要停了为假。"""
@@ -299,7 +309,7 @@ class Engine:
             cancelling, self._cancelling = self._cancelling, False
             closing = self._closing
         if cancelling:
-            self._scheduler.sweep()
+            self._guarded(self._scheduler.sweep)
         self._run_errands()
         return closing != "abort" and (self._scheduler.busy or not closing)
 

@@ -28,6 +28,8 @@ _ANTHROPIC_KINDS = MappingProxyType(
         503: "overloaded_error",
     }
 )
+#: 模型断了，自己会起来：过一会儿再来。
+_RETRY_CODES = frozenset({"DSX-E742", "DSX-E743", "DSX-E747"})
 #: OpenAI 的客户端认得的名字；别的用 dsx 的码。
 _KNOWN_NAMES = MappingProxyType({"DSX-E511": "context_length_exceeded"})
 
@@ -65,6 +67,9 @@ class ApiError(Exception):
             return cls(400, message, param=source if error.code in _INPUT_CODES else None, code=code)
         if error.code == "DSX-E530":
             return cls(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
+        if error.code in _RETRY_CODES:  # 哪个进程怎么死的，是给管服务的人看的
+            retry = {"Retry-After": str(RETRY_AFTER_S)}
+            return cls(503, f"{error.code} {error.title}", code=code, headers=retry)
         if error.code == "DSX-E531":  # 里面有内部错误的原文，那是给管服务的人看的
             return cls(503, f"{error.code} {error.title}", code=code)
         return cls(500, message, code=code)
