@@ -252,7 +252,7 @@ class _Stitcher:
         ]
         for i, layer in enumerate(layers):
             for cache in self._caches(layer):
-                shape = ["B", cache.heads, "T", cache.width]
+                shape: list[str | int | None] = ["B", cache.heads, "T", cache.width]
                 for values, name in (
                     (inputs, names.cache_input(cache.name, i)),
                     (outputs, names.cache_output(cache.name, i)),

@@ -47,7 +47,7 @@ def parse_indexer(f: Fields, family: Family, layers: int, rope_dim: int) -> Inde
     assert family.indexer_layout is not None
     if f.data.get("q_lora_rank") is None:
         raise f.bad("q_lora_rank", "整数：索引器的 query 由它而来", _CODE)
-    head_dim = f.integer("index_head_dim", low=rope_dim, code=_CODE)
+    head_dim = f.integer("index_head_dim", low=rope_dim + 1, code=_CODE)
     # transformers 不读这个字段，旋转方式按模型类写死；与之矛盾的结果就与它不同。
     interleave = family.indexer_layout != "half"
     f.must_equal("indexer_rope_interleave", interleave, code=_CODE)

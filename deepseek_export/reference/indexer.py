@@ -70,13 +70,18 @@ class Indexer(nn.Module):
             indices [B, S, topk] int32、counts [B, S] int32、新的 index_cache，见
             :func:`~deepseek_export.ops.lightning_indexer.lightning_indexer`。
         """
+        select = torch.ops.dsx.lightning_indexer if self.as_op else lightning_indexer
+        q, w, k = self.project(x, latent, cos, sin)
+        indices, counts, cache = select(q, w, k, index_cache, past_lens, self.indexer.topk)
+        return indices, counts, cache
+
+    def project(self, x: Tensor, latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, S, Hi, di]、w [B, S, Hi] float32、k [B, S, di]：打分要的三样，q、k 已旋转；参数见 :meth:`forward`。"""
         c = self.indexer
         B, S, _ = x.shape
         q = self._rotated(self.wq_b(latent).view(B, S, c.n_heads, c.head_dim), cos, sin)
         k = self._rotated(self.k_norm(self.wk(x)).unsqueeze(2), cos, sin).squeeze(2)
-        select = torch.ops.dsx.lightning_indexer if self.as_op else lightning_indexer
-        indices, counts, cache = select(q, self.weights_proj(x), k, index_cache, past_lens, c.topk)
-        return indices, counts, cache
+        return q, self.weights_proj(x), k
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """前 dr 个 lane 旋转，其余原样；x [B, S, H, di]。"""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -96,7 +97,7 @@ class MultiheadLatentAttention(nn.Module):
         c = self.config
         B, S, _ = x.shape
         H, dn, dr = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim
-        latent = self.q_a_layernorm(self.q_a_proj(x)) if c.q_lora_rank else x
+        latent = self.query_latent(x)
         q = self.q_b_proj(latent) if c.q_lora_rank else self.q_proj(x)
         q_nope, q_pe = q.view(B, S, H, dn + dr).split([dn, dr], dim=-1)
         c_kv, k_pe = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, dr], dim=-1)
@@ -106,22 +107,31 @@ class MultiheadLatentAttention(nn.Module):
 
         indexed: tuple[Tensor, ...] = ()
         if self.indexer is not None:
-            *caches, index_cache = caches
-            *selection, index_cache = self.indexer(x, latent, cos, sin, index_cache, past_lens)
-            indexed = (index_cache,)
+            caches, index_cache = caches[:-1], caches[-1]
+            indices, counts, index_cache = self.indexer(x, latent, cos, sin, index_cache, past_lens)
+            selection, indexed = (indices, counts), (index_cache,)
         if self.form == "expanded":
             o, caches = self._expanded(q_nope, q_pe, c_kv, k_pe, past_lens, caches, selection)
         else:
-            arguments = (q_nope, q_pe, c_kv, k_pe, caches[0], past_lens, self.kv_b_proj.weight, *selection)
-            if self.as_op:
-                run = torch.ops.dsx.sparse_mla_attention if selection else torch.ops.dsx.mla_attention
-                o, cache = run(*arguments, c.softmax_scale)
-            else:
-                eager = sparse_mla_attention if selection else mla_attention
-                o, cache = eager(*arguments, c.softmax_scale, form=self.form)
+            latents = (q_nope, q_pe, c_kv, k_pe, caches[0], past_lens, self.kv_b_proj.weight)
+            o, cache = self._latent(latents, selection)
             caches = (cache,)
-        o = self.o_proj(o.reshape(B, S, H * c.v_head_dim))
-        return o, (*caches, *indexed), tuple(selection)
+        return self.o_proj(o.reshape(B, S, H * c.v_head_dim)), (*caches, *indexed), selection
+
+    def query_latent(self, x: Tensor) -> Tensor:
+        """q_b_proj 的输入：x [B, S, D] → [B, S, q_lora_rank]；没有 q_lora 的就是 ``x``。"""
+        return self.q_a_layernorm(self.q_a_proj(x)) if self.config.q_lora_rank else x
+
+    def _latent(self, latents: tuple[Tensor, ...], selection: Selection) -> tuple[Tensor, Tensor]:
+        """MLA 打开：``latents`` 是算子的前七个输入。"""
+        arguments = (*latents, *selection, self.config.softmax_scale)
+        if self.as_op:
+            run = torch.ops.dsx.sparse_mla_attention if selection else torch.ops.dsx.mla_attention
+            o, cache = run(*arguments)
+        else:
+            eager: Callable[..., tuple[Tensor, Tensor]] = sparse_mla_attention if selection else mla_attention
+            o, cache = eager(*arguments, form=self.form)
+        return o, cache
 
     def _expanded(self, q_nope, q_pe, c_kv, k_pe, past_lens, caches, selection):
         """MLA 关闭：新 token 先展开成每头 K/V 再进缓存，与经典 Transformer 相同。"""

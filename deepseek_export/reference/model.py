@@ -96,24 +96,40 @@ class DecoderLayer(nn.Module):
             self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_scale = config.residual_scale
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        """``rest`` 是缓存，沿用别层的 key 时前面还有 ``indices``、``counts``。
+    def step(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past_lens: Tensor,
+        caches: tuple[Tensor, ...],
+        selection: Selection = (),
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Selection]:
+        """走一层；参数见 :class:`~deepseek_export.reference.mla.MultiheadLatentAttention`。
 
         Returns:
-            ``(attn_residual [B,S,D], x [B,S,D], *新缓存)``，自己挑 key 的末尾还有 ``indices``、``counts``。
+            attn_residual [B, S, D]、x [B, S, D]、新缓存、这一层用的 key。
         """
-        borrowed, caches = (rest[:2], rest[2:]) if self.borrows else ((), rest)
         attention, caches, selection = self.self_attn(
-            self.input_layernorm(x), cos, sin, past_lens, caches, borrowed
+            self.input_layernorm(x), cos, sin, past_lens, caches, selection
         )
         residual = x + _scaled(attention, self.residual_scale)
         mlp = self.mlp(self.post_attention_layernorm(residual))
         if self.post_mlp_layernorm is not None:
             mlp = self.post_mlp_layernorm(mlp)
-        chosen = () if self.borrows else selection
-        return residual, residual + _scaled(mlp, self.residual_scale), *caches, *chosen
+        return residual, residual + _scaled(mlp, self.residual_scale), caches, selection
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """捕获用的平铺写法：``rest`` 是缓存，沿用别层的 key 时前面还有 ``indices``、``counts``。
+
+        Returns:
+            ``(attn_residual, x, *新缓存)``，自己挑 key 的末尾还有 ``indices``、``counts``。
+        """
+        borrowed, caches = (rest[:2], rest[2:]) if self.borrows else ((), rest)
+        residual, x, caches, selection = self.step(x, cos, sin, past_lens, caches, borrowed)
+        return residual, x, *caches, *(() if self.borrows else selection)
 
 
 class Head(nn.Module):
@@ -173,9 +189,9 @@ class ReferenceModel(nn.Module):
         updated = []
         selection: Selection = ()
         for layer, cache in zip(self.layers, caches, strict=True):
-            _, x, *new = layer(x, cos, sin, past_lens, *(selection if layer.borrows else ()), *cache)
-            updated.append(tuple(new[: len(cache)]))
-            selection = tuple(new[len(cache) :]) or selection
+            assert isinstance(layer, DecoderLayer)
+            _, x, new, selection = layer.step(x, cos, sin, past_lens, cache, selection)
+            updated.append(new)
         logits, hidden = self.head(x, logits_positions)
         return logits, hidden, updated
 
@@ -192,6 +208,10 @@ class ReferenceModel(nn.Module):
             )
             for layer in range(len(self.layers))
         ]
+
+
+#: 索引 key 的缓存；只有自己挑 key 的层有。
+INDEX_CACHE = "index_cache"
 
 
 @dataclass(frozen=True)
@@ -225,5 +245,5 @@ def cache_tensors(
         tensors = [CacheTensor("kv_cache", 1, config.latent_cache_width(dtype == torch.int8), dtype)]
     if config.indexer is not None and config.runs_indexer(layer):
         stored = compute if dtype == torch.int8 else dtype
-        tensors.append(CacheTensor("index_cache", 1, config.indexer.head_dim, stored))
+        tensors.append(CacheTensor(INDEX_CACHE, 1, config.indexer.head_dim, stored))
     return tensors

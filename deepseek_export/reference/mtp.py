@@ -63,8 +63,8 @@ class MtpModule(DecoderLayer):
         自己挑的 key 没有别的层用，不返回。
         """
         combined = self.combine(embedding, prev_hidden)
-        residual, x, *rest = super().forward(combined, cos, sin, past_lens, *caches)
-        return combined, residual, x, self.shared_head.norm(x), *rest[: len(caches)]
+        residual, x, updated, _ = self.step(combined, cos, sin, past_lens, caches)
+        return combined, residual, x, self.shared_head.norm(x), *updated
 
 
 class DraftHead(nn.Module):

@@ -15,7 +15,7 @@ from perf.suites import SUITES
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENT = re.compile(r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|CPU|KERNEL|SERVE)-\d+\b")
+REQUIREMENT = re.compile(r"\b(?:PROFILE|MLA|DSA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|CPU|KERNEL|SERVE)-\d+\b")
 
 #: 没有测试、只有门槛的编号，标题以它结尾。
 BY_PERF = "（由 perf 证明）"
