@@ -354,7 +354,7 @@ def test_bundles_equal_transformers(saved, exported, variant: str, target: str):
         )
     model = deepseek_export.load(bundle.path)
     got = model.generate([prompt[0].tolist()], max_new_tokens=64, ignore_eos=True)
-    assert got[0].token_ids == want[0, 12:].tolist()
+    assert got.token_ids == [want[0, 12:].tolist()]
 
 
 def test_the_mask_of_the_baseline(exported):
