@@ -22,7 +22,7 @@ INSTALLED = Path(__file__).parent / "_native"
 LIBRARY_TARGET = "ort-cpu"
 OFF = "off"
 BUILD_COMMAND = "make plugins"
-NO_LIBRARY = f"这台机器没有 C++ 算子库，MlaAttention 与 int8 的算子走函数体（{BUILD_COMMAND} 构建之后，同一个 bundle 就会用它）"
+NO_LIBRARY = f"这台机器没有 C++ 算子库，注意力与 int8 的算子走函数体（{BUILD_COMMAND} 构建之后，同一个 bundle 就会用它）"
 
 
 @dataclass(frozen=True)
