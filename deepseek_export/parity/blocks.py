@@ -105,8 +105,12 @@ class Block:
             case = output.compare("block", name, got[output.value])
             margin = self.margin if self.margin is not None else self.selection_margin
             # 缓存不受换一个 key 的影响，选中的集合自己认得并列。
-            rows = output.ranking is None and margin is not None and output.want.shape[:-1] == margin.shape
-            if not case.passed and rows:
+            if (
+                not case.passed
+                and margin is not None
+                and output.ranking is None
+                and output.want.shape[:-1] == margin.shape
+            ):
                 case = without_flipped(case, output, got[output.value], margin)
             yield case
 
