@@ -28,6 +28,13 @@ class Ranking:
     scores: Tensor
     topk: int
 
+    @classmethod
+    def of(cls, q: Tensor, w: Tensor, index_cache: Tensor, past_lens: Tensor, topk: int) -> Ranking:
+        """由索引器的输入打分；``index_cache`` 已写入新行，其余参数见 ``LIGHTNING_INDEXER``。"""
+        last = past_lens[:, None] + torch.arange(q.shape[1])
+        hidden = torch.arange(index_cache.shape[2]) > last[:, :, None]
+        return cls(index_scores(q, w, index_cache).masked_fill(hidden, float("-inf")), topk)
+
     @property
     def margin(self) -> Tensor:
         """[B, S]：第 topk 名与下一名之差，除以这一行分数的最大绝对值；不必排名的行是 inf。"""
@@ -70,10 +77,7 @@ def ranking(
     normed = layer.input_layernorm(x)
     q, w, k = attention.indexer.project(normed, attention.query_latent(normed), cos, sin)
     cache = update_index_cache(k, caches[-1], past_lens)
-    last = past_lens[:, None] + torch.arange(x.shape[1])
-    hidden = torch.arange(cache.shape[2]) > last[:, :, None]
-    scores = index_scores(q, w, cache).masked_fill(hidden, float("-inf"))
-    return Ranking(scores, attention.indexer.indexer.topk)
+    return Ranking.of(q, w, cache, past_lens, attention.indexer.indexer.topk)
 
 
 def mask_of(indices: np.ndarray, T: int) -> np.ndarray:

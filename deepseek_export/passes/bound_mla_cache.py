@@ -12,8 +12,6 @@ from deepseek_export.ops.table import LIGHTNING_INDEXER, MLA_ATTENTION, SPARSE_M
 from deepseek_export.passes.base import GraphModule, Pass, read_from
 from deepseek_export.records import PassResult
 
-_USED = "bound/cache"
-
 #: 算子 → 缓存输入、写好的缓存、从哪个输入看 S。
 _PORTS = {
     MLA_ATTENTION.name: ("kv_cache", "kv_cache_out", "q_nope"),
@@ -48,7 +46,7 @@ class BoundMlaCachePass(Pass):
         for op, ports in _PORTS.items():
             body, nodes = module.functions.get(op), len(module.find(op))
             # Case 3
-            if body is None or not nodes or any(_USED in node.output for node in body.node):
+            if body is None or not nodes or any(_used(ports[0]) in node.output for node in body.node):
                 continue
             # Case 1 & 2
             module.functions[op] = _bounded(body, *ports)
@@ -63,14 +61,19 @@ def _bounded(body: onnx.FunctionProto, cache: str, written: str, query: str) -> 
     at = next(i for i, node in enumerate(bounded.node) if written in node.output)
     head, tail = list(bounded.node[: at + 1]), list(bounded.node[at + 1 :])
     for node in tail:
-        read_from(node, written, _USED)
-        read_from(node, cache, _USED)  # auto 的代价比较、够不够名额也按实际长度
+        read_from(node, written, _used(cache))
+        read_from(node, cache, _used(cache))  # auto 的代价比较、够不够名额也按实际长度
     del bounded.node[:]
-    bounded.node.extend([*head, *_bound_nodes(written, query), *tail])
+    bounded.node.extend([*head, *_bound_nodes(cache, written, query), *tail])
     return bounded
 
 
-def _bound_nodes(written: str, query: str) -> list[onnx.NodeProto]:
+def _used(cache: str) -> str:
+    """用到的前缀叫什么。"""
+    return f"bound/{cache}"
+
+
+def _bound_nodes(cache: str, written: str, query: str) -> list[onnx.NodeProto]:
     """``written`` → 前 ``max(past_lens)+S`` 行。"""
 
     def constant(name: str, value: int) -> onnx.NodeProto:
@@ -84,6 +87,6 @@ def _bound_nodes(written: str, query: str) -> list[onnx.NodeProto]:
         helper.make_node("Shape", [query], ["bound/S"], name="bound/Shape", start=1, end=2),
         helper.make_node("Add", ["bound/past", "bound/S"], ["bound/length"], name="bound/Add"),
         helper.make_node(
-            "Slice", [written, "bound/zero", "bound/length", "bound/axis"], [_USED], name="bound/Slice"
+            "Slice", [written, "bound/zero", "bound/length", "bound/axis"], [_used(cache)], name="bound/Slice"
         ),
     ]
