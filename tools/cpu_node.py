@@ -57,8 +57,8 @@ def op_session(
 
     inputs, outputs = list(map(info, spec.inputs)), list(map(info, spec.outputs))
     plugin = {"plugin_namespace": "dsx", "plugin_version": "1"}
-    names = [value.name for value in inputs], [value.name for value in outputs]
-    node = helper.make_node(spec.name, *names, domain=DOMAIN, **attributes, **plugin)
+    sources, results = [value.name for value in inputs], [value.name for value in outputs]
+    node = helper.make_node(spec.name, sources, results, domain=DOMAIN, **attributes, **plugin)
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
     graph = helper.make_graph([node], "one", inputs, outputs)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
