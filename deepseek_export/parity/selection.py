@@ -45,7 +45,7 @@ class Ranking:
         return torch.where(best[..., -1].isinf(), torch.inf, gap)
 
     def without_ties(self, got: np.ndarray, want: np.ndarray, band: float) -> tuple[np.ndarray, int]:
-        """``got`` 里与 ``want`` 不同、分数又离第 topk 名不到 ``band`` 的地方换成 ``want`` 的。
+        """``got`` 与 ``want`` 不同的地方，分数全都离第 topk 名不到 ``band`` 的 query，换成 ``want`` 的。
 
         Args:
             got, want: [B, S, T] 的 0/1 遮罩。
@@ -58,8 +58,9 @@ class Ranking:
             return got, 0
         last = self.scores.topk(self.topk, -1).values[..., -1:]
         near = ((self.scores - last).abs() <= band * self._scale()).numpy()
-        tied = (got != want) & near & (got.sum(-1) == want.sum(-1))[..., None]
-        return np.where(tied, want, got), int(tied.any(-1).sum())
+        different = got != want
+        tied = different.any(-1) & (~different | near).all(-1) & (got.sum(-1) == want.sum(-1))
+        return np.where(tied[..., None], want, got), int(tied.sum())
 
     def _scale(self) -> Tensor:
         finite = self.scores.masked_fill(self.scores.isinf(), 0.0)

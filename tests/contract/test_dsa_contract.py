@@ -17,7 +17,8 @@ from deepseek_export.checkpoint import Checkpoint, ModelConfig
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.lightning_indexer import index_scores, lightning_indexer
-from deepseek_export.parity.selection import ranking
+from deepseek_export.parity.measures import measure
+from deepseek_export.parity.selection import Ranking, mask_of, ranking
 from deepseek_export.parity.tolerances import SELECTION_BAND
 from deepseek_export.reference import Forms, ReferenceModel, load_draft, load_reference
 from deepseek_export.reference.indexer import Indexer
@@ -188,6 +189,23 @@ def test_fp8_checkpoints(tmp_path: Path):
         draft(ids, hidden, torch.tensor([0]), rows, models[0].empty_caches(1, 60)[0])[0] for draft in drafts
     ]
     assert torch.equal(*got)
+
+
+def test_swaps_are_allowed_only_inside_the_tie_band():
+    """DSA-11：离第 topk 名不到并列带的换一个不算错；带外的、少一个的都不通过，余弦型差异是 Dice 距离。"""
+    scores = torch.tensor([[[5.0, 4.0, 3.0, 3.0 - 1e-6, 1.0, float("-inf")]]])
+    want = mask_of(np.array([[[0, 1, 2]]]), 6)
+    near = mask_of(np.array([[[0, 1, 3]]]), 6)
+    far = mask_of(np.array([[[0, 1, 4]]]), 6)
+    few = mask_of(np.array([[[0, 1, -1]]]), 6)
+    ranked, band = Ranking(scores, 3), SELECTION_BAND["float32"]
+    assert measure(far, want).calc_diff == pytest.approx(1 - 2 / 3)
+    for got, swapped in ((want, 0), (near, 1), (far, 0), (few, 0)):
+        kept, ties = ranked.without_ties(got, want, band)
+        assert ties == swapped
+        assert np.array_equal(kept, want) == (got is want or got is near)
+    assert ranked.margin.item() < band
+    assert Ranking(scores[..., :3], 3).margin.item() == float("inf")
 
 
 def indexers(model: ReferenceModel) -> list[Indexer]:
