@@ -85,6 +85,10 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
     # 展开的缓存没有 int8 这一种，按模型的 dtype 比。
     wide = manifest.dtype if cache.dtype == "int8" else cache.dtype
     expanded = DTYPES[wide].nbytes(shape.expanded * cache.num_layers)
+    # 索引 key 两种形式都有。
+    expanded += cache.bytes_per_token - DTYPES[cache.dtype].nbytes(
+        cache.values_per_token_per_layer * cache.num_layers
+    )
     return {
         "dsx_version": manifest.dsx_version,
         "family": config.family,
@@ -171,6 +175,12 @@ def _published(shape: CacheShape) -> dict[str, Any]:
     }
 
 
+def _shown(tensor: dict[str, Any]) -> str:
+    """一种缓存的形状；不是每一层都有的写明几层，dtype 另有一样的也写明。"""
+    partial = "" if tensor["layers"] is None else f"（{len(tensor['layers'])} 层）"
+    return f"{tensor['name']}[B,{tensor['heads']},T,{tensor['width']}]{tensor['dtype'] or ''}{partial}"
+
+
 def _print(path: Path, summary: dict[str, Any]) -> None:
     out = console()
     weights, cache = summary["weights"], summary["cache"]
@@ -214,7 +224,7 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
         )
     out.print()
     _print_passes(out, summary)
-    heads = "、".join(f"{t['name']}[B,{t['heads']},T,{t['width']}]" for t in cache["tensors"])
+    heads = "、".join(_shown(tensor) for tensor in cache["tensors"])
     values, expanded = cache["values_per_token_per_layer"], cache["expanded_values_per_token_per_layer"]
     at = f"{CONTEXT} token（batch 1）"
     unit = "字节" if cache["dtype"] == "int8" else "个数"
