@@ -19,10 +19,10 @@ from deepseek_export.errors import DsxError
 
 TOKEN_INPUTS = ("input_ids", "past_lens", "logits_positions")
 
-CacheKind = Literal["latent", "key", "value"]
+CacheKind = Literal["latent", "key", "value", "index"]
 #: 缓存输入的名字（``<词干>.<层>``）→ 存的是什么；输出叫 ``<词干>_out.<层>``。
 CACHE_KINDS: Mapping[str, CacheKind] = MappingProxyType(
-    {"kv_cache": "latent", "k_cache": "key", "v_cache": "value"}
+    {"kv_cache": "latent", "k_cache": "key", "v_cache": "value", "index_cache": "index"}
 )
 _CACHE_NAME = re.compile(rf"({'|'.join(CACHE_KINDS)})\.\d+")
 _CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
