@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Self, TypedDict, Unpack
 from weakref import WeakSet
 
@@ -11,7 +12,6 @@ import numpy as np
 from deepseek_export.backend import backend_named
 from deepseek_export.backend.base import Backend
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest
-from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import (
@@ -72,7 +72,7 @@ class CompiledModel:
         with bundle.steady():
             eos = stop_token_ids(bundle.path, bundle.manifest.model)
             self.tokenizer = BundleTokenizer.load(bundle.path)
-            self._identity = sha256_file(bundle.path / "manifest.json")
+            self._identity = sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
             weights = BundleWeights(bundle)
             self.session = open_session(chosen, bundle, weights, threads)
             self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)

@@ -36,7 +36,7 @@ class Engine:
         settings: 参数，缺省都用缺省值。
         drafts: 草稿模型，按顺序；有就投机，token 与没有时相同。别处也不要用它们。
         num_draft_tokens: bundle 一次至多几个草稿；0 就是有几个模块算几个。
-        bundle: 服务的是哪个 bundle，manifest.json 的 sha256；不知道就不能把槽存到文件。
+        bundle: 服务的是哪个 bundle，manifest 的 sha256；不知道就不能把槽存到文件。
 
     Raises:
         DsxError: ``DSX-E532``，参数与模型、后端不合；``DSX-E919``，TensorRT 引擎的 T 使一行没有对齐。

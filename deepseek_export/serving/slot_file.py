@@ -38,7 +38,7 @@ class SavedSlot:
     """一个槽的内容。
 
     Attributes:
-        bundle: 哪个 bundle 的，manifest.json 的 sha256。
+        bundle: 哪个 bundle 的，manifest 的 sha256。
         salt: 哪一家的，见 ``cache_salt``。
         tokens: ``[n]`` int64。
         caches: 主模型的在前，各草稿模型的在后；张量名 → ``[heads, n, width]``。
@@ -84,7 +84,7 @@ def read_slot(path: Path, bundle: str, specs: Sequence[CacheSpec], context: int)
 
     Args:
         path: 文件。
-        bundle: 正在用的 bundle，manifest.json 的 sha256。
+        bundle: 正在用的 bundle，manifest 的 sha256。
         specs: 主模型的缓存与各草稿模型的；文件里多出来的草稿模型不要。
         context: 一行至多几个 token。
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from deepseek_export.bench.bundle import Scenario, bench_bundle
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import deepseek_export
 from deepseek_export.backend import backend_named
+from deepseek_export.benchmark.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.stages import StageSet, balanced
 from deepseek_export.cluster.backend import PipelineBackend
