@@ -298,7 +298,7 @@ def test_processes_come_and_go(split):
     assert len(mine) == 3
     model.close()
     assert alive([*mine]) == []
-    refused("DSX-E743", lambda: model.generate([[1, 2]], 2))
+    refused("DSX-E522", lambda: model.generate([[1, 2]], 2))
     forgotten = deepseek_export.load(split("float32", 2), 1)
     mine = set(children()) - before
     del forgotten
