@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from deepseek_export.api import build, compare, export, load, pack, verify
+    from deepseek_export.api import build, compare, export, load, pack, pack_triton, split, verify
     from deepseek_export.benchmark.bundle import bench
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
@@ -34,6 +34,8 @@ _EXPORTS = {
     "export": "deepseek_export.api",
     "load": "deepseek_export.api",
     "pack": "deepseek_export.api",
+    "pack_triton": "deepseek_export.api",
+    "split": "deepseek_export.api",
     "build": "deepseek_export.api",
     "verify": "deepseek_export.api",
     "compare": "deepseek_export.api",
@@ -78,7 +80,9 @@ __all__ = [
     "load",
     "make_plan",
     "pack",
+    "pack_triton",
     "restore",
+    "split",
     "verify",
 ]
 

@@ -12,6 +12,8 @@ from deepseek_export.errors import DsxError
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnx_graphsurgeon", "polygraphy")
 #: ``deepseek-export[serve]`` 装的：``dsx serve`` 才要。
 SERVE_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+#: 同一组里的，只有 ``response_format``、强制的工具调用才要。
+GRAMMAR_PACKAGES = ("llguidance",)
 
 
 def require_export(what: str) -> None:
@@ -43,9 +45,33 @@ def require_serve() -> None:
         )
 
 
+def require_grammar() -> None:
+    """约束输出的依赖齐不齐；不导入它。
+
+    Raises:
+        DsxError: ``DSX-E761``，缺 llguidance，怎么装。
+    """
+    if missing := _missing(GRAMMAR_PACKAGES):
+        raise DsxError(
+            "DSX-E761", f"约束输出要用 {missing}，这里没有装", "pip install -U 'deepseek-export[serve]'"
+        )
+
+
 def missing_serve() -> str:
     """HTTP 服务缺哪几个包；不缺是空串。"""
     return _missing(SERVE_PACKAGES)
+
+
+def require_ray() -> None:
+    """Ray 装了没有；不导入它。
+
+    Raises:
+        DsxError: ``DSX-E751``，怎么装。
+    """
+    if _missing(("ray",)):
+        raise DsxError(
+            "DSX-E751", "用 Ray 起 stage 要装 ray，这里没有", "pip install -U 'deepseek-export[ray]'"
+        )
 
 
 def _missing(names: Sequence[str]) -> str:

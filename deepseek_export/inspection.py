@@ -78,6 +78,10 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
     # 展开的缓存没有 int8 这一种，按模型的 dtype 比。
     wide = manifest.dtype if cache.dtype == "int8" else cache.dtype
     expanded = DTYPES[wide].nbytes(shape.expanded * cache.num_layers)
+    # 索引 key 两种形式都有。
+    expanded += cache.bytes_per_token - DTYPES[cache.dtype].nbytes(
+        cache.values_per_token_per_layer * cache.num_layers
+    )
     return {
         "dsx_version": manifest.dsx_version,
         "family": config.family,

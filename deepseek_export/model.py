@@ -9,6 +9,7 @@ from weakref import WeakSet
 import numpy as np
 
 from deepseek_export.backend import backend_named
+from deepseek_export.backend.base import Backend
 from deepseek_export.bundle import Bundle, BundleWeights, Manifest
 from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.checkpoint import stop_token_ids
@@ -62,12 +63,12 @@ class CompiledModel:
         self,
         bundle: Bundle,
         threads: int | None = None,
-        backend: str = "ort",
+        backend: str | Backend = "ort",
         speculative_floor: bool = True,
     ) -> None:
-        chosen = backend_named(backend)
+        chosen = backend_named(backend) if isinstance(backend, str) else backend
         self.bundle = bundle = chosen.prepared(bundle)
-        self._backend, self._engines = backend, WeakSet[Engine]()
+        self._backend, self._engines = chosen.name, WeakSet[Engine]()
         with bundle.steady():
             eos = stop_token_ids(bundle.path, bundle.manifest.model)
             self.tokenizer = BundleTokenizer.load(bundle.path)

@@ -119,6 +119,8 @@ _SCENARIO: Mapping[str, str] = MappingProxyType(
         "kills": "杀几次",
         "slots": "槽",
         "requests": "请求",
+        "loop_requests": "HTTP 对引擎的请求",
+        "peer_runs": "对 llama-server 的遍数",
         "prefix": "前缀 token",
         "tail": "前缀之后的 token",
         "steady": "满批次的提示词与步数",

@@ -63,6 +63,47 @@ inline constexpr std::array<Port, 2> kOutputs{{
 inline constexpr Attribute<float> scale{"scale"};
 }  // namespace mla_attention
 
+namespace lightning_indexer {
+inline constexpr char const* kName = "LightningIndexer";
+enum Input : size_t { q, w, k, index_cache, past_lens };
+inline constexpr std::array<Port, 5> kInputs{{
+    {"q", &kT, 4},  // [B, S, Hi, di]
+    {"w", &kF32, 3},  // [B, S, Hi]
+    {"k", &kT, 3},  // [B, S, di]
+    {"index_cache", &kF, 4},  // [B, 1, T, di]
+    {"past_lens", &kI64, 1},  // [B]
+}};
+enum Output : size_t { indices, counts, index_cache_out };
+inline constexpr std::array<Port, 3> kOutputs{{
+    {"indices", &kI32, 3},  // [B, S, ks]
+    {"counts", &kI32, 2},  // [B, S]
+    {"index_cache_out", &kF, 4},  // [B, 1, T, di]
+}};
+inline constexpr Attribute<int64_t> topk{"topk"};
+}  // namespace lightning_indexer
+
+namespace sparse_mla_attention {
+inline constexpr char const* kName = "SparseMlaAttention";
+enum Input : size_t { q_nope, q_pe, c_kv, k_pe, kv_cache, past_lens, w_kv_b, indices, counts };
+inline constexpr std::array<Port, 9> kInputs{{
+    {"q_nope", &kT, 4},  // [B, S, H, dn]
+    {"q_pe", &kT, 4},  // [B, S, H, dr]
+    {"c_kv", &kT, 3},  // [B, S, r]
+    {"k_pe", &kT, 3},  // [B, S, dr]
+    {"kv_cache", &kC, 4},  // [B, 1, T, cw]
+    {"past_lens", &kI64, 1},  // [B]
+    {"w_kv_b", &kW, 2},  // [H*(dn+dv), r]
+    {"indices", &kI32, 3},  // [B, S, ks]
+    {"counts", &kI32, 2},  // [B, S]
+}};
+enum Output : size_t { o, kv_cache_out };
+inline constexpr std::array<Port, 2> kOutputs{{
+    {"o", &kT, 4},  // [B, S, H, dv]
+    {"kv_cache_out", &kC, 4},  // [B, 1, T, cw]
+}};
+inline constexpr Attribute<float> scale{"scale"};
+}  // namespace sparse_mla_attention
+
 namespace latent_attention {
 inline constexpr char const* kName = "LatentAttention";
 enum Input : size_t { q, kv_cache, past_lens };

@@ -70,6 +70,10 @@ ODD = {
     "bos_token_id": None,
 }
 
+#: 小的索引器；宽 24，其中 16 个 lane 旋转。
+DSA = {"index_topk": 24, "index_head_dim": 24, "index_n_heads": 32}
+SHARED = ["full", "shared", "full", "shared"]
+
 #: 名字 → (family, 相对 ODD 的改动)。覆盖 issue 里点名的每一种结构差异。
 VARIANTS: dict[str, tuple[str, dict]] = {
     "v3": ("deepseek_v3", {}),
@@ -112,6 +116,12 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": YARN},
     ),
     "axk1": ("axk1", {"rope_parameters": YARN}),
+    # 32 个索引头：头少了 relu 之后恰好为零的并列就多（specs/dsa）。topk 比测试的序列短得多。
+    "v32": ("deepseek_v32", DSA | {"rope_parameters": YARN}),
+    "glm-dsa": (
+        "glm_moe_dsa",
+        DSA | {"n_group": 1, "topk_group": 1, "num_hidden_layers": 4, "indexer_types": SHARED},
+    ),
     "youtu": ("youtu", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "minicpm3": ("minicpm3", {"rope_parameters": LONGROPE, "scale_emb": 3.5, "dim_model_base": 20}),
 }
@@ -143,8 +153,10 @@ def build_model(variant: str, seed: int = 0, **overrides):
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias") and not FAMILIES[model.published_as].router_bias:
                 parameter.zero_()
-            elif "norm" in name:
+            elif "norm" in name and not name.endswith("bias"):
                 parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith("k_norm.bias"):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
             elif name.endswith(("bias", "e_score_correction_bias")):
                 # 足够大的负 bias：带 bias 的分数会小于零，组外置 0 还是 -inf 就有了区别。
                 parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))

@@ -22,14 +22,16 @@ from deepseek_export.serving.http.service import ServedModel
 NAME = "demo"
 
 
-def opened(model: CompiledModel, name: str = NAME, **settings: Any) -> ServedModel:
+def opened(
+    model: CompiledModel, name: str = NAME, tool_parser: str | None = None, **settings: Any
+) -> ServedModel:
     """加载好的模型开成服务；之后它的会话归引擎。"""
     engine = model.engine(EngineSettings(**settings))
-    return ServedModel.open(name, model.tokenizer, model.session, engine)
+    return ServedModel.open(name, model.tokenizer, model.session, engine, tool_parser)
 
 
 def loader(bundle: Path, **settings: Any) -> Callable[[], ServedModel]:
-    """加载 ``bundle``，两个线程。"""
+    """加载 ``bundle``，两个线程；参数见 :func:`opened`。"""
     return lambda: opened(deepseek_export.load(bundle, threads=1), **settings)
 
 
@@ -84,6 +86,11 @@ class Running:
         assert not any(model.engine.healthy for model in self.server.service.models.values())
 
     @property
+    def served(self) -> ServedModel:
+        """服务的（头一个）模型。"""
+        return next(iter(self.server.service.models.values()))
+
+    @property
     def engine(self) -> Engine:
         """服务的（头一个）引擎。"""
         return next(iter(self.server.service.models.values())).engine
@@ -116,3 +123,25 @@ def events(text: str) -> list[Any]:
     assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
     assert blocks[-1] == "data: [DONE]"
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+
+
+def alone(model: CompiledModel, prompt: str, chat: bool = False, **options) -> str:
+    """生成器单独跑的文本。"""
+    result = model.generate(prompt, chat=chat, **options)
+    assert result.text is not None
+    return result.text[0]
+
+
+class Scripted:
+    """照着 ``ids`` 一个一个说下去的模型，从长 ``begin`` 的提示词之后开始。"""
+
+    def __init__(self, run, begin: int, ids: list[int]) -> None:
+        self._run, self._begin, self._ids = run, begin, ids
+
+    def __call__(self, input_ids, past_lens, logits_positions, caches):
+        logits = self._run(input_ids, past_lens, logits_positions, caches)
+        at = (past_lens[:, None] + logits_positions + 1 - self._begin).tolist()
+        for row, positions in enumerate(at):
+            for column, position in enumerate(positions):
+                logits[row, column, self._ids[min(max(position, 0), len(self._ids) - 1)]] = 1e9
+        return logits

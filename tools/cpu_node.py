@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ from onnx import helper
 from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.benchmark.depth import random_rows
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION, TYPE_CONSTRAINTS
+from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION, TYPE_CONSTRAINTS, OpSpec
 
 #: 算子收的计算 dtype 与缓存 dtype。
 COMPUTES, CACHES = TYPE_CONSTRAINTS["T"], TYPE_CONSTRAINTS["C"]
@@ -35,15 +35,30 @@ def make_session(
 ) -> ort.InferenceSession:
     """用 ``library`` 建会话，指令集与形式在建会话时定下；``weight_dtype`` 缺省同 ``dtype``。"""
 
-    def info(port):
-        kinds = {"T": dtype, "C": cache_dtype, "W": weight_dtype or dtype, "I64": "int64"}
-        shape = [f"{port.name}_{i}" for i in range(len(port.dims))]
-        return helper.make_tensor_value_info(port.name, DTYPES[kinds[port.type]].onnx, shape)
+    kinds = {"T": dtype, "C": cache_dtype, "W": weight_dtype or dtype}
+    return op_session(library, MLA_ATTENTION, kinds, {"scale": SCALE}, isa, form, threads)
 
-    inputs, outputs = list(map(info, MLA_ATTENTION.inputs)), list(map(info, MLA_ATTENTION.outputs))
-    attributes: dict[str, Any] = {"scale": SCALE, "plugin_namespace": "dsx", "plugin_version": "1"}
-    names = [value.name for value in inputs], [value.name for value in outputs]
-    node = helper.make_node(MLA_ATTENTION.name, *names, domain=DOMAIN, **attributes)
+
+def op_session(
+    library,
+    spec: OpSpec,
+    kinds: Mapping[str, str],
+    attributes: Mapping[str, Any],
+    isa: str = "",
+    form: str = "",
+    threads: int = 1,
+) -> ort.InferenceSession:
+    """只有一个 ``spec`` 节点的会话；``kinds`` 是类型变量的 dtype，只容一种类型的不用写。"""
+
+    def info(port):
+        kind = kinds.get(port.type) or TYPE_CONSTRAINTS[port.type][0]
+        shape = [f"{port.name}_{i}" for i in range(len(port.dims))]
+        return helper.make_tensor_value_info(port.name, DTYPES[kind].onnx, shape)
+
+    inputs, outputs = list(map(info, spec.inputs)), list(map(info, spec.outputs))
+    plugin = {"plugin_namespace": "dsx", "plugin_version": "1"}
+    sources, results = [value.name for value in inputs], [value.name for value in outputs]
+    node = helper.make_node(spec.name, sources, results, domain=DOMAIN, **attributes, **plugin)
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
     graph = helper.make_graph([node], "one", inputs, outputs)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)

@@ -21,9 +21,9 @@ PICTURE = ROOT / "docs/architecture.svg"
 GROUPS = {
     "out": (
         "给人用的",
-        ("cli", "inspection", "report", "benchmark", "api", "model", "serving", "integration"),
+        ("cli", "inspection", "report", "benchmark", "api", "model", "cluster", "serving", "integration"),
     ),
-    "run": ("证明与运行", ("parity", "runtime", "backend")),
+    "run": ("证明与运行", ("parity", "runtime", "formats", "backend")),
     "mid": ("编译", ("engine", "kernels", "bundle", "passes", "capture", "reference", "ops")),
     "in": ("读检查点、定方案", ("plan", "checkpoint", "profile")),
     "any": ("谁都用得着的小件", ()),

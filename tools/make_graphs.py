@@ -24,6 +24,9 @@ PROFILES = ("baseline", "mla", "moe", "mla+moe")
 #: 没有 MoE 的家族只有这两个方案与别的不同。
 DENSE_PROFILES = ("baseline", "mla")
 
+#: 稀疏注意力与路由无关，记这两个就够。
+SPARSE_PROFILES = ("baseline", "mla+moe")
+
 #: 带 MTP 的家族另记 ``full`` 的主模型与草稿模型。
 MTP_FAMILIES = ("deepseek_v3",)
 
@@ -118,6 +121,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    # 稀疏注意力：第一层自己挑 key，第二层沿用它的。
+    "glm_moe_dsa": _SHARED
+    | {
+        "model_type": "glm_moe_dsa",
+        "q_lora_rank": 20,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "index_topk": 16,
+        "index_head_dim": 12,
+        "index_n_heads": 4,
+        "indexer_types": ["full", "shared"],
+    },
 }
 
 
@@ -127,7 +144,15 @@ RECORDED = tuple(target for target in TARGETS if target not in TENSORRT_TARGETS[
 
 def profiles_of(family: str) -> tuple[str, ...]:
     """一个家族要记的方案，不含 ``full``。"""
+    if FAMILIES[family].indexer_layout is not None:
+        return SPARSE_PROFILES
     return PROFILES if FAMILIES[family].has_moe else DENSE_PROFILES
+
+
+def targets_of(family: str) -> tuple[str, ...]:
+    """一个家族要记的目标；稀疏注意力还不能编译到 TensorRT。"""
+    sparse = FAMILIES[family].indexer_layout is not None
+    return tuple(target for target in RECORDED if not (sparse and target in TENSORRT_TARGETS))
 
 
 def toolchain_line() -> str:
@@ -159,7 +184,7 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
 def golden_names(family: str) -> set[str]:
     """一个家族的全部清单文件名。"""
     stems = [*profiles_of(family), *(("full", "full.mtp") if family in MTP_FAMILIES else ())]
-    names = {f"{family}.{stem}.{target}.txt" for stem in stems for target in RECORDED}
+    names = {f"{family}.{stem}.{target}.txt" for stem in stems for target in targets_of(family)}
     if family in QUANTIZED:
         profile, quantization = QUANTIZED[family]
         names |= {f"{family}.{profile}.{quantization.kind}.{target}.txt" for target in QUANT_TARGETS}
@@ -169,7 +194,7 @@ def golden_names(family: str) -> set[str]:
 def _listings(
     stem: str, captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile
 ) -> Iterator[tuple[str, str]]:
-    for target in RECORDED:
+    for target in targets_of(config.family):
         listing = graph_listing(lower(captured, config, profile, "float32", target).proto)
         yield f"{stem}.{target}.txt", f"{toolchain_line()}\n{listing}"
 

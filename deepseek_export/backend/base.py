@@ -16,6 +16,7 @@ import numpy as np
 from deepseek_export.backend.contract import CacheSpec, GraphContract
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.manifest import GraphEntry
+from deepseek_export.errors import DsxError
 
 if TYPE_CHECKING:
     import onnx
@@ -26,6 +27,10 @@ SavedRow = Mapping[str, np.ndarray]
 Arrays = Mapping[str, np.ndarray]
 #: ``(ONNX 文件, 每次的输入) -> 每次的输出``。
 Run = Callable[[Path, Sequence[Arrays]], list[dict[str, np.ndarray]]]
+
+
+class CachesLost(DsxError):
+    """这个 ``Runner`` 分配过的缓存，内容全没有了；缓存与它的视图还能用，等于刚分配的。"""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,19 @@ class Runner(ABC):
     def notes(self) -> tuple[str, ...]:
         """要告诉用户的话，例如退回了较慢的执行方式；不断变长，说过的不再消失。"""
         return ()
+
+    @property
+    def failure(self) -> DsxError | None:
+        """现在为什么跑不了；跑得了为 ``None``。在别处跑的（一套 stage）才会不行，自己恢复。"""
+        return None
+
+    @property
+    def generation(self) -> int:
+        """第几次起的。变了，此前分配的缓存里就什么也没有了：要用就重新分配。"""
+        return 0
+
+    def close(self) -> None:
+        """放手别处的进程；此后不能再用。没有这样的东西就什么也不做。"""
 
     @abstractmethod
     def new_caches(self, batch: int, needed: int = 1) -> Caches:

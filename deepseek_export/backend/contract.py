@@ -19,10 +19,10 @@ from deepseek_export.errors import DsxError
 
 TOKEN_INPUTS = ("input_ids", "past_lens", "logits_positions")
 
-CacheKind = Literal["latent", "key", "value"]
+CacheKind = Literal["latent", "key", "value", "index"]
 #: 缓存输入的名字（``<词干>.<层>``）→ 存的是什么；输出叫 ``<词干>_out.<层>``。
 CACHE_KINDS: Mapping[str, CacheKind] = MappingProxyType(
-    {"kv_cache": "latent", "k_cache": "key", "v_cache": "value"}
+    {"kv_cache": "latent", "k_cache": "key", "v_cache": "value", "index_cache": "index"}
 )
 _CACHE_NAME = re.compile(rf"({'|'.join(CACHE_KINDS)})\.\d+")
 _CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8")
@@ -39,6 +39,8 @@ PORT_DIMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "uniform": ("B", "K+1"),
         "temperature": ("1",),
         "prev_hidden": ("B", "S", "D"),
+        "hidden_in": ("B", "S", "D"),
+        "hidden_out": ("B", "S", "D"),
         "logits": ("B", "L", "V"),
         "hidden": ("B", "S", "D"),
         "draft_id": ("B",),
@@ -126,8 +128,8 @@ class GraphContract:
     Attributes:
         inputs, outputs: 缓存以外的端口，名字 → 端口，次序同图。
         caches: 缓存。
-        vocab_size: 词表大小 V。
-        hidden_size: ``hidden`` 的宽度 D；没有这个输出、或宽度不是常数，为 ``None``。
+        vocab_size: 词表大小 V；流水线里不是最后的 stage 没有 logits，为 0。
+        hidden_size: ``hidden``（或 ``hidden_out``）的宽度 D；没有这个输出、或宽度不是常数，为 ``None``。
     """
 
     inputs: Mapping[str, Port]
@@ -142,20 +144,16 @@ class GraphContract:
         """把图的端口分成 token、缓存与其余。
 
         Raises:
-            DsxError: ``DSX-E508``，没有缓存、缓存缺少对应的输出、dtype 不支持或形状不是 ``[B, 常数, T, 常数]``；没有 ``logits``，或它
-                不是浮点的 ``[B, L, 常数]``。
+            DsxError: ``DSX-E508``，没有缓存、缓存缺少对应的输出、dtype 不支持或形状不是 ``[B, 常数, T, 常数]``；没有 ``logits``（也不是
+                给出 ``hidden_out`` 的 stage），或它不是浮点的 ``[B, L, 常数]``。
         """
         given, produced = {port.name: port for port in inputs}, {port.name: port for port in outputs}
         caches = CacheSpec.of(given.values(), produced.values())
         for tensor in caches.tensors:
             del given[tensor.name], produced[tensor.out_name]
-        logits = produced.get("logits")
-        if logits is None:
-            raise contract_broken("模型没有名为 logits 的输出")
-        vocab_size = _width(logits)
-        if logits.dtype not in _LOGITS_DTYPES or vocab_size is None:
-            raise contract_broken(f"logits 是 {logits.dtype}{list(logits.dims)}，应为浮点的 [B, L, 常数]")
-        hidden_size = _width(produced["hidden"]) if "hidden" in produced else None
+        vocab_size = 0 if "hidden_out" in produced else _vocab_size(produced.get("logits"))
+        hidden = produced.get("hidden_out") or produced.get("hidden")
+        hidden_size = None if hidden is None else _width(hidden)
         widths = {"1": 1, "V": vocab_size, "D": hidden_size or 0}
         return cls(
             MappingProxyType(given),
@@ -215,6 +213,15 @@ def _cache_tensor(port: Port, outputs: Mapping[str, Port]) -> CacheTensor:
     if not (isinstance(heads, int) and isinstance(width, int)):
         raise contract_broken(f"缓存 {port.name} 的形状 {list(port.dims)} 不是 [B, 常数, T, 常数]")
     return CacheTensor(port.name, out_name, CACHE_KINDS[stem], int(layer), port.numpy, heads, width)
+
+
+def _vocab_size(logits: Port | None) -> int:
+    if logits is None:
+        raise contract_broken("模型没有名为 logits 的输出")
+    vocab_size = _width(logits)
+    if logits.dtype not in _LOGITS_DTYPES or vocab_size is None:
+        raise contract_broken(f"logits 是 {logits.dtype}{list(logits.dims)}，应为浮点的 [B, L, 常数]")
+    return vocab_size
 
 
 def _width(port: Port) -> int | None:

@@ -17,6 +17,7 @@ from deepseek_export.benchmark.memory import MemorySample, memory_in_subprocess
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import keeping, write_report
+from deepseek_export.bundle.stages import StageSet, is_stage_set
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import GenerationResult
@@ -143,20 +144,28 @@ def bench_bundle(
         verify_weights: 先读一遍全部权重，核对 sha256，同 ``api.load``。
         progress: 进度显示。
 
+    Returns:
+        报告；一套 stage 没有内存一项。
+
     Raises:
         DsxError: ``DSX-E404`` / ``DSX-E405``，报告写不下，是 :class:`~deepseek_export.errors.UnwrittenReport`，带着测完的结果；``DSX-E412``，测的时候 bundle 被换掉；``DSX-E710``，场景超出模型的最大长度；``DSX-E711``，两个 bundle 不是同一个检查点；其余同 ``api.load``。
     """
     scenario, progress = scenario or Scenario(), progress or Progress()
-    bundles = {BUNDLE: Bundle.open(bundle)} | ({} if against is None else {AGAINST: Bundle.open(against)})
+    bundles = {BUNDLE: _open(bundle)} | ({} if against is None else {AGAINST: _open(against)})
     _check_same_source(bundles)
     for opened in bundles.values() if verify_weights else ():
-        opened.check_weights(progress)
+        (StageSet.open(opened.path) if is_stage_set(opened.path) else opened).check_weights(progress)
     scenario = _fitted(bundles[BUNDLE], scenario, prompts is None)
     started = environment(scenario.threads)
     subjects = {}
     for name, opened in bundles.items():
         progress.start(f"内存：{opened.path}")
-        sample = memory_in_subprocess(opened.path, scenario.batch, max(scenario.depths), scenario.threads)
+        # 一套 stage 的内存在它的几个进程里，在这个进程里量不着。
+        sample = (
+            None
+            if is_stage_set(opened.path)
+            else memory_in_subprocess(opened.path, scenario.batch, max(scenario.depths), scenario.threads)
+        )
         subjects[name] = _subject(opened, sample)
     progress.start("加载模型")
     models = {name: api.load(opened.path, scenario.threads) for name, opened in bundles.items()}
@@ -241,6 +250,11 @@ def bench(
         verify_weights=verify_weights,
         progress=progress,
     )
+
+
+def _open(path: Path | str) -> Bundle:
+    """一个 bundle，或一套 stage 合起来的整个。"""
+    return StageSet.open(path).bundle if is_stage_set(path) else Bundle.open(path)
 
 
 def _check_same_source(bundles: dict[str, Bundle]) -> None:

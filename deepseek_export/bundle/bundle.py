@@ -190,6 +190,12 @@ def _read_manifest(path: Path) -> tuple[Manifest, _Identity]:
         raise DsxError("DSX-E402", what, "确认路径；bundle 是 dsx export 产生的目录")
     file = path / "manifest.json"
     if path_kind(file, "DSX-E402") != "file":
+        if path_kind(path / "stages.json", "DSX-E402") == "file":
+            raise DsxError(
+                "DSX-E748",
+                f"{path} 是一套 stage，这里要的是一个 bundle",
+                "用切开之前的 bundle；一套 stage 可以 generate、serve、bench、verify",
+            )
         raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
     try:
         with open_regular(file) as stream:

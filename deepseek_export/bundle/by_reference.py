@@ -68,6 +68,24 @@ def check_small(recipes: Mapping[str, Recipe], store: TensorStore) -> None:
                 pass
 
 
+def link_file(file: Path, folder: Path) -> None:
+    """把一个检查点文件硬链接进 ``folder``，名字不变；是符号链接（HF 缓存）就链到真文件。
+
+    Raises:
+        DsxError: ``DSX-E407``，链接不了，多半是不在同一个文件系统。
+    """
+    try:
+        os.link(file.resolve(), folder / file.name)
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        raise DsxError(
+            "DSX-E407",
+            f"{file} 链接到 {folder}：{error.strerror}",
+            "把输出放到检查点所在的文件系统，并确认检查点文件归自己所有；或改用 --weights packed",
+        ) from error
+
+
 def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:
     """把检查点的全部 safetensors 硬链接进 bundle，连同索引与说明文件。
 
@@ -85,16 +103,7 @@ def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for file in store.files:
-        try:
-            os.link(file.resolve(), folder / file.name)  # 检查点里可能是符号链接（HF 缓存），要链到真文件
-        except OSError as error:
-            if error.errno not in _CANNOT_LINK:
-                raise
-            raise DsxError(
-                "DSX-E407",
-                f"{file} 链接到 {folder}：{error.strerror}",
-                "把输出放到检查点所在的文件系统，并确认检查点文件归自己所有；或改用 --weights packed",
-            ) from error
+        link_file(file, folder)
     if (store.directory / INDEX_NAME).is_file():
         shutil.copyfile(store.directory / INDEX_NAME, folder / INDEX_NAME)
     (directory / BY_RECIPE_FILE).write_text(_BY_RECIPE_TEXT, encoding="utf-8")

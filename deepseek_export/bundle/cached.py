@@ -48,14 +48,19 @@ def cached_path(checkpoint: Path, options: Mapping[str, object]) -> Path:
     Raises:
         DsxError: 1xx，检查点打不开。
     """
-    small = {
-        file.name: hashlib.sha256(read_regular(file, MAX_LARGE_TEXT)).hexdigest()
-        for file in sorted(checkpoint.iterdir())
-        if file.suffix in _SMALL_FILES and path_kind(file, "DSX-E101") == "file"
-    }
+    fingerprint = TensorStore.open(checkpoint).fingerprint()
+    try:
+        small = {
+            file.name: hashlib.sha256(read_regular(file, MAX_LARGE_TEXT)).hexdigest()
+            for file in sorted(checkpoint.iterdir())
+            if file.suffix in _SMALL_FILES and path_kind(file, "DSX-E101") == "file"
+        }
+    except OSError as error:
+        what = f"{error.filename or checkpoint} 读不了：{error.strerror}"
+        raise DsxError("DSX-E101", what, "检查权限；检查点里多余的大文件移开") from error
     identity = {
         "dsx": __version__,
-        "fingerprint": TensorStore.open(checkpoint).fingerprint().model_dump(),
+        "fingerprint": fingerprint.model_dump(),
         "files": small,
         "options": dict(options),
     }

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import helper
 
 from deepseek_export.bundle.bundle import Bundle
 from deepseek_export.bundle.by_reference import (
@@ -34,9 +33,17 @@ from deepseek_export.bundle.disk import (
     write_json,
 )
 from deepseek_export.bundle.foreign import check_replaceable
-from deepseek_export.bundle.graph import bind_external, check_onnx, external_location, float32_islands, label
+from deepseek_export.bundle.graph import (
+    bind_external,
+    check_onnx,
+    external_location,
+    float32_islands,
+    label,
+    value_entry,
+)
 from deepseek_export.bundle.manifest import (
     SCHEMA_VERSION,
+    CacheDtype,
     CacheEntry,
     CacheTensorEntry,
     FileEntry,
@@ -44,7 +51,6 @@ from deepseek_export.bundle.manifest import (
     Manifest,
     QuantizationEntry,
     SourceEntry,
-    ValueEntry,
     WeightsEntry,
     WeightsMode,
 )
@@ -67,13 +73,20 @@ from deepseek_export.checkpoint.recipe import (
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import LIBRARY_TARGET, NO_LIBRARY, CpuLibrary, library_for
 from deepseek_export.errors import DsxError
-from deepseek_export.passes import LoweredModel, check_cache, check_quantization, check_target, lower
+from deepseek_export.passes import (
+    LoweredModel,
+    check_cache,
+    check_quantization,
+    check_sparse,
+    check_target,
+    lower,
+)
 from deepseek_export.paths import check_readable, optional_file
 from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.records import TENSORRT_TARGETS, ModelDtype
-from deepseek_export.reference.model import Forms, cache_tensors
+from deepseek_export.reference.model import INDEX_CACHE, CacheTensor, Forms, cache_tensors
 from deepseek_export.reference.weights import torch_dtype
 from deepseek_export.version import __version__
 
@@ -147,7 +160,7 @@ def export_bundle(
         打开的 :class:`Bundle`。
 
     Raises:
-        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E119`` 方案打开了 MTP 而检查点没有；
+        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E131`` 目标不支持稀疏注意力；``DSX-E119`` 方案打开了 MTP 而检查点没有；
             ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E322`` 目标不支持 int8 缓存。
     """
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
@@ -195,6 +208,7 @@ def _export(
     progress.start("读检查点")
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
+        check_sparse(target, source.config)
         stop_token_ids(source.path, source.config)
         carried = _carried_files(source.path)
         modules = require_mtp(source) if profile.mtp.enabled else 0
@@ -367,7 +381,6 @@ def _manifest(
 ) -> Manifest:
     config = source.config
     cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
-    caches = cache_tensors(config, Forms.for_capture(profile), torch_dtype(cache_dtype))
     counts: Counter[str] = Counter()
     for found in islands.values():
         counts.update({op: len(names) for op, names in found.items()})
@@ -385,18 +398,43 @@ def _manifest(
             mtp_tensors=len(source.mtp_tensors),
         ),
         graphs=[_graph_entry(graph) for graph in graphs],
-        cache=CacheEntry(
-            tensors=[
-                CacheTensorEntry(name=name, heads=heads, width=width) for name, (heads, width) in caches
-            ],
-            dtype=cache_dtype,
-            num_layers=sum(len(graph.captured.layers) for graph in graphs),
+        cache=_cache_entry(
+            config, profile, dtype, cache_dtype, [i for graph in graphs for i in graph.captured.layers]
         ),
         weights=weights,
         fallbacks=fallbacks,
         cpu_library=None if library is None else library.isa,
         float32_islands=dict(sorted(counts.items())),
         files=files,
+    )
+
+
+def _cache_entry(
+    config: ModelConfig,
+    profile: OptimizationProfile,
+    dtype: ModelDtype,
+    cache_dtype: CacheDtype,
+    layers: list[int],
+) -> CacheEntry:
+    """各层的缓存归成几种；不是每一层都有的写明哪些层，与 ``cache_dtype`` 不同的写明 dtype。"""
+    found: dict[CacheTensor, list[int]] = {}
+    forms = Forms.for_capture(profile)
+    for layer in layers:
+        for tensor in cache_tensors(config, forms, torch_dtype(cache_dtype), torch_dtype(dtype), layer):
+            found.setdefault(tensor, []).append(layer)
+    return CacheEntry(
+        tensors=[
+            CacheTensorEntry(
+                name=tensor.name,
+                heads=tensor.heads,
+                width=tensor.width,
+                dtype=None if tensor.dtype == torch_dtype(cache_dtype) else dtype,
+                layers=owners if tensor.name == INDEX_CACHE else None,
+            )
+            for tensor, owners in found.items()
+        ],
+        dtype=cache_dtype,
+        num_layers=len(layers),
     )
 
 
@@ -407,20 +445,12 @@ def _graph_entry(graph: _Graph) -> GraphEntry:
         file=graph.file,
         role=graph.captured.role,
         layers=list(graph.captured.layers),
-        inputs=[_value_entry(value) for value in proto.input],
-        outputs=[_value_entry(value) for value in proto.output],
+        inputs=[value_entry(value) for value in proto.input],
+        outputs=[value_entry(value) for value in proto.output],
         op_counts=dict(sorted(counts.items())),
         passes=graph.lowered.results,
         sites=graph.captured.sites,
         by_recipe=[t.name for t in proto.initializer if external_location(t) == BY_RECIPE_FILE],
-    )
-
-
-def _value_entry(value: onnx.ValueInfoProto) -> ValueEntry:
-    tensor = value.type.tensor_type
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return ValueEntry(
-        name=value.name, dtype=dtype, shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
     )
 
 

@@ -11,6 +11,7 @@ from deepseek_export.errors import DsxError
 #: 整个归 dsx 的文件夹：引擎与报告，``files`` 不列它们。
 _OWN_FOLDERS = ("engines", "reports")
 _LISTED = 5
+_STAGES_FILE = "stages.json"
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
@@ -23,9 +24,7 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
     with disk_errors(out):
         foreign = foreign_files(out)
     if foreign:
-        shown = "、".join(foreign[:_LISTED]) + (f" 等 {len(foreign)} 个" if len(foreign) > _LISTED else "")
-        what = f"{out} 里有不是 dsx 写的文件，替换会删掉它们：{shown}"
-        raise DsxError("DSX-E401", what, "把它们移走，再加 --overwrite；或换一个输出位置")
+        raise _foreign(out, foreign)
 
 
 def foreign_files(bundle: Path) -> list[str]:
@@ -44,9 +43,36 @@ def foreign_files(bundle: Path) -> list[str]:
     ]
 
 
+def check_stages_replaceable(out: Path, overwrite: bool) -> None:
+    """同 :func:`check_replaceable`，要替换的是一套 stage。
+
+    Raises:
+        DsxError: ``DSX-E401``；``DSX-E405`` 看不了。
+    """
+    check_output(out, overwrite, _STAGES_FILE)
+    if not (out / _STAGES_FILE).is_file():
+        return
+    with disk_errors(out):
+        own = {_STAGES_FILE, *_OWN_FOLDERS, *_listed(out / _STAGES_FILE)}
+        foreign = []
+        for path in sorted(out.iterdir()):
+            if (path / "manifest.json").is_file():
+                foreign += [f"{path.name}/{name}" for name in foreign_files(path)]
+            elif path.name not in own:
+                foreign.append(path.name)
+    if foreign:
+        raise _foreign(out, foreign)
+
+
+def _foreign(out: Path, found: list[str]) -> DsxError:
+    shown = "、".join(found[:_LISTED]) + (f" 等 {len(found)} 个" if len(found) > _LISTED else "")
+    what = f"{out} 里有不是 dsx 写的文件，替换会删掉它们：{shown}"
+    return DsxError("DSX-E401", what, "把它们移走，再加 --overwrite；或换一个输出位置")
+
+
 def _listed(manifest: Path) -> set[str]:
     try:
         data = json.loads(manifest.read_bytes())
-        return {*data["files"], *data["weights"]["files"]}
+        return {*data["files"], *data.get("weights", {"files": ()})["files"]}
     except (ValueError, RecursionError, KeyError, TypeError):
         return set()

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 from onnx import inliner
 
+from deepseek_export.bundle.manifest import ValueEntry
 from deepseek_export.version import __version__
 
 
@@ -70,6 +71,15 @@ def point_at(tensor: onnx.TensorProto, slot: Slot) -> None:
     del tensor.external_data[:]
     for key, value in vars(slot).items():
         tensor.external_data.add(key=key, value=str(value))
+
+
+def value_entry(value: onnx.ValueInfoProto) -> ValueEntry:
+    """图的一个输入或输出，写进 manifest 的样子。"""
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return ValueEntry(
+        name=value.name, dtype=dtype, shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    )
 
 
 def external_location(tensor: onnx.TensorProto) -> str | None:

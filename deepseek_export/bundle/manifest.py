@@ -89,30 +89,56 @@ class GraphEntry(_Entry):
     by_recipe: list[str] = []
 
 
+CacheDtype = Literal["float32", "float16", "bfloat16", "int8"]
+
+
 class CacheTensorEntry(_Entry):
-    """每层的一个缓存张量：[B, heads, T, width]。"""
+    """一种缓存张量：[B, heads, T, width]。
+
+    Attributes:
+        name: 名字的词干，``kv_cache``。
+        heads, width: 常数的两维。
+        dtype: ``null`` 是 :class:`CacheEntry` 的。
+        layers: 哪些层有，MTP 层接在主干之后；``null`` 是每一层。
+    """
 
     name: str
     heads: int
     width: int
+    dtype: CacheDtype | None = None
+    layers: list[int] | None = None
 
 
 class CacheEntry(_Entry):
     """KV cache 的布局。"""
 
     tensors: list[CacheTensorEntry]
-    dtype: Literal["float32", "float16", "bfloat16", "int8"]
+    dtype: CacheDtype
     num_layers: int
+
+    def of_layer(self, layer: int) -> list[CacheTensorEntry]:
+        """第 ``layer`` 层（MTP 层接在主干之后）有哪几种，按输入的次序。"""
+        return [tensor for tensor in self.tensors if tensor.layers is None or layer in tensor.layers]
 
     @property
     def values_per_token_per_layer(self) -> int:
-        """每个 token 在一层里占多少个元素；MLA 打开时浮点的缓存是 ``kv_lora_rank + qk_rope_head_dim``。"""
-        return sum(tensor.heads * tensor.width for tensor in self.tensors)
+        """每个 token 的 key、value 在一层里占多少个元素；MLA 打开时浮点的缓存是 ``kv_lora_rank + qk_rope_head_dim``。
+
+        稀疏注意力的索引 key 不在每一层都有，不算在内，见 :attr:`bytes_per_token`。
+        """
+        return sum(tensor.heads * tensor.width for tensor in self.tensors if tensor.layers is None)
 
     @property
     def bytes_per_token(self) -> int:
-        """每个 token 在所有层里占的字节数。"""
-        return DTYPES[self.dtype].nbytes(self.values_per_token_per_layer * self.num_layers)
+        """每个 token 在所有层里占的字节数，各种缓存都算。"""
+        return sum(
+            DTYPES[tensor.dtype or self.dtype].nbytes(
+                tensor.heads
+                * tensor.width
+                * (self.num_layers if tensor.layers is None else len(tensor.layers))
+            )
+            for tensor in self.tensors
+        )
 
 
 class QuantizationEntry(_Entry):
@@ -160,6 +186,13 @@ class FileEntry(_Entry):
     sha256: str
 
 
+class StageEntry(_Entry):
+    """这个 bundle 是流水线里的哪一个 stage，见 :mod:`~deepseek_export.bundle.stages`。"""
+
+    index: int
+    count: int
+
+
 class Manifest(_Entry):
     """bundle 的全部事实。
 
@@ -185,6 +218,7 @@ class Manifest(_Entry):
     float32_islands: dict[str, int]
     cpu_library: str | None = None
     files: dict[BundleFile, FileEntry]
+    stage: StageEntry | None = None
 
     @model_validator(mode="after")
     def _check_graphs(self) -> Manifest:

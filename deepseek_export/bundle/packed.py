@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from deepseek_export.bundle.manifest import FileEntry
 from deepseek_export.checkpoint.recipe import Recipe, materialize
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.dtypes import DTYPES
+from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
 from deepseek_export.units import size
 from deepseek_export.version import __version__
@@ -96,8 +98,56 @@ def write_packed(
     return Packed(slots, FileEntry(bytes=total, sha256=digest.hexdigest()))
 
 
-def _layout(recipes: Mapping[str, Recipe]) -> tuple[bytes, dict[str, Slot]]:
-    """文件头（含开头的长度），与每个 initializer 的位置；只由配方决定。"""
+def copy_packed(
+    directory: Path,
+    location: str,
+    recipes: Mapping[str, Recipe],
+    slots: Mapping[str, Slot],
+    source: Path,
+    progress: Progress,
+) -> Packed:
+    """从打包好的权重文件里拷出一部分，成为另一个同样格式的文件；逐块拷，不经过配方。
+
+    Args:
+        directory: 新的 bundle 目录。
+        location: 新文件，相对 ``directory``。
+        recipes: 要拷的 initializer 名 → 配方；按此次序写。
+        slots: 它们现在在哪里，文件相对 ``source``。
+        source: 原来的 bundle 目录。
+        progress: 以字节计的进度，已经开始。
+
+    Raises:
+        DsxError: ``DSX-E404`` 磁盘写满；``DSX-E406`` 原来的文件变短了。
+    """
+    head, made = _layout(recipes, location)
+    path, digest = directory / location, hashlib.sha256(head)
+    with disk_errors(path), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        target = stack.enter_context(path.open("wb"))
+        target.write(head)
+        opened: dict[str, BinaryIO] = {}
+        for name in recipes:
+            slot = slots[name]
+            if slot.location not in opened:
+                opened[slot.location] = stack.enter_context((source / slot.location).open("rb"))
+            file, left = opened[slot.location], slot.length
+            file.seek(slot.offset)
+            while left:
+                block = file.read(min(left, _READ))
+                if not block:
+                    raise DsxError("DSX-E406", f"{source / slot.location} 在拷 {name} 时变短了", "重新导出")
+                target.write(block)
+                digest.update(block)
+                left -= len(block)
+                progress.advance(len(block), name)
+        target.flush()
+        os.fsync(target.fileno())
+        total = target.tell()
+    return Packed(made, FileEntry(bytes=total, sha256=digest.hexdigest()))
+
+
+def _layout(recipes: Mapping[str, Recipe], location: str = WEIGHTS_FILE) -> tuple[bytes, dict[str, Slot]]:
+    """文件头（含开头的长度），与每个 initializer 在 ``location`` 里的位置；只由配方决定。"""
     header: dict[str, dict] = {}
     end = 0
     for name, recipe in recipes.items():
@@ -114,7 +164,7 @@ def _layout(recipes: Mapping[str, Recipe]) -> tuple[bytes, dict[str, Slot]]:
     blob += b" " * (-(8 + len(blob)) % _ALIGNMENT)  # 规范允许头部以空格结尾；数据区从 64 字节边界开始
     head = len(blob).to_bytes(8, "little") + blob
     slots = {
-        name: Slot(WEIGHTS_FILE, len(head) + entry["data_offsets"][0], recipes[name].nbytes)
+        name: Slot(location, len(head) + entry["data_offsets"][0], recipes[name].nbytes)
         for name, entry in header.items()
     }
     return head, slots

@@ -20,18 +20,19 @@ from deepseek_export.ops.table import (
     OpSpec,
     Port,
 )
-from deepseek_export.reference.model import DecoderLayer, Embed, Forms, Head, cache_tensors
+from deepseek_export.reference.indexer import HeadWeights
+from deepseek_export.reference.model import CacheTensor, DecoderLayer, Embed, Forms, Head, cache_tensors
 from deepseek_export.reference.moe import Gate
 from deepseek_export.reference.mtp import DraftHead, MtpModule
 from deepseek_export.reference.weights import torch_dtype
 
 
 def _meta(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """在 meta 设备上建模块；router 保持 float32，其余转成模型 dtype。"""
+    """在 meta 设备上建模块；router 与索引器各头的权重保持 float32，其余转成模型 dtype。"""
     with torch.device("meta"):
         module = build().to(dtype)
         for child in module.modules():
-            if isinstance(child, Gate):
+            if isinstance(child, Gate | HeadWeights):
                 child.to(torch.float32)
     return module
 
@@ -46,20 +47,44 @@ def embed_block(config: ModelConfig, dtype: torch.dtype, position_offset: int = 
 
 @lru_cache(maxsize=64)
 def layer_block(
-    config: ModelConfig, is_moe: bool, forms: Forms, dtype: torch.dtype, cache_dtype: torch.dtype
+    config: ModelConfig,
+    is_moe: bool,
+    runs_indexer: bool,
+    forms: Forms,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
 ) -> TracedGraph:
-    """一层解码层；dense 层与 MoE 层各一种。"""
+    """一层解码层；dense 层与 MoE 层、自己挑 key 的与沿用的，各一种。"""
     inputs = {
         "x_in": Spec(("B", "S", config.hidden_size), dtype),
         "cos": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
         "sin": Spec(("B", "S", config.qk_rope_head_dim // 2), dtype),
         "past_lens": Spec(("B",), torch.int64),
     }
-    caches = cache_tensors(config, forms, cache_dtype)
-    inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
-    outputs = ["attn_residual", "x", *(f"{cache}_out" for cache, _ in caches)]
-    build = partial(_meta, lambda: DecoderLayer(config, is_moe, forms), dtype)
-    return trace(build, inputs, outputs, ("layer", config, is_moe, forms, dtype))
+    chosen: list[str] = []
+    if config.indexer is not None:
+        selection = {
+            "indices": Spec(("B", "S", config.indexer.topk), torch.int32),
+            "counts": Spec(("B", "S"), torch.int32),
+        }
+        chosen, inputs = list(selection), inputs if runs_indexer else inputs | selection
+    # 一种块的各层缓存相同，随便取一层。
+    alike = next(i for i in range(config.num_hidden_layers) if config.runs_indexer(i) == runs_indexer)
+    caches = cache_tensors(config, forms, cache_dtype, dtype, alike)
+    inputs |= cache_specs(caches)
+    outputs = ["attn_residual", "x", *(f"{cache.name}_out" for cache in caches)]
+    build = partial(_meta, lambda: DecoderLayer(config, is_moe, forms, runs_indexer), dtype)
+    return trace(
+        build,
+        inputs,
+        outputs + (chosen if runs_indexer else []),
+        ("layer", config, is_moe, runs_indexer, forms, dtype),
+    )
+
+
+def cache_specs(caches: list[CacheTensor]) -> dict[str, Spec]:
+    """缓存输入的名字 → 形状与 dtype。"""
+    return {cache.name: Spec(("B", cache.heads, "T", cache.width), cache.dtype) for cache in caches}
 
 
 @lru_cache(maxsize=16)
@@ -92,9 +117,9 @@ def mtp_block(
     angle = Spec(("B", "S", config.qk_rope_head_dim // 2), dtype)
     inputs = {"embedding": hidden, "prev_hidden": hidden, "cos": angle, "sin": angle}
     inputs["past_lens"] = Spec(("B",), torch.int64)
-    caches = cache_tensors(config, forms, cache_dtype)
-    inputs |= {cache: Spec(("B", heads, "T", width), cache_dtype) for cache, (heads, width) in caches}
-    outputs = ["combined", "attn_residual", "x", "hidden", *(f"{cache}_out" for cache, _ in caches)]
+    caches = cache_tensors(config, forms, cache_dtype, dtype, config.num_hidden_layers + index)
+    inputs |= cache_specs(caches)
+    outputs = ["combined", "attn_residual", "x", "hidden", *(f"{cache.name}_out" for cache in caches)]
     build = partial(_meta, lambda: MtpModule(config, index, forms), dtype)
     return trace(build, inputs, outputs, ("mtp", config, index, forms, dtype))
 

@@ -7,31 +7,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
-from torch import Tensor
+from onnx import helper
 
 from deepseek_export.capture import blocks
-from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, named, trace
+from deepseek_export.capture.functions import (
+    constant,
+    function_of,
+    nodes_of,
+    scale_node,
+    trace_function,
+    with_output,
+)
+from deepseek_export.capture.trace import Spec, named
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.ops import mla_attention as mla
 from deepseek_export.ops import moe_experts as experts
 from deepseek_export.ops import spec_accept as accept
 from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_gate import moe_gate
-from deepseek_export.ops.table import (
-    DOMAIN,
-    LATENT_ATTENTION,
-    MLA_ATTENTION,
-    MOE_EXPERTS,
-    MOE_GATE,
-    OPSET_VERSION,
-    OpSpec,
-)
+from deepseek_export.ops.table import LATENT_ATTENTION, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
 from deepseek_export.reference.weights import by_torch
 
 
@@ -46,6 +44,38 @@ def mla_attention_body(
         form: ``auto`` 时在图里按形状二选一（``If``），见 :func:`~deepseek_export.ops.mla_attention.cost_coefficients`。
         dtype, cache_dtype: 类型变量 T 与 C。
     """
+    new, _ = mla_specs(config, dtype, cache_dtype)
+    nodes = [scale_node()]
+    nodes += nodes_of(trace_function(mla.update_cache, new, ["kv_cache_out"]), "cache")
+    return function_of(MLA_ATTENTION, nodes + dense_nodes(config, form, dtype, cache_dtype))
+
+
+def dense_nodes(
+    config: ModelConfig, form: mla.MlaForm, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> list[onnx.NodeProto]:
+    """对写好的缓存 ``kv_cache_out`` 里全部看得见的行做注意力，得到 ``o``；参数同 :func:`mla_attention_body`。"""
+    H, dn, dv, r = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
+    query = mla_specs(config, dtype, cache_dtype)[1]
+    absorb = functools.partial(nodes_of, trace_function(mla.attend_absorb, query, ["o"]), "absorb")
+    naive = functools.partial(nodes_of, trace_function(mla.attend_naive, query, ["o"]), "naive")
+    if form != "auto":
+        return naive() if form == "naive" else absorb()
+    a, b = mla.cost_coefficients(dn, dv, r)
+    info = helper.make_tensor_value_info("o", by_torch(dtype).onnx, ["B", "S", H, dv])
+    branches = {
+        name: helper.make_graph(with_output(body(), "o", f"{name}/o"), name, [], [named(info, f"{name}/o")])
+        for name, body in (("naive", naive), ("absorb", absorb))
+    }
+    choose = helper.make_node(
+        "If", ["prefers_naive"], ["o"], then_branch=branches["naive"], else_branch=branches["absorb"]
+    )
+    return [*_prefers_naive(a, b), choose]
+
+
+def mla_specs(
+    config: ModelConfig, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> tuple[dict[str, Spec], dict[str, Spec]]:
+    """写缓存与做注意力这两步各要哪些输入；参数同 :func:`mla_attention_body`。"""
     H, dn, dv, r = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
     dr = config.qk_rope_head_dim
     cache = Spec(("B", 1, "T", config.latent_cache_width(cache_dtype == torch.int8)), cache_dtype)
@@ -64,26 +94,7 @@ def mla_attention_body(
         "w_kv_b": Spec((H * (dn + dv), r), dtype),
         "scale": Spec((), torch.float32),
     }
-    nodes = [_scale()]
-    nodes += _nodes(_trace_function(mla.update_cache, new, ["kv_cache_out"]), "cache")
-    absorb = functools.partial(_nodes, _trace_function(mla.attend_absorb, query, ["o"]), "absorb")
-    naive = functools.partial(_nodes, _trace_function(mla.attend_naive, query, ["o"]), "naive")
-    if form == "auto":
-        a, b = mla.cost_coefficients(dn, dv, r)
-        nodes += _prefers_naive(a, b)
-        info = helper.make_tensor_value_info("o", by_torch(dtype).onnx, ["B", "S", H, dv])
-        branches = {
-            name: helper.make_graph(_output(body(), "o", f"{name}/o"), name, [], [named(info, f"{name}/o")])
-            for name, body in (("naive", naive), ("absorb", absorb))
-        }
-        nodes.append(
-            helper.make_node(
-                "If", ["prefers_naive"], ["o"], then_branch=branches["naive"], else_branch=branches["absorb"]
-            )
-        )
-    else:
-        nodes += naive() if form == "naive" else absorb()
-    return _function(MLA_ATTENTION, nodes)
+    return new, query
 
 
 @functools.lru_cache(maxsize=16)
@@ -98,16 +109,16 @@ def latent_attention_body(
         "past_lens": Spec(("B",), torch.int64),
         "scale": Spec((), torch.float32),
     }
-    traced = _trace_function(latent_attention, inputs, ["context"], kv_lora_rank=config.kv_lora_rank)
-    return _function(LATENT_ATTENTION, [_scale(), *_nodes(traced, "latent")])
+    traced = trace_function(latent_attention, inputs, ["context"], kv_lora_rank=config.kv_lora_rank)
+    return function_of(LATENT_ATTENTION, [scale_node(), *nodes_of(traced, "latent")])
 
 
 @functools.lru_cache(maxsize=16)
 def moe_gate_body(config: ModelConfig) -> onnx.FunctionProto:
     """``MoeGate`` 的函数体；路由属性已固化在结构里，节点属性必须与 :func:`gate_attributes` 一致。"""
     inputs = blocks.input_specs(MOE_GATE, config, torch.float32)
-    body = _trace_function(moe_gate, inputs, ["topk_ids", "topk_weights"], **gate_attributes(config))
-    return _function(MOE_GATE, _nodes(body, "gate"))
+    body = trace_function(moe_gate, inputs, ["topk_ids", "topk_weights"], **gate_attributes(config))
+    return function_of(MOE_GATE, nodes_of(body, "gate"))
 
 
 def gate_attributes(config: ModelConfig) -> dict:
@@ -128,10 +139,10 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
     """``MoeExperts`` 的函数体：对有 token 的专家做 ``Loop``，循环体是追踪出来的 ``expert_step``。"""
     D, ports = config.hidden_size, blocks.input_specs(MOE_EXPERTS, config, dtype)
     routed = {name: ports[name] for name in ("x", "topk_ids")}
-    start = _trace_function(
+    start = trace_function(
         experts.active_experts, routed, ["y_start", "active"], num_experts=config.n_routed_experts
     )
-    step = _trace_function(
+    step = trace_function(
         experts.expert_step,
         {"y_in": Spec(("N", D), torch.float32), "expert": Spec((1,), torch.int64), **ports},
         ["y_out"],
@@ -140,7 +151,7 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
         [
             helper.make_node("Reshape", ["i", "one"], ["i_1d"]),
             helper.make_node("Gather", ["active", "i_1d"], ["expert"], axis=0),
-            *_nodes(step, "expert"),
+            *nodes_of(step, "expert"),
             helper.make_node("Identity", ["go_on"], ["go_on_out"]),
         ],
         "expert",
@@ -155,21 +166,21 @@ def moe_experts_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionPr
         ],
     )
     nodes = [
-        *_nodes(start, "start"),
+        *nodes_of(start, "start"),
         helper.make_node("Size", ["active"], ["num_active"]),
-        _constant("one", np.array([1], np.int64)),
-        _constant("true", np.array(True)),
+        constant("one", np.array([1], np.int64)),
+        constant("true", np.array(True)),
         helper.make_node("Loop", ["num_active", "true", "y_start"], ["y_float"], body=loop),
         helper.make_node("Cast", ["y_float"], ["y"], to=by_torch(dtype).onnx),
     ]
-    return _function(MOE_EXPERTS, nodes)
+    return function_of(MOE_EXPERTS, nodes)
 
 
 @functools.lru_cache(maxsize=16)
 def moe_experts_dense_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionProto:
     """``MoeExperts`` 的另一个函数体：每个专家都算，没有循环与数据相关的形状。"""
     inputs = blocks.input_specs(MOE_EXPERTS, config, dtype)
-    return _function(MOE_EXPERTS, _nodes(_trace_function(experts.experts_dense, inputs, ["y"]), "experts"))
+    return function_of(MOE_EXPERTS, nodes_of(trace_function(experts.experts_dense, inputs, ["y"]), "experts"))
 
 
 @functools.lru_cache(maxsize=16)
@@ -178,27 +189,16 @@ def spec_accept_body(config: ModelConfig, dtype: torch.dtype, mode: str) -> onnx
     spec = blocks.accept_spec(mode)
     eager = accept.spec_accept_rejection if mode == "rejection" else accept.spec_accept
     inputs = blocks.input_specs(spec, config, dtype)
-    body = _trace_function(eager, inputs, [port.name for port in spec.outputs])
-    return _function(spec, _nodes(body, "accept"))
-
-
-def _trace_function(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: Mapping[str, Spec],
-    outputs: Sequence[str],
-    **attributes: object,
-) -> TracedGraph:
-    """追踪一个模块级的函数；``attributes`` 是固化进图里的关键字参数。"""
-    key = (function.__module__, function.__qualname__, sorted(attributes.items()))
-    return trace(lambda: functools.partial(function, **attributes), inputs, outputs, key)
+    body = trace_function(eager, inputs, [port.name for port in spec.outputs])
+    return function_of(spec, nodes_of(body, "accept"))
 
 
 def _prefers_naive(a: int, b: int) -> list[onnx.NodeProto]:
     """``T*a < S*(a + T*b)`` 写成 ONNX；S、T 取自形状，得到标量 bool ``prefers_naive``。"""
     return [
-        _constant("cost_a", np.array([a], np.int64)),
-        _constant("cost_b", np.array([b], np.int64)),
-        _constant("axis_0", np.array([0], np.int64)),
+        constant("cost_a", np.array([a], np.int64)),
+        constant("cost_b", np.array([b], np.int64)),
+        constant("axis_0", np.array([0], np.int64)),
         helper.make_node("Shape", ["q_nope"], ["dim_S"], start=1, end=2),
         helper.make_node("Shape", ["kv_cache"], ["dim_T"], start=2, end=3),
         helper.make_node("Mul", ["dim_T", "cost_a"], ["expand_cost"]),
@@ -208,47 +208,3 @@ def _prefers_naive(a: int, b: int) -> list[onnx.NodeProto]:
         helper.make_node("Less", ["expand_cost", "saving"], ["prefers_naive_1d"]),
         helper.make_node("Squeeze", ["prefers_naive_1d", "axis_0"], ["prefers_naive"]),
     ]
-
-
-def _nodes(graph: TracedGraph, prefix: str) -> list[onnx.NodeProto]:
-    """追踪结果 → 可以拼进函数体的节点：中间值加前缀，常量变 ``Constant`` 节点（函数没有 initializer）。"""
-    ports = {*graph.inputs, *graph.outputs}
-    graph = graph.renamed(lambda name: name if name in ports else f"{prefix}/{name}")
-    nodes = [_constant(name, numpy_helper.to_array(tensor)) for name, tensor in graph.constants.items()]
-    for index, node in enumerate(graph.nodes):
-        # 函数会被内联，名字要自己保证唯一，TensorRT 的层名才能追回来。
-        node.name = f"{prefix}/{node.op_type}_{index}"
-        nodes.append(node)
-    return nodes
-
-
-def _output(nodes: list[onnx.NodeProto], old: str, new: str) -> list[onnx.NodeProto]:
-    for node in nodes:
-        node.output[:] = [new if name == old else name for name in node.output]
-    return nodes
-
-
-def _constant(name: str, array: np.ndarray) -> onnx.NodeProto:
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
-
-
-def _scale() -> onnx.NodeProto:
-    """节点的 ``scale`` 属性 → 值 ``scale``。"""
-    node = helper.make_node("Constant", [], ["scale"])
-    kind = onnx.AttributeProto.FLOAT
-    node.attribute.append(onnx.AttributeProto(name="value_float", ref_attr_name="scale", type=kind))
-    return node
-
-
-def _function(spec: OpSpec, nodes: list[onnx.NodeProto]) -> onnx.FunctionProto:
-    """按契约表组成 FunctionProto；声明全部属性，onnx 参考求值器要求节点带的属性都声明过。"""
-    attributes = [a.name for a in spec.attributes] + ["plugin_namespace", "plugin_version"]
-    return helper.make_function(
-        DOMAIN,
-        spec.name,
-        [port.name for port in spec.inputs],
-        [port.name for port in spec.outputs],
-        nodes,
-        [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)],
-        attributes,
-    )

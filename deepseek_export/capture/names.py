@@ -22,6 +22,11 @@ def layer_output(layer: int) -> str:
     return EMBED_X if layer < 0 else f"layers.{layer}/x"
 
 
+def selection(layer: int) -> dict[str, str]:
+    """第 ``layer`` 层挑的 key：块的端口 → 值名，``indices`` [B, S, topk]、``counts`` [B, S]。"""
+    return {port: f"layers.{layer}/{port}" for port in ("indices", "counts")}
+
+
 def cache_input(cache: str, layer: int) -> str:
     """缓存输入名，例如 ``kv_cache.3``。"""
     return f"{cache}.{layer}"

@@ -57,8 +57,8 @@ class Place:
         return f"{scope}/{self.block.nodes[index].op_type}_{index}"
 
 
-def layer_ports(layer: int, caches: Iterable[str]) -> dict[str, str]:
-    """主模型一层的端口。"""
+def layer_ports(layer: int, caches: Iterable[str], chooser: int | None = None) -> dict[str, str]:
+    """主模型一层的端口；``chooser`` 是替这一层挑 key 的那一层（可以是它自己），没有稀疏注意力则为 ``None``。"""
     ports = {
         "x_in": names.layer_output(layer - 1),
         "cos": names.EMBED_COS,
@@ -66,6 +66,8 @@ def layer_ports(layer: int, caches: Iterable[str]) -> dict[str, str]:
         "attn_residual": names.attn_residual(layer),
         "x": names.layer_output(layer),
     }
+    if chooser is not None:
+        ports |= names.selection(chooser)
     return ports | _cache_ports(layer, caches)
 
 

@@ -1,6 +1,6 @@
 """把各种块各捕获一次，再逐层实例化，拼成整个模型。
 
-同一种块（dense 层、MoE 层）只追踪一次，所以捕获时间与层数无关；每层只复制节点、改名，并把权重输入接到该层的权重名上。
+同一种块（dense 层、MoE 层；稀疏注意力的还分自己挑 key 的与沿用的）只追踪一次，所以捕获时间与层数无关；每层只复制节点、改名，并把权重输入接到该层的权重名上。
 到 bundle 为止权重都只是图的输入，pass 不会碰到权重内容。
 """
 
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import onnx
+import torch
 from onnx import helper
 
 from deepseek_export.capture import blocks, names
@@ -23,21 +24,24 @@ from deepseek_export.capture.bodies import (
     spec_accept_body,
 )
 from deepseek_export.capture.places import EMBED_PORTS, Place, head_ports, layer_ports, mtp_ports
-from deepseek_export.capture.trace import OPSET
+from deepseek_export.capture.sparse_bodies import lightning_indexer_body, sparse_mla_attention_body
+from deepseek_export.capture.trace import OPSET, TracedGraph
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import Recipe, mtp_recipes, weight_recipes
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops.table import (
     DOMAIN,
+    LIGHTNING_INDEXER,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
     OPS,
     OPSET_VERSION,
+    SPARSE_MLA_ATTENTION,
 )
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.records import ModelDtype, OpSite
-from deepseek_export.reference.model import Forms, cache_tensors
+from deepseek_export.reference.model import CacheTensor, Forms, cache_tensors
 from deepseek_export.reference.weights import by_torch, draft_initializer_name, initializer_name, torch_dtype
 
 
@@ -104,7 +108,6 @@ class _Stitcher:
         cache_dtype = dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
         self.cache_dtype = torch_dtype(cache_dtype)
         self.forms = Forms.for_capture(profile)
-        self.caches = cache_tensors(config, self.forms, self.cache_dtype)
         self.recipes = weight_recipes(config, dtype)
         self.dtype_name: ModelDtype = dtype
         self.parameter_name: Callable[[str], str] = functools.partial(initializer_name, config=config)
@@ -115,24 +118,27 @@ class _Stitcher:
 
     def run(self) -> CapturedModel:
         c = self.config
-        traced = {}
+        traced: dict[tuple[bool, bool], TracedGraph] = {}
         self.on_step("embed")
-        traced["embed"] = blocks.embed_block(c, self.dtype)
-        for is_moe in sorted({c.is_moe_layer(i) for i in range(c.num_hidden_layers)}):
-            kind = "moe layer" if is_moe else "dense layer"
-            self.on_step(kind)
-            traced[kind] = blocks.layer_block(c, is_moe, self.forms, self.dtype, self.cache_dtype)
+        embed = blocks.embed_block(c, self.dtype)
+        for is_moe, ranks in sorted({self._kind(i) for i in range(c.num_hidden_layers)}):
+            self.on_step(
+                ("moe layer" if is_moe else "dense layer")
+                + (" (shared)" if c.indexer is not None and not ranks else "")
+            )
+            traced[is_moe, ranks] = blocks.layer_block(
+                c, is_moe, ranks, self.forms, self.dtype, self.cache_dtype
+            )
         self.on_step("head")
-        traced["head"] = blocks.head_block(c, self.dtype)
+        head = blocks.head_block(c, self.dtype)
         functions = self._bodies(c.num_moe_layers > 0)
         self.on_step("stitch")
-        caches = [cache for cache, _ in self.caches]
-        self._place(Place(traced["embed"], "embed", EMBED_PORTS))
+        self._place(Place(embed, "embed", EMBED_PORTS))
         for i in range(c.num_hidden_layers):
-            kind = "moe layer" if c.is_moe_layer(i) else "dense layer"
-            self._place(Place(traced[kind], f"layers.{i}", layer_ports(i, caches)), layer=i)
-        self._place(Place(traced["head"], "head", head_ports(c.num_hidden_layers)))
-        inputs, outputs = self._contract_values(c.num_hidden_layers)
+            ports = layer_ports(i, [cache.name for cache in self._caches(i)], c.chooser_of(i))
+            self._place(Place(traced[self._kind(i)], f"layers.{i}", ports), layer=i)
+        self._place(Place(head, "head", head_ports(c.num_hidden_layers)))
+        inputs, outputs = self._contract_values(range(c.num_hidden_layers))
         if self.profile.mtp.enabled:
             mode = self.profile.mtp.verify
             self.on_step("spec accept")
@@ -160,12 +166,13 @@ class _Stitcher:
         head = blocks.draft_head_block(c, self.dtype)
         functions = self._bodies(c.is_moe_layer(layer))
         self._place(Place(embed, "embed", EMBED_PORTS))
-        self._place(Place(block, "mtp", mtp_ports(layer, [cache for cache, _ in self.caches])), layer=layer)
+        ports = mtp_ports(layer, [cache.name for cache in self._caches(layer)])
+        self._place(Place(block, "mtp", ports), layer=layer)
         self._place(Place(head, "head", {}))
         own = mtp_recipes(c, index, self.dtype_name)
         used = {name for node in self.nodes for name in node.input}
         self.recipes = {name: recipe for name, recipe in (self.recipes | own).items() if name in used}
-        inputs, outputs = self._contract_values(1)
+        inputs, outputs = self._contract_values([layer])
         shape = ("B", "S", c.hidden_size)
         inputs.insert(1, helper.make_tensor_value_info(names.PREV_HIDDEN, by_torch(self.dtype).onnx, shape))
         outputs.insert(2, helper.make_tensor_value_info(names.DRAFT_ID, onnx.TensorProto.INT64, ["B"]))
@@ -183,14 +190,25 @@ class _Stitcher:
             ]
         return values
 
+    def _kind(self, layer: int) -> tuple[bool, bool]:
+        """第 ``layer`` 层用哪一种块：是不是 MoE，自己挑不挑 key。"""
+        return self.config.is_moe_layer(layer), self.config.runs_indexer(layer)
+
+    def _caches(self, layer: int) -> list[CacheTensor]:
+        return cache_tensors(self.config, self.forms, self.cache_dtype, self.dtype, layer)
+
     def _bodies(self, has_moe: bool) -> dict[str, onnx.FunctionProto]:
         functions = {}
+        sparse = self.config.indexer is not None
+        if sparse:
+            self.on_step(f"{LIGHTNING_INDEXER.name} body")
+            stored = self.dtype if self.cache_dtype == torch.int8 else self.cache_dtype
+            functions[LIGHTNING_INDEXER.name] = lightning_indexer_body(self.config, self.dtype, stored)
         if self.profile.mla.enabled:
-            self.on_step(f"{MLA_ATTENTION.name} body")
-            form = self.profile.mla.form
-            functions[MLA_ATTENTION.name] = mla_attention_body(
-                self.config, form, self.dtype, self.cache_dtype
-            )
+            spec = SPARSE_MLA_ATTENTION if sparse else MLA_ATTENTION
+            build = sparse_mla_attention_body if sparse else mla_attention_body
+            self.on_step(f"{spec.name} body")
+            functions[spec.name] = build(self.config, self.profile.mla.form, self.dtype, self.cache_dtype)
         if self.profile.moe.enabled and has_moe:
             self.on_step(f"{MOE_GATE.name} body")
             functions[MOE_GATE.name] = moe_gate_body(self.config)
@@ -218,10 +236,11 @@ class _Stitcher:
                 self.sites.append(OpSite(layer, node.op_type, tuple(node.input), tuple(node.output)))
         self.nodes.extend(placed.nodes)
 
-    def _contract_values(self, layers: int) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-        """I/O 契约里主模型与草稿模型共有的部分。"""
+    def _contract_values(
+        self, layers: Iterable[int]
+    ) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+        """I/O 契约里主模型与草稿模型共有的部分；``layers`` 是图里的各层，缓存在图里从 0 编号。"""
         c = self.config
-        cache_type = by_torch(self.cache_dtype).onnx
         inputs = [
             helper.make_tensor_value_info(names.INPUT_IDS, onnx.TensorProto.INT64, ["B", "S"]),
             helper.make_tensor_value_info(names.PAST_LENS, onnx.TensorProto.INT64, ["B"]),
@@ -231,13 +250,14 @@ class _Stitcher:
             helper.make_tensor_value_info(names.LOGITS, by_torch(self.dtype).onnx, ["B", "L", c.vocab_size]),
             helper.make_tensor_value_info(names.HIDDEN, by_torch(self.dtype).onnx, ["B", "S", c.hidden_size]),
         ]
-        for i in range(layers):
-            for cache, (heads, width) in self.caches:
+        for i, layer in enumerate(layers):
+            for cache in self._caches(layer):
+                shape: list[str | int | None] = ["B", cache.heads, "T", cache.width]
                 for values, name in (
-                    (inputs, names.cache_input(cache, i)),
-                    (outputs, names.cache_output(cache, i)),
+                    (inputs, names.cache_input(cache.name, i)),
+                    (outputs, names.cache_output(cache.name, i)),
                 ):
-                    values.append(helper.make_tensor_value_info(name, cache_type, ["B", heads, "T", width]))
+                    values.append(helper.make_tensor_value_info(name, by_torch(cache.dtype).onnx, shape))
         return inputs, outputs
 
     def _model(

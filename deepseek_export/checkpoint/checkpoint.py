@@ -85,6 +85,8 @@ def _decoder_layer(config: ModelConfig, layer: int) -> Shapes:
         prefix + "post_attention_layernorm.weight": (hidden,),
     }
     shapes |= _attention(config, prefix + "self_attn.")
+    if config.runs_indexer(layer):
+        shapes |= _indexer(config, prefix + "self_attn.indexer.")
     if not config.is_moe_layer(layer):
         return shapes | _mlp(prefix + "mlp.", hidden, config.intermediate_size)
     shapes[prefix + "mlp.gate.weight"] = (config.n_routed_experts, hidden)
@@ -120,6 +122,19 @@ def _attention(config: ModelConfig, prefix: str) -> Shapes:
         shapes["kv_a_proj_with_mqa.bias"] = (latent,)
         shapes["o_proj.bias"] = (hidden,)
     return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def _indexer(config: ModelConfig, prefix: str) -> Shapes:
+    indexer, rank = config.indexer, config.q_lora_rank
+    assert indexer is not None
+    assert rank is not None
+    return {
+        prefix + "wq_b.weight": (indexer.n_heads * indexer.head_dim, rank),
+        prefix + "wk.weight": (indexer.head_dim, config.hidden_size),
+        prefix + "k_norm.weight": (indexer.head_dim,),
+        prefix + "k_norm.bias": (indexer.head_dim,),
+        prefix + "weights_proj.weight": (indexer.n_heads, config.hidden_size),
+    }
 
 
 def _mlp(prefix: str, hidden: int, width: int) -> Shapes:

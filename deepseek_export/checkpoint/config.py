@@ -24,6 +24,7 @@ from deepseek_export.checkpoint.families import (
     RopeLayout,
 )
 from deepseek_export.checkpoint.fields import MAX_DIM, Fields, parse_json, shown
+from deepseek_export.checkpoint.indexer_config import IndexerConfig, parse_indexer
 from deepseek_export.checkpoint.inert import INERT_KEYS, check_inert
 from deepseek_export.checkpoint.quantization import parse_quantization
 from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse_rope, yarn_mscale
@@ -40,6 +41,7 @@ class ModelConfig:
     没有 MoE 的家族，专家数是 0，``first_k_dense_replace`` 等于层数。``embed_scale``、``residual_scale``、``logits_divisor``
     是 MiniCPM3 的三个缩放，其余家族都是 1。``router_bias``、``post_mlp_norm`` 见
     :class:`~deepseek_export.checkpoint.families.Family`，只有 A.X-K1 与众不同。
+    ``indexer`` 是稀疏注意力的索引器，没有的家族为 ``None``。
     ``weight_block_size`` 是 FP8 检查点每个 scale 管的块（行、列）；不是 FP8 检查点则为 ``None``。
     """
 
@@ -82,6 +84,7 @@ class ModelConfig:
     logits_divisor: float = 1.0
     router_bias: bool = True
     post_mlp_norm: bool = False
+    indexer: IndexerConfig | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -91,6 +94,16 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         """第 ``layer`` 层（从 0 数，MTP 层接着往后数）是不是 MoE 层。"""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+    def runs_indexer(self, layer: int) -> bool:
+        """第 ``layer`` 层（编号同上）自己挑 key 吗；沿用前面一层的、没有稀疏注意力的都不算。MTP 层各有自己的索引器。"""
+        if self.indexer is None:
+            return False
+        return layer >= self.num_hidden_layers or self.indexer.full_layers[layer]
+
+    def chooser_of(self, layer: int) -> int | None:
+        """主干第 ``layer`` 层的 key 由哪一层挑：它自己，或前面最近的自己挑的那一层；没有稀疏注意力为 ``None``。"""
+        return next((i for i in range(layer, -1, -1) if self.runs_indexer(i)), None)
 
     @property
     def num_moe_layers(self) -> int:
@@ -163,7 +176,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
 
     Raises:
         DsxError: ``DSX-E103`` model_type；``E104`` 未知字段；``E105`` 取值；``E106`` 缺字段；``E107`` rope；
-            ``E108`` 量化；``E109`` 路由。
+            ``E108`` 量化；``E109`` 路由；``E130`` 稀疏注意力。
     """
     name = data.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -178,15 +191,16 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         f.must_equal(key, only)
     for key, values in family.inert.items():
         f.must_equal(key, *values)
-    check_inert(f, family.inert)
+    sparse = family.indexer_layout is not None
+    check_inert(f, [*family.inert, *(["layer_types"] if sparse else [])])
     heads = f.integer("num_attention_heads")
     nope, rope_dim = f.integer("qk_nope_head_dim"), f.integer("qk_rope_head_dim")
     f.must_equal("num_key_value_heads", heads)
     f.must_equal("qk_head_dim", nope + rope_dim)
     rank = f.integer("kv_lora_rank")
-    f.must_equal(
-        "head_dim", rope_dim, nope + rope_dim, *([rank + rope_dim] if family.latent_head_dim else [])
-    )
+    head_dims = [rope_dim, nope + rope_dim]
+    head_dims += [rank + rope_dim] * family.latent_head_dim + [nope] * family.nope_head_dim
+    f.must_equal("head_dim", *head_dims)
     if rope_dim % 2:
         raise f.bad("qk_rope_head_dim", "偶数")
     interleave = "rope_interleave" not in family.extra_keys or f.boolean("rope_interleave", default=True)
@@ -226,6 +240,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         weight_block_size=parse_quantization(f),
         router_bias=family.router_bias,
         post_mlp_norm=family.post_mlp_norm,
+        indexer=parse_indexer(f, family, layers, rope_dim) if sparse else None,
         **(_parse_moe(f, family, layers) if family.has_moe else _DENSE | {"first_k_dense_replace": layers}),
         **(_parse_scales(f, hidden, layers) if "scale_emb" in family.extra_keys else {}),
     )

@@ -27,6 +27,9 @@ class Family:
     inert: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # 只有它才写的字段 -> 不起作用的取值
     rope_types: Mapping[str, str] = field(default_factory=dict)  # rope 类型的别名 -> 正名
     latent_head_dim: bool = False  # head_dim 可以写成潜缓存一行的宽度
+    nope_head_dim: bool = False  # head_dim 可以写成 qk_nope_head_dim
+    indexer_layout: RopeLayout | None = None  # 稀疏注意力的索引器怎么旋转；None 表示没有索引器
+    shares_indices: bool = False  # 有的层可以沿用前面一层选的 key
     dense_layers: int | None = None  # 没有 mlp_layer_types 时前几层 dense；None 表示看 first_k_dense_replace
 
     @property
@@ -42,6 +45,19 @@ _V3 = Family(
     topk_methods=("noaux_tc",),
     extra_keys=frozenset({"rope_interleave", "num_nextn_predict_layers"}),
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+)
+
+_V32 = replace(
+    _V3,
+    transformers_type="deepseek_v32",
+    extra_keys=frozenset(
+        {
+            *("num_nextn_predict_layers", "mlp_layer_types", "layer_types"),
+            *("index_topk", "index_head_dim", "index_n_heads", "indexer_rope_interleave"),
+        }
+    ),
+    inert={"rope_interleave": (True,)},  # transformers 的这两个实现总是成对的
+    indexer_layout="half",
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -101,6 +117,24 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             router_bias=False,
             post_mlp_norm=True,
             extra_keys=_V3.extra_keys | {"mlp_layer_types"},
+        ),
+        # DeepSeek-V3.2：V3 的注意力加一个索引器，只看它挑出的 key。transformers 的实现总有 q_lora，没有 rope_interleave。
+        "deepseek_v32": _V32,
+        # GLM-5：同上，索引器的 RoPE 成对，有的层沿用前面一层选的 key。发布的 head_dim 是 qk_nope_head_dim，没有人用它。
+        "glm_moe_dsa": replace(
+            _V32,
+            transformers_type="glm_moe_dsa",
+            extra_keys=_V32.extra_keys
+            | {"indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"},
+            # 路由总是 float32；index_share_for_mtp_iteration 只影响草稿，见 specs/dsa。
+            inert={
+                **_V32.inert,
+                "moe_router_dtype": ("float32",),
+                "index_share_for_mtp_iteration": (True, False),
+            },
+            nope_head_dim=True,
+            indexer_layout="deinterleaved",
+            shares_indices=True,
         ),
         # Youtu-LLM：V3 的注意力，没有 MoE。
         "youtu": Family(

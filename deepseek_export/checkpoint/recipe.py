@@ -40,8 +40,13 @@ CHUNK_BYTES = 64 << 20
 #: E4M3 的 256 个码各是多少；查表比逐个转换快得多。
 _E4M3_VALUES = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS[FP8_DTYPE].numpy).astype(np.float32)
 
-#: router 的权重与 bias 始终 float32（transformers 的 ``_keep_in_fp32_modules_strict``）。
-_FLOAT32_SUFFIXES = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
+#: router 的权重与 bias 始终 float32（transformers 的 ``_keep_in_fp32_modules_strict``）；索引器各头的权重也是（transformers 只在
+#: float16 时如此，bfloat16 时不转；它决定选哪些 key，量很小，这里总是 float32）。
+_FLOAT32_SUFFIXES = (
+    "mlp.gate.weight",
+    "mlp.gate.e_score_correction_bias",
+    "self_attn.indexer.weights_proj.weight",
+)
 
 
 class Recipe(BaseModel):

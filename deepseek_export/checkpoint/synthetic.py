@@ -81,7 +81,7 @@ _FP8_LINEARS = tuple(
     f".{name}.weight"
     for name in (
         *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
+        *("gate_proj", "up_proj", "down_proj", "indexer.wq_b", "indexer.wk"),
     )
 )
 _E4M3_MAX = 448.0

@@ -251,7 +251,11 @@ def _logprob_lines(result: GenerationResult, tokenizer: BundleTokenizer | None) 
     def shown(token: int) -> str:
         if tokenizer is None:
             return str(token)
-        return repr(tokenizer.bytes_of(token).decode("utf-8", "backslashreplace"))
+        data = tokenizer.bytes_of(token)
+        try:
+            return repr(data.decode())
+        except UnicodeDecodeError:  # 半个字
+            return repr(data)
 
     for number, row in enumerate(result.logprobs or (), start=1):
         yield f"[对数概率 {number}/{len(result.token_ids)}]"

@@ -35,6 +35,12 @@ def command(bundle: Path, html: Path | None, as_json: bool) -> None:
     write_html(html, as_json, inspect_page, str(bundle), summary)
 
 
+def _shown(tensor: dict[str, Any]) -> str:
+    """一种缓存的形状；不是每一层都有的写明几层，dtype 另有一样的也写明。"""
+    partial = "" if tensor["layers"] is None else f"（{len(tensor['layers'])} 层）"
+    return f"{tensor['name']}[B,{tensor['heads']},T,{tensor['width']}]{tensor['dtype'] or ''}{partial}"
+
+
 def _print(path: Path, summary: dict[str, Any]) -> None:
     out = console()
     weights, cache = summary["weights"], summary["cache"]
@@ -78,7 +84,7 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
         )
     out.print()
     _print_passes(out, summary)
-    heads = "、".join(f"{t['name']}[B,{t['heads']},T,{t['width']}]" for t in cache["tensors"])
+    heads = "、".join(_shown(tensor) for tensor in cache["tensors"])
     values, expanded = cache["values_per_token_per_layer"], cache["expanded_values_per_token_per_layer"]
     at = f"{CONTEXT} token（batch 1）"
     unit = "字节" if cache["dtype"] == "int8" else "个数"

@@ -6,13 +6,16 @@ import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from deepseek_export.backend import BACKENDS
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import MAX_TEXT, read_text
+
+if TYPE_CHECKING:
+    from deepseek_export.cluster.settings import ClusterSettings
 
 _JSON = "deepseek_export.json"
 _SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -76,6 +79,38 @@ backend_option = click.option(
     show_default=True,
     help="在哪里运行：ONNX Runtime CPU，或 dsx build 为当前 GPU 建的引擎。",
 )
+
+
+micro_batches_option = click.option(
+    "--micro-batches",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="OUT 是一套 stage 时，一批里的各行至多分成几个小批，让几个 stage 同时在算。",
+)
+
+
+ray_option = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="OUT 是一套 stage 时用 Ray 起它：auto 连已经在跑的，local 在本进程里起一个；缺省在本机上起，不要 Ray。",
+)
+strategy_option = click.option(
+    "--strategy",
+    type=click.Choice(["pack", "spread"]),
+    default="pack",
+    show_default=True,
+    help="配 --ray：各 stage 尽量放在一起，还是尽量分开。",
+)
+
+
+def cluster_settings(
+    micro_batches: int, ray: str | None = None, strategy: Literal["pack", "spread"] = "pack"
+) -> ClusterSettings:
+    """命令行上的流水线参数。"""
+    from deepseek_export.cluster.settings import ClusterSettings
+
+    return ClusterSettings(micro_batches=micro_batches, ray=ray, strategy=strategy)
 
 
 def read_prompts(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import backend_option, counts, threads_option, verify_weights_option
+from deepseek_export.cli.options import (
+    backend_option,
+    cluster_settings,
+    counts,
+    micro_batches_option,
+    ray_option,
+    strategy_option,
+    threads_option,
+    verify_weights_option,
+)
 from deepseek_export.cli.sources import ExportOptions, bundle_of, checkpoint_options
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_serve
+from deepseek_export.formats.chat import TOOL_FORMATS
 from deepseek_export.progress import Progress, Unit
 
 if TYPE_CHECKING:
     from deepseek_export.serving.http.service import ServedModel
+
+#: Ctrl-C 的退出码，同别的命令。
+_INTERRUPTED = 130
 
 logger = logging.getLogger("dsx.serve")
 
@@ -78,6 +93,14 @@ logger = logging.getLogger("dsx.serve")
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="允许 /slots 把前缀存到这个目录、从这里恢复。",
 )
+@click.option(
+    "--tool-parser",
+    type=click.Choice(list(TOOL_FORMATS)),
+    help="模型怎么写工具调用；缺省由聊天模板看出来。",
+)
+@micro_batches_option
+@ray_option
+@strategy_option
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -92,9 +115,13 @@ def command(
     cors_origins: tuple[str, ...],
     slots: int,
     max_queue: int,
+    tool_parser: str | None,
     log_prompts: bool,
     no_speculative: bool,
     slot_folder: Path | None,
+    micro_batches: int,
+    ray: str | None,
+    strategy: Literal["pack", "spread"],
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -129,8 +156,11 @@ def command(
 
         progress = _LogProgress()
         bundle = bundle_of(source, exporting, verify_weights, progress)
-        model = api.load(bundle, threads, backend, verify_weights=verify_weights, progress=progress)
-        return ServedModel.open(name, model.tokenizer, model.session, model.engine(settings))
+        cluster = cluster_settings(micro_batches, ray, strategy)
+        model = api.load(
+            bundle, threads, backend, verify_weights=verify_weights, progress=progress, cluster=cluster
+        )
+        return ServedModel.open(name, model.tokenizer, model.session, model.engine(settings), tool_parser)
 
     loads = [partial(load, *entry) for entry in sources.items()]
     server = Server(loads, keys, cors_origins, log_prompts=log_prompts, slot_folder=slot_folder)
@@ -140,7 +170,21 @@ def command(
             logger.warning("对外开放而没有密钥：谁都能用；用 --api-key-file 给密钥")
         # 脚本用 & 起的进程继承的是忽略 SIGINT；uvicorn 照样听它，停下时又照这里登记的走，退出码不能因此不同。
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        serve(server, listening)
+        try:
+            serve(server, listening)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if server.loading:
+                _leave(stop)
+            raise
+
+
+def _leave(stop: KeyboardInterrupt | SystemExit) -> NoReturn:
+    """加载到一半要停：解释器收尾时，还在 C++ 里的线程会让进程异常终止，所以不收尾，退出码照旧。"""
+    if isinstance(stop, KeyboardInterrupt):
+        click.echo("已中断", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else _INTERRUPTED)
 
 
 def served(source: Path | None, name: str | None, more: tuple[str, ...]) -> Mapping[str, Path]:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import click
 
+from deepseek_export.cli.export_worker import export_elsewhere
 from deepseek_export.cli.options import DtypeChoice, set_option
 from deepseek_export.errors import DsxError
+from deepseek_export.extras import require_export
 from deepseek_export.progress import Progress
 from deepseek_export.records import ModelDtype
 
@@ -73,7 +75,6 @@ def bundle_of(source: Path, options: ExportOptions, verify_weights: bool, progre
             :func:`~deepseek_export.bundle.cached.cached_bundle` 与 :func:`~deepseek_export.api.export`。
     """
     # 到这里才导入：看帮助不必等它们。
-    from deepseek_export import api
     from deepseek_export.bundle.cached import cached_bundle, is_checkpoint
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.profile import resolve_profile
@@ -91,26 +92,19 @@ def bundle_of(source: Path, options: ExportOptions, verify_weights: bool, progre
     quantization = None if options.quant is None else Quantization(kind=options.quant)
     target, dtype = options.target or TARGET, options.dtype or DTYPE
 
-    def write(out: Path, overwrite: bool) -> None:
-        progress.note(f"由检查点导出到 {out}，按引用，不另占权重的空间；下次直接用")
-        api.export(
-            source,
-            out,
-            profile,
-            target=target,
-            dtype=dtype,
-            weights="reference",
-            hash_weights=verify_weights,
-            quantization=quantization,
-            overwrite=overwrite,
-            progress=progress,
-        )
-
-    key = {
+    asked = {
         "profile": profile.model_dump(mode="json"),
         "target": target,
         "dtype": dtype,
         "quantization": quantization and quantization.model_dump(mode="json"),
-        "hashed": verify_weights,
+        "hash_weights": verify_weights,
+        "weights": "reference",
     }
-    return cached_bundle(source, key, write, progress)
+
+    def write(out: Path, overwrite: bool) -> None:
+        require_export("导出")
+        progress.note(f"由检查点导出到 {out}，按引用，不另占权重的空间；下次直接用")
+        places = {"checkpoint": str(source), "out": str(out), "overwrite": overwrite}
+        export_elsewhere({**asked, **places}, progress)
+
+    return cached_bundle(source, asked, write, progress)

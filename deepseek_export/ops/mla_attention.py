@@ -130,7 +130,14 @@ def attend_naive(
     return attend_expanded(torch.cat([q_nope, q_pe], dim=-1), k, kv[..., dn:], past_lens, scale)
 
 
-def attend_expanded(q: Tensor, k: Tensor, v: Tensor, past_lens: Tensor, scale: float | Tensor) -> Tensor:
+def attend_expanded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_lens: Tensor,
+    scale: float | Tensor,
+    chosen: Tensor | None = None,
+) -> Tensor:
     """普通多头注意力（naive 形式与 MLA 关闭时的基线共用）。
 
     Args:
@@ -139,12 +146,14 @@ def attend_expanded(q: Tensor, k: Tensor, v: Tensor, past_lens: Tensor, scale: f
         v: [B, H, T, dv]。
         past_lens: [B] int64。
         scale: softmax 缩放，已含 YaRN 的 mscale 平方。
+        chosen: [B, S, T] bool，稀疏注意力选中的 key，都看得见；``None`` 是全部看得见的。
 
     Returns:
         [B, S, H, dv]，dtype 同 ``q``；QK、softmax、PV 用 float32。
     """
     scores = torch.matmul(q.transpose(1, 2).float() * scale, k.float().transpose(2, 3))
-    p = scores.masked_fill(hidden_keys(past_lens, q.shape[1], k.shape[2]), float("-inf")).softmax(-1)
+    hidden = hidden_keys(past_lens, q.shape[1], k.shape[2]) if chosen is None else ~chosen.unsqueeze(1)
+    p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.matmul(p, v.float()).to(q.dtype).transpose(1, 2)
 
 

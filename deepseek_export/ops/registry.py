@@ -16,12 +16,15 @@ from onnxscript import values
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops import int8_experts, int8_linear, moe_experts, moe_gate, spec_accept
 from deepseek_export.ops import latent_attention as latent
+from deepseek_export.ops import lightning_indexer as indexer
 from deepseek_export.ops import mla_attention as mla
+from deepseek_export.ops import sparse_mla_attention as sparse
 from deepseek_export.ops.table import (
     DOMAIN,
     INT8_EXPERTS,
     INT8_LINEAR,
     LATENT_ATTENTION,
+    LIGHTNING_INDEXER,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
@@ -29,6 +32,7 @@ from deepseek_export.ops.table import (
     OPSET_VERSION,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    SPARSE_MLA_ATTENTION,
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
     TYPE_CONSTRAINTS,
@@ -37,6 +41,8 @@ from deepseek_export.ops.table import (
 
 _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     MLA_ATTENTION.name: (mla.mla_attention, mla.fake),
+    LIGHTNING_INDEXER.name: (indexer.lightning_indexer, indexer.fake),
+    SPARSE_MLA_ATTENTION.name: (sparse.sparse_mla_attention, sparse.fake),
     LATENT_ATTENTION.name: (latent.latent_attention, latent.fake),
     MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),
     MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),

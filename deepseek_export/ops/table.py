@@ -5,7 +5,8 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
-``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
+``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``Hi``/``di`` 索引器的头数与头宽
+（``index_n_heads``/``index_head_dim``），``ks`` 每个 query 选几个 key（``index_topk``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ PLUGIN_VERSION = "1"
 
 TypeVar = Literal["T", "C", "F", "W", "I64", "I32", "F32", "U8"]
 
-#: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``F`` 是下沉到
-#: TensorRT 之后的缓存，只有浮点；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
+#: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``F`` 是只有浮点的
+#: 缓存（索引 key 的，与下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
         "T": ("float32", "float16", "bfloat16"),
@@ -132,6 +133,47 @@ MLA_ATTENTION = OpSpec(
         "written at past_lens[b]..past_lens[b]+S-1; key j is visible to query i when j <= past_lens[b]+i. "
         "Softmax accumulates in float32. An int8 cache row holds r latent codes, dr high and dr low bytes of the rotated part, "
         "and two scales k * 2^e as the bytes k >> 8, k & 255 (balanced), e."
+    ),
+)
+
+LIGHTNING_INDEXER = OpSpec(
+    name="LightningIndexer",
+    torch_name="lightning_indexer",
+    inputs=(
+        Port("q", "T", ("B", "S", "Hi", "di")),
+        Port("w", "F32", ("B", "S", "Hi")),
+        Port("k", "T", ("B", "S", "di")),
+        Port("index_cache", "F", ("B", "1", "T", "di")),
+        Port("past_lens", "I64", ("B",)),
+    ),
+    outputs=(
+        Port("indices", "I32", ("B", "S", "ks")),
+        Port("counts", "I32", ("B", "S")),
+        Port("index_cache_out", "F", ("B", "1", "T", "di")),
+    ),
+    attributes=(Attribute("topk", "int"),),
+    doc=(
+        "Selects topk cached positions per query by sum_h w_h * relu(q_h . k) in float32. q and k are rotated, k is "
+        "normalised; the new keys are written at past_lens[b]..past_lens[b]+S-1 first. Query i ranks the keys "
+        "j <= past_lens[b]+i; counts is their number, at most topk. The first counts entries of indices are the selected "
+        "positions in ascending order, the rest is -1. Ties go to the smaller position; without more than topk visible keys "
+        "nothing is ranked."
+    ),
+)
+
+SPARSE_MLA_ATTENTION = OpSpec(
+    name="SparseMlaAttention",
+    torch_name="sparse_mla_attention",
+    inputs=(
+        *MLA_ATTENTION.inputs,
+        Port("indices", "I32", ("B", "S", "ks")),
+        Port("counts", "I32", ("B", "S")),
+    ),
+    outputs=MLA_ATTENTION.outputs,
+    attributes=MLA_ATTENTION.attributes,
+    doc=(
+        "MlaAttention in which a query attends to the cached rows indices[b,i,:counts[b,i]] only; they are visible to it and "
+        "ascending. When T <= ks the selection is every visible row and the result is that of MlaAttention."
     ),
 )
 
@@ -265,6 +307,8 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
         spec.name: spec
         for spec in (
             MLA_ATTENTION,
+            LIGHTNING_INDEXER,
+            SPARSE_MLA_ATTENTION,
             LATENT_ATTENTION,
             MOE_GATE,
             MOE_EXPERTS,

@@ -143,7 +143,10 @@ def _locate(
     manifest = bundle.manifest
     config, forms = manifest.model, Forms.for_capture(manifest.profile)
     dtype, cache_dtype = torch_dtype(manifest.dtype), torch_dtype(manifest.cache.dtype)
-    caches = [tensor.name for tensor in manifest.cache.tensors]
+
+    def caches(layer: int) -> list[str]:
+        return [tensor.name for tensor in manifest.cache.of_layer(layer)]
+
     if isinstance(reference, DraftModel):
         part, index = block.name.removeprefix(f"{entry.file} "), reference.index
         if part == "embed":
@@ -151,15 +154,17 @@ def _locate(
         if part == "head":
             return Place(capture.draft_head_block(config, dtype), "head", {}), reference.head
         traced = capture.mtp_block(config, index, forms, dtype, cache_dtype)
-        return Place(traced, "mtp", mtp_ports(entry.layers[0], caches)), reference.mtp
+        return Place(traced, "mtp", mtp_ports(entry.layers[0], caches(entry.layers[0]))), reference.mtp
     if block.name == "embed":
         return Place(capture.embed_block(config, dtype), "embed", EMBED_PORTS), reference.embed
     if block.name == "head":
         ports = head_ports(config.num_hidden_layers)
         return Place(capture.head_block(config, dtype), "head", ports), reference.head
     layer = int(block.name.split(".")[1])
-    traced = capture.layer_block(config, config.is_moe_layer(layer), forms, dtype, cache_dtype)
-    return Place(traced, f"layers.{layer}", layer_ports(layer, caches)), reference.layers[layer]
+    kind = config.is_moe_layer(layer), config.runs_indexer(layer)
+    traced = capture.layer_block(config, *kind, forms, dtype, cache_dtype)
+    ports = layer_ports(layer, caches(layer), config.chooser_of(layer))
+    return Place(traced, f"layers.{layer}", ports), reference.layers[layer]
 
 
 def _pytorch_values(place: Place, module: nn.Module, block: Block) -> dict[str, np.ndarray]:

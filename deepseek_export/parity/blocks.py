@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from deepseek_export.parity.inputs import cache_feeds
 from deepseek_export.parity.keys import Keys
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.routing import router_margin, without_flipped
-from deepseek_export.parity.tolerances import Key, Tolerance, tolerance
+from deepseek_export.parity.selection import Ranking, in_router_units, mask_of, ranking
+from deepseek_export.parity.tolerances import SELECTION_BAND, Key, Tolerance, tolerance
 from deepseek_export.reference import ReferenceModel
+from deepseek_export.reference.mla import Selection
 from deepseek_export.reference.model import DecoderLayer
 from deepseek_export.reference.weights import torch_dtype
 
@@ -40,6 +42,7 @@ class Output:
         want: 参考模型给出的值。
         key: 容差表的键。
         kv_lora_rank: int8 的缓存才有：r。字节差一不说明差多少，所以比还原出来的值。
+        ranking: 选中的 key 才有：参考模型的打分。比的是集合，并列带之内换的不算错。
     """
 
     label: str
@@ -47,6 +50,7 @@ class Output:
     want: np.ndarray
     key: Key
     kv_lora_rank: int | None = None
+    ranking: Ranking | None = None
 
     @property
     def tolerance(self) -> Tolerance:
@@ -56,6 +60,13 @@ class Output:
     def compare(self, level: Level, name: str, got: np.ndarray) -> Case:
         """量一次、对照容差表。"""
         want = self.want
+        if self.ranking is not None:
+            T = self.ranking.scores.shape[-1]
+            chosen, want = mask_of(got, T), mask_of(want, T)
+            chosen, swapped = self.ranking.without_ties(chosen, want, SELECTION_BAND[self.key[1]])
+            case = compare(level, name, ("selection", self.key[1], None), chosen, want)
+            case.near_ties = swapped
+            return case
         if self.kv_lora_rank is not None:
             got, want = (decode_rows(to_torch(a), self.kv_lora_rank).numpy() for a in (got, want))
         return compare(level, name, self.key, got, want)
@@ -72,6 +83,7 @@ class Block:
         outputs: 块的输出。
         margin: 前馈块才有：每个 token 的路由离换一个专家有多远，[B, S]。
         residual: 前馈块才有：哪个输入是它每个 token 独立使用的残差。
+        selection_margin: 自己挑 key 的注意力块才有：每个 token 离换一个 key 有多远，[B, S]，单位同 ``margin``。
     """
 
     name: str
@@ -80,6 +92,7 @@ class Block:
     outputs: tuple[Output, ...]
     margin: np.ndarray | None = None
     residual: str = ""
+    selection_margin: np.ndarray | None = None
 
     def cases(self, got: Mapping[str, np.ndarray]) -> Iterator[Case]:
         """逐个输出与参照比。
@@ -90,8 +103,15 @@ class Block:
         for output in self.outputs:
             name = f"{output.label} ({self.phase})"
             case = output.compare("block", name, got[output.value])
-            if not case.passed and self.margin is not None:
-                case = without_flipped(case, output, got[output.value], self.margin)
+            margin = self.margin if self.margin is not None else self.selection_margin
+            # 缓存不受换一个 key 的影响，选中的集合自己认得并列。
+            if (
+                not case.passed
+                and margin is not None
+                and output.ranking is None
+                and output.want.shape[:-1] == margin.shape
+            ):
+                case = without_flipped(case, output, got[output.value], margin)
             yield case
 
 
@@ -134,6 +154,7 @@ class _Step:
         self.x, self.cos, self.sin = model.embed(ids, past_lens)
         self.ids = ids
         self.feeds = {names.PAST_LENS: past_lens.numpy()}
+        self.selection: Selection = ()
 
     def embed(self) -> Block:
         feeds = {names.INPUT_IDS: self.ids.numpy(), **self.feeds}
@@ -145,16 +166,24 @@ class _Step:
         """返回参考模型更新后的缓存。"""
         layer = self.model.layers[i]
         assert isinstance(layer, DecoderLayer)
-        residual, x, *updated = layer(self.x, self.cos, self.sin, self.past_lens, *caches)
         feeds = {**self.feeds, names.layer_output(i - 1): self.x.numpy()}
-        where = (i, i)
-        yield attention_block(
-            self.manifest, self.attention, f"layers.{i}.", self.phase, feeds, where, residual, caches, updated
+        config = self.model.config
+        chooser = config.chooser_of(i)
+        if chooser is not None and chooser != i:
+            values = names.selection(chooser).values()
+            feeds |= {name: chosen.numpy() for name, chosen in zip(values, self.selection, strict=True)}
+        given = (self.x, self.cos, self.sin, self.past_lens, caches)
+        residual, x, updated, self.selection = layer.step(*given, self.selection)
+        where, key = (i, i), self.attention
+        block = attention_block(
+            self.manifest, key, f"layers.{i}.", self.phase, feeds, where, residual, caches, updated
         )
+        ranked = ranking(layer, *given)
+        yield block if ranked is None else with_selection(block, key, i, self.selection[0], ranked)
         margin = router_margin(layer, residual, self.model.config).numpy()
         yield mlp_block(self.rest, f"layers.{i}.", self.phase, feeds, i, residual, x, margin)
         self.x = x
-        return tuple(updated)
+        return updated
 
     def head(self) -> Block:
         positions = torch.arange(self.x.shape[1]).expand(self.x.shape[0], -1)
@@ -206,13 +235,29 @@ def attention_block(
         caches, updated: 参考模型这一层更新前后的缓存。
     """
     layer, index = where
-    feeds = {**feeds, **cache_feeds(manifest, index, caches)}
+    feeds = {**feeds, **cache_feeds(manifest, layer, caches, index)}
     outputs = [Output(f"{prefix}self_attn", names.attn_residual(layer), residual.numpy(), key)]
-    for tensor, new in zip(manifest.cache.tensors, updated, strict=True):
+    for tensor, new in zip(manifest.cache.of_layer(layer), updated, strict=True):
         value = names.cache_output(tensor.name, index)
         rank = manifest.model.kv_lora_rank if new.dtype == torch.int8 else None
         outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key, rank))
     return Block(f"{prefix}self_attn", phase, feeds, tuple(outputs))
+
+
+def with_selection(block: Block, key: Key, layer: int, indices: Tensor, ranked: Ranking) -> Block:
+    """自己挑 key 的注意力块再加一个输出：选中的集合。
+
+    Args:
+        block: :func:`attention_block` 的结果。
+        key: 容差。
+        layer: 层号。
+        indices: 参考模型选中的，[B, S, topk]。
+        ranked: 参考模型的打分。
+    """
+    name = f"{block.name.removesuffix('self_attn')}indexer"
+    output = Output(name, names.selection(layer)["indices"], indices.numpy(), key, ranking=ranked)
+    margin = in_router_units(ranked.margin, key[1]).numpy()
+    return replace(block, outputs=(*block.outputs, output), selection_margin=margin)
 
 
 def mlp_block(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from deepseek_export.errors import DsxError
-from deepseek_export.ops.table import MLA_ATTENTION, MOE_EXPERTS
+from deepseek_export.ops.table import LIGHTNING_INDEXER, MLA_ATTENTION, MOE_EXPERTS, SPARSE_MLA_ATTENTION
 from deepseek_export.parity.keys import block_keys, cache_loss_key, logits_key, narrow_cache, op_keys
 from deepseek_export.parity.tolerances import Dtype, Key
 
@@ -159,7 +159,8 @@ def _cut_checks(manifest: Manifest, levels: Sequence[Level], attention: Dtype) -
 def _op_sites(entry: GraphEntry) -> tuple[OpSite, ...]:
     """每种算子取第一处与最后一处；gate 与 experts 一起比，记在 experts 名下。"""
     chosen: list[OpSite] = []
-    for op in (MLA_ATTENTION.name, MOE_EXPERTS.name):
+    ops = (LIGHTNING_INDEXER, SPARSE_MLA_ATTENTION, MLA_ATTENTION, MOE_EXPERTS)
+    for op in (spec.name for spec in ops):
         sites = [site for site in entry.sites if site.op == op]
         chosen += sites[:1] + sites[1:][-1:]
     return tuple(chosen)
@@ -179,6 +180,9 @@ def _whole_checks(
         rows = limits.logits_rows
         if rows is not None and rows < max(lengths):
             notes = (f"引擎一次至多给 {rows} 行 logits：model 级里一次走完的，其实 {rows} 个一段",)
+        topk = manifest.model.indexer.topk if manifest.model.indexer is not None else 0
+        if topk and max(lengths) <= topk:
+            notes += (f"没有一条 prompt 比 index_topk（{topk}）长：model 级没有比到稀疏的那一段，op 级比到",)
         made.append(Check("model", file, against, keys, len(MODEL_WAYS), ways=MODEL_WAYS, notes=notes))
     if quant is not None and ("model" in levels or "tokens" in levels):
         loss: tuple[Key, ...] = (("loss", dtype, quant), ("loss_all", dtype, quant))

@@ -85,10 +85,13 @@ def read_passage(bundle: Bundle, tokenizer: BundleTokenizer | None, path: Path) 
     return str(path), ids
 
 
-def cache_feeds(manifest: Manifest, index: int, caches: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """参考模型一层的缓存，作为图里编号 ``index`` 的那一层的输入。"""
-    tensors = zip(manifest.cache.tensors, caches, strict=True)
-    return {names.cache_input(tensor.name, index): to_numpy(cache) for tensor, cache in tensors}
+def cache_feeds(
+    manifest: Manifest, layer: int, caches: Sequence[Tensor], index: int | None = None
+) -> dict[str, np.ndarray]:
+    """参考模型第 ``layer`` 层的缓存，作为图里编号 ``index``（缺省同层号）的那一层的输入。"""
+    tensors = zip(manifest.cache.of_layer(layer), caches, strict=True)
+    at = layer if index is None else index
+    return {names.cache_input(tensor.name, at): to_numpy(cache) for tensor, cache in tensors}
 
 
 def block_rows(manifest: Manifest, seed: int) -> list[list[int]]:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.parity.keys import router_dtype
 from deepseek_export.parity.measures import measure
+from deepseek_export.parity.selection import in_router_units, ranking
 from deepseek_export.parity.tolerances import ROUTER_MARGIN
 from deepseek_export.reference import ReferenceModel
+from deepseek_export.reference.mla import Selection
 from deepseek_export.reference.model import DecoderLayer
 from deepseek_export.reference.moe import MoE
 from deepseek_export.reference.weights import torch_dtype
@@ -54,7 +57,7 @@ def router_margin(layer: DecoderLayer, residual: Tensor, config: ModelConfig) ->
 
 @torch.no_grad()
 def row_margin(manifest: Manifest, model: ReferenceModel, ids: Sequence[int]) -> np.ndarray:
-    """参考模型里每个位置的路由离换一个专家有多远，各层取最小，[len]。
+    """参考模型里每个位置的路由离换一个专家、稀疏注意力离换一个 key 有多远，各层取最小，[len]。
 
     量化的 bundle 全是 inf：激活的 int8 舍入让路由在近平局处翻转，容差已经计入。
     """
@@ -64,9 +67,13 @@ def row_margin(manifest: Manifest, model: ReferenceModel, ids: Sequence[int]) ->
         return margin[0].numpy()
     x, cos, sin = model.embed(tokens, past)
     caches = model.empty_caches(1, len(ids), torch_dtype(manifest.cache.dtype))
+    selection: Selection = ()
     for layer, cache in zip(model.layers, caches, strict=True):
         assert isinstance(layer, DecoderLayer)
-        residual, x, *_ = layer(x, cos, sin, past, *cache)
+        ranked = ranking(layer, x, cos, sin, past, cache)
+        if ranked is not None:
+            margin = torch.minimum(margin, in_router_units(ranked.margin, router_dtype(manifest)))
+        residual, x, _, selection = layer.step(x, cos, sin, past, cache, selection)
         margin = torch.minimum(margin, router_margin(layer, residual, model.config))
     return margin[0].numpy()
 

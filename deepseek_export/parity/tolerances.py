@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Quantity = Literal[
     "op",
+    "selection",
     "block",
     "narrow_cache",
     "logits",
@@ -71,6 +72,12 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
         ("op", "bfloat16"): Tolerance(
             8e-2, 1e-4, 1.6e-2, "尾数比 float16 少三位，幅度放宽 2^3 倍；calc_diff 是平方量，只放宽十倍"
         ),
+        **{
+            ("selection", dtype): Tolerance(
+                0.0, 0.0, 0.0, "选中的 key 是集合：并列带（SELECTION_BAND）之内换过的先还原，剩下的必须全同"
+            )
+            for dtype in ("float32", "float16", "bfloat16", "int8")
+        },
         ("block", "float32"): Tolerance(2e-5, 1e-10, 1e-5, "一个注意力或前馈块：三到五次矩阵乘，约 2e-6"),
         ("block", "float16"): Tolerance(
             2e-2, 2e-5, 4e-3, "一个块内的 float16 舍入累计；残差流的均方根约为 1"
@@ -225,6 +232,17 @@ ROUTER_MARGIN: Mapping[Dtype, float] = MappingProxyType(
         "float16": 4e-3,  # router 的输入是 float16，logit 误差约 1e-2，sigmoid 斜率至多 1/4
         "bfloat16": 1.6e-2,  # bfloat16 的缓存或模型：router 的 logit 误差约 4e-2，斜率同上，留余量
         "int8": 1.6e-2,  # 与 bfloat16 的缓存相同
+    }
+)
+
+
+#: 稀疏注意力选 key 的近平局判据：第 topk 名与另一个 key 的分数之差除以这一行分数的最大绝对值，小于它，换一个不算错。
+SELECTION_BAND: Mapping[Dtype, float] = MappingProxyType(
+    {
+        "float32": 2e-6,  # 几十个头、几十个通道的 float32 点积换一种求和次序，相对误差约 5e-7
+        "float16": 8e-3,  # q、k 各舍入到 float16，relu 之后几十个头相加，误差不相抵时约 2e-3
+        "bfloat16": 6.4e-2,  # 尾数少三位
+        "int8": 6.4e-2,  # 索引 key 不存成 int8；x 受前面各层 int8 缓存的影响，与 bfloat16 的缓存同量级
     }
 )
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from deepseek_export.backend import backend_named
+from deepseek_export.backend.base import Backend
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import keeping, write_report
 from deepseek_export.bundle.source import open_source
+from deepseek_export.bundle.stages import StageSet
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Level, checks, requested
+from deepseek_export.parity.checks import DEFAULT_STEPS, LEVELS, Check, Level, checks, requested
 from deepseek_export.parity.context import Context
 from deepseek_export.parity.inputs import prompt_rows, read_passage
 from deepseek_export.parity.levels import RUN
 from deepseek_export.parity.polygraphy import save_model_comparison
 from deepseek_export.parity.report import Case, ParityReport, environment
+from deepseek_export.parity.stages import NOT_CUT, stage_cases
 from deepseek_export.parity.subgraph import attention_dtype
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, load_reference
@@ -35,6 +39,8 @@ def verify_bundle(
     backend: str = "ort",
     verify_weights: bool = True,
     progress: Progress | None = None,
+    stages: StageSet | None = None,
+    whole: Backend | None = None,
 ) -> ParityReport:
     """验证一个 bundle 与 PyTorch 相等；权重量化过的，另量它比未量化的差多少。
 
@@ -50,6 +56,7 @@ def verify_bundle(
             bfloat16 的 bundle 就不比这些。
         verify_weights: 先读一遍全部权重，核对 sha256，见 :meth:`~deepseek_export.bundle.Bundle.check_weights`。
         progress: 进度。
+        stages, whole: ``bundle`` 是一套 stage 的整个模型时：哪一套，以及把它连起来跑的后端；``backend`` 跑单独的每个 stage。
 
     Returns:
         报告；已写进 ``reports/parity.json``。
@@ -63,13 +70,14 @@ def verify_bundle(
     """
     progress = progress or Progress()
     levels = requested(levels)
-    chosen = backend_named(backend)
+    alone = backend_named(backend)
+    chosen = whole or alone
     bundle = chosen.prepared(bundle)  # 前面的层级要好几分钟，不该跑完才说没有 GPU、没有引擎
     manifest = bundle.manifest
     if not {"model", "tokens"} & set(levels):
         backend_named("ort").prepared(bundle)  # 断开的图只在它上面比
     if verify_weights:
-        bundle.check_weights(progress)
+        (bundle if stages is None else stages).check_weights(progress)
     checkpoint = open_source(bundle, against)
     tokenizer = BundleTokenizer.load(bundle.path)
     rows = prompt_rows(manifest, tokenizer, prompts, steps, seed)
@@ -81,6 +89,8 @@ def verify_bundle(
     context = Context(bundle, checkpoint, model, tokenizer, chosen, rows, passage, steps, seed, progress)
     lengths = [len(row) for row in rows]
     planned = checks(manifest, chosen.limits(bundle), levels, lengths, attention_dtype(manifest))
+    if stages is not None:
+        planned = [_without_cuts(check, manifest.main.file) for check in planned]
     if all(check.skipped for check in planned):
         raise DsxError(
             "DSX-E607",
@@ -93,6 +103,9 @@ def verify_bundle(
             progress.start(f"校验 {check.level}：{check.graph}", check.steps)
             cases += RUN[check.level](check, context)
         context.note(*check.notes)
+    if stages is not None and "model" in levels:
+        progress.start("校验每个 stage", len(stages.directories))
+        cases += stage_cases(stages, alone, context)
     context.note(*(note for session in context.sessions for note in session.notes))
     compared = {check.level for check in planned if not check.skipped}
     report = ParityReport(
@@ -109,10 +122,16 @@ def verify_bundle(
         loss=context.loss,
         activations=context.activations,
     )
-    if not manifest.quantization:
+    if not manifest.quantization and stages is None:
         with keeping(report):
             report.polygraphy = save_model_comparison(bundle, model, context.block_rows)
     bundle.check_in_place()  # 换掉了的，前面读的未必是同一个，报告也不该写进新的里
     with keeping(report):
         write_report(bundle.path / "reports/parity.json", report.to_json())
     return report
+
+
+def _without_cuts(check: Check, main: str) -> Check:
+    """要从整张图里截的不比。"""
+    whole = check.graph == main and check.level in ("model", "tokens")
+    return check if whole else replace(check, notes=(NOT_CUT,), skipped=True)

@@ -34,7 +34,7 @@ class AbsorbRopeLayoutPass(Pass):
     不改写：
 
     2. V2 的成对布局、前后两半的布局：没有重排；
-    3. 线性层带 bias（V3 的 ``attention_bias``），或它的输出、权重另有用处。
+    3. 线性层带 bias（V3 的 ``attention_bias``），或它的输出、权重另有用处；旋转的不是最后一段（索引器的）。
 
     名字：权重名不变，行序写在配方里。数值：每个通道的点积不变。
     """

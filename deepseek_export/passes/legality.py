@@ -170,7 +170,7 @@ def _contract(c: _Context) -> Iterator[str]:
         wanted.append(names.DRAFT_ID)
     elif module.verify is not None:
         wanted += [names.NUM_ACCEPTED, names.NEXT_ID]
-    wanted += [names.cache_output(cache, i) for i in range(len(module.layers)) for cache in _caches(module)]
+    wanted += [names.cache_output(cache, i) for i, cache in _caches(module)]
     if outputs != wanted:
         yield f"输出是 {outputs}，应为 {wanted}"
 
@@ -183,14 +183,18 @@ def _contract_inputs(module: GraphModule) -> list[str]:
         inputs.append(names.DRAFT_IDS)
         if module.verify == "rejection":
             inputs += [names.DRAFT_PROBS, names.UNIFORM, names.TEMPERATURE]
-    return inputs + [
-        names.cache_input(cache, i) for i in range(len(module.layers)) for cache in _caches(module)
-    ]
+    return inputs + [names.cache_input(cache, i) for i, cache in _caches(module)]
 
 
-def _caches(module: GraphModule) -> tuple[str, ...]:
+def _caches(module: GraphModule) -> list[tuple[int, str]]:
+    """图里的缓存：层在图里的编号与名字的词干，按次序。"""
     latent = any(tensor.name == names.cache_input("kv_cache", 0) for tensor in module.graph.inputs)
-    return ("kv_cache",) if latent else ("k_cache", "v_cache")
+    every = ["kv_cache"] if latent else ["k_cache", "v_cache"]
+    return [
+        (i, cache)
+        for i, layer in enumerate(module.layers)
+        for cache in every + ["index_cache"] * module.config.runs_indexer(layer)
+    ]
 
 
 RULES: tuple[Callable[[_Context], Iterator[str]], ...] = (

@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.ops.table import MLA_ATTENTION
+from deepseek_export.ops.table import MLA_ATTENTION, OPS, SPARSE_MLA_ATTENTION
 from deepseek_export.passes.base import GraphModule, Pass, read_from
 from deepseek_export.passes.ort_moe import scope
 from deepseek_export.records import PassResult
@@ -40,8 +40,8 @@ class NarrowKvBWeightsPass(Pass):
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
         count = kept = 0
-        for node in module.find(MLA_ATTENTION.name):
-            weight = node.inputs[MLA_ATTENTION.find(_WEIGHT)[1]]
+        for node in [*module.find(MLA_ATTENTION.name), *module.find(SPARSE_MLA_ATTENTION.name)]:
+            weight = node.inputs[OPS[node.op].find(_WEIGHT)[1]]
             recipe = module.weights.get(weight.name)
             # 情形 2。
             if self.quantization.keeps(scope(node), weight.name):
@@ -54,8 +54,9 @@ class NarrowKvBWeightsPass(Pass):
             module.weights[weight.name] = recipe.model_copy(update={"dtype": "bfloat16"})
             weight.dtype = TensorProto.BFLOAT16  # numpy 没有这个类型，graph-surgeon 用 ONNX 的编号
             count += 1
-        if count:
-            module.functions[MLA_ATTENTION.name] = _widened(module.functions[MLA_ATTENTION.name])
+        for op in (MLA_ATTENTION.name, SPARSE_MLA_ATTENTION.name):
+            if count and op in module.functions:
+                module.functions[op] = _widened(module.functions[op])
         return PassResult(name=self.name, changed=count > 0, count=count, kept=kept)
 
 

@@ -19,10 +19,12 @@ from deepseek_export.ops.table import (
     INT8_EXPERTS,
     INT8_LINEAR,
     LATENT_ATTENTION,
+    LIGHTNING_INDEXER,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
     OPS,
+    SPARSE_MLA_ATTENTION,
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
 )
@@ -108,7 +110,11 @@ def _ort_cpu(quantization: Quantization | None, oversized: bool) -> Iterator[Ste
     # 剩下的（V2、不归一化、旧 onnxruntime）路由留在函数体里，专家仍用 MoE kernel，省掉 Loop。
     yield Step(LowerExpertsToOrtMoePass(), nodes(MOE_EXPERTS.name))
     # 注意力只看用到的缓存前缀：一步的耗时随上下文走，不随缓存容量走。
-    yield Step(BoundMlaCachePass(), nodes(MLA_ATTENTION.name), consumes=False)
+    yield Step(
+        BoundMlaCachePass(),
+        nodes(MLA_ATTENTION.name, SPARSE_MLA_ATTENTION.name, LIGHTNING_INDEXER.name),
+        consumes=False,
+    )
     if quantization is not None:
         # 权重反正要重写，RoPE 的通道次序顺便排进去；没有量化时不做，检查点里能按引用读的权重还按引用读。
         yield Step(AbsorbRopeLayoutPass(), absorbable_ropes, consumes=False)
@@ -117,7 +123,11 @@ def _ort_cpu(quantization: Quantization | None, oversized: bool) -> Iterator[Ste
         # 其余线性层，包括 lm_head 与共享专家。
         yield Step(QuantizeLinearsToMatMulNBitsPass(quantization), linear_layers, consumes=False)
         # 吸收进注意力的 kv_b 不是线性层，每一步却也要整个读一遍。
-        yield Step(NarrowKvBWeightsPass(quantization), nodes(MLA_ATTENTION.name), consumes=False)
+        yield Step(
+            NarrowKvBWeightsPass(quantization),
+            nodes(MLA_ATTENTION.name, SPARSE_MLA_ATTENTION.name),
+            consumes=False,
+        )
         # int8 的换成 dsx 算子：有算子库时走自己的 kernel，没有时函数体就是上面换成的节点。
         int8 = ("MatMulNBits", "QMoE") if quantization.bits == 8 else ()
         yield Step(WrapInt8KernelsPass(), nodes(*int8, domain=MICROSOFT))
@@ -173,13 +183,13 @@ def oversized_experts(module: GraphModule) -> int:
 
 
 def paired_ropes(module: GraphModule) -> int:
-    """要把成对的通道改成前后两半的 RoPE：每层的 q_pe 与 k_pe。"""
-    return 2 * len(module.layers) if module.config.rope_layout == "deinterleaved" else 0
+    """要把成对的通道改成前后两半的 RoPE。"""
+    return _main_ropes(module) + _index_ropes(module)
 
 
 def biased_ropes(module: GraphModule) -> int:
-    """其中线性层带 bias、重排排不进权重的：每层的 k_pe。"""
-    return paired_ropes(module) // 2 if module.config.attention_bias else 0
+    """其中重排排不进权重的：线性层带 bias 的每层的 k_pe；索引器的，它们旋转的是前一段。"""
+    return (_main_ropes(module) // 2 if module.config.attention_bias else 0) + _index_ropes(module)
 
 
 def absorbable_ropes(module: GraphModule) -> int:
@@ -187,13 +197,27 @@ def absorbable_ropes(module: GraphModule) -> int:
     return paired_ropes(module) - biased_ropes(module)
 
 
+def _main_ropes(module: GraphModule) -> int:
+    """每层的 q_pe 与 k_pe。"""
+    return 2 * len(module.layers) if module.config.rope_layout == "deinterleaved" else 0
+
+
+def _index_ropes(module: GraphModule) -> int:
+    """每个索引器的 q 与 k。"""
+    indexer = module.config.indexer
+    paired = indexer is not None and indexer.rope_layout == "deinterleaved"
+    return 2 * sum(map(module.config.runs_indexer, module.layers)) if paired else 0
+
+
 def linear_layers(module: GraphModule) -> int:
-    """每层的 q（一个或两个）、kv_a、o，MLA 关闭时还有 kv_b；MLP 或共享专家的三个；lm_head，草稿模型的 eh_proj。"""
+    """每层的 q（一个或两个）、kv_a、o，MLA 关闭时还有 kv_b；索引器的 wq_b 与 wk；MLP 或共享专家的三个；lm_head，草稿模型的 eh_proj。"""
     config, layers = module.config, module.layers
-    latent = any(site.op == MLA_ATTENTION.name for site in module.sites)
+    absorbing = (MLA_ATTENTION.name, SPARSE_MLA_ATTENTION.name)
+    latent = any(site.op in absorbing for site in module.sites)
     attention = 4 + (config.q_lora_rank is not None) - latent
     mlps = sum(bool(config.n_shared_experts) or not config.is_moe_layer(layer) for layer in layers)
-    return attention * len(layers) + 3 * mlps + 1 + (module.role == "draft")
+    indexers = sum(map(config.runs_indexer, layers))
+    return attention * len(layers) + 2 * indexers + 3 * mlps + 1 + (module.role == "draft")
 
 
 def linears_and_experts(module: GraphModule) -> int:
@@ -249,6 +273,20 @@ def check_cache(target: str, profile: OptimizationProfile) -> None:
         )
 
 
+def check_sparse(target: str, config: ModelConfig) -> None:
+    """这个目标能不能编译稀疏注意力的模型。
+
+    Raises:
+        DsxError: ``DSX-E131``，不能。
+    """
+    if config.indexer is not None and target in TENSORRT_TARGETS:
+        raise DsxError(
+            "DSX-E131",
+            f"目标 {target} 还不能编译 {config.family} 的稀疏注意力：没有收集的插件",
+            "用 --target ort-cpu 或 portable",
+        )
+
+
 def check_quantization(target: str, dtype: ModelDtype) -> None:
     """这个目标、这个 dtype 能不能量化权重。
 
@@ -287,12 +325,13 @@ def lower(
         quantization: 只量化权重；``None`` 不量化。
 
     Raises:
-        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E310`` /
+        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E131`` 目标不支持稀疏注意力；``DSX-E310`` /
             ``DSX-E311`` 不能量化；``DSX-E410`` 有权重太大又拆不了。
         PassError: pass 自身的缺陷。
     """
     check_target(target, dtype)
     check_cache(target, profile)
+    check_sparse(target, config)
     if quantization is not None:
         check_quantization(target, dtype)
     module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)
@@ -307,13 +346,16 @@ def lower(
 
 
 def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
-    """捕获之后：打开 MLA 则每层一个 MlaAttention，打开 MoE 则每个 MoE 层一对 MoeGate / MoeExperts；打开 MTP 的主模型另有一个
+    """捕获之后：打开 MLA 则每层一个 MlaAttention（稀疏注意力的是 SparseMlaAttention），自己挑 key 的层一个 LightningIndexer，打开 MoE 则每个 MoE 层一对 MoeGate / MoeExperts；打开 MTP 的主模型另有一个
     草稿验证。
     """
     moe = sum(map(module.config.is_moe_layer, module.layers)) if profile.moe.enabled else 0
     main_mtp = module.role == "main" and profile.mtp.enabled
+    latent, sparse = len(module.layers) if profile.mla.enabled else 0, module.config.indexer is not None
     expected = {
-        MLA_ATTENTION.name: len(module.layers) if profile.mla.enabled else 0,
+        MLA_ATTENTION.name: 0 if sparse else latent,
+        SPARSE_MLA_ATTENTION.name: latent if sparse else 0,
+        LIGHTNING_INDEXER.name: sum(map(module.config.runs_indexer, module.layers)),
         **dict.fromkeys((LATENT_ATTENTION.name, INT8_LINEAR.name, INT8_EXPERTS.name), 0),  # 只由下沉产生
         MOE_GATE.name: moe,
         MOE_EXPERTS.name: moe,

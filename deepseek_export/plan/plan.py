@@ -155,10 +155,12 @@ def _fp8_share(source: Checkpoint, used: list[str], shape: ModelShape) -> dict[P
 
 
 def _cache(shape: ModelShape, dtype: str, model_dtype: str, tokens: int) -> CachePlan:
-    """展开的缓存没有 int8 这一种，按模型的 dtype 比。"""
+    """展开的缓存、索引 key 没有 int8 这一种，按模型的 dtype 算。"""
     int8 = dtype == "int8"
-    latent = DTYPES[dtype].nbytes(shape.latent_cache_values(int8))
-    expanded = DTYPES[model_dtype if int8 else dtype].nbytes(shape.expanded_cache_values)
+    wide = DTYPES[model_dtype if int8 else dtype]
+    index = wide.nbytes(shape.index_cache_values)
+    latent = DTYPES[dtype].nbytes(shape.latent_cache_values(int8)) + index
+    expanded = wide.nbytes(shape.expanded_cache_values) + index
     return CachePlan(
         dtype=dtype,
         used="latent" if shape.latent else "expanded",

@@ -10,7 +10,7 @@ from typing import Literal
 from deepseek_export.checkpoint import ModelConfig, expected_mtp_tensors, expected_tensors
 from deepseek_export.profile import OptimizationProfile
 
-#: 参数按用法来分：``embed`` 只查表，``kv_b`` 在 absorb 形式里保持浮点，``experts`` 只读被选中的，``small`` 是 router 与一维的张量。
+#: 参数按用法来分：``embed`` 只查表，``kv_b`` 在 absorb 形式里保持浮点，``experts`` 只读被选中的，``small`` 是 router、索引器各头的权重与一维的张量。
 Part = Literal["embed", "head", "layers", "kv_b", "experts", "small"]
 PARTS: tuple[Part, ...] = ("embed", "head", "layers", "kv_b", "experts", "small")
 
@@ -23,6 +23,7 @@ class ModelShape:
         config: 模型配置。
         parameters: 各部分的参数个数；打开 MTP 时含 MTP 模块（词嵌入与 lm_head 只算主模型的一份）。
         cached_layers: 有缓存的层数；打开 MTP 时含 MTP 模块。
+        index_layers: 其中自己给每个 query 挑 key 的层数；没有稀疏注意力是 0。
         latent: 缓存的是潜向量（``mla.enabled``），还是逐头 K/V。
         sparse: 只跑被选中的专家（``moe.enabled``），还是全部。
         absorb_prefill: prefill 的注意力也用 absorb 形式（``mla.form`` 是 ``absorb``）。
@@ -31,6 +32,7 @@ class ModelShape:
     config: ModelConfig
     parameters: Mapping[Part, int]
     cached_layers: int
+    index_layers: int
     latent: bool
     sparse: bool
     absorb_prefill: bool
@@ -52,7 +54,8 @@ class ModelShape:
         layers = config.num_hidden_layers + modules
         latent = profile.mla.enabled
         absorb_prefill = latent and profile.mla.form == "absorb"
-        return cls(config, parameters, layers, latent, profile.moe.enabled, absorb_prefill)
+        indexed = sum(map(config.runs_indexer, range(layers)))
+        return cls(config, parameters, layers, indexed, latent, profile.moe.enabled, absorb_prefill)
 
     @property
     def total(self) -> int:
@@ -89,6 +92,11 @@ class ModelShape:
         """每个 token 在所有层的展开的缓存里占几个元素。"""
         return self.cached_layers * self.config.expanded_cache_values
 
+    @property
+    def index_cache_values(self) -> int:
+        """每个 token 在所有层的索引缓存里占几个元素；没有稀疏注意力是 0。"""
+        return self.index_layers * self.config.indexer.head_dim if self.config.indexer is not None else 0
+
     def attention_flops(self, context: int) -> float:
         """一个新 token 对 ``context`` 个已缓存的 token 做注意力的浮点次数；潜缓存按 absorb 形式算。"""
         return self._attention_flops(context, self.latent)
@@ -100,7 +108,12 @@ class ModelShape:
     def _attention_flops(self, context: int, absorb: bool) -> float:
         c = self.config
         width = c.latent_cache_values + c.kv_lora_rank if absorb else c.qk_head_dim + c.v_head_dim
-        return 2.0 * self.cached_layers * c.num_attention_heads * context * width
+        seen, ranking = context, 0.0
+        if c.indexer is not None and context > c.indexer.topk:
+            # 索引器给每个 key 打分，注意力只看选中的。
+            seen = c.indexer.topk
+            ranking = 2.0 * self.index_layers * c.indexer.n_heads * context * (c.indexer.head_dim + 1)
+        return ranking + 2.0 * self.cached_layers * c.num_attention_heads * seen * width
 
 
 def part_of(name: str, shape: tuple[int, ...]) -> Part:
@@ -109,7 +122,7 @@ def part_of(name: str, shape: tuple[int, ...]) -> Part:
         return "embed"
     if name == "lm_head.weight":
         return "head"
-    if len(shape) == 1 or name.endswith(".mlp.gate.weight"):
+    if len(shape) == 1 or name.endswith((".mlp.gate.weight", ".indexer.weights_proj.weight")):
         return "small"
     if ".mlp.experts." in name:
         return "experts"

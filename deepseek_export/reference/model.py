@@ -3,7 +3,8 @@
 块之间只传张量，块边界就是 ``dsx verify --level block`` 的比较点：
 
 - :class:`Embed`：``input_ids, past_lens`` → ``x, cos, sin``；
-- :class:`DecoderLayer`：``x, cos, sin, past_lens, 缓存...`` → ``注意力后的残差, 层输出, 新缓存...``；
+- :class:`DecoderLayer`：``x, cos, sin, past_lens, 缓存...`` → ``注意力后的残差, 层输出, 新缓存...``；稀疏注意力的家族另有选中的
+  key：自己挑的层多出两个输出，沿用的层多出两个输入；
 - :class:`Head`：``x, logits_positions`` → ``logits, hidden``。
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.profile import OptimizationProfile
-from deepseek_export.reference.mla import AttentionForm, MultiheadLatentAttention, RMSNorm
+from deepseek_export.reference.mla import AttentionForm, MultiheadLatentAttention, RMSNorm, Selection
 from deepseek_export.reference.moe import MLP, MoE, MoeForm
 from deepseek_export.reference.rope import rope_frequencies
 
@@ -73,11 +74,19 @@ class Embed(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """一层：注意力与前馈，各带前置 RMSNorm 和残差；A.X-K1 的 MoE 层在加回残差之前再过一个 RMSNorm。"""
+    """一层：注意力与前馈，各带前置 RMSNorm 和残差；A.X-K1 的 MoE 层在加回残差之前再过一个 RMSNorm。
 
-    def __init__(self, config: ModelConfig, is_moe: bool, forms: Forms) -> None:
+    Args:
+        config: 模型配置。
+        is_moe: 前馈是 MoE。
+        forms: MLA 与 MoE 的算法。
+        runs_indexer: 自己挑 key，见 :class:`~deepseek_export.reference.mla.MultiheadLatentAttention`。
+    """
+
+    def __init__(self, config: ModelConfig, is_moe: bool, forms: Forms, runs_indexer: bool = False) -> None:
         super().__init__()
-        self.self_attn = MultiheadLatentAttention(config, forms.attention, forms.as_ops)
+        self.self_attn = MultiheadLatentAttention(config, forms.attention, forms.as_ops, runs_indexer)
+        self.borrows = config.indexer is not None and not runs_indexer
         D, inner = config.hidden_size, config.intermediate_size
         self.mlp = MoE(config, forms.moe, forms.as_ops) if is_moe else MLP(D, inner)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -87,16 +96,40 @@ class DecoderLayer(nn.Module):
             self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_scale = config.residual_scale
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, *caches: Tensor
-    ) -> tuple[Tensor, ...]:
-        """返回 ``(attn_residual [B,S,D], x [B,S,D], *新缓存)``。"""
-        attention, caches = self.self_attn(self.input_layernorm(x), cos, sin, past_lens, caches)
+    def step(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past_lens: Tensor,
+        caches: tuple[Tensor, ...],
+        selection: Selection = (),
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Selection]:
+        """走一层；参数见 :class:`~deepseek_export.reference.mla.MultiheadLatentAttention`。
+
+        Returns:
+            attn_residual [B, S, D]、x [B, S, D]、新缓存、这一层用的 key。
+        """
+        attention, caches, selection = self.self_attn(
+            self.input_layernorm(x), cos, sin, past_lens, caches, selection
+        )
         residual = x + _scaled(attention, self.residual_scale)
         mlp = self.mlp(self.post_attention_layernorm(residual))
         if self.post_mlp_layernorm is not None:
             mlp = self.post_mlp_layernorm(mlp)
-        return residual, residual + _scaled(mlp, self.residual_scale), *caches
+        return residual, residual + _scaled(mlp, self.residual_scale), caches, selection
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past_lens: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """捕获用的平铺写法：``rest`` 是缓存，沿用别层的 key 时前面还有 ``indices``、``counts``。
+
+        Returns:
+            ``(attn_residual, x, *新缓存)``，自己挑 key 的末尾还有 ``indices``、``counts``。
+        """
+        borrowed, caches = (rest[:2], rest[2:]) if self.borrows else ((), rest)
+        residual, x, caches, selection = self.step(x, cos, sin, past_lens, caches, borrowed)
+        return residual, x, *caches, *(() if self.borrows else selection)
 
 
 class Head(nn.Module):
@@ -133,7 +166,8 @@ class ReferenceModel(nn.Module):
         self.config, self.forms = config, forms
         self.embed = Embed(config)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, config.is_moe_layer(i), forms) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, config.is_moe_layer(i), forms, config.runs_indexer(i))
+            for i in range(config.num_hidden_layers)
         )
         self.head = Head(config)
 
@@ -153,9 +187,11 @@ class ReferenceModel(nn.Module):
         """
         x, cos, sin = self.embed(input_ids, past_lens)
         updated = []
+        selection: Selection = ()
         for layer, cache in zip(self.layers, caches, strict=True):
-            _, x, *new = layer(x, cos, sin, past_lens, *cache)
-            updated.append(tuple(new))
+            assert isinstance(layer, DecoderLayer)
+            _, x, new, selection = layer.step(x, cos, sin, past_lens, cache, selection)
+            updated.append(new)
         logits, hidden = self.head(x, logits_positions)
         return logits, hidden, updated
 
@@ -164,16 +200,50 @@ class ReferenceModel(nn.Module):
     ) -> list[tuple[Tensor, ...]]:
         """全零缓存；``dtype`` 缺省为模型 dtype。"""
         dtype = dtype or self.head.norm.weight.dtype
-        shapes = [
-            (batch, heads, capacity, width)
-            for _, (heads, width) in cache_tensors(self.config, self.forms, dtype)
+        compute = self.head.norm.weight.dtype
+        return [
+            tuple(
+                torch.zeros(batch, tensor.heads, capacity, tensor.width, dtype=tensor.dtype)
+                for tensor in cache_tensors(self.config, self.forms, dtype, compute, layer)
+            )
+            for layer in range(len(self.layers))
         ]
-        return [tuple(torch.zeros(shape, dtype=dtype) for shape in shapes) for _ in self.layers]
 
 
-def cache_tensors(config: ModelConfig, forms: Forms, dtype: torch.dtype) -> list[tuple[str, tuple[int, int]]]:
-    """每层缓存张量的名字与静态维度 ``(heads, width)``；完整形状是 [B, heads, T, width]。``dtype`` 是缓存的。"""
+#: 索引 key 的缓存；只有自己挑 key 的层有。
+INDEX_CACHE = "index_cache"
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """一层的一个缓存张量 [B, heads, T, width]。"""
+
+    name: str
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+
+def cache_tensors(
+    config: ModelConfig, forms: Forms, dtype: torch.dtype, compute: torch.dtype, layer: int
+) -> list[CacheTensor]:
+    """第 ``layer`` 层（MTP 层接在主干之后）有哪些缓存。
+
+    Args:
+        config, forms: 模型配置与算法。
+        dtype: 缓存的 dtype。
+        compute: 计算 dtype；索引 key 没有 int8 的存法，那时按它存。
+        layer: 第几层。
+    """
     H = config.num_attention_heads
     if forms.attention == "expanded":
-        return [("k_cache", (H, config.qk_head_dim)), ("v_cache", (H, config.v_head_dim))]
-    return [("kv_cache", (1, config.latent_cache_width(dtype == torch.int8)))]
+        tensors = [
+            CacheTensor("k_cache", H, config.qk_head_dim, dtype),
+            CacheTensor("v_cache", H, config.v_head_dim, dtype),
+        ]
+    else:
+        tensors = [CacheTensor("kv_cache", 1, config.latent_cache_width(dtype == torch.int8), dtype)]
+    if config.indexer is not None and config.runs_indexer(layer):
+        stored = compute if dtype == torch.int8 else dtype
+        tensors.append(CacheTensor(INDEX_CACHE, 1, config.indexer.head_dim, stored))
+    return tensors

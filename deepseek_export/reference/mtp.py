@@ -38,7 +38,8 @@ class MtpModule(DecoderLayer):
     """
 
     def __init__(self, config: ModelConfig, index: int, forms: Forms) -> None:
-        super().__init__(config, config.is_moe_layer(config.num_hidden_layers + index), forms)
+        layer = config.num_hidden_layers + index
+        super().__init__(config, config.is_moe_layer(layer), forms, config.runs_indexer(layer))
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
@@ -57,9 +58,12 @@ class MtpModule(DecoderLayer):
         past_lens: Tensor,
         *caches: Tensor,
     ) -> tuple[Tensor, ...]:
-        """返回 ``(combined, attn_residual, x, hidden, *新缓存)``，前四个都是 [B, S, D]；hidden 在 ``shared_head.norm`` 之后。"""
+        """返回 ``(combined, attn_residual, x, hidden, *新缓存)``，前四个都是 [B, S, D]；hidden 在 ``shared_head.norm`` 之后。
+
+        自己挑的 key 没有别的层用，不返回。
+        """
         combined = self.combine(embedding, prev_hidden)
-        residual, x, *updated = super().forward(combined, cos, sin, past_lens, *caches)
+        residual, x, updated, _ = self.step(combined, cos, sin, past_lens, caches)
         return combined, residual, x, self.shared_head.norm(x), *updated
 
 

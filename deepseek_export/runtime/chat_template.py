@@ -23,6 +23,8 @@ def render_chat_template(
     messages: Sequence[Mapping[str, Any]],
     special_tokens: Mapping[str, str],
     add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> str:
     """把对话渲染成一段提示词。
 
@@ -34,14 +36,17 @@ def render_chat_template(
         messages: ``{"role": ..., "content": ...}`` 的序列，能写成 JSON。
         special_tokens: 模板可以用的 ``bos_token``、``eos_token`` 等。
         add_generation_prompt: 是否在末尾加上助手回合的开头。
+        tools: OpenAI 写法的 ``tools``；没有就是 ``None``。
+        extra: 另给模板的变量，例如 ``thinking``；盖不住上面这些。
 
     Raises:
         DsxError: ``DSX-E503``，模板语法错误、用到沙箱禁止的东西、超出限额，或模板自己用 ``raise_exception`` 拒绝；
             消息写不成 JSON。
     """
     variables = {
+        **(extra or {}),
         "messages": [dict(message) for message in messages],
-        "tools": None,
+        "tools": [dict(tool) for tool in tools] if tools else None,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
         **special_tokens,

@@ -63,9 +63,17 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    """不同于 Jinja 自带的 tojson：不转义 HTML，也不把中文写成 \\u。"""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """不同于 Jinja 自带的 tojson：不转义 HTML，也不把中文写成 \\u；参数与 transformers 的相同。"""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -45,6 +45,7 @@ class GraphSession:
     def close(self) -> None:
         """放掉图与权重；正在走的那一步走完。之后再用是 ``DSX-E522``；可以调几次。"""
         with self._running:
+            self.runner.close()
             self.runner = ClosedRunner(self.runner)
             self._float32.clear()
 

@@ -213,7 +213,6 @@ def pick_tokens(
     positions: np.ndarray,
     samplers: Sequence[RowSampler],
     history: Callable[[int], Sequence[int]] | None = None,
-    refuse: Callable[[int, DsxError], None] | None = None,
 ) -> np.ndarray:
     """几行各选一个 token，每行照自己的参数；一行的结果只由它的种子、位置、此前的 token 与 logits 决定，与同批还有谁无关。
 
@@ -222,13 +221,12 @@ def pick_tokens(
         positions: ``[n]`` 整数，要选的 token 在整条序列里的下标。
         samplers: n 行各自的。
         history: 给出第几行此前的整条序列；只问有处理器的行，都没有就不必给。
-        refuse: 第几行没有 token 可选时调它，那一行得到的不能用；不给就抛出。
 
     Returns:
         ``[n]`` int64。
 
     Raises:
-        DsxError: ``DSX-E518``，有一行没有 token 可选，而没有给 ``refuse``。
+        DsxError: ``DSX-E518``，有一行没有 token 可选。
     """
     special = [slot for slot, sampler in enumerate(samplers) if not sampler.plain]
     if len(special) == len(samplers):
@@ -238,12 +236,7 @@ def pick_tokens(
     for slot in special:
         sampler = samplers[slot]
         tokens = history(slot) if sampler.processors and history is not None else ()
-        try:
-            picked[slot] = sampler.pick(logits[slot], int(positions[slot]), tokens)
-        except DsxError as error:
-            if refuse is None:
-                raise
-            refuse(slot, error)
+        picked[slot] = sampler.pick(logits[slot], int(positions[slot]), tokens)
     return picked
 
 

@@ -19,6 +19,7 @@ class StopStrings:
 
     Attributes:
         stopped: 是不是已经停了；停了之后再来的文本都丢掉。
+        found: 停在哪一个；还没停是 ``None``。
 
     Raises:
         DsxError: ``DSX-E512``，有的不是字符串，或是空串。
@@ -29,6 +30,7 @@ class StopStrings:
             if not isinstance(stop, str) or not stop:
                 raise DsxError("DSX-E512", f"停止串里有 {stop!r}", "停止串是不空的字符串")
         self.stopped = False
+        self.found: str | None = None
         self._stops = tuple(stops)
         self._held = ""
 
@@ -37,10 +39,11 @@ class StopStrings:
         if self.stopped:
             return ""
         text = self._held + piece
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
+            _, at, self.found = min(found)
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            return text[:at]
         kept = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]

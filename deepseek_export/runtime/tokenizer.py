@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from deepseek_export.errors import DsxError
+from deepseek_export.formats.dsml_prompt import render_dsml
+from deepseek_export.formats.markup_calls import DSML_TOKEN
 from deepseek_export.paths import MAX_LARGE_TEXT, optional_file, read_text
 from deepseek_export.runtime.chat_template import render_chat_template
 from deepseek_export.runtime.token_bytes import TokenBytes
@@ -20,14 +22,21 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class TokenStream:
-    """一行输出的流式解码器。一个字符可能跨几个 token，凑齐之前 ``step`` 返回空串。"""
+    """一行输出的流式解码器。一个字符可能跨几个 token，凑齐之前 ``step`` 返回空串。
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    Args:
+        tokenizer: Hugging Face tokenizers 的对象。
+        dropped: 不算文本的特殊 token。
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dropped: Set[int]) -> None:
+        self._tokenizer, self._dropped = tokenizer, dropped
+        self._stream = DecodeStream(skip_special_tokens=False)
 
     def step(self, token_id: int) -> str:
         """送入下一个 token，返回因此能确定下来的文本，可能为空串。"""
+        if token_id in self._dropped:
+            return ""
         return self._stream.step(self._tokenizer, token_id) or ""
 
 
@@ -42,12 +51,20 @@ class BundleTokenizer:
     Attributes:
         special_tokens: ``bos_token`` 等的字符串，缺的不列。
         bos_id: bos 的 id；没有 bos 时为 ``None``。
+        special_ids: 解码时去掉的 token：文本 → id。
+        chat_template: 聊天模板原文；没有就是 ``None``。
+        source: Hugging Face tokenizers 的对象。
         bytes_of: 一个 token 是哪几个字节。
     """
 
     def __init__(self, tokenizer: Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self.source = self._tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.special_ids: Mapping[str, int] = {
+            token.content: number
+            for number, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
         # 缺这个键时以 tokenizer.json 的后处理器为准，所以要区分「缺」和 false。
         self._add_bos: bool | None = config.get("add_bos_token")
         contents = {key: _token_content(config.get(key)) for key in _SPECIAL_TOKENS}
@@ -107,33 +124,56 @@ class BundleTokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """解码成文本，去掉特殊 token。"""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], kept: Iterable[str] = ()) -> str:
+        """解码成文本，去掉特殊 token，``kept`` 里的留着。"""
+        dropped = self._dropped(kept)
+        return self._tokenizer.decode([one for one in ids if one not in dropped], skip_special_tokens=False)
 
-    def stream(self) -> TokenStream:
-        """给一行输出新建一个流式解码器。"""
-        return TokenStream(self._tokenizer)
+    def stream(self, kept: Iterable[str] = ()) -> TokenStream:
+        """给一行输出新建一个流式解码器，``kept`` 里的特殊 token 留着。"""
+        return TokenStream(self._tokenizer, self._dropped(kept))
+
+    def has_token(self, text: str) -> bool:
+        """词表里有没有这个 token。"""
+        return self._tokenizer.token_to_id(text) is not None
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        extra: Mapping[str, Any] | None = None,
     ) -> str:
         """把对话套进聊天模板；结果可以直接交给 :meth:`encode`，bos 不会加两次。
+
+        没有模板而词表里有 ``｜DSML｜`` 的是 DeepSeek-V3.2：用 :mod:`deepseek_export.formats.dsml_prompt` 的编码。
 
         Args:
             messages: ``{"role": ..., "content": ...}`` 的序列。
             add_generation_prompt: 是否在末尾加上助手回合的开头。
+            tools: OpenAI 写法的 ``tools``。
+            extra: 另给模板的变量；V3.2 的编码认得 ``thinking`` 与 ``enable_thinking``。
 
         Raises:
-            DsxError: ``DSX-E502``，没有聊天模板；``DSX-E503``，渲染失败。
+            DsxError: ``DSX-E502``，没有聊天模板；``DSX-E503``，渲染失败；``DSX-E764``，工具的结果对不上调用。
         """
-        if self._chat_template is None:
+        if self.chat_template is None and self.has_token(DSML_TOKEN):
+            given = extra or {}
+            thinking = bool(given.get("thinking", given.get("enable_thinking", False)))
+            return render_dsml(messages, tools, thinking, add_generation_prompt)
+        if self.chat_template is None:
             raise DsxError(
                 "DSX-E502",
                 "tokenizer_config.json 没有 chat_template，目录里也没有 chat_template.jinja",
                 "用不套模板的原始提示词，或把模型的 chat_template.jinja 放进 bundle",
             )
-        return render_chat_template(self._chat_template, messages, self.special_tokens, add_generation_prompt)
+        return render_chat_template(
+            self.chat_template, messages, self.special_tokens, add_generation_prompt, tools, extra
+        )
+
+    def _dropped(self, kept: Iterable[str]) -> frozenset[int]:
+        names = frozenset(kept)
+        return frozenset(number for text, number in self.special_ids.items() if text not in names)
 
 
 def _token_content(value: Any) -> str | None:

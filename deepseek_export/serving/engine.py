@@ -16,7 +16,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.runtime import DraftSession, ModelSession, SamplingParams
 from deepseek_export.runtime.generate import check_budget, checked_prompt
 from deepseek_export.runtime.processors import row_processors
-from deepseek_export.runtime.sampling import RowSampler, is_integer
+from deepseek_export.runtime.sampling import Processor, RowSampler, is_integer
 from deepseek_export.serving.request import Request, Work
 from deepseek_export.serving.scheduler import Scheduler
 from deepseek_export.serving.settings import EngineSettings, refused
@@ -75,6 +75,7 @@ class Engine:
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
         cache_salt: str = "",
+        processors: Sequence[Processor] = (),
         listener: Callable[[Request], None] | None = None,
     ) -> Request:
         """交上一个请求，立刻返回；哪个线程都可以。
@@ -86,6 +87,7 @@ class Engine:
             stop_token_ids: 另外遇到这些也停。
             ignore_eos: 遇到 eos 也不停。
             cache_salt: 只与同样的 ``cache_salt`` 共用前缀，一家一个。
+            processors: 选 token 之前依次改 logits，在惩罚与偏置之后，例如约束输出的语法；见 :class:`~deepseek_export.runtime.sampling.Processor`。
             listener: 见 :class:`Request`。
 
         Raises:
@@ -100,10 +102,10 @@ class Engine:
         stops = np.asarray([*stop_token_ids] or np.empty(0, np.int64))
         self._session.check_ids(stops, "stop_token_ids")
         eos = frozenset() if ignore_eos else self.eos_token_ids
-        processors = row_processors(params, len(prompt), eos.union(stops.tolist()), self._session)
+        own = row_processors(params, len(prompt), eos.union(stops.tolist()), self._session)
         work = Work(
             prompt=prompt.astype(np.int64),
-            sampler=RowSampler(params, processors=processors),
+            sampler=RowSampler(params, processors=[*own, *processors]),
             budget=min(max_new_tokens, self.settings.context - len(prompt)),
             eos=eos,
             stops=frozenset(stops.tolist()),
@@ -199,8 +201,9 @@ class Engine:
 
     @property
     def failure(self) -> BaseException | None:
-        """为什么不健康：让引擎停下的内部错误，或最近一次模型调用的错误。"""
-        return self._crash or self._scheduler.failure
+        """为什么不健康：让引擎停下的内部错误，模型现在跑不了的原因，或最近一次模型调用的错误。"""
+        last = None if self._scheduler.outdated else self._scheduler.failure
+        return self._crash or self._session.runner.failure or last
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -269,7 +272,7 @@ class Engine:
         """引擎的线程：有事就走一步，没事就等。"""
         try:
             while self._collect():
-                self._scheduler.step()
+                self._guarded(self._scheduler.step)
         except BaseException as error:  # dsx 的缺陷：说得出来，不留下永远等不到的请求
             self._crash = error
         with self._changed:
@@ -281,8 +284,17 @@ class Engine:
         self._scheduler.abandon(lambda one: one.end("cancelled") if crash is None else one.fail(crash))
 
     def _run_errands(self) -> None:
+        if self._errands and self._scheduler.outdated:  # 存下来的不能是已经丢了的缓存
+            self._guarded(self._scheduler.renew)
         while self._errands:
             self._errands.popleft()()
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """走一步；缓存用不了了（模型在别处，断了）不算 dsx 的缺陷，引擎照常收请求。"""
+        try:
+            step()
+        except DsxError as error:
+            self._scheduler.lose(error)
 
     def _collect(self) -> bool:
         """收下新的请求与取消；没有事就等。要停了为假。"""
@@ -297,7 +309,7 @@ class Engine:
             cancelling, self._cancelling = self._cancelling, False
             closing = self._closing
         if cancelling:
-            self._scheduler.sweep()
+            self._guarded(self._scheduler.sweep)
         self._run_errands()
         return closing != "abort" and (self._scheduler.busy or not closing)
 

@@ -63,7 +63,7 @@ class Forward:
             for caches in self.caches:
                 caches.rows(1, 1)  # 后端做不到只运行其中一行的，现在就说
         self._most = settings.num_drafts
-        self._positions = min(one.max_positions for one in (session, *drafts))
+        self._context = settings.context
         self._first = np.zeros((settings.rows, 1), np.int64)  # 解码的一步只有一个位置
         self._none = np.empty((settings.rows, 0), np.int64)
 
@@ -87,12 +87,12 @@ class Forward:
             self.drafter.restored(row, length)
 
     def most_drafts(self, newest: np.ndarray) -> int:
-        """这一步至多几个草稿；有一行快到模型的最大长度，放不下就是 0。
+        """这一步至多几个草稿；有一行快到 ``context``，放不下就是 0：缓存不为草稿多占一档。
 
         Args:
             newest: ``[B]``，各行最新的 token 的下标。
         """
-        return self._most if int(newest.max()) + self._most + 1 <= self._positions else 0
+        return self._most if int(newest.max()) + self._most + 1 <= self._context else 0
 
     def prefill(self, row: int, begin: int, prompt: np.ndarray, size: int) -> np.ndarray:
         """算一行的一块提示词。

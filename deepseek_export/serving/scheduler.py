@@ -59,15 +59,18 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.counters = Counters(settings.num_drafts)
         self.failure: DsxError | None = None
-        self._settings = settings
-        self._forward = Forward(session, settings, drafts)
-        self._table = RowTable(
-            self._forward.caches, settings.prefix_reuse, self._forward.redo, self._forward.arrays
-        )
+        self._session, self._settings, self._drafts = session, settings, tuple(drafts)
+        self._open()
         self._floor = BatchFloor() if settings.speculation_floor else None
         self._joining: _Joining | None = None
         self._running: list[Request] = []  # 第 b 个占着第 b 行
         self._newest = np.zeros(settings.rows, np.int64)  # 每行最新的 token，还没有送进模型
+
+    def _open(self) -> None:
+        """分配缓存，各行都空着。"""
+        self._generation = self._session.runner.generation
+        self._forward = forward = Forward(self._session, self._settings, self._drafts)
+        self._table = RowTable(forward.caches, self._settings.prefix_reuse, forward.redo, forward.arrays)
 
     @property
     def running(self) -> int:
@@ -98,9 +101,15 @@ class Scheduler:
         """走一步。
 
         模型调用失败（``DsxError``）只算在这次调用里的请求头上，它们的行也不再留用。
+
+        Raises:
+            DsxError: 缓存搬不动，或模型断了还没有起来：接着要 :meth:`lose`。
         """
+        if self.outdated:
+            self.renew()
         if self._joining is None and self.waiting and self._table.active < self._settings.slots:
-            self._admit(self.waiting.popleft())
+            self._admit(self.waiting[0])  # 缓存搬不动，它还在队里
+            self.waiting.popleft()
         if self._joining is not None:
             self._prefill(self._joining)
         if self._running:
@@ -183,6 +192,33 @@ class Scheduler:
         if held is not None and not held.finished:
             raise slot_refused(name, "正有请求在用")
         return row
+
+    @property
+    def outdated(self) -> bool:
+        """模型断过、又起来了（或正在起）：这里的缓存与 ``failure`` 都是上一次的。"""
+        return self._generation != self._session.runner.generation
+
+    def lose(self, error: DsxError) -> None:
+        """缓存用不了了：开始了的都以 ``error`` 失败，轮到的那一个也是；其余的接着排队，各行都不再留用。"""
+        self._fail_started(error)
+        if self.waiting:
+            request = self.waiting.popleft()
+            request.fail(error)
+            self.counters.count(request.outcome)
+        self._generation = -1
+
+    def renew(self) -> None:
+        """换一份缓存；开始了的请求，内容没有了，接不下去。"""
+        self._fail_started(DsxError("DSX-E747", "模型断了又起来，算到一半的没有了", "重新提交"))
+        self._open()
+        self.failure = None
+
+    def _fail_started(self, error: DsxError) -> None:
+        started = [*self._running, *([] if self._joining is None else [self._joining.request])]
+        self._running, self._joining = [], None
+        for request in started:
+            request.fail(error)
+            self.counters.count(request.outcome)
 
     def abandon(self, end: Callable[[Request], None]) -> None:
         """对每个没有结束的请求调 ``end``，然后什么也不剩；此后不能再走。"""

@@ -1,4 +1,4 @@
-"""服务（SERVE-40 至 42）：引擎对生成器，HTTP 对引擎，前缀复用，以及对 llama.cpp 的 ``llama-server``；同一份权重，轮流各测一遍。
+"""服务（SERVE-60 至 63）：引擎对生成器，HTTP 对引擎，前缀复用，以及对 llama.cpp 的 ``llama-server``；同一份权重，轮流各测一遍。
 
 要 C++ 算子库与 ``serve``；没有 ``llama-server`` 时不测那一格，结果里写着。
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_export.bench.spread import Spread, interleaved, paired_ratio
+from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from perf.isolate import Worker
@@ -39,27 +39,37 @@ class Scenario:
     Attributes:
         shape: 形状，int8 块 32（Q8_0 的块）。
         slots: 槽数，也是客户数。
-        requests: 一遍几个请求。
+        requests: 对 llama-server 的一遍几个请求；``loop_requests`` 是 HTTP 对引擎的。
         prompt, new_tokens: 长度的范围。
         prefix: 复用的前缀有多长；另有 ``tail`` 个新的。
         steady: 满批次的一步：提示词多长、走几步。
-        runs: 每样几遍。
+        runs: 每样几遍；``peer_runs`` 是对 llama-server 的，一遍要几分钟。
     """
 
     shape: str = "0.9B"
     slots: int = 8
     requests: int = 64
+    loop_requests: int = 24
     prompt: tuple[int, int] = (64, 1024)
     new_tokens: tuple[int, int] = (32, 256)
     prefix: int = 2048
     tail: int = 64
     steady: tuple[int, int] = (64, 96)
     runs: int = 3
+    peer_runs: int = 2
 
 
 FULL = Scenario()
 QUICK = Scenario(
-    shape="peers-2", requests=12, prompt=(16, 64), new_tokens=(8, 24), prefix=256, steady=(16, 24), runs=1
+    shape="peers-2",
+    requests=12,
+    loop_requests=12,
+    prompt=(16, 64),
+    new_tokens=(8, 24),
+    prefix=256,
+    steady=(16, 24),
+    runs=1,
+    peer_runs=1,
 )
 
 
@@ -80,7 +90,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         checkpoint, "mla+moe", "float32", ("mla.cache_dtype=bfloat16",), Quantization(kind="int8", block=32)
     )
     todo = jobs(scenario.requests, scenario.prompt, scenario.new_tokens, vocab, seed=0)
-    cases = _local(bundle, scenario, threads, todo)
+    cases = _local(bundle, scenario, threads, todo[: scenario.loop_requests])
     try:
         find_llama_server()
     except FileNotFoundError as error:
@@ -119,6 +129,7 @@ def _local(bundle: Path, scenario: Scenario, threads: int, todo: list[Job]) -> l
                 "http": lambda: closed_loop(ask, todo, scenario.slots),
             },
             scenario.runs,
+            warmup=0,
         )
         token = {name: Spread.of([one.token_s for one in measured]) for name, measured in ways.items()}
         through = Case(
@@ -170,7 +181,7 @@ def _against_llama(
             ask(todo[0])  # 头一个请求不算：映射的权重第一次读进来
             return closed_loop(ask, todo, scenario.slots)
 
-    found = interleaved({name: partial(measured, name) for name in (DSX, LLAMA)}, scenario.runs, 0)
+    found = interleaved({name: partial(measured, name) for name in (DSX, LLAMA)}, scenario.peer_runs, 0)
     values: dict[str, Spread] = {}
     ratios: dict[str, Spread] = {}
     for field, ratio in (

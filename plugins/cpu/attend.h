@@ -185,6 +185,12 @@ void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t 
     accumulate(a, lda, b, ldb, m, n, k, nullptr, c, ldc);
 }
 
+void rectify(float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += Vector::kLanes) {
+        store(x + i, max(load(x + i), splat(0)));
+    }
+}
+
 // M 行对 4 行（或 1 行）的点积。ahead 不空时每一步顺手从那里取一行 cache line 进 L2。
 template <int M, int N>
 inline void dot_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, const char* ahead, float* c,

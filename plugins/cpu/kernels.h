@@ -51,6 +51,8 @@ struct Kernels {
     // c[m, n] = a[m, k] · b[n, k]ᵀ；k 是 kPad 的倍数。
     void (*multiply_transposed)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n,
         int64_t k, float* c, int64_t ldc);
+    // x[count] = max(x, 0)，就地；count 是 kPad 的倍数。
+    void (*rectify)(float* x, int64_t count);
     // scratch 至少 attend_scratch(width) 个 float，64 字节对齐。
     void (*attend)(const Block& block, float* scratch);
 };

@@ -4,6 +4,7 @@
 #include "int8_experts_op.h"
 #include "int8_linear_op.h"
 #include "isa.h"
+#include "lightning_indexer_op.h"
 #include "mla_attention_op.h"
 #include "ort.h"
 
@@ -20,6 +21,7 @@ const OrtCustomOpDomain* domain() {
     static const Ort::CustomOpDomain made = [] {
         Ort::CustomOpDomain domain(ops::kDomain);
         add_mla_attention(domain);
+        add_lightning_indexer(domain);
         // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 kernel 在那里快得多，走函数体。
         if (available_kernels().size() > 1) {
             add_int8_linear(domain);

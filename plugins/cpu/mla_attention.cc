@@ -24,6 +24,8 @@ constexpr int64_t kExpandTile = 256;
 // 解码时沿缓存切成几段，每段至少几个 key：任务够多，各线程才分得匀；段数只由形状决定，结果因此与线程数无关。
 constexpr int64_t kTasks = 32;
 constexpr int64_t kShortestSplit = 128;
+// 稀疏的注意力一次收集几行；收集来的一块与 attend 的工作区一起留在 L2。
+constexpr int64_t kGatherRows = 2 * kTile;
 
 thread_local Scratch call_scratch;  // 发起调用的线程：各阶段之间传递的结果
 thread_local Scratch task_scratch;  // 执行任务的线程；可能是同一个，所以另有一块
@@ -150,10 +152,12 @@ struct Split {
 };
 
 // absorb：第 first 个 token 起的 count 个。行按 (token, 头) 排，同一 token 的头相邻，一块之内看得见的范围几乎相同。
+// 稀疏时各 token 看的行不同，一块不跨 token；key 的下标是选中的第几个。
 class AbsorbSlab {
 public:
     AbsorbSlab(const Shape& shape, int64_t first, int64_t count)
-        : s(shape), first_(first), count_(count), rows_(count * s.H), blocks_((rows_ + kBlockRows - 1) / kBlockRows) {}
+        : s(shape), first_(first), count_(count), rows_(count * s.H), unit_(s.indices ? s.H : rows_),
+          unit_blocks_((unit_ + kBlockRows - 1) / kBlockRows), blocks_(rows_ / unit_ * unit_blocks_) {}
 
     void run() {
         plan();
@@ -174,8 +178,10 @@ private:
         splits_.clear();
         for (int64_t b = 0; b < s.B; ++b) {
             for (int64_t block = 0; block < blocks_; ++block) {
-                const int64_t row = block * kBlockRows, rows = std::min(kBlockRows, rows_ - row);
-                const int64_t length = s.past_lens[b] + first_ + (row + rows - 1) / s.H + 1;
+                const int64_t skipped = block % unit_blocks_ * kBlockRows;
+                const int64_t row = block / unit_blocks_ * unit_ + skipped, rows = std::min(kBlockRows, unit_ - skipped);
+                const int64_t length = s.indices ? s.counts[b * s.S + first_ + row / s.H]
+                                                 : s.past_lens[b] + first_ + (row + rows - 1) / s.H + 1;
                 const int64_t most = std::max<int64_t>(1, kTasks / (s.B * blocks_));
                 const int64_t parts = std::min(most, (length + kShortestSplit - 1) / kShortestSplit);
                 const int64_t step = ((length + parts - 1) / parts + kTile - 1) / kTile * kTile;
@@ -213,10 +219,32 @@ private:
         float* max = max_ + index * kBlockRows;
         float* sum = sum_ + index * kBlockRows;
         start_rows(split.rows, s.r_pad, acc, max, sum);
+        if (s.indices) {
+            attend_chosen(split, acc, max, sum);
+            return;
+        }
         const void* keys = s.cache_row(split.b, split.begin);
         const Block block{q_ + (split.b * rows_ + split.row) * s.width_pad, split.rows, keys, keys, s.cache_dtype, s.stride,
             s.stride, s.width, s.r, split.begin, split.end, s.past_lens[split.b] + first_, split.row, s.H, acc, max, sum};
         s.kernels.attend(block, task_scratch.need(attend_scratch(s.width)));
+    }
+
+    // 选中的行收集成连着的一段，再照普通的算；每一行都看得见整段，所以不区分 token。
+    void attend_chosen(const Split& split, float* acc, float* max, float* sum) const {
+        const int64_t token = split.b * s.S + first_ + split.row / s.H, row_bytes = s.stride * bytes_of(s.cache_dtype);
+        Carver carver(task_scratch.need(attend_scratch(s.width) + (kGatherRows * row_bytes + 3) / 4 + 2 * kPad));
+        float* scratch = carver.take(attend_scratch(s.width));
+        char* rows = reinterpret_cast<char*>(carver.take((kGatherRows * row_bytes + 3) / 4));
+        const int32_t* chosen = s.indices + token * s.slots;
+        for (int64_t t = split.begin; t < split.end; t += kGatherRows) {
+            const int64_t end = std::min(t + kGatherRows, split.end);
+            for (int64_t i = t; i < end; ++i) {
+                std::memcpy(rows + (i - t) * row_bytes, s.cache_row(split.b, chosen[i]), static_cast<size_t>(row_bytes));
+            }
+            s.kernels.attend({q_ + (split.b * rows_ + split.row) * s.width_pad, split.rows, rows, rows, s.cache_dtype, s.stride,
+                                 s.stride, s.width, s.r, t, end, split.end - 1, 0, split.rows, acc, max, sum},
+                scratch);
+        }
     }
 
     // o = (各段按各自的最大值合并) W_UVᵀ
@@ -236,9 +264,9 @@ private:
     }
 
     void merge(int64_t b, int64_t row, float* context) const {
-        const size_t block = static_cast<size_t>(b * blocks_ + row / kBlockRows);
+        const size_t block = static_cast<size_t>(b * blocks_ + row / unit_ * unit_blocks_ + row % unit_ / kBlockRows);
         const size_t begin = starts_[block], end = starts_[block + 1];
-        const auto slot = [&](size_t i) { return static_cast<int64_t>(i) * kBlockRows + row % kBlockRows; };
+        const auto slot = [&](size_t i) { return static_cast<int64_t>(i) * kBlockRows + row % unit_ % kBlockRows; };
         float top = kNegInf, total = 0;
         for (size_t i = begin; i < end; ++i) {
             top = std::max(top, max_[slot(i)]);
@@ -261,7 +289,8 @@ private:
     int64_t input_row(int64_t i, int64_t h) const { return (i / count_ * s.S + first_ + i % count_) * s.H + h; }
 
     const Shape& s;
-    int64_t first_, count_, rows_, blocks_;
+    int64_t first_, count_, rows_;
+    int64_t unit_, unit_blocks_, blocks_;  // 几行一组，一组、一共几块；一块不跨组
     float *q_ = nullptr, *acc_ = nullptr, *max_ = nullptr, *sum_ = nullptr;
     inline static thread_local std::vector<Split> kept_splits_;
     inline static thread_local std::vector<size_t> kept_starts_;
@@ -346,16 +375,29 @@ bool prefers_naive(const MlaAttention& op) {
     return naive < absorb;
 }
 
+// 名额够看得见的全部：选中的就是它们，不必收集。
+bool chosen_is_everything(const MlaAttention& op) {
+    int64_t longest = 0;
+    for (int64_t b = 0; b < op.B; ++b) {
+        longest = std::max(longest, op.past_lens[b] + op.S);
+    }
+    return longest <= op.slots;
+}
+
 }  // namespace
 
-void run(const MlaAttention& op, Form form, const Kernels& kernels, const Parallel& parallel) {
+void run(const MlaAttention& given, Form form, const Kernels& kernels, const Parallel& parallel) {
+    MlaAttention op = given;
+    if (op.indices && chosen_is_everything(op)) {
+        op.indices = nullptr;
+    }
     const Shape s(op, kernels, parallel);
     copy_cache(s);
     if (s.B == 0 || s.S == 0 || s.H == 0) {
         return;
     }
     write_cache(s);
-    const bool naive = form == Form::kNaive || (form == Form::kAuto && prefers_naive(op));
+    const bool naive = !op.indices && (form == Form::kNaive || (form == Form::kAuto && prefers_naive(op)));
     const int64_t slab = naive ? kSlabTokens : std::max<int64_t>(1, kSlabRows / (s.B * s.H));
     for (int64_t first = 0; first < s.S; first += slab) {
         const int64_t count = std::min(slab, s.S - first);

@@ -1,4 +1,4 @@
-// dsx::MlaAttention 的分工与调度，与指令集、与 ONNX Runtime 都无关。语义见 deepseek_export/ops/mla_attention.py。
+// dsx::MlaAttention 与 dsx::SparseMlaAttention 的分工与调度，与指令集、与 ONNX Runtime 都无关。语义见 deepseek_export/ops/mla_attention.py。
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,10 @@ struct MlaAttention {
     const void* w_kv_b;         // [H*(dn+dv), r]
     void* o;                    // [B, S, H, dv]
     void* kv_cache_out;         // 与 kv_cache 相同时原地写，否则先复制
+    // 只有 SparseMlaAttention 有：每个 query 看哪些行。没有则 indices 为空。
+    const int32_t* indices;     // [B, S, slots]，前 counts 个已核对在 [0, T) 里
+    const int32_t* counts;      // [B, S]，已核对 1 <= counts <= slots
+    int64_t slots;
 };
 
 enum class Form { kAuto, kAbsorb, kNaive };

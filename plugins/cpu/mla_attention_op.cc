@@ -6,24 +6,31 @@
 
 #include "isa.h"
 #include "mla_attention.h"
+#include "op_dtypes.h"
 
 namespace dsx {
 namespace {
 
 namespace spec = ops::mla_attention;
+namespace sparse = ops::sparse_mla_attention;
 
-Dtype dtype_of(int onnx) {
-    switch (onnx) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return Dtype::kFloat32;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return Dtype::kFloat16;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return Dtype::kBfloat16;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return Dtype::kInt8;
-    default: throw std::logic_error("契约里的类型 " + std::to_string(onnx) + " 没有实现");
-    }
-}
+// 两个算子的契约；稀疏的前七个输入、两个输出与属性都同 MlaAttention，后面多出选中的行。
+struct Dense {
+    static constexpr bool kSparse = false;
+    static constexpr char const* kName = spec::kName;
+    static constexpr auto& kInputs = spec::kInputs;
+};
+struct Sparse {
+    static constexpr bool kSparse = true;
+    static constexpr char const* kName = sparse::kName;
+    static constexpr auto& kInputs = sparse::kInputs;
+};
+static_assert(static_cast<size_t>(sparse::w_kv_b) == static_cast<size_t>(spec::w_kv_b));
+static_assert(static_cast<size_t>(sparse::kv_cache) == static_cast<size_t>(spec::kv_cache));
 
 // 由各输入的形状得出尺寸，并核对它们彼此相符。
-MlaAttention sizes_of(const Inputs<spec::kInputs.size()>& inputs, Dtype cache_dtype) {
+template <size_t kCount>
+MlaAttention sizes_of(const Inputs<kCount>& inputs, Dtype cache_dtype) {
     inputs.check_ranks();
     MlaAttention op{};
     const std::vector<int64_t>& query = inputs.shape(spec::q_nope);
@@ -58,6 +65,29 @@ Form requested_form() {
     throw std::invalid_argument("DSX_CPU_MLA_FORM=" + name + " 不可用，能用：auto、absorb、naive");
 }
 
+// 选中的行：形状相符，下标在缓存里；越界的下标不能拿去读内存。
+template <size_t kCount>
+void read_selection(const Inputs<kCount>& inputs, MlaAttention& op) {
+    op.slots = inputs.shape(sparse::indices)[2];
+    inputs.check_shape(sparse::indices, {op.B, op.S, op.slots});
+    inputs.check_shape(sparse::counts, {op.B, op.S});
+    op.indices = inputs.template data<int32_t>(sparse::indices), op.counts = inputs.template data<int32_t>(sparse::counts);
+    for (int64_t i = 0; i < op.B * op.S; ++i) {
+        if (op.counts[i] < 1 || op.counts[i] > op.slots) {
+            inputs.refuse("第 " + std::to_string(i) + " 个 query 的 counts 是 " + std::to_string(op.counts[i]) + "，应在 1 到 " +
+                          std::to_string(op.slots) + " 之间");
+        }
+        const int32_t* chosen = op.indices + i * op.slots;
+        for (int64_t j = 0; j < op.counts[i]; ++j) {
+            if (chosen[j] < 0 || chosen[j] >= op.T) {
+                inputs.refuse("第 " + std::to_string(i) + " 个 query 选中的位置 " + std::to_string(chosen[j]) + " 不在缓存的 " +
+                              std::to_string(op.T) + " 行里");
+            }
+        }
+    }
+}
+
+template <typename Contract>
 class Kernel {
 public:
     // 指令集与形式在会话建立时定下，之后的环境变量不影响它。
@@ -72,18 +102,16 @@ public:
 
 private:
     void compute(const Ort::KernelContext& context) const {
-        const Inputs inputs(spec::kName, spec::kInputs, context);
+        const Inputs inputs(Contract::kName, Contract::kInputs, context);
         MlaAttention op = sizes_of(inputs, cache_dtype_);
         op.scale = scale_, op.dtype = dtype_, op.cache_dtype = cache_dtype_, op.weight_dtype = weight_dtype_;
         op.q_nope = inputs.raw(spec::q_nope), op.q_pe = inputs.raw(spec::q_pe);
         op.c_kv = inputs.raw(spec::c_kv), op.k_pe = inputs.raw(spec::k_pe);
         op.kv_cache = inputs.raw(spec::kv_cache), op.w_kv_b = inputs.raw(spec::w_kv_b);
-        op.past_lens = inputs.data<int64_t>(spec::past_lens);
-        for (int64_t b = 0; b < op.B; ++b) {
-            if (op.past_lens[b] < 0 || op.past_lens[b] > op.T - op.S) {
-                inputs.refuse("past_lens[" + std::to_string(b) + "] = " + std::to_string(op.past_lens[b]) + "，加 S=" +
-                       std::to_string(op.S) + " 个新位置放不进容量 T=" + std::to_string(op.T));
-            }
+        op.past_lens = inputs.template data<int64_t>(spec::past_lens);
+        check_past_lens(inputs, op.past_lens, op.B, op.S, op.T);
+        if constexpr (Contract::kSparse) {
+            read_selection(inputs, op);
         }
         const std::array<int64_t, 4> o_shape{op.B, op.S, op.H, op.dv};
         op.o = context.GetOutput(spec::o, o_shape.data(), o_shape.size()).GetTensorMutableRawData();
@@ -98,29 +126,20 @@ private:
 };
 
 // 一种 (计算, 缓存, 权重) 的 ONNX 类型；同名的几个由 ONNX Runtime 合成一个算子，类型不在其中的节点在建立会话时就被拒绝。
-struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
+template <typename Contract>
+struct Operator : Ort::CustomOpBase<Operator<Contract>, Kernel<Contract>, true> {
     Operator(int compute, int cache, int weight) : compute_(compute), cache_(cache), weight_(weight) {
-        version = kOrtApi;
-        GetMayInplace = [](int** inputs, int** outputs) -> size_t {
-            *inputs = static_cast<int*>(std::malloc(sizeof(int)));
-            *outputs = static_cast<int*>(std::malloc(sizeof(int)));
-            **inputs = spec::kv_cache;
-            **outputs = spec::kv_cache_out;
-            return 1;
-        };
-        ReleaseMayInplace = [](int* inputs, int* outputs) {
-            std::free(inputs);
-            std::free(outputs);
-        };
+        this->version = kOrtApi;
+        declare_in_place<spec::kv_cache, spec::kv_cache_out>(*this);
     }
 
     OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-        return guard([&] { *kernel = new Kernel(dtype_of(compute_), dtype_of(cache_), dtype_of(weight_), info); });
+        return guard([&] { *kernel = new Kernel<Contract>(dtype_of(compute_), dtype_of(cache_), dtype_of(weight_), info); });
     }
-    const char* GetName() const { return spec::kName; }
+    const char* GetName() const { return Contract::kName; }
     const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
-    size_t GetInputTypeCount() const { return spec::kInputs.size(); }
-    ONNXTensorElementDataType GetInputType(size_t i) const { return chosen(spec::kInputs[i]); }
+    size_t GetInputTypeCount() const { return Contract::kInputs.size(); }
+    ONNXTensorElementDataType GetInputType(size_t i) const { return chosen(Contract::kInputs[i]); }
     size_t GetOutputTypeCount() const { return spec::kOutputs.size(); }
     ONNXTensorElementDataType GetOutputType(size_t i) const { return chosen(spec::kOutputs[i]); }
 
@@ -133,13 +152,12 @@ private:
     int compute_, cache_, weight_;
 };
 
-}  // namespace
-
-void add_mla_attention(Ort::CustomOpDomain& domain) {
+template <typename Contract>
+void add_all(Ort::CustomOpDomain& domain) {
     // 会话里只存它们的指针，要活到进程结束。
-    static std::vector<std::unique_ptr<Operator>> operators;
+    static std::vector<std::unique_ptr<Operator<Contract>>> operators;
     const auto add = [&domain](int compute, int cache, int weight) {
-        operators.push_back(std::make_unique<Operator>(compute, cache, weight));
+        operators.push_back(std::make_unique<Operator<Contract>>(compute, cache, weight));
         domain.Add(operators.back().get());
     };
     for (size_t c = 0; c < ops::kC.count; ++c) {
@@ -150,6 +168,13 @@ void add_mla_attention(Ort::CustomOpDomain& domain) {
         // 量化的 bundle 把 w_kv_b 存成 bfloat16
         add(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, cache, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
     }
+}
+
+}  // namespace
+
+void add_mla_attention(Ort::CustomOpDomain& domain) {
+    add_all<Dense>(domain);
+    add_all<Sparse>(domain);
 }
 
 }  // namespace dsx

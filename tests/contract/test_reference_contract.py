@@ -89,7 +89,8 @@ def test_latent_cache_size(name, expanded):
     config = parse_model_config(data, name)
 
     def values(forms: Forms) -> int:
-        return sum(heads * width for _, (heads, width) in cache_tensors(config, forms, torch.float32))
+        found = cache_tensors(config, forms, torch.float32, torch.float32, 0)
+        return sum(tensor.heads * tensor.width for tensor in found)
 
     assert values(Forms("auto", "sparse", as_ops=True)) == config.latent_cache_values == 576
     assert values(Forms("expanded", "dense")) == config.expanded_cache_values == expanded

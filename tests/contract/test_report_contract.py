@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deepseek_export.bench.bundle import Depth
-from deepseek_export.bench.spread import Spread
 
+from deepseek_export.benchmark.bundle import Depth
+from deepseek_export.benchmark.spread import Spread
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
 from deepseek_export.inspection import polygraphy_trials, summarize

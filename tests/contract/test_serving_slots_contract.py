@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import stat
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import deepseek_export
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.errors import DsxError
 from deepseek_export.runtime import Generator, ModelSession, SpeculativeGenerator
 from deepseek_export.serving import Engine, EngineSettings, scheduler
 from deepseek_export.serving.accept import accepted
@@ -190,6 +192,34 @@ def test_bad_files_are_refused_whole(model, tmp_path):
         engine.save_slot(0, path)
     with opened(model) as engine:
         assert "没有投机" in refused("DSX-E533", engine.restore_slot, 0, path).what
+
+
+def test_hostile_files_never_get_through(model, tmp_path):
+    """SERVE-13：任意改几个字节、截断、接长，要么按码拒绝，要么内容一字不差；不会崩，也不会恢复出别的东西。"""
+    path, chance, codes = tmp_path / "slot", random.Random(0), set[str]()
+    with opened(model) as engine:
+        engine.submit(BASE[:20], max_new_tokens=3).result()
+        slot = next(state.id for state in engine.slots() if state.tokens)
+        count, _ = engine.save_slot(slot, path)
+        good = path.read_bytes()
+        header = int.from_bytes(good[:8], "little") + 8
+        for turn in range(400):
+            content = bytearray(good)
+            for _ in range(chance.choice((1, 1, 3))):
+                where = chance.randrange(header if turn % 2 else len(content))
+                content[where] = chance.randrange(256)
+            if turn % 7 == 0:
+                content = content[: chance.randrange(len(content))] + bytes(chance.randrange(3))
+            path.write_bytes(content)
+            try:
+                assert engine.restore_slot(2, path)[0] == count
+            except DsxError as error:
+                codes.add(error.code)
+                continue
+            engine.save_slot(2, path)
+            assert path.read_bytes() == good
+        assert codes == {"DSX-E533"}
+        assert engine.healthy
 
 
 def test_slots_that_cannot_be_used_so(model, tmp_path):

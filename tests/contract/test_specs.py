@@ -16,7 +16,7 @@ pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENT = re.compile(
-    r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|CPU|KERNEL|SERVE|REPORT)-\d+\b"
+    r"\b(?:PROFILE|MLA|MOE|MTP|EXPORT|RUNTIME|PARITY|HF|TRT|CPU|KERNEL|SERVE|REPORT|CLUSTER|DSA)-\d+\b"
 )
 
 #: 没有测试、只有门槛的编号，标题以它结尾。

@@ -26,6 +26,7 @@ PAGES = (
     "docs/quantisation.md",
     "docs/speculation.md",
     "docs/engines.md",
+    "docs/scale.md",
 )
 
 

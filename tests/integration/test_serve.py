@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 import deepseek_export
@@ -95,7 +96,7 @@ def test_every_line_of_the_guide_runs(bundle: Path):
     """SERVE-20：命令、curl、openai 客户端。"""
     text = GUIDE.read_text(encoding="utf-8")
     shell = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines()
-    (python,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    scripts = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     install, start, *curls = shell
     assert install == "pip install 'deepseek-export[serve]'"
     assert start == "dsx serve OUT --port 8000"
@@ -109,10 +110,14 @@ def test_every_line_of_the_guide_runs(bundle: Path):
                 assert events(done.stdout)
             else:
                 assert json.loads(done.stdout)
-        script = python.replace("http://127.0.0.1:8000", url)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == "子曰：“君子不学，不仁者不可得而不礼。”\n"
+        outputs = []
+        for script in scripts:
+            script = script.replace("http://127.0.0.1:8000", url)
+            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            outputs.append(done.stdout)
+        assert outputs[0] == "子曰：“君子不学，不仁者不可得而不礼。”\n"
+        assert set(json.loads(outputs[1])) == {"name", "age"}
         process.send_signal(signal.SIGTERM)
         stopped(process)
 
@@ -222,6 +227,31 @@ def test_a_checkpoint_is_served(tmp_path: Path):
         assert httpx.get(f"{url}/health").status_code == 200
         process.send_signal(signal.SIGTERM)
         stopped(process)  # 现成的那一份，不要编译的依赖
+
+
+def test_stopping_during_the_export_leaves_nothing(tmp_path: Path):
+    """SERVE-27、SERVE-52：导出到一半也停得下来，退出码照旧，没有留下子进程与写了一半的。"""
+    home = tmp_path / "home"
+    shutil.copytree(CHECKPOINT, tmp_path / "CKPT")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, "serve", str(tmp_path / "CKPT"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(DSX_HOME=str(home)),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "捕获计算图" in line:  # 没有缓存，要好几秒
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert not (home / "bundles").exists() or not list((home / "bundles").iterdir())
 
 
 def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):

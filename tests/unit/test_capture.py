@@ -237,7 +237,8 @@ def test_equals_the_reference_on_onnx_runtime(saved, captured, profile):
     weights = {n: load_array(n, r, checkpoint.store) for n, r in recorded.model.weights.items()}
     forms = Forms.for_reference(resolve_profile(profile))
     model = load_reference(checkpoint, forms)
-    names = [name for name, _ in cache_tensors(checkpoint.config, forms, torch.float32)]
+    found = cache_tensors(checkpoint.config, forms, torch.float32, torch.float32, 0)
+    names = [tensor.name for tensor in found]
     caches = model.empty_caches(2, 96)
     feeds = {
         f"{n}.{i}": t.numpy() for i, layer in enumerate(caches) for n, t in zip(names, layer, strict=True)

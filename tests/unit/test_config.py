@@ -351,7 +351,7 @@ def test_missing_file(tmp_path: Path):
 
 
 def test_model_type():
-    assert "deepseek_v2、deepseek_v3" in refused("DSX-E103", edit(V3, model_type="deepseek_v32")).todo
+    assert "deepseek_v2、deepseek_v3" in refused("DSX-E103", edit(V3, model_type="deepseek_v4")).todo
     refused("DSX-E103", edit(V3, "model_type"))
     refused("DSX-E103", edit(V3, model_type=["deepseek_v3"]))
 

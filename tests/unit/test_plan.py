@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.synthetic import DEMO_CONFIG, write_checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cli.main import cli
 from deepseek_export.errors import DsxError
 from deepseek_export.plan import GPUS, make_plan
 from deepseek_export.plan.roofline import RESERVE
+from deepseek_export.plan.shape import ModelShape
 from deepseek_export.profile import resolve_profile
 
 pytestmark = pytest.mark.unit
@@ -72,6 +74,27 @@ def test_deepseek_v3(v3: Path):
     assert plan.weight_bytes["float16"] < plan.build.disk_bytes < 1.01 * plan.weight_bytes["float16"]
     assert plan.build.peak_ram_bytes > 4 * plan.weight_bytes["float16"]
     assert plan.gpus == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "index_layers", "bytes_per_token"),
+    [
+        (PUBLISHED["V3_2"], 61, 85_888),
+        (PUBLISHED["GLM_5"], 78, 109_824),
+        (PUBLISHED["GLM_5"] | {"index_topk_freq": 4, "index_skip_topk_offset": 3}, 21, 95_232),
+    ],
+)
+def test_sparse_attention(tmp_path: Path, changes: dict, index_layers: int, bytes_per_token: int):
+    """EXPORT-31：V3.2、GLM-5 的缓存另算索引 key，只算自己挑 key 的层；长上下文的注意力只看选中的，加上给每个 key 打分。"""
+    path = write_checkpoint(tmp_path / "ckpt", changes, sparse=True)
+    plan = make_plan(path, ON, context=8192)
+    assert plan.cache.latent_bytes_per_token == bytes_per_token
+    shape = ModelShape.build(Checkpoint.open(path).config, ON, 0)
+    assert shape.index_layers == index_layers
+    dense, ranking = (shape.attention_flops(2048), shape.attention_flops(8192) - shape.attention_flops(2048))
+    heads = changes["index_n_heads"]
+    assert ranking == 2 * index_layers * heads * 8192 * 129
+    assert dense == 2 * changes["num_hidden_layers"] * changes["num_attention_heads"] * 2048 * (576 + 512)
 
 
 def test_mtp_counts_only_when_it_is_on(v3: Path):

@@ -222,10 +222,20 @@ def test_loaded_model_needs_no_gradient(saved):
 def test_cache_tensors(saved):
     """潜缓存与展开缓存的张量名和宽度；empty_caches 的形状与 dtype。"""
     config = saved("v3")[1].config
-    assert cache_tensors(config, AS_OPS, torch.float32) == [("kv_cache", (1, 40 + 16))]
-    assert cache_tensors(config, AS_OPS, torch.int8) == [("kv_cache", (1, 40 + 2 * 16 + 6))]
+
+    def shapes(config, forms, dtype, layer=0):
+        found = cache_tensors(config, forms, dtype, torch.float32, layer)
+        return [(tensor.name, tensor.heads, tensor.width, tensor.dtype) for tensor in found]
+
+    f32, int8 = torch.float32, torch.int8
+    assert shapes(config, AS_OPS, f32) == [("kv_cache", 1, 40 + 16, f32)]
+    assert shapes(config, AS_OPS, int8) == [("kv_cache", 1, 40 + 2 * 16 + 6, int8)]
     expanded = Forms("expanded", "dense")
-    assert cache_tensors(config, expanded, torch.float32) == [("k_cache", (6, 24 + 16)), ("v_cache", (6, 20))]
+    assert shapes(config, expanded, f32) == [("k_cache", 6, 24 + 16, f32), ("v_cache", 6, 20, f32)]
+    # 沿用前一层的没有索引 key；索引 key 没有 int8 的存法。
+    sparse = saved("glm-dsa")[1].config
+    assert [len(shapes(sparse, AS_OPS, f32, layer)) for layer in range(4)] == [2, 1, 2, 1]
+    assert shapes(sparse, AS_OPS, int8)[1] == ("index_cache", 1, 24, f32)
     caches = load_reference(saved("v3")[1], expanded).empty_caches(2, 5, torch.float16)
     assert [tuple(t.shape) for t in caches[0]] == [(2, 6, 5, 40), (2, 6, 5, 20)]
     assert len(caches) == 3

@@ -10,10 +10,8 @@ import pytest
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import Generator, SamplingParams, SpeculativeGenerator
-from deepseek_export.runtime.sampling import RowSampler
 from deepseek_export.runtime.speculation.batch_floor import BatchFloor
 from deepseek_export.serving import Engine, EngineSettings
-from deepseek_export.serving import engine as engine_module
 from tests.engines import refused
 from tests.unit.test_runtime_speculative_toy import LIMIT, build, make_drafts, markov
 from tests.unit.test_runtime_toy import Toy, make_toy
@@ -77,27 +75,19 @@ class Ban:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_processors_see_every_draft(
-    toy: Toy, model: SpeculativeGenerator, monkeypatch: pytest.MonkeyPatch, temperature: float
-) -> None:
+def test_processors_see_every_draft(model: SpeculativeGenerator, temperature: float) -> None:
     """SERVE-10：处理器管着每个草稿与每个位置，结果与逐个解码的相同；草稿也照它选，所以多半接受。"""
-    bans: list[Ban] = []
-
-    def banned(params: SamplingParams, **options) -> RowSampler:
-        bans.append(Ban())
-        return RowSampler(params, processors=[bans[-1]])
-
-    monkeypatch.setattr(engine_module, "RowSampler", banned)
-    sampling = SamplingParams(temperature=temperature, seed=5)
-    results = []
+    sampling, results = SamplingParams(temperature=temperature, seed=5), []
     for speculation in (False, 3):
+        ban = Ban()
         with opened(model, speculation=speculation) as engine:
-            results.append(engine.submit([3, 4], sampling, max_new_tokens=20).result().token_ids)
+            request = engine.submit([3, 4], sampling, max_new_tokens=20, processors=[ban])
+            results.append(request.result().token_ids)
     assert results[0] == results[1]
     assert all(one % 2 != two % 2 for one, two in itertools.pairwise(results[1]))
     assert sum(engine.stats.accepted) == sum(engine.stats.proposed) > 10
     line = (3, 4, *results[1])
-    assert set(bans[1].seen) <= {line[:at] for at in range(2, len(line) + 1)}
+    assert set(ban.seen) <= {line[:at] for at in range(2, len(line) + 1)}
 
 
 def test_logprobs_of_every_verified_position(tmp_path) -> None:
@@ -125,9 +115,7 @@ def test_logprobs_of_every_verified_position(tmp_path) -> None:
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-def test_broken_processors_fail_alone(
-    toy: Toy, model: SpeculativeGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_processors_fail_alone(toy: Toy, model: SpeculativeGenerator) -> None:
     """SERVE-7：处理器抛出的错误只算在它自己的请求头上；此前的 token 仍在。"""
 
     def broken(scores: np.ndarray, tokens) -> np.ndarray:
@@ -136,11 +124,7 @@ def test_broken_processors_fail_alone(
         return scores
 
     with opened(model) as engine:
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                engine_module, "RowSampler", lambda params, **options: RowSampler(params, processors=[broken])
-            )
-            bad = engine.submit([3], max_new_tokens=20)
+        bad = engine.submit([3], max_new_tokens=20, processors=[broken])
         good = engine.submit([3], max_new_tokens=20)
         with pytest.raises(RuntimeError, match="别人的代码"):
             bad.result()
@@ -210,6 +194,17 @@ def test_up_to_the_last_position(tmp_path) -> None:
     alone = Generator(model.session, None, ())
     assert got == [alone.generate([prompt], 25).token_ids[0] for prompt in prompts]
     assert [len(ids) for ids in got] == [1, 2, 6, 15, 25]
+
+
+def test_drafts_do_not_grow_the_caches(model: SpeculativeGenerator) -> None:
+    """SERVE-10：``context`` 正好一档时，草稿不让缓存升档。"""
+    with opened(model, slots=2, context=256) as engine:
+        full = engine.submit([1] * 240, max_new_tokens=100)
+        short = engine.submit([2], max_new_tokens=30)
+        assert (len(full.result().token_ids), len(short.result().token_ids)) == (16, 30)
+    assert sum(engine.stats.accepted) > 0
+    per_token = model.session.runner.contract.caches.bytes_per_token
+    assert engine.stats.cache_bytes == 2 * (2 * 256 * per_token)
 
 
 def test_settings(model: SpeculativeGenerator) -> None:

@@ -28,6 +28,7 @@ from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.parity.tolerances import PERPLEXITY_RATIO
 from deepseek_export.progress import Progress
 from deepseek_export.reference import Forms, ReferenceModel, load_reference
+from deepseek_export.reference.mla import Selection
 from deepseek_export.reference.model import DecoderLayer
 from deepseek_export.reference.moe import MoE
 from deepseek_export.reference.weights import torch_dtype
@@ -126,9 +127,10 @@ def _before_a_flip(
     x, cos, sin = plain.embed(ids, past)
     same = np.ones(len(row), bool)
     logits = iter(mine)
+    selection: Selection = ()
     for layer, cache in zip(plain.layers, caches, strict=True):
         assert isinstance(layer, DecoderLayer)
-        residual, x, *_ = layer(x, cos, sin, past, *cache)
+        residual, x, _, selection = layer.step(x, cos, sin, past, cache, selection)
         if isinstance(layer.mlp, MoE):
             gate = layer.mlp.gate
             tokens = layer.post_attention_layernorm(residual).float().flatten(0, 1)

@@ -43,7 +43,7 @@ def _draft(check: Check, context: Context) -> Iterator[Case]:
         names.PREV_HIDDEN: run.hidden.numpy(),
         names.LOGITS_POSITIONS: run.positions.numpy(),
     }
-    feeds |= cache_feeds(manifest, 0, run.caches)
+    feeds |= cache_feeds(manifest, run.entry.layers[0], run.caches, 0)
     outputs, margin = (names.LOGITS, names.HIDDEN), run.margin().numpy()
     (key,), router = check.keys, router_dtype(manifest)
     with context.step(check.graph):

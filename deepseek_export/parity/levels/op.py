@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,14 +15,18 @@ from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
 from deepseek_export.checkpoint.weight_only import dequantized
 from deepseek_export.ops.int8_cache import encode_rows
+from deepseek_export.ops.lightning_indexer import lightning_indexer
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.moe_gate import moe_gate
-from deepseek_export.ops.table import MLA_ATTENTION, MOE_GATE
+from deepseek_export.ops.sparse_mla_attention import sparse_mla_attention
+from deepseek_export.ops.table import LIGHTNING_INDEXER, MLA_ATTENTION, MOE_GATE, OPS, SPARSE_MLA_ATTENTION
 from deepseek_export.parity.arrays import to_numpy, to_torch
+from deepseek_export.parity.blocks import Output
 from deepseek_export.parity.checks import Check
 from deepseek_export.parity.context import Context
 from deepseek_export.parity.report import Case, compare
+from deepseek_export.parity.selection import Ranking
 from deepseek_export.parity.tolerances import Key
 from deepseek_export.records import OpSite
 from deepseek_export.reference.weights import torch_dtype
@@ -58,8 +62,10 @@ def run(check: Check, context: Context) -> Iterator[Case]:
     graph = context.graph(check.graph)
     for site in check.sites:
         with context.step(f"layers.{site.layer} {site.op}"):
-            if site.op == MLA_ATTENTION.name:
+            if site.op in (MLA_ATTENTION.name, SPARSE_MLA_ATTENTION.name):
                 yield from _mla_cases(manifest, graph, site, weight, rng, attention)
+            elif site.op == LIGHTNING_INDEXER.name:
+                yield from _index_cases(manifest, graph, site, rng, rest)
             else:
                 gate = next(s for s in entry.sites if s.layer == site.layer and s.op == MOE_GATE.name)
                 yield from _moe_cases(manifest, graph, gate, site, weight, rng, rest)
@@ -67,11 +73,13 @@ def run(check: Check, context: Context) -> Iterator[Case]:
 
 def _mla_cases(manifest, graph, site: OpSite, weight, rng, key: Key) -> Iterator[Case]:
     c, dtype = manifest.model, np.dtype(manifest.dtype)
-    ports = dict(zip((port.name for port in MLA_ATTENTION.inputs), site.inputs, strict=True))
+    spec = OPS[site.op]
+    sparse = spec is SPARSE_MLA_ATTENTION
+    ports = dict(zip((port.name for port in spec.inputs), site.inputs, strict=True))
     w_kv_b = weight(ports.pop("w_kv_b"))
     outputs = [site.outputs[0]]
     call = graph.session(graph.cut(list(ports.values()), outputs))
-    for B, S, T, past in _MLA_SHAPES:
+    for B, S, T, past in _MLA_SHAPES + (sparse_shapes(c.indexer.topk) if sparse else ()):
         shapes = {
             "q_nope": (B, S, c.num_attention_heads, c.qk_nope_head_dim),
             "q_pe": (B, S, c.num_attention_heads, c.qk_rope_head_dim),
@@ -82,11 +90,58 @@ def _mla_cases(manifest, graph, site: OpSite, weight, rng, key: Key) -> Iterator
         latents = torch.from_numpy(rng.standard_normal((B, 1, T, c.latent_cache_values), np.float32))
         arrays["kv_cache"] = to_numpy(_cached(latents, c.kv_lora_rank, torch_dtype(manifest.cache.dtype)))
         arrays["past_lens"] = np.array(past, np.int64)
+        if sparse:
+            arrays |= _chosen(rng, S, past, c.indexer.topk)
         (got,) = call({ports[name]: array for name, array in arrays.items()}, outputs)
         tensors = {name: to_torch(array) for name, array in arrays.items()}
-        form = manifest.profile.mla.form
-        want, _ = mla_attention(**tensors, w_kv_b=w_kv_b, scale=c.softmax_scale, form=form)
-        yield compare("op", f"layers.{site.layer} MlaAttention B={B} S={S} T={T}", key, got, want.numpy())
+        eager: Callable[..., tuple[Tensor, Tensor]] = sparse_mla_attention if sparse else mla_attention
+        given = {"w_kv_b": w_kv_b, "scale": c.softmax_scale, "form": manifest.profile.mla.form}
+        want, _ = eager(**tensors, **given)
+        yield compare("op", f"layers.{site.layer} {spec.name} B={B} S={S} T={T}", key, got, want.numpy())
+
+
+def sparse_shapes(topk: int) -> tuple[tuple[int, int, int, tuple[int, ...]], ...]:
+    """越过名额数的 (B, S, T, past_lens)：刚过一个，长短悬殊的解码，跨过去的几个 token。"""
+    return (
+        (1, 1, topk + 1, (topk,)),
+        (2, 1, 2 * topk + 5, (2 * topk + 4, topk // 2)),
+        (2, 4, topk + 8, (topk - 2, topk + 4)),
+    )
+
+
+def _chosen(rng: np.random.Generator, S: int, past: Sequence[int], topk: int) -> dict[str, np.ndarray]:
+    """合乎契约的 ``indices``、``counts``：看得见的位置里随便取，升序。"""
+    counts = np.minimum(np.array(past)[:, None] + np.arange(1, S + 1), topk).astype(np.int32)
+    indices = np.full((*counts.shape, topk), -1, np.int32)
+    for b, i in np.ndindex(*counts.shape):
+        picked = rng.choice(past[b] + i + 1, counts[b, i], replace=False)
+        indices[b, i, : counts[b, i]] = np.sort(picked)
+    return {"indices": indices, "counts": counts}
+
+
+def _index_cases(manifest, graph, site: OpSite, rng, key: Key) -> Iterator[Case]:
+    """选中的集合；并列带之内换一个不算错。"""
+    c = manifest.model.indexer
+    dtype = np.dtype(manifest.dtype)
+    stored = torch_dtype(manifest.dtype if manifest.cache.dtype == "int8" else manifest.cache.dtype)
+    ports = [port.name for port in LIGHTNING_INDEXER.inputs]
+    outputs = [site.outputs[0]]
+    call = graph.session(graph.cut(list(site.inputs), outputs))
+    for B, S, T, past in _MLA_SHAPES[:4] + sparse_shapes(c.topk):
+        q, k = (
+            rng.standard_normal((B, S, *rest)).astype(dtype)
+            for rest in ((c.n_heads, c.head_dim), (c.head_dim,))
+        )
+        w = rng.standard_normal((B, S, c.n_heads), np.float32)
+        rows = torch.from_numpy(rng.standard_normal((B, 1, T, c.head_dim), np.float32)).to(stored)
+        arrays = dict(zip(ports, (q, w, k, to_numpy(rows), np.array(past, np.int64)), strict=True))
+        (got,) = call(dict(zip(site.inputs, arrays.values(), strict=True)), outputs)
+        tensors = [to_torch(array) for array in arrays.values()]
+        query, weights, keys, cached, lens = tensors
+        want, _, cache = lightning_indexer(query, weights, keys, cached, lens, c.topk)
+        ranked = Ranking.of(query, weights, cache, lens, c.topk)
+        output = Output(f"layers.{site.layer}", site.outputs[0], want.numpy(), key, ranking=ranked)
+        yield output.compare("op", f"layers.{site.layer} {LIGHTNING_INDEXER.name} B={B} S={S} T={T}", got)
 
 
 def _cached(latents: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -15,13 +16,18 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from deepseek_export.errors import DsxError
-from deepseek_export.serving.http.answers import Answer, ChatForm, CompletionForm, Form
+from deepseek_export.serving.http import messages, responses
+from deepseek_export.serving.http.answers import Answer, Answering, ChatForm, CompletionForm
 from deepseek_export.serving.http.guards import App, LimitBody, RequestLog, RequireKey, note, wrapped
 from deepseek_export.serving.http.keys import KeyRing
+from deepseek_export.serving.http.message_events import MessagesAnswer
+from deepseek_export.serving.http.messages import CountRequest, MessagesRequest
 from deepseek_export.serving.http.metrics import Metrics
 from deepseek_export.serving.http.page import PAGE, PAGE_HEADERS
 from deepseek_export.serving.http.problems import ApiError, json_response
 from deepseek_export.serving.http.respond import KEEP_ALIVE_S, Reply
+from deepseek_export.serving.http.response_events import ResponsesAnswer
+from deepseek_export.serving.http.responses import ResponsesRequest
 from deepseek_export.serving.http.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -75,28 +81,65 @@ def _add_generation(
     app: FastAPI, service: Service, metrics: Metrics, keep_alive_s: float, log_prompts: bool
 ) -> None:
     async def reply(
-        request: Request, body: Sampled, form: Form, orders: Callable[[ServedModel], list[Order]]
+        request: Request,
+        body: Sampled,
+        source: str,
+        orders: Callable[[ServedModel], list[Order]],
+        answer: Callable[[str], Answering],
     ) -> Response:
         model = service.named(body.checked().model)
         try:
             wanted = await _in_thread(partial(orders, model))
         except DsxError as error:
-            raise ApiError.of(error, form.source) from error
+            raise ApiError.of(error, source) from error
         if log_prompts:
             texts = [model.tokenizer.decode(order.prompt) for order in wanted if order.copy == 0]
             note(request.scope, text=repr(texts))  # repr：看不见的字符都转义，一个请求仍是一行
         turn = Turn(model.engine, model.tokenizer, wanted)
         turn.submit()
-        answering = Reply(turn, Answer(form, model.name, body.include_usage), request, metrics)
+        answering = Reply(turn, answer(model.name), request, metrics)
         return answering.streamed(keep_alive_s) if body.stream else await answering.whole()
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await reply(request, body, CompletionForm(), lambda model: model.completion_orders(body))
+        answer = partial(Answer, CompletionForm(), usage_chunk=body.include_usage)
+        return await reply(request, body, "prompt", lambda model: model.completion_orders(body), answer)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
-        return await reply(request, body, ChatForm(), lambda model: model.chat_orders(body))
+        answer = partial(Answer, ChatForm(), usage_chunk=body.include_usage)
+        return await reply(request, body, "messages", lambda model: model.chat_orders(body), answer)
+
+    @app.post("/v1/responses")
+    async def respond(request: Request, body: ResponsesRequest) -> Response:
+        asked = body.chat()
+        with _renaming(responses.RENAMED):
+            answer = partial(ResponsesAnswer, body)
+            return await reply(request, asked, "messages", lambda model: model.chat_orders(asked), answer)
+
+    @app.post("/v1/messages")
+    async def message(request: Request, body: MessagesRequest) -> Response:
+        asked = body.chat()
+        with _renaming(messages.RENAMED):
+            orders = partial(ServedModel.chat_orders, body=asked)
+            return await reply(request, asked, "messages", orders, MessagesAnswer)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count(body: CountRequest) -> Response:
+        asked = body.chat()
+        with _renaming(messages.RENAMED):
+            model = service.named(asked.checked().model)
+            ids = await _in_thread(lambda: model.tokenizer.encode(model.formats.text(asked)))
+        return json_response({"input_tokens": len(ids)})
+
+
+@contextmanager
+def _renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """别的协议的端点：错误里的字段用它自己的名字。"""
+    try:
+        yield
+    except ApiError as error:
+        raise error.renamed(names) from error
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
@@ -166,23 +209,24 @@ def _add_status(app: FastAPI, service: Service, metrics: Metrics) -> None:
 def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        return error.response
+        return error.answer(request.url.path)
 
     @app.exception_handler(DsxError)
     async def dsx_error(request: Request, error: DsxError) -> Response:
-        return ApiError.of(error).response
+        return ApiError.of(error).answer(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _invalid(error.errors()[0]).response
+        return _invalid(error.errors()[0]).answer(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, f"{request.method} {request.url.path}：{error.detail}").response
+        path = request.url.path
+        return ApiError(error.status_code, f"{request.method} {path}：{error.detail}").answer(path)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
-        return ApiError(500, "服务内部出错", code="internal_error").response
+        return ApiError(500, "服务内部出错", code="internal_error").answer(request.url.path)
 
 
 def _invalid(first: dict[str, Any]) -> ApiError:

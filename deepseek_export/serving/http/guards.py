@@ -87,6 +87,13 @@ class RequestLog:
             logger.info("%s %s %s %d%s total=%.3f", name, scope["method"], path, status, fields, took)
 
 
+def _credentials(scope: Scope) -> bytes | None:
+    """``Authorization``；没有就看 Anthropic 的 ``x-api-key``。"""
+    given = headers(scope)
+    key = given.get(b"x-api-key")
+    return given.get(b"authorization") or (None if key is None else b"Bearer " + key)
+
+
 class RequireKey:
     """没有密钥的请求答 401；探针与跨域的预检除外。"""
 
@@ -95,16 +102,16 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         open_to_all = scope["type"] != "http" or scope["path"] in OPEN
-        if open_to_all or self._keys.admits(headers(scope).get(b"authorization")):
+        if open_to_all or self._keys.admits(_credentials(scope)):
             await self._app(scope, receive, send)
             return
         refused = ApiError(
             401,
-            "API 密钥不对，或没有给：要 Authorization: Bearer 密钥",
+            "API 密钥不对，或没有给：要 Authorization: Bearer 密钥，或 x-api-key: 密钥",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await refused.response(scope, receive, send)
+        await refused.answer(scope.get("path", ""))(scope, receive, send)
 
 
 class LimitBody:
@@ -131,10 +138,10 @@ class LimitBody:
                 body = await self._whole(receive)
         except TimeoutError:
             slow = ApiError(408, f"请求体 {self._seconds:g} 秒还没有收完", code="request_timeout")
-            await slow.response(scope, receive, send)
+            await slow.answer(scope.get("path", ""))(scope, receive, send)
             return
         except ApiError as error:
-            await error.response(scope, receive, send)
+            await error.answer(scope.get("path", ""))(scope, receive, send)
             return
         pending = iter([body])
 

@@ -29,7 +29,8 @@ class Pulse:
     def __init__(self, engine: Engine, prompt: Sequence[int], stall_s: float = STALL_S) -> None:
         self._engine, self._prompt, self._stall_s = engine, prompt, stall_s
         self._probe: Request | None = None
-        self._steps, self._since = -1, monotonic()
+        self._steps = -1
+        self._busy_since: float | None = None  # 上一次问就在忙，从那时起一次也没有做完
 
     def try_out(self) -> Request:
         """试跑：算提示词一次，生成一次。
@@ -52,7 +53,10 @@ class Pulse:
             return "已经关闭" if failure is None else f"出错：{kind}"
         stats = engine.stats
         steps, now = stats.prefill_calls + stats.decode_steps, monotonic()
-        if steps != self._steps or not stats.running:
-            self._steps, self._since = steps, now
-        stalled = now - self._since
+        if not stats.running:
+            self._busy_since = None
+        elif steps != self._steps or self._busy_since is None:
+            self._busy_since = now
+        self._steps = steps
+        stalled = 0.0 if self._busy_since is None else now - self._busy_since
         return f"卡住了：{stalled:.0f} 秒没有做完一次模型调用" if stalled > self._stall_s else None

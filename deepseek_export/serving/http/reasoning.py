@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_OPEN, _CLOSE = "<think>", "</think>"
+#: 思考的开头与结尾。
+TAGS = _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def begins_thinking(prompt: str) -> bool:
@@ -59,6 +60,11 @@ class ReasoningSplit:
             self._state, self._after_tag = "answering", True
         self._drop_newlines()
         return Parts(reasoning, self._take(0))
+
+    @property
+    def thinking(self) -> bool:
+        """正在思考。"""
+        return self._state == "thinking"
 
     def flush(self) -> Parts:
         """回答结束了：攥着的也给出来。"""

@@ -11,12 +11,11 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from deepseek_export.errors import DsxError
-from deepseek_export.serving.http.answers import Answer
+from deepseek_export.serving.http.answers import Answering
 from deepseek_export.serving.http.guards import Receive, Scope, Send, note
 from deepseek_export.serving.http.metrics import Metrics
-from deepseek_export.serving.http.problems import ApiError, json_bytes, json_response
-from deepseek_export.serving.http.reasoning import Parts
-from deepseek_export.serving.http.scores import ScoredToken
+from deepseek_export.serving.http.problems import ApiError, json_response
+from deepseek_export.serving.http.said import Said
 from deepseek_export.serving.http.turn import ClientGoneError, Piece, Turn
 
 #: 流式的回答这么多秒没有东西可发，就发一行注释，免得中间的代理以为连接断了。
@@ -37,7 +36,7 @@ class Reply:
         metrics: 指标。
     """
 
-    def __init__(self, turn: Turn, answer: Answer, request: Request, metrics: Metrics) -> None:
+    def __init__(self, turn: Turn, answer: Answering, request: Request, metrics: Metrics) -> None:
         self.turn, self.answer = turn, answer
         self._request, self._metrics = request, metrics.of(answer.model)
         self._first_s: float | None = None
@@ -50,10 +49,7 @@ class Reply:
             DsxError: 有一个请求失败了。
             ApiError: 503，服务要停。
         """
-        parts = [Parts("", "")] * len(self.turn.choices)
-        scores: list[list[ScoredToken] | None] = [
-            None if choice.order.sampling.logprobs is None else [] for choice in self.turn.choices
-        ]
+        said = [Said.of(choice) for choice in self.turn.choices]
         # Starlette 只替流式的回答看着客户端，不替这一种。
         watch = asyncio.create_task(self._watch())
         try:
@@ -61,10 +57,7 @@ class Reply:
                 async for piece in self.turn.pieces():
                     if piece is not None:
                         self._saw(piece)
-                        reasoning, content = parts[piece.index]
-                        parts[piece.index] = Parts(reasoning + piece.reasoning, content + piece.text)
-                        if (scored := scores[piece.index]) is not None:
-                            scored.extend(piece.scores or ())
+                        said[piece.index].add(piece)
         except ClientGoneError:
             return Response(status_code=_CLIENT_GONE)
         except Exception:
@@ -73,35 +66,34 @@ class Reply:
         finally:
             watch.cancel()
             self.close()
-        finishes = [choice.finish for choice in self.turn.choices]
-        return json_response(self.answer.whole(parts, scores, finishes, self.turn.usage))
+        return json_response(self.answer.whole(said, self.turn.choices, self.turn.usage))
 
     def streamed(self, keep_alive_s: float) -> Response:
         """一边生成一边答；``keep_alive_s`` 秒没有东西可发，就发一行注释。"""
         return _EventStream(self, keep_alive_s)
 
     async def events(self, keep_alive_s: float) -> AsyncIterator[bytes]:
-        """SSE 的各个事件；开始之后出的错也是一个事件，最后总有 ``[DONE]``。"""
-        for chunk in self.answer.openings(len(self.turn.choices)):
-            yield _event(chunk)
+        """SSE 的各个事件；开始之后出的错也是一个事件。"""
+        for block in self.answer.began(len(self.turn.choices), self.turn.usage):
+            yield block
         try:
             async for piece in self.turn.pieces(keep_alive_s):
                 if piece is None:
                     yield b": keep-alive\n\n"
                     continue
                 self._saw(piece)
-                for chunk in self.answer.chunks(piece):
-                    yield _event(chunk)
-            if self.answer.usage_chunk:
-                yield _event(self.answer.usage(self.turn.usage))
+                for block in self.answer.said(piece):
+                    yield block
+            last = self.answer.ended(self.turn.choices, self.turn.usage)
         except (ApiError, DsxError) as error:
             self._failed = True
-            yield _event((error if isinstance(error, ApiError) else ApiError.of(error)).body)
+            last = self.answer.failed(error if isinstance(error, ApiError) else ApiError.of(error))
         except Exception:  # dsx 的缺陷：traceback 留在日志里，客户端也不能白等
             self._failed = True
             logger.exception("流式回答出错")
-            yield _event(ApiError(500, "服务内部出错", code="internal_error").body)
-        yield b"data: [DONE]\n\n"
+            last = self.answer.failed(ApiError(500, "服务内部出错", code="internal_error"))
+        for block in last:
+            yield block
 
     def close(self) -> None:
         """记下各个回答怎么结束的；调一次。"""
@@ -149,7 +141,3 @@ class _EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
         finally:
             self._reply.close()
-
-
-def _event(body: Mapping[str, Any]) -> bytes:
-    return b"data: " + json_bytes(body) + b"\n\n"

@@ -11,6 +11,8 @@ from deepseek_export.errors import DsxError
 from deepseek_export.runtime import SamplingParams
 from deepseek_export.runtime.sampling import MAX_LOGPROBS
 from deepseek_export.serving.http.problems import ApiError
+from deepseek_export.serving.http.structured import Structured
+from deepseek_export.serving.http.tools import CalledTool, Tooled
 from deepseek_export.serving.http.unsupported import MESSAGE_FIELDS, REQUEST_FIELDS, refuse_unsupported
 
 #: ``/v1/completions`` 没有给 ``max_tokens`` 时，与 OpenAI 相同。
@@ -44,7 +46,7 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool | None = None
 
 
-class Sampled(BaseModel):
+class Sampled(Structured):
     """两个生成的端点共有的字段；``None`` 与没有给一样。"""
 
     model_config = ConfigDict(extra="allow")
@@ -178,11 +180,22 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def text(self) -> str:
+        """``content`` 的文字；几段各占一行。"""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
 
     def as_template(self, where: str) -> dict[str, Any]:
-        """聊天模板里的样子。``developer`` 是 OpenAI 给 ``system`` 的新名字；几段文字各占一行。
+        """聊天模板里的样子。``developer`` 是 OpenAI 给 ``system`` 的新名字；思考的两个名字都认。
 
         Raises:
             ApiError: 400，用到还没有做的字段；不是助手而没有 ``content``。
@@ -190,11 +203,16 @@ class Message(BaseModel):
         refuse_unsupported(self.model_extra or {}, MESSAGE_FIELDS, where)
         if self.content is None and self.role != "assistant":
             raise ApiError(400, f"{where}content 没有给", param=f"{where}content")
-        text = (
-            "\n".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
-        )
         role = "system" if self.role == "developer" else self.role
-        return {**(self.model_extra or {}), "role": role, "content": text or ""}
+        made = {**(self.model_extra or {}), "role": role, "content": self.text}
+        # 模板以“有没有这个键”来分：没有的不给。
+        if self.tool_calls and role == "assistant":
+            made["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            made["tool_call_id"] = self.tool_call_id
+        if thought := self.reasoning_content or self.reasoning:
+            made |= {"reasoning_content": thought, "reasoning": thought}
+        return made
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
@@ -209,13 +227,21 @@ def as_template(messages: list[Message]) -> list[dict[str, Any]]:
     return [message.as_template(f"messages.{at}.") for at, message in enumerate(messages)]
 
 
-class ChatRequest(Sampled):
+#: 聊天模板自己的变量，不能由请求给。
+_OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+
+class ChatRequest(Tooled, Sampled):
     """``POST /v1/chat/completions``。"""
 
     messages: Messages
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: TopCount | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
 
     @property
     def scored(self) -> int | None:
@@ -223,10 +249,24 @@ class ChatRequest(Sampled):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def checked(self) -> Self:
-        """另外，要 ``top_logprobs`` 就要 ``logprobs``。"""
+        """见 :meth:`Sampled.checked`；另看几个字段合不合。
+
+        Raises:
+            ApiError: 400。
+        """
+        super().checked()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs 只能与 logprobs=true 一起给", param="top_logprobs")
-        return super().checked()
+        self.checked_tools()
+        _ = self.forced
+        if self.continue_final_message and self.add_generation_prompt:
+            what = "continue_final_message 与 add_generation_prompt 不能都是 true"
+            raise ApiError(400, what, param="continue_final_message")
+        own = _OWN_VARIABLES & set(self.chat_template_kwargs or ())
+        if own:
+            what = f"chat_template_kwargs 里不能有 {'、'.join(sorted(own))}"
+            raise ApiError(400, what, param="chat_template_kwargs")
+        return self
 
     @property
     def budget(self) -> int | None:

@@ -84,12 +84,18 @@ class Server(uvicorn.Server):
     ) -> None:
         self.service = Service()
         self._loads = loads
+        self._loader: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         app = create_app(self.service, keys, cors_origins, keep_alive_s, log_prompts, slot_folder)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off"
         )
         super().__init__(config)
+
+    @property
+    def loading(self) -> bool:
+        """加载的线程还在跑；停下之后也可能：它停不下来。"""
+        return self._loader is not None and self._loader.is_alive()
 
     async def run_on(self, listening: socket.socket) -> None:
         """服务到停下为止；引擎随之关掉。
@@ -100,7 +106,10 @@ class Server(uvicorn.Server):
         began, self._loop = perf_counter(), asyncio.get_running_loop()
         loading: Future[list[ServedModel]] = Future()
         # 不拦着退出：加载一个大模型要几分钟，这时要停就停。
-        threading.Thread(target=_settle, args=(loading, self._loads), name="dsx-load", daemon=True).start()
+        self._loader = threading.Thread(
+            target=_settle, args=(loading, self._loads), name="dsx-load", daemon=True
+        )
+        self._loader.start()
         loaded = asyncio.ensure_future(self._loaded(loading, began))
         try:
             await self.serve(sockets=[listening])

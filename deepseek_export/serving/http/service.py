@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deepseek_export.errors import DsxError
+from deepseek_export.formats.grammar import Grammar
 from deepseek_export.runtime import BundleTokenizer, ModelSession
 from deepseek_export.runtime.generate import checked_prompt
 from deepseek_export.serving import Engine
+from deepseek_export.serving.http.formats import ModelFormats, Reading
 from deepseek_export.serving.http.health import Pulse
 from deepseek_export.serving.http.problems import ApiError
-from deepseek_export.serving.http.reasoning import begins_thinking
-from deepseek_export.serving.http.schemas import ChatRequest, CompletionRequest, Message, Sampled, as_template
+from deepseek_export.serving.http.schemas import ChatRequest, CompletionRequest, Message, Sampled
 from deepseek_export.serving.http.turn import Order
 
 
@@ -26,6 +27,7 @@ class ServedModel:
         tokenizer: 分词器。
         session: 主模型；归引擎用，这里只看它的长度与词表。
         engine: 服务引擎。
+        formats: 提示词与回答的格式。
         pulse: 引擎还行不行。
         created: 开始服务的 Unix 时间，秒。
     """
@@ -34,6 +36,7 @@ class ServedModel:
     tokenizer: BundleTokenizer
     session: ModelSession
     engine: Engine
+    formats: ModelFormats
     pulse: Pulse
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -44,6 +47,7 @@ class ServedModel:
         tokenizer: BundleTokenizer | None,
         session: ModelSession,
         engine: Engine,
+        tool_parser: str | None = None,
     ) -> ServedModel:
         """试跑过：之后才算就绪；不成就关掉引擎。
 
@@ -59,7 +63,8 @@ class ServedModel:
         except BaseException:
             engine.close(drain=False)
             raise
-        return cls(name, tokenizer, session, engine, pulse)
+        formats = ModelFormats(tokenizer, session.vocab_size, engine.eos_token_ids, tool_parser)
+        return cls(name, tokenizer, session, engine, formats, pulse)
 
     @property
     def context(self) -> int:
@@ -76,7 +81,8 @@ class ServedModel:
         prompts = [
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
         ]
-        return self._orders(body, prompts, body.budget, echo=bool(body.echo))
+        grammar = self.formats.grammar(body.constraint(), None, "")
+        return self._orders(body, prompts, body.budget, None, grammar, echo=bool(body.echo))
 
     def chat_orders(self, body: ChatRequest) -> list[Order]:
         """``/v1/chat/completions`` 要的 ``n`` 个回答。要套模板、分词，会占住线程。
@@ -85,9 +91,10 @@ class ServedModel:
             DsxError: 模板渲染不了，或提示词过长。
             ApiError: 400，采样参数不对，或用到还没有做的字段。
         """
-        text = self.chat_text(body.messages)
+        text = self.formats.text(body)
         prompts, budget = [self.tokenizer.encode(text)], body.budget or self.context
-        return self._orders(body, prompts, budget, begins_thinking(text))
+        grammar = self.formats.grammar(body.constraint(), body, text)
+        return self._orders(body, prompts, budget, self.formats.reading(body, text), grammar)
 
     def chat_text(self, messages: list[Message]) -> str:
         """对话套上模板。
@@ -95,14 +102,15 @@ class ServedModel:
         Raises:
             DsxError: ``DSX-E502`` / ``DSX-E503``，没有聊天模板，或渲染失败。
         """
-        return self.tokenizer.apply_chat_template(as_template(messages))
+        return self.formats.text(ChatRequest(messages=messages))
 
     def _orders(
         self,
         body: Sampled,
         prompts: list[list[int]],
         budget: int,
-        thinking: bool | None = None,
+        reading: Reading | None,
+        grammar: Grammar | None,
         echo: bool = False,
     ) -> list[Order]:
         if not prompts:
@@ -129,7 +137,8 @@ class ServedModel:
                 ignore_eos=bool(body.ignore_eos),
                 cache_salt=body.cache_salt or "",
                 copy=copy,
-                thinking=thinking,
+                reading=reading,
+                grammar=grammar,
                 echo=self.tokenizer.decode(prompt) if echo else "",
             )
             for prompt in prompts

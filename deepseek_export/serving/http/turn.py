@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
+from deepseek_export.formats.calls import CallDelta
+from deepseek_export.formats.grammar import Grammar
 from deepseek_export.runtime import BundleTokenizer, SamplingParams
+from deepseek_export.runtime.sampling import Processor
 from deepseek_export.runtime.stop import StopStrings
 from deepseek_export.serving import Engine, Request
+from deepseek_export.serving.http.formats import Reading
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.reasoning import Parts, ReasoningSplit
 from deepseek_export.serving.http.scores import ScoredToken
 from deepseek_export.serving.http.waking import waker_of
 
 #: OpenAI 的 ``finish_reason``。
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 _REASONS: MappingProxyType[str, FinishReason] = MappingProxyType(
     {"eos": "stop", "stop": "stop", "length": "length"}
@@ -42,7 +47,8 @@ class Order:
         ignore_eos: 遇到 eos 也不停。
         cache_salt: 只与同样的 ``cache_salt`` 共用前缀。
         copy: 同一条提示词的第几个回答。
-        thinking: 思考与答案要不要分开：``None`` 不分（不是对话），否则是提示词有没有替回答开头。
+        reading: 思考、工具调用怎么分出来；``None`` 不分（不是对话）。
+        grammar: 约束输出的语法。
         echo: 放在文本最前面的，里面不找停止串。
     """
 
@@ -54,7 +60,8 @@ class Order:
     ignore_eos: bool = False
     cache_salt: str = ""
     copy: int = 0
-    thinking: bool | None = None
+    reading: Reading | None = None
+    grammar: Grammar | None = None
     echo: str = ""
 
 
@@ -70,6 +77,7 @@ class Piece:
         waited: 离上一段（头一段是离提交）几秒。
         first: 是不是头一段有 token 的。
         finish: 结束了就是原因。
+        calls: 新的工具调用的碎片，头一段带着 id。
         scores: 这一段文本里的 token 的对数概率；没有要就是 ``None``。文本还攥着的 token，留到给出文本的那一段。
     """
 
@@ -80,25 +88,45 @@ class Piece:
     waited: float
     first: bool
     finish: FinishReason | None
+    calls: tuple[CallDelta, ...] = ()
     scores: tuple[ScoredToken, ...] | None = None
 
 
 class Choice:
-    """一个回答：token 变成文本，找停止串，记下为什么结束。"""
+    """一个回答：token 变成文本，找停止串，分出思考与调用，记下为什么结束。
+
+    Attributes:
+        tokens, reasoning_tokens: 用了几个 token，其中几个在思考。
+        finish: 结束的原因；没有结束是 ``None``。
+        stopped_by: 停在哪个停止串；不是停止串就是 ``None``。
+    """
 
     def __init__(self, index: int, order: Order, tokenizer: BundleTokenizer) -> None:
         self.index, self.order = index, order
         self.tokens = 0
         self.finish: FinishReason | None = None
         self.request: Request | None = None
-        self._tokenizer, self._stream = tokenizer, tokenizer.stream()
+        self.stopped_by: str | None = None
+        self._reading = order.reading
+        self._kept = () if order.reading is None else order.reading.kept
+        self._tokenizer, self._stream = tokenizer, tokenizer.stream(self._kept)
         self._stops, self._silent = StopStrings(order.stops), frozenset(order.stop_token_ids)
-        self._split = None if order.thinking is None else ReasoningSplit(order.thinking)
+        self._split = None if order.reading is None else ReasoningSplit(order.reading.begun)
+        self._parser = None if order.reading is None else order.reading.parser()
+        self._called = False
+        self._parts = Parts("", "")
+        self.reasoning_tokens = 0
+        self._constraint = None if order.grammar is None else order.grammar.processor(len(order.prompt))
         self._ids: list[int] = []
         self._shown = ""
         self._given = 0  # 找过停止串、给出了的字符数
         self._scores: list[ScoredToken] = []  # 文本还攥着的 token
         self._latest = perf_counter()
+
+    @property
+    def processors(self) -> list[Processor]:
+        """交给引擎的。"""
+        return [] if self._constraint is None else [self._constraint]
 
     def advance(self) -> Piece | None:
         """收下新来的 token；没有新的、也没有结束就是 ``None``。
@@ -113,7 +141,7 @@ class Choice:
         if not fresh and not done:
             return None
         logprobs = self.request.logprobs  # 先取的 token，这里一个也不少
-        now, before, text = perf_counter(), self.tokens, ""
+        now, before = perf_counter(), self.tokens
         waited, self._latest = now - self._latest, now
         for token in fresh:
             if logprobs is not None and self._visible(token):
@@ -121,24 +149,33 @@ class Choice:
                 scored = ScoredToken.of(logprobs[self.tokens], self._tokenizer.bytes_of, offset)
                 self._scores.append(scored)
             self.tokens += 1
-            text += self._feed(token)
+            self._part(self._feed(token))
+            if self._split is not None and self._split.thinking:
+                self.reasoning_tokens += 1
             if self._stops.stopped:
-                self.finish = "stop"
+                self.finish, self.stopped_by = "stop", self._stops.found
                 self.request.cancel()
                 break
         if done and self.finish is None:
             reason = self.request.result(timeout=0).reason
             if reason not in _REASONS:
                 raise ApiError(503, "服务正在停止，这个请求没有做完", code="shutting_down")
+            if self._constraint is not None:
+                failure = self._constraint.failure(self.request.token_ids)
+                if failure is not None:
+                    raise failure
             self.finish = _REASONS[reason]
-            text += self._rest()
-        self._given += len(text)
+            self._part(self._rest())
+        if self.finish is not None and self._split is not None:
+            self._parts = _joined(self._parts, self._split.flush())
         scores = None if logprobs is None else self._released()
-        reasoning, text = self._parted(text)
+        (reasoning, text), self._parts = self._parts, Parts("", "")
+        text, calls = self._calls(text)
         first = before == 0 < self.tokens
         if before == 0:
             text = self.order.echo + text
-        return Piece(self.index, text, reasoning, self.tokens - before, waited, first, self.finish, scores)
+        new = self.tokens - before
+        return Piece(self.index, text, reasoning, new, waited, first, self.finish, calls, scores)
 
     def _visible(self, token: int) -> bool:
         """不是结束的 token：那些不在文本里。"""
@@ -163,23 +200,50 @@ class Choice:
             return piece
         return self._stops.feed(piece)
 
-    def _parted(self, text: str) -> Parts:
-        if self._split is None:
-            return Parts("", text)
-        parts = self._split.feed(text)
-        if self.finish is None:
-            return parts
-        last = self._split.flush()
-        return Parts(parts.reasoning + last.reasoning, parts.content + last.content)
+    def _part(self, text: str) -> None:
+        """分出思考与答案，攒在一起。"""
+        self._given += len(text)
+        parts = Parts("", text) if self._split is None else self._split.feed(text)
+        self._parts = _joined(self._parts, parts)
+
+    def _calls(self, text: str) -> tuple[str, tuple[CallDelta, ...]]:
+        """正文与调用的碎片；只许一次的，头一次完了就停。"""
+        if self._parser is None:
+            return text, ()
+        parsed = [self._parser.feed(text)]
+        if self.finish is not None:
+            parsed.append(self._parser.flush())
+        calls = [delta for one in parsed for delta in one.calls]
+        if self._reading is not None and self._reading.single:
+            over = any(delta.done for delta in calls)
+            calls = [delta for delta in calls if delta.index == 0]
+            if over and self.finish is None and self.request is not None:
+                self.finish = "stop"
+                self.request.cancel()
+        self._called = self._called or bool(calls)
+        if self._called and self.finish == "stop":
+            self.finish = "tool_calls"
+        return "".join(one.content for one in parsed), tuple(map(_with_id, calls))
 
     def _rest(self) -> str:
         """流式解码器还攥着的半个字符，与可能是停止串开头的那几个字。"""
-        whole = self._tokenizer.decode(self._ids)
+        whole = self._tokenizer.decode(self._ids, self._kept)
         rest = whole[len(self._shown) :] if whole.startswith(self._shown) else ""
         text = self._stops.feed(rest)
         if self._stops.stopped:
-            self.finish = "stop"
+            self.finish, self.stopped_by = "stop", self._stops.found
         return text + self._stops.flush()
+
+
+def _joined(one: Parts, another: Parts) -> Parts:
+    return Parts(one.reasoning + another.reasoning, one.content + another.content)
+
+
+def _with_id(delta: CallDelta) -> CallDelta:
+    """调用的头一段要有 id；文本里没有的，给一个。"""
+    if delta.name is None or delta.id is not None:
+        return delta
+    return replace(delta, id=f"call_{secrets.token_hex(12)}")
 
 
 class Turn:
@@ -234,6 +298,7 @@ class Turn:
                     stop_token_ids=order.stop_token_ids,
                     ignore_eos=order.ignore_eos,
                     cache_salt=order.cache_salt,
+                    processors=choice.processors,
                     listener=self._tell,
                 )
         except BaseException:
@@ -276,11 +341,13 @@ class Turn:
         prompt = sum(len(choice.order.prompt) for choice in prompts)
         cached = sum(0 if one.request is None else one.request.cached_tokens for one in prompts)
         completion = sum(choice.tokens for choice in self.choices)
+        thought = sum(choice.reasoning_tokens for choice in self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": thought},
             # DeepSeek 自己的 API 的名字，算价钱的客户端读它们。
             "prompt_cache_hit_tokens": cached,
             "prompt_cache_miss_tokens": prompt - cached,

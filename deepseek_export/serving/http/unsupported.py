@@ -15,34 +15,24 @@ _EMPTY: tuple[Any, ...] = (None, [], {})
 #: 字段 → 不改变结果、因此可以给的值。
 REQUEST_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "add_generation_prompt": (None, True),
         "audio": _NONE,
         "bad_words": _EMPTY,
         "best_of": (None, 1),
         "chat_template": _NONE,
-        "chat_template_kwargs": _EMPTY,
-        "continue_final_message": _OFF,
         "documents": _EMPTY,
         "echo": _OFF,  # 对话的；续写有
         "function_call": (None, "none", "auto"),
+        "guided_decoding_backend": _NONE,
+        "guided_whitespace_pattern": _NONE,
         "functions": _EMPTY,
-        "guided_choice": _NONE,
-        "guided_grammar": _NONE,
-        "guided_json": _NONE,
-        "guided_regex": _NONE,
         "include_stop_str_in_output": _OFF,
         "length_penalty": (None, 1),
         "modalities": (None, ["text"]),
         "prompt_embeds": _NONE,
         "prompt_logprobs": _NONE,
-        "reasoning_effort": _NONE,
-        "response_format": (None, {"type": "text"}),
         "return_token_ids": _OFF,
         "skip_special_tokens": (None, True),
-        "structured_outputs": _NONE,
         "suffix": (None, ""),
-        "tool_choice": (None, "none", "auto"),
-        "tools": _EMPTY,
         "top_logprobs": (None, 0),  # 续写的；对话有
         "truncate_prompt_tokens": _NONE,
         "typical_p": (None, 1),
@@ -52,9 +42,7 @@ REQUEST_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 #: 同上，一条消息里的。
-MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {"audio": _NONE, "function_call": _NONE, "tool_call_id": _NONE, "tool_calls": _EMPTY}
-)
+MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = MappingProxyType({"audio": _NONE, "function_call": _NONE})
 
 
 def refuse_unsupported(

@@ -1,0 +1,104 @@
+"""``dsx::LightningIndexer``：DeepSeek 稀疏注意力（DSA）的索引器，给每个 query 挑出分数最高的 ``topk`` 个 key 的位置。
+
+出处：DeepSeek-V3.2 技术报告；transformers ``models/deepseek_v32``。分数是 ``Σ_h w_h · relu(q_h · k)``，每个 token 只有一个 key 头。
+
+与厂商推理代码不同的地方，都与 transformers 相同：不做 Hadamard 变换（它是正交的，只在随后要量化时才有意义），也不量化。两个正的常数
+（``head_dim**-0.5``、``n_heads**-0.5``）不影响名次，这里不乘。
+
+看得见的 key 不超过 ``topk`` 个的 query 不必排名：全部选中，结果只由位置决定。所以 T 不超过 ``topk`` 时一个分数也不算。
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek_export.ops.standard import tensor_scatter, top_k
+
+#: 排序时排在所有位置后面；也是没有选中的意思，输出里换成 -1。
+_NOWHERE = 1 << 30
+
+
+def update_index_cache(k: Tensor, index_cache: Tensor, past_lens: Tensor) -> Tensor:
+    """把新 token 的索引 key 写进缓存。
+
+    Args:
+        k: [B, S, di]，已过 k_norm、已旋转。
+        index_cache: [B, 1, T, di]，dtype 可与 ``k`` 不同。
+        past_lens: [B] int64。
+
+    Returns:
+        形状同 ``index_cache``，第 ``past_lens[b] .. past_lens[b]+S-1`` 行是新值。
+    """
+    return tensor_scatter(index_cache, k.to(index_cache.dtype).unsqueeze(1), past_lens)
+
+
+def index_scores(q: Tensor, w: Tensor, index_cache: Tensor) -> Tensor:
+    """每个 query 对缓存里每个位置的分数，不遮罩。
+
+    Args:
+        q: [B, S, Hi, di]，已旋转。
+        w: [B, S, Hi] float32，每个头的权重，可以是负的。
+        index_cache: [B, 1, T, di]，已写入新行。
+
+    Returns:
+        [B, S, T] float32。
+    """
+    B, S, H, di = q.shape
+    keys = index_cache.squeeze(1).float().transpose(1, 2)
+    scores = torch.matmul(q.float().reshape(B, S * H, di), keys).relu().view(B, S, H, -1)
+    return torch.matmul(w.unsqueeze(2), scores).squeeze(2)
+
+
+def rank_keys(q: Tensor, w: Tensor, index_cache: Tensor, past_lens: Tensor, topk: int) -> Tensor:
+    """按分数选，要求 T 不小于 ``topk``；参数与返回同 :func:`lightning_indexer`，``index_cache`` 已写入新行。"""
+    S, T = q.shape[1], index_cache.shape[2]
+    last = past_lens[:, None] + torch.arange(S, device=q.device)
+    hidden = torch.arange(T, device=q.device) > last[:, :, None]
+    scores = index_scores(q, w, index_cache).masked_fill(hidden, float("-inf"))
+    _, chosen = top_k(scores, topk)
+    # 看得见的不够 topk 个时，剩下的名额落在看不见的位置上。
+    chosen = torch.where(chosen > last[:, :, None], _NOWHERE, chosen)
+    ascending = -top_k(-chosen, topk)[0]
+    return torch.where(ascending == _NOWHERE, -1, ascending).to(torch.int32)
+
+
+def every_key(past_lens: Tensor, S: int, topk: int) -> Tensor:
+    """不排名：选中看得见的前 ``topk`` 个位置；T 不超过 ``topk`` 时就是全部看得见的。
+
+    Returns:
+        [B, S, topk] int32。
+    """
+    last = past_lens[:, None] + torch.arange(S, device=past_lens.device)
+    places = torch.arange(topk, device=past_lens.device)
+    return torch.where(places > last[:, :, None], -1, places).to(torch.int32)
+
+
+def key_counts(past_lens: Tensor, S: int, topk: int) -> Tensor:
+    """每个 query 选中几个：看得见的个数，不超过 ``topk``。返回 [B, S] int32。"""
+    visible = past_lens[:, None] + torch.arange(1, S + 1, device=past_lens.device)
+    return visible.clamp(max=topk).to(torch.int32)
+
+
+def lightning_indexer(
+    q: Tensor, w: Tensor, k: Tensor, index_cache: Tensor, past_lens: Tensor, topk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """算子的 eager 参考实现；形状见 :data:`~deepseek_export.ops.table.LIGHTNING_INDEXER`。
+
+    Returns:
+        indices [B, S, topk] int32：前 ``counts[b, s]`` 个是选中的位置，升序，其余是 -1；并列时取小的位置。
+        counts [B, S] int32；index_cache_out：形状同 ``index_cache``。
+    """
+    cache, S = update_index_cache(k, index_cache, past_lens), q.shape[1]
+    if cache.shape[2] <= topk:
+        indices = every_key(past_lens, S, topk)
+    else:
+        indices = rank_keys(q, w, cache, past_lens, topk)
+    return indices, key_counts(past_lens, S, topk), cache
+
+
+def fake(q, w, k, index_cache, past_lens, topk):
+    """形状推导（meta）。"""
+    B, S = q.shape[:2]
+    indices = q.new_empty(B, S, topk, dtype=torch.int32)
+    return indices, q.new_empty(B, S, dtype=torch.int32), torch.empty_like(index_cache)

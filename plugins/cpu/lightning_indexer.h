@@ -1,0 +1,30 @@
+// dsx::LightningIndexer 的分工与调度，与指令集、与 ONNX Runtime 都无关。语义见 deepseek_export/ops/lightning_indexer.py。
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace dsx {
+
+struct LightningIndexer {
+    int64_t B, S, H, di, T, topk;
+    Dtype dtype;               // q、k
+    Dtype cache_dtype;         // 两个缓存
+    const void* q;             // [B, S, H, di]
+    const float* w;            // [B, S, H]
+    const void* k;             // [B, S, di]
+    const void* index_cache;   // [B, 1, T, di]
+    const int64_t* past_lens;  // [B]，已核对 0 <= past_lens[b] <= T - S
+    int32_t* indices;          // [B, S, topk]
+    int32_t* counts;           // [B, S]
+    void* index_cache_out;     // 与 index_cache 相同时原地写，否则先复制
+
+    // 第 b 个序列的第 token 个 query 在 [B, S] 里的下标。
+    int64_t query_row(int64_t b, int64_t token) const { return b * S + token; }
+};
+
+void run(const LightningIndexer& op, const Kernels& kernels, const Parallel& parallel);
+
+}  // namespace dsx
