@@ -47,7 +47,7 @@ def manifest(
         target=target,
         dtype=dtype,
         profile=resolve_profile(profile, [f"mtp.verify={verify}"]),
-        model=SimpleNamespace(num_hidden_layers=3),
+        model=SimpleNamespace(num_hidden_layers=3, indexer=None),
         graphs=graphs,
         cache=CacheEntry.model_construct(dtype=cache or dtype),
         quantization=QuantizationEntry.model_construct(kind=quant) if quant else None,

@@ -151,6 +151,9 @@ def test_the_folder_becomes_a_row_of_the_history(fine, tmp_path, monkeypatch):
     assert {v.case for v in verdicts} == {name for name, case in by.items() if case.ratios}
     text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     assert "NVIDIA 卡上插件的 kernel" in text
+    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert "LatentAttention 占上限的几成" in page
+    assert "估计至多" in page
 
 
 def test_what_is_not_such_a_folder_is_refused(tmp_path):
