@@ -88,7 +88,7 @@ def add(folder: Path, out: Path) -> None:
 
     try:
         found = Run.model_validate(record.load(folder))
-    except (FileNotFoundError, DsxError) as error:
+    except (FileNotFoundError, ValueError, DsxError) as error:
         raise click.ClickException(str(error)) from error
     if not any(case.ratios for suite in found.suites for case in suite.cases):
         raise click.ClickException(f"{folder} 里没有一个核对过的计时，没有记：各步怎样见 {folder}/*.log")

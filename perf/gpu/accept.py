@@ -92,8 +92,8 @@ def accept(
         print(f"{phase.name}：{phase.title}", file=sys.stderr)
         if left < 5:
             outcome = {"status": "skipped", "detail": "时间用完了"}
-        elif wrapper and shutil.which(wrapper[0]) is None:
-            outcome = {"status": "skipped", "detail": f"没有 {wrapper[0]}"}
+        elif missing := [tool for tool in phase.tools if shutil.which(tool) is None]:
+            outcome = {"status": "skipped", "detail": f"没有 {'、'.join(missing)}"}
         else:
             command = [*wrapper, *entry, phase.name, str(folder)]
             outcome = run(

@@ -26,10 +26,11 @@ def main(name: str, folder: Path) -> int:
         return 0 if missing is None else 1
     phase = next(phase for phase in PHASES if phase.name == name)
     card, failed = Card(), False
+    on = card.facts()["card"]
     for item in phase.items(card, folder):
         row = _row(card, item)
         failed |= row["status"] == "failed"
-        lines.append(folder / lines.ROWS, {"phase": name, **row})
+        lines.append(folder / lines.ROWS, {"phase": name, "on": on, **row})
         print(f"{row['status']}  {item.name}  {row.get('detail', '')}", flush=True)
     return int(failed)
 

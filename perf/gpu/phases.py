@@ -43,8 +43,9 @@ class Phase:
         title: 做什么，给人看。
         items: 各项。
         limit: 至多几秒。
-        wrapper: 在这个工具下跑；工具不在就跳过，写明。``{folder}`` 换成结果的目录。
+        wrapper: 在这个工具下跑。``{folder}`` 换成结果的目录。
         environment: 另加的环境变量。
+        tool: 要的另一个工具；它或 ``wrapper`` 的不在就跳过，写明。
     """
 
     name: str
@@ -53,6 +54,12 @@ class Phase:
     limit: float
     wrapper: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    tool: str = ""
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """要哪几个工具。"""
+        return tuple(filter(None, (*self.wrapper[:1], self.tool)))
 
 
 def _environment(card: Card, _: Path) -> Iterator[Item]:
@@ -260,7 +267,7 @@ PHASES: tuple[Phase, ...] = (
     Phase("headline", "主要形状的计时", _times(points.HEADLINE), 120),
     Phase("awkward", "不凑整的批、长短不齐、128k 的计时", _times(points.AWKWARD), 90),
     Phase("ncu", "Nsight Compute 看三个 kernel", _once(points.PROFILED), 90, (*_NCU, *_NCU_OUT)),
-    Phase("launcher", "C++ 启动器", _launcher, 60),
+    Phase("launcher", "C++ 启动器", _launcher, 60, tool="g++"),
     Phase("runtime", "cuda.py 与重放，用替身的引擎，真的驱动", _runtime, 45),
     Phase("rest", "其余的核对", _rest, 240),
 )

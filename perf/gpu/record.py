@@ -20,9 +20,13 @@ def load(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: 不是 ``python -m perf.gpu.accept`` 写的目录，或里面没有卡的一行。
+        ValueError: 混着几张卡的结果。
         DsxError: ``DSX-E902``，没有装 triton，算不出审计的估计。
     """
     rows = lines.read(folder)
+    cards = sorted({row["on"] for row in rows if "on" in row})
+    if len(cards) > 1:
+        raise ValueError(f"{folder} 里混着几张卡的结果：{'、'.join(cards)}；一张卡一个目录")
     start = next((row for row in rows if row["phase"] == "start"), None)
     card = next((row for row in rows if row.get("item") == "card" and row["status"] == "ok"), None)
     if start is None or card is None:

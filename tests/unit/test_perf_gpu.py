@@ -69,12 +69,23 @@ def test_trouble_stays_where_it_is(tmp_path, monkeypatch):
     sanitizer = tools / "compute-sanitizer"
     sanitizer.write_text('#!/bin/sh\necho "$4" >> "$0.log"\nshift 4\nexec "$@"\n')
     sanitizer.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setenv("FAKE_CARD", "smoke=wrong,checks=memory,headline=signal,rest=hang")
     limited = tuple(replace(one, limit=SHORT) if one.name == "rest" else one for one in phases.PHASES)
     monkeypatch.setattr(phases, "PHASES", limited)
     folder = tmp_path / "out"
-    chosen = ["environment", "smoke", "memcheck", "ncu", "checks", "ceilings", "headline", "runtime", "rest"]
+    chosen = [
+        "environment",
+        "smoke",
+        "memcheck",
+        "ncu",
+        "launcher",
+        "checks",
+        "ceilings",
+        "headline",
+        "runtime",
+        "rest",
+    ]
     arguments = ["--out", str(folder), *(word for name in chosen for word in ("--phase", name))]
     assert accept.main(arguments, FAKE) == 1
     assert outcomes(folder) == {
@@ -82,6 +93,7 @@ def test_trouble_stays_where_it_is(tmp_path, monkeypatch):
         "smoke": "failed",
         "memcheck": "ok",
         "ncu": "skipped",
+        "launcher": "skipped",
         "checks": "failed",
         "ceilings": "ok",
         "headline": "crashed",
@@ -91,7 +103,7 @@ def test_trouble_stays_where_it_is(tmp_path, monkeypatch):
     details = {
         row["phase"]: row["detail"] for row in lines.read(folder) if "detail" in row and "item" not in row
     }
-    assert details["ncu"] == "没有 ncu"
+    assert (details["ncu"], details["launcher"]) == ("没有 ncu", "没有 g++")
     assert details["headline"].startswith("SIGSEGV")
     assert (tools / "compute-sanitizer.log").read_text() == "memcheck\n"
     assert [row["status"] for row in items(folder, "smoke")] == ["failed", "failed"]
@@ -157,13 +169,18 @@ def test_the_folder_becomes_a_row_of_the_history(fine, tmp_path, monkeypatch):
 
 
 def test_what_is_not_such_a_folder_is_refused(tmp_path):
-    """不是验收写的目录、environment 没有做成的，说明，不写历史。"""
+    """不是验收写的目录、environment 没有做成的、混着几张卡的，说明，不写历史。"""
     refused = CliRunner().invoke(cli, ["add", str(tmp_path)])
     assert refused.exit_code == 1
     assert "没有 rows.jsonl" in refused.output
     lines.append(tmp_path / lines.ROWS, {"phase": "start", "started": "", "environment": {}})
     with pytest.raises(FileNotFoundError, match="没有卡的一行"):
         record.load(tmp_path)
+    for card in ("A", "B"):
+        lines.append(tmp_path / lines.ROWS, {"phase": "smoke", "item": "card", "status": "ok", "on": card})
+    refused = CliRunner().invoke(cli, ["add", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "混着几张卡的结果：A、B" in refused.output
 
 
 def test_a_torn_line_costs_only_itself(tmp_path):
