@@ -108,7 +108,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E603": "transformers 版本太旧",
         "DSX-E604": "校验用的 prompt 不可用",
         "DSX-E605": "校验不过",
-        "DSX-E606": "测困惑度的文本不可用",
+        "DSX-E606": "--text 的文本不可用",
         "DSX-E607": "校验的层级不可用",
         "DSX-E613": "没有这个比较后端",
         "DSX-E614": "比较后端在这里不能用",

@@ -3,7 +3,7 @@
 python -m perf run [SUITE...]      完整的场景，追加进历史，重写报告
 python -m perf check               缩小的场景，对照门槛与上一次，不写历史
 python -m perf report              只用历史重写报告
-python -m perf add FILE            把 python -m perf.gpu 在别的机器上写的一行追加进历史，重写报告
+python -m perf add DIR             把 python -m perf.gpu.accept 在别的机器上写的目录追加进历史，重写报告
 python -m perf compare [SUITE...]  每套最后两次完整的运行：每个比值的散布相不相交
 python -m perf pages               由历史重写 docs/performance.md、docs/perf 里的图与两份 README 的三个数字
 """
@@ -19,6 +19,7 @@ import click
 
 from deepseek_export.benchmark.environment import environment
 from deepseek_export.cpu_library import find_library
+from deepseek_export.errors import DsxError
 from deepseek_export.machine import cores
 from perf import gates, pages, report, reproduce, results
 from perf.results import ROOT, Run
@@ -79,12 +80,19 @@ def rewrite(out: Path) -> None:
 
 
 @cli.command()
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @out_option
-def add(file: Path, out: Path) -> None:
-    """把 FILE 里的行（别的机器上 ``python -m perf.gpu`` 写的）追加进历史，重写报告。"""
-    for found in results.load(file):
-        results.append(found)
+def add(folder: Path, out: Path) -> None:
+    """把目录 DIR（别的机器上 ``python -m perf.gpu.accept`` 写的）追加进历史，重写报告；审计的估计写在测得的旁边。"""
+    from perf.gpu import record  # 要 torch 与 triton
+
+    try:
+        found = Run.model_validate(record.load(folder))
+    except (FileNotFoundError, ValueError, DsxError) as error:
+        raise click.ClickException(str(error)) from error
+    if not any(case.ratios for suite in found.suites for case in suite.cases):
+        raise click.ClickException(f"{folder} 里没有一个核对过的计时，没有记：各步怎样见 {folder}/*.log")
+    results.append(found)
     _write_latest(out)
 
 

@@ -252,6 +252,28 @@ def _peers(suite: SuiteResult) -> dict[str, Picture]:
     return made
 
 
+def _gpu(suite: SuiteResult) -> dict[str, Picture]:
+    """每个算子一张：占上限的几成，机器码审计的估计在旁边；没有核对过的点不画。"""
+    made = {}
+    for name, operator in (("attention", "LatentAttention"), ("experts", "MoeExperts")):
+        groups = [
+            Group(f"{case.name.removeprefix(operator).strip()}（{case.facts['bound']}）", _shares(case))
+            for case in suite.cases
+            if case.name.startswith(operator) and case.ratios and "share" in case.facts
+        ]
+        if groups:
+            title, note = f"{operator} 占上限的几成", f"同一张卡当场测得的拷贝或方阵乘法为 1，{HIGHER}"
+            made[name] = bar_chart(title, _spoken(groups), groups, note=note, heading=True)
+    return made
+
+
+def _shares(case: Case) -> list[Bar]:
+    seconds, share, guess = case.values["dsx.seconds"], case.facts["share"], case.facts["estimated_share"]
+    low, high = (share * seconds.median / one for one in (seconds.high, seconds.low))
+    bars = [Bar("测得", share, low, high, f"{share:.0%}", 1)]
+    return bars if guess is None else [*bars, Bar("估计至多", guess, guess, guess, f"{guess:.0%}", 0)]
+
+
 #: 套件 → 怎么画；没有登记的只有表。
 FIGURES: Mapping[str, Callable[[SuiteResult], dict[str, Picture]]] = MappingProxyType(
     {
@@ -262,5 +284,6 @@ FIGURES: Mapping[str, Callable[[SuiteResult], dict[str, Picture]]] = MappingProx
         "moe-quality": _moe_quality,
         "compile": _compile,
         "peers": _peers,
+        "gpu": _gpu,
     }
 )

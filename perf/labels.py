@@ -290,11 +290,19 @@ _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "bound": ("受限于", str),
         "share": ("占上限的", _percent),
         "active_experts": ("有 token 的专家", str),
-        "checks": ("核对，全部通过", _count),
+        "checks": ("核对，通过的", _count),
+        "failed_checks": ("核对，不过的", lambda rows: _any(rows) or "没有"),
+        "not_timed": ("没有量成的", lambda rows: _any(rows) or "没有"),
+        "unverified": ("不算数", str),
+        "estimated_share": (
+            "机器码审计的估计，至多占上限的",
+            lambda share: "没有这种卡的规格" if share is None else _percent(share),
+        ),
+        "phases": ("各步", _each(str)),
         "elapsed": ("共用了几秒", number),
         "memory_bytes": ("显存", size),
         "versions": ("版本", _any),
-        "skipped": ("时间用完没有测的", lambda points: _any(points) or "没有"),
+        "skipped": ("跳过没有测的", lambda points: _any(points) or "没有"),
         "source": ("来处", str),
     }
 )

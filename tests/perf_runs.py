@@ -107,14 +107,22 @@ def every_suite() -> list[SuiteResult]:
         suite("moe-quality", [quality]),
         suite("compile", [sizes, layers, engine]),
         suite("peers", [*speeds, memory]),
-        *(
-            _from_gates(name)
-            for name in ("serve", "apply", "cpu-kernel", "int8-cache", "quant", "scale", "gpu")
-        ),
+        suite("gpu", [_kernel("LatentAttention H16 B1 S1 T1024", 0.4), _kernel("MoeExperts V3 N16", None)]),
+        *(_from_gates(name) for name in ("serve", "apply", "cpu-kernel", "int8-cache", "quant", "scale")),
         suite(
             "decode-profile", [Case(name="depth 0", values={"dsx.step_s": one}, facts={"host_share": 0.01})]
         ),
     ]
+
+
+def _kernel(name: str, guess: float | None) -> Case:
+    """卡上的一个点；``guess`` 是审计的估计。"""
+    return Case(
+        name=name,
+        values={"dsx.seconds": spread(1e-3, 2e-3)},
+        ratios={"用时/目标": spread(0.01)},
+        facts={"bound": "带宽", "share": 0.3, "estimated_share": guess},
+    )
 
 
 def _from_gates(name: str) -> SuiteResult:

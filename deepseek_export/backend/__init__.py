@@ -18,9 +18,9 @@ from deepseek_export.errors import DsxError
 if TYPE_CHECKING:
     from deepseek_export.backend.base import Backend
 
-#: ``--backend`` 的值 → 后端所在的文件夹，它的 ``BACKEND`` 就是后端。
+#: ``--backend`` 的值 → 后端所在的模块，它的 ``BACKEND`` 就是后端。
 BACKENDS: Mapping[str, str] = MappingProxyType(
-    {"ort": "deepseek_export.backend.ort", "trt": "deepseek_export.backend.tensorrt"}
+    {"ort": "deepseek_export.backend.ort.backend", "trt": "deepseek_export.backend.tensorrt.backend"}
 )
 
 

@@ -45,7 +45,7 @@ LEVELS = ("op", "block", "model", "tokens")
     "--text",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="在这个文件的文本上比困惑度；只用于 --quant 导出的 bundle。",
+    help="量化的 bundle 在这个文件的文本上比困惑度；float16 的看激活会不会溢出。",
 )
 @backend_option
 @verify_weights_option(True)
@@ -69,7 +69,7 @@ def command(
     """逐级比对 bundle OUT 与 PyTorch：算子、每一层、logits、greedy 续写的 token。
 
     每一级都看三个量：最大绝对差、calc_diff（余弦型差异）、范数比；容差在 dsx 的容差表里，不能在命令行上放宽。近平局（两个候选几乎
-    同分，换一个不算错）单独计数。权重量化过的 bundle，前几级的参照用同样的量化权重，loss 一级再量它比未量化的差多少；缓存比模型窄的同理，参照用同样窄的缓存。全部结果写进 OUT/reports/parity.json；不通过时退出码是 1。
+    同分，换一个不算错）单独计数。权重量化过的 bundle，前几级的参照用同样的量化权重，loss 一级再量它比未量化的差多少；缓存比模型窄的同理，参照用同样窄的缓存。float16 的 bundle 先看参考模型的激活：超过 65504 就不通过。全部结果写进 OUT/reports/parity.json；不通过时退出码是 1。
     """
     try:
         with open_progress(as_json) as progress:
@@ -123,6 +123,7 @@ def _summary(report: ParityReport, written: Path | None) -> dict[str, Any]:
         "first_failure": None if failure is None else failure.model_dump(mode="json"),
         "notes": report.notes,
         "loss": None if report.loss is None else report.loss.model_dump(mode="json"),
+        "activations": None if report.activations is None else report.activations.model_dump(mode="json"),
         "report": None if written is None else str(written),
         "polygraphy": report.polygraphy,
     }
@@ -156,6 +157,8 @@ def _print(report: ParityReport, summary: dict[str, Any]) -> None:
     if report.loss is not None:
         out.print()
         out.print(facts("权重量化的损失（对未量化的基准）", loss_rows(report.loss)))
+    if report.activations is not None:
+        click.echo(f"激活    {report.activations.sentence}")
     failure = report.first_failure
     if failure is not None:
         where = [("层级", failure.level), ("哪一项", failure.name)]

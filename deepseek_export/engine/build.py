@@ -100,6 +100,11 @@ def build_engine(
     check_buildable(bundle)
     trt = load(flavour)
     check_arch(flavour, trt, sm)
+    if sm in flavour.unproven:
+        progress.note(
+            f"{flavour.module} 在 sm{sm} 上运行不运行没有证据：NVIDIA 的支持表没有列它；"
+            f"不行就在那台机器上用完整的 TensorRT：dsx build --flavour tensorrt"
+        )
     out = bundle.path / ENGINES / f"{flavour.name}-sm{sm}"
     engines: dict[str, EngineEntry] = {}
     layers: dict[str, dict[str, list[EngineLayer]]] = {}

@@ -32,6 +32,7 @@ class Flavour:
         target: 对应的编译目标。
         extra: 安装时的 extra。
         cross_builds: 没有 GPU 时能否为指定的 SM 建引擎。
+        unproven: 建得出引擎、但没有证据说运行得了的 SM。
     """
 
     name: FlavourName
@@ -39,6 +40,7 @@ class Flavour:
     target: str
     extra: str
     cross_builds: bool
+    unproven: frozenset[int] = frozenset()
 
     @property
     def install(self) -> str:
@@ -52,7 +54,7 @@ class Flavour:
 
 FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
     {
-        "rtx": Flavour("rtx", "tensorrt_rtx", "tensorrt-rtx", "rtx", cross_builds=True),
+        "rtx": Flavour("rtx", "tensorrt_rtx", "tensorrt-rtx", "rtx", True, frozenset({80})),
         "tensorrt": Flavour("tensorrt", "tensorrt", "tensorrt", "tensorrt", cross_builds=False),
     }
 )

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from deepseek_export.bundle.manifest import GraphEntry
     from deepseek_export.records import OpSite
 
-Level = Literal["op", "block", "model", "tokens", "loss"]
-#: 可以点名要的层级；``loss`` 只有量化的与缓存比模型窄的 bundle 才有，随 ``model`` 一起比。
+Level = Literal["activations", "op", "block", "model", "tokens", "loss"]
+#: 可以点名要的层级；``activations`` 只有 float16 的 bundle 才有，``loss`` 只有量化的与缓存比模型窄的才有，都随 ``model`` 一起比。
 LEVELS: tuple[Level, ...] = ("op", "block", "model", "tokens")
 #: tokens 级缺省续写多少个 token。
 DEFAULT_STEPS = 64
@@ -70,7 +70,7 @@ class Check:
         level: 层级。
         graph: 图的文件名。
         against: 与谁比。
-        keys: 容差表的键：op、block 先是注意力的，后是其余的；量化的 loss 先是路由分叉之前的，后是全部的；别的只有一个。
+        keys: 容差表的键：op、block 先是注意力的，后是其余的；量化的 loss 先是路由分叉之前的，后是全部的；activations 没有；别的只有一个。
         steps: 分几步，供显示进度。
         sites: op 级比哪几个算子。
         ways: model、tokens 级有哪几种走法。
@@ -97,7 +97,7 @@ def requested(levels: Sequence[str]) -> tuple[Level, ...]:
     Raises:
         DsxError: ``DSX-E607``，有不认识的，或一个也没有。
     """
-    todo = f"可选：{'、'.join(LEVELS)}；loss 随 model 一起比，不用点名"
+    todo = f"可选：{'、'.join(LEVELS)}；activations、loss 随 model 一起比，不用点名"
     for level in levels:
         if level not in LEVELS:
             raise DsxError("DSX-E607", f"没有层级 {level!r}", todo)
@@ -121,6 +121,9 @@ def checks(
     cut = _cut_checks(manifest, levels, attention)
     if manifest.dtype not in CUT_DTYPES:
         cut = [replace(check, notes=(_NO_BFLOAT16,), skipped=True) for check in cut]
+    if manifest.dtype == "float16" and "model" in levels:
+        # 排在最前：溢出之后，后面各级的 NaN 都由它而来。
+        cut.insert(0, Check("activations", manifest.main.file, "reference", (), 1, prompts=len(lengths)))
     few: tuple[str, ...] = ()
     if limits.max_batch is not None and limits.max_batch < len(lengths):
         lengths = lengths[: limits.max_batch]

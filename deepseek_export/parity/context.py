@@ -14,7 +14,7 @@ from deepseek_export.parity.checks import Check
 from deepseek_export.parity.draft import DraftRun, draft_runs
 from deepseek_export.parity.inputs import block_rows
 from deepseek_export.parity.oracle import Oracle, ReferenceOracle, make_oracle
-from deepseek_export.parity.report import QuantLoss
+from deepseek_export.parity.report import ActivationRange, QuantLoss
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.progress import Progress
 from deepseek_export.reference import ReferenceModel, load_draft
@@ -45,6 +45,7 @@ class Context:
         progress: 进度。
         notes: 要写进报告的话。
         loss: 量化的损失，由 loss 级写下。
+        activations: 激活的范围，由 activations 级写下。
         oracle_name: 基准的名字；还没有加载就是 dsx 参考模型。
         sessions: 打开了的会话，它们有话要说。
     """
@@ -61,6 +62,7 @@ class Context:
     progress: Progress
     notes: list[str] = field(default_factory=list)
     loss: QuantLoss | None = None
+    activations: ActivationRange | None = None
     oracle_name: str = "dsx reference"
     sessions: list[ModelSession | DraftSession] = field(default_factory=list)
     _graphs: dict[str, ModelGraph] = field(default_factory=dict)

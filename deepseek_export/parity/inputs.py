@@ -61,13 +61,15 @@ def prompt_rows(
 
 
 def read_passage(bundle: Bundle, tokenizer: BundleTokenizer | None, path: Path) -> tuple[str, list[int]]:
-    """测困惑度的文本：文件名与 token。
+    """测困惑度、看激活范围的文本：文件名与 token。
 
     Raises:
-        DsxError: ``DSX-E606``，bundle 没有量化、没有 tokenizer，或文件读不了、不到两个 token。
+        DsxError: ``DSX-E606``，bundle 用不到（没有量化，也不是 float16）、没有 tokenizer，或文件读不了、不到两个 token。
     """
-    if bundle.manifest.quantization is None:
-        raise DsxError("DSX-E606", f"{bundle.path} 的权重没有量化，没有损失可量", "去掉 --text")
+    manifest = bundle.manifest
+    if manifest.quantization is None and manifest.dtype != "float16":
+        what = f"{bundle.path} 的权重没有量化，没有损失可量；不是 float16，激活不会溢出"
+        raise DsxError("DSX-E606", what, "去掉 --text")
     if tokenizer is None:
         raise DsxError("DSX-E606", f"{bundle.path} 没有 tokenizer，用不了文本", "去掉 --text")
     try:

@@ -72,6 +72,38 @@ class QuantLoss(BaseModel):
     perplexity: Perplexity | None = None
 
 
+class ActivationRange(BaseModel):
+    """参考模型的激活放不放得进 float16。
+
+    Attributes:
+        largest: 绝对值最大的激活；溢出了（inf 或 NaN）为 ``None``。
+        where: 它是哪个模块的输出，例如 ``layers.2.mlp``。
+        limit: float16 最大的有限数。
+        tokens, source: 走了多少个 token，从哪里来。
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    largest: float | None
+    where: str
+    limit: float
+    tokens: int
+    source: str
+
+    @property
+    def fits(self) -> bool:
+        """没有溢出。"""
+        return self.largest is not None
+
+    @property
+    def sentence(self) -> str:
+        """一句话：最大的是多少、在哪里；溢出了怎么办。"""
+        on = f"{self.tokens} 个 token，{self.source}"
+        if self.largest is None:
+            return f"{self.where} 的输出超过 float16 的 {self.limit:.0f}（{on}）：用 --dtype bfloat16 或 float32 再导出"
+        return f"最大 {self.largest:.4g}，{self.where}，float16 到 {self.limit:.0f}（{on}）"
+
+
 class ParityReport(BaseModel):
     """一次 ``dsx verify`` 的全部结果。"""
 
@@ -88,6 +120,7 @@ class ParityReport(BaseModel):
     cases: list[Case]
     notes: list[str]
     loss: QuantLoss | None = None
+    activations: ActivationRange | None = None
     polygraphy: str | None = None
 
     @property
@@ -97,7 +130,7 @@ class ParityReport(BaseModel):
 
     @property
     def first_failure(self) -> Case | None:
-        """第一处不通过：按 op、block、model、tokens 与层的次序，也就是离病根最近的一处。"""
+        """第一处不通过：按 activations、op、block、model、tokens 与层的次序，也就是离病根最近的一处。"""
         return next((case for case in self.cases if not case.passed), None)
 
     def to_json(self) -> dict[str, Any]:

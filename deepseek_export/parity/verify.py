@@ -51,7 +51,7 @@ def verify_bundle(
         prompts: 文本 prompt；缺省用内置的，没有 tokenizer 时用随机 token。
         steps: tokens 层续写的长度。
         seed: 随机输入的种子。
-        text: 在这个文件的文本上比困惑度；只用于权重量化过的 bundle。
+        text: 量化的 bundle 在这个文件的文本上比困惑度，float16 的在它上面看激活的范围。
         backend: model、tokens 两级在哪里运行；``trt`` 时 op、block 两级与草稿模型仍在 ONNX Runtime 上比，引擎里没有它们的边界，
             bfloat16 的 bundle 就不比这些。
         verify_weights: 先读一遍全部权重，核对 sha256，见 :meth:`~deepseek_export.bundle.Bundle.check_weights`。
@@ -120,6 +120,7 @@ def verify_bundle(
         cases=cases,
         notes=context.notes,
         loss=context.loss,
+        activations=context.activations,
     )
     if not manifest.quantization and stages is None:
         with keeping(report):

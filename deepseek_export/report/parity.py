@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: 每个层级比什么。
 MEANINGS = {
+    "activations": "激活的范围",
     "op": "dsx 算子",
     "block": "每层的注意力与前馈",
     "model": "logits",

@@ -1,1 +1,1 @@
-"""NVIDIA 卡上的核对与计时：套件 ``gpu`` 的实现，也能单独以 ``python -m perf.gpu`` 启动。"""
+"""在一张 NVIDIA 卡上核对并测量插件的 kernel：``python -m perf.gpu.accept``，套件 ``gpu`` 也用它。"""

@@ -1,22 +1,24 @@
-"""在这张卡上再跑一遍真正的引擎：``python -m perf.gpu --bundle`` 才有。"""
+"""在这张卡上再跑一遍真正的引擎，``--bundle`` 才有：``python -m perf.gpu.engine BUNDLE FOLDER``，由 :mod:`perf.gpu.accept` 启动。"""
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from perf.gpu import lines
 
 #: TensorRT 的 Python 包，与 ``deepseek_export.engine.flavour`` 的次序一致。
 _PACKAGES = ("tensorrt_rtx", "tensorrt")
 _NEW_TOKENS = 64
 
 
-def run_engine(bundle: Path, sm: int) -> dict[str, Any]:
+def run_engine(bundle: Path) -> dict[str, Any]:
     """没有这个 SM 的引擎就先建，再逐层校验、生成一段。
 
     Args:
         bundle: ``dsx build`` 收的 bundle。
-        sm: 这张卡的计算能力。
 
     Returns:
         跑不成是 ``{"verified": False, "error": 原因}``；否则是发行、plan 大小、校验结果与每秒 token 数。
@@ -24,6 +26,7 @@ def run_engine(bundle: Path, sm: int) -> dict[str, Any]:
     if not any(find_spec(name) for name in _PACKAGES):
         return {"verified": False, "error": f"没有安装 {' 或 '.join(_PACKAGES)}"}
     import deepseek_export as dsx
+    from deepseek_export.backend.tensorrt.cuda import require_gpu
     from deepseek_export.backend.tensorrt.engine import find_engine
     from deepseek_export.bundle import Bundle
     from deepseek_export.engine.build import build_engine
@@ -34,7 +37,7 @@ def run_engine(bundle: Path, sm: int) -> dict[str, Any]:
 
     try:
         flavour = choose()
-        opened = buildable_bundle(Bundle.open(bundle), flavour)
+        opened, sm = buildable_bundle(Bundle.open(bundle), flavour), require_gpu()
         try:
             _, record = find_engine(opened, sm)
         except DsxError:
@@ -53,3 +56,15 @@ def run_engine(bundle: Path, sm: int) -> dict[str, Any]:
         "first_failure": None if report.passed else str(report.first_failure),
         "decode_tokens_s": round(found.decode_tokens_per_s, 1),
     }
+
+
+def main(bundle: Path, folder: Path) -> int:
+    """结果写一行；没有校验过，退出码是 1。"""
+    found = run_engine(bundle)
+    status = "ok" if found["verified"] else "failed"
+    lines.append(folder / lines.ROWS, {"phase": "engine", "item": "engine", "status": status, **found})
+    return int(status != "ok")
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -263,7 +263,7 @@ def test_build_command_and_doctor_follow_the_derived_bundle(float32, tmp_path):
 
 
 def test_build_from_python(float32, tmp_path, monkeypatch):
-    """TRT-5：``deepseek_export.build`` 就是 ``dsx build``：另导出、每种 SM 一个引擎；有一种建不了，什么都不动。"""
+    """TRT-5：``deepseek_export.build`` 就是 ``dsx build``：另导出、每种 SM 一个引擎；有一种建不了，什么都不动；没有证据能运行的说一句。"""
     bundle = copy_of(float32, tmp_path / "out")
     build = functools.partial(deepseek_export.build, bundle.path)
     refused("DSX-E912", build, [89, 90])
@@ -271,7 +271,10 @@ def test_build_from_python(float32, tmp_path, monkeypatch):
     refused("DSX-E602", lambda: build([89], checkpoint=DEMO))
     assert not (bundle.path / ENGINES).exists()
     FakeGpu(monkeypatch)
-    engines = build([89, 80, 89], flavour="rtx", shapes=SHAPES)
+    told = Notes()
+    engines = build([89, 80, 89], flavour="rtx", shapes=SHAPES, progress=told)
+    assert [line for line in told.lines if "没有证据" in line and "sm80" in line]
+    assert not [line for line in told.lines if "没有证据" in line and "sm89" in line]
     assert [engine.record.sm for engine in engines] == [89, 80]
     assert all(engine.record.shapes.capacity == 128 for engine in engines)
     assert {engine.bundle.path for engine in engines} == {derived_folder(bundle)}

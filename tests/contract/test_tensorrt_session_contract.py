@@ -225,7 +225,7 @@ def test_engine_is_verified(bundles, name):
     )
     assert report.passed, report.first_failure
     levels = {case.level for case in report.cases}
-    assert levels == ({"model", "tokens"} if name == "bfloat16" else {"op", "model", "tokens"})
+    assert levels == ({"model", "tokens"} if name == "bfloat16" else {"activations", "op", "model", "tokens"})
     limit = 8 if name == "absorb" else 9
     assert any(f"一次至多给 {limit} 行" in note for note in report.notes)
     assert not any("CUDA graph" in note for note in report.notes)

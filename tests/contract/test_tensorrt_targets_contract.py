@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def assert_parity(bundle: Bundle) -> None:
     report = deepseek_export.verify(bundle.path, levels=("op", "block", "model"))
     assert report.passed, report.first_failure
-    assert {case.level for case in report.cases} == {"op", "block", "model"}
+    assert {case.level for case in report.cases} - {"activations"} == {"op", "block", "model"}
 
 
 def test_lowered_float32_bundle_passes_parity_on_onnxruntime(exported):

@@ -1,4 +1,4 @@
-"""kernels/launcher.py：参数怎样打包、怎样调用驱动。真正的启动由 python -m perf.gpu 在有 GPU 的机器上核对。"""
+"""kernels/launcher.py：参数怎样打包、怎样调用驱动。真正的启动由 python -m perf.gpu.accept 在有 GPU 的机器上核对。"""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_history_rows_are_valid_and_name_commands_that_repeat_them(monkeypatch, 
     assert report.markdown(history, []).count("\n## ") == 1 + sum(len(run.suites) for run in history)
     for run in history:
         assert re.fullmatch(
-            r"python -m perf(\.gpu| run( --quick)?( [a-z0-9-]+)+)", run.environment["command"]
+            r"python -m perf(\.gpu(\.accept)?| run( --quick)?( [a-z0-9-]+)+)", run.environment["command"]
         )
     monkeypatch.setattr(results, "HISTORY", tmp_path / "runs.jsonl")
     monkeypatch.setattr(mla_memory, "run", lambda *_: suite("mla-memory", []))

@@ -1,5 +1,1 @@
 """ONNX Runtime CPU。"""
-
-from deepseek_export.backend.ort.backend import OrtBackend
-
-BACKEND = OrtBackend()

@@ -57,3 +57,6 @@ class OrtBackend(Backend):
 
         self.prepared(bundle)
         return CutRunner(lambda entry, capacity: None, run_file)
+
+
+BACKEND = OrtBackend()

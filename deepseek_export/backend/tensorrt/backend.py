@@ -67,3 +67,6 @@ class TensorRTBackend(Backend):
 
 def _engine_path(directory: Path, graph: GraphEntry) -> Path:
     return directory / Path(graph.file).with_suffix(".plan").name
+
+
+BACKEND = TensorRTBackend()

@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deepseek_export.backend.tensorrt.engine import Call, LoadedEngine
 from deepseek_export.errors import DsxError
+
+if TYPE_CHECKING:
+    from deepseek_export.backend.tensorrt.engine import Call, LoadedEngine
 
 _PROFILE = "decode"
 

@@ -7,9 +7,16 @@ from types import MappingProxyType
 
 from deepseek_export.parity.checks import Check, Level
 from deepseek_export.parity.context import Context
-from deepseek_export.parity.levels import block, loss, model, op, tokens
+from deepseek_export.parity.levels import activations, block, loss, model, op, tokens
 from deepseek_export.parity.report import Case
 
 RUN: Mapping[Level, Callable[[Check, Context], Iterator[Case]]] = MappingProxyType(
-    {"op": op.run, "block": block.run, "model": model.run, "tokens": tokens.run, "loss": loss.run}
+    {
+        "activations": activations.run,
+        "op": op.run,
+        "block": block.run,
+        "model": model.run,
+        "tokens": tokens.run,
+        "loss": loss.run,
+    }
 )

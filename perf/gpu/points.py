@@ -1,0 +1,252 @@
+"""一个点：哪个算子、什么形状；它的输入、启动表、参考实现、至少要读写与运算多少。"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+
+from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
+from deepseek_export.kernels.program import LaunchTable
+from deepseek_export.kernels.table import KernelSpec
+from deepseek_export.ops.latent_attention import latent_attention
+from deepseek_export.ops.moe_experts import moe_experts
+
+LATENT, ROPE, SCALE = 512, 64, 0.1147
+#: 专家的形状：名字 → (E, k, D, I)。``tiny`` 只为在 sanitizer 下跑得完。
+EXPERTS = {"V3": (256, 8, 7168, 2048), "V2-Lite": (64, 6, 2048, 1408), "tiny": (8, 2, 128, 64)}
+#: 参考实现把缓存、权重与分数转成 float32，连同输入一共是输入的几倍。
+_REFERENCE = 4
+DtypeName = Literal["float16", "bfloat16"]
+Inputs = tuple[torch.Tensor, ...]
+
+
+class Source:
+    """随机输入；种子写进结果。"""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.seed = device, secrets.randbelow(2**31)
+        self._generator = torch.Generator(device).manual_seed(self.seed)
+
+    def randn(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+        """标准正态乘 ``scale``。"""
+        return torch.randn(*shape, generator=self._generator, device=self.device, dtype=dtype).mul_(scale)
+
+    def rand(self, *shape: int) -> torch.Tensor:
+        """[0, 1) 均匀，float32。"""
+        return torch.rand(*shape, generator=self._generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """``LatentAttention`` 的一个点。
+
+    Attributes:
+        H, S, T: 头数、本次的 token 数、缓存的容量。
+        past: 各行已有的长度，B 个；负数按 0。
+        dtype: 计算 dtype。
+        label: 代替长长的 ``past`` 写进名字。
+    """
+
+    H: int
+    S: int
+    T: int
+    past: tuple[int, ...]
+    dtype: DtypeName = "bfloat16"
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """格子的名字。"""
+        return f"LatentAttention H{self.H} B{len(self.past)} S{self.S} T{self.T}{self.label}"
+
+    @property
+    def program(self) -> str:
+        """哪个程序；核对不过时，同一个程序的计时都带记号。"""
+        return f"LatentAttention H{self.H} {self.dtype}"
+
+    def needs(self, *, reference: bool) -> int:
+        """要几字节显存。"""
+        B = len(self.past)
+        scores = B * self.S * self.H * self.T * 4 * 3 if reference else 0
+        whole = 2 * B * (self.T * (LATENT + ROPE) + self.S * self.H * (2 * LATENT + ROPE))
+        return whole * (_REFERENCE if reference else 2) + scores
+
+    def table(self, sm: int) -> LaunchTable[KernelSpec]:
+        """启动表。"""
+        return latent_attention_launch(sm, self.H, LATENT, ROPE, SCALE, self.dtype)
+
+    def inputs(self, source: Source) -> Inputs:
+        """(q, kv_cache, past_lens)；看不见的缓存行是 NaN。"""
+        dtype = getattr(torch, self.dtype)
+        B = len(self.past)
+        cache = source.randn(B, 1, self.T, LATENT + ROPE, dtype=dtype)
+        for b, length in enumerate(self.past):
+            cache[b, :, max(length, 0) + self.S :] = float("nan")
+        q = source.randn(B, self.S, self.H, LATENT + ROPE, dtype=dtype)
+        return q, cache, torch.tensor(self.past, device=source.device, dtype=torch.int64)
+
+    def output(self, inputs: Inputs) -> torch.Tensor:
+        """空的输出，[B, S, H, r]。"""
+        return torch.full_like(inputs[0][..., :LATENT], float("nan"))
+
+    def reference(self, inputs: Inputs) -> torch.Tensor:
+        """参考实现的结果。"""
+        q, cache, past_lens = inputs
+        return latent_attention(q, cache.nan_to_num(0), past_lens, SCALE, LATENT)
+
+    def work(self, inputs: Inputs) -> tuple[int, int]:
+        """至少要读写的字节、浮点运算；看不见的行不算。"""
+        q, _, past_lens = inputs
+        keys = sum(min(length + self.S, self.T) for length in self.past)
+        traffic = 2 * keys * (LATENT + ROPE) + 2 * q.numel() * (2 * LATENT + ROPE) // (LATENT + ROPE)
+        return traffic + past_lens.numel() * 8, 2 * self.S * self.H * keys * (2 * LATENT + ROPE)
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """各输入的形状。"""
+        B, width = len(self.past), LATENT + ROPE
+        return [(B, self.S, self.H, width), (B, 1, self.T, width), (B,)]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """``MoeExperts`` 的一个点。
+
+    Attributes:
+        shape: :data:`EXPERTS` 的名字。
+        N: token 数。
+        used: 只路由到前几个专家；``None`` 是全部。
+        dtype: 计算 dtype。
+    """
+
+    shape: str
+    N: int
+    used: int | None = None
+    dtype: DtypeName = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """格子的名字。"""
+        return f"MoeExperts {self.shape} N{self.N}" + (f" 专家{self.used}个" if self.used else "")
+
+    @property
+    def program(self) -> str:
+        """见 :attr:`Attention.program`。"""
+        return f"MoeExperts {self.shape} {self.dtype}"
+
+    def needs(self, *, reference: bool) -> int:
+        """要几字节显存；参考实现一次只展开一个专家。"""
+        E, k, D, inner = EXPERTS[self.shape]
+        tokens = self.N * k * (D + inner) * 2
+        return 2 * 3 * E * D * inner + tokens * (_REFERENCE if reference else 2) + (12 * D * inner)
+
+    def table(self, sm: int) -> LaunchTable[KernelSpec]:
+        """启动表。"""
+        return grouped_swiglu_launch(sm, *EXPERTS[self.shape], self.dtype)
+
+    def inputs(self, source: Source) -> Inputs:
+        """(x, topk_ids, topk_weights, w_gate, w_up, w_down)。"""
+        E, k, D, inner = EXPERTS[self.shape]
+        dtype = getattr(torch, self.dtype)
+        sizes = ((inner, D), (inner, D), (D, inner))
+        weights = tuple(source.randn(E, *s, dtype=dtype, scale=s[1] ** -0.5) for s in sizes)
+        ids = source.rand(self.N, self.used or E).topk(k, dim=-1).indices.to(torch.int32)
+        return source.randn(self.N, D, dtype=dtype), ids, source.rand(self.N, k), *weights
+
+    def output(self, inputs: Inputs) -> torch.Tensor:
+        """空的输出，[N, D]。"""
+        return torch.full_like(inputs[0], float("nan"))
+
+    def reference(self, inputs: Inputs) -> torch.Tensor:
+        """参考实现的结果。"""
+        return moe_experts(*inputs)
+
+    def work(self, inputs: Inputs) -> tuple[int, int]:
+        """至少要读写的字节、浮点运算；没有 token 的专家不读。"""
+        _, k, D, inner = EXPERTS[self.shape]
+        active = int(inputs[1].unique().numel())
+        return active * 3 * D * inner * 2 + 2 * inputs[0].numel() * 2, 6 * self.N * k * D * inner
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """各输入的形状。"""
+        E, k, D, inner = EXPERTS[self.shape]
+        return [(self.N, D), (self.N, k), (self.N, k), (E, inner, D), (E, inner, D), (E, D, inner)]
+
+
+Point: TypeAlias = Attention | Experts
+#: 写进结果、由它还原出点：``{"op": 类名, 其余是字段}``。
+_POINTS: dict[str, Callable[..., Point]] = {"Attention": Attention, "Experts": Experts}
+
+
+def from_row(fields: dict[str, Any]) -> Point:
+    """:func:`to_row` 的逆。"""
+    fields = dict(fields)
+    if "past" in fields:
+        fields["past"] = tuple(fields["past"])
+    return _POINTS[fields.pop("op")](**fields)
+
+
+def to_row(point: Point) -> dict[str, Any]:
+    """写进结果的样子。"""
+    return {"op": type(point).__name__, **vars(point)}
+
+
+def full(H: int, B: int, S: int, T: int) -> Attention:
+    """每一行都填满缓存。"""
+    return Attention(H, S, T, (T - S,) * B)
+
+
+def ragged(H: int, B: int, T: int) -> Attention:
+    """一行最长，其余减半再减半，直到 16；次序打散。"""
+    lengths = sorted((max(16, (T - 1) >> (i % 12)) for i in range(B)), key=lambda n: n * 2654435761 % 97)
+    return Attention(H, 1, T, tuple(lengths), label=" 长短不齐")
+
+
+def dtyped(points: Sequence[Point], dtype: DtypeName) -> list[Point]:
+    """同样的点，换一种 dtype。"""
+    return [cast(Point, type(point)(**{**vars(point), "dtype": dtype})) for point in points]
+
+
+TINY: tuple[Point, ...] = (Attention(16, 1, 96, (0, 65, 95)), Experts("tiny", 5))
+CHECKED: tuple[Point, ...] = (
+    *(
+        Attention(H, S, T, past)
+        for H in (16, 128)
+        for S, T, past in ((1, 4096, (0, 1, 63, 64, 65, 4095, 1000)), (8, 2048, (2040, 0, 7, 511)))
+    ),
+    *(Experts("V2-Lite", N) for N in (1, 7, 300)),
+    Experts("V3", 16),
+)
+HEADLINE: tuple[Point, ...] = (
+    *(full(H, B, 1, T) for H in (16, 128) for B in (1, 16, 128) for T in (1024, 8192, 32768)),
+    full(128, 16, 4, 8192),
+    *(Experts(shape, N) for shape in ("V2-Lite", "V3") for N in (1, 16, 128, 1024, 4096)),
+)
+AWKWARD: tuple[Point, ...] = (
+    *(full(H, B, 1, 8192) for H in (16, 128) for B in (33, 67, 100, 133)),
+    *(ragged(H, 64, 32768) for H in (16, 128)),
+    *(full(H, B, 1, 131072) for H in (16, 128) for B in (1, 4)),
+    Experts("V2-Lite", 64, 6),
+)
+PROFILED: tuple[Point, ...] = (full(128, 16, 1, 8192), Experts("V2-Lite", 128))
+_OTHERS: tuple[Point, ...] = (
+    *(
+        Attention(H, S, T, past)
+        for H in (16, 128)
+        for S, T, past in (
+            (1, 1, (0,)),
+            (2, 700, (0, 698, 33)),
+            (5, 300, (295, 0)),
+            (1, 20000, (19999,)),
+        )
+    ),
+    # 最后两种把 token 挤到少数专家上：小块与大块的变体都走到，其余专家没有 token。
+    *(Experts("V2-Lite", N, used) for N, used in ((64, 6), (3000, 7))),
+    *(Experts("V3", N, used) for N, used in ((1, None), (7, None), (300, None), (64, 8), (3000, 9))),
+)
+REST: tuple[Point, ...] = (*_OTHERS, *dtyped((*CHECKED, *_OTHERS), "float16"))
+EVERY: tuple[Point, ...] = (*TINY, *CHECKED, *HEADLINE, *AWKWARD, *PROFILED, *REST)
