@@ -72,7 +72,6 @@ class CompiledModel:
         with bundle.steady():
             eos = stop_token_ids(bundle.path, bundle.manifest.model)
             self.tokenizer = BundleTokenizer.load(bundle.path)
-            self._identity = sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
             weights = BundleWeights(bundle)
             self.session = open_session(chosen, bundle, weights, threads)
             self.generator = Generator(self.session, self.tokenizer, eos, self.session.limits.prefill_chunk)
@@ -249,7 +248,7 @@ class CompiledModel:
             settings,
             () if one is None else one.drafts,
             0 if one is None else one.num_draft_tokens,
-            self._identity,
+            sha256(self.manifest.model_dump_json().encode()).hexdigest(),
         )
         self._engines.add(engine)
         return engine

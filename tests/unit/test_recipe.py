@@ -44,9 +44,10 @@ def test_every_tensor_is_used_exactly_once(variant):
         model = ReferenceModel(config, Forms("auto", "sparse", as_ops=True))
     shapes = {initializer_name(name, config): tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes == {name: r.shape for name, r in recipes.items()}
-    router = {name for name, r in recipes.items() if r.dtype == "float32"}
-    suffixes = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
-    assert router == {name for name in recipes if name.endswith(suffixes)}
+    kept = {name for name, r in recipes.items() if r.dtype == "float32"}
+    router = {n for n in recipes if n.endswith(("mlp.gate.weight", "mlp.gate.e_score_correction_bias"))}
+    # 索引器各头的权重也不降精度：它决定选谁。
+    assert kept == router | {name for name in recipes if name.endswith("indexer.weights_proj.weight")}
     assert len(router) == 2 * config.num_moe_layers
 
 
