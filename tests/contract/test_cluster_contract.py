@@ -323,7 +323,7 @@ def test_a_stage_that_cannot_open_says_why(split, tmp_path):
     before = set(children())
     error = refused("DSX-E406", lambda: deepseek_export.load(broken))
     assert "stage 1" in error.what
-    assert set(children()) == before
+    assert set(children()) <= before
 
 
 def test_running_stages_needs_no_compiler(split, bundles):
@@ -351,7 +351,7 @@ def test_verified_as_one_and_each_alone(split, kind):
     assert "tokens" in report.levels or kind == "int8"
     assert "切开之前" in "".join(report.notes)
     assert json.loads((path / "reports/parity.json").read_text(encoding="utf-8"))["cases"]
-    assert set(children()) == before
+    assert set(children()) <= before
 
 
 def test_a_wrong_stage_is_named(bundles, tmp_path):
