@@ -172,7 +172,11 @@ class Local:
         return found.decode_s / (new_tokens - 1)
 
     def engine_step(self, prompt: int, new_tokens: int) -> float:
-        """引擎在满批次时的一步，秒：从最后一个请求加入，到第一个请求结束。"""
+        """引擎在满批次时的一步，秒：从最后一个请求加入，到第一个请求结束。
+
+        Raises:
+            RuntimeError: ``new_tokens`` 太少，最后一个还没有加入，第一个已经结束。
+        """
         with self._model.engine(self._settings) as engine:
             stamps: list[float] = []
             rows = self._rows(prompt)
@@ -188,6 +192,8 @@ class Local:
             ends = [request.result().timeline.finished for request in waiting]
         until = min(end for end in ends if end is not None)
         full = [stamp for stamp in stamps if stamp <= until]
+        if len(full) < 2:
+            raise RuntimeError(f"{new_tokens} 个新 token 太少：没有各行都在生成的两步")
         return (full[-1] - full[0]) / (len(full) - 1)
 
     def _rows(self, prompt: int) -> list[list[int]]:

@@ -56,7 +56,9 @@ def test_the_server_and_the_engine_answer_the_same_load(bundle: Path) -> None:
     local = Local(str(bundle), threads=1, slots=2)
     assert local.closed_loop([asdict(job) for job in todo])["tokens"] == sum(job.new_tokens for job in todo)
     assert local.generator_step(4, 6) > 0
-    assert local.engine_step(4, 6) > 0
+    assert local.engine_step(4, 100) > 0
+    with pytest.raises(RuntimeError, match="太少"):
+        local.engine_step(4, 1)
     with dsx_serve(bundle, threads=1, slots=2) as server:
         ask = over_http(server.url, "bench")
         heard = ask(todo[0])
