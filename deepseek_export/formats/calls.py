@@ -88,6 +88,15 @@ class Parsed(NamedTuple):
     calls: tuple[CallDelta, ...] = ()
 
 
+def drained(step: Callable[[], Parsed | None]) -> Parsed:
+    """一步一步地读，读到要等下一段文本（``None``）为止；各步给出的合起来。"""
+    content, calls = "", list[CallDelta]()
+    while (parsed := step()) is not None:
+        content += parsed.content
+        calls.extend(parsed.calls)
+    return Parsed(content, tuple(calls))
+
+
 class ToolParser(Protocol):
     """从一个回答里读出调用；文本一段一段地来，怎么切段不改变结果。"""
 

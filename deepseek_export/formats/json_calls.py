@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deepseek_export.formats.calls import CallDelta, Parsed, Spell, Tool, ToolCall, cut, to_json
+from deepseek_export.formats.calls import CallDelta, Parsed, Spell, Tool, ToolCall, cut, drained, to_json
 from deepseek_export.formats.lark import arguments_rule
 
 _FENCE = "```"
@@ -111,12 +111,7 @@ class JsonCallParser:
     def feed(self, piece: str) -> Parsed:
         """送入下一段。"""
         self._held += piece
-        content = ""
-        calls: list[CallDelta] = []
-        while (parsed := self._step()) is not None:
-            content += parsed.content
-            calls.extend(parsed.calls)
-        return Parsed(content, tuple(calls))
+        return drained(lambda: self._step())  # _step 读着读着会换成别的
 
     def flush(self) -> Parsed:
         """没有读到名字的原样算正文；参数没有写完的就到这里。"""

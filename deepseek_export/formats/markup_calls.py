@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek_export.formats.calls import CallDelta, Parsed, Spell, Tool, ToolCall, cut, to_json
+from deepseek_export.formats.calls import CallDelta, Parsed, Spell, Tool, ToolCall, cut, drained, to_json
 from deepseek_export.formats.lark import ANY_TEXT, json_rule, text_kind, text_pattern, until, within
 
 DSML_TOKEN = "｜DSML｜"
@@ -147,12 +147,7 @@ class MarkupCallParser:
     def feed(self, piece: str) -> Parsed:
         """送入下一段。"""
         self._held += piece
-        content = ""
-        calls: list[CallDelta] = []
-        while (parsed := self._step()) is not None:
-            content += parsed.content
-            calls.extend(parsed.calls)
-        return Parsed(content, tuple(calls))
+        return drained(lambda: self._step())  # _step 读着读着会换成别的
 
     def flush(self) -> Parsed:
         """没有读到名字的原样算正文；值没有写完的就到这里。"""

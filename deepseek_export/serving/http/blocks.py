@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -37,7 +38,7 @@ def blocks_of(said: Said) -> list[Block]:
     return [*(block for block in blocks if block.text), *calls]
 
 
-class Blocks:
+class Blocks(ABC):
     """流式地开合；子类写各个事件。"""
 
     def __init__(self) -> None:
@@ -66,17 +67,17 @@ class Blocks:
             self._key = None
             yield from self.closed(self.blocks[-1])
 
+    @abstractmethod
     def opened(self, block: Block) -> Iterator[bytes]:
         """新的一块，还没有文本。"""
-        raise NotImplementedError
 
+    @abstractmethod
     def grew(self, block: Block, text: str) -> Iterator[bytes]:
         """多了 ``text``。"""
-        raise NotImplementedError
 
+    @abstractmethod
     def closed(self, block: Block) -> Iterator[bytes]:
         """这一块完了。"""
-        raise NotImplementedError
 
 
 def _parts(piece: Piece) -> Iterator[tuple[Kind, CallDelta | None, str]]:
