@@ -85,14 +85,14 @@ class Measured:
     Attributes:
         token_s: 全程的秒数除以全部新 token。
         first_s: 从发出到第一段文本的中位数。
-        gap_p50_s, gap_p95_s: 相邻两段文本之间的中位数与 95 分位。
+        gap_p50_s, gap_p95_s: 相邻两段文本之间的中位数与 95 分位；每个回答都只有一段时没有间隔，是 ``None``。
         tokens: 全部新 token。
     """
 
     token_s: float
     first_s: float
-    gap_p50_s: float
-    gap_p95_s: float
+    gap_p50_s: float | None
+    gap_p95_s: float | None
     tokens: int
 
 
@@ -132,7 +132,8 @@ def closed_loop(ask: Ask, todo: Sequence[Job], clients: int) -> Measured:
         raise RuntimeError(f"闭环里有请求失败：{failures[0]}") from failures[0]
     gaps = [gap for one in heard for gap in one.gaps]
     tokens = sum(one.tokens for one in heard)
-    middle, tail = np.percentile(gaps, (50, 95)).tolist()
+    # 慢的客户一次读到快的服务已经写下的全部：一段里有几个 token，段与段之间就少几个间隔。
+    middle, tail = np.percentile(gaps, (50, 95)).tolist() if gaps else (None, None)
     first = float(np.median([one.first_s for one in heard]))
     return Measured(seconds / tokens, first, middle, tail, tokens)
 

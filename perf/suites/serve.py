@@ -190,7 +190,10 @@ def _against_llama(
         ("gap_p50_s", "间隔的中位数"),
         ("gap_p95_s", "间隔的 95 分位"),
     ):
-        spreads = {name: Spread.of([getattr(one, field) for one in found[name]]) for name in found}
+        seen = {name: [getattr(one, field) for one in found[name]] for name in found}
+        if any(value is None for samples in seen.values() for value in samples):
+            continue  # 有一遍的回答都只有一段：没有间隔可比
+        spreads = {name: Spread.of(samples) for name, samples in seen.items()}
         values |= {f"{name}.{field}": spread for name, spread in spreads.items()}
         ratios[f"{ratio} dsx/llama-server"] = paired_ratio(spreads[DSX], spreads[LLAMA])
     tokens = {name: measured[-1].tokens for name, measured in found.items()}

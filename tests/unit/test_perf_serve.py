@@ -46,6 +46,8 @@ def test_closed_loop_counts_every_job_and_hides_no_failure() -> None:
     assert sorted(map(id, asked)) == sorted(map(id, todo))
     assert measured.tokens == sum(job.new_tokens for job in todo)
     assert (measured.first_s, measured.gap_p50_s, measured.gap_p95_s) == (0.5, 0.25, 0.25)
+    in_one_piece = closed_loop(lambda job: Heard(0.0, [0.5], job.new_tokens), todo, clients=2)
+    assert (in_one_piece.gap_p50_s, in_one_piece.gap_p95_s) == (None, None)
     with pytest.raises(RuntimeError, match="得到 1 个"):
         closed_loop(lambda job: Heard(0.0, [0.1], 1), todo, clients=2)
 
