@@ -64,8 +64,8 @@ def saved(tmp_path_factory) -> Callable[[str], tuple[Any, Any]]:
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """演示检查点的 mla+moe，导出一次；只读。"""
+def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """随包附带、训练过的检查点的 mla+moe，导出一次；只读。"""
     import deepseek_export
     from deepseek_export.cli.demo import CHECKPOINT
 

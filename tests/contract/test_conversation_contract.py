@@ -20,15 +20,15 @@ QUESTIONS = ("《论语》", "明月", "And God said")
 
 
 @pytest.fixture(scope="module")
-def alone(demo_bundle: Path) -> CompiledModel:
+def alone(trained_bundle: Path) -> CompiledModel:
     """对照：不经过引擎。"""
-    return deepseek_export.load(demo_bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def model(demo_bundle: Path) -> CompiledModel:
+def model(trained_bundle: Path) -> CompiledModel:
     """归引擎用的。"""
-    return deepseek_export.load(demo_bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture

@@ -48,16 +48,16 @@ SPOKEN = "<think>\n想一想</think>\n\n我查。" + STYLE.encode([CALL, CALL])
 
 
 @pytest.fixture(scope="module")
-def model(demo_bundle: Path) -> CompiledModel:
+def model(trained_bundle: Path) -> CompiledModel:
     """对照：不经过服务。"""
-    return deepseek_export.load(demo_bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def server(demo_bundle: Path) -> Iterator[Running]:
+def server(trained_bundle: Path) -> Iterator[Running]:
     """要密钥的。"""
     keys = KeyRing(["secret"])
-    with Running(loader(demo_bundle, slots=4, queue=64, tool_parser=STYLE.name), keys=keys) as running:
+    with Running(loader(trained_bundle, slots=4, queue=64, tool_parser=STYLE.name), keys=keys) as running:
         running.client.headers["x-api-key"] = "secret"
         yield running
 
@@ -77,9 +77,9 @@ def claude(server: Running) -> Iterator[anthropic.Anthropic]:
 
 
 @pytest.fixture(scope="module")
-def spoken(demo_bundle: Path) -> Iterator[Running]:
+def spoken(trained_bundle: Path) -> Iterator[Running]:
     """照着 :data:`SPOKEN` 说的服务；提示词与 :data:`CHAT` 加上工具的相同长。"""
-    one = deepseek_export.load(demo_bundle, threads=1)
+    one = deepseek_export.load(trained_bundle, threads=1)
     ids = [*one.encode(SPOKEN)[1:], 1]
     with Running(lambda: opened(one, tool_parser=STYLE.name)) as running:
         counted = running.post("/v1/messages/count_tokens", {"messages": CHAT, "tools": [TOOL]}).json()
@@ -299,9 +299,9 @@ def test_errors_of_the_messages_endpoint(server: Running):
     assert (got.status_code, got.json()["error"]["type"]) == (404, "not_found_error")
 
 
-def test_errors_after_the_stream_began(demo_bundle: Path):
+def test_errors_after_the_stream_began(trained_bundle: Path):
     """SERVE-44、SERVE-45：已经开始的流以各自的错误事件结束。"""
-    one = deepseek_export.load(demo_bundle, threads=1)
+    one = deepseek_export.load(trained_bundle, threads=1)
     broken = DsxError("DSX-E513", "假装的", "不必")
     with Running(lambda: opened(one)) as running:
 

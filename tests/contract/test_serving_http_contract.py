@@ -20,28 +20,28 @@ pytestmark = pytest.mark.contract
 
 
 @pytest.fixture(scope="module")
-def model(demo_bundle: Path) -> CompiledModel:
+def model(trained_bundle: Path) -> CompiledModel:
     """对照：不经过服务。"""
-    return deepseek_export.load(demo_bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture
-def model_of(demo_bundle: Path) -> Callable[[], CompiledModel]:
+def model_of(trained_bundle: Path) -> Callable[[], CompiledModel]:
     """另加载一份，归引擎用。"""
-    return lambda: deepseek_export.load(demo_bundle, threads=1)
+    return lambda: deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def server(demo_bundle: Path) -> Iterator[Running]:
+def server(trained_bundle: Path) -> Iterator[Running]:
     """四个 slot。"""
-    with Running(loader(demo_bundle, slots=4, queue=64)) as running:
+    with Running(loader(trained_bundle, slots=4, queue=64)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def narrow(demo_bundle: Path) -> Iterator[Running]:
+def narrow(trained_bundle: Path) -> Iterator[Running]:
     """一个 slot，排一个；注释发得很勤。"""
-    with Running(loader(demo_bundle, slots=1, queue=1), keep_alive_s=0.02) as running:
+    with Running(loader(trained_bundle, slots=1, queue=1), keep_alive_s=0.02) as running:
         yield running
 
 
@@ -501,9 +501,9 @@ def test_empty_prompts_and_prompts_that_leave_no_room(server: Running):
 # SERVE-28
 
 
-def test_reasoning_comes_apart_from_the_answer(demo_bundle: Path):
+def test_reasoning_comes_apart_from_the_answer(trained_bundle: Path):
     """SERVE-28：两个名字都有；流式的拼起来相同；续写原样给出。"""
-    model = deepseek_export.load(demo_bundle, threads=1)
+    model = deepseek_export.load(trained_bundle, threads=1)
     assert model.tokenizer is not None
     text = "<think>\n先想想：1 < 2\n</think>\n\n不学。"
     ids = model.encode(text)[1:]  # 不要 bos
