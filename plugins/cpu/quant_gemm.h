@@ -141,17 +141,17 @@ inline void load_weights(const uint8_t* p, typename F::Codes (&out)[F::kVectors]
     }
 }
 
-// J 行权重里要读的位置。
-template <int J>
+// 权重里要读的位置：第一行，与行距（以元素计）。
 struct Cursor {
-    const uint8_t* codes[J];
-    const uint16_t* scales[J];
+    const uint8_t* codes;
+    int64_t code_stride;
+    const uint16_t* scales;
+    int64_t scale_stride;
 };
 
-// R 行激活的 kShare 块（或一块的全部）对 J 行权重，加到 sums 上；a、t 是激活的第几块、第几个码。
+// R 行激活从第 b 块起的 kShare 块（kShare 是 1 时是一块的 vectors 个向量）对 J 行权重，加到 sums 上。
 template <typename F, int R, int J, int kShare>
-inline void direct_step(const QuantizedRows& a, int64_t b, const Cursor<J>& w, int64_t vectors, int64_t row_bytes,
-    Vector (&sums)[R][J]) {
+inline void direct_step(const QuantizedRows& a, int64_t b, const Cursor& w, int64_t vectors, Vector (&sums)[R][J]) {
     Ints acc[R][J][kPlanes];
     for (int i = 0; i < R; ++i) {
         for (int p = 0; p < kPlanes; ++p) {
@@ -166,9 +166,9 @@ inline void direct_step(const QuantizedRows& a, int64_t b, const Cursor<J>& w, i
         for (int j = 0; j < J; ++j) {
             // 权重多半在内存里：一边算一边把下一组的同一位置取进 L1，再往后两组的取进 L2（一行激活时读权重比只取一组、
             // 取进 L2 快 5–10 %）。
-            const uint8_t* codes = w.codes[j] + v * kBytes;
-            prefetch<3>(codes + J * row_bytes);
-            prefetch(codes + 3 * J * row_bytes);
+            const uint8_t* codes = w.codes + j * w.code_stride + v * kBytes;
+            prefetch<3>(codes + J * w.code_stride);
+            prefetch(codes + 3 * J * w.code_stride);
             typename F::Codes row[F::kVectors];
             load_weights<F>(codes, row);
             for (int i = 0; i < R; ++i) {
@@ -180,7 +180,7 @@ inline void direct_step(const QuantizedRows& a, int64_t b, const Cursor<J>& w, i
     }
     Vector scales[J];
     for (int j = 0; j < J; ++j) {
-        scales[j] = spread_f16<kShare>(w.scales[j]);
+        scales[j] = spread_f16<kShare>(w.scales + j * w.scale_stride);
     }
     for (int i = 0; i < R; ++i) {
         const Vector mine = spread<kShare>(a.scales + i * a.scale_stride() + b);
@@ -201,29 +201,22 @@ inline void direct_block(const QuantizedRows& a, const QuantizedWeights& w, int6
             sums[i][j] = splat(0);
         }
     }
-    Cursor<J> at;
-    for (int j = 0; j < J; ++j) {
-        at.codes[j] = w.codes + (column + j) * row_bytes;
-        at.scales[j] = w.scales + (column + j) * a.blocks;
-    }
+    Cursor at{w.codes + column * row_bytes, row_bytes, w.scales + column * a.blocks, a.blocks};
     int64_t b = 0;
     for (; b + kShare <= a.blocks; b += kShare) {
-        direct_step<F, R, J, kShare>(a, b, at, vectors, row_bytes, sums);
-        for (int j = 0; j < J; ++j) {
-            at.codes[j] += kShare * block_bytes;
-            at.scales[j] += kShare;
-        }
+        direct_step<F, R, J, kShare>(a, b, at, vectors, sums);
+        at.codes += kShare * block_bytes;
+        at.scales += kShare;
     }
     if (b < a.blocks) {
         // 最后不满一个向量的几块：补零再算。
         alignas(64) uint8_t codes[J][kBytes] = {};
         uint16_t scales[J][kShare] = {};
         for (int j = 0; j < J; ++j) {
-            std::memcpy(codes[j], at.codes[j], static_cast<size_t>((a.blocks - b) * block_bytes));
-            std::memcpy(scales[j], at.scales[j], static_cast<size_t>(a.blocks - b) * sizeof(uint16_t));
-            at.codes[j] = codes[j], at.scales[j] = scales[j];
+            std::memcpy(codes[j], at.codes + j * at.code_stride, static_cast<size_t>((a.blocks - b) * block_bytes));
+            std::memcpy(scales[j], at.scales + j * at.scale_stride, static_cast<size_t>(a.blocks - b) * sizeof(uint16_t));
         }
-        direct_step<F, R, J, kShare>(a, b, at, 1, row_bytes, sums);
+        direct_step<F, R, J, kShare>(a, b, {codes[0], kBytes, scales[0], kShare}, 1, sums);
     }
     for (int i = 0; i < R; ++i) {
         if constexpr (J == 4) {
