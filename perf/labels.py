@@ -27,6 +27,8 @@ _SERIES: Mapping[str, str] = MappingProxyType(
         "cold": "前缀重算",
         "warm": "前缀现成",
         "matmul": "矩阵乘",
+        "dsa": "收集（V3.2）",
+        "dense-mla": "稠密 MLA（V3）",
         "transformers OnnxExporter": "transformers OnnxExporter（写权重）",
     }
 )
@@ -75,6 +77,12 @@ _RATIOS: Mapping[str, str] = MappingProxyType(
         "capture": "捕获的时间 深 / 浅",
         "mla/transformers": "一步 apply 之后 / 原样",
         "int8/bfloat16": "误差 int8 / bfloat16",
+        "dsa/dense-mla": "一步 收集 / 稠密",
+        "dsa/transformers": "一步 收集 / transformers",
+        "dsa/字节": "一步 收集 / 读完要读的字节",
+        "dsa/算术": "一步 收集 / 读与乘加里慢的",
+        "prefill dsa/dense-mla": "prefill 收集 / 稠密",
+        "peak dsa/dense-mla": "prefill 的内存峰值 收集 / 稠密",
         "engine/generator": "一步 引擎 / 生成器",
         "HTTP/engine": "每个 token 经 HTTP / 引擎",
         "warm/cold": "等第一个 token 前缀现成 / 重算",
@@ -124,6 +132,10 @@ _SCENARIO: Mapping[str, str] = MappingProxyType(
         "prefix": "前缀 token",
         "tail": "前缀之后的 token",
         "steady": "满批次的提示词与步数",
+        "peer_contexts": "transformers 也测的上下文",
+        "peer_s": "等 transformers 一步的时限（秒）",
+        "chunk": "prefill 每块",
+        "prompt_runs": "prefill 的遍数",
     }
 )
 
