@@ -7,7 +7,7 @@ from importlib import import_module
 from deepseek_export.benchmark.spread import Spread
 from perf.gates import load_gates
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, compile, mtp, peers
+from perf.suites import SUITES, compile, mtp, peers, sparse
 
 ENVIRONMENT = {
     "command": "python -m perf run",
@@ -57,11 +57,11 @@ def every_suite() -> list[SuiteResult]:
     steps = [
         Case(
             name=f"context {context} b{batch}",
-            values={f"{name}.step_s": one for name in ("dsa", "dense-mla", "transformers")[:series]},
+            values={f"{name}.step_s": one for name in (*sparse.BUNDLES, "transformers")[:series]},
             ratios={"dsa/dense-mla": spread(0.3), "dsa/算术": spread(1.2)},
             facts={"context": context, "batch": batch},
         )
-        for context, batch, series in ((2048, 1, 3), (32768, 1, 2), (2048, 8, 2), (32768, 8, 2))
+        for context, batch, series in ((2048, 1, 4), (32768, 1, 3), (2048, 8, 3), (32768, 8, 3))
     ]
     prefill = Case(
         name="prefill 16384",

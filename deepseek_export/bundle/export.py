@@ -87,7 +87,7 @@ from deepseek_export.profile import OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.records import TENSORRT_TARGETS, ModelDtype
 from deepseek_export.reference.model import INDEX_CACHE, CacheTensor, Forms, cache_tensors
-from deepseek_export.reference.weights import torch_dtype
+from deepseek_export.reference.weights import by_torch, torch_dtype
 from deepseek_export.version import __version__
 
 MODEL_FILE = "model.onnx"
@@ -160,7 +160,7 @@ def export_bundle(
         打开的 :class:`Bundle`。
 
     Raises:
-        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E131`` 目标不支持稀疏注意力；``DSX-E119`` 方案打开了 MTP 而检查点没有；
+        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E131`` 目标不支持稀疏注意力；``DSX-E136`` 方案说了索引 key 怎么存，模型没有索引器；``DSX-E119`` 方案打开了 MTP 而检查点没有；
             ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E322`` 目标不支持 int8 缓存。
     """
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
@@ -208,6 +208,7 @@ def _export(
     progress.start("读检查点")
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
+        profile.check_model(source.config.family, source.config.indexer is not None)
         check_sparse(target, source.config)
         stop_token_ids(source.path, source.config)
         carried = _carried_files(source.path)
@@ -428,7 +429,7 @@ def _cache_entry(
                 name=tensor.name,
                 heads=tensor.heads,
                 width=tensor.width,
-                dtype=None if tensor.dtype == torch_dtype(cache_dtype) else dtype,
+                dtype=None if tensor.dtype == torch_dtype(cache_dtype) else by_torch(tensor.dtype).name,
                 layers=owners if tensor.name == INDEX_CACHE else None,
             )
             for tensor, owners in found.items()

@@ -151,6 +151,12 @@ def _check_profile(profile: OptimizationProfile) -> None:
             f"mla.cache_dtype={profile.mla.cache_dtype}：缓存是 transformers 的，dtype 跟着模型走",
             "去掉这个设置；要换缓存 dtype，用 dsx export",
         )
+    if profile.dsa.index_cache_dtype != "cache":
+        raise DsxError(
+            "DSX-E805",
+            f"dsa.index_cache_dtype={profile.dsa.index_cache_dtype}：缓存是 transformers 的，索引 key 跟着模型的 dtype",
+            "去掉这个设置；要 int8 的索引 key，用 dsx export",
+        )
     if profile.mtp.verify != "greedy":
         raise DsxError(
             "DSX-E805",

@@ -89,6 +89,7 @@ def make_plan(
     }
     kinds["stored"] = _stored_parts(source, used)
     cache_dtype = config.dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
+    profile.check_model(config.family, config.indexer is not None)
     cache = _cache(shape, cache_dtype, config.dtype, batch * context)
     cache_bytes = cache.latent_bytes if shape.latent else cache.expanded_bytes
     fp8 = _fp8_share(source, used, shape) if weights == "stored" else dict.fromkeys(PARTS, 0.0)
@@ -155,10 +156,10 @@ def _fp8_share(source: Checkpoint, used: list[str], shape: ModelShape) -> dict[P
 
 
 def _cache(shape: ModelShape, dtype: str, model_dtype: str, tokens: int) -> CachePlan:
-    """展开的缓存、索引 key 没有 int8 这一种，按模型的 dtype 算。"""
+    """展开的缓存没有 int8 这一种，按模型的 dtype 算；索引 key 另有自己的开关。"""
     int8 = dtype == "int8"
     wide = DTYPES[model_dtype if int8 else dtype]
-    index = wide.nbytes(shape.index_cache_values)
+    index = (DTYPES["int8"] if shape.index_int8 else wide).nbytes(shape.index_cache_values)
     latent = DTYPES[dtype].nbytes(shape.latent_cache_values(int8)) + index
     expanded = wide.nbytes(shape.expanded_cache_values) + index
     return CachePlan(

@@ -27,6 +27,7 @@ class ModelShape:
         latent: 缓存的是潜向量（``mla.enabled``），还是逐头 K/V。
         sparse: 只跑被选中的专家（``moe.enabled``），还是全部。
         absorb_prefill: prefill 的注意力也用 absorb 形式（``mla.form`` 是 ``absorb``）。
+        index_int8: 索引 key 存成 int8（``dsa.index_cache_dtype``）。
     """
 
     config: ModelConfig
@@ -36,6 +37,7 @@ class ModelShape:
     latent: bool
     sparse: bool
     absorb_prefill: bool
+    index_int8: bool
 
     @classmethod
     def build(cls, config: ModelConfig, profile: OptimizationProfile, modules: int) -> ModelShape:
@@ -55,7 +57,8 @@ class ModelShape:
         latent = profile.mla.enabled
         absorb_prefill = latent and profile.mla.form == "absorb"
         indexed = sum(map(config.runs_indexer, range(layers)))
-        return cls(config, parameters, layers, indexed, latent, profile.moe.enabled, absorb_prefill)
+        int8 = profile.dsa.index_cache_dtype == "int8"
+        return cls(config, parameters, layers, indexed, latent, profile.moe.enabled, absorb_prefill, int8)
 
     @property
     def total(self) -> int:
@@ -95,7 +98,7 @@ class ModelShape:
     @property
     def index_cache_values(self) -> int:
         """每个 token 在所有层的索引缓存里占几个元素；没有稀疏注意力是 0。"""
-        return self.index_layers * self.config.indexer.head_dim if self.config.indexer is not None else 0
+        return self.index_layers * self.config.index_cache_width(self.index_int8)
 
     def attention_flops(self, context: int) -> float:
         """一个新 token 对 ``context`` 个已缓存的 token 做注意力的浮点次数；潜缓存按 absorb 形式算。"""

@@ -1,10 +1,10 @@
 """稀疏注意力（DSA-12）：同样宽度的 V3.2 与 V3，收集选中的行对读完整个缓存。
 
-两个 bundle 的头、潜向量、hidden 都是 V3 的，前者多一个 V3.2 的索引器；权重 int8（块 128），两种缓存 bfloat16。同一步里还测 transformers 自己的
+两个检查点的头、潜向量、hidden 都是 V3 的，前者多一个 V3.2 的索引器；权重 int8（块 128），两种缓存 bfloat16。同一步里还测 int8 的索引 key、transformers 自己的
 V3.2（同一份 bfloat16 检查点），跑不动的写下原话。算术是把要读的字节与要做的乘加按这台机器当场测得的复制与矩阵乘折成时间：``字节``
 只数读，``算术`` 逐段取读与乘加里慢的那个。
 
-prefill 分块走（与生成时相同），每个样本一个进程，同时量内存峰值。
+prefill 分块走（与生成时相同），每个样本一个进程，同时量内存峰值。末一格不计时：int8 的索引 key 选中的集合与 logits 差多少。
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ from deepseek_export.runtime.session import ModelSession
 from perf import isolate
 from perf.results import Case, SuiteResult
 from perf.suites.cpu_kernel import COPY, COPY_BYTES, MATMUL, MATMUL_SIZE, machine_ceilings, timed
+from perf.workload.index_quality import quality_case
 from perf.workload.workspace import Workspace, parameter_count
 
 TITLE = "稀疏注意力"
-DSA, DENSE, PEER = "dsa", "dense-mla", "transformers"
+DSA, DSA_INT8, DENSE, PEER = "dsa", "dsa-int8", "dense-mla", "transformers"
+#: bundle 的名字 → （``Scenario.shapes`` 里的第几个，方案的覆盖项）。
+BUNDLES = {
+    DSA: (0, ("mla.cache_dtype=bfloat16",)),
+    DSA_INT8: (0, ("mla.cache_dtype=bfloat16", "dsa.index_cache_dtype=int8")),
+    DENSE: (1, ("mla.cache_dtype=bfloat16",)),
+}
 #: 复制一次读一遍、写一遍；一次方阵乘的浮点运算。
 _COPIED, _MULTIPLIED = 2 * COPY_BYTES, 2 * MATMUL_SIZE**3
 _BFLOAT16 = 2
@@ -50,6 +57,7 @@ class Scenario:
         peer_s: 等 transformers 的一步最多几秒。
         prompt, chunk: prefill 几个 token，每块几个。
         prompt_runs: prefill 几遍。
+        quality_prompt: 比 int8 索引 key 的误差时走几个 token；形状是缩小的那个。
     """
 
     shapes: tuple[str, str] = ("v3.2-wide-2", "v3-wide-2")
@@ -61,6 +69,7 @@ class Scenario:
     prompt: int = 16384
     chunk: int = 512
     prompt_runs: int = 2
+    quality_prompt: int = 2048
 
 
 FULL = Scenario()
@@ -72,6 +81,7 @@ QUICK = Scenario(
     runs=3,
     prompt=2048,
     prompt_runs=1,
+    quality_prompt=640,
 )
 
 
@@ -84,19 +94,18 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     scenario = QUICK if quick else FULL
     if find_library() is None:
         raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
-    checkpoints = {
-        name: workspace.checkpoint(shape, dtype="bfloat16")
-        for name, shape in zip((DSA, DENSE), scenario.shapes, strict=True)
-    }
+    checkpoints = [workspace.checkpoint(shape, dtype="bfloat16") for shape in scenario.shapes]
+    quantization = Quantization(kind="int8", block=128)
     bundles = {
-        name: workspace.bundle(
-            path, "mla", "float32", ("mla.cache_dtype=bfloat16",), Quantization(kind="int8", block=128)
-        )
-        for name, path in checkpoints.items()
+        name: workspace.bundle(checkpoints[which], "mla", "float32", overrides, quantization)
+        for name, (which, overrides) in BUNDLES.items()
     }
     cases = [
-        *_decode(scenario, checkpoints, bundles, threads),
+        *_decode(scenario, checkpoints[0], bundles, threads),
         _prefill(scenario, bundles, threads),
+        quality_case(
+            workspace.checkpoint(QUICK.shapes[0], dtype="bfloat16"), scenario.quality_prompt, threads
+        ),
     ]
     return SuiteResult(suite="sparse", title=TITLE, scenario=asdict(scenario), cases=cases)
 
@@ -132,21 +141,18 @@ def work_of(config: ModelConfig, weights: Work, batch: int, context: int) -> lis
     return parts
 
 
-def _decode(
-    scenario: Scenario, checkpoints: dict[str, Path], bundles: dict[str, Path], threads: int
-) -> Iterator[Case]:
+def _decode(scenario: Scenario, checkpoint: Path, bundles: dict[str, Path], threads: int) -> Iterator[Case]:
+    """``checkpoint`` 是稀疏的那一个，transformers 也用它。"""
     sessions = {name: api.load(path, threads).session for name, path in bundles.items()}
     ceilings = {key: partial(timed, call) for key, call in machine_ceilings(threads).items()}
     config = Bundle.open(bundles[DSA]).manifest.model
     # 嵌入表一步只读一行。
     weights = Work(
         (bundles[DSA] / "weights/model.safetensors").stat().st_size,
-        2.0 * (parameter_count(checkpoints[DSA]) - config.vocab_size * config.hidden_size),
+        2.0 * (parameter_count(checkpoint) - config.vocab_size * config.hidden_size),
     )
     with ExitStack() as stack:
-        peer = isolate.Worker(
-            "perf.peers.engines:Transformers", checkpoint=str(checkpoints[DSA]), threads=threads
-        )
+        peer = isolate.Worker("perf.peers.engines:Transformers", checkpoint=str(checkpoint), threads=threads)
         stack.callback(peer.close)
         failed: str | None = None
         for context, batch in itertools.product(scenario.contexts, scenario.batches):
@@ -186,9 +192,10 @@ def decode_case(name: str, seconds: dict[str, Spread], parts: list[Work], facts:
     ratios = {
         f"{DSA}/{other}": paired_ratio(dsa, seconds[other]) for other in (DENSE, PEER) if other in seconds
     }
+    ratios[f"{DSA_INT8}/{DSA}"] = paired_ratio(seconds[DSA_INT8], dsa)
     ratios[f"{DSA}/字节"] = dsa.scaled(1 / sum(part.nbytes * copy for part in parts))
     ratios[f"{DSA}/算术"] = dsa.scaled(1 / sum(part.seconds(copy, matmul) for part in parts))
-    values = {f"{key}.step_s": seconds[key] for key in (DSA, DENSE, PEER) if key in seconds}
+    values = {f"{key}.step_s": seconds[key] for key in (*BUNDLES, PEER) if key in seconds}
     for key, unit, amount in ((COPY, "gb_s", _COPIED), (MATMUL, "gflop_s", _MULTIPLIED)):
         values[f"{key}.{unit}"] = Spread.of([amount / sample / 1e9 for sample in seconds[key].samples])
     return Case(name=name, values=values, ratios=ratios, facts=facts)
@@ -201,6 +208,7 @@ def _prefill(scenario: Scenario, bundles: dict[str, Path], threads: int) -> Case
         {
             name: partial(isolate.call, f"{__name__}:prefiller", bundle=str(path), **prompt)
             for name, path in bundles.items()
+            if name != DSA_INT8
         },
         scenario.prompt_runs,
         warmup=0,

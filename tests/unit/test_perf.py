@@ -202,7 +202,7 @@ def test_the_arithmetic_of_a_sparse_step(tmp_path):
     assert (long[2].nbytes, long[2].flops) == (2 * 2 * 32768 * 256, 2 * 2 * 2 * 32768 * 64 * 128)
     assert sparse.Work(3, 5).seconds(2, 1) == 6
     assert sparse.Work(3, 5).seconds(1, 2) == 10
-    ten = {name: spread(10.0, 20.0) for name in ("dsa", "dense-mla")}
+    ten = {name: spread(10.0, 20.0) for name in sparse.BUNDLES}
     machine = {"copy": spread(2.0 * cpu_kernel.COPY_BYTES), "matmul": spread(2.0 * cpu_kernel.MATMUL_SIZE**3)}
     case = sparse.decode_case("x", ten | machine, [sparse.Work(3, 5), sparse.Work(4, 1)], {})
     assert case.ratios["dsa/字节"].low == pytest.approx(10 / 7)
