@@ -54,7 +54,8 @@ def _walk(model: ReferenceModel, ids: Tensor) -> tuple[Tensor, list[np.ndarray]]
     indexer, prompt = model.config.indexer, ids.shape[1]
     assert indexer is not None
     caches = model.empty_caches(1, prompt)
-    logits, masks = [], [[] for _ in model.layers]
+    logits: list[Tensor] = []
+    masks: list[list[np.ndarray]] = [[] for _ in model.layers]
     for start in range(0, prompt, _CHUNK):
         part = ids[:, start : start + _CHUNK]
         past = torch.tensor([start])
