@@ -81,7 +81,7 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
             for dtype in ("float32", "float16", "bfloat16", "int8")
         },
         ("selection_loss", "int8"): Tolerance(
-            1.0,
+            float("inf"),
             5e-2,
             1e-5,
             "int8 的索引 key 对没有舍入的：Dice 距离，即换掉的份额；随机数上实测至多 5e-3（8192 个里选 2048 个也是），留十倍",
