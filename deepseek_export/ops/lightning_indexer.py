@@ -50,7 +50,7 @@ def index_scores(q: Tensor, w: Tensor, index_cache: Tensor) -> Tensor:
     B, S, H, di = q.shape
     rows = index_cache.squeeze(1)
     if rows.dtype != torch.int8:
-        return _weighted(q.float(), w, rows.float())
+        return _weighted(q, w, rows)
     codes, scale = encode_query(q.reshape(B, S * H, di))
     keys, key_scale = split_keys(rows)
     weighted = _weighted(codes.view(B, S, H, di), w * scale.view(B, S, H), keys)
@@ -58,9 +58,10 @@ def index_scores(q: Tensor, w: Tensor, index_cache: Tensor) -> Tensor:
 
 
 def _weighted(q: Tensor, w: Tensor, keys: Tensor) -> Tensor:
-    """``Σ_h w_h · relu(q_h · k)``：q [B, S, Hi, di]、keys [B, T, di] float32 → [B, S, T]。"""
+    """``Σ_h w_h · relu(q_h · k)``：q [B, S, Hi, di]、keys [B, T, di] → [B, S, T] float32。"""
     B, S, H, di = q.shape
-    scores = torch.matmul(q.reshape(B, S * H, di), keys.transpose(1, 2)).relu().view(B, S, H, -1)
+    keys = keys.float().transpose(1, 2)
+    scores = torch.matmul(q.float().reshape(B, S * H, di), keys).relu().view(B, S, H, -1)
     return torch.matmul(w.unsqueeze(2), scores).squeeze(2)
 
 
