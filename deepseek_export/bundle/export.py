@@ -212,11 +212,7 @@ def _export(
         stop_token_ids(source.path, source.config)
         carried = _carried_files(source.path)
         modules = require_mtp(source) if profile.mtp.enabled else 0
-        needed = 0
-        if weights == "packed":
-            tensorrt = target in TENSORRT_TARGETS
-            parts = written_bytes(source.config, profile, modules, dtype, quantization, tensorrt)
-            needed = sum(parts.values())
+        needed = packed_bytes(source, profile, target, dtype, quantization) if weights == "packed" else 0
         check_free_space(out, needed)
         if quantization is not None:
             _check_keep(quantization, source.config, modules)
@@ -304,6 +300,23 @@ def _export(
         accept(directory)
         check_replaceable(out, overwrite)  # 别人的文件可能是这几分钟里放进去的
     return Bundle.open(out)
+
+
+def packed_bytes(
+    source: Checkpoint,
+    profile: OptimizationProfile,
+    target: str,
+    dtype: ModelDtype,
+    quantization: Quantization | None,
+) -> int:
+    """打包的权重要写多少字节；动工之前的估计。
+
+    Raises:
+        DsxError: ``DSX-E119``，方案打开了 MTP 而检查点没有。
+    """
+    modules = require_mtp(source) if profile.mtp.enabled else 0
+    tensorrt = target in TENSORRT_TARGETS
+    return sum(written_bytes(source.config, profile, modules, dtype, quantization, tensorrt).values())
 
 
 def _carried_files(directory: Path) -> list[Path]:

@@ -89,7 +89,7 @@ class Gang:
         return self._keeper.stages
 
     def call(self, frames: Sequence[Frame], generation: int | None = None) -> list[Frame]:
-        """几帧依次发出去，等它们都绕环一圈回来；有几帧就有几个 stage 同时在算。
+        """几帧依次发出去，等它们都绕环一圈回来；在环里的有几帧，就有几个 stage 同时在算。
 
         Args:
             frames: 要发的。
@@ -140,6 +140,7 @@ class _Ring:
         self._started, self._settings = started, settings
         self._numbers = itertools.count(1)
         self._receiving = threading.Lock()
+        self._most = 1
         self.broken = threading.Event()
         self.reason: DsxError | None = None
 
@@ -160,6 +161,7 @@ class _Ring:
             raise _told(frame)
         self._started.from_last.silence_s = self._settings.silence_s
         stages: list[dict[str, Any]] = frame.meta["stages"]
+        self._most = len(stages)
         return stages
 
     def exchange(self, frames: Sequence[Frame]) -> list[Frame]:
@@ -167,12 +169,7 @@ class _Ring:
         with self._receiving:
             self._start_clock(self._settings.step_s, "算完一步")
             try:
-                numbers = [next(self._numbers) for _ in frames]
-                for number, frame in zip(numbers, frames, strict=True):
-                    self._started.to_first.send(
-                        Frame({**frame.meta, "n": number}, frame.arrays), self._waiting
-                    )
-                found = [self._reply(number) for number in numbers]
+                found = self._around(frames)
             except DsxError as error:
                 raise self.fail(error) from error
             except BaseException:  # Ctrl-C：环里还有没有收的，不能再用
@@ -182,6 +179,16 @@ class _Ring:
             if frame.meta["op"] == "failed":
                 raise _told(frame)
         return found
+
+    def _around(self, frames: Sequence[Frame]) -> list[Frame]:
+        """各绕环一圈；在环里的不超过 stage 的个数，再多，发的与收的可能互相等。"""
+        numbers = [next(self._numbers) for _ in frames]
+        found: list[Frame] = []
+        for position, (number, frame) in enumerate(zip(numbers, frames, strict=True)):
+            if position - len(found) == self._most:
+                found.append(self._reply(numbers[len(found)]))
+            self._started.to_first.send(Frame({**frame.meta, "n": number}, frame.arrays), self._waiting)
+        return found + [self._reply(number) for number in numbers[len(found) :]]
 
     def watch(self) -> None:
         """发一次心跳，听一次；断了就记下。"""
