@@ -11,10 +11,11 @@ from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.manifest import WeightsEntry
 from deepseek_export.bundle.stages import StageSet, is_stage_set
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.engine.record import ENGINES, RECORD_FILE
 from deepseek_export.report.blocks import graph_blocks
 
 CONTEXT = 8192
+#: 同 :mod:`deepseek_export.engine.record`；它要 onnx，这里不该等。
+_ENGINE_RECORDS = "engines/*/engine.json"
 #: 试跑一次用的大小；S + past 不能超过 T，L 是 K + 1。
 _TRIAL = {"B": 1, "S": 8, "T": 64, "K": 1, "K+1": 2}
 
@@ -80,9 +81,7 @@ def _inspect_stages(stages: StageSet) -> dict[str, Any]:
             "layers": item.layers,
             "weight_bytes": item.weight_bytes,
             "graphs": [graph.file for graph in bundle.manifest.graphs],
-            "engines": sorted(
-                record.parent.name for record in (bundle.path / ENGINES).glob(f"*/{RECORD_FILE}")
-            ),
+            "engines": sorted(record.parent.name for record in bundle.path.glob(_ENGINE_RECORDS)),
         }
         for item, bundle in zip(stages.record.stages, bundles, strict=True)
     ]

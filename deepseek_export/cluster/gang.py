@@ -13,6 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from deepseek_export.errors import ERRORS, DsxError
 #: 服务的日志里也要有，所以在它的名下。
 logger = logging.getLogger("dsx.serve.cluster")
 
+#: 加载时第一个 stage 退了，等它说的错误码多久，秒。
+_TELLING_S = 10.0
 #: 等一个刚断了的环里的进程结束，好说清是谁，秒。
 _LAST_WORDS_S = 1.0
 
@@ -152,8 +155,9 @@ class _Ring:
         """
         self._start_clock(self._settings.start_s, "加载完")
         try:
-            self._started.to_first.send(Frame({"op": "hello", "n": 0, "stages": []}), self._waiting)
-            frame = self._started.from_last.receive(self._waiting)
+            with suppress(ChannelClosed):  # 第一个已经退了：为什么，由后面的传过来
+                self._started.to_first.send(Frame({"op": "hello", "n": 0, "stages": []}), self._loading)
+            frame = self._started.from_last.receive(self._loading)
         except DsxError as error:
             what = self._last_words() or error.what
             raise DsxError("DSX-E744", what, "看 stage 进程印出的话；确认内存够用") from error
@@ -233,6 +237,15 @@ class _Ring:
         self._started.to_first.beat()
         if time.monotonic() > self._until:
             raise _lost(f"{self._limit:g} 秒还没有{self._doing}")
+
+    def _loading(self) -> None:
+        """同上，还在加载：第一个退了，先等一会儿，它说的错误码要经过后面的才到这里。"""
+        try:
+            self._waiting()
+        except ChannelClosed:
+            self._until = min(self._until, time.monotonic() + _TELLING_S)
+            if time.monotonic() >= self._until:
+                raise
 
     def _reply(self, number: int) -> Frame:
         frame = self._started.from_last.receive(self._waiting)
