@@ -15,6 +15,7 @@ import pytest
 import deepseek_export
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.cli.sources import ExportOptions, bundle_of
 from deepseek_export.cli.staging import check_replicas, replica_range, staged, stages_beside
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.errors import DsxError
@@ -247,6 +248,8 @@ def test_stages_are_cut_beside_the_bundle(bundle):
     assert (made / "stages.json").stat().st_mtime_ns == before
     assert staged(made, "2", Progress()) == made
     assert staged(made, None, Progress()) == made
+    nothing = ExportOptions(None, None, None, None, ())
+    assert bundle_of(made, nothing, False, Progress()) == made  # 有 config.json，可不是检查点
     refused("DSX-E753", staged, made, "3", Progress())
     other = deepseek_export.export(CHECKPOINT, bundle.with_name("other"), "mla", target="ort-cpu").path
     made.rename(stages_beside(other, "2"))

@@ -67,8 +67,13 @@ def empty(address: str) -> bool:
     return not (found["groups"] or found["stages"] or found["replicas"]) and found["free"]["CPU"] == 8
 
 
+def running(address: str) -> int:
+    """Ray Serve 上在跑的，入口也算。"""
+    return sum(one["states"].get("RUNNING", 0) for one in status(address)["replicas"])
+
+
 def test_batch_on_a_pool(address, bundle, tmp_path):
-    """CLUSTER-31：发起的一端被 kill -9、一个副本被 kill -9，再运行一次接着做；与不用 Ray 的逐字相同，什么也没有留下。"""
+    """CLUSTER-31：发起的一端被 kill -9、一个副本被 kill -9、一个被停住，再运行一次接着做；与不用 Ray 的逐字相同，什么也没有留下。"""
     prompts = ["床前明月光", "And it came to pass", "学而时习之"]
     lines = [
         line(f"r{n}", prompt=prompts[n % 3], max_tokens=60, temperature=0, ignore_eos=True) for n in range(60)
@@ -88,9 +93,11 @@ def test_batch_on_a_pool(address, bundle, tmp_path):
 
     again = subprocess.Popen([*DSX, *command], env=environment())
     until(lambda: partial.read_bytes().count(b"\n") > done, 240)
-    victim = next(pid for pid in workers() if alive([pid]))
-    os.kill(victim, signal.SIGKILL)
-    assert again.wait(400) == 0
+    first, second = workers()
+    os.kill(first, signal.SIGKILL)
+    os.kill(second, signal.SIGSTOP)
+    assert again.wait(500) == 0
+    assert alive([first, second]) == []
     found = answers(out)
     assert [one["custom_id"] for one in found] == [f"r{n}" for n in range(60)]
     whole = tmp_path / "whole.jsonl"
@@ -172,7 +179,7 @@ def test_serve_with_two_replicas_of_two_stages(address, bundle, want):
         assert [(one["index"], one["state"]) for one in found["stages"]] == [
             (index, "running") for _ in range(2) for index in range(2)
         ]
-        assert sum(one["states"].get("RUNNING", 0) for one in found["replicas"]) == 3
+        assert running(address) == 3
         assert len(found["groups"]) == 2
         assert all(len(group["bundles"]) == 3 for group in found["groups"])
         labels = set(re.findall(r'replica="(\w+)"', server.client.get("/metrics").text))
@@ -194,7 +201,7 @@ def test_serve_with_two_replicas_of_two_stages(address, bundle, want):
 
 
 def test_a_killed_replica_and_a_killed_dsx(address, bundle, want):
-    """CLUSTER-32：副本的进程被杀，别的接着答，它由 Ray Serve 重起；``dsx serve`` 被 kill -9，副本与 Ray Serve 都停下。"""
+    """CLUSTER-32：副本的进程被杀、被停住，别的接着答，它由 Ray Serve 换掉；``dsx serve`` 被 kill -9，副本与 Ray Serve 都停下。"""
     with serving(bundle, "--ray", address, "--replicas", 2, "--slots", 2) as server:
         assert server.ask().json()["choices"][0]["text"] == want
         (first, *_) = workers("ServeReplica:dsx:out:model")
@@ -203,6 +210,13 @@ def test_a_killed_replica_and_a_killed_dsx(address, bundle, want):
             answer = server.ask(prompt=f"{number} 床前明月光")
             assert answer.status_code == 200, answer.text
         until(lambda: len(workers("ServeReplica:dsx:out:model")) == 2, 120)
+        until(lambda: running(address) == 3, 120)
+        (frozen, *_) = workers("ServeReplica:dsx:out:model")
+        os.kill(frozen, signal.SIGSTOP)
+        for number in range(6):
+            assert server.ask(prompt=f"{number} 学而时习之").status_code == 200
+        until(lambda: alive([frozen]) == [], 180)
+        until(lambda: running(address) == 3, 180)
         second = subprocess.run(
             [*DSX, "serve", str(bundle), "--ray", address, "--replicas", "1", "--port", "0"],
             env=environment(),
@@ -218,13 +232,15 @@ def test_a_killed_replica_and_a_killed_dsx(address, bundle, want):
 
 
 def test_one_that_cannot_load_is_told(address, bundle, tmp_path):
-    """CLUSTER-32：加载不了的，说它自己的原因，什么也没有留下。"""
-    bare = deepseek_export.export(CHECKPOINT, tmp_path / "bare", "mla").path
-    manifest = json.loads((bare / "manifest.json").read_text(encoding="utf-8"))
-    weights = bare / manifest["weights"]["files"][0]
-    weights.write_bytes(weights.read_bytes()[:-8])
+    """CLUSTER-32：一个 stage 的权重坏了，副本加载不了：说它自己的原因，什么也没有留下。"""
+    stages = deepseek_export.split(bundle, tmp_path / "stages", 2)
+    manifest = json.loads((stages.directories[1] / "manifest.json").read_text(encoding="utf-8"))
+    weights = stages.directories[1] / manifest["weights"]["files"][0]
+    content = weights.read_bytes()
+    weights.unlink()  # 也许与别的 stage 是同一个文件
+    weights.write_bytes(content[:-8])
     done = subprocess.run(
-        [*DSX, "serve", str(bare), "--ray", address, "--replicas", "1", "--port", "0"],
+        [*DSX, "serve", str(stages.path), "--ray", address, "--replicas", "1", "--port", "0"],
         env=environment(),
         capture_output=True,
         text=True,
@@ -232,5 +248,5 @@ def test_one_that_cannot_load_is_told(address, bundle, tmp_path):
     )
     assert done.returncode == 1
     assert "DSX-E755" in done.stderr
-    assert "DSX-E4" in done.stderr
+    assert "DSX-E406" in done.stderr
     until(lambda: empty(address), 120)
