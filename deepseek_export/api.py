@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, WeightsMode, read_bundle
@@ -243,6 +243,7 @@ def split(
     out: Path | str,
     stages: int | str,
     *,
+    balance: Literal["bytes", "time"] = "bytes",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> StageSet:
@@ -250,7 +251,7 @@ def split(
     require_export("切分")
     from deepseek_export.bundle.split import split_bundle
 
-    return split_bundle(bundle, out, stages, overwrite=overwrite, progress=progress)
+    return split_bundle(bundle, out, stages, balance=balance, overwrite=overwrite, progress=progress)
 
 
 def build(
