@@ -131,6 +131,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E732": "导出的选项给了 bundle",
         "DSX-E733": "服务的模型给得不对",
         "DSX-E734": "写不成 Triton 的模型",
+        "DSX-E735": "这套 stage 建不了引擎",
+        "DSX-E736": "SM 的个数与 stage 的不符",
         "DSX-E740": "切分给得不对",
         "DSX-E741": "不是完整的一套 stage",
         "DSX-E742": "流水线断了",

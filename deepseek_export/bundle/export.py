@@ -190,17 +190,7 @@ class _Export:
             stop_token_ids(source.path, source.config)
             _carried_files(source.path)
             self._modules = require_mtp(source) if settings.profile.mtp.enabled else 0
-            needed = 0
-            if settings.weights == "packed":
-                parts = written_bytes(
-                    source.config,
-                    settings.profile,
-                    self._modules,
-                    settings.dtype,
-                    settings.quantization,
-                    settings.target in TENSORRT_TARGETS,
-                )
-                needed = sum(parts.values())
+            needed = packed_bytes(source, settings) if settings.weights == "packed" else 0
             check_free_space(out, needed)
             if settings.quantization is not None:
                 _check_keep(settings.quantization, source.config, self._modules)
@@ -321,6 +311,20 @@ class _Export:
             "weight_bytes": self.weight_bytes,
             "nodes": sum(len(graph.model.graph.node) for graph in self.graphs),
         }
+
+
+def packed_bytes(source: Checkpoint, settings: ExportSettings) -> int:
+    """打包的权重要写多少字节；动工之前的估计。
+
+    Raises:
+        DsxError: ``DSX-E119``，方案打开了 MTP 而检查点没有。
+    """
+    modules = require_mtp(source) if settings.profile.mtp.enabled else 0
+    tensorrt = settings.target in TENSORRT_TARGETS
+    parts = written_bytes(
+        source.config, settings.profile, modules, settings.dtype, settings.quantization, tensorrt
+    )
+    return sum(parts.values())
 
 
 def _carried_files(directory: Path) -> list[Path]:

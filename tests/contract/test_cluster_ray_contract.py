@@ -156,7 +156,7 @@ def test_too_few_cpus_is_told_in_time(nodes, stages):
 
 @pytest.mark.slow
 def test_encrypted_between_nodes(nodes, stages, want, tmp_path):
-    """CLUSTER-33：给了证书的，stage 之间的信道都加密，token 相同；stage 拿到的证书不是那个 CA 签的，起不来，说得清。"""
+    """CLUSTER-53：给了证书的，stage 之间的信道都加密，token 相同；stage 拿到的证书不是那个 CA 签的，起不来，说得清。"""
     import ray
     import trustme
 

@@ -1,4 +1,4 @@
-"""specs/cluster 的 CLUSTER-30：看有什么在跑，连不上 Ray 限时说清。"""
+"""specs/cluster 的 CLUSTER-50：看有什么在跑，连不上 Ray 限时说清。"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def mine(stages: Path) -> list[dict[str, object]]:
 
 
 def test_local_stages_are_listed(stages):
-    """CLUSTER-30：本机上的 stage：哪一套的第几个、进程、内存、停没停着；停掉就没有了。"""
+    """CLUSTER-50：本机上的 stage：哪一套的第几个、进程、内存、停没停着；停掉就没有了。"""
     with loaded(stages):
         found = mine(stages)
         assert [(one["index"], one["count"], one["state"]) for one in found] == [
@@ -57,7 +57,7 @@ def test_local_stages_are_listed(stages):
 
 
 def test_what_is_not_a_stage_is_not_listed(tmp_path):
-    """CLUSTER-30：看不懂的进程跳过；没有 ``/proc`` 的系统说看不到。"""
+    """CLUSTER-50：看不懂的进程跳过；没有 ``/proc`` 的系统说看不到。"""
     words = ["python", "-m", "deepseek_export.cluster.stage"]
     for name, line in (("1", [*words, "{"]), ("2", ["python"]), ("3", words), ("x", words)):
         (tmp_path / name).mkdir()
@@ -71,7 +71,7 @@ def test_what_is_not_a_stage_is_not_listed(tmp_path):
     "address", ["127.0.0.1:{port}", "ray://127.0.0.1:10001", "host:port", "127.0.0.1:99999999"]
 )
 def test_a_cluster_that_is_not_there(address):
-    """CLUSTER-30：地址上没有 Ray、写得不对，马上说。"""
+    """CLUSTER-50：地址上没有 Ray、写得不对，马上说。"""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     error = refused("DSX-E754", join, address.format(port=port))
@@ -79,7 +79,7 @@ def test_a_cluster_that_is_not_there(address):
 
 
 def test_one_that_does_not_answer(monkeypatch):
-    """CLUSTER-30：有人听而不答，限时说清。"""
+    """CLUSTER-50：有人听而不答，限时说清。"""
     import ray
 
     from deepseek_export.cluster import ray_cluster
@@ -95,7 +95,7 @@ def test_one_that_does_not_answer(monkeypatch):
 
 
 def test_the_command_says_so_too(tmp_path):
-    """CLUSTER-30：命令行上是三行与退出码 1，``--json`` 也有。"""
+    """CLUSTER-50：命令行上是三行与退出码 1，``--json`` 也有。"""
     done = dsx("cluster", "status", "--ray", "127.0.0.1:1", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout.splitlines()[-1])["error"]["code"] == "DSX-E754"

@@ -1,4 +1,4 @@
-"""specs/cluster 的 CLUSTER-33：两台机器之间的信道加密，两头都核对证书。"""
+"""specs/cluster 的 CLUSTER-53：两台机器之间的信道加密，两头都核对证书。"""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def channels(server: TlsFiles | None, client: TlsFiles | None) -> tuple[Channel,
 
 
 def test_frames_cross_an_encrypted_channel(files):
-    """CLUSTER-33：大的小的帧、心跳照样过；线上看不到内容。"""
+    """CLUSTER-53：大的小的帧、心跳照样过；线上看不到内容。"""
     coming, going = channels(files[0], files[1])
     big = np.arange(5_000_000, dtype=np.float32)
     sent = [Frame({"op": "a"}), Frame({"op": "big"}, {"x": big}), Frame({"op": "b"}, {"y": big[:7]})]
@@ -102,7 +102,7 @@ def test_frames_cross_an_encrypted_channel(files):
 
 
 def test_the_wire_shows_nothing(files):
-    """CLUSTER-33：没有证书时线上读得到内容，有了就读不到。"""
+    """CLUSTER-53：没有证书时线上读得到内容，有了就读不到。"""
     marker = "床前明月光-marker"
 
     def seen(server: TlsFiles | None, client: TlsFiles | None) -> bytes:
@@ -125,7 +125,7 @@ def test_the_wire_shows_nothing(files):
 
 @pytest.mark.parametrize(("server", "client"), [(0, 2), (2, 0)])
 def test_a_stranger_is_refused_by_both(files, server, client):
-    """CLUSTER-33：证书由别的 CA 签的，应的与连的都不认。"""
+    """CLUSTER-53：证书由别的 CA 签的，应的与连的都不认。"""
     coming, going = both(files[server], files[client])
     errors = [one for one in (coming, going) if isinstance(one, DsxError)]
     assert errors
@@ -136,14 +136,14 @@ def test_a_stranger_is_refused_by_both(files, server, client):
 
 @pytest.mark.parametrize(("server", "client"), [(0, None), (None, 0)])
 def test_one_side_without_tls_is_refused(files, server, client):
-    """CLUSTER-33：一头加密、一头不加密，握不成，限时说清。"""
+    """CLUSTER-53：一头加密、一头不加密，握不成，限时说清。"""
     found = both(*(None if one is None else files[one] for one in (server, client)), seconds=0.5)
     (error,) = (one for one in found if isinstance(one, DsxError))
     assert error.code == "DSX-E749"
 
 
 def test_files_that_cannot_be_used(files, tmp_path):
-    """CLUSTER-33：读不了、不是一对、不是 PEM，起之前就说；三个要给全，要配 ``--ray``。"""
+    """CLUSTER-53：读不了、不是一对、不是 PEM，起之前就说；三个要给全，要配 ``--ray``。"""
     check_tls(None)
     check_tls(files[0])
     broken = tmp_path / "broken.pem"
@@ -165,7 +165,7 @@ def test_files_that_cannot_be_used(files, tmp_path):
 
 
 def test_an_encrypted_key_is_refused(files, tmp_path):
-    """CLUSTER-33：私钥加了密的，没有地方问密码：拒绝，不停下来等。"""
+    """CLUSTER-53：私钥加了密的，没有地方问密码：拒绝，不停下来等。"""
     from cryptography.hazmat.primitives import serialization
 
     key = serialization.load_pem_private_key(Path(files[0].key).read_bytes(), None)
@@ -181,7 +181,7 @@ def test_an_encrypted_key_is_refused(files, tmp_path):
 
 
 def test_a_stage_shakes_hands_on_both_sides(files, tmp_path):
-    """CLUSTER-33：stage 进程在继承来的两条连接上握手，之后照常：bundle 打不开，原因也经过它说回来。"""
+    """CLUSTER-53：stage 进程在继承来的两条连接上握手，之后照常：bundle 打不开，原因也经过它说回来。"""
     first, up = socket.socketpair()
     down, last = socket.socketpair()
     spec = StageSpec(

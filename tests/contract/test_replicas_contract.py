@@ -1,4 +1,4 @@
-"""specs/cluster 的 CLUSTER-31：一池副本做批量；死了、停住了、起不来的。"""
+"""specs/cluster 的 CLUSTER-51：一池副本做批量；死了、停住了、起不来的。"""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _quick(monkeypatch):
 
 
 def test_all_share_the_work_and_the_order_stays(tmp_path):
-    """CLUSTER-31：几个副本都做，答案同序；用完都放掉。"""
+    """CLUSTER-51：几个副本都做，答案同序；用完都放掉。"""
     names = [f"r{number}" for number in range(60)]
     source, room = written(tmp_path, [line(name, prompt=name) for name in names]), Room()
     with room.pool(3) as pool:
@@ -117,7 +117,7 @@ def test_all_share_the_work_and_the_order_stays(tmp_path):
 
 @pytest.mark.parametrize("how", ["dead", "frozen"])
 def test_a_lost_replica_is_started_again(tmp_path, monkeypatch, how):
-    """CLUSTER-31：一个死了、停住了：手上的由别的重做，它重起；答案不丢不重。"""
+    """CLUSTER-51：一个死了、停住了：手上的由别的重做，它重起；答案不丢不重。"""
     monkeypatch.setattr(pools, "SILENCE_S", 0.3)
     names = [f"r{number}" for number in range(200)]
     source, room = written(tmp_path, [line(name, prompt=name) for name in names]), Room()
@@ -137,7 +137,7 @@ def test_a_lost_replica_is_started_again(tmp_path, monkeypatch, how):
 
 
 def test_a_busy_one_is_left_alone_for_a_while():
-    """CLUSTER-31：答了 503 的先歇一会儿，交给别的。"""
+    """CLUSTER-51：答了 503 的先歇一会儿，交给别的。"""
     room = Room()
     with room.pool(2) as pool:
         until(lambda: pool.ready == 2)
@@ -150,7 +150,7 @@ def test_a_busy_one_is_left_alone_for_a_while():
 
 
 def test_one_that_cannot_load_says_why():
-    """CLUSTER-31：起不来就说它说的原因，不一直等；加载时死了、太久，也说得清。"""
+    """CLUSTER-51：起不来就说它说的原因，不一直等；加载时死了、太久，也说得清。"""
     bad = DsxError("DSX-E741", "缺了一个", "换一个目录")
 
     def ask(pool: ReplicaPool) -> None:
@@ -171,7 +171,7 @@ def test_one_that_cannot_load_says_why():
 
 
 def test_it_gives_up_after_a_few_tries():
-    """CLUSTER-31：起来过的重起几次都不成，就不再试，批量停在那里，可以接着做。"""
+    """CLUSTER-51：起来过的重起几次都不成，就不再试，批量停在那里，可以接着做。"""
     room = Room(lambda index, made: Fake(index, DsxError("DSX-E744", "没有内存", "加内存") if made else None))
     with room.pool(1) as pool:
         until(lambda: pool.ready == 1)
@@ -182,7 +182,7 @@ def test_it_gives_up_after_a_few_tries():
 
 
 def test_a_start_that_fails_leaves_nothing():
-    """CLUSTER-31：起到一半不成，起好的放掉。"""
+    """CLUSTER-51：起到一半不成，起好的放掉。"""
 
     def make(index: int, _: int) -> Fake:
         if index == 1:
@@ -197,7 +197,7 @@ def test_a_start_that_fails_leaves_nothing():
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "4-2", "1-", "x", "1-2-3", "1025", "1.5"])
 def test_how_many_replicas(text):
-    """CLUSTER-32：``--replicas`` 是个数或范围；没有 ``--ray`` 就拒绝。"""
+    """CLUSTER-52：``--replicas`` 是个数或范围；没有 ``--ray`` 就拒绝。"""
     assert replica_range("2") == (2, 2)
     assert replica_range("1-4") == (1, 4)
     refused("DSX-E753", replica_range, text)
@@ -207,7 +207,7 @@ def test_how_many_replicas(text):
 
 
 def test_without_ray_serve_it_says_how_to_install(bundle, monkeypatch):
-    """CLUSTER-32：Ray Serve 的依赖没有装，用到才说。"""
+    """CLUSTER-52：Ray Serve 的依赖没有装，用到才说。"""
     spec = ReplicaSpec(bundle, "m", EngineSettings(), ClusterSettings(ray="auto"))
     monkeypatch.setitem(sys.modules, "grpc", None)
     error = refused("DSX-E752", lambda: ReplicaService(spec, (1, 1), ("127.0.0.1", 0)))
@@ -227,7 +227,7 @@ def test_without_ray_serve_it_says_how_to_install(bundle, monkeypatch):
     ],
 )
 def test_what_does_not_go_together(bundle, code, more):
-    """CLUSTER-32、CLUSTER-33：``--replicas`` 与别的选项合不来的，加载之前就说。"""
+    """CLUSTER-52、CLUSTER-53：``--replicas`` 与别的选项合不来的，加载之前就说。"""
     done = dsx("serve", bundle, *more)
     assert done.returncode == 1
     assert code in done.stderr
@@ -240,7 +240,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stages_are_cut_beside_the_bundle(bundle):
-    """CLUSTER-32：``--stages`` 切在 OUT 旁边，第二次直接用；已经切开的要相符；由别的切成的不用。"""
+    """CLUSTER-52：``--stages`` 切在 OUT 旁边，第二次直接用；已经切开的要相符；由别的切成的不用。"""
     made = staged(bundle, "2", Progress())
     assert made == stages_beside(bundle, "2") == bundle.with_name("out.stages-2")
     before = (made / "stages.json").stat().st_mtime_ns
@@ -257,7 +257,7 @@ def test_stages_are_cut_beside_the_bundle(bundle):
 
 
 def test_what_a_replica_asks_for(bundle):
-    """CLUSTER-16、CLUSTER-31：要的 CPU 与放得下权重的内存；切开了的，副本一份、每个 stage 一份；在 GPU 上跑的另要 GPU。"""
+    """CLUSTER-16、CLUSTER-51：要的 CPU 与放得下权重的内存；切开了的，副本一份、每个 stage 一份；在 GPU 上跑的另要 GPU。"""
     stages = deepseek_export.split(bundle, bundle.with_name("three"), 3)
 
     def spec(path: Path, backend: str = "ort") -> ReplicaSpec:
@@ -276,7 +276,7 @@ def test_what_a_replica_asks_for(bundle):
 
 
 def test_a_replica_answers_and_says_what_is_wrong(bundle):
-    """CLUSTER-31：副本不在 Ray 里也起得来：切开了的与没切的同样的 token；断了的自己好，停了的要换掉。"""
+    """CLUSTER-51：副本不在 Ray 里也起得来：切开了的与没切的同样的 token；断了的自己好，停了的要换掉。"""
     from deepseek_export.serving.http.inside import post
 
     body = json.dumps({"prompt": [5, 9, 23], "max_tokens": 8, "temperature": 0, "ignore_eos": True}).encode()

@@ -1,4 +1,4 @@
-"""specs/cluster 的 CLUSTER-32、CLUSTER-34：几个副本前面的入口，同样开头的去同一个副本。"""
+"""specs/cluster 的 CLUSTER-52、CLUSTER-54：几个副本前面的入口，同样开头的去同一个副本。"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def test_the_same_opening_has_the_same_key():
-    """CLUSTER-34：一段对话的各轮、同样开头的长提示词，键相同；开头、模型、cache_salt 不同就不同。"""
+    """CLUSTER-54：一段对话的各轮、同样开头的长提示词，键相同；开头、模型、cache_salt 不同就不同。"""
     first = [turn("system", "你是助手"), turn("user", "床前明月光")]
     later = [*first, turn("assistant", "疑是地上霜"), turn("user", "举头望明月")]
     assert key(messages=first) == key(messages=later) != ""
@@ -47,14 +47,14 @@ def test_the_same_opening_has_the_same_key():
     "body", [b"", b"{", b"[]", b"1", b"{}", b"[" * 100_000, b"\xff", b'{"messages": 1}', b'{"prompt": null}']
 )
 def test_what_has_no_prompt_goes_anywhere(body):
-    """CLUSTER-34：看不出提示词的没有键。"""
+    """CLUSTER-54：看不出提示词的没有键。"""
     assert affinity_key(body) == ""
     assert key(prompt=[]) == key(prompt=[])
     assert key(messages=[1, {"role": 3}, turn("user", "x")]) != ""
 
 
 def test_keys_spread_and_stay_when_replicas_change():
-    """CLUSTER-34：键分散到各个副本；少一个副本，只有归它的换地方。"""
+    """CLUSTER-54：键分散到各个副本；少一个副本，只有归它的换地方。"""
     names = {name: name for name in ("a", "b", "c", "d")}
     keys = [key(prompt=str(number)) for number in range(400)]
     before = {one: ranked(one, names)[0] for one in keys}
@@ -66,7 +66,7 @@ def test_keys_spread_and_stay_when_replicas_change():
 
 
 def test_a_full_replica_is_passed_over():
-    """CLUSTER-34：该去的那个满了、试过不行了，去别的；都试过了就不挑。"""
+    """CLUSTER-54：该去的那个满了、试过不行了，去别的；都试过了就不挑。"""
     names = {name: name for name in ("a", "b", "c")}
     hint = Hint(key(prompt="x"))
     best = ranked(hint.key, names)[0]
@@ -134,7 +134,7 @@ def sent(fleet: Fleet, method: str = "POST", path: str = "/v1/completions", **op
 
 
 def test_the_answer_is_the_replicas_own():
-    """CLUSTER-32：请求原样交给副本，回答原样递回来；同样开头的总是同一个。"""
+    """CLUSTER-52：请求原样交给副本，回答原样递回来；同样开头的总是同一个。"""
     fleet = Fleet(a="well", b="well", c="well")
     said = {sent(fleet, json={"prompt": "x"}).text for _ in range(5)}
     assert len(said) == 1
@@ -146,7 +146,7 @@ def test_the_answer_is_the_replicas_own():
 
 @pytest.mark.parametrize("mood", ["gone", "dies", "busy"])
 def test_another_one_answers(mood):
-    """CLUSTER-32：该去的那个没有了、还没有开始答就死了、答 503：换一个，客户端看不出来。"""
+    """CLUSTER-52：该去的那个没有了、还没有开始答就死了、答 503：换一个，客户端看不出来。"""
     fleet = Fleet(a="well", b="well")
     first = sent(fleet, json={"prompt": "x"}).text[0]
     fleet.moods[first] = mood
@@ -158,7 +158,7 @@ def test_another_one_answers(mood):
 
 
 def test_one_that_does_not_take_it(monkeypatch):
-    """CLUSTER-32：停住了、不收的，限时换一个。"""
+    """CLUSTER-52：停住了、不收的，限时换一个。"""
     monkeypatch.setattr(front, "ACCEPT_S", 0.1)
     fleet = Fleet(a="well", b="well")
     first = sent(fleet, json={"prompt": "x"}).text[0]
@@ -168,7 +168,7 @@ def test_one_that_does_not_take_it(monkeypatch):
 
 
 def test_when_all_are_busy_it_says_so_once():
-    """CLUSTER-32：都答 503，就是 503，不一直换；都没有了，是可以再试的 503。"""
+    """CLUSTER-52：都答 503，就是 503，不一直换；都没有了，是可以再试的 503。"""
     fleet = Fleet(a="busy", b="busy", c="busy")
     answer = sent(fleet, json={"prompt": "x"})
     assert answer.status_code == 503
@@ -181,13 +181,13 @@ def test_when_all_are_busy_it_says_so_once():
 
 
 def test_an_answer_that_breaks_is_not_made_up():
-    """CLUSTER-32：答了一半副本没有了：断开，不接着编。"""
+    """CLUSTER-52：答了一半副本没有了：断开，不接着编。"""
     with pytest.raises(ReplicaLost):
         sent(Fleet(a="breaks"), json={"prompt": "x"})
 
 
 def test_a_client_that_leaves_ends_the_work():
-    """CLUSTER-32：客户端先走了，副本那里就取消。"""
+    """CLUSTER-52：客户端先走了，副本那里就取消。"""
     fleet = Fleet(a="slow")
     app = create_front(fleet)
 
@@ -222,7 +222,7 @@ def test_a_client_that_leaves_ends_the_work():
 
 
 def test_keys_and_limits_are_at_the_front():
-    """CLUSTER-32：没有密钥的到不了副本；槽不在这里；跨域照给的。"""
+    """CLUSTER-52：没有密钥的到不了副本；槽不在这里；跨域照给的。"""
     fleet = Fleet(a="well")
     keys = KeyRing(["secret"])
     assert sent(fleet, json={"prompt": "x"}, keys=keys).status_code == 401
@@ -237,13 +237,13 @@ def test_keys_and_limits_are_at_the_front():
 
 
 def test_health_is_one_that_is_well():
-    """CLUSTER-32：有一个好的就健康；都不好才是 503。"""
+    """CLUSTER-52：有一个好的就健康；都不好才是 503。"""
     assert sent(Fleet(a="busy", b="well", c="busy"), "GET", "/health").status_code == 200
     assert sent(Fleet(a="busy", b="busy"), "GET", "/health").status_code == 503
 
 
 def test_metrics_are_of_all_replicas():
-    """CLUSTER-32：``/metrics`` 是全部副本的，各有 ``replica`` 标签；不答的不算。"""
+    """CLUSTER-52：``/metrics`` 是全部副本的，各有 ``replica`` 标签；不答的不算。"""
     text = sent(Fleet(a="well", b="well", c="busy"), "GET", "/metrics").text
     assert 'dsx:n_total{m="x",replica="a"} 2.0' in text
     assert 'dsx:n_total{m="x",replica="b"} 2.0' in text

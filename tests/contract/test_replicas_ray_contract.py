@@ -1,4 +1,4 @@
-"""specs/cluster 的 CLUSTER-30、CLUSTER-31、CLUSTER-32：真的 Ray，两个节点，都在本机上；杀东西。"""
+"""specs/cluster 的 CLUSTER-50、CLUSTER-51、CLUSTER-52：真的 Ray，两个节点，都在本机上；杀东西。"""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def running(address: str) -> int:
 
 
 def test_batch_on_a_pool(address, bundle, tmp_path):
-    """CLUSTER-31：发起的一端被 kill -9、一个副本被 kill -9、一个被停住，再运行一次接着做；与不用 Ray 的逐字相同，什么也没有留下。"""
+    """CLUSTER-51：发起的一端被 kill -9、一个副本被 kill -9、一个被停住，再运行一次接着做；与不用 Ray 的逐字相同，什么也没有留下。"""
     prompts = ["床前明月光", "And it came to pass", "学而时习之"]
     lines = [
         line(f"r{n}", prompt=prompts[n % 3], max_tokens=60, temperature=0, ignore_eos=True) for n in range(60)
@@ -169,7 +169,7 @@ def want(bundle: Path) -> str:
 
 
 def test_serve_with_two_replicas_of_two_stages(address, bundle, want):
-    """CLUSTER-30、CLUSTER-32：``--stages 2 --replicas 2``：同样的 token；一个副本的 stage 被杀，别的接着答，``/health`` 一直好；停下什么也没有留下。"""
+    """CLUSTER-50、CLUSTER-52：``--stages 2 --replicas 2``：同样的 token；一个副本的 stage 被杀，别的接着答，``/health`` 一直好；停下什么也没有留下。"""
     with serving(bundle, "--ray", address, "--stages", 2, "--replicas", 2, "--slots", 2) as server:
         assert server.ask().json()["choices"][0]["text"] == want
         again = server.ask().json()
@@ -201,7 +201,7 @@ def test_serve_with_two_replicas_of_two_stages(address, bundle, want):
 
 
 def test_a_killed_replica_and_a_killed_dsx(address, bundle, want):
-    """CLUSTER-32：副本的进程被杀、被停住，别的接着答，它由 Ray Serve 换掉；``dsx serve`` 被 kill -9，副本与 Ray Serve 都停下。"""
+    """CLUSTER-52：副本的进程被杀、被停住，别的接着答，它由 Ray Serve 换掉；``dsx serve`` 被 kill -9，副本与 Ray Serve 都停下。"""
     with serving(bundle, "--ray", address, "--replicas", 2, "--slots", 2) as server:
         assert server.ask().json()["choices"][0]["text"] == want
         (first, *_) = workers("ServeReplica:dsx:out:model")
@@ -232,7 +232,7 @@ def test_a_killed_replica_and_a_killed_dsx(address, bundle, want):
 
 
 def test_one_that_cannot_load_is_told(address, bundle, tmp_path):
-    """CLUSTER-32：一个 stage 的权重坏了，副本加载不了：说它自己的原因，什么也没有留下。"""
+    """CLUSTER-52：一个 stage 的权重坏了，副本加载不了：说它自己的原因，什么也没有留下。"""
     stages = deepseek_export.split(bundle, tmp_path / "stages", 2)
     manifest = json.loads((stages.directories[1] / "manifest.json").read_text(encoding="utf-8"))
     weights = stages.directories[1] / manifest["weights"]["files"][0]
