@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         coming, going = spec.connected()
     except DsxError as error:
-        print(f"{name}：{error}", file=sys.stderr, flush=True)
+        print(f"stage {spec.index}：{error}", file=sys.stderr, flush=True)
         return CLOSED
     upstream = Channel(coming, before, spec.start_s + spec.silence_s)
     downstream = Channel(going, after, spec.silence_s)
