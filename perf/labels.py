@@ -29,6 +29,8 @@ _SERIES: Mapping[str, str] = MappingProxyType(
         "warm": "前缀现成",
         "one": "一个进程",
         "stages": "一套 stage",
+        "predicted": "预测的",
+        "measured": "量到的",
         "matmul": "矩阵乘",
         "dsa": "收集（V3.2）",
         "dsa-int8": "收集，int8 索引 key",

@@ -125,7 +125,16 @@ def every_suite() -> list[SuiteResult]:
         suite("gpu", [_kernel("LatentAttention H16 B1 S1 T1024", 0.4), _kernel("MoeExperts V3 N16", None)]),
         *(
             _from_gates(name)
-            for name in ("serve", "cluster", "apply", "cpu-kernel", "int8-cache", "quant", "scale")
+            for name in (
+                "serve",
+                "cluster",
+                "cluster-model",
+                "apply",
+                "cpu-kernel",
+                "int8-cache",
+                "quant",
+                "scale",
+            )
         ),
         suite(
             "decode-profile", [Case(name="depth 0", values={"dsx.step_s": one}, facts={"host_share": 0.01})]

@@ -18,6 +18,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "peers": "perf.suites.peers",
         "serve": "perf.suites.serve",
         "cluster": "perf.suites.cluster",
+        "cluster-model": "perf.suites.cluster_model",
         "apply": "perf.suites.apply",
         "cpu-kernel": "perf.suites.cpu_kernel",
         "decode-profile": "perf.suites.decode_profile",

@@ -187,6 +187,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "q_lora_rank": 1536,
             }
         ),
+        "wide-8": MappingProxyType({**_WIDE, "num_hidden_layers": 8}),
         # 导出开销：大约 0.1B、0.9B、4B 个参数（以文件头里数出来的为准）。
         "0.1B": MappingProxyType({**_scaled(4, 256, 8, 256), "intermediate_size": 704}),
         "0.9B": _scaled(12, 1024, 32, 512),
