@@ -426,9 +426,4 @@ void swiglu(const float* x, int64_t count, float* y) {
     }
 }
 
-template <typename F>
-constexpr dsx::QuantKernels kernels_named(const char* name) {
-    return {name, F::kBits, kColumnTile, quantize<F>, multiply<F>, swiglu};
-}
-
 }  // namespace

@@ -7,6 +7,9 @@ namespace dsx {
 
 // 量化后的激活每行补零到它的倍数：一次读取最多涉及这么多个权重（AVX-512 的一个向量装 128 个 int4）。
 constexpr int64_t kRowPad = 128;
+// int8 的索引 key 补零到它的倍数，它们的零点。
+constexpr int64_t kInt8Pad = 64;
+constexpr int32_t kZeroPoint = 128;
 // 激活拆成两个 int8 平面：x = (high + low / 254) * scale，scale = 块里最大的绝对值 / 127。余数 x / scale - high 在 ±0.5 之内，
 // 所以 low 也在 ±127 之内；误差是 scale / 508，约 15 位。只留 high 就是普通的 int8 激活，每个算子多约 6e-3 的相对误差。
 constexpr int kPlanes = 2;
@@ -50,6 +53,10 @@ struct QuantKernels {
     void (*multiply)(const QuantizedRows& rows, const QuantizedWeights& weights, float* y, int64_t ldy, uint8_t* scratch);
     // y[i] = silu(x[2i]) * x[2i + 1]。
     void (*swiglu)(const float* x, int64_t count, float* y);
+    // out[rows, kTile] = max(q · key, 0)：q [rows, width] 是 int8，keys [kTile, width] 是加了 kZeroPoint 的码，width 是 kInt8Pad 的
+    // 倍数，补的列是 0（key 是 kZeroPoint）。starts[i] = -kZeroPoint * Σ q[i]。packed 有 kTile * width 字节，64 字节对齐。与位数无关。
+    void (*rectified_dots)(const int8_t* q, const int32_t* starts, int64_t rows, const uint8_t* keys, int64_t width,
+        float* out, uint8_t* packed);
 
     // 一行 width 个权重的字节数。
     int64_t bytes(int64_t width) const { return width * bits / 8; }
