@@ -48,7 +48,6 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E120": "量化声明与张量不符",
         "DSX-E121": "结束生成的 token 不能用",
         "DSX-E130": "稀疏注意力的字段不支持",
-        "DSX-E131": "这个目标不支持稀疏注意力",
         # 3xx：pass
         "DSX-E301": "不支持的编译目标",
         "DSX-E302": "算子个数与方案不符",

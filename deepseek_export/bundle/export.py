@@ -77,7 +77,6 @@ from deepseek_export.passes import (
     LoweredModel,
     check_cache,
     check_quantization,
-    check_sparse,
     check_target,
     lower,
 )
@@ -160,7 +159,7 @@ def export_bundle(
         打开的 :class:`Bundle`。
 
     Raises:
-        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E131`` 目标不支持稀疏注意力；``DSX-E119`` 方案打开了 MTP 而检查点没有；
+        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E119`` 方案打开了 MTP 而检查点没有；
             ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E322`` 目标不支持 int8 缓存。
     """
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
@@ -208,7 +207,6 @@ def _export(
     progress.start("读检查点")
     with watch("checkpoint"):
         source = Checkpoint.open(checkpoint)
-        check_sparse(target, source.config)
         stop_token_ids(source.path, source.config)
         carried = _carried_files(source.path)
         modules = require_mtp(source) if profile.mtp.enabled else 0

@@ -457,12 +457,3 @@ def test_drafts_have_their_own_indexer(tmp_path: Path):
     assert bundle.manifest.cache.of_layer(4)[1].name == "index_cache"
     report = deepseek_export.verify(bundle.path, levels=["block", "tokens"], steps=40)
     assert report.passed, report.first_failure
-
-
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-def test_tensorrt_is_refused(saved, tmp_path: Path, target: str):
-    """DSA-10：还不能编译的目标按码拒绝，不写任何东西。"""
-    with pytest.raises(DsxError) as caught:
-        deepseek_export.export(saved("v32")[1].path, tmp_path / "out", "mla+moe", target=target)
-    assert caught.value.code == "DSX-E131"
-    assert not (tmp_path / "out").exists()
