@@ -354,13 +354,13 @@ def _down(c: Mapping[str, int]) -> tuple[int, int]:
     return c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], rows * c["BLOCK_K"] * 2
 
 
-#: kernel 的函数名 → 由常数得一次迭代该做的乘加、该搬的字节；不在其中的没有张量核指令。
+#: kernel 的函数名 → 由常数得一次迭代该做的乘加、该搬的字节；不在其中的没有张量核指令，``index_topk_rows`` 的主循环就是
+#: ``index_topk_scores`` 的那一段。
 _WANTED: Mapping[str, Callable[[Mapping[str, int]], tuple[int, int]]] = MappingProxyType(
     {
         "latent_attention_partial": _attention,
         "sparse_latent_attention_partial": _attention,
         "index_topk_scores": _index_scores,
-        "index_topk_rows": _index_scores,
         "gate_up": _gate_up,
         "down": _down,
     }
