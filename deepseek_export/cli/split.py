@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,13 +66,18 @@ def command(bundle: Path, stages: str, balance: Any, out: Path, overwrite: bool,
         items = [item.model_dump() for item in made.record.stages]
         echo_json({"out": str(made.path), "stages": items})
         return
-    _print(made)
+    print_stages(made)
 
 
-def _print(made: StageSet) -> None:
+def print_stages(made: StageSet) -> None:
+    """各 stage 的层与权重，一行一个。"""
     shown = table(f"{made.path}：{len(made.record.stages)} 个 stage", "目录", "层", "权重", right=("权重",))
     for item in made.record.stages:
-        layers = f"{item.layers[0]}–{item.layers[-1]}" if len(item.layers) > 1 else str(item.layers[0])
-        shown.add_row(item.directory, layers, size(item.weight_bytes))
+        shown.add_row(item.directory, layer_span(item.layers), size(item.weight_bytes))
     console().print(shown)
     click.echo(f"下一步：dsx generate {shlex.quote(str(made.path))} --ids 1,2,3")
+
+
+def layer_span(layers: Sequence[int]) -> str:
+    """连着的几层的首尾。"""
+    return f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0])
