@@ -198,6 +198,43 @@ LATENT_ATTENTION = OpSpec(
     ),
 )
 
+#: 索引器的打分与挑选。``index_cache`` 已写入本次的 S 行。只由 TensorRT 的下沉产生。
+INDEX_TOPK = OpSpec(
+    name="IndexTopK",
+    torch_name="index_topk",
+    inputs=(
+        Port("q", "T", ("B", "S", "Hi", "di")),
+        Port("w", "F32", ("B", "S", "Hi")),
+        Port("index_cache", "F", ("B", "1", "T", "di")),
+        Port("past_lens", "I64", ("B",)),
+    ),
+    outputs=(Port("indices", "I32", ("B", "S", "ks")), Port("counts", "I32", ("B", "S"))),
+    attributes=LIGHTNING_INDEXER.attributes,
+    doc=(
+        "The selection of LightningIndexer over an index cache that already holds the new keys. Query i ranks the keys "
+        "j <= past_lens[b]+i by sum_h w_h * relu(q_h . k) in float32; the first counts entries of indices are the "
+        "selected positions in ascending order, the rest is -1. Ties go to the smaller position."
+    ),
+)
+
+#: absorb 形式的注意力核，只看选中的行。``q``、``kv_cache`` 同 :data:`LATENT_ATTENTION`。只由 TensorRT 的下沉产生。
+SPARSE_LATENT_ATTENTION = OpSpec(
+    name="SparseLatentAttention",
+    torch_name="sparse_latent_attention",
+    inputs=(
+        Port("q", "T", ("B", "S", "H", "r+dr")),
+        Port("kv_cache", "F", ("B", "1", "T", "r+dr")),
+        Port("indices", "I32", ("B", "S", "ks")),
+        Port("counts", "I32", ("B", "S")),
+    ),
+    outputs=LATENT_ATTENTION.outputs,
+    attributes=LATENT_ATTENTION.attributes,
+    doc=(
+        "LatentAttention in which a query attends to the cached rows indices[b,i,:counts[b,i]] only. "
+        "Accumulates in float32."
+    ),
+)
+
 MOE_GATE = OpSpec(
     name="MoeGate",
     torch_name="moe_gate",
@@ -333,6 +370,8 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             LIGHTNING_INDEXER,
             SPARSE_MLA_ATTENTION,
             LATENT_ATTENTION,
+            INDEX_TOPK,
+            SPARSE_LATENT_ATTENTION,
             MOE_GATE,
             MOE_EXPERTS,
             SPEC_ACCEPT,
