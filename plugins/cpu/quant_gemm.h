@@ -37,15 +37,8 @@ constexpr int64_t kPackRows = 4;
 template <typename F>
 inline void order_like_weights(int8_t* codes, int64_t count) {
     if constexpr (F::kVectors == 2) {
-        constexpr int64_t half = kValues<F> / 2;
         for (int64_t t = 0; t < count; t += kValues<F>) {
-            int8_t even[half], odd[half];
-            for (int64_t i = 0; i < half; ++i) {
-                even[i] = codes[t + 2 * i];
-                odd[i] = codes[t + 2 * i + 1];
-            }
-            std::memcpy(codes + t, even, sizeof even);
-            std::memcpy(codes + t + half, odd, sizeof odd);
+            split_pairs(codes + t);
         }
     }
 }

@@ -78,6 +78,16 @@ inline Acts splat_acts(const int8_t* p) {
     __builtin_memcpy(&four, p, sizeof four);
     return {_mm256_set1_epi32(four)};
 }
+// 两个向量的字节，就地：偶数个在前，奇数个在后。
+inline void split_pairs(int8_t* p) {
+    auto* const to = reinterpret_cast<__m256i*>(p);
+    const __m256i a = _mm256_loadu_si256(to), b = _mm256_loadu_si256(to + 1), low = _mm256_set1_epi16(255);
+    // packus 在每 128 位里各自打包，再把中间两段换回来。
+    const __m256i even = _mm256_packus_epi16(_mm256_and_si256(a, low), _mm256_and_si256(b, low));
+    const __m256i odd = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+    _mm256_storeu_si256(to, _mm256_permute4x64_epi64(even, 0xD8));
+    _mm256_storeu_si256(to + 1, _mm256_permute4x64_epi64(odd, 0xD8));
+}
 inline Ints add_pairs(Ints acc, __m256i pairs) {
     return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }

@@ -92,6 +92,16 @@ inline Acts splat_acts(const int8_t* p) {
     __builtin_memcpy(&four, p, sizeof four);
     return {_mm512_set1_epi32(four)};
 }
+// 两个向量的字节，就地：偶数个在前，奇数个在后。
+inline void split_pairs(int8_t* p) {
+    const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
+    const __m256i even[2] = {_mm512_cvtepi16_epi8(a), _mm512_cvtepi16_epi8(b)};
+    const __m256i odd[2] = {_mm512_cvtepi16_epi8(_mm512_srli_epi16(a, 8)), _mm512_cvtepi16_epi8(_mm512_srli_epi16(b, 8))};
+    for (int i = 0; i < 2; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32 * i), even[i]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 64 + 32 * i), odd[i]);
+    }
+}
 inline Ints dot(Ints acc, Bytes w, Acts a) { return {_mm512_dpbusd_epi32(acc.v, w.v, a.v)}; }
 inline Ints dot(Ints acc, const Bytes (&w)[2], const Acts (&a)[2]) { return dot(dot(acc, w[0], a[0]), w[1], a[1]); }
 inline Vector to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }

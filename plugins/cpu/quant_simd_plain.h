@@ -103,6 +103,15 @@ inline Acts splat_acts(const int8_t* p) {
     }
     return out;
 }
+// 两个向量的字节，就地：偶数个在前，奇数个在后。
+inline void split_pairs(int8_t* p) {
+    int8_t from[8 * Vector::kLanes];
+    std::memcpy(from, p, sizeof from);
+    for (int i = 0; i < 4 * Vector::kLanes; ++i) {
+        p[i] = from[2 * i];
+        p[4 * Vector::kLanes + i] = from[2 * i + 1];
+    }
+}
 inline Ints dot(const Ints& acc, const Codes& w, const Acts& a) {
     Ints out;
     for (int i = 0; i < Vector::kLanes; ++i) {
