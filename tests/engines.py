@@ -31,9 +31,9 @@ def assert_listing(name: str, sm: int, layers) -> None:
     assert not difference, f"确认是有意的就运行 tools/make_engine_graphs.py：\n{difference}"
 
 
-def assert_plugin_layers(layers, num_layers: int, num_moe_layers: int) -> None:
+def assert_plugin_layers(layers, num_layers: int, num_moe_layers: int, experts: str = "MoeExperts") -> None:
     ops = Counter(layer.op for layer in layers["decode"] if layer.op)
-    assert ops == {"LatentAttention": num_layers, "MoeExperts": num_moe_layers}
+    assert ops == {"LatentAttention": num_layers, experts: num_moe_layers}
     assert all(len(layer.onnx) == 1 for layer in layers["decode"] if layer.op)
     fused = [layer for layer in layers["prefill"] if "mha" in layer.name]
     assert [len(layer.onnx) for layer in fused] == [1] * num_layers

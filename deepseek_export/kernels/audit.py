@@ -27,9 +27,12 @@ from deepseek_export.kernels.compile import compile_kernel
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import LaunchTable
+from deepseek_export.kernels.quantized_swiglu_launch import CodeDtype, quantized_swiglu_launch
 from deepseek_export.kernels.table import SMS, KernelSpec
 
 _WARP, _WARPGROUP = 32, 4
+#: 量化的专家各按哪种码审计；block 是缺省的 32。
+CODES: tuple[CodeDtype, ...] = ("int8", "int4")
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)$")
 _LABEL = re.compile(r"^(\.L\w+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
@@ -90,7 +93,7 @@ class LoopAudit:
     """主循环的一次迭代。
 
     Attributes:
-        function, tile: kernel 的函数名与块，例如 ``16x32``。
+        function, tile: kernel 的函数名与块，例如 ``16x32``；权重是码的写明是哪种，例如 ``16x64 int4``。
         sm: 计算能力。
         threads, shared: 线程块的线程数、共享内存字节数。
         work: 乘加的次数除以该有的；``None`` 是数不出来（sm100 的 ``UTCHMMA`` 不写形状）。
@@ -192,7 +195,8 @@ def audit(spec: KernelSpec, sm: int) -> LoopAudit | None:
     constants = dict(spec.constants)
     return LoopAudit(
         function=spec.function,
-        tile=f"{constants['BLOCK_M']}x{constants['BLOCK_N']}",
+        tile=f"{constants['BLOCK_M']}x{constants['BLOCK_N']}"
+        + (f" int{constants['BITS']}" if "BITS" in constants else ""),
         sm=sm,
         threads=kernel.threads,
         shared=kernel.shared,
@@ -218,8 +222,12 @@ def estimate(found: LoopAudit) -> Estimate:
     return Estimate(tensor, issue, memory, found.fmas / card.fmas / busy, memory / whole)
 
 
-def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
+def audits(sms: Iterable[int] = SMS, codes: Sequence[CodeDtype] = CODES) -> Iterator[LoopAudit]:
     """每种 SM 上每个有张量核指令的 kernel，形状是 DeepSeek-V3 的（块只由 SM 定，与头数、专家数无关）。
+
+    Args:
+        sms: 哪几种 SM。
+        codes: 量化的专家审计哪几种码。
 
     Raises:
         DsxError: 见 :func:`audit`。
@@ -228,6 +236,7 @@ def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
         tables = (
             latent_attention_launch(sm, 128, 512, 64, 0.1147, "bfloat16"),
             grouped_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16"),
+            *(quantized_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16", one, 32) for one in codes),
         )
         for spec in dict.fromkeys(kernel for table in tables for kernel in table.kernels):
             found = audit(spec, sm)
@@ -345,7 +354,26 @@ def _down(c: Mapping[str, int]) -> tuple[int, int]:
     return c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], rows * c["BLOCK_K"] * 2
 
 
+def _codes(c: Mapping[str, int]) -> int:
+    """一块码与它的 scale 有几个字节。"""
+    return c["BLOCK_N"] * (c["BLOCK_K"] * c["BITS"] // 8 + c["BLOCK_K"] // c["SCALE_COLUMNS"] * 2)
+
+
+def _quantized_gate_up(c: Mapping[str, int]) -> tuple[int, int]:
+    return 2 * c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], 2 * _codes(c) + c["BLOCK_M"] * c["BLOCK_K"] * 2
+
+
+def _quantized_down(c: Mapping[str, int]) -> tuple[int, int]:
+    return c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], _codes(c) + c["BLOCK_M"] * c["BLOCK_K"] * 2
+
+
 #: kernel 的函数名 → 由常数得一次迭代该做的乘加、该搬的字节；不在其中的没有张量核指令。
 _WANTED: Mapping[str, Callable[[Mapping[str, int]], tuple[int, int]]] = MappingProxyType(
-    {"latent_attention_partial": _attention, "gate_up": _gate_up, "down": _down}
+    {
+        "latent_attention_partial": _attention,
+        "gate_up": _gate_up,
+        "down": _down,
+        "quantized_gate_up": _quantized_gate_up,
+        "quantized_down": _quantized_down,
+    }
 )

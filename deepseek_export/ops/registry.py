@@ -18,6 +18,7 @@ from deepseek_export.ops import int8_experts, int8_linear, moe_experts, moe_gate
 from deepseek_export.ops import latent_attention as latent
 from deepseek_export.ops import lightning_indexer as indexer
 from deepseek_export.ops import mla_attention as mla
+from deepseek_export.ops import quantized_moe_experts as quantized
 from deepseek_export.ops import sparse_mla_attention as sparse
 from deepseek_export.ops.table import (
     DOMAIN,
@@ -32,6 +33,7 @@ from deepseek_export.ops.table import (
     OPSET_VERSION,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    QUANTIZED_MOE_EXPERTS,
     SPARSE_MLA_ATTENTION,
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
@@ -46,6 +48,7 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     LATENT_ATTENTION.name: (latent.latent_attention, latent.fake),
     MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),
     MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),
+    QUANTIZED_MOE_EXPERTS.name: (quantized.quantized_moe_experts, quantized.fake),
     SPEC_ACCEPT.name: (spec_accept.spec_accept, spec_accept.fake),
     SPEC_ACCEPT_REJECTION.name: (spec_accept.spec_accept_rejection, spec_accept.fake),
     INT8_LINEAR.name: (int8_linear.int8_linear, int8_linear.fake),

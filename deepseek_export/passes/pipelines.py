@@ -24,6 +24,7 @@ from deepseek_export.ops.table import (
     MOE_EXPERTS,
     MOE_GATE,
     OPS,
+    QUANTIZED_MOE_EXPERTS,
     SPARSE_MLA_ATTENTION,
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
@@ -32,6 +33,7 @@ from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
 from deepseek_export.passes.base import MAX_ELEMENTS, MICROSOFT, GraphModule, Pass
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
+from deepseek_export.passes.fuse_quantized_experts import FuseQuantizedExpertsPass
 from deepseek_export.passes.inline_bodies import (
     InlineMoeGatePass,
     InlineSpecAcceptPass,
@@ -153,6 +155,8 @@ def _tensorrt(quantization: Quantization | None, oversized: bool) -> Iterator[St
     if quantization is not None:
         # 线性层与专家一样：TensorRT 自己决定哪些 DequantizeLinear 融进矩阵乘。
         yield Step(QuantizeWeightsToDequantizeLinearPass(quantization), linears_and_experts, consumes=False)
+        # 融不进插件的那几个，换成自己读码的插件核。
+        yield Step(FuseQuantizedExpertsPass(), nodes(MOE_EXPERTS.name))
 
 
 _PIPELINES: Mapping[str, Callable[[Quantization | None, bool], Iterator[Step]]] = MappingProxyType(
@@ -345,6 +349,10 @@ def lower(
     return LoweredModel(proto, module.weights, results, _fallbacks(results), module.quantized)
 
 
+#: 只由下沉产生的算子。
+_LOWERED = (LATENT_ATTENTION, QUANTIZED_MOE_EXPERTS, INT8_LINEAR, INT8_EXPERTS)
+
+
 def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
     """捕获之后：打开 MLA 则每层一个 MlaAttention（稀疏注意力的是 SparseMlaAttention），自己挑 key 的层一个 LightningIndexer，打开 MoE 则每个 MoE 层一对 MoeGate / MoeExperts；打开 MTP 的主模型另有一个
     草稿验证。
@@ -356,7 +364,7 @@ def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
         MLA_ATTENTION.name: 0 if sparse else latent,
         SPARSE_MLA_ATTENTION.name: latent if sparse else 0,
         LIGHTNING_INDEXER.name: sum(map(module.config.runs_indexer, module.layers)),
-        **dict.fromkeys((LATENT_ATTENTION.name, INT8_LINEAR.name, INT8_EXPERTS.name), 0),  # 只由下沉产生
+        **dict.fromkeys((one.name for one in _LOWERED), 0),
         MOE_GATE.name: moe,
         MOE_EXPERTS.name: moe,
         SPEC_ACCEPT.name: int(main_mtp and profile.mtp.verify == "greedy"),

@@ -33,7 +33,7 @@ from deepseek_export.engine import plugins as plugin_module
 from deepseek_export.engine.build import build_engine, build_engine_bytes, check_plugins
 from deepseek_export.engine.flavour import choose, device_sm, load
 from deepseek_export.engine.layers import layer_counts, parse_layers
-from deepseek_export.engine.plugins import building_for, registered_creators
+from deepseek_export.engine.plugins import PLUGIN_OPS, building_for, registered_creators
 from deepseek_export.engine.record import EngineRecord
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_table
@@ -47,6 +47,7 @@ from tests.integration.cli import DSX, environment
 from tests.rebuilt import assert_rebuilt, kernel_images, read_engine
 from tools.make_engine_graphs import (
     ARCHES,
+    CASES,
     ENGINE_GRAPHS,
     NAMES,
     SHAPES,
@@ -93,13 +94,16 @@ def test_layers_match_what_is_recorded(built):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_of_every_arch_match_what_is_recorded(name, tmp_path):
-    """TRT-3：SM80、SM89、SM120；V2、V3，以及带 MTP 的演示检查点。"""
+    """TRT-3、TRT-13：SM80、SM86、SM89、SM120；V2、V3，带 MTP 的演示检查点，以及 bfloat16、int8、int4 的。"""
     bundle = make_bundle(name, tmp_path)
     config = bundle.manifest.model
     for sm in ARCHES:
         engine = build_for(bundle, sm)
         assert_listing(name, sm, engine.layers)
-        assert_plugin_layers(engine.layers["model.plan"], config.num_hidden_layers, config.num_moe_layers)
+        experts = CASES[name].experts
+        assert_plugin_layers(
+            engine.layers["model.plan"], config.num_hidden_layers, config.num_moe_layers, experts
+        )
         if name == "demo":
             assert_plugin_layers(engine.layers["mtp.plan"], 1, 1)
 
@@ -357,7 +361,7 @@ def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
     described = {"directory": "rtx-sm89", "version": version, "plans": ["model.plan"], "problem": None}
     assert found["engines"] == [described]
     assert found["refusal"] is None
-    assert found["flavours"]["rtx"]["creators"] == ["LatentAttention", "MoeExperts"]
+    assert found["flavours"]["rtx"]["creators"] == sorted(spec.name for spec in PLUGIN_OPS)
     config = bundle.manifest.model
     assert Counter(node["creator"] for node in found["nodes"]) == {
         "dsx::LatentAttention/1": config.num_hidden_layers,

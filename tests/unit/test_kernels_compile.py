@@ -19,14 +19,16 @@ from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_t
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import SM_COUNT, Program
+from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
 from deepseek_export.kernels.table import SMS
-from deepseek_export.ops.table import LATENT_ATTENTION, MOE_EXPERTS
+from deepseek_export.ops.table import LATENT_ATTENTION, MOE_EXPERTS, QUANTIZED_MOE_EXPERTS
 
 pytestmark = pytest.mark.unit
 
 #: DeepSeek-V3 的形状。
 ATTENTION = {"num_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "scale": 0.1147}
 EXPERTS = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "moe_intermediate_size": 2048}
+QUANTIZED = (("int8", 32), ("int4", 32), ("int4", 128))
 
 
 @pytest.fixture
@@ -38,7 +40,12 @@ def empty_cache(monkeypatch, tmp_path):
 
 def tables(sm: int, dtype: str = "bfloat16"):
     attention = latent_attention_launch(sm, **ATTENTION, dtype=dtype)
-    return attention, grouped_swiglu_launch(sm, **EXPERTS, dtype=dtype)
+    experts = [grouped_swiglu_launch(sm, **EXPERTS, dtype=dtype)]
+    experts += [
+        quantized_swiglu_launch(sm, **EXPERTS, dtype=dtype, codes=codes, block=block)
+        for codes, block in QUANTIZED
+    ]
+    return attention, *experts
 
 
 def specs(table):
@@ -115,7 +122,9 @@ def test_corrupt_cache_entry_is_rebuilt(empty_cache):
     assert path.read_bytes() == good
 
 
-@pytest.mark.parametrize("spec", [LATENT_ATTENTION, MOE_EXPERTS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [LATENT_ATTENTION, MOE_EXPERTS, QUANTIZED_MOE_EXPERTS], ids=lambda spec: spec.name
+)
 def test_launch_tables_follow_the_op_table(spec):
     """启动表的输入输出是契约里的那些；kernel 的张量形参与端口同名，指的就是那个端口，类型也是它的。"""
     table = next(table for table in tables(90) if table.op == spec.name)

@@ -29,12 +29,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert done.returncode == 0, done.stdout + done.stderr
 
 else:
+    from deepseek_export.checkpoint.weight_only import BlockFormat, block_scales, dequantized, signed_codes
     from deepseek_export.dtypes import DTYPES
     from deepseek_export.kernels import grouped_swiglu as experts_kernels
     from deepseek_export.kernels import latent_attention as attention_kernels
     from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
     from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
     from deepseek_export.kernels.program import SM_COUNT, LaunchTable
+    from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
     from deepseek_export.kernels.table import SMS
     from deepseek_export.ops.latent_attention import latent_attention
     from deepseek_export.ops.moe_experts import moe_experts
@@ -52,7 +54,10 @@ else:
         sizes = {}
         for tensor, value in zip(table.inputs, inputs, strict=True):
             assert len(tensor.dims) == value.dim()
-            for name, size in zip(tensor.dims, value.shape, strict=True):
+            shape = list(value.shape)
+            if tensor.dtype == "int4":
+                shape[-1] *= 2  # 两个码一字节
+            for name, size in zip(tensor.dims, shape, strict=True):
                 assert size == (int(name) if name.isdigit() else sizes.setdefault(name, size))
         sizes[SM_COUNT] = SMS[table.sm].most
         variant = next(v for v in table.variants if v.when.evaluate(sizes))
@@ -207,6 +212,55 @@ else:
         E, inner, D = w_gate.shape
         table = grouped_swiglu_launch(sm, E, ids.shape[1], D, inner, "float16")
         return run(table, inputs, poisoned(*x.shape, dtype=x.dtype))
+
+    def check_quantized(N, D, E, inner, k, dtype, kind, block, sm=89, seed=0, idle=None):
+        """与 ``ort-cpu`` 同样的码与 scale；没有 token 的专家 ``idle`` 的 scale 是 NaN，读到就会露馅。"""
+        x, ids, weights, *floating = experts_inputs(N, D, E, inner, k, dtype, seed)
+        if idle is not None:
+            ids = torch.where(ids == idle, (idle + 1) % E, ids)
+        form = BlockFormat(kind=kind, block=block, scale=str(dtype).removeprefix("torch."))
+        arrays = [one.numpy() for one in floating]
+        codes = [torch.from_numpy(signed_codes(one, form).view(np.int8)) for one in arrays]
+        scales = [torch.from_numpy(block_scales(one, form)) for one in arrays]
+        for one in scales if idle is not None else ():
+            one[idle] = float("nan")
+        pairs = (tensor for pair in zip(codes, scales, strict=True) for tensor in pair)
+        table = quantized_swiglu_launch(sm, E, k, D, inner, "float16", kind, block)
+        got = run(table, (x, ids, weights, *pairs), poisoned(N, D, dtype=dtype))
+        restored = (torch.from_numpy(dequantized(one, form)) for one in arrays)
+        assert_close(got, moe_experts(x, ids, weights, *restored))
+
+    @pytest.mark.parametrize("kind", ["int8", "int4"])
+    @pytest.mark.parametrize(
+        ("N", "D", "E", "inner", "k", "block", "dtype"),
+        [
+            (1, 96, 12, 64, 4, 32, torch.float32),
+            (9, 64, 12, 96, 4, 32, torch.float16),
+            (5, 192, 3, 192, 2, 64, torch.float32),
+            (3, 128, 2, 256, 1, 128, torch.float16),
+            (150, 96, 2, 160, 2, 32, torch.float32),
+            (140, 256, 1, 128, 1, 128, torch.float16),
+        ],
+    )
+    def test_quantized_experts(N, D, E, inner, k, block, dtype, kind):
+        """两种码、三种 block、解码与 prefill 的变体；宽度超过一块也不满一块。"""
+        check_quantized(N, D, E, inner, k, dtype, kind, block)
+
+    @pytest.mark.parametrize("kind", ["int8", "int4"])
+    def test_quantized_experts_without_tokens_are_not_read(kind):
+        """没有 token 的专家的 scale 是 NaN，结果不变；一个 token 也没有时不写。"""
+        check_quantized(7, 64, 5, 32, 2, torch.float32, kind, 32, idle=3)
+        check_quantized(0, 64, 5, 32, 2, torch.float32, kind, 32)
+
+    @settings(max_examples=8, deadline=None)
+    @given(st.data())
+    def test_quantized_experts_any_shape(data):
+        """任意小形状、任意 SM 的块；宽度是 block 的倍数。"""
+        draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+        kind, block = data.draw(st.sampled_from(["int8", "int4"])), data.draw(st.sampled_from([32, 64]))
+        N, D, E, inner = draw(0, 20), block * draw(1, 3), draw(1, 8), block * draw(1, 3)
+        sm, seed = data.draw(st.sampled_from([80, 90, 120])), draw(0, 99)
+        check_quantized(N, D, E, inner, draw(1, E), torch.float32, kind, block, sm, seed)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize(
