@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, WeightsMode, read_bundle
@@ -62,7 +63,7 @@ def export(
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32``、``float16``，TensorRT 的目标另有 ``bfloat16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
-        hash_weights: 见 :func:`~deepseek_export.bundle.export_bundle`。
+        hash_weights: 见 :class:`~deepseek_export.bundle.description.ExportSettings`。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
@@ -76,6 +77,7 @@ def export(
             ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出；``DSX-E501`` 目录里的 tokenizer 读不了。
     """
     require_export("导出")
+    from deepseek_export.bundle.description import ExportSettings
     from deepseek_export.bundle.export import export_bundle
 
     resolved = resolve_profile(profile, overrides)
@@ -88,23 +90,13 @@ def export(
     with _checkpoint_directory(checkpoint, out, weights, overwrite, tokenizer) as source:
         if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
             BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
-        write = partial(
-            export_bundle,
-            source,
-            out,
-            target=target,
-            dtype=dtype,
-            weights=weights,
-            hash_weights=hash_weights,
-            quantization=quantization,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        settings = ExportSettings(resolved, target, dtype, weights, hash_weights, quantization)
+        write = partial(export_bundle, source, out, overwrite=overwrite, progress=progress)
         if not check:
-            return write(resolved)
+            return write(settings)
         accept = partial(_require_parity, progress=progress)
         try:
-            return write(resolved, accept=accept)
+            return write(settings, accept=accept)
         except ParityRefused as refused:
             if resolved.fallback.on_drift != "naive":
                 raise
@@ -112,7 +104,7 @@ def export(
         mla = resolved.mla.model_copy(update={"form": "naive"})
         fallback = resolved.fallback.model_copy(update={"on_drift": "refuse"})
         naive = resolved.model_copy(update={"mla": mla, "fallback": fallback})
-        return write(naive, accept=accept, notes=(note,))
+        return write(replace(settings, profile=naive), accept=accept, notes=(note,))
 
 
 def _checkpoint_directory(
@@ -251,6 +243,7 @@ def split(
     out: Path | str,
     stages: int | str,
     *,
+    balance: Literal["bytes", "time"] = "bytes",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> StageSet:
@@ -258,7 +251,7 @@ def split(
     require_export("切分")
     from deepseek_export.bundle.split import split_bundle
 
-    return split_bundle(bundle, out, stages, overwrite=overwrite, progress=progress)
+    return split_bundle(bundle, out, stages, balance=balance, overwrite=overwrite, progress=progress)
 
 
 def build(

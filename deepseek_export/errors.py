@@ -149,6 +149,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E763": "模型没有 eos，约束输出停不下来",
         "DSX-E764": "消息里的工具调用不对",
         "DSX-E765": "不知道模型怎么写工具调用",
+        "DSX-E766": "--cluster 写得不对",
+        "DSX-E767": "估算集群的选项合不来",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     "--stages",
     metavar="N|0-14,15-29",
     required=True,
-    help="切成几个，按权重的大小尽量均匀；或写明各段的层，含首尾。",
+    help="切成几个，尽量均匀；或写明各段的层，含首尾。",
+)
+@click.option(
+    "--balance",
+    type=click.Choice(["bytes", "time"]),
+    default="bytes",
+    show_default=True,
+    help="什么尽量均匀：bytes 是权重的大小，最大的 stage 最省内存；time 是解码一个 token 要读的字节，专家只算选中的，最慢的 stage 最快。",
 )
 @click.option(
     "-o",
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--overwrite", is_flag=True, help="STAGES 已是一套 stage 时替换它。")
 @json_option
-def command(bundle: Path, stages: str, out: Path, overwrite: bool, as_json: bool) -> None:
+def command(bundle: Path, stages: str, balance: Any, out: Path, overwrite: bool, as_json: bool) -> None:
     """把 bundle OUT 切成一套 stage：一台机器放不下的模型，分给几个进程或几台机器。
 
     每个 stage 是连着的几层，自己就是一个 bundle，只带自己的权重与缓存；层与层之间只过 hidden。词嵌入在第一个，末尾的归一化、输出头与草稿模型在
@@ -53,7 +60,7 @@ def command(bundle: Path, stages: str, out: Path, overwrite: bool, as_json: bool
         progress.start("加载 onnx")
         from deepseek_export import api
 
-        made = api.split(bundle, out, stages, overwrite=overwrite, progress=progress)
+        made = api.split(bundle, out, stages, balance=balance, overwrite=overwrite, progress=progress)
     if as_json:
         items = [item.model_dump() for item in made.record.stages]
         echo_json({"out": str(made.path), "stages": items})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.by_reference import UNHASHED
+from deepseek_export.bundle.description import ExportSettings
 from deepseek_export.bundle.export import export_bundle
 from deepseek_export.bundle.source import open_source
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -100,12 +101,14 @@ def buildable_bundle(
         return export_bundle(
             (source or open_source(bundle, None, _OPTION)).path,
             derived_folder(bundle),
-            profile,
-            target=flavour.target,
-            dtype=_dtype(manifest),
-            weights=manifest.weights.mode,
-            hash_weights=UNHASHED not in manifest.fallbacks,
-            quantization=_quantization(manifest),
+            ExportSettings(
+                profile,
+                target=flavour.target,
+                dtype=_dtype(manifest),
+                weights=manifest.weights.mode,
+                hash_weights=UNHASHED not in manifest.fallbacks,
+                quantization=_quantization(manifest),
+            ),
             overwrite=True,
             progress=progress,
             notes=(note,),

@@ -19,10 +19,11 @@ import deepseek_export
 from deepseek_export.backend import backend_named
 from deepseek_export.benchmark.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.stages import StageSet, balanced
+from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.backend import PipelineBackend
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.errors import DsxError
+from deepseek_export.plan.balance import balanced
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import SamplingParams
 from deepseek_export.serving import Engine, EngineSettings
@@ -179,6 +180,27 @@ def test_stages_are_as_even_as_they_can_be():
         assert (max(got), sum(x * x for x in got)) == min(
             (max(one), sum(x * x for x in one)) for one in tried
         )
+
+
+def read_per_token(directory: Path) -> float:
+    """解码一个 token 要读这个 stage 的多少字节：专家只读选中的，词嵌入只查几行，草稿模块（第 5 层）不算。"""
+    manifest = Bundle.open(directory).manifest
+    share = manifest.model.num_experts_per_tok / manifest.model.n_routed_experts
+    return sum(
+        recipe.nbytes * (share if ".mlp.experts." in name else 1)
+        for name, recipe in manifest.weights.recipes.items()
+        if name != "model.embed_tokens.weight" and ".layers.5." not in name
+    )
+
+
+def test_balanced_by_time(bundles, tmp_path):
+    """CLUSTER-2：--balance time 让一个 token 读得最多的 stage 尽量少读，比哪一种切法都不多。"""
+    made = deepseek_export.split(bundles("float32"), tmp_path / "time", 2, balance="time")
+    slowest = max(map(read_per_token, made.directories))
+    for cut in range(1, 5):
+        asked = f"0-{cut - 1},{cut}-4"
+        other = deepseek_export.split(bundles("float32"), tmp_path / f"cut-{cut}", asked)
+        assert slowest <= max(map(read_per_token, other.directories)) * (1 + 1e-9)
 
 
 def test_a_graph_with_more_crossing_is_refused(bundles, tmp_path):
