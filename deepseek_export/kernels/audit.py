@@ -356,7 +356,7 @@ def _down(c: Mapping[str, int]) -> tuple[int, int]:
 
 def _codes(c: Mapping[str, int]) -> int:
     """一块码与它的 scale 有几个字节。"""
-    return c["BLOCK_N"] * (c["BLOCK_K"] * c["BITS"] // 8 + c["BLOCK_K"] // c["SCALE_COLUMNS"] * 2)
+    return c["BLOCK_N"] * (c["BLOCK_K"] * c["BITS"] // 8 + c["BLOCK_K"] // c["SCALED"] * 2)
 
 
 def _quantized_gate_up(c: Mapping[str, int]) -> tuple[int, int]:

@@ -146,29 +146,15 @@ def down(
 
 
 @triton.jit
-def widened(
-    codes,
-    scales,
-    BITS: tl.constexpr,
-    E4M3: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+def widened(codes, scales, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
     """码 [ROWS, WIDTH*BITS/8] 与 scale [ROWS, GROUPS] → 权重 [ROWS, WIDTH]，dtype 同 scale。
 
-    整数的码放进 scale 的 dtype 是准的，E4M3 的放进 float16 是准的，所以乘积只舍入一次。
+    码放进 scale 的 dtype 是准的，所以乘积只舍入一次。
     """
     if BITS == 4:
         # 一字节两个有符号的码，低位在前。
         codes = tl.join((codes << 4) >> 4, codes >> 4).reshape(ROWS, WIDTH)
-    if E4M3:
-        # 指数与尾数移到 float16 的位置上，指数的偏置差 8，由 scale 补上。
-        bits = codes.to(tl.int16)
-        half = ((bits & -32768) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        values, scales = half.to(scales.dtype), scales * 256.0
-    else:
-        values = codes.to(scales.dtype)
+    values = codes.to(scales.dtype)
     return (values.reshape(ROWS, GROUPS, WIDTH // GROUPS) * scales[:, :, None]).reshape(ROWS, WIDTH)
 
 
@@ -180,22 +166,21 @@ def load_widened(
     live,  # [ROWS, 1]
     DEPTH: tl.constexpr,
     BITS: tl.constexpr,
-    E4M3: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """第 ``step`` 段权重，一段 ``WIDTH`` 列；每 ``COLUMNS`` 列一个 scale，``DEPTH`` 是一行的列数。"""
+    """第 ``step`` 段权重，一段 ``WIDTH`` 列；每 ``SCALED`` 列一个 scale，``DEPTH`` 是一行的列数。"""
     BYTES: tl.constexpr = WIDTH * BITS // 8
-    GROUPS: tl.constexpr = WIDTH // COLUMNS if WIDTH > COLUMNS else 1
+    GROUPS: tl.constexpr = WIDTH // SCALED if WIDTH > SCALED else 1
     k = step * BYTES + tl.arange(0, BYTES)[None, :]
-    if WIDTH < COLUMNS:
-        group = step // (COLUMNS // WIDTH) + tl.arange(0, 1)[None, :]
+    if WIDTH < SCALED:
+        group = step // (SCALED // WIDTH) + tl.arange(0, 1)[None, :]
     else:
         group = step * GROUPS + tl.arange(0, GROUPS)[None, :]
     code = tl.load(codes + k, mask=live & (k < DEPTH * BITS // 8), other=0)
-    scale = tl.load(scales + group, mask=live & (group < tl.cdiv(DEPTH, COLUMNS)), other=0.0)
-    return widened(code, scale, BITS, E4M3, ROWS, WIDTH, GROUPS)
+    scale = tl.load(scales + group, mask=live & (group < DEPTH // SCALED), other=0.0)
+    return widened(code, scale, BITS, ROWS, WIDTH, GROUPS)
 
 
 @triton.jit
@@ -217,9 +202,7 @@ def quantized_gate_up(
     BLOCK_M: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    E4M3: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -233,9 +216,8 @@ def quantized_gate_up(
     token = (tl.load(sorted_pairs + rows, mask=live, other=0) // top_k).to(tl.int64)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    at = expert.to(tl.int64)
-    code = (at * INNER + n)[:, None] * (D * BITS // 8)
-    scale = (at * tl.cdiv(INNER, SCALE_ROWS) + n // SCALE_ROWS)[:, None] * tl.cdiv(D, SCALE_COLUMNS)
+    row = (expert.to(tl.int64) * INNER + n)[:, None]
+    code, scale = row * (D * BITS // 8), row * (D // SCALED)
     inner = (n < INNER)[:, None]
     x_rows = x + token[:, None] * D + k[None, :]
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -244,14 +226,10 @@ def quantized_gate_up(
         start = step * BLOCK_K
         a = tl.load(x_rows + start, mask=live[:, None] & (start + k < D)[None, :], other=0.0)
         a = tl.trans(a)
-        g = load_widened(
-            w_gate + code, w_gate_scales + scale, step, inner, D, BITS, E4M3, SCALE_COLUMNS, BLOCK_N, BLOCK_K
-        )
-        u = load_widened(
-            w_up + code, w_up_scales + scale, step, inner, D, BITS, E4M3, SCALE_COLUMNS, BLOCK_N, BLOCK_K
-        )
-        gate = tl.dot(g.to(a.dtype), a, acc=gate, out_dtype=tl.float32)
-        up = tl.dot(u.to(a.dtype), a, acc=up, out_dtype=tl.float32)
+        g = load_widened(w_gate + code, w_gate_scales + scale, step, inner, D, BITS, SCALED, BLOCK_N, BLOCK_K)
+        u = load_widened(w_up + code, w_up_scales + scale, step, inner, D, BITS, SCALED, BLOCK_N, BLOCK_K)
+        gate = tl.dot(g, a, acc=gate, out_dtype=tl.float32)
+        up = tl.dot(u, a, acc=up, out_dtype=tl.float32)
     value = tl.trans(gate / (1.0 + tl.exp(-gate)) * up)
     out = hidden + rows.to(tl.int64)[:, None] * INNER + n[None, :]
     tl.store(out, value.to(hidden.dtype.element_ty), mask=live[:, None] & (n < INNER)[None, :])
@@ -273,9 +251,7 @@ def quantized_down(
     BLOCK_M: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    E4M3: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -289,9 +265,8 @@ def quantized_down(
     pair = tl.load(sorted_pairs + rows, mask=live, other=0).to(tl.int64)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    at = expert.to(tl.int64)
-    code = (at * D + n)[:, None] * (INNER * BITS // 8)
-    scale = (at * tl.cdiv(D, SCALE_ROWS) + n // SCALE_ROWS)[:, None] * tl.cdiv(INNER, SCALE_COLUMNS)
+    row = (expert.to(tl.int64) * D + n)[:, None]
+    code, scale = row * (INNER * BITS // 8), row * (INNER // SCALED)
     wide = (n < D)[:, None]
     hidden_rows = hidden + rows.to(tl.int64)[:, None] * INNER + k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -306,12 +281,11 @@ def quantized_down(
             wide,
             INNER,
             BITS,
-            E4M3,
-            SCALE_COLUMNS,
+            SCALED,
             BLOCK_N,
             BLOCK_K,
         )
-        acc = tl.dot(w.to(a.dtype), a, acc=acc, out_dtype=tl.float32)
+        acc = tl.dot(w, a, acc=acc, out_dtype=tl.float32)
     out = expert_out + pair[:, None] * D + n[None, :]
     tl.store(out, tl.trans(acc).to(expert_out.dtype.element_ty), mask=live[:, None] & (n < D)[None, :])
 

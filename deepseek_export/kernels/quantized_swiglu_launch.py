@@ -76,9 +76,7 @@ def quantized_swiglu_launch(
             "BLOCK_M": tile.rows,
             "GROUP": GROUP,
             "BITS": DTYPES[codes].bits,
-            "E4M3": 0,
-            "SCALE_ROWS": 1,
-            "SCALE_COLUMNS": block,
+            "SCALED": block,
         }
         half = min(tile.columns // 2, block_size(inner))
         full = min(tile.columns, block_size(D))

@@ -252,7 +252,7 @@ else:
         check_quantized(7, 64, 5, 32, 2, torch.float32, kind, 32, idle=3)
         check_quantized(0, 64, 5, 32, 2, torch.float32, kind, 32)
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(st.data())
     def test_quantized_experts_any_shape(data):
         """任意小形状、任意 SM 的块；宽度是 block 的倍数。"""

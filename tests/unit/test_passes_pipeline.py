@@ -298,7 +298,7 @@ def test_every_step_is_counted(target, monkeypatch):
             lowered("v3-bias-tied", "mla+moe", target, quantization=quantization)
         assert caught.value.code == "DSX-E302"
         blamed.append(step.rewrite.name)
-    assert len(blamed) == (8 if target == "ort-cpu" else 4)
+    assert len(blamed) == (8 if target == "ort-cpu" else 5)
 
 
 def test_illegal_graph_names_the_pass(monkeypatch):
