@@ -58,6 +58,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
     {
         "deepseek_v2": Case(CONFIGS["deepseek_v2"]),
         "deepseek_v3": Case(CONFIGS["deepseek_v3"]),
+        "glm_moe_dsa": Case(CONFIGS["glm_moe_dsa"]),
         "demo": Case(None),
         "wide.bfloat16": Case(WIDE, "bfloat16"),
         "wide.int8": Case(WIDE, "bfloat16", "int8"),

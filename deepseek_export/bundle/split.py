@@ -33,7 +33,7 @@ from deepseek_export.bundle.foreign import check_stages_replaceable
 from deepseek_export.bundle.graph import Slot, check_onnx, external_location, point_at, value_entry
 from deepseek_export.bundle.manifest import FileEntry, GraphEntry, Manifest, StageEntry, WeightsEntry
 from deepseek_export.bundle.packed import WEIGHTS_FILE, copy_packed
-from deepseek_export.bundle.stages import STAGES_FILE, StageItem, StageSet, StagesFile, parse_cuts
+from deepseek_export.bundle.stages import STAGES_FILE, StageItem, StageSet, StagesFile, requested_cuts
 from deepseek_export.checkpoint import TensorStore
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.store import INDEX_NAME
@@ -120,14 +120,9 @@ def _plan(bundle: Bundle, stages: int | str, balance: Balance) -> list[_Stage]:
         graph.file: onnx.load(bundle.path / graph.file, load_external_data=False) for graph in manifest.drafts
     }
     cutter = LayerCutter(main, layers)
-    text = str(stages)
-    if text.strip().isdigit() and text.isascii():
-        wanted = int(text[:9])
-        if not 1 <= wanted <= layers:
-            raise DsxError("DSX-E740", f"--stages {text}，模型有 {layers} 层", f"取 1 到 {layers}")
-        spans = _balanced(manifest, cutter, drafts.values(), wanted, balance)
-    else:
-        spans = parse_cuts(text, layers)
+    spans = requested_cuts(stages, layers)
+    if isinstance(spans, int):
+        spans = _balanced(manifest, cutter, drafts.values(), spans, balance)
     found = []
     for index, (begin, end) in enumerate(spans):
         graphs = {manifest.main.file: cutter.cut(begin, end)} | (drafts if end == layers else {})

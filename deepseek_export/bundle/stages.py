@@ -125,6 +125,25 @@ def is_stage_set(path: Path | str) -> bool:
         return False
 
 
+def requested_cuts(stages: int | str, layers: int) -> int | list[tuple[int, int]]:
+    """``--stages`` 的值：几个，或各段的 ``[begin, end)``。
+
+    Args:
+        stages: ``4``，或 ``"0-14,15-29"``。
+        layers: 模型有几层。
+
+    Raises:
+        DsxError: ``DSX-E740``。
+    """
+    text = str(stages).strip()
+    if not (text.isascii() and text.isdigit()):
+        return parse_cuts(text, layers)
+    wanted = int(text[:9])
+    if not 1 <= wanted <= layers:
+        raise DsxError("DSX-E740", f"--stages {text}，模型有 {layers} 层", f"取 1 到 {layers}")
+    return wanted
+
+
 def parse_cuts(text: str, layers: int) -> list[tuple[int, int]]:
     """``0-14,15-29,30-60`` → ``[(0, 15), (15, 30), (30, 61)]``。
 

@@ -13,12 +13,20 @@ import click
 from deepseek_export.cli.console import console, echo_json, facts, weights_size
 from deepseek_export.cli.doctor import TARGETS
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import DtypeChoice, checkpoint_argument, json_option, set_option
+from deepseek_export.cli.options import (
+    DtypeChoice,
+    balance_option,
+    checkpoint_argument,
+    json_option,
+    set_option,
+)
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.cli.split import print_stages
 from deepseek_export.errors import DsxError
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
+    from deepseek_export.api import ExportOptions
     from deepseek_export.bundle import Bundle
     from deepseek_export.checkpoint.weight_only import Quantization
 
@@ -65,7 +73,7 @@ if TYPE_CHECKING:
 @click.option(
     "--quant",
     type=click.Choice(["int8", "int4"]),
-    help="只量化权重（对称、分块）：ort-cpu 用 MatMulNBits 与 QMoE，tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
+    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
 )
 @click.option(
     "--quant-block",
@@ -75,10 +83,16 @@ if TYPE_CHECKING:
 @click.option(
     "--keep",
     metavar="NAME,...",
-    help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router、norm 与词嵌入总是浮点。",
+    help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router 与 norm 总是浮点。",
 )
 @set_option
-@click.option("--overwrite", is_flag=True, help="替换已有的 bundle。")
+@click.option(
+    "--stages",
+    metavar="N|0-14,15-29",
+    help="OUT 是切好的一套 stage，写法同 dsx split；先在旁边导出整个的，切好就删，打包的要放得下两份。",
+)
+@balance_option(None)
+@click.option("--overwrite", is_flag=True, help="替换已有的 bundle；带 --stages 时是已有的一套 stage。")
 @click.option("--check/--no-check", default=False, show_default=True, help="先校验、通过了才产生 OUT。")
 @json_option
 @click.option("-v", "--verbose", is_flag=True, help="逐个列出 pass 改了几处、拒绝了哪些。")
@@ -94,6 +108,8 @@ def command(
     quant_block: str | None,
     keep: str | None,
     overrides: tuple[str, ...],
+    stages: str | None,
+    balance: Literal["bytes", "time"] | None,
     overwrite: bool,
     check: bool,
     as_json: bool,
@@ -110,33 +126,59 @@ def command(
       dsx export CKPT -p mla -o OUT --set mla.form=absorb --check
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --dtype float16
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int8 --keep lm_head
+      dsx export CKPT -p full -o STAGES --stages 4
     """
-    quantization = _quantization(quant, quant_block, keep)
+    if balance is not None and stages is None:
+        raise DsxError("DSX-E740", "给了 --balance，却没有 --stages", "加 --stages N，或去掉它")
+    options: ExportOptions = {
+        "target": target,
+        "dtype": dtype,
+        "weights": weights,
+        "hash_weights": hash_weights,
+        "quantization": _quantization(quant, quant_block, keep),
+        "check": check,
+    }
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")
         from deepseek_export import api
 
-        bundle = api.export(
-            checkpoint,
-            out,
-            profile,
-            target=target,
-            dtype=dtype,
-            weights=weights,
-            hash_weights=hash_weights,
-            quantization=quantization,
-            overrides=overrides,
-            overwrite=overwrite,
-            check=check,
-            progress=progress,
-        )
-    summary = _summary(bundle)
+        if stages is None:
+            bundle = api.export(
+                checkpoint,
+                out,
+                profile,
+                overrides=overrides,
+                overwrite=overwrite,
+                progress=progress,
+                **options,
+            )
+            summary, made = _summary(bundle), None
+        else:
+            summary = {}
+            made = api.export_stages(
+                checkpoint,
+                out,
+                stages,
+                profile,
+                balance=balance or "bytes",
+                overrides=overrides,
+                overwrite=overwrite,
+                exported=lambda whole: summary.update(_summary(whole)),
+                progress=progress,
+                **options,
+            )
+            items = [item.model_dump() for item in made.record.stages]
+            summary |= {"out": str(made.path), "stages": items}
     if as_json:
         echo_json(summary)
         return
     if verbose:
         _print_passes(summary)
-    _print_summary(bundle.path, summary)
+    _print_summary(summary)
+    if made is None:
+        click.echo(f"下一步：dsx verify {shlex.quote(summary['out'])}")
+    else:
+        print_stages(made)
 
 
 def _quantization(quant: str | None, block: str | None, keep: str | None) -> Quantization | None:
@@ -199,7 +241,7 @@ def _quantization_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [("量化", what)]
 
 
-def _print_summary(out: Path, summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any]) -> None:
     totals: Counter[str] = Counter()
     for counts in summary["op_counts"].values():
         totals.update(counts)
@@ -214,5 +256,4 @@ def _print_summary(out: Path, summary: dict[str, Any]) -> None:
         ("用时", f"{sum(seconds.values()):.1f} s，峰值内存 {size(summary['peak_rss_bytes'])}"),
         *(("回退", line) for line in summary["fallbacks"]),
     ]
-    console().print(facts(f"已导出 {out}", rows))
-    click.echo(f"下一步：dsx verify {shlex.quote(str(out))}")
+    console().print(facts(f"已导出 {summary['out']}", rows))

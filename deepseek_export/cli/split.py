@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import balance_option, bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.units import size
 
@@ -26,13 +27,7 @@ if TYPE_CHECKING:
     required=True,
     help="切成几个，尽量均匀；或写明各段的层，含首尾。",
 )
-@click.option(
-    "--balance",
-    type=click.Choice(["bytes", "time"]),
-    default="bytes",
-    show_default=True,
-    help="什么尽量均匀：bytes 是权重的大小，最大的 stage 最省内存；time 是解码一个 token 要读的字节，专家只算选中的，最慢的 stage 最快。",
-)
+@balance_option("bytes")
 @click.option(
     "-o",
     "--out",
@@ -65,13 +60,18 @@ def command(bundle: Path, stages: str, balance: Any, out: Path, overwrite: bool,
         items = [item.model_dump() for item in made.record.stages]
         echo_json({"out": str(made.path), "stages": items})
         return
-    _print(made)
+    print_stages(made)
 
 
-def _print(made: StageSet) -> None:
+def print_stages(made: StageSet) -> None:
+    """各 stage 的层与权重，一行一个。"""
     shown = table(f"{made.path}：{len(made.record.stages)} 个 stage", "目录", "层", "权重", right=("权重",))
     for item in made.record.stages:
-        layers = f"{item.layers[0]}–{item.layers[-1]}" if len(item.layers) > 1 else str(item.layers[0])
-        shown.add_row(item.directory, layers, size(item.weight_bytes))
+        shown.add_row(item.directory, layer_span(item.layers), size(item.weight_bytes))
     console().print(shown)
     click.echo(f"下一步：dsx generate {shlex.quote(str(made.path))} --ids 1,2,3")
+
+
+def layer_span(layers: Sequence[int]) -> str:
+    """连着的几层的首尾。"""
+    return f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0])

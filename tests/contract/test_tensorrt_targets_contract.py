@@ -94,4 +94,6 @@ def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
     restored = [one for one in layers["decode"] if any("/DequantizeLinear" in name for name in one.onnx)]
     fused = [layer for layer in restored if any("/MatMul" in name for name in layer.onnx)]
     assert len(fused) == (linears if kind == "int4" else 0)
-    assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers, "QuantizedMoeExperts")
+    assert_plugin_layers(
+        layers, config.num_hidden_layers, config.num_moe_layers, experts="QuantizedMoeExperts"
+    )
