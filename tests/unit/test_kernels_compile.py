@@ -263,7 +263,7 @@ def test_splits_follow_the_card():
 
 def test_the_selection_needs_bounded_workspace():
     """DSA-10：分数的份数不超过 256 个 query，再长的 prefill 也不多要；注意力的各段与 query 的个数无关。"""
-    index, attention = tables(90)[2:]
+    index, attention = tables(90)[2:4]
 
     def bytes_of(B: int, S: int, T: int) -> tuple[int, int]:
         lens, row = (B,), (B, 1, T)
