@@ -10,6 +10,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
     {
         "mla-memory": "perf.suites.mla_memory",
         "mla-decode": "perf.suites.mla_decode",
+        "sparse": "perf.suites.sparse",
         "mtp": "perf.suites.mtp",
         "moe": "perf.suites.moe",
         "moe-quality": "perf.suites.moe_quality",

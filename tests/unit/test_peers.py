@@ -55,12 +55,12 @@ def test_gguf_is_the_same_model(small):
         assert tolerance.accepts(found), found
 
 
-@pytest.mark.parametrize("weights", ["BF16", "Q8_0"])
-def test_gguf_only_rounds(small, weights):
-    """CPU-11：权重舍入之后，与没有舍入的相差不超过 int8 那一行。"""
+@pytest.mark.parametrize(("weights", "row"), [("BF16", "int8"), ("Q8_0", "int8"), ("Q4_0", "int4")])
+def test_gguf_only_rounds(small, weights, row):
+    """CPU-11：权重舍入之后，与没有舍入的相差不超过 int8、int4 那一行。"""
     checkpoint, tokens, want = small
     found = measure(llama_logits(checkpoint, tokens, weights), want[PROMPT - 1 :])
-    assert found.calc_diff <= QUANT_TOLERANCES["loss_all", "float32", "int8"].calc_diff, found
+    assert found.calc_diff <= QUANT_TOLERANCES["loss_all", "float32", row].calc_diff, found
 
 
 def test_llama_cpp_fills_to_a_depth(small):
@@ -103,6 +103,16 @@ def test_transformers_engine_returns_to_its_depth(small):
         engine.go_to(depth)
         assert engine.decode(tokens[:3]) > 0
         assert engine._cache.get_seq_length() == depth
+
+
+def test_transformers_engine_fills_index_keys(tmp_path):
+    """稀疏注意力的缓存还有索引 key：填到同样深，走完退回。"""
+    path = write_checkpoint(tmp_path / "x", SHAPES["v3.2-small-2"], dtype="bfloat16")
+    engine = Transformers(str(path), threads=torch.get_num_threads())
+    engine.go_to(600)  # 越过名额
+    assert engine.decode([1, 2]) > 0
+    assert {layer.indexer_keys.shape[1] for layer in engine._cache.layers} == {600}
+    assert engine._cache.get_seq_length() == 600
 
 
 def test_worker_keeps_an_object_alive_and_reports_failures():
