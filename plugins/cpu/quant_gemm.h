@@ -23,6 +23,11 @@ constexpr int kColumnTile = kTileVectors * kLanes;
 // 一次读出几个权重。
 template <typename F>
 constexpr int64_t kValues = F::kVectors * kBytes;
+// 一次读出的权重里有几块；一块要读几次。两个总有一个是 1。
+template <typename F, int kBlock>
+constexpr int kShare = kValues<F> > kBlock ? kValues<F> / kBlock : 1;
+template <typename F, int kBlock>
+constexpr int kReads = kBlock > kValues<F> ? kBlock / kValues<F> : 1;
 // 一次算几行：每行每个向量两个平面各占一个累加器，AVX-512 时是 16 个；再多就放不下寄存器了（6 行慢三成）。
 constexpr int kTileRows = 4;
 // 少于这么多行时直接读权重的行；否则先把一组列重排成“一路一列”，省掉横向求和，各行共用。
@@ -149,20 +154,20 @@ struct Cursor {
     int64_t scale_stride;
 };
 
-// R 行激活从第 b 块起的 kShare 块（kShare 是 1 时是一块的 vectors 个向量）对 J 行权重，加到 sums 上。
-template <typename F, int R, int J, int kShare>
-inline void direct_step(const QuantizedRows& a, int64_t b, const Cursor& w, int64_t vectors, Vector (&sums)[R][J]) {
+// R 行激活从第 b 块起的 kShare 块对 J 行权重，加到 sums 上。
+template <typename F, int R, int J, int kBlock>
+inline void direct_step(const QuantizedRows& a, int64_t b, const Cursor& w, Vector (&sums)[R][J]) {
     Ints acc[R][J][kPlanes];
     for (int i = 0; i < R; ++i) {
         for (int p = 0; p < kPlanes; ++p) {
-            const Ints start = first_lanes<kShare>(a.starts + i * a.start_stride() + p * a.scale_stride() + b);
+            const Ints start = first_lanes<kShare<F, kBlock>>(a.starts + i * a.start_stride() + p * a.scale_stride() + b);
             for (int j = 0; j < J; ++j) {
                 acc[i][j][p] = start;
             }
         }
     }
-    for (int64_t v = 0; v < vectors; ++v) {
-        const int8_t* x = a.codes + b * a.block + v * kValues<F>;
+    for (int v = 0; v < kReads<F, kBlock>; ++v) {
+        const int8_t* x = a.codes + b * kBlock + v * kValues<F>;
         for (int j = 0; j < J; ++j) {
             // 权重多半在内存里：一边算一边把下一组的同一位置取进 L1，再往后两组的取进 L2（一行激活时读权重比只取一组、
             // 取进 L2 快 5–10 %）。
@@ -180,21 +185,22 @@ inline void direct_step(const QuantizedRows& a, int64_t b, const Cursor& w, int6
     }
     Vector scales[J];
     for (int j = 0; j < J; ++j) {
-        scales[j] = spread_f16<kShare>(w.scales + j * w.scale_stride);
+        scales[j] = spread_f16<kShare<F, kBlock>>(w.scales + j * w.scale_stride);
     }
     for (int i = 0; i < R; ++i) {
-        const Vector mine = spread<kShare>(a.scales + i * a.scale_stride() + b);
+        const Vector mine = spread<kShare<F, kBlock>>(a.scales + i * a.scale_stride() + b);
         for (int j = 0; j < J; ++j) {
             sums[i][j] = fma(join_planes(acc[i][j]), mul(mine, scales[j]), sums[i][j]);
         }
     }
 }
 
-// R 行激活对 J 行权重，逐向量走过 K；一个向量装得下 kShare 块。
-template <typename F, int R, int J, int kShare>
+// R 行激活对 J 行权重，逐向量走过 K。
+template <typename F, int R, int J, int kBlock>
 inline void direct_block(const QuantizedRows& a, const QuantizedWeights& w, int64_t column, float* y, int64_t ldy) {
-    const int64_t row_bytes = a.blocks * a.block * F::kBits / 8, block_bytes = a.block * F::kBits / 8;
-    const int64_t vectors = kShare > 1 ? 1 : block_bytes / kBytes;
+    constexpr int64_t block_bytes = kBlock * F::kBits / 8;
+    constexpr int share = kShare<F, kBlock>;
+    const int64_t row_bytes = a.blocks * block_bytes;
     Vector sums[R][J];
     for (int i = 0; i < R; ++i) {
         for (int j = 0; j < J; ++j) {
@@ -203,20 +209,20 @@ inline void direct_block(const QuantizedRows& a, const QuantizedWeights& w, int6
     }
     Cursor at{w.codes + column * row_bytes, row_bytes, w.scales + column * a.blocks, a.blocks};
     int64_t b = 0;
-    for (; b + kShare <= a.blocks; b += kShare) {
-        direct_step<F, R, J, kShare>(a, b, at, vectors, sums);
-        at.codes += kShare * block_bytes;
-        at.scales += kShare;
+    for (; b + share <= a.blocks; b += share) {
+        direct_step<F, R, J, kBlock>(a, b, at, sums);
+        at.codes += share * block_bytes;
+        at.scales += share;
     }
     if (b < a.blocks) {
         // 最后不满一个向量的几块：补零再算。
         alignas(64) uint8_t codes[J][kBytes] = {};
-        uint16_t scales[J][kShare] = {};
+        uint16_t scales[J][share] = {};
         for (int j = 0; j < J; ++j) {
             std::memcpy(codes[j], at.codes + j * at.code_stride, static_cast<size_t>((a.blocks - b) * block_bytes));
             std::memcpy(scales[j], at.scales + j * at.scale_stride, static_cast<size_t>(a.blocks - b) * sizeof(uint16_t));
         }
-        direct_step<F, R, J, kShare>(a, b, {codes[0], kBytes, scales[0], kShare}, 1, sums);
+        direct_step<F, R, J, kBlock>(a, b, {codes[0], kBytes, scales[0], share}, sums);
     }
     for (int i = 0; i < R; ++i) {
         if constexpr (J == 4) {
@@ -227,32 +233,24 @@ inline void direct_block(const QuantizedRows& a, const QuantizedWeights& w, int6
     }
 }
 
-template <typename F, int R, int kShare>
+template <typename F, int R, int kBlock>
 void direct_columns(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t ldy) {
     int64_t column = 0;
     for (; column + 4 <= w.columns; column += 4) {
-        direct_block<F, R, 4, kShare>(a, w, column, y, ldy);
+        direct_block<F, R, 4, kBlock>(a, w, column, y, ldy);
     }
     for (; column < w.columns; ++column) {
-        direct_block<F, R, 1, kShare>(a, w, column, y, ldy);
+        direct_block<F, R, 1, kBlock>(a, w, column, y, ldy);
     }
 }
 
 template <typename F, int R>
 void direct(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t ldy) {
-    if constexpr (kValues<F> >= 128) {
-        if (a.block == 32) {
-            direct_columns<F, R, 4>(a, w, y, ldy);
-            return;
-        }
+    switch (a.block) {
+    case 32: direct_columns<F, R, 32>(a, w, y, ldy); return;
+    case 64: direct_columns<F, R, 64>(a, w, y, ldy); return;
+    default: direct_columns<F, R, 128>(a, w, y, ldy);
     }
-    if constexpr (kValues<F> >= 64) {
-        if (a.block * 2 == kValues<F>) {
-            direct_columns<F, R, 2>(a, w, y, ldy);
-            return;
-        }
-    }
-    direct_columns<F, R, 1>(a, w, y, ldy);
 }
 
 // kColumnTile 列重排成 [K/4, kColumnTile, 4]，一列之内的次序同激活的码；不足的列重复最后一列，结果不写出去。
