@@ -172,10 +172,10 @@ def _ingress(spec: FrontSpec) -> Any:
         handle = serve.get_deployment_handle(MODEL, app_name=spec.application)
         return create_front(Handed(handle), spec.keys, spec.cors_origins)
 
-    return serve.ingress(build)(_Leased)
+    return serve.ingress(build)(Leased)
 
 
-class _Leased:
+class Leased:
     """看着起它的 ``dsx serve``：没有了（被杀、机器没有了），把整个应用停下，不留在集群里。"""
 
     def __init__(self, spec: FrontSpec, model: Any) -> None:
@@ -191,6 +191,8 @@ class _Leased:
             except ValueError:
                 serve.shutdown()
                 return
+            except ray.exceptions.RayError:  # 问不到：过一会儿再问
+                continue
 
 
 def _put(said: asyncio.Queue[Message | None]) -> Any:

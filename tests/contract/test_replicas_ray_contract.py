@@ -250,3 +250,25 @@ def test_one_that_cannot_load_is_told(address, bundle, tmp_path):
     assert "DSX-E755" in done.stderr
     assert "DSX-E406" in done.stderr
     until(lambda: empty(address), 120)
+
+
+def test_more_replicas_when_there_is_more_to_do(address, bundle):
+    """CLUSTER-52：``--replicas 1-2``：先起一个，请求多了再起一个。"""
+    with serving(bundle, "--ray", address, "--replicas", "1-2", "--slots", 2) as server:
+        assert running(address) == 2  # 入口与一个副本
+        enough = threading.Event()
+
+        def keep_asking(number: int) -> None:
+            while not enough.is_set():
+                answer = server.ask(prompt=f"{number} 床前明月光", max_tokens=200)
+                assert answer.status_code == 200
+
+        askers = [threading.Thread(target=keep_asking, args=(number,)) for number in range(4)]
+        for one in askers:
+            one.start()
+        try:
+            until(lambda: running(address) == 3, 240)
+        finally:
+            enough.set()
+            for one in askers:
+                one.join()
