@@ -150,12 +150,11 @@ def application(spec: ReplicaSpec, replicas: tuple[int, int], front: FrontSpec) 
         name=MODEL,
         request_router_config=router,
         max_ongoing_requests=_UNLIMITED,
-        max_constructor_retry_count=_LOADS,
         health_check_period_s=CHECK_S / 2,
         health_check_timeout_s=CHECK_S,
         graceful_shutdown_timeout_s=DRAIN_S,
         **options,
-    )(ModelReplica)
+    )(ModelReplica).options(max_constructor_retry_count=_LOADS)  # Ray 2.50 只在这里收它
     ingress = serve.deployment(
         name=FRONT,
         max_ongoing_requests=_UNLIMITED,

@@ -171,7 +171,9 @@ def test_what_is_asked_of_ray_serve(bundle, monkeypatch, replicas):
 
     def record(name: str, **options: Any) -> Callable[[Any], Any]:
         asked[name] = options
-        return lambda kind: SimpleNamespace(bind=lambda *given: given)
+        made = SimpleNamespace(bind=lambda *given: given)
+        made.options = lambda **more: asked[name].update(more) or made
+        return lambda kind: made
 
     monkeypatch.setattr(ray.serve, "deployment", record)
     stages = deepseek_export.split(bundle, bundle.with_name(f"stages-{replicas[1]}"), 2)
@@ -181,6 +183,7 @@ def test_what_is_asked_of_ray_serve(bundle, monkeypatch, replicas):
     assert [one["CPU"] for one in model["placement_group_bundles"]] == [1, 1, 1]
     assert model["placement_group_strategy"] == "SPREAD"
     assert model["request_router_config"]["request_router_kwargs"] == {"full": 2}
+    assert model["max_constructor_retry_count"] == 3
     if replicas == (2, 2):
         assert model["num_replicas"] == 2
         assert "autoscaling_config" not in model
