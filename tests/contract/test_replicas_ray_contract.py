@@ -106,6 +106,18 @@ def test_batch_on_a_pool(address, bundle, tmp_path):
     until(lambda: empty(address), 120)
 
 
+def test_batch_on_replicas_of_stages(address, bundle, tmp_path):
+    """CLUSTER-51：没有切开的切成两个 stage，两个副本各有一套：与一个进程逐字相同。"""
+    source = written(tmp_path, [line(f"r{n}", **{**BODY, "prompt": f"{n} 床前"}) for n in range(8)])
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    command = [*DSX, "batch", str(bundle), str(source), "-o", str(out), "--stages", "2", "--slots", "1"]
+    command += ["--ray", address, "--replicas", "2"]
+    subprocess.run(command, env=environment(), timeout=400, check=True)
+    assert dsx("batch", bundle, source, "-o", whole, "--threads", "1").returncode == 0
+    assert texts(out) == texts(whole)
+    until(lambda: empty(address), 120)
+
+
 def workers(kind: str = "_Actor") -> list[int]:
     """Ray 的某种 actor 的进程号。"""
     found = []
