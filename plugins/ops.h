@@ -70,14 +70,14 @@ inline constexpr std::array<Port, 5> kInputs{{
     {"q", &kT, 4},  // [B, S, Hi, di]
     {"w", &kF32, 3},  // [B, S, Hi]
     {"k", &kT, 3},  // [B, S, di]
-    {"index_cache", &kF, 4},  // [B, 1, T, di]
+    {"index_cache", &kC, 4},  // [B, 1, T, iw]
     {"past_lens", &kI64, 1},  // [B]
 }};
 enum Output : size_t { indices, counts, index_cache_out };
 inline constexpr std::array<Port, 3> kOutputs{{
     {"indices", &kI32, 3},  // [B, S, ks]
     {"counts", &kI32, 2},  // [B, S]
-    {"index_cache_out", &kF, 4},  // [B, 1, T, di]
+    {"index_cache_out", &kC, 4},  // [B, 1, T, iw]
 }};
 inline constexpr Attribute<int64_t> topk{"topk"};
 }  // namespace lightning_indexer

@@ -42,12 +42,12 @@ def lightning_indexer_body(
 
     Args:
         config: 只用到索引器。
-        dtype, cache_dtype: 类型变量 T 与 F。
+        dtype, cache_dtype: 类型变量 T 与 C。
     """
     c = config.indexer
     assert c is not None
     lens = Spec(("B",), torch.int64)
-    cache = Spec(("B", 1, "T", c.head_dim), cache_dtype)
+    cache = Spec(("B", 1, "T", config.index_cache_width(cache_dtype == torch.int8)), cache_dtype)
     query = Spec(("B", "S", c.n_heads, c.head_dim), dtype)
     written = trace_function(
         indexer.update_index_cache,

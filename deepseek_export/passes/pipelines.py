@@ -265,6 +265,12 @@ def check_cache(target: str, profile: OptimizationProfile) -> None:
     Raises:
         DsxError: ``DSX-E322``，目标不支持 int8 缓存。
     """
+    if profile.dsa.index_cache_dtype == "int8" and target in TENSORRT_TARGETS:
+        raise DsxError(
+            "DSX-E322",
+            f"目标 {target} 不支持 dsa.index_cache_dtype=int8：TensorRT 的索引器只读浮点的缓存",
+            "换 --target ort-cpu 或 portable；或去掉 dsa.index_cache_dtype",
+        )
     if profile.mla.cache_dtype == "int8" and target in TENSORRT_TARGETS:
         raise DsxError(
             "DSX-E322",
