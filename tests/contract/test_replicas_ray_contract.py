@@ -227,8 +227,13 @@ def test_a_killed_replica_and_a_killed_dsx(address, bundle, want):
         os.kill(frozen, signal.SIGSTOP)
         for number in range(6):
             assert server.ask(prompt=f"{number} 学而时习之").status_code == 200
-        until(lambda: alive([frozen]) == [], 180)
-        until(lambda: running(address) == 3, 180)
+        try:
+            others = {frozen, *workers("ServeReplica:dsx:out:model")}
+            until(lambda: set(workers("ServeReplica:dsx:out:model")) - others, 200)
+            until(lambda: running(address) == 3, 120)
+        finally:
+            if alive([frozen]):  # Ray 不一定杀得掉停着的
+                os.kill(frozen, signal.SIGKILL)
         second = subprocess.run(
             [*DSX, "serve", str(bundle), "--ray", address, "--replicas", "1", "--port", "0"],
             env=environment(),
