@@ -48,7 +48,6 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E120": "量化声明与张量不符",
         "DSX-E121": "结束生成的 token 不能用",
         "DSX-E130": "稀疏注意力的字段不支持",
-        "DSX-E131": "这个目标不支持稀疏注意力",
         "DSX-E136": "模型没有索引 key 的缓存",
         # 3xx：pass
         "DSX-E301": "不支持的编译目标",

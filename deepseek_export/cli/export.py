@@ -13,7 +13,13 @@ import click
 from deepseek_export.cli.console import console, echo_json, facts, weights_size
 from deepseek_export.cli.doctor import TARGETS
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import DtypeChoice, checkpoint_argument, json_option, set_option
+from deepseek_export.cli.options import (
+    DtypeChoice,
+    balance_option,
+    checkpoint_argument,
+    json_option,
+    set_option,
+)
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.cli.split import print_stages
 from deepseek_export.errors import DsxError
@@ -67,7 +73,7 @@ if TYPE_CHECKING:
 @click.option(
     "--quant",
     type=click.Choice(["int8", "int4"]),
-    help="只量化权重（对称、分块）：ort-cpu 用 MatMulNBits 与 QMoE，tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
+    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
 )
 @click.option(
     "--quant-block",
@@ -77,7 +83,7 @@ if TYPE_CHECKING:
 @click.option(
     "--keep",
     metavar="NAME,...",
-    help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router、norm 与词嵌入总是浮点。",
+    help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router 与 norm 总是浮点。",
 )
 @set_option
 @click.option(
@@ -85,6 +91,7 @@ if TYPE_CHECKING:
     metavar="N|0-14,15-29",
     help="OUT 是切好的一套 stage，写法同 dsx split；先在旁边导出整个的，切好就删，打包的要放得下两份。",
 )
+@balance_option(None)
 @click.option("--overwrite", is_flag=True, help="替换已有的 bundle；带 --stages 时是已有的一套 stage。")
 @click.option("--check/--no-check", default=False, show_default=True, help="先校验、通过了才产生 OUT。")
 @json_option
@@ -102,6 +109,7 @@ def command(
     keep: str | None,
     overrides: tuple[str, ...],
     stages: str | None,
+    balance: Literal["bytes", "time"] | None,
     overwrite: bool,
     check: bool,
     as_json: bool,
@@ -120,6 +128,8 @@ def command(
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int8 --keep lm_head
       dsx export CKPT -p full -o STAGES --stages 4
     """
+    if balance is not None and stages is None:
+        raise DsxError("DSX-E740", "给了 --balance，却没有 --stages", "加 --stages N，或去掉它")
     options: ExportOptions = {
         "target": target,
         "dtype": dtype,
@@ -150,6 +160,7 @@ def command(
                 out,
                 stages,
                 profile,
+                balance=balance or "bytes",
                 overrides=overrides,
                 overwrite=overwrite,
                 exported=lambda whole: summary.update(_summary(whole)),

@@ -90,6 +90,18 @@ micro_batches_option = click.option(
 )
 
 
+def balance_option(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--balance``；``dsx export`` 要知道给了没有，没有缺省值。"""
+    return click.option(
+        "--balance",
+        type=click.Choice(["bytes", "time"]),
+        default=default,
+        show_default=default is not None,
+        help="什么尽量均匀：bytes 是权重的大小，最大的 stage 最省内存；time 是解码一个 token 要读的字节，专家只算选中的，最慢的 stage 最快"
+        + ("。" if default else "；缺省 bytes，要配 --stages。"),
+    )
+
+
 ray_option = click.option(
     "--ray",
     metavar="ADDRESS",

@@ -67,10 +67,32 @@ def _weighted(q: Tensor, w: Tensor, keys: Tensor) -> Tensor:
 
 def rank_keys(q: Tensor, w: Tensor, index_cache: Tensor, past_lens: Tensor, topk: int) -> Tensor:
     """按分数选，要求 T 不小于 ``topk``；参数与返回同 :func:`lightning_indexer`，``index_cache`` 已写入新行。"""
-    S, T = q.shape[1], index_cache.shape[2]
-    last = past_lens[:, None] + torch.arange(S, device=q.device)
-    hidden = torch.arange(T, device=q.device) > last[:, :, None]
-    scores = index_scores(q, w, index_cache).masked_fill(hidden, float("-inf"))
+    last = last_visible(past_lens, q)
+    return choose(visible_scores(q, w, index_cache, last), last, topk)
+
+
+def last_visible(past_lens: Tensor, q: Tensor) -> Tensor:
+    """每个 query 最后一个看得见的位置，[B, S]。"""
+    return past_lens[:, None] + torch.arange(q.shape[1], device=q.device)
+
+
+def visible_scores(q: Tensor, w: Tensor, index_cache: Tensor, last: Tensor) -> Tensor:
+    """同 :func:`index_scores`，``last`` 之后的是 -inf。"""
+    hidden = torch.arange(index_cache.shape[2], device=q.device) > last[:, :, None]
+    return index_scores(q, w, index_cache).masked_fill(hidden, float("-inf"))
+
+
+def choose(scores: Tensor, last: Tensor, topk: int) -> Tensor:
+    """分数最大的 ``topk`` 个里看得见的，升序，其余 -1。
+
+    Args:
+        scores: [B, S, N]，``N`` 不小于 ``topk``，看不见的是 -inf。
+        last: [B, S]，见 :func:`last_visible`。
+        topk: 选几个。
+
+    Returns:
+        [B, S, topk] int32。
+    """
     _, chosen = top_k(scores, topk)
     # 看得见的不够 topk 个时，剩下的名额落在看不见的位置上。
     chosen = torch.where(chosen > last[:, :, None], _NOWHERE, chosen)

@@ -601,12 +601,3 @@ def test_int8_keys_are_refused_where_they_mean_nothing(saved, tmp_path: Path):
         deepseek_export.apply(saved("v32")[0], resolve_profile("mla", INT8_KEYS))
     assert caught.value.code == "DSX-E805"
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-def test_tensorrt_is_refused(saved, tmp_path: Path, target: str):
-    """DSA-10：还不能编译的目标按码拒绝，不写任何东西。"""
-    with pytest.raises(DsxError) as caught:
-        deepseek_export.export(saved("v32")[1].path, tmp_path / "out", "mla+moe", target=target)
-    assert caught.value.code == "DSX-E131"
-    assert not (tmp_path / "out").exists()
