@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 from deepseek_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from deepseek_export.api import build, compare, export, load, pack, pack_triton, split, verify
+    from deepseek_export.api import (
+        build,
+        compare,
+        export,
+        export_stages,
+        load,
+        pack,
+        pack_stages,
+        pack_triton,
+        split,
+        verify,
+    )
     from deepseek_export.benchmark.bundle import bench
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.errors import DsxError
@@ -32,8 +43,10 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "export": "deepseek_export.api",
+    "export_stages": "deepseek_export.api",
     "load": "deepseek_export.api",
     "pack": "deepseek_export.api",
+    "pack_stages": "deepseek_export.api",
     "pack_triton": "deepseek_export.api",
     "split": "deepseek_export.api",
     "build": "deepseek_export.api",
@@ -76,10 +89,12 @@ __all__ = [
     "build",
     "compare",
     "export",
+    "export_stages",
     "inspect",
     "load",
     "make_plan",
     "pack",
+    "pack_stages",
     "pack_triton",
     "restore",
     "split",

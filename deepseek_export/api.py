@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle, WeightsMode, read_bundle
-from deepseek_export.bundle.disk import check_output, output_path
-from deepseek_export.bundle.stages import StageSet, is_stage_set
+from deepseek_export.bundle.disk import check_free_space, check_output, output_lock, output_path
+from deepseek_export.bundle.stages import STAGES_FILE, StageSet, is_stage_set, requested_cuts
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cluster.backend import PipelineBackend
 from deepseek_export.cluster.settings import ClusterSettings
@@ -62,7 +64,7 @@ def export(
         target: ``portable``（任何 ONNX Runtime）、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: ``float32``、``float16``，TensorRT 的目标另有 ``bfloat16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
-        hash_weights: 见 :func:`~deepseek_export.bundle.export_bundle`。
+        hash_weights: 见 :class:`~deepseek_export.bundle.description.ExportSettings`。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；缺省不量化。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
@@ -76,6 +78,7 @@ def export(
             ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出；``DSX-E501`` 目录里的 tokenizer 读不了。
     """
     require_export("导出")
+    from deepseek_export.bundle.description import ExportSettings
     from deepseek_export.bundle.export import export_bundle
 
     resolved = resolve_profile(profile, overrides)
@@ -88,23 +91,13 @@ def export(
     with _checkpoint_directory(checkpoint, out, weights, overwrite, tokenizer) as source:
         if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
             BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
-        write = partial(
-            export_bundle,
-            source,
-            out,
-            target=target,
-            dtype=dtype,
-            weights=weights,
-            hash_weights=hash_weights,
-            quantization=quantization,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        settings = ExportSettings(resolved, target, dtype, weights, hash_weights, quantization)
+        write = partial(export_bundle, source, out, overwrite=overwrite, progress=progress)
         if not check:
-            return write(resolved)
+            return write(settings)
         accept = partial(_require_parity, progress=progress)
         try:
-            return write(resolved, accept=accept)
+            return write(settings, accept=accept)
         except ParityRefused as refused:
             if resolved.fallback.on_drift != "naive":
                 raise
@@ -112,7 +105,75 @@ def export(
         mla = resolved.mla.model_copy(update={"form": "naive"})
         fallback = resolved.fallback.model_copy(update={"on_drift": "refuse"})
         naive = resolved.model_copy(update={"mla": mla, "fallback": fallback})
-        return write(naive, accept=accept, notes=(note,))
+        return write(replace(settings, profile=naive), accept=accept, notes=(note,))
+
+
+class ExportOptions(TypedDict, total=False):
+    """:func:`export_stages` 原样交给 :func:`export` 的参数，意思与缺省都同那里。"""
+
+    target: str
+    dtype: ModelDtype
+    weights: WeightsMode
+    hash_weights: bool
+    quantization: Quantization | None
+    check: bool
+
+
+def export_stages(
+    checkpoint: Path | str | PreTrainedModel,
+    out: Path | str,
+    stages: int | str,
+    profile: str | Path | OptimizationProfile = "baseline",
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    exported: Callable[[Bundle], None] = lambda bundle: None,
+    progress: Progress | None = None,
+    **options: Unpack[ExportOptions],
+) -> StageSet:
+    """把检查点编译成一套 stage：先在旁边导出整个的，再切开，切好就删。打包的因此要放得下两份权重。
+
+    Args:
+        checkpoint, profile, overrides, tokenizer, progress, **options: 见 :func:`export`；``check`` 校验的是切开之前的。
+        out: 这套 stage 的目录；要么完整出现，要么不出现。
+        stages: 见 :func:`split`；动工之前就核对。
+        overwrite: 允许替换已有的一套 stage。
+        exported: 整个的导出好了、还没有切的时候调用。
+
+    Raises:
+        DsxError: 同 :func:`export` 与 :func:`split`。
+    """
+    require_export("导出")
+    from deepseek_export.bundle.description import ExportSettings
+    from deepseek_export.bundle.export import packed_bytes
+    from deepseek_export.bundle.foreign import check_stages_replaceable
+    from deepseek_export.bundle.split import split_bundle
+    from deepseek_export.checkpoint import Checkpoint
+
+    resolved = resolve_profile(profile, overrides)
+    settings = ExportSettings(
+        resolved,
+        options.get("target", "portable"),
+        options.get("dtype", "float32"),
+        options.get("weights", "packed"),
+        quantization=options.get("quantization"),
+    )
+    check_stages_replaceable(output_path(out), overwrite)
+    with output_lock(out, STAGES_FILE) as out:
+        check_stages_replaceable(out, overwrite)  # 占住之前，别人可能刚好写完
+        whole = out.with_name(f".{out.name}.whole")
+        try:
+            with _checkpoint_directory(checkpoint, whole, settings.weights, True, tokenizer) as source:
+                opened = Checkpoint.open(source)
+                requested_cuts(stages, opened.config.num_hidden_layers)
+                if settings.weights == "packed":
+                    check_free_space(out, 2 * packed_bytes(opened, settings))
+                bundle = export(source, whole, resolved, overwrite=True, progress=progress, **options)
+            exported(bundle)
+            return split_bundle(whole, out, stages, overwrite=overwrite, progress=progress)
+        finally:
+            shutil.rmtree(whole, ignore_errors=True)
 
 
 def _checkpoint_directory(
@@ -215,6 +276,16 @@ def pack(bundle: Path | str, *, verify_weights: bool = True, progress: Progress 
     return pack_bundle(bundle, progress, verify_weights=verify_weights)
 
 
+def pack_stages(
+    stages: Path | str, *, verify_weights: bool = True, progress: Progress | None = None
+) -> StageSet:
+    """把一套按引用的 stage 变成自包含的；见 :func:`~deepseek_export.bundle.pack.pack_stages`。"""
+    require_export("打包")
+    from deepseek_export.bundle.pack import pack_stages
+
+    return pack_stages(stages, progress, verify_weights=verify_weights)
+
+
 def pack_triton(
     bundle: Path | str,
     repository: Path | str,
@@ -251,6 +322,7 @@ def split(
     out: Path | str,
     stages: int | str,
     *,
+    balance: Literal["bytes", "time"] = "bytes",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> StageSet:
@@ -258,7 +330,7 @@ def split(
     require_export("切分")
     from deepseek_export.bundle.split import split_bundle
 
-    return split_bundle(bundle, out, stages, overwrite=overwrite, progress=progress)
+    return split_bundle(bundle, out, stages, balance=balance, overwrite=overwrite, progress=progress)
 
 
 def build(
@@ -275,8 +347,9 @@ def build(
 
     Args:
         bundle: ``export`` 的输出目录；目标不是 TensorRT 的、float32 的，由检查点另导出一份来建，见
-            :func:`~deepseek_export.engine.derived.buildable_bundle`。
-        sms: 目标计算能力，例如 ``[89, 120]``；重复的只建一次。
+            :func:`~deepseek_export.engine.derived.buildable_bundle`。一套 stage 则每个 stage 建一个，见
+            :func:`~deepseek_export.engine.stages.build_stages`。
+        sms: 目标计算能力，例如 ``[89, 120]``；重复的只建一次。一套 stage 给一个，各 stage 都用；或一个 stage 一个。
         flavour: ``rtx`` 或 ``tensorrt``；缺省用装了的那个，先看 ``rtx``。
         shapes: 优化配置的形状，写法同 ``--profile-shapes``；缺省见 :class:`~deepseek_export.engine.shapes.ProfileShapes`。
         checkpoint: 要另导出时的检查点目录；缺省取 manifest 里记的出处。
@@ -284,11 +357,11 @@ def build(
         progress: 进度。
 
     Returns:
-        每种 SM 一个，次序同 ``sms``；``bundle`` 属性是实际由之建成的那个。
+        每种 SM（一套 stage 是每个 stage）一个，按次序；``bundle`` 属性是实际由之建成的那个。
 
     Raises:
         DsxError: ``DSX-E910`` / ``DSX-E911`` 没有装 TensorRT 或缺库；4xx bundle 有问题；``DSX-E919`` 形状不对；``DSX-E912`` 有一种 SM
-            建不了，都没有开始；其余见 ``buildable_bundle`` 与 :func:`~deepseek_export.engine.build.build_engine`。
+            建不了，都没有开始；``DSX-E735`` / ``DSX-E736`` 是一套 stage 的，图不能直接建、SM 的个数不对；其余见 ``buildable_bundle`` 与 :func:`~deepseek_export.engine.build.build_engine`。
     """
     require_export("建引擎")
     from deepseek_export.engine.build import build_engine
@@ -296,13 +369,20 @@ def build(
     from deepseek_export.engine.flavour import check_arch, choose
     from deepseek_export.engine.flavour import load as load_tensorrt
     from deepseek_export.engine.shapes import ProfileShapes
+    from deepseek_export.engine.stages import build_stages
 
-    chosen, opened = choose(flavour), Bundle.open(bundle)
-    parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
+    chosen = choose(flavour)
     wanted = list(dict.fromkeys(sms))
+    stages = StageSet.open(bundle) if is_stage_set(bundle) else None
+    opened = Bundle.open(bundle) if stages is None else stages.bundle
+    parsed = ProfileShapes.parse(shapes, opened.manifest.model.max_position_embeddings)
     # 都先看一遍：不要建好前几个才发现后面的建不了。
     for sm in wanted:
         check_arch(chosen, load_tensorrt(chosen), sm)
+    if stages is not None:
+        if checkpoint is not None:
+            (progress or Progress()).note("一套 stage 不另导出，--checkpoint 用不到")
+        return build_stages(stages, sms, chosen, parsed, progress, verify_weights=verify_weights)
     source = buildable_bundle(opened, chosen, checkpoint, progress, verify_weights=verify_weights)
     return [build_engine(source, sm, chosen, parsed, progress) for sm in wanted]
 

@@ -131,6 +131,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E732": "导出的选项给了 bundle",
         "DSX-E733": "服务的模型给得不对",
         "DSX-E734": "写不成 Triton 的模型",
+        "DSX-E735": "这套 stage 建不了引擎",
+        "DSX-E736": "SM 的个数与 stage 的不符",
         "DSX-E740": "切分给得不对",
         "DSX-E741": "不是完整的一套 stage",
         "DSX-E742": "流水线断了",
@@ -149,6 +151,8 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         "DSX-E763": "模型没有 eos，约束输出停不下来",
         "DSX-E764": "消息里的工具调用不对",
         "DSX-E765": "不知道模型怎么写工具调用",
+        "DSX-E766": "--cluster 写得不对",
+        "DSX-E767": "估算集群的选项合不来",
         # 8xx：transformers 集成
         "DSX-E801": "没有安装 transformers",
         "DSX-E802": "transformers 版本不在支持范围内",

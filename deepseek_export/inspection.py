@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepseek_export.bundle import Bundle, Manifest
+from deepseek_export.bundle.manifest import WeightsEntry
+from deepseek_export.bundle.stages import StageSet, is_stage_set
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.report.blocks import graph_blocks
 
 CONTEXT = 8192
+#: 同 :mod:`deepseek_export.engine.record`；它要 onnx，这里不该等。
+_ENGINE_RECORDS = "engines/*/engine.json"
 #: 试跑一次用的大小；S + past 不能超过 T，L 是 K + 1。
 _TRIAL = {"B": 1, "S": 8, "T": 64, "K": 1, "K+1": 2}
 
@@ -50,17 +54,38 @@ def inspect(bundle: Path | str) -> dict[str, Any]:
     只读 manifest.json，不加载模型。
 
     Args:
-        bundle: ``export`` 的输出目录。
+        bundle: ``export`` 的输出目录，或一套 stage：说的是整个模型，另有 ``stages``，每个 stage 的层、权重与引擎。
 
     Returns:
         只有字符串、数、列表与字典；字节数都是整数。
 
     Raises:
-        DsxError: 4xx，bundle 有问题。
+        DsxError: 4xx，bundle 有问题；``DSX-E741``，不是完整的一套 stage。
     """
     path = Path(bundle)
+    if is_stage_set(path):
+        return _inspect_stages(StageSet.open(path))
     manifest = Bundle.open(path).manifest
     return summarize(manifest) | {"polygraphy": polygraphy_trials(path, manifest)}
+
+
+def _inspect_stages(stages: StageSet) -> dict[str, Any]:
+    """整个模型的汇总，权重是各 stage 的合起来、几个都有的算一次；试跑的命令要各张图自己的权重，没有。"""
+    bundles = [Bundle.open(directory) for directory in stages.directories]
+    recipes = {name: one for bundle in bundles for name, one in bundle.manifest.weights.recipes.items()}
+    weights = WeightsEntry(mode=bundles[0].manifest.weights.mode, files=[], recipes=recipes)
+    whole = stages.record.whole.model_copy(update={"weights": weights})
+    items = [
+        {
+            "directory": item.directory,
+            "layers": item.layers,
+            "weight_bytes": item.weight_bytes,
+            "graphs": [graph.file for graph in bundle.manifest.graphs],
+            "engines": sorted(record.parent.name for record in bundle.path.glob(_ENGINE_RECORDS)),
+        }
+        for item, bundle in zip(stages.record.stages, bundles, strict=True)
+    ]
+    return summarize(whole) | {"polygraphy": {}, "stages": items}
 
 
 def summarize(manifest: Manifest) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def compare(suites: tuple[str, ...]) -> None:
 
 @cli.command("pages")
 def rewrite_pages() -> None:
-    """由历史重写 docs/performance.md、docs/perf 里的图与两份 README 的三个数字。"""
+    """由历史重写 docs/performance.md、docs/perf 里的图、两份 README 的三个数字与 dsx plan 带着的模拟误差。"""
     texts = pages.texts(results.load())
     for stale in set(pages.PICTURES.glob("*.svg")) - set(texts):
         stale.unlink()

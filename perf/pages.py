@@ -1,4 +1,4 @@
-"""由历史写的页：``docs/performance.md``、``docs/perf/`` 里的图与两份 README 里的三个数字。测试核对它们就是这里写出来的，所以没有一个数是抄的。
+"""由历史写的页：``docs/performance.md``、``docs/perf/`` 里的图、两份 README 里的三个数字，与 ``dsx plan`` 带着的模拟误差。测试核对它们就是这里写出来的，所以没有一个数是抄的。
 
     python -m perf pages
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from deepseek_export.plan.result import ModelError, Validation
+from deepseek_export.plan.validation import VALIDATION_FILE
 from perf import figures, gates, labels, report
 from perf.results import ROOT, Run, newest
 
@@ -111,7 +113,25 @@ def texts(runs: Sequence[Run]) -> dict[Path, str]:
         for suite in run.suites
         for name, picture in figures.draw(suite).items()
     }
-    return {PAGE: page(found)} | readmes | drawn
+    return {PAGE: page(found), VALIDATION_FILE: validation(found)} | readmes | drawn
+
+
+def validation(runs: Sequence[Run]) -> str:
+    """``dsx plan`` 带着的那一份：流水线的模拟与测量差多少；``runs`` 是 :func:`~perf.results.newest` 给出的。"""
+    found = Validation()
+    for run in runs:
+        for suite in run.suites:
+            if suite.suite == "cluster-model":
+                errors = {case.name: case.ratios["预测/量到"] for case in suite.cases}
+                found = Validation(
+                    measured=run.started[:10],
+                    machine=f"{run.environment['cpu']['model']}，{run.environment['cpu']['cores']} 核",
+                    errors=[
+                        ModelError(case=name, median=one.median, low=one.low, high=one.high)
+                        for name, one in errors.items()
+                    ],
+                )
+    return found.model_dump_json(indent=1) + "\n"
 
 
 def headline_table(runs: Sequence[Run], language: str) -> str:

@@ -64,6 +64,15 @@ def saved(tmp_path_factory) -> Callable[[str], tuple[Any, Any]]:
 
 
 @pytest.fixture(scope="session")
+def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """随包附带、训练过的检查点的 mla+moe，导出一次；只读。"""
+    import deepseek_export
+    from deepseek_export.cli.demo import CHECKPOINT
+
+    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("demo") / "OUT", "mla+moe").path
+
+
+@pytest.fixture(scope="session")
 def bodies() -> Callable[..., Any]:
     """函数体：``bodies("mla", form, dtype, cache_dtype)``、``bodies("gate", 变体)``、``bodies("experts", dtype)``。"""
     from deepseek_export.capture import bodies as module

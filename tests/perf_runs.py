@@ -108,7 +108,10 @@ def every_suite() -> list[SuiteResult]:
         suite("compile", [sizes, layers, engine]),
         suite("peers", [*speeds, memory]),
         suite("gpu", [_kernel("LatentAttention H16 B1 S1 T1024", 0.4), _kernel("MoeExperts V3 N16", None)]),
-        *(_from_gates(name) for name in ("serve", "apply", "cpu-kernel", "int8-cache", "quant", "scale")),
+        *(
+            _from_gates(name)
+            for name in ("serve", "cluster", "apply", "cpu-kernel", "int8-cache", "quant", "scale")
+        ),
         suite(
             "decode-profile", [Case(name="depth 0", values={"dsx.step_s": one}, facts={"host_share": 0.01})]
         ),

@@ -20,6 +20,10 @@ from deepseek_export.serving.http.service import ServedModel
 
 #: 服务里的模型名。
 NAME = "demo"
+CHAT = [{"role": "user", "content": "《论语》"}]
+TEXT = "And it came to pass"
+#: 长得几秒也跑不完，用来占住引擎。
+LONG = {"prompt": TEXT, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
 
 
 def opened(

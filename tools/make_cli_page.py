@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from deepseek_export.cli.formatting import join
+from deepseek_export.cli.formatting import described, join
 from deepseek_export.cli.main import COMMANDS, cli
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/cli.md"
@@ -45,7 +45,7 @@ def _command(parent: click.Context, name: str) -> Iterator[str]:
         for param in command.params:
             names, words = param.get_help_record(ctx) or ("", "")
             if words:  # 位置参数只在用法与说明里
-                yield f"- `{names}`：{_text(words)}"
+                yield f"- `{names}`：{_text(described(words))}"
         # click 把帮助选项存在命令上，名字取自头一次用它的上下文；这里的名字照这一次的。
         shown = command.get_help_option(ctx)
         if shown is not None and shown.help:

@@ -1,4 +1,4 @@
-"""按引用的 bundle → 打包的 bundle：原地、原子，被杀之后能接着写。"""
+"""按引用的 bundle、一套 stage → 打包的：原地、原子；一个 bundle 被杀之后能接着写。"""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from deepseek_export.bundle.disk import (
     hash_files,
     link_or_copy,
     output_lock,
+    sha256_file,
     write_json,
 )
-from deepseek_export.bundle.foreign import check_replaceable
+from deepseek_export.bundle.foreign import check_replaceable, check_stages_replaceable
 from deepseek_export.bundle.graph import check_onnx, point_at
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
+from deepseek_export.bundle.stages import STAGES_FILE, StageSet
 from deepseek_export.bundle.weights import open_referenced
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import path_kind
@@ -45,14 +47,58 @@ def pack_bundle(path: Path | str, progress: Progress | None = None, *, verify_we
         return _pack(Bundle.open(path), progress or Progress(), verify_weights)
 
 
+def pack_stages(
+    path: Path | str, progress: Progress | None = None, *, verify_weights: bool = True
+) -> StageSet:
+    """一套按引用的 stage 变成自包含的：每个 stage 各打包自己的，全部打包好了才一起换上；被杀之后从头再来。
+
+    Args:
+        path: 这套 stage 的目录；成功之后换成打包的，中途失败则保持原样。
+        progress, verify_weights: 同 :func:`pack_bundle`。
+
+    Raises:
+        DsxError: ``DSX-E741``，不是完整的一套；其余同 :func:`pack_bundle`。
+    """
+    progress = progress or Progress()
+    with output_lock(path, STAGES_FILE) as out:
+        stages = StageSet.open(out)
+        check_stages_replaceable(out, overwrite=True)
+        bundles = [Bundle.open(directory) for directory in stages.directories]
+        for bundle in bundles:
+            _check_referenced(bundle)
+        check_free_space(out, sum(_nbytes(bundle) for bundle in bundles))
+        with atomic_directory(out, overwrite=True, marker=STAGES_FILE) as directory:
+            with disk_errors(directory):
+                shutil.copytree(out, directory, copy_function=link_or_copy, dirs_exist_ok=True)
+            items = []
+            for item in stages.record.stages:
+                progress.start(f"打包 {item.directory}")
+                _pack(Bundle.open(directory / item.directory), progress, verify_weights)
+                digest = sha256_file(directory / item.directory / "manifest.json")
+                items.append(item.model_copy(update={"manifest_sha256": digest}))
+            record = stages.record.model_copy(update={"stages": items})
+            with disk_errors(directory):
+                (directory / STAGES_FILE).unlink()  # 硬链接：不就地改写
+                write_json(directory / STAGES_FILE, record.model_dump(mode="json"))
+    return StageSet.open(out)
+
+
+def _check_referenced(bundle: Bundle) -> None:
+    if bundle.manifest.weights.mode == "packed":
+        raise DsxError("DSX-E409", f"{bundle.path} 的权重已经在自己的文件里", "不必再打包，直接用")
+
+
+def _nbytes(bundle: Bundle) -> int:
+    return sum(recipe.nbytes for recipe in bundle.manifest.weights.recipes.values())
+
+
 def _pack(bundle: Bundle, progress: Progress, verify_weights: bool) -> Bundle:
     """:func:`pack_bundle`，已经占住。"""
     manifest = bundle.manifest
-    if manifest.weights.mode == "packed":
-        raise DsxError("DSX-E409", f"{bundle.path} 的权重已经在自己的文件里", "不必再打包，直接用")
+    _check_referenced(bundle)
     check_replaceable(bundle.path, overwrite=True)
     store, recipes = open_referenced(bundle), manifest.weights.recipes
-    check_free_space(bundle.path, sum(recipe.nbytes for recipe in recipes.values()))
+    check_free_space(bundle.path, _nbytes(bundle))
     if verify_weights:
         bundle.check_weights(progress)
     graphs = {graph.file for graph in manifest.graphs}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import onnx
 
@@ -32,16 +33,22 @@ from deepseek_export.bundle.foreign import check_stages_replaceable
 from deepseek_export.bundle.graph import Slot, check_onnx, external_location, point_at, value_entry
 from deepseek_export.bundle.manifest import FileEntry, GraphEntry, Manifest, StageEntry, WeightsEntry
 from deepseek_export.bundle.packed import WEIGHTS_FILE, copy_packed
-from deepseek_export.bundle.stages import STAGES_FILE, StageItem, StageSet, StagesFile, balanced, parse_cuts
+from deepseek_export.bundle.stages import STAGES_FILE, StageItem, StageSet, StagesFile, requested_cuts
 from deepseek_export.checkpoint import TensorStore
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.store import INDEX_NAME
 from deepseek_export.errors import DsxError
+from deepseek_export.plan.balance import balanced
 from deepseek_export.progress import Progress
 from deepseek_export.version import __version__
 
 #: 几个 stage 共有的权重。
 SHARED_FILE = f"{WEIGHTS_FOLDER}/shared.safetensors"
+#: 切得均匀的是什么。
+Balance = Literal["bytes", "time"]
+#: 词嵌入只查几行。
+_EMBED = "model.embed_tokens.weight"
+_EXPERTS = ".mlp.experts."
 #: 不随 stage 走的文件夹。
 _LEFT_BEHIND = {WEIGHTS_FOLDER, "engines", "reports"}
 
@@ -72,6 +79,7 @@ def split_bundle(
     out: Path | str,
     stages: int | str,
     *,
+    balance: Balance = "bytes",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> StageSet:
@@ -80,7 +88,8 @@ def split_bundle(
     Args:
         bundle: 要切的 bundle，不会被修改。
         out: 这套 stage 的目录；要么完整出现，要么不出现。
-        stages: 几个，按权重的字节数切得尽量均匀；或写明各段的层，``"0-14,15-29"``。
+        stages: 几个，切得尽量均匀；或写明各段的层，``"0-14,15-29"``。
+        balance: 只写几个时，什么尽量均匀：``bytes`` 是权重的字节数，``time`` 是解码一个 token 要读的字节数。
         overwrite: 允许替换已有的一套 stage。
         progress: 进度。
 
@@ -96,13 +105,13 @@ def split_bundle(
     check_stages_replaceable(out, overwrite)
     progress.start("读计算图")
     with source.steady():
-        plan = _plan(source, stages)
+        plan = _plan(source, stages, balance)
         with atomic_directory(out, overwrite, STAGES_FILE) as directory:
             _write(source, plan, directory, progress)
     return StageSet.open(out)
 
 
-def _plan(bundle: Bundle, stages: int | str) -> list[_Stage]:
+def _plan(bundle: Bundle, stages: int | str, balance: Balance) -> list[_Stage]:
     """切在哪里，以及切好的图；图里只有结构，不含权重。"""
     manifest = bundle.manifest
     layers = len(manifest.main.layers)
@@ -111,14 +120,9 @@ def _plan(bundle: Bundle, stages: int | str) -> list[_Stage]:
         graph.file: onnx.load(bundle.path / graph.file, load_external_data=False) for graph in manifest.drafts
     }
     cutter = LayerCutter(main, layers)
-    text = str(stages)
-    if text.strip().isdigit() and text.isascii():
-        wanted = int(text[:9])
-        if not 1 <= wanted <= layers:
-            raise DsxError("DSX-E740", f"--stages {text}，模型有 {layers} 层", f"取 1 到 {layers}")
-        spans = _balanced(manifest, cutter, drafts.values(), layers, wanted)
-    else:
-        spans = parse_cuts(text, layers)
+    spans = requested_cuts(stages, layers)
+    if isinstance(spans, int):
+        spans = _balanced(manifest, cutter, drafts.values(), spans, balance)
     found = []
     for index, (begin, end) in enumerate(spans):
         graphs = {manifest.main.file: cutter.cut(begin, end)} | (drafts if end == layers else {})
@@ -129,21 +133,38 @@ def _plan(bundle: Bundle, stages: int | str) -> list[_Stage]:
 
 
 def _balanced(
-    manifest: Manifest, cutter: LayerCutter, drafts: Iterable[onnx.ModelProto], layers: int, wanted: int
+    manifest: Manifest,
+    cutter: LayerCutter,
+    drafts: Iterable[onnx.ModelProto],
+    wanted: int,
+    balance: Balance,
 ) -> list[tuple[int, int]]:
-    recipes = manifest.weights.recipes
+    layers = len(manifest.main.layers)
+    weigh = _nbytes if balance == "bytes" else _read_per_token
 
-    def nbytes(names: Iterable[str]) -> int:
-        return sum(recipes[name].nbytes for name in names)
+    def weight(names: Iterable[str]) -> float:
+        return sum(weigh(manifest, name) for name in names)
 
     used = [set(cutter.weights(layer, layer + 1)) for layer in range(layers)]
     # 首尾两层的图里还有词嵌入、输出头，它们不随那一层走。
     ends = {name for at in (0, -1) for name in used[at] if not _in_layers(name)}
     head = {name for name in used[-1] if name in ends}
-    for model in drafts:
+    for model in drafts if balance == "bytes" else ():  # 草稿模块跑不跑、几个，由生成的时候定
         head |= {tensor.name for tensor in model.graph.initializer if external_location(tensor)}
-    first = nbytes(name for name in used[0] if name in ends)
-    return balanced([nbytes(names - ends) for names in used], first, nbytes(head), wanted)
+    first = weight(name for name in used[0] if name in ends and not (balance == "time" and name == _EMBED))
+    return balanced([weight(names - ends) for names in used], first, weight(head), wanted)
+
+
+def _nbytes(manifest: Manifest, name: str) -> float:
+    return manifest.weights.recipes[name].nbytes
+
+
+def _read_per_token(manifest: Manifest, name: str) -> float:
+    """解码一个 token 读它多少字节：路由专家只读选中的。"""
+    config, routed = manifest.model, _EXPERTS in name
+    sparse = manifest.profile.moe.enabled and routed and config.n_routed_experts
+    share = config.num_experts_per_tok / config.n_routed_experts if sparse else 1.0
+    return _nbytes(manifest, name) * share
 
 
 def _in_layers(name: str) -> bool:

@@ -6,9 +6,6 @@ manifest 的 sha256，所以拿混了的两套在加载之前就拒绝。分词�
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -128,40 +125,23 @@ def is_stage_set(path: Path | str) -> bool:
         return False
 
 
-def balanced(layer_bytes: Sequence[int], first: int, last: int, stages: int) -> list[tuple[int, int]]:
-    """把各层分成连着的几段：最大的一段尽量小，其次各段尽量一样大。
+def requested_cuts(stages: int | str, layers: int) -> int | list[tuple[int, int]]:
+    """``--stages`` 的值：几个，或各段的 ``[begin, end)``。
 
     Args:
-        layer_bytes: 每层的字节数。
-        first, last: 另加在第一段、最后一段上的（词嵌入；输出头与草稿模块）。
-        stages: 几段，不超过层数。
+        stages: ``4``，或 ``"0-14,15-29"``。
+        layers: 模型有几层。
 
-    Returns:
-        每段的 ``[begin, end)``。
+    Raises:
+        DsxError: ``DSX-E740``。
     """
-
-    def load(begin: int, end: int, stage: int) -> int:
-        ends = (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
-        return sum(layer_bytes[begin:end]) + ends
-
-    def best(
-        weigh: Callable[[int], float], join: Callable[[float, float], float]
-    ) -> tuple[float, list[tuple[int, int]]]:
-        """各段的 ``weigh`` 用 ``join`` 合起来最小的分法；逐段递推。"""
-        count = len(layer_bytes)
-        found = {end: (weigh(load(0, end, 0)), [(0, end)]) for end in range(1, count + 1)}
-        for stage in range(1, stages):
-            found = {
-                end: min(
-                    (join(found[begin][0], weigh(load(begin, end, stage))), [*found[begin][1], (begin, end)])
-                    for begin in range(stage, end)
-                )
-                for end in range(stage + 1, count + 1)
-            }
-        return found[count]
-
-    largest, _ = best(float, max)
-    return best(lambda size: float(size) ** 2 if size <= largest else math.inf, operator.add)[1]
+    text = str(stages).strip()
+    if not (text.isascii() and text.isdigit()):
+        return parse_cuts(text, layers)
+    wanted = int(text[:9])
+    if not 1 <= wanted <= layers:
+        raise DsxError("DSX-E740", f"--stages {text}，模型有 {layers} 层", f"取 1 到 {layers}")
+    return wanted
 
 
 def parse_cuts(text: str, layers: int) -> list[tuple[int, int]]:

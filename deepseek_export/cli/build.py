@@ -26,7 +26,11 @@ _SHOWN = 8
 @click.command("build", cls=Command, short_help="为指定的 SM 建 TensorRT 引擎")
 @bundle_argument
 @click.option(
-    "--arch", "arches", required=True, metavar="SM", help="目标 SM，几个用逗号隔开：sm89,sm120；sm 可以不写。"
+    "--arch",
+    "arches",
+    required=True,
+    metavar="SM",
+    help="目标 SM，几个用逗号隔开：sm89,sm120；sm 可以不写。OUT 是一套 stage 时一个 stage 一个，或只给一个。",
 )
 @click.option(
     "--flavour",
@@ -65,11 +69,14 @@ def command(
     引擎只由 TensorRT 目标的 float16、bfloat16 bundle 建。别的（portable、ort-cpu、float32）由检查点以同样的方案与量化另导出一份，
     放在 OUT/engines/bundle/，引擎在它里面；--backend trt 会自己找到。检查点要在，挪过地方用 --checkpoint 指。
 
+    OUT 也可以是一套 stage：每个 stage 建一个引擎，在 OUT/stage.N/engines/ 里，形状都相同。
+
     \b
     例：
       dsx build OUT --arch sm89
       dsx build OUT --arch sm80,sm89,sm120 --profile-shapes B=1:1:4,S=256:1024,T=8192
       dsx build OUT --arch sm90 --flavour tensorrt
+      dsx build STAGES --arch 89,89,120,120
     """
     sms = [parse_arch(arch) for arch in arches.split(",")]
     with open_progress(as_json) as progress:
@@ -91,7 +98,11 @@ def command(
     for engine in built:
         _print(engine)
     source = built[0].bundle
-    if source.path != bundle and not (source.path / "reports/parity.json").is_file():
+    if (
+        source.manifest.stage is None
+        and source.path != bundle
+        and not (source.path / "reports/parity.json").is_file()
+    ):
         click.echo(f"另导出的这一份还没有校验过。下一步：dsx verify {shlex.quote(str(source.path))}")
 
 

@@ -15,10 +15,12 @@ from deepseek_export.cli.doctor import TARGETS
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import DtypeChoice, checkpoint_argument, json_option, set_option
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.cli.split import print_stages
 from deepseek_export.errors import DsxError
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
+    from deepseek_export.api import ExportOptions
     from deepseek_export.bundle import Bundle
     from deepseek_export.checkpoint.weight_only import Quantization
 
@@ -78,7 +80,12 @@ if TYPE_CHECKING:
     help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router、norm 与词嵌入总是浮点。",
 )
 @set_option
-@click.option("--overwrite", is_flag=True, help="替换已有的 bundle。")
+@click.option(
+    "--stages",
+    metavar="N|0-14,15-29",
+    help="OUT 是切好的一套 stage，写法同 dsx split；先在旁边导出整个的，切好就删，打包的要放得下两份。",
+)
+@click.option("--overwrite", is_flag=True, help="替换已有的 bundle；带 --stages 时是已有的一套 stage。")
 @click.option("--check/--no-check", default=False, show_default=True, help="先校验、通过了才产生 OUT。")
 @json_option
 @click.option("-v", "--verbose", is_flag=True, help="逐个列出 pass 改了几处、拒绝了哪些。")
@@ -94,6 +101,7 @@ def command(
     quant_block: str | None,
     keep: str | None,
     overrides: tuple[str, ...],
+    stages: str | None,
     overwrite: bool,
     check: bool,
     as_json: bool,
@@ -110,33 +118,56 @@ def command(
       dsx export CKPT -p mla -o OUT --set mla.form=absorb --check
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --dtype float16
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int8 --keep lm_head
+      dsx export CKPT -p full -o STAGES --stages 4
     """
-    quantization = _quantization(quant, quant_block, keep)
+    options: ExportOptions = {
+        "target": target,
+        "dtype": dtype,
+        "weights": weights,
+        "hash_weights": hash_weights,
+        "quantization": _quantization(quant, quant_block, keep),
+        "check": check,
+    }
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")
         from deepseek_export import api
 
-        bundle = api.export(
-            checkpoint,
-            out,
-            profile,
-            target=target,
-            dtype=dtype,
-            weights=weights,
-            hash_weights=hash_weights,
-            quantization=quantization,
-            overrides=overrides,
-            overwrite=overwrite,
-            check=check,
-            progress=progress,
-        )
-    summary = _summary(bundle)
+        if stages is None:
+            bundle = api.export(
+                checkpoint,
+                out,
+                profile,
+                overrides=overrides,
+                overwrite=overwrite,
+                progress=progress,
+                **options,
+            )
+            summary, made = _summary(bundle), None
+        else:
+            summary = {}
+            made = api.export_stages(
+                checkpoint,
+                out,
+                stages,
+                profile,
+                overrides=overrides,
+                overwrite=overwrite,
+                exported=lambda whole: summary.update(_summary(whole)),
+                progress=progress,
+                **options,
+            )
+            items = [item.model_dump() for item in made.record.stages]
+            summary |= {"out": str(made.path), "stages": items}
     if as_json:
         echo_json(summary)
         return
     if verbose:
         _print_passes(summary)
-    _print_summary(bundle.path, summary)
+    _print_summary(summary)
+    if made is None:
+        click.echo(f"下一步：dsx verify {shlex.quote(summary['out'])}")
+    else:
+        print_stages(made)
 
 
 def _quantization(quant: str | None, block: str | None, keep: str | None) -> Quantization | None:
@@ -199,7 +230,7 @@ def _quantization_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [("量化", what)]
 
 
-def _print_summary(out: Path, summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any]) -> None:
     totals: Counter[str] = Counter()
     for counts in summary["op_counts"].values():
         totals.update(counts)
@@ -214,5 +245,4 @@ def _print_summary(out: Path, summary: dict[str, Any]) -> None:
         ("用时", f"{sum(seconds.values()):.1f} s，峰值内存 {size(summary['peak_rss_bytes'])}"),
         *(("回退", line) for line in summary["fallbacks"]),
     ]
-    console().print(facts(f"已导出 {out}", rows))
-    click.echo(f"下一步：dsx verify {shlex.quote(str(out))}")
+    console().print(facts(f"已导出 {summary['out']}", rows))

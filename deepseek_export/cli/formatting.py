@@ -15,6 +15,8 @@ _WIDE = "\u2e80-\ufaff\uff00-\uffef\u3000-\u303f"
 # 折行的最小单位：一段西文，或一个汉字，连同其前不能出现在行尾、其后不能出现在行首的标点。
 _UNIT = re.compile(rf"[（「《“]*(?:[^\s{_WIDE}]+|[{_WIDE}])[，。；：、）」》”！？]*|\s+")
 _MAX_FIRST_COLUMN = 34
+# click 写在选项说明末尾的方括号里的：缺省值、取值范围、必填。
+_EXTRA = re.compile(r"  \[([^\]]*)\]$")
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -44,6 +46,13 @@ def join(lines: Sequence[str]) -> str:
         tight = not ends.isascii() and (re.search(r"[，。；：、（）「」《》]", ends) or cell_len(ends) == 4)
         text += line if tight or not text else f" {line}"
     return text
+
+
+def described(text: str) -> str:
+    """选项说明末尾由 click 补的方括号，写成中文。"""
+    return _EXTRA.sub(
+        lambda found: "  [" + found[1].replace("default: ", "缺省 ").replace("required", "必填") + "]", text
+    )
 
 
 class HelpFormatter(click.HelpFormatter):
@@ -80,7 +89,7 @@ class HelpFormatter(click.HelpFormatter):
         first = min(max(cell_len(term) for term, _ in rows), _MAX_FIRST_COLUMN) + col_spacing
         indent = " " * self.current_indent
         for term, text in rows:
-            lines = wrap(text, self.width - len(indent) - first)
+            lines = wrap(described(text), self.width - len(indent) - first)
             if cell_len(term) + col_spacing > first:
                 self.write(f"{indent}{term}\n")
             else:

@@ -12,6 +12,7 @@ from deepseek_export import inspection
 from deepseek_export.cli.console import console, echo_json, facts, table, weights_size, write_html
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, html_option, json_option
+from deepseek_export.cli.split import layer_span
 from deepseek_export.cpu_library import LIBRARY_TARGET
 from deepseek_export.inspection import CONTEXT
 from deepseek_export.report.inspect import inspect_page
@@ -23,7 +24,7 @@ from deepseek_export.units import size
 @html_option
 @json_option
 def command(bundle: Path, html: Path | None, as_json: bool) -> None:
-    """列出 bundle OUT 的算子、pass、回退、输入输出、权重与 KV 缓存。
+    """列出 bundle OUT 的算子、pass、回退、输入输出、权重与 KV 缓存；OUT 也可以是一套 stage，另列每个 stage 的层、权重与引擎。
 
     只读 manifest.json，不加载模型。末尾附真实模型（V2-Lite、V3）的缓存大小，由它们公开的 config.json 算出。
     """
@@ -83,7 +84,10 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
             )
         )
     out.print()
-    _print_passes(out, summary)
+    if "stages" in summary:
+        _print_stages(out, summary["stages"])
+    else:
+        _print_passes(out, summary)
     heads = "、".join(_shown(tensor) for tensor in cache["tensors"])
     values, expanded = cache["values_per_token_per_layer"], cache["expanded_values_per_token_per_layer"]
     at = f"{CONTEXT} token（batch 1）"
@@ -127,6 +131,20 @@ def _values(values: list[dict[str, Any]]) -> list[str]:
         )
         lines.append(f"{name} {kind}")
     return lines
+
+
+def _print_stages(out: Any, stages: list[dict[str, Any]]) -> None:
+    shown = table(f"{len(stages)} 个 stage", "目录", "层", "权重", "图", "引擎", right=("权重",))
+    for one in stages:
+        shown.add_row(
+            one["directory"],
+            layer_span(one["layers"]),
+            size(one["weight_bytes"]),
+            "、".join(one["graphs"]),
+            "、".join(one["engines"]) or "没有",
+        )
+    out.print(shown)
+    out.print()
 
 
 def _print_passes(out: Any, summary: dict[str, Any]) -> None:

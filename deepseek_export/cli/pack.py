@@ -12,6 +12,7 @@ from deepseek_export.cli.console import console, echo_json, facts
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import bundle_argument, counts, json_option, verify_weights_option
 from deepseek_export.cli.progress import open_progress
+from deepseek_export.cli.split import print_stages
 from deepseek_export.errors import DsxError
 from deepseek_export.units import size
 
@@ -50,6 +51,8 @@ def command(
     权重逐块写出，内存与模型大小无关；开工前先核对磁盘空间。被杀之后再运行一次，从写到的地方接着写，结果逐字节相同。完成之前 OUT 保持原样。
     dsx build 另导出在 OUT/engines/bundle 里的那一份不随它打包，要另外 dsx pack OUT/engines/bundle。
 
+    OUT 也可以是一套按引用的 stage：各打包自己的，全部好了一起换上；被杀之后从头再来。
+
     给了 --triton 就不改 OUT，另写一个 Triton 的模型：缓存归 Triton 的隐式状态，分词、取样、一步一步往下走归客户端。
 
     \b
@@ -69,6 +72,11 @@ def command(
 
 
 def _pack(bundle: Path, verify_weights: bool, as_json: bool) -> None:
+    from deepseek_export.bundle.stages import is_stage_set
+
+    if is_stage_set(bundle):
+        _pack_stages(bundle, verify_weights, as_json)
+        return
     with open_progress(as_json) as progress:
         progress.start("加载 torch 与 onnx")
         from deepseek_export import api
@@ -82,6 +90,18 @@ def _pack(bundle: Path, verify_weights: bool, as_json: bool) -> None:
     rows = [("权重", f"{name}，{size(entry.bytes)}"), ("sha256", entry.sha256)]
     console().print(facts(f"已打包 {bundle}", rows))
     click.echo(f"下一步：dsx verify {shlex.quote(str(bundle))}")
+
+
+def _pack_stages(stages: Path, verify_weights: bool, as_json: bool) -> None:
+    with open_progress(as_json) as progress:
+        progress.start("加载 torch 与 onnx")
+        from deepseek_export import api
+
+        made = api.pack_stages(stages, verify_weights=verify_weights, progress=progress)
+    if as_json:
+        echo_json({"out": str(made.path), "stages": [item.model_dump() for item in made.record.stages]})
+        return
+    print_stages(made)
 
 
 def _write_triton(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
     "--stages",
     metavar="N|0-14,15-29",
     required=True,
-    help="切成几个，按权重的大小尽量均匀；或写明各段的层，含首尾。",
+    help="切成几个，尽量均匀；或写明各段的层，含首尾。",
+)
+@click.option(
+    "--balance",
+    type=click.Choice(["bytes", "time"]),
+    default="bytes",
+    show_default=True,
+    help="什么尽量均匀：bytes 是权重的大小，最大的 stage 最省内存；time 是解码一个 token 要读的字节，专家只算选中的，最慢的 stage 最快。",
 )
 @click.option(
     "-o",
@@ -36,7 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--overwrite", is_flag=True, help="STAGES 已是一套 stage 时替换它。")
 @json_option
-def command(bundle: Path, stages: str, out: Path, overwrite: bool, as_json: bool) -> None:
+def command(bundle: Path, stages: str, balance: Any, out: Path, overwrite: bool, as_json: bool) -> None:
     """把 bundle OUT 切成一套 stage：一台机器放不下的模型，分给几个进程或几台机器。
 
     每个 stage 是连着的几层，自己就是一个 bundle，只带自己的权重与缓存；层与层之间只过 hidden。词嵌入在第一个，末尾的归一化、输出头与草稿模型在
@@ -53,18 +61,23 @@ def command(bundle: Path, stages: str, out: Path, overwrite: bool, as_json: bool
         progress.start("加载 onnx")
         from deepseek_export import api
 
-        made = api.split(bundle, out, stages, overwrite=overwrite, progress=progress)
+        made = api.split(bundle, out, stages, balance=balance, overwrite=overwrite, progress=progress)
     if as_json:
         items = [item.model_dump() for item in made.record.stages]
         echo_json({"out": str(made.path), "stages": items})
         return
-    _print(made)
+    print_stages(made)
 
 
-def _print(made: StageSet) -> None:
+def print_stages(made: StageSet) -> None:
+    """各 stage 的层与权重，一行一个。"""
     shown = table(f"{made.path}：{len(made.record.stages)} 个 stage", "目录", "层", "权重", right=("权重",))
     for item in made.record.stages:
-        layers = f"{item.layers[0]}–{item.layers[-1]}" if len(item.layers) > 1 else str(item.layers[0])
-        shown.add_row(item.directory, layers, size(item.weight_bytes))
+        shown.add_row(item.directory, layer_span(item.layers), size(item.weight_bytes))
     console().print(shown)
     click.echo(f"下一步：dsx generate {shlex.quote(str(made.path))} --ids 1,2,3")
+
+
+def layer_span(layers: Sequence[int]) -> str:
+    """连着的几层的首尾。"""
+    return f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else str(layers[0])

@@ -8,7 +8,7 @@ from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.gang import Gang, Launcher
 from deepseek_export.cluster.local import LocalLauncher
-from deepseek_export.cluster.runner import PipelineRunner
+from deepseek_export.cluster.runner import PipelineRunner, narrowest
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.errors import DsxError
 
@@ -44,8 +44,16 @@ class PipelineBackend(Backend):
             self._gang.close()
 
     def limits(self, bundle: Bundle, graph: GraphEntry | None = None) -> Limits:
-        found = self._inner.limits(bundle, graph)
-        return Limits(**{**vars(found), "block_outputs": False})
+        """每个 stage 都做得到的；引擎、形状各 stage 自己有。"""
+        file = (graph or bundle.manifest.main).file
+        opened = [Bundle.open(directory) for directory in self._stages.directories]
+        found = [
+            self._inner.limits(one, entry)
+            for one in opened
+            for entry in one.manifest.graphs
+            if entry.file == file
+        ]
+        return narrowest(found)
 
     def open(
         self, bundle: Bundle, graph: GraphEntry, weights: BundleWeights, threads: int | None = None

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from deepseek_export.errors import ERRORS, DsxError
 #: 服务的日志里也要有，所以在它的名下。
 logger = logging.getLogger("dsx.serve.cluster")
 
+#: 加载时第一个 stage 退了，等它说的错误码多久，秒。
+_TELLING_S = 10.0
 #: 等一个刚断了的环里的进程结束，好说清是谁，秒。
 _LAST_WORDS_S = 1.0
 
@@ -89,7 +92,7 @@ class Gang:
         return self._keeper.stages
 
     def call(self, frames: Sequence[Frame], generation: int | None = None) -> list[Frame]:
-        """几帧依次发出去，等它们都绕环一圈回来；有几帧就有几个 stage 同时在算。
+        """几帧依次发出去，等它们都绕环一圈回来；在环里的有几帧，就有几个 stage 同时在算。
 
         Args:
             frames: 要发的。
@@ -140,6 +143,7 @@ class _Ring:
         self._started, self._settings = started, settings
         self._numbers = itertools.count(1)
         self._receiving = threading.Lock()
+        self._most = 1
         self.broken = threading.Event()
         self.reason: DsxError | None = None
 
@@ -151,8 +155,9 @@ class _Ring:
         """
         self._start_clock(self._settings.start_s, "加载完")
         try:
-            self._started.to_first.send(Frame({"op": "hello", "n": 0, "stages": []}), self._waiting)
-            frame = self._started.from_last.receive(self._waiting)
+            with suppress(ChannelClosed):  # 第一个已经退了：为什么，由后面的传过来
+                self._started.to_first.send(Frame({"op": "hello", "n": 0, "stages": []}), self._loading)
+            frame = self._started.from_last.receive(self._loading)
         except DsxError as error:
             what = self._last_words() or error.what
             raise DsxError("DSX-E744", what, "看 stage 进程印出的话；确认内存够用") from error
@@ -160,6 +165,7 @@ class _Ring:
             raise _told(frame)
         self._started.from_last.silence_s = self._settings.silence_s
         stages: list[dict[str, Any]] = frame.meta["stages"]
+        self._most = len(stages)
         return stages
 
     def exchange(self, frames: Sequence[Frame]) -> list[Frame]:
@@ -167,12 +173,7 @@ class _Ring:
         with self._receiving:
             self._start_clock(self._settings.step_s, "算完一步")
             try:
-                numbers = [next(self._numbers) for _ in frames]
-                for number, frame in zip(numbers, frames, strict=True):
-                    self._started.to_first.send(
-                        Frame({**frame.meta, "n": number}, frame.arrays), self._waiting
-                    )
-                found = [self._reply(number) for number in numbers]
+                found = self._around(frames)
             except DsxError as error:
                 raise self.fail(error) from error
             except BaseException:  # Ctrl-C：环里还有没有收的，不能再用
@@ -182,6 +183,16 @@ class _Ring:
             if frame.meta["op"] == "failed":
                 raise _told(frame)
         return found
+
+    def _around(self, frames: Sequence[Frame]) -> list[Frame]:
+        """各绕环一圈；在环里的不超过 stage 的个数，再多，发的与收的可能互相等。"""
+        numbers = [next(self._numbers) for _ in frames]
+        found: list[Frame] = []
+        for position, (number, frame) in enumerate(zip(numbers, frames, strict=True)):
+            if position - len(found) == self._most:
+                found.append(self._reply(numbers[len(found)]))
+            self._started.to_first.send(Frame({**frame.meta, "n": number}, frame.arrays), self._waiting)
+        return found + [self._reply(number) for number in numbers[len(found) :]]
 
     def watch(self) -> None:
         """发一次心跳，听一次；断了就记下。"""
@@ -226,6 +237,15 @@ class _Ring:
         self._started.to_first.beat()
         if time.monotonic() > self._until:
             raise _lost(f"{self._limit:g} 秒还没有{self._doing}")
+
+    def _loading(self) -> None:
+        """同上，还在加载：第一个退了，先等一会儿，它说的错误码要经过后面的才到这里。"""
+        try:
+            self._waiting()
+        except ChannelClosed:
+            self._until = min(self._until, time.monotonic() + _TELLING_S)
+            if time.monotonic() >= self._until:
+                raise
 
     def _reply(self, number: int) -> Frame:
         frame = self._started.from_last.receive(self._waiting)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -28,9 +28,8 @@ class PipelineRunner(Runner):
     def __init__(self, gang: Gang, graph: GraphEntry, micro_batches: int = 1) -> None:
         self.contract = GraphContract.of(map(_port, graph.inputs), map(_port, graph.outputs))
         self._gang, self._graph = gang, graph.file
-        # 在环里的不超过 stage 的个数：再多，发的与收的可能互相等。
-        self._micro_batches = min(micro_batches, len(gang.stages))
-        self.limits = _narrowest(
+        self._micro_batches = micro_batches
+        self.limits = narrowest(
             [Limits(**stage["limits"][graph.file]) for stage in gang.stages if graph.file in stage["limits"]]
         )
 
@@ -79,7 +78,7 @@ class PipelineRunner(Runner):
         return {name: np.concatenate([arrays[name] for arrays in found]) for name in outputs}
 
 
-def _narrowest(limits: list[Limits]) -> Limits:
+def narrowest(limits: Sequence[Limits]) -> Limits:
     """每个 stage 都做得到的。"""
 
     def least(values: list[int | None]) -> int | None:

@@ -16,8 +16,8 @@ class ClusterSettings:
         ray: 用 Ray 起，连哪个：``auto`` 连已经在跑的，``local`` 在本进程里起一个；``None`` 在本机上起，不要 Ray。
         strategy: 用 Ray 起时，``pack`` 尽量放在一起，``spread`` 尽量分开。
         cpus: 用 Ray 起时，每个 stage 要几个 CPU。
-        micro_batches: 一次调用的各行至多分成几个小批，依次进流水线，几个 stage 于是同时在算；不超过 stage 的个数与行数。1 不分。
-            分了之后每次调用的行数变少，最后几位随之不同（SERVE-1 说的那样）。
+        micro_batches: 一次调用的各行至多分成几个小批，依次进流水线，几个 stage 于是同时在算；不超过行数。1 不分。M 个小批过 S 个 stage，
+            每个 stage 在 M + S - 1 份时间里忙 M 份。分了之后每次调用的行数变少，最后几位随之不同（SERVE-1 说的那样）。
         silence_s: 一条信道上这么多秒没有一个字节（心跳也没有），就当对方不在了。
         start_s: 各 stage 加载权重至多多少秒。
         step_s: 一次模型调用至多多少秒。

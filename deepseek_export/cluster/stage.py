@@ -202,12 +202,16 @@ def main(argv: list[str] | None = None) -> int:
     _die_with(spec.parent)
     for number in (signal.SIGINT, signal.SIGTERM):  # 发给整个组的：由起它的那一端决定什么时候停
         signal.signal(number, signal.SIG_IGN)
-    name = f"stage {spec.index}"
     before = "发起的一端" if spec.index == 0 else f" stage {spec.index - 1} "
     after = "发起的一端" if spec.index == spec.count - 1 else f" stage {spec.index + 1} "
     upstream = Channel(socket.socket(fileno=spec.upstream), before, spec.start_s + spec.silence_s)
     downstream = Channel(socket.socket(fileno=spec.downstream), after, spec.silence_s)
     threading.Thread(target=_beat, args=(downstream,), daemon=True).start()
+    return run_stage(spec, upstream, downstream)
+
+
+def run_stage(spec: StageSpec, upstream: Channel, downstream: Channel) -> int:
+    """打开 bundle，一直做到环断了；为什么断的告诉下一个。返回退出码。"""
     try:
         worker = StageWorker(Path(spec.bundle), spec.index, spec.backend, spec.threads)
         serve(upstream, downstream, worker, spec.silence_s)
@@ -215,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         _tell(downstream, _refusal("fatal", error, None, spec.index))
         return CLOSED
     except BaseException as error:
-        _tell(downstream, Frame({"op": "fatal", "what": f"{name}：{error!r}"}))
+        _tell(downstream, Frame({"op": "fatal", "what": f"stage {spec.index}：{error!r}"}))
         raise
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.by_reference import UNHASHED
+from deepseek_export.bundle.description import ExportSettings
 from deepseek_export.bundle.export import export_bundle
 from deepseek_export.bundle.source import open_source
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -49,6 +50,19 @@ def check_buildable(bundle: Bundle) -> None:
         raise DsxError("DSX-E913", f"{bundle.path}：{reason}", todo)
 
 
+def check_stage_buildable(bundle: Bundle) -> None:
+    """一个 stage 的图能直接拿去建引擎吗：由检查点另导出的是整个模型，替不了它。
+
+    Raises:
+        DsxError: ``DSX-E735``。
+    """
+    reason = unbuildable_reason(bundle.manifest)
+    if reason is not None:
+        command = _export_command(bundle, _dtype(bundle.manifest), True)
+        todo = f"重新导出、切开再建：{command}"
+        raise DsxError("DSX-E735", f"{bundle.path} 是一个 stage，{reason}", todo)
+
+
 def derived_folder(bundle: Bundle) -> Path:
     """由 ``bundle`` 另导出的那一份放在哪里。"""
     return bundle.path / ENGINES / _FOLDER
@@ -75,10 +89,12 @@ def buildable_bundle(
 
     Raises:
         DsxError: ``DSX-E601`` 找不到检查点；``DSX-E602`` 检查点与导出时不是同一个；``DSX-E116`` / ``DSX-E313``
-            换了 dtype、换成这个目标之后放不下、量化不了，附自己导出的命令；``DSX-E401`` 那个目录里是别的东西；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；其余见
+            换了 dtype、换成这个目标之后放不下、量化不了，附自己导出的命令；``DSX-E735`` 一个 stage 建不了，要重新导出；``DSX-E401`` 那个目录里是别的东西；``DSX-E406`` / ``DSX-E408`` / ``DSX-E413`` 权重被改过，或没法证明；其余见
             :func:`~deepseek_export.bundle.export_bundle`。
     """
     progress = progress or Progress()
+    if bundle.manifest.stage is not None:
+        check_stage_buildable(bundle)
     manifest, reason = bundle.manifest, unbuildable_reason(bundle.manifest)
     # 用不用得到，给错了都要说。
     source = None if checkpoint is None else open_source(bundle, checkpoint, _OPTION)
@@ -100,12 +116,14 @@ def buildable_bundle(
         return export_bundle(
             (source or open_source(bundle, None, _OPTION)).path,
             derived_folder(bundle),
-            profile,
-            target=flavour.target,
-            dtype=_dtype(manifest),
-            weights=manifest.weights.mode,
-            hash_weights=UNHASHED not in manifest.fallbacks,
-            quantization=_quantization(manifest),
+            ExportSettings(
+                profile,
+                target=flavour.target,
+                dtype=_dtype(manifest),
+                weights=manifest.weights.mode,
+                hash_weights=UNHASHED not in manifest.fallbacks,
+                quantization=_quantization(manifest),
+            ),
             overwrite=True,
             progress=progress,
             notes=(note,),
@@ -127,8 +145,10 @@ def engine_bundle(bundle: Bundle) -> Bundle:
     """``bundle`` 的引擎由哪个 bundle 建成：它自己，或 :func:`buildable_bundle` 另导出的那一份。
 
     Raises:
-        DsxError: ``DSX-E920``，要另导出，而还没有 ``dsx build`` 过，或那一份过时了、坏了。
+        DsxError: ``DSX-E920``，要另导出，而还没有 ``dsx build`` 过，或那一份过时了、坏了；``DSX-E735``，一个 stage 建不了，要重新导出。
     """
+    if bundle.manifest.stage is not None:
+        check_stage_buildable(bundle)
     reason = unbuildable_reason(bundle.manifest)
     if reason is None:
         return bundle
@@ -193,4 +213,6 @@ def _export_command(bundle: Bundle, dtype: ModelDtype, quantize: bool) -> str:
     if quantize and quantization is not None:
         words += ["--quant", quantization.kind, "--quant-block", str(quantization.block)]
         words += ["--keep", ",".join(quantization.keep)] if quantization.keep else []
-    return shlex.join([*words, "-o", f"{bundle.path}-{target}"])
+    if (stage := manifest.stage) is None:
+        return shlex.join([*words, "-o", f"{bundle.path}-{target}"])
+    return shlex.join([*words, "--stages", str(stage.count), "-o", f"{bundle.path.parent}-{target}"])

@@ -5,30 +5,21 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepseek_export.checkpoint import Checkpoint, require_mtp
-from deepseek_export.checkpoint.recipe import CHUNK_BYTES, WeightDtype
-from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.dtypes import DTYPES
+from deepseek_export.checkpoint.recipe import CHUNK_BYTES
 from deepseek_export.errors import DsxError, did_you_mean
+from deepseek_export.plan.cluster import Ask, plan_cluster
 from deepseek_export.plan.gpus import GPUS
-from deepseek_export.plan.result import BuildPlan, CachePlan, ExportPlan, Plan, StoredWeights, WeightKind
+from deepseek_export.plan.machines import parse_cluster
+from deepseek_export.plan.result import BuildPlan, CachePlan, ExportPlan, Plan, WeightKind
 from deepseek_export.plan.roofline import ROOFLINE_ASSUMPTIONS, Estimate
-from deepseek_export.plan.shape import PARTS, ModelShape, Part, part_of
-from deepseek_export.plan.written import HEADROOM, written_bytes
+from deepseek_export.plan.shape import ModelShape, Part
+from deepseek_export.plan.sized import WRITTEN, SizedModel
+from deepseek_export.plan.written import HEADROOM
 from deepseek_export.profile import OptimizationProfile
 
-#: 每种权重写成什么：模型 dtype 与量化。
-_WRITTEN: dict[WeightKind, tuple[WeightDtype, Quantization | None]] = {
-    "float32": ("float32", None),
-    "float16": ("float16", None),
-    "int8": ("float32", Quantization(kind="int8")),
-    "int4": ("float32", Quantization(kind="int4")),
-}
 #: 捕获与改图的内存，与模型大小无关：演示检查点的导出峰值（README）。
 _EXPORT_BASE = 460 << 20
 #: 每个检查点张量的文件头、配方与它那一份图；DeepSeek-V3（91,991 个张量）按引用导出的峰值实测 549 MiB，这样算是 640 MiB。
@@ -52,6 +43,9 @@ def make_plan(
     batch: int = 1,
     context: int | None = None,
     weights: WeightKind = "stored",
+    cluster: str | None = None,
+    stages: int | None = None,
+    prompt: int | None = None,
 ) -> Plan:
     """估算；只读 config.json 与 safetensors 文件头。
 
@@ -63,104 +57,82 @@ def make_plan(
         batch: 同时生成的序列数。
         context: 每条序列的长度；缺省 4096，模型不到就取它的最大长度。
         weights: 权重在显存里的 dtype；``stored`` 是检查点里的原样。
+        cluster: 几台什么机器、什么网络，写法见 :mod:`~deepseek_export.plan.machines`；给了就切成 stage，模拟流水线。
+        stages: 只看切成这么多个 stage 的；缺省各种都看。
+        prompt: 提示词多长，等第一个 token 的时间按它；缺省是 ``context`` 的一半。
 
     Raises:
         DsxError: 1xx 检查点；``DSX-E119`` 方案打开了 MTP 而检查点没有；``DSX-E703`` 不认识的 GPU；
-            ``DSX-E704`` 长度超过 max_position_embeddings。
+            ``DSX-E704`` 长度超过 max_position_embeddings；``DSX-E766`` ``cluster`` 写得不对；``DSX-E767`` 其余的与它合不来。
     """
+    machines = None if cluster is None else parse_cluster(cluster)
     unknown = [name for name in gpus if name.lower() not in GPUS]
     if unknown:
         todo = f"{did_you_mean(unknown[0], GPUS)}认识的 GPU：{'、'.join(GPUS)}"
         raise DsxError("DSX-E703", f"没有叫 {unknown[0]!r} 的 GPU", todo)
-    source = Checkpoint.open(checkpoint)
-    config = source.config
-    limit = config.max_position_embeddings
-    context = min(DEFAULT_CONTEXT, limit) if context is None else context
-    if context > limit:
-        raise DsxError(
-            "DSX-E704", f"--context {context} 超过模型的最大长度 {limit}", f"给不超过 {limit} 的 --context"
-        )
-    modules = require_mtp(source) if profile.mtp.enabled else 0
-    shape = ModelShape.build(config, profile, modules)
-    used = _used(source, modules)
-    kinds: dict[WeightKind, dict[Part, float]] = {
-        kind: {part: float(count) for part, count in written_bytes(config, profile, modules, *how).items()}
-        for kind, how in _WRITTEN.items()
-    }
-    kinds["stored"] = _stored_parts(source, used)
-    cache_dtype = config.dtype if profile.mla.cache_dtype == "model" else profile.mla.cache_dtype
-    cache = _cache(shape, cache_dtype, config.dtype, batch * context)
+    model = SizedModel.open(checkpoint, profile)
+    config, shape = model.source.config, model.shape
+    context = _context(context, config.max_position_embeddings)
+    prompt = _prompt(machines is not None, context, prompt, stages)
+    kinds: dict[WeightKind, dict[Part, float]] = {kind: model.parts(kind) for kind in WRITTEN}
+    kinds["stored"] = model.parts("stored")
+    cache = _cache(shape, model.cache_dtype, config.dtype, batch * context)
     cache_bytes = cache.latent_bytes if shape.latent else cache.expanded_bytes
-    fp8 = _fp8_share(source, used, shape) if weights == "stored" else dict.fromkeys(PARTS, 0.0)
-    estimate = Estimate(shape, kinds[weights], fp8, cache_bytes, batch, context)
+    estimate = Estimate(shape, kinds[weights], model.fp8(weights), cache_bytes, batch, context)
+    planned = None
+    if machines is not None:
+        ask = Ask(batch, context, prompt, model.hidden_bytes(weights), stages)
+        planned = plan_cluster(machines, model.layered(weights), estimate, ask)
     totals = {kind: round(sum(parts.values())) for kind, parts in kinds.items()}
     return Plan(
         checkpoint=str(checkpoint),
         family=config.family,
         layers=config.num_hidden_layers,
         moe_layers=config.num_moe_layers,
-        mtp_modules=modules,
+        mtp_modules=model.modules,
         profile=profile.name,
         weights=weights,
         batch=batch,
         context=context,
         parameters=shape.total,
         active_parameters=shape.active,
-        stored=_stored(source, used),
+        stored=model.stored(),
         weight_bytes=totals,
         cache=cache,
-        export=_exports(len(source.store), totals),
+        export=_exports(len(model.source.store), totals),
         build=BuildPlan(
             disk_bytes=totals["float16"] + _BUILD_CODE,
             peak_ram_bytes=_BUILD_BASE + int(_BUILD_COPIES * totals["float16"]),
         ),
         gpus=[estimate.on(name, GPUS[name], count) for name in map(str.lower, gpus)],
+        cluster=planned,
         assumptions=_ASSUMPTIONS + ROOFLINE_ASSUMPTIONS if gpus else _ASSUMPTIONS,
     )
 
 
-def _used(source: Checkpoint, modules: int) -> list[str]:
-    """要用的张量：没有打开 MTP 时不含 MTP 层，主干的副本也不算。"""
-    mtp, copies = set(source.mtp_tensors), (".embed_tokens.weight", ".shared_head.head.weight")
-    skipped = {name for name in mtp if not modules or name.endswith(copies)} | set(source.ignored)
-    return [name for name in source.store if name not in skipped]
+def _context(asked: int | None, limit: int) -> int:
+    """每条多长；没有写取缺省，模型不到就取它的最大长度。"""
+    if asked is not None and asked > limit:
+        raise DsxError(
+            "DSX-E704", f"--context {asked} 超过模型的最大长度 {limit}", f"给不超过 {limit} 的 --context"
+        )
+    return min(DEFAULT_CONTEXT, limit) if asked is None else asked
 
 
-def _stored(source: Checkpoint, used: list[str]) -> list[StoredWeights]:
-    tensors: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    for name in used:
-        spec = source.store[name]
-        tensors[spec.dtype] += 1
-        total[spec.dtype] += spec.nbytes
-    return [StoredWeights(dtype=dtype, tensors=tensors[dtype], bytes=total[dtype]) for dtype in sorted(total)]
-
-
-def _stored_parts(source: Checkpoint, used: list[str]) -> dict[Part, float]:
-    parts: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
-    for name in used:
-        spec = source.store[name]
-        parts[part_of(name, spec.shape)] += spec.nbytes
-    return parts
-
-
-def _fp8_share(source: Checkpoint, used: list[str], shape: ModelShape) -> dict[Part, float]:
-    """各部分有几分之几的参数存成 FP8。"""
-    counts: dict[Part, int] = dict.fromkeys(PARTS, 0)
-    for name in used:
-        spec = source.store[name]
-        if spec.dtype.startswith("F8"):
-            counts[part_of(name, spec.shape)] += math.prod(spec.shape)
-    return {part: counts[part] / max(shape.parameters[part], 1) for part in PARTS}
+def _prompt(cluster: bool, context: int, prompt: int | None, stages: int | None) -> int:
+    """提示词多长；没有写是长度的一半。"""
+    if not cluster and (prompt is not None or stages is not None):
+        name = "--stages" if prompt is None else "--prompt"
+        raise DsxError("DSX-E767", f"{name} 没有配 --cluster", "加上 --cluster，或去掉它")
+    found = max(context // 2, 1) if prompt is None else prompt
+    if cluster and found >= context:
+        todo = "给更长的 --context，或更短的 --prompt：要留下生成的地方"
+        raise DsxError("DSX-E767", f"提示词 {found} 个 token，每条一共只有 {context} 个", todo)
+    return found
 
 
 def _cache(shape: ModelShape, dtype: str, model_dtype: str, tokens: int) -> CachePlan:
-    """展开的缓存、索引 key 没有 int8 这一种，按模型的 dtype 算。"""
-    int8 = dtype == "int8"
-    wide = DTYPES[model_dtype if int8 else dtype]
-    index = wide.nbytes(shape.index_cache_values)
-    latent = DTYPES[dtype].nbytes(shape.latent_cache_values(int8)) + index
-    expanded = wide.nbytes(shape.expanded_cache_values) + index
+    latent, expanded = shape.cache_bytes_per_token(dtype, model_dtype)
     return CachePlan(
         dtype=dtype,
         used="latent" if shape.latent else "expanded",
@@ -181,7 +153,7 @@ def _exports(tensors: int, totals: dict[WeightKind, int]) -> list[ExportPlan]:
             disk_bytes=totals[kind] + HEADROOM,
             peak_ram_bytes=streaming,
         )
-        for kind in _WRITTEN
+        for kind in WRITTEN
     ]
     reference = ExportPlan(mode="reference", dtype="float32", disk_bytes=HEADROOM, peak_ram_bytes=base)
     return [*packed, reference]

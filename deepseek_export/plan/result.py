@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 WeightKind = Literal["stored", "float32", "float16", "int8", "int4"]
 Split = Literal["single", "tensor", "expert", "pipeline"]
 Bound = Literal["memory", "compute"]
+#: 集群上把什么加倍最见效：内存带宽、算力、网络带宽、网络延迟。
+ClusterBound = Literal["memory", "compute", "network", "latency"]
 
 
 class _Entry(BaseModel):
@@ -80,6 +82,112 @@ class GpuPlan(_Entry):
     prefill_tokens_per_second: float | None
 
 
+class StagePlan(_Entry):
+    """一个 stage：第几层到第几层（含），放多少。"""
+
+    first_layer: int
+    last_layer: int
+    weight_bytes: int
+    cache_bytes: int
+
+
+class LayoutPlan(_Entry):
+    """一种分法：几个 stage 连成一条流水线，几条同样的；放不下的没有速度。
+
+    Attributes:
+        stages: 一条流水线几个 stage，各占一台。
+        replicas, idle: 几条；剩几台用不上。
+        batch: 一条流水线上同时生成几条序列，最多的那条。
+        micro_batches: 一步分成几个小批，最快的分法。
+        cuts: 写给 ``dsx split --stages`` 的。
+        stage_plans: 每个 stage。
+        single_tokens_per_second, single_bound: 只有一条序列时，与把什么加倍最见效。
+        full_tokens_per_second, full_bound: 各条流水线都满时，合计；同上。
+        busiest: 满的时候最忙的那个 stage 有几分之几的时间在算，其余是流水线的空泡与等网络。
+        first_token_s: 空着的时候，一条提示词等第一个 token；没有写算力的不估。
+    """
+
+    stages: int
+    replicas: int
+    idle: int
+    batch: int
+    micro_batches: int
+    cuts: str
+    stage_plans: list[StagePlan]
+    fits: bool
+    single_tokens_per_second: float | None
+    single_bound: ClusterBound | None
+    full_tokens_per_second: float | None
+    full_bound: ClusterBound | None
+    busiest: float | None
+    first_token_s: float | None
+
+
+class ParallelEstimate(_Entry):
+    """不模拟、只估的一种切法：全部机器一起做张量或专家并行。
+
+    ``bound_tokens_per_second`` 不计通信，``tokens_per_second`` 另加通信的时间（不与计算重叠）。
+    """
+
+    split: Split
+    machines: int
+    weight_bytes: int
+    cache_bytes: int
+    fits: bool
+    bound_tokens_per_second: float | None
+    tokens_per_second: float | None
+
+
+class ModelError(_Entry):
+    """模拟对照过的一格：预测的时间与量到的之比，中位数、最小、最大。"""
+
+    case: str
+    median: float
+    low: float
+    high: float
+
+
+class Validation(_Entry):
+    """模拟对照测量的结果；``errors`` 是空的就是还没有对照过。"""
+
+    measured: str = ""
+    machine: str = ""
+    errors: list[ModelError] = []
+
+
+class ClusterPlan(_Entry):
+    """``--cluster`` 的估算。
+
+    Attributes:
+        text: 原话。
+        machine, count, usable_bytes: 什么机器，几台，每台能放多少。
+        memory_bandwidth, flops: 一台的；没有写算力的是 ``None``，只按带宽估。
+        link_bandwidth, link_latency: 网络；只有一台的是 ``None``。
+        prompt: 等第一个 token 的那条提示词有多长。
+        smallest: 至少几台放得下；有一层自己就放不下的是 ``None``。
+        layouts: 各种分法，stage 少的在前；一种都放不下是空的。
+        best: ``layouts`` 里满的时候最快的。
+        estimates: 张量并行、专家并行：没有模拟，没有对照过测量。
+        validation: 模拟对照测量的结果。
+    """
+
+    text: str
+    machine: str
+    count: int
+    usable_bytes: int
+    memory_bandwidth: float
+    flops: float | None
+    link_bandwidth: float | None
+    link_latency: float | None
+    prompt: int
+    smallest: int | None
+    layouts: list[LayoutPlan]
+    best: int | None
+    estimates: list[ParallelEstimate]
+    validation: Validation
+    assumptions: list[str]
+
+
 class Plan(_Entry):
     """全部估算。"""
 
@@ -100,4 +208,5 @@ class Plan(_Entry):
     export: list[ExportPlan]
     build: BuildPlan
     gpus: list[GpuPlan]
+    cluster: ClusterPlan | None
     assumptions: list[str]

@@ -80,7 +80,7 @@ class Estimate:
 
     def on(self, name: str, gpu: Gpu, count: int) -> GpuPlan:
         """``count`` 块 ``gpu``。"""
-        requested = [self._plan(gpu, card, count) for card in self._cards(count)]
+        requested = self.splits(gpu, count)
         candidates = (self._plan(gpu, card, n) for n in _COUNTS for card in self._cards(n))
         smallest = min(
             (split for split in candidates if split.fits),
@@ -104,6 +104,10 @@ class Estimate:
             decode_bound=best and best.decode_bound,
             prefill_tokens_per_second=self._prefill(gpu, count) if best else None,
         )
+
+    def splits(self, gpu: Gpu, count: int) -> list[SplitPlan]:
+        """``count`` 块 ``gpu`` 的每一种切法；切不开的不列。"""
+        return [self._plan(gpu, card, count) for card in self._cards(count)]
 
     def _cards(self, n: int) -> Iterator[_Card]:
         """``n`` 块卡的每一种切法里最忙的那块卡；切不开的（头数、专家数、层数不够）不列。"""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_export.checkpoint import ModelConfig, expected_mtp_tensors, expected_tensors
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.profile import OptimizationProfile
 
 #: 参数按用法来分：``embed`` 只查表，``kv_b`` 在 absorb 形式里保持浮点，``experts`` 只读被选中的，``small`` 是 router、索引器各头的权重与一维的张量。
@@ -96,6 +97,14 @@ class ModelShape:
     def index_cache_values(self) -> int:
         """每个 token 在所有层的索引缓存里占几个元素；没有稀疏注意力是 0。"""
         return self.index_layers * self.config.indexer.head_dim if self.config.indexer is not None else 0
+
+    def cache_bytes_per_token(self, dtype: str, model_dtype: str) -> tuple[int, int]:
+        """每个 token 的缓存多少字节：潜向量的、展开的；展开的、索引 key 没有 int8 这一种，按模型的 dtype 算。"""
+        int8 = dtype == "int8"
+        wide = DTYPES[model_dtype if int8 else dtype]
+        index = wide.nbytes(self.index_cache_values)
+        latent = DTYPES[dtype].nbytes(self.latent_cache_values(int8))
+        return latent + index, wide.nbytes(self.expanded_cache_values) + index
 
     def attention_flops(self, context: int) -> float:
         """一个新 token 对 ``context`` 个已缓存的 token 做注意力的浮点次数；潜缓存按 absorb 形式算。"""

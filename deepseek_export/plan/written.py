@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.recipe import (
@@ -42,28 +42,41 @@ def written_bytes(
         quantization: 只量化权重；``None`` 不量化。与词嵌入共享的 lm_head 量化之后另存一份，算在 ``head``。
         tensorrt: 目标是 TensorRT；只在量化时有区别。
     """
+    total: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    for _, part, nbytes in written_tensors(config, profile, modules, dtype, quantization, tensorrt):
+        total[part] += nbytes
+    return total
+
+
+def written_tensors(
+    config: ModelConfig,
+    profile: OptimizationProfile,
+    modules: int,
+    dtype: WeightDtype,
+    quantization: Quantization | None = None,
+    tensorrt: bool = False,
+) -> Iterator[tuple[str, Part, int]]:
+    """同 :func:`written_bytes`，一个一个地：名字、在哪一部分、多少字节。"""
     recipes = weight_recipes(config, dtype)
     for index in range(modules):
         recipes |= mtp_recipes(config, index, dtype)
-    total: dict[Part, int] = dict.fromkeys(PARTS, 0)
     for name, recipe in recipes.items():
         part = part_of(name, recipe.shape)
         if quantization is None or part in ("embed", "small"):
-            total[part] += recipe.nbytes
+            yield name, part, recipe.nbytes
         elif part == "kv_b" and profile.mla.enabled:
             narrow = not tensorrt and not quantization.keeps(name)
-            total[part] += recipe.nbytes // 2 if narrow else recipe.nbytes
+            yield name, part, recipe.nbytes // 2 if narrow else recipe.nbytes
         elif part == "experts" and not tensorrt:
             whole = profile.moe.enabled and _fits_qmoe(name, config, quantization)
-            total[part] += _quantized(recipe, quantization, dtype) if whole else recipe.nbytes
+            yield name, part, _quantized(recipe, quantization, dtype) if whole else recipe.nbytes
         elif quantization.keeps(name) or (tensorrt and recipe.shape[-1] % quantization.block):
-            total[part] += recipe.nbytes  # TensorRT 没有不满的块
+            yield name, part, recipe.nbytes  # TensorRT 没有不满的块
         else:
-            total[part] += _quantized(recipe, quantization, dtype)
+            yield name, part, _quantized(recipe, quantization, dtype)
     if config.tie_word_embeddings and quantization is not None and not quantization.keeps(_HEAD, _EMBED):
         whole = not tensorrt or config.hidden_size % quantization.block == 0
-        total["head"] += _quantized(recipes[_EMBED], quantization, dtype) if whole else 0
-    return total
+        yield _HEAD, "head", _quantized(recipes[_EMBED], quantization, dtype) if whole else 0
 
 
 def _fits_qmoe(name: str, config: ModelConfig, quantization: Quantization) -> bool:

@@ -34,7 +34,8 @@ def inspect_page(path: str, summary: dict[str, Any]) -> Page:
     ]
     sections = [_graph(graph, summary) for graph in summary["graphs"]]
     fallbacks = summary["fallbacks"] or ["没有"]
-    sections += [_sizes(summary), _cache(summary), _passes(summary), Section("回退", notes=fallbacks)]
+    inside = _stages(summary["stages"]) if "stages" in summary else _passes(summary)
+    sections += [_sizes(summary), _cache(summary), inside, Section("回退", notes=fallbacks)]
     if summary["polygraphy"]:
         sections.append(
             Section("试跑一次", facts=[(name, Code(line)) for name, line in summary["polygraphy"].items()])
@@ -167,6 +168,20 @@ def _value(value: object) -> Cell:
     if isinstance(value, int) and not isinstance(value, bool):
         return integer(value)
     return Code(value) if isinstance(value, str) else "-" if value is None else str(value)
+
+
+def _stages(stages: Sequence[dict[str, Any]]) -> Section:
+    rows: list[list[Cell]] = [
+        [
+            one["directory"],
+            f"{one['layers'][0]}–{one['layers'][-1]}",
+            nbytes(one["weight_bytes"]),
+            "、".join(one["graphs"]),
+            "、".join(one["engines"]) or "没有",
+        ]
+        for one in stages
+    ]
+    return Section("各个 stage", tables=[Table("stage", ("目录", "层", "权重", "图", "引擎"), rows)])
 
 
 def _passes(summary: dict[str, Any]) -> Section:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from deepseek_export.report.bars import Bar, Group, Stack, bar_chart, stack_chart
+from deepseek_export.report.cluster_plan import cluster_section
 from deepseek_export.report.page import Cell, Code, Number, Page, Section, Table, Verdict, integer, nbytes
+from deepseek_export.report.speeds import SPLITS, speed
 from deepseek_export.report.svg import Picture
 from deepseek_export.units import size
 
 if TYPE_CHECKING:
     from deepseek_export.plan.result import GpuPlan, Plan, SplitPlan
 
-SPLITS = {"single": "单卡", "tensor": "张量并行", "expert": "专家并行", "pipeline": "流水并行"}
 BOUNDS = {"memory": "受带宽限制", "compute": "受算力限制"}
 _CACHES = {"latent": "潜向量", "expanded": "展开"}
-
-
-def speed(value: float | None) -> str:
-    """上界只知道两位：往上取，「不超过」才仍然成立；不到 1 的也写得出。"""
-    if value is None:
-        return "放不下"
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
-    rounded = math.ceil(value / unit * (1 - 1e-12)) * unit
-    return f"{rounded:,.0f} token/s" if unit >= 1 else f"{rounded:.2g} token/s"
 
 
 def least(gpu: GpuPlan) -> str:
@@ -55,6 +46,8 @@ def plan_page(plan: Plan) -> Page:
         ("场景", f"batch {plan.batch} × {plan.context} token，显存里的权重 {plan.weights}"),
     ]
     sections = [_gpus(plan)] if plan.gpus else []
+    if plan.cluster is not None:
+        sections.append(cluster_section(plan.cluster))
     sections += [_weights(plan), _cache(plan), _export(plan), Section("假设", notes=plan.assumptions)]
     return Page(f"dsx plan：{plan.checkpoint}", None, facts, sections)
 

@@ -16,6 +16,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "compile": "perf.suites.compile",
         "peers": "perf.suites.peers",
         "serve": "perf.suites.serve",
+        "cluster": "perf.suites.cluster",
         "apply": "perf.suites.apply",
         "cpu-kernel": "perf.suites.cpu_kernel",
         "decode-profile": "perf.suites.decode_profile",

@@ -1,4 +1,4 @@
-"""真实规模的导出（EXPORT-25）：DeepSeek-V3 671B 按引用，40 亿参数打包、杀掉再接着写。
+"""真实规模的导出（EXPORT-25）与切分（CLUSTER-36）：DeepSeek-V3 671B 按引用，40 亿参数打包、杀掉再接着写。
 
 检查点由 ``tools/make_checkpoint.py --like`` 现造：671B 的是稀疏文件，几乎不占磁盘；40 亿参数的是真的随机权重，连同两份 float16 bundle
 约需 26 GB 磁盘。内存取子进程的峰值常驻集（含映射进来的文件页）。捕获缓存一律关掉，量的是第一次导出。
@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from deepseek_export.benchmark.spread import Spread
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.graph import check_onnx
+from deepseek_export.bundle.stages import StageSet
 from deepseek_export.progress import Progress
 from perf.results import Case, SuiteResult
 from perf.workload.workspace import Workspace, parameter_count
@@ -39,7 +40,8 @@ class Scenario:
 
     Attributes:
         layers: 按引用导出的 DeepSeek-V3 的层数，61 是完整的。
-        runs: 它导出几遍。
+        runs: 它导出几遍，切几遍。
+        stages: 切成几个 stage。
         packed_layers: 打包导出的 V2-Lite 的层数：1 层稠密加 6 层 MoE 是 40.0 亿参数。
         kills: 在随机的时刻 SIGKILL 几次，再接着写完。
         seed: 在哪些时刻杀。
@@ -47,23 +49,24 @@ class Scenario:
 
     layers: int = 61
     runs: int = 3
+    stages: int = 8
     packed_layers: int = 7
     kills: int = 3
     seed: int = 0
 
 
 FULL = Scenario()
-QUICK = Scenario(layers=4, runs=1, packed_layers=2, kills=1)
+QUICK = Scenario(layers=4, runs=1, stages=2, packed_layers=2, kills=1)
 
 
 def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
-    """两项都测；线程数与导出无关。
+    """几项都测；线程数与它们无关。
 
     Raises:
-        RuntimeError: 导出失败，或本该被杀的没有被杀。
+        RuntimeError: 导出、切分失败，或本该被杀的没有被杀。
     """
     scenario = QUICK if quick else FULL
-    cases = [_reference(workspace.folder, scenario), _packed(workspace.folder, scenario)]
+    cases = [measured(workspace.folder, scenario) for measured in (_reference, _split, _packed)]
     return SuiteResult(suite="scale", title=TITLE, scenario=asdict(scenario), cases=cases)
 
 
@@ -102,6 +105,32 @@ def _reference(folder: Path, scenario: Scenario) -> Case:
     return Case(name=f"按引用：V3 {scenario.layers} 层", values=values, ratios=ratios, facts=facts)
 
 
+def _split(folder: Path, scenario: Scenario) -> Case:
+    """把 :func:`_reference` 导出的切几遍：每个 stage 只链接用得到的分片。"""
+    bundle, out = folder / "v3-bundle", folder / "v3-stages"
+    samples = []
+    for _ in range(scenario.runs):
+        shutil.rmtree(out, ignore_errors=True)
+        samples.append(_dsx("split", str(bundle), "--stages", str(scenario.stages), "-o", str(out)))
+    stages = StageSet.open(out)
+    opened = [Bundle.open(directory) for directory in stages.directories]
+    values = {f"dsx split.{key}": Spread.of([sample[key] for sample in samples]) for key in _FIELDS}
+    names = [item.directory for item in stages.record.stages]
+    return Case(
+        name=f"切成 {scenario.stages} 个 stage：V3 {scenario.layers} 层",
+        values=values,
+        ratios={"峰值/2 GB": values["dsx split.peak"].scaled(1 / REFERENCE_PEAK)},
+        facts={
+            "stage_bytes": {item.directory: item.weight_bytes for item in stages.record.stages},
+            "stage_layers": {item.directory: len(item.layers) for item in stages.record.stages},
+            "stage_shards": {
+                name: sum(file.endswith(".safetensors") for file in one.manifest.weights.files)
+                for name, one in zip(names, opened, strict=True)
+            },
+        },
+    )
+
+
 def _packed(folder: Path, scenario: Scenario) -> Case:
     """一次写完；再在随机时刻 SIGKILL 几次、接着写完；两份的哈希相同。"""
     checkpoint, once, killed = folder / "v2-lite", folder / "once", folder / "killed"
@@ -136,16 +165,13 @@ def _packed(folder: Path, scenario: Scenario) -> Case:
 def _export(
     checkpoint: Path, out: Path, *options: str, kill_when: Callable[[], bool] | None = None
 ) -> dict[str, Any]:
-    """跑一次 ``dsx export``：用时、CPU 用时、峰值常驻内存；``kill_when`` 成立时 SIGKILL 它。"""
-    command: Sequence[str] = (
-        "-m",
-        "deepseek_export.cli.main",
-        "export",
-        str(checkpoint),
-        *options,
-        "-o",
-        str(out),
-    )
+    """跑一次 ``dsx export``。"""
+    return _dsx("export", str(checkpoint), *options, "-o", str(out), kill_when=kill_when)
+
+
+def _dsx(*words: str, kill_when: Callable[[], bool] | None = None) -> dict[str, Any]:
+    """跑一次 ``dsx``：用时、CPU 用时、峰值常驻内存；``kill_when`` 成立时 SIGKILL 它。"""
+    command = ("-m", "deepseek_export.cli.main", *words)
     began = perf_counter()
     variables = {**os.environ, "DSX_NO_CACHE": "1"}
     process = subprocess.Popen((sys.executable, *command), stdout=subprocess.DEVNULL, env=variables)
@@ -158,7 +184,7 @@ def _export(
         sleep(0.02)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != (0 if kill_when is None else -signal.SIGKILL):
-        raise RuntimeError(f"dsx export 的退出码是 {process.returncode}")
+        raise RuntimeError(f"dsx {words[0]} 的退出码是 {process.returncode}")
     seconds = (perf_counter() - began, usage.ru_utime + usage.ru_stime)
     return dict(zip(_FIELDS, (*seconds, usage.ru_maxrss * 1024), strict=True))
 

@@ -97,6 +97,23 @@ def _heads(base: Mapping[str, Any], heads: int, layers: int) -> Mapping[str, Any
     )
 
 
+def _thin(hidden: int, vocab: int, layers: int) -> Mapping[str, Any]:
+    """一步只要几百微秒：除了过边的宽度（``hidden`` 或词表），别的都尽量小。"""
+    return MappingProxyType(
+        {
+            **_heads(_V3, heads=1, layers=layers),
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": 64,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 32,
+        }
+    )
+
+
 def _scaled(layers: int, hidden: int, experts: int, width: int) -> Mapping[str, Any]:
     """导出开销用的 V3：词表是真的，只改宽度、层数与专家。"""
     return MappingProxyType(
@@ -132,6 +149,20 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             }
         ),
         "wide-4": MappingProxyType({**_WIDE, "num_hidden_layers": 4}),
+        # 过一条边的开销：V3 的 hidden，与 V3 的词表。
+        "edge": _thin(hidden=7168, vocab=512, layers=4),
+        "edge-vocab": _thin(hidden=256, vocab=129280, layers=2),
+        "edge-small": _thin(hidden=256, vocab=512, layers=4),
+        # V3 真的宽度，四层。全是稠密层：一个稠密层与一个 MoE 层的九个专家（8 + 1）一样大，一个 token 读的一样多，而权重放得下。
+        "v3-wide": MappingProxyType(
+            {
+                **_heads(_V3, heads=128, layers=4),
+                "vocab_size": 1024,
+                "hidden_size": 7168,
+                "intermediate_size": 18432,
+                "q_lora_rank": 1536,
+            }
+        ),
         # 导出开销：大约 0.1B、0.9B、4B 个参数（以文件头里数出来的为准）。
         "0.1B": MappingProxyType({**_scaled(4, 256, 8, 256), "intermediate_size": 704}),
         "0.9B": _scaled(12, 1024, 32, 512),

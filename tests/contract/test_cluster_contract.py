@@ -19,10 +19,11 @@ import deepseek_export
 from deepseek_export.backend import backend_named
 from deepseek_export.benchmark.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.stages import StageSet, balanced
+from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.backend import PipelineBackend
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.errors import DsxError
+from deepseek_export.plan.balance import balanced
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import SamplingParams
 from deepseek_export.serving import Engine, EngineSettings
@@ -179,6 +180,27 @@ def test_stages_are_as_even_as_they_can_be():
         assert (max(got), sum(x * x for x in got)) == min(
             (max(one), sum(x * x for x in one)) for one in tried
         )
+
+
+def read_per_token(directory: Path) -> float:
+    """解码一个 token 要读这个 stage 的多少字节：专家只读选中的，词嵌入只查几行，草稿模块（第 5 层）不算。"""
+    manifest = Bundle.open(directory).manifest
+    share = manifest.model.num_experts_per_tok / manifest.model.n_routed_experts
+    return sum(
+        recipe.nbytes * (share if ".mlp.experts." in name else 1)
+        for name, recipe in manifest.weights.recipes.items()
+        if name != "model.embed_tokens.weight" and ".layers.5." not in name
+    )
+
+
+def test_balanced_by_time(bundles, tmp_path):
+    """CLUSTER-2：--balance time 让一个 token 读得最多的 stage 尽量少读，比哪一种切法都不多。"""
+    made = deepseek_export.split(bundles("float32"), tmp_path / "time", 2, balance="time")
+    slowest = max(map(read_per_token, made.directories))
+    for cut in range(1, 5):
+        asked = f"0-{cut - 1},{cut}-4"
+        other = deepseek_export.split(bundles("float32"), tmp_path / f"cut-{cut}", asked)
+        assert slowest <= max(map(read_per_token, other.directories)) * (1 + 1e-9)
 
 
 def test_a_graph_with_more_crossing_is_refused(bundles, tmp_path):
@@ -378,14 +400,10 @@ def test_measured_like_a_bundle(bundles, split):
 
 
 def test_other_commands_want_the_bundle(split):
-    """CLUSTER-11：截图、建引擎、打包要切开之前的 bundle。"""
+    """CLUSTER-11：截图、写成 Triton 的模型要切开之前的 bundle。"""
     path = split("float32", 2)
-    for call in (
-        deepseek_export.compare,
-        deepseek_export.pack,
-        lambda path: deepseek_export.api.build(path, [89]),
-    ):
-        refused("DSX-E748", call, path)
+    refused("DSX-E748", deepseek_export.compare, path)
+    refused("DSX-E748", deepseek_export.pack_triton, path, path.with_name("repository"))
     backend = PipelineBackend(StageSet.open(path), backend_named("ort"))
     refused("DSX-E748", backend.cut_runner, backend.prepared(StageSet.open(path).bundle))
 
@@ -393,12 +411,12 @@ def test_other_commands_want_the_bundle(split):
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 @pytest.mark.parametrize("micro", [2, 3, 9])
 def test_micro_batches_equal_running_them_one_by_one(bundles, split, kind, micro):
-    """CLUSTER-12：分成几个小批与一个进程依次跑它们逐位相同，行的次序不变；比 stage 多的、比行多的自动少分。"""
+    """CLUSTER-12：分成几个小批与一个进程依次跑它们逐位相同，行的次序不变；比行多的自动少分，比 stage 多的排着队进。"""
     rng = np.random.default_rng(0)
     ids, past = rng.integers(0, 160, (5, 6)), np.zeros(5, np.int64)
     at = np.tile([1, 5], (5, 1))
     alone = deepseek_export.load(bundles(kind), 1).session
-    parts = np.array_split(np.arange(5), min(micro, 3))
+    parts = np.array_split(np.arange(5), min(micro, 5))
     whole = alone.new_caches(5)
     want = []
     for lens, width in ((past, 6), (past + 6, 1)):
@@ -421,8 +439,8 @@ def test_micro_batches_equal_running_them_one_by_one(bundles, split, kind, micro
 
 
 def test_large_micro_batches_do_not_wait_for_each_other(split):
-    """CLUSTER-12：每一帧都比套接字的缓冲区大得多，几帧同时在环里，照样走完；投机的也是。"""
-    with loaded(split("float32", 3), cluster=ClusterSettings(micro_batches=3)) as model:
+    """CLUSTER-12：每一帧都比套接字的缓冲区大得多，比 stage 多的几帧，照样走完；投机的也是。"""
+    with loaded(split("float32", 3), cluster=ClusterSettings(micro_batches=7)) as model:
         rng = np.random.default_rng(1)
         rows = rng.integers(0, 160, (12, 300)).tolist()
         assert [len(logits) for logits in model.generator.logits(rows)] == [300] * 12

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +29,7 @@ from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.wire import Frame
 from deepseek_export.errors import DsxError
 from deepseek_export.serving import Engine, EngineSettings, Request
+from perf.workload.faulty import FaultyEdges
 from tests.engines import refused
 from tests.integration.cli import environment
 from tests.serving_http import Running, opened, until
@@ -58,45 +58,9 @@ def want(stages: StageSet) -> list[int]:
     return model.generate([PROMPT], 100, speculative=False, ignore_eos=True).token_ids[0]
 
 
-class Faulty:
-    """几条边，每条中间隔着一个线程转手，可以动手脚。
-
-    Attributes:
-        modes: 第几条边 → 怎么对待经过的字节；没有的原样递过去。
-    """
-
-    def __init__(self) -> None:
-        self.modes: dict[int, str] = {}
-        self.made = 0
-
-    def link(self) -> tuple[socket.socket, socket.socket]:
-        sender, near = socket.socketpair()
-        far, receiver = socket.socketpair()
-        threading.Thread(target=self._pass, args=(self.made, near, far), daemon=True).start()
-        self.made += 1
-        return sender, receiver
-
-    def _pass(self, number: int, near: socket.socket, far: socket.socket) -> None:
-        with near, far:
-            while block := near.recv(1 << 16):
-                mode = self.modes.get(number, "")
-                if mode == "cut":
-                    return
-                if mode == "hold":
-                    continue
-                if mode == "slow":
-                    time.sleep(0.02)
-                if mode == "corrupt":
-                    block = bytes([*block[:-1], block[-1] ^ 0x40])
-                try:
-                    far.sendall(block)
-                except OSError:
-                    return
-
-
 @contextmanager
 def running(
-    stages: StageSet, faulty: Faulty | None = None, **options: int
+    stages: StageSet, faulty: FaultyEdges | None = None, **options: int
 ) -> Iterator[tuple[CompiledModel, Engine]]:
     """在一套 stage 上开着的引擎；退出时看什么也没有留下。"""
     before, shared = set(children()), set(os.listdir("/dev/shm"))
@@ -197,21 +161,23 @@ def test_a_stage_lost_while_idle(stages, want, number, caplog):
     assert len(told) == 2
 
 
+#: 常跑的几种；其余的组合是 slow。
+_OFTEN_EDGES = {(0, "corrupt", in_decode), (1, "hold", in_decode), (3, "cut", in_prefill)}
+
+
 @pytest.mark.parametrize(
-    ("edge", "mode"),
+    ("edge", "mode", "phase"),
     [
-        pytest.param(
-            *case, marks=() if case in {(0, "corrupt"), (1, "hold"), (3, "cut")} else pytest.mark.slow
-        )
-        for case in itertools.product((0, 1, 3), ("cut", "hold", "corrupt"))
+        pytest.param(*case, marks=() if case in _OFTEN_EDGES else pytest.mark.slow)
+        for case in itertools.product(range(4), ("cut", "hold", "corrupt"), (in_prefill, in_decode))
     ],
 )
-def test_a_broken_channel(stages, want, edge, mode):
-    """CLUSTER-8、CLUSTER-9：信道断了、不递了、递坏了，每条边都一样：有回答，重起之后同样的 token。"""
-    faulty = Faulty()
+def test_a_broken_channel(stages, want, edge, mode, phase):
+    """CLUSTER-8、CLUSTER-9：信道断了、不递了、递坏了，每条边、算提示词时与生成时都一样：有回答，重起之后同样的 token。"""
+    faulty = FaultyEdges()
     with running(stages, faulty) as (_, engine):
         request = submit(engine)
-        until(lambda: in_decode(engine, request))
+        until(lambda: phase(engine, request))
         faulty.modes[edge] = mode
         assert outcome(request) in RETRY
         faulty.modes.clear()
@@ -221,7 +187,7 @@ def test_a_broken_channel(stages, want, edge, mode):
 
 def test_a_slow_channel_is_only_slow(stages, want):
     """CLUSTER-8：慢不是断：每条边都慢，答案照样对，没有重起。"""
-    faulty = Faulty()
+    faulty = FaultyEdges()
     with running(stages, faulty) as (model, engine):
         faulty.modes = dict.fromkeys(range(4), "slow")
         assert submit(engine, 20).result().token_ids == want[:20]
@@ -263,24 +229,29 @@ stages = StageSet.open(sys.argv[1])
 settings = ClusterSettings(silence_s=2.0)
 model = CompiledModel(stages.bundle, 1, PipelineBackend(stages, backend_named("ort"), settings))
 print(*children(), flush=True)
+prompt, new_tokens = ([5, 9, 23] * 150, 1) if sys.argv[2] == "prefill" else ([5, 9, 23], 400)
 while True:
-    model.generate([[5, 9, 23]], 400, ignore_eos=True)
+    model.generate([prompt], new_tokens, ignore_eos=True)
 """
 
 
 @pytest.mark.parametrize(
-    ("number", "frozen"),
+    ("number", "frozen", "phase"),
     [
-        (signal.SIGKILL, 1),
-        (signal.SIGSTOP, None),
-        pytest.param(signal.SIGKILL, None, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, None, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        (signal.SIGKILL, 1, "decode"),
+        (signal.SIGSTOP, None, "decode"),
+        pytest.param(signal.SIGKILL, None, "decode", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, None, "decode", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 1, "decode", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, None, "prefill", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, None, "prefill", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 0, "prefill", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 2, "prefill", marks=pytest.mark.slow),
     ],
 )
-def test_a_dead_or_frozen_driver_leaves_nothing(stages, number, frozen):
-    """CLUSTER-10：发起的一端被杀、被停住，stage 都结束，哪怕其中一个自己也停着。"""
-    command = [sys.executable, "-c", DRIVER, str(stages.path)]
+def test_a_dead_or_frozen_driver_leaves_nothing(stages, number, frozen, phase):
+    """CLUSTER-10：发起的一端被杀、被停住，算提示词时与生成时，stage 都结束，哪怕其中一个自己也停着。"""
+    command = [sys.executable, "-c", DRIVER, str(stages.path), phase]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
     try:
         assert driver.stdout is not None

@@ -10,7 +10,6 @@ import pytest
 
 import deepseek_export
 from deepseek_export.api import CompiledModel
-from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import SamplingParams
 from deepseek_export.serving import Conversation, Engine, EngineSettings
@@ -21,21 +20,15 @@ QUESTIONS = ("《论语》", "明月", "And God said")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """演示检查点的 mla+moe。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("talk") / "out", "mla+moe").path
-
-
-@pytest.fixture(scope="module")
-def alone(bundle: Path) -> CompiledModel:
+def alone(trained_bundle: Path) -> CompiledModel:
     """对照：不经过引擎。"""
-    return deepseek_export.load(bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def model(bundle: Path) -> CompiledModel:
+def model(trained_bundle: Path) -> CompiledModel:
     """归引擎用的。"""
-    return deepseek_export.load(bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from openai.types.responses import Response
 
 import deepseek_export
 from deepseek_export.api import CompiledModel
-from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
 from deepseek_export.formats.calls import ToolCall
 from deepseek_export.formats.chat import TOOL_FORMATS
@@ -49,22 +48,16 @@ SPOKEN = "<think>\n想一想</think>\n\n我查。" + STYLE.encode([CALL, CALL])
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """演示检查点的 mla+moe。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("agents") / "out", "mla+moe").path
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> CompiledModel:
+def model(trained_bundle: Path) -> CompiledModel:
     """对照：不经过服务。"""
-    return deepseek_export.load(bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[Running]:
+def server(trained_bundle: Path) -> Iterator[Running]:
     """要密钥的。"""
     keys = KeyRing(["secret"])
-    with Running(loader(bundle, slots=4, queue=64, tool_parser=STYLE.name), keys=keys) as running:
+    with Running(loader(trained_bundle, slots=4, queue=64, tool_parser=STYLE.name), keys=keys) as running:
         running.client.headers["x-api-key"] = "secret"
         yield running
 
@@ -84,9 +77,9 @@ def claude(server: Running) -> Iterator[anthropic.Anthropic]:
 
 
 @pytest.fixture(scope="module")
-def spoken(bundle: Path) -> Iterator[Running]:
+def spoken(trained_bundle: Path) -> Iterator[Running]:
     """照着 :data:`SPOKEN` 说的服务；提示词与 :data:`CHAT` 加上工具的相同长。"""
-    one = deepseek_export.load(bundle, threads=1)
+    one = deepseek_export.load(trained_bundle, threads=1)
     ids = [*one.encode(SPOKEN)[1:], 1]
     with Running(lambda: opened(one, tool_parser=STYLE.name)) as running:
         counted = running.post("/v1/messages/count_tokens", {"messages": CHAT, "tools": [TOOL]}).json()
@@ -306,9 +299,9 @@ def test_errors_of_the_messages_endpoint(server: Running):
     assert (got.status_code, got.json()["error"]["type"]) == (404, "not_found_error")
 
 
-def test_errors_after_the_stream_began(bundle: Path):
+def test_errors_after_the_stream_began(trained_bundle: Path):
     """SERVE-44、SERVE-45：已经开始的流以各自的错误事件结束。"""
-    one = deepseek_export.load(bundle, threads=1)
+    one = deepseek_export.load(trained_bundle, threads=1)
     broken = DsxError("DSX-E513", "假装的", "不必")
     with Running(lambda: opened(one)) as running:
 

@@ -23,11 +23,10 @@ from deepseek_export.formats.chat import TOOL_FORMATS
 from deepseek_export.serving.http.formats import ModelFormats
 from deepseek_export.serving.http.problems import ApiError
 from deepseek_export.serving.http.schemas import ChatRequest
-from tests.serving_http import NAME, Running, Scripted, events, loader, opened
+from tests.serving_http import CHAT, NAME, Running, Scripted, events, loader, opened
 
 pytestmark = pytest.mark.contract
 
-CHAT = [{"role": "user", "content": "《论语》"}]
 #: 参数都短：小模型会一直写下去。
 WEATHER = {
     "type": "function",
@@ -65,21 +64,15 @@ class Person(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """演示检查点的 mla+moe。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("formats") / "out", "mla+moe").path
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> CompiledModel:
+def model(trained_bundle: Path) -> CompiledModel:
     """不开服务，只用它的分词器。"""
-    return deepseek_export.load(bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[Running]:
+def server(trained_bundle: Path) -> Iterator[Running]:
     """四个 slot；演示模型的模板不认得工具，格式由 ``--tool-parser`` 指定。"""
-    with Running(loader(bundle, slots=4, queue=64, tool_parser="deepseek_v31")) as running:
+    with Running(loader(trained_bundle, slots=4, queue=64, tool_parser="deepseek_v31")) as running:
         yield running
 
 
@@ -208,9 +201,9 @@ def test_hostile_grammars_are_refused_by_field(server: Running, fields: dict, pa
     assert server.engine.stats.prompt_tokens == before
 
 
-def test_a_grammar_starts_after_the_thinking(bundle: Path):
+def test_a_grammar_starts_after_the_thinking(trained_bundle: Path):
     """SERVE-40：提示词替回答开了思考的头，思考随便写，``</think>`` 之后才照语法。"""
-    model = deepseek_export.load(bundle, threads=1)
+    model = deepseek_export.load(trained_bundle, threads=1)
     assert model.tokenizer is not None
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}<think>"
     prompt = model.encode("问<think>")
@@ -306,9 +299,11 @@ def test_langchain(server: Running):
         assert isinstance(person, Person)
 
 
-def spoken_answer(bundle: Path, name: str, text: str, body: dict, template: str | None = None) -> list[dict]:
+def spoken_answer(
+    trained_bundle: Path, name: str, text: str, body: dict, template: str | None = None
+) -> list[dict]:
     """模型照 ``text`` 说：``[整个的回答, *流式的各块]``。"""
-    model = deepseek_export.load(bundle, threads=1)
+    model = deepseek_export.load(trained_bundle, threads=1)
     assert model.tokenizer is not None
     if template is not None:
         model.tokenizer.chat_template = template
@@ -327,14 +322,14 @@ def _request(body: dict) -> ChatRequest:
 
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
-def test_calls_of_every_format_come_out_of_the_text(bundle: Path, name: str):
+def test_calls_of_every_format_come_out_of_the_text(trained_bundle: Path, name: str):
     """SERVE-41、SERVE-42：自己决定调用的也读得出来，正文在前；不许几次的，头一次完了就停。"""
     calls = [
         ToolCall("", "get_weather", '{"city": "杭州", "days": 3}'),
         ToolCall("", "get_weather", '{"city": "北京", "days": 1}'),
     ]
     text = "我查。" + TOOL_FORMATS[name].encode(calls)
-    whole, *stream = spoken_answer(bundle, name, text, {"tools": [WEATHER]})
+    whole, *stream = spoken_answer(trained_bundle, name, text, {"tools": [WEATHER]})
     (choice,) = whole["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] == "我查。"
@@ -347,41 +342,43 @@ def test_calls_of_every_format_come_out_of_the_text(bundle: Path, name: str):
             joined[one["index"]] += one["function"]["arguments"]
     assert joined == [one["function"]["arguments"] for one in made]
     body = {"tools": [WEATHER], "parallel_tool_calls": False}
-    single, *_ = spoken_answer(bundle, name, text, body)
+    single, *_ = spoken_answer(trained_bundle, name, text, body)
     assert [one["function"]["arguments"] for one in single["choices"][0]["message"]["tool_calls"]] == joined[
         :1
     ]
     assert single["choices"][0]["finish_reason"] == "tool_calls"
     assert single["usage"]["completion_tokens"] < whole["usage"]["completion_tokens"]
-    none, *_ = spoken_answer(bundle, name, text, {"tools": [WEATHER], "tool_choice": "none"})
+    none, *_ = spoken_answer(trained_bundle, name, text, {"tools": [WEATHER], "tool_choice": "none"})
     assert none["choices"][0]["message"]["content"].startswith("我查。")
     assert "tool_calls" not in none["choices"][0]["message"]
 
 
-def test_strict_tools_hold_even_when_calling_is_optional(bundle: Path):
+def test_strict_tools_hold_even_when_calling_is_optional(trained_bundle: Path):
     """SERVE-41：有 ``strict`` 的工具，想调用就得合乎 schema，不想调用照常说话。"""
     strict = json.loads(json.dumps(WEATHER))
     strict["function"]["strict"] = True
     style = TOOL_FORMATS["deepseek_v31"]
     bad = style.encode([ToolCall("", "get_weather", '{"city": "上海", "days": 3}')])
-    whole, *_ = spoken_answer(bundle, style.name, "查：" + bad, {"tools": [strict], "max_tokens": 200})
+    whole, *_ = spoken_answer(
+        trained_bundle, style.name, "查：" + bad, {"tools": [strict], "max_tokens": 200}
+    )
     (call,) = whole["choices"][0]["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"])["city"] in ("杭州", "北京")
-    whole, *_ = spoken_answer(bundle, style.name, "不必查。", {"tools": [strict]})
+    whole, *_ = spoken_answer(trained_bundle, style.name, "不必查。", {"tools": [strict]})
     assert whole["choices"][0]["message"]["content"] == "不必查。"
     assert whole["choices"][0]["finish_reason"] == "stop"
 
 
-def test_a_schema_and_tools_together(bundle: Path):
+def test_a_schema_and_tools_together(trained_bundle: Path):
     """SERVE-40、SERVE-41：要么调用工具，要么照 schema 说。"""
     style = TOOL_FORMATS["deepseek_v31"]
     wanted = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
     asked = {"tools": [WEATHER], "response_format": wanted}
     call = style.encode([ToolCall("", "get_weather", '{"city": "杭州", "days": 3}')])
-    whole, *_ = spoken_answer(bundle, style.name, call, asked)
+    whole, *_ = spoken_answer(trained_bundle, style.name, call, asked)
     assert whole["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
     said = '{"name": "孔子", "age": 72}'
-    whole, *_ = spoken_answer(bundle, style.name, said, asked)
+    whole, *_ = spoken_answer(trained_bundle, style.name, said, asked)
     assert whole["choices"][0]["message"]["content"] == said
 
 
@@ -462,9 +459,9 @@ def test_bad_tools(server: Running, fields: dict, param: str):
     assert (got.status_code, got.json()["error"]["param"]) == (400, param), got.text
 
 
-def test_a_model_of_unknown_format_refuses_tools(bundle: Path):
+def test_a_model_of_unknown_format_refuses_tools(trained_bundle: Path):
     """SERVE-41：看不出格式的不假装。"""
-    with Running(loader(bundle)) as running:
+    with Running(loader(trained_bundle)) as running:
         got = running.post("/v1/chat/completions", {"messages": CHAT, "tools": [NOW]})
         assert got.status_code == 400
         assert (got.json()["error"]["param"], got.json()["error"]["code"]) == ("tools", "DSX-E765")
@@ -502,9 +499,9 @@ def test_a_turn_with_tools_goes_round(client: openai.OpenAI, server: Running):
 # SERVE-43
 
 
-def test_template_switches(bundle: Path):
+def test_template_switches(trained_bundle: Path):
     """SERVE-43：``chat_template_kwargs`` 交给模板；``reasoning_effort`` 给认得它的，或拨思考的开关；接着写最后一条。"""
-    model = deepseek_export.load(bundle, threads=1)
+    model = deepseek_export.load(trained_bundle, threads=1)
     assert model.tokenizer is not None
     body = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     end = "{% if add_generation_prompt %}[assistant]{{ '<think>' if thinking else '</think>' }}{% else %}[end]{% endif %}"

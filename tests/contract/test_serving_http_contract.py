@@ -13,47 +13,35 @@ import pytest
 
 import deepseek_export
 from deepseek_export.api import CompiledModel
-from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.runtime import SamplingParams, TokenLogprobs
-from tests.serving_http import NAME, Running, Scripted, alone, events, loader, opened, until
+from tests.serving_http import CHAT, LONG, NAME, TEXT, Running, Scripted, alone, events, loader, opened, until
 
 pytestmark = pytest.mark.contract
 
-CHAT = [{"role": "user", "content": "《论语》"}]
-TEXT = "And it came to pass"
-#: 长得几秒也跑不完，用来占住引擎。
-LONG = {"prompt": TEXT, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
-
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """演示检查点的 mla+moe。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("serve") / "out", "mla+moe").path
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> CompiledModel:
+def model(trained_bundle: Path) -> CompiledModel:
     """对照：不经过服务。"""
-    return deepseek_export.load(bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture
-def model_of(bundle: Path) -> Callable[[], CompiledModel]:
+def model_of(trained_bundle: Path) -> Callable[[], CompiledModel]:
     """另加载一份，归引擎用。"""
-    return lambda: deepseek_export.load(bundle, threads=1)
+    return lambda: deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[Running]:
+def server(trained_bundle: Path) -> Iterator[Running]:
     """四个 slot。"""
-    with Running(loader(bundle, slots=4, queue=64)) as running:
+    with Running(loader(trained_bundle, slots=4, queue=64)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def narrow(bundle: Path) -> Iterator[Running]:
+def narrow(trained_bundle: Path) -> Iterator[Running]:
     """一个 slot，排一个；注释发得很勤。"""
-    with Running(loader(bundle, slots=1, queue=1), keep_alive_s=0.02) as running:
+    with Running(loader(trained_bundle, slots=1, queue=1), keep_alive_s=0.02) as running:
         yield running
 
 
@@ -513,9 +501,9 @@ def test_empty_prompts_and_prompts_that_leave_no_room(server: Running):
 # SERVE-28
 
 
-def test_reasoning_comes_apart_from_the_answer(bundle: Path):
+def test_reasoning_comes_apart_from_the_answer(trained_bundle: Path):
     """SERVE-28：两个名字都有；流式的拼起来相同；续写原样给出。"""
-    model = deepseek_export.load(bundle, threads=1)
+    model = deepseek_export.load(trained_bundle, threads=1)
     assert model.tokenizer is not None
     text = "<think>\n先想想：1 < 2\n</think>\n\n不学。"
     ids = model.encode(text)[1:]  # 不要 bos

@@ -19,52 +19,40 @@ import pytest
 
 import deepseek_export
 from deepseek_export.api import CompiledModel
-from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
 from deepseek_export.serving import EngineSettings
 from deepseek_export.serving.http.health import Pulse
 from deepseek_export.serving.http.keys import KeyRing
 from deepseek_export.serving.http.server import Server, listen, serve
 from deepseek_export.serving.http.service import ServedModel
-from tests.serving_http import NAME, Running, alone, events, loader, opened, until
+from tests.serving_http import CHAT, LONG, NAME, TEXT, Running, alone, events, loader, opened, until
 
 pytestmark = pytest.mark.contract
 
-CHAT = [{"role": "user", "content": "《论语》"}]
-TEXT = "And it came to pass"
-#: 长得几秒也跑不完，用来占住引擎。
-LONG = {"prompt": TEXT, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
-
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """演示检查点的 mla+moe。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("serve") / "out", "mla+moe").path
-
-
-@pytest.fixture(scope="module")
-def model(bundle: Path) -> CompiledModel:
+def model(trained_bundle: Path) -> CompiledModel:
     """对照：不经过服务。"""
-    return deepseek_export.load(bundle, threads=1)
+    return deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture
-def model_of(bundle: Path) -> Callable[[], CompiledModel]:
+def model_of(trained_bundle: Path) -> Callable[[], CompiledModel]:
     """另加载一份，归引擎用。"""
-    return lambda: deepseek_export.load(bundle, threads=1)
+    return lambda: deepseek_export.load(trained_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[Running]:
+def server(trained_bundle: Path) -> Iterator[Running]:
     """四个 slot。"""
-    with Running(loader(bundle, slots=4, queue=64)) as running:
+    with Running(loader(trained_bundle, slots=4, queue=64)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def narrow(bundle: Path) -> Iterator[Running]:
+def narrow(trained_bundle: Path) -> Iterator[Running]:
     """一个 slot，排一个；注释发得很勤。"""
-    with Running(loader(bundle, slots=1, queue=1), keep_alive_s=0.02) as running:
+    with Running(loader(trained_bundle, slots=1, queue=1), keep_alive_s=0.02) as running:
         yield running
 
 
@@ -150,9 +138,9 @@ class Failing:
         return self._run(*arguments)
 
 
-def test_an_error_after_the_stream_began_is_an_event(bundle: Path):
+def test_an_error_after_the_stream_began_is_an_event(trained_bundle: Path):
     """SERVE-23、SERVE-25：已经开始的流以错误的事件结束，健康检查跟着变，好了又变回来；引擎死了就再也不健康。"""
-    model = deepseek_export.load(bundle, threads=1)
+    model = deepseek_export.load(trained_bundle, threads=1)
     body = {"messages": CHAT, "max_tokens": 50, "ignore_eos": True, "stream": True}
     broken = DsxError("DSX-E513", "假装的", "不必")
     with Running(lambda: opened(model)) as running:
@@ -263,13 +251,13 @@ def test_a_storm_leaves_nothing_behind(server: Running, model: CompiledModel):
 # SERVE-25
 
 
-def test_health_while_loading_and_after(bundle: Path):
+def test_health_while_loading_and_after(trained_bundle: Path):
     """SERVE-25：加载中 503，是 llama.cpp 的那个回答；试跑过一个 token 才就绪。"""
     go = threading.Event()
 
     def slowly():
         go.wait(30)
-        return loader(bundle)()
+        return loader(trained_bundle)()
 
     with Running(slowly, wait=False) as running:
         until(lambda: running.get("/health").status_code == 503)
@@ -361,9 +349,11 @@ def test_health_sees_a_stuck_engine(model_of: Callable[[], CompiledModel]):
         assert pulse.trouble() is None
 
 
-def test_several_models(bundle: Path, model: CompiledModel):
+def test_several_models(trained_bundle: Path, model: CompiledModel):
     """SERVE-53：都列出来，请求里的 ``model`` 说要哪一个；健康要全部的；指标各记各的。"""
-    one, two = (lambda name=name: opened(deepseek_export.load(bundle, threads=1), name) for name in "ab")
+    one, two = (
+        lambda name=name: opened(deepseek_export.load(trained_bundle, threads=1), name) for name in "ab"
+    )
     with Running(one, more=[two]) as running:
         assert [card["id"] for card in running.get("/v1/models").json()["data"]] == ["a", "b"]
         want = alone(model, TEXT, max_new_tokens=6)
@@ -387,12 +377,12 @@ def test_several_models(bundle: Path, model: CompiledModel):
         assert "'b'" in got.json()["error"]["message"]
 
 
-def test_one_model_that_cannot_load_stops_all(bundle: Path):
+def test_one_model_that_cannot_load_stops_all(trained_bundle: Path):
     """SERVE-53：加载好的也关掉。"""
     loaded: list[ServedModel] = []
 
     def good() -> ServedModel:
-        loaded.append(opened(deepseek_export.load(bundle, threads=1)))
+        loaded.append(opened(deepseek_export.load(trained_bundle, threads=1)))
         return loaded[0]
 
     def bad() -> ServedModel:
@@ -407,11 +397,11 @@ def test_one_model_that_cannot_load_stops_all(bundle: Path):
 # SERVE-26
 
 
-def test_keys_and_logs(bundle: Path, caplog):
+def test_keys_and_logs(trained_bundle: Path, caplog):
     """SERVE-26：没有密钥 401，探针除外；跨域缺省是关的；一个请求一行日志，没有提示词、回答与密钥。"""
     caplog.set_level("INFO", "dsx.serve")
     secret = "sk-very-secret"
-    with Running(loader(bundle), keys=KeyRing([secret, "other"])) as running:
+    with Running(loader(trained_bundle), keys=KeyRing([secret, "other"])) as running:
         assert running.get("/health").status_code == 200
         for path in ("/v1/models", "/metrics", "/version"):
             assert running.get(path).status_code == 401
@@ -441,10 +431,10 @@ def test_keys_and_logs(bundle: Path, caplog):
     assert not any(word in caplog.text for word in ("PROMPT-TEXT", secret, "other"))
 
 
-def test_prompts_are_logged_only_on_request(bundle: Path, caplog):
+def test_prompts_are_logged_only_on_request(trained_bundle: Path, caplog):
     """SERVE-26：要了才写，仍是一行，看不见的字符都转义；回答从不写。"""
     caplog.set_level("INFO", "dsx.serve")
-    with Running(loader(bundle), log_prompts=True) as running:
+    with Running(loader(trained_bundle), log_prompts=True) as running:
         caplog.clear()
         body = {"prompt": ["明月\n\x1b[31m\u2028", "x"], "max_tokens": 2}
         assert running.post("/v1/completions", body).status_code == 200
@@ -454,10 +444,12 @@ def test_prompts_are_logged_only_on_request(bundle: Path, caplog):
     assert "明月\\n" in line
 
 
-def test_cors_only_where_allowed(bundle: Path):
+def test_cors_only_where_allowed(trained_bundle: Path):
     """SERVE-26：允许的网页可以带着密钥来，预检不要密钥；别的网页不行。"""
     preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-    with Running(loader(bundle), keys=KeyRing(["k"]), cors_origins=["https://good.example"]) as running:
+    with Running(
+        loader(trained_bundle), keys=KeyRing(["k"]), cors_origins=["https://good.example"]
+    ) as running:
         for origin, allowed in (("https://good.example", True), ("https://evil.example", False)):
             got = running.client.options("/v1/completions", headers=preflight | {"origin": origin})
             assert (got.headers.get("access-control-allow-origin") == origin) is allowed

@@ -15,19 +15,12 @@ from pathlib import Path
 
 import pytest
 
-import deepseek_export
 from deepseek_export.bundle import Bundle
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.disk_cache import home as cache_home
 from tests.integration.cli import DSX, assert_refused, dsx_process, environment
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """随包附带的演示检查点。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("chat") / "OUT", "mla+moe").path
 
 
 def chat(source: Path, text: str | bytes, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -40,10 +33,10 @@ def chat(source: Path, text: str | bytes, *options: str, **extra: str) -> subpro
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def test_questions_from_a_pipe(bundle: Path):
+def test_questions_from_a_pipe(trained_bundle: Path):
     """SERVE-51：stdout 上只有回答；空行不算，命令不是问题，几行可以是一问。"""
     lines = '《论语》\n\n/stats\n/reset\n"""\n《论语》\n"""\n/what\n//stats\n'
-    done = chat(bundle, lines, "--max-new-tokens", "24")
+    done = chat(trained_bundle, lines, "--max-new-tokens", "24")
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.split("\n\n")
     assert first == second == "子曰：“君子不学，不仁者不可得而不礼。”"
@@ -51,29 +44,29 @@ def test_questions_from_a_pipe(bundle: Path):
     assert "现成" in done.stderr
     assert "没有命令 /what" in done.stderr
     assert "/reset" in done.stderr
-    left = chat(bundle, "春\n/exit\n秋\n", "--max-new-tokens", "4")
+    left = chat(trained_bundle, "春\n/exit\n秋\n", "--max-new-tokens", "4")
     assert left.returncode == 0
     assert "\n\n" not in left.stdout
 
 
-def test_sampling_is_as_in_generate(bundle: Path):
+def test_sampling_is_as_in_generate(trained_bundle: Path):
     """SERVE-51：同样的选项，同样的文本。"""
     options = ("--temperature", "0.8", "--top-k", "20", "--top-p", "0.9", "--seed", "5")
     options += ("--max-new-tokens", "16", "--ignore-eos", "--stop", "。")
-    said = chat(bundle, "明月", *options)
-    want = dsx_process("generate", bundle, "-P", "明月", "--chat", "--threads", "1", *options)
+    said = chat(trained_bundle, "明月", *options)
+    want = dsx_process("generate", trained_bundle, "-P", "明月", "--chat", "--threads", "1", *options)
     assert said.returncode == want.returncode == 0
     assert said.stdout == want.stdout
 
 
-def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path):
+def test_refusals(trained_bundle: Path, tiny_bundle: Path, tmp_path: Path):
     """SERVE-51：按码拒绝，没有 traceback。"""
     assert_refused(chat(tiny_bundle, "x"), "DSX-E514")
     assert_refused(chat(tmp_path / "none", "x"), "DSX-E402")
-    assert_refused(chat(bundle, b"\xff\xfe\n"), "DSX-E702")
-    assert_refused(chat(bundle, "长" * 3000), "DSX-E511")
-    assert_refused(chat(bundle, "x", "--temperature", "-1"), "DSX-E504")
-    refused = chat(bundle, "x", "-p", "full", "--set", "mla.form=naive")
+    assert_refused(chat(trained_bundle, b"\xff\xfe\n"), "DSX-E702")
+    assert_refused(chat(trained_bundle, "长" * 3000), "DSX-E511")
+    assert_refused(chat(trained_bundle, "x", "--temperature", "-1"), "DSX-E504")
+    refused = chat(trained_bundle, "x", "-p", "full", "--set", "mla.form=naive")
     assert_refused(refused, "DSX-E732")
     assert "--profile、--set" in refused.stderr
 
@@ -131,9 +124,9 @@ def terminal(source: Path, *options: str) -> Iterator[Terminal]:
         os.close(ours)
 
 
-def test_ctrl_c_stops_an_answer_without_leaving(bundle: Path):
+def test_ctrl_c_stops_an_answer_without_leaving(trained_bundle: Path):
     """SERVE-51：停下之后还能问；空着的时候按两次才离开。"""
-    with terminal(bundle, "--ignore-eos") as one:
+    with terminal(trained_bundle, "--ignore-eos") as one:
         one.wait(">>> ")
         one.type("《论语》\r")
         one.wait("子曰")
@@ -150,9 +143,9 @@ def test_ctrl_c_stops_an_answer_without_leaving(bundle: Path):
         assert one.process.wait(30) == 130
 
 
-def test_a_terminal_survives_a_question_that_is_too_long(bundle: Path):
+def test_a_terminal_survives_a_question_that_is_too_long(trained_bundle: Path):
     """SERVE-51：说明原因，上文不变；几行的一问；Ctrl-D 离开。"""
-    with terminal(bundle, "--max-new-tokens", "8") as one:
+    with terminal(trained_bundle, "--max-new-tokens", "8") as one:
         one.wait(">>> ")
         one.type('"""\r')
         for _ in range(4):
@@ -169,7 +162,7 @@ def test_a_terminal_survives_a_question_that_is_too_long(bundle: Path):
         assert one.process.wait(30) == 0
 
 
-def test_it_needs_neither_fastapi_nor_a_compiler(bundle: Path):
+def test_it_needs_neither_fastapi_nor_a_compiler(trained_bundle: Path):
     """SERVE-51"""
     script = (
         "import sys\n"
@@ -177,7 +170,7 @@ def test_it_needs_neither_fastapi_nor_a_compiler(bundle: Path):
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n    print([n for n in ('torch', 'onnx', 'fastapi', 'uvicorn') if n in sys.modules])\n"
     )
-    command = [sys.executable, "-c", script, "chat", str(bundle), "--max-new-tokens", "2"]
+    command = [sys.executable, "-c", script, "chat", str(trained_bundle), "--max-new-tokens", "2"]
     done = subprocess.run(
         command, input="春\n", capture_output=True, text=True, env=environment(), check=False
     )

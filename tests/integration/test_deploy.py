@@ -15,8 +15,6 @@ import click
 import pytest
 import yaml
 
-import deepseek_export
-from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cli.main import cli
 from tests.integration.cli import assert_refused, dsx, last_json
 from tests.serving_http import NAME, Running, loader
@@ -29,15 +27,9 @@ DOCKERFILES = ("Dockerfile", "Dockerfile.gpu")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """随包附带的演示检查点。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("deploy") / "OUT", "mla+moe").path
-
-
-@pytest.fixture(scope="module")
-def running(bundle: Path) -> Iterator[Running]:
+def running(trained_bundle: Path) -> Iterator[Running]:
     """开着的服务，答过一个请求。"""
-    with Running(loader(bundle)) as one:
+    with Running(loader(trained_bundle)) as one:
         one.post("/v1/completions", {"prompt": "春", "max_tokens": 4})
         yield one
 
@@ -166,16 +158,16 @@ def test_every_metric_of_the_dashboard_is_served(running: Running):
     assert f'model_name="{NAME}"' in served
 
 
-def test_pack_for_triton_from_the_command_line(bundle: Path, tmp_path: Path):
+def test_pack_for_triton_from_the_command_line(trained_bundle: Path, tmp_path: Path):
     """SERVE-56：说明写在哪里、Triton 不做什么；选项没有配 --triton 的拒绝；OUT 不变。"""
-    before = sorted(path for path in bundle.rglob("*"))
+    before = sorted(path for path in trained_bundle.rglob("*"))
     repository = tmp_path / "models"
-    done = dsx("pack", bundle, "--triton", repository, "--name", "v3", "--context", "256")
+    done = dsx("pack", trained_bundle, "--triton", repository, "--name", "v3", "--context", "256")
     assert done.returncode == 0, done.stderr
     assert "Triton 不做的" in done.stdout
     assert f"tritonserver --model-repository {repository}" in done.stdout
-    again = dsx("pack", bundle, "--triton", repository, "--name", "v3", "--overwrite", "--json")
+    again = dsx("pack", trained_bundle, "--triton", repository, "--name", "v3", "--overwrite", "--json")
     assert last_json(again)["context"] == 2048
-    assert sorted(path for path in bundle.rglob("*")) == before
-    assert_refused(dsx("pack", bundle, "--name", "v3", "--overwrite"), "DSX-E734")
-    assert_refused(dsx("pack", bundle, "--triton", repository, "--name", "v3"), "DSX-E401")
+    assert sorted(path for path in trained_bundle.rglob("*")) == before
+    assert_refused(dsx("pack", trained_bundle, "--name", "v3", "--overwrite"), "DSX-E734")
+    assert_refused(dsx("pack", trained_bundle, "--triton", repository, "--name", "v3"), "DSX-E401")

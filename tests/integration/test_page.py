@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import deepseek_export
-from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.serving.http.keys import KeyRing
 from deepseek_export.serving.http.page import PAGE
 from tests.browser import CHROMIUM, WHY_NOT, Browser
@@ -22,12 +21,6 @@ ANSWERED = (
     "!document.getElementById('stop').offsetParent && document.querySelectorAll('.assistant').length === {}"
 )
 SAID = "[...document.querySelectorAll('.said')].map((one) => one.textContent)"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """随包附带的演示检查点。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("page") / "OUT", "mla+moe").path
 
 
 @pytest.fixture
@@ -43,9 +36,9 @@ def ready(browser: Browser) -> None:
     browser.js("document.getElementById('temperature').value = 0; document.getElementById('text').focus()")
 
 
-def test_the_page_is_one_file_that_names_no_host(bundle: Path):
+def test_the_page_is_one_file_that_names_no_host(trained_bundle: Path):
     """SERVE-54：没有密钥也打得开；里面没有外面的地址；别的路径照样要密钥。"""
-    with Running(loader(bundle), keys=KeyRing(["k"])) as running:
+    with Running(loader(trained_bundle), keys=KeyRing(["k"])) as running:
         got = running.get("/")
         assert got.status_code == 200
         assert got.content == PAGE
@@ -57,11 +50,11 @@ def test_the_page_is_one_file_that_names_no_host(bundle: Path):
 
 @in_browser
 @pytest.mark.parametrize(("width", "height", "dark"), [(1200, 800, False), (390, 780, True)])
-def test_a_conversation(browser: Browser, bundle: Path, width: int, height: int, dark: bool):
+def test_a_conversation(browser: Browser, trained_bundle: Path, width: int, height: int, dark: bool):
     """SERVE-54：两问两答，第二问接着说；没有横向的滚动条，没有抱怨，没有连别处；亮暗随系统，也能改。"""
-    model = deepseek_export.load(bundle, threads=1)
+    model = deepseek_export.load(trained_bundle, threads=1)
     want = model.generate("《论语》", chat=True, max_new_tokens=200).text
-    with Running(loader(bundle)) as running:
+    with Running(loader(trained_bundle)) as running:
         browser.open(running.url, width, height, dark)
         ready(browser)
         browser.type("《论语》")
@@ -88,9 +81,9 @@ def test_a_conversation(browser: Browser, bundle: Path, width: int, height: int,
 
 
 @in_browser
-def test_stopping_and_keys(browser: Browser, bundle: Path):
+def test_stopping_and_keys(browser: Browser, trained_bundle: Path):
     """SERVE-54：密钥不对说一声，填上就能用；停下之后引擎里没有请求。"""
-    with Running(loader(bundle, slots=1), keys=KeyRing(["sk-1"])) as running:
+    with Running(loader(trained_bundle, slots=1), keys=KeyRing(["sk-1"])) as running:
         browser.open(running.url, 1200, 800)
         browser.until("document.getElementById('empty').textContent.includes('API 密钥')")
         assert browser.js("document.activeElement.id") == "key"

@@ -18,7 +18,6 @@ import httpx
 import psutil
 import pytest
 
-import deepseek_export
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.disk_cache import home as cache_home
 from tests.integration.cli import assert_refused, dsx, environment
@@ -38,12 +37,6 @@ finally:
 """
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    """随包附带的演示检查点。"""
-    return deepseek_export.export(CHECKPOINT, tmp_path_factory.mktemp("serve") / "OUT", "mla+moe").path
-
-
 def linked_home(folder: Path) -> Path:
     """空的 ``DSX_HOME``；捕获的缓存与别的测试共用，省去每次十几秒。"""
     traces = cache_home() / "traces"
@@ -56,10 +49,10 @@ def linked_home(folder: Path) -> Path:
 
 @contextmanager
 def serving(
-    bundle: Path | None, *options: str, in_background: bool = False, **extra: str
+    trained_bundle: Path | None, *options: str, in_background: bool = False, **extra: str
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """一个就绪了的服务进程，与它的地址；``in_background``：像脚本用 ``&`` 起的，继承的是忽略 SIGINT。"""
-    given = [] if bundle is None else [str(bundle)]
+    given = [] if trained_bundle is None else [str(trained_bundle)]
     command = [sys.executable, "-c", _SERVE, "serve", *given, "--port", "0", "--threads", "1", *options]
     interrupts = signal.SIG_IGN if in_background else signal.SIG_DFL
     process = subprocess.Popen(
@@ -92,7 +85,7 @@ def stopped(process: subprocess.Popen[str], code: int = 143) -> str:
     return err
 
 
-def test_every_line_of_the_guide_runs(bundle: Path):
+def test_every_line_of_the_guide_runs(trained_bundle: Path):
     """SERVE-20：命令、curl、openai 客户端。"""
     text = GUIDE.read_text(encoding="utf-8")
     shell = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines()
@@ -100,7 +93,7 @@ def test_every_line_of_the_guide_runs(bundle: Path):
     install, start, *curls = shell
     assert install == "pip install 'deepseek-export[serve]'"
     assert start == "dsx serve OUT --port 8000"
-    with serving(bundle) as (process, url):
+    with serving(trained_bundle) as (process, url):
         for line in curls:
             command = shlex.split(line.replace("http://127.0.0.1:8000", url))
             assert command[0] == "curl"
@@ -150,10 +143,10 @@ def test_the_readme_goes_from_a_checkpoint_to_curl(tmp_path: Path):
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
 
-def test_the_first_sigterm_lets_what_is_running_finish(bundle: Path):
+def test_the_first_sigterm_lets_what_is_running_finish(trained_bundle: Path):
     """SERVE-27：手上的答完，新的连不上。"""
     body = {"prompt": "And", "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with serving(bundle) as (process, url), httpx.Client(timeout=60) as client:
+    with serving(trained_bundle) as (process, url), httpx.Client(timeout=60) as client:
         with client.stream("POST", f"{url}/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             got = [next(lines)]
@@ -170,11 +163,11 @@ def test_the_first_sigterm_lets_what_is_running_finish(bundle: Path):
             client.get(f"{url}/health")
 
 
-def test_the_second_sigterm_stops_at_once(bundle: Path):
+def test_the_second_sigterm_stops_at_once(trained_bundle: Path):
     """SERVE-27：没有做完的流以错误的事件结束，不是断掉。"""
     # 八个 slot，十六个回答：再快的机器也要几秒。
     body = {"prompt": "And", "max_tokens": 2000, "n": 16, "ignore_eos": True, "stream": True}
-    with serving(bundle) as (process, url), httpx.Client(timeout=60) as client:
+    with serving(trained_bundle) as (process, url), httpx.Client(timeout=60) as client:
         with client.stream("POST", f"{url}/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
             got = [next(lines)]
@@ -189,18 +182,18 @@ def test_the_second_sigterm_stops_at_once(bundle: Path):
 
 
 @pytest.mark.parametrize(("times", "in_background"), [(1, False), (2, False), (1, True)])
-def test_ctrl_c(bundle: Path, times: int, in_background: bool):
+def test_ctrl_c(trained_bundle: Path, times: int, in_background: bool):
     """SERVE-27：没有请求时，一次、两次都停得干净；从脚本的后台起的也一样。"""
-    with serving(bundle, in_background=in_background) as (process, _):
+    with serving(trained_bundle, in_background=in_background) as (process, _):
         for _ in range(times):
             process.send_signal(signal.SIGINT)
         assert stopped(process, 130).splitlines()[-1] == "已中断"
 
 
-def test_several_models_from_the_command_line(bundle: Path):
+def test_several_models_from_the_command_line(trained_bundle: Path):
     """SERVE-53：OUT 与 ``--model`` 都列出来，各答各的。"""
     with (
-        serving(bundle, "--name", "one", "--model", f"two={bundle}") as (process, url),
+        serving(trained_bundle, "--name", "one", "--model", f"two={trained_bundle}") as (process, url),
         httpx.Client(base_url=url, timeout=60) as client,
     ):
         names = [card["id"] for card in client.get("/v1/models").json()["data"]]
@@ -254,13 +247,13 @@ def test_stopping_during_the_export_leaves_nothing(tmp_path: Path):
     assert not (home / "bundles").exists() or not list((home / "bundles").iterdir())
 
 
-def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):
+def test_refusals(trained_bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):
     """SERVE-26、SERVE-27、SERVE-52、SERVE-53：按码拒绝，没有 traceback。"""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert_refused(dsx("serve", bundle, "--port", port), "DSX-E731")
-    assert_refused(dsx("serve", bundle, "--host", "no-such-host.invalid"), "DSX-E731")
-    assert_refused(dsx("serve", bundle, "--api-key-file", tmp_path / "none"), "DSX-E730")
+        assert_refused(dsx("serve", trained_bundle, "--port", port), "DSX-E731")
+    assert_refused(dsx("serve", trained_bundle, "--host", "no-such-host.invalid"), "DSX-E731")
+    assert_refused(dsx("serve", trained_bundle, "--api-key-file", tmp_path / "none"), "DSX-E730")
     assert_refused(dsx("serve", tmp_path / "none", "--port", 0), "DSX-E402")
     assert_refused(dsx("serve", tiny_bundle, "--port", 0), "DSX-E514")
     for wrong in (
@@ -271,12 +264,12 @@ def test_refusals(bundle: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch):
         ("--name", "x"),
         ("--name", "x", "--model", "y=OUT"),
         ("--model", "x=OUT", "--model", "x=OUT2"),
-        (bundle, "--name", "x", "--model", "x=OUT"),
+        (trained_bundle, "--name", "x", "--model", "x=OUT"),
     ):
         assert_refused(dsx("serve", "--port", 0, *wrong), "DSX-E733")
-    assert_refused(dsx("serve", bundle, "--port", 0, "--quant", "int8"), "DSX-E732")
+    assert_refused(dsx("serve", trained_bundle, "--port", 0, "--quant", "int8"), "DSX-E732")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    refused = dsx("serve", bundle)
+    refused = dsx("serve", trained_bundle)
     assert_refused(refused, "DSX-E721")
     assert "uvicorn" in refused.stderr
     assert "deepseek-export[serve]" in refused.stderr

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.by_reference import link_checkpoint
+from deepseek_export.bundle.description import ExportSettings
 from deepseek_export.bundle.disk import (
     atomic_directory,
     check_free_space,
@@ -81,7 +82,7 @@ def test_manifest_round_trips_and_covers_every_file(v3_bundle: Bundle):
 
 def test_export_is_reproducible(v3_checkpoint: Path, v3_bundle: Bundle, tmp_path: Path):
     """同样的输入导出两次，模型与权重逐位相同。"""
-    again = export_bundle(v3_checkpoint, tmp_path / "again", v3_bundle.manifest.profile)
+    again = export_bundle(v3_checkpoint, tmp_path / "again", ExportSettings(v3_bundle.manifest.profile))
     for name in ("model.onnx", "weights/model.safetensors"):
         assert again.manifest.files[name] == v3_bundle.manifest.files[name]
 
@@ -96,7 +97,10 @@ def test_cache_entry_counts_576_values_per_token_and_layer(v3_bundle: Bundle):
 def test_mtp_without_mtp_weights_is_refused(v3_checkpoint: Path, tmp_path: Path):
     """transformers 存的检查点 config 里写着 num_nextn_predict_layers 而没有权重：-p mla 可以，-p mtp 拒绝。"""
     assert Checkpoint.open(v3_checkpoint).config.num_mtp_layers == 1
-    assert code_of(export_bundle, v3_checkpoint, tmp_path / "out", resolve_profile("full")) == "DSX-E119"
+    assert (
+        code_of(export_bundle, v3_checkpoint, tmp_path / "out", ExportSettings(resolve_profile("full")))
+        == "DSX-E119"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.cells import cell_len
 
-from deepseek_export.cli.formatting import HelpFormatter, wrap
+from deepseek_export.cli.formatting import HelpFormatter, described, wrap
 from deepseek_export.cli.generate import parse_ids
 from deepseek_export.errors import DsxError
 from deepseek_export.units import size
@@ -81,3 +81,8 @@ def test_bad_ids_are_refused_by_position(text):
         parse_ids(text)
     assert caught.value.code == "DSX-E701"
     assert repr(text) in caught.value.what
+
+
+def test_what_click_adds_to_an_option_is_chinese():
+    assert described("线程数。  [default: 4; 1<=x<=9; required]") == "线程数。  [缺省 4; 1<=x<=9; 必填]"
+    assert described("写成 [default: 3] 的不在末尾") == "写成 [default: 3] 的不在末尾"

@@ -35,7 +35,7 @@ def test_performance_and_the_readme_figures_come_from_the_history():
     written = pages.texts(results.load())
     pictures = set(pages.PICTURES.glob("*.svg"))
     assert pictures
-    assert set(written) == {pages.PAGE, *pages.READMES.values()} | pictures
+    assert set(written) == {pages.PAGE, pages.VALIDATION_FILE, *pages.READMES.values()} | pictures
     for path, text in written.items():
         assert path.read_text(encoding="utf-8") == text, path
 
