@@ -21,7 +21,7 @@ from deepseek_export.kernels.audit import (
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.table import SMS
 from tests.integration.cli import dsx, last_json
-from tools.make_kernel_audit import PAGE
+from tools.make_kernel_audit import PAGE, ragged_lens
 
 pytestmark = pytest.mark.contract
 
@@ -129,7 +129,7 @@ def test_no_processor_idles(sm: int, heads: int) -> None:
         for batch in range(1, 257):
             for lens in (
                 [8191] * batch,
-                [(b * 2654435761) % 8192 for b in range(batch)],
+                ragged_lens(batch),
                 [32767, *[63] * (batch - 1)],
             ):
                 found = balance(table, lens, 32768, sms)

@@ -222,7 +222,7 @@ def test_programs_follow_the_card():
         return variant.launches[0].grid[0].evaluate(sizes)
 
     assert programs(1, 1, 32768) == programs(128, 1, 32768) == 132
-    assert programs(1, 1, 1024) == 2 * 16, "128 个头是两块 64 行"
+    assert programs(1, 1, 1024) == 2 * 32, "128 个头是两块 64 行，一次 32 个 key"
     assert [programs(1, 1, 32768, sms) for sms in (114, 78, 1, 500)] == [114, 78, 1, 132], "H100 PCIe、H20"
     assert programs(1, 0, 1024) == 0, "没有新 token 就没有启动"
     large, larger = ({"B": B, "S": 8, "T": T} for B, T in ((16, 4096), (512, 131072)))
