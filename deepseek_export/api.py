@@ -125,6 +125,7 @@ def export_stages(
     stages: int | str,
     profile: str | Path | OptimizationProfile = "baseline",
     *,
+    balance: Literal["bytes", "time"] = "bytes",
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -137,7 +138,7 @@ def export_stages(
     Args:
         checkpoint, profile, overrides, tokenizer, progress, **options: 见 :func:`export`；``check`` 校验的是切开之前的。
         out: 这套 stage 的目录；要么完整出现，要么不出现。
-        stages: 见 :func:`split`；动工之前就核对。
+        stages, balance: 见 :func:`split`；动工之前就核对。
         overwrite: 允许替换已有的一套 stage。
         exported: 整个的导出好了、还没有切的时候调用。
 
@@ -171,7 +172,7 @@ def export_stages(
                     check_free_space(out, 2 * packed_bytes(opened, settings))
                 bundle = export(source, whole, resolved, overwrite=True, progress=progress, **options)
             exported(bundle)
-            return split_bundle(whole, out, stages, overwrite=overwrite, progress=progress)
+            return split_bundle(whole, out, stages, balance=balance, overwrite=overwrite, progress=progress)
         finally:
             shutil.rmtree(whole, ignore_errors=True)
 

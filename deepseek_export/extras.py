@@ -12,7 +12,9 @@ from deepseek_export.errors import DsxError
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir", "onnx_graphsurgeon", "polygraphy")
 #: ``deepseek-export[serve]`` 装的：``dsx serve`` 才要。
 SERVE_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
-#: 同一组里的，只有 ``response_format``、强制的工具调用才要。
+#: ``deepseek-export[ray]`` 装的里面，只有 Ray Serve 才要的。
+RAY_SERVE_PACKAGES = ("aiohttp", "grpc", "opencensus")
+#: ``deepseek-export[serve]`` 里的，只有 ``response_format``、强制的工具调用才要。
 GRAMMAR_PACKAGES = ("llguidance",)
 
 
@@ -71,6 +73,19 @@ def require_ray() -> None:
     if _missing(("ray",)):
         raise DsxError(
             "DSX-E751", "用 Ray 起 stage 要装 ray，这里没有", "pip install -U 'deepseek-export[ray]'"
+        )
+
+
+def require_ray_serve() -> None:
+    """Ray Serve 的依赖齐不齐；不导入它们。
+
+    Raises:
+        DsxError: ``DSX-E751``，没有装 Ray；``DSX-E752``，缺哪几个包，怎么装。
+    """
+    require_ray()
+    if missing := _missing(RAY_SERVE_PACKAGES):
+        raise DsxError(
+            "DSX-E752", f"几个副本要用 Ray Serve，缺 {missing}", "pip install -U 'deepseek-export[ray]'"
         )
 
 

@@ -31,6 +31,12 @@ class MlaSection(_Section):
     cache_dtype: Literal["model", "float32", "float16", "bfloat16", "int8"] = "model"
 
 
+class DsaSection(_Section):
+    """稀疏注意力（DSA）：要不要它由模型定，这里只说索引 key 怎么存；``cache`` 是与别的缓存同样的浮点。"""
+
+    index_cache_dtype: Literal["cache", "int8"] = "cache"
+
+
 class MoeSection(_Section):
     """MoE：只计算被路由选中的专家；关闭时所有专家都算，再乘路由权重。"""
 
@@ -60,6 +66,7 @@ class OptimizationProfile(_Section):
     """
 
     mla: MlaSection = MlaSection()
+    dsa: DsaSection = DsaSection()
     moe: MoeSection = MoeSection()
     mtp: MtpSection = MtpSection()
     fallback: FallbackSection = FallbackSection()
@@ -86,6 +93,19 @@ class OptimizationProfile(_Section):
                 )
         return self
 
+    def check_model(self, family: str, sparse: bool) -> None:
+        """方案说了索引 key 怎么存，模型就得有索引器（``sparse``）。
+
+        Raises:
+            DsxError: ``DSX-E136``，没有。
+        """
+        if self.dsa.index_cache_dtype != "cache" and not sparse:
+            raise DsxError(
+                "DSX-E136",
+                f"dsa.index_cache_dtype={self.dsa.index_cache_dtype}，而 {family} 没有稀疏注意力",
+                "去掉 dsa.index_cache_dtype",
+            )
+
     @property
     def name(self) -> str:
         """由打开的部分得出的名字：``baseline``、``mla+moe``、``full`` 等。"""
@@ -109,7 +129,13 @@ class OptimizationProfile(_Section):
 
 _SWITCHES = ("mla", "moe", "mtp")
 _SECTIONS: Mapping[str, type[_Section]] = MappingProxyType(
-    {"mla": MlaSection, "moe": MoeSection, "mtp": MtpSection, "fallback": FallbackSection}
+    {
+        "mla": MlaSection,
+        "dsa": DsaSection,
+        "moe": MoeSection,
+        "mtp": MtpSection,
+        "fallback": FallbackSection,
+    }
 )
 _KEYS = tuple(f"{section}.{key}" for section, cls in _SECTIONS.items() for key in cls.model_fields)
 

@@ -11,7 +11,7 @@ from deepseek_export.report.lines import Axis, Line, Point, line_chart
 from deepseek_export.report.svg import Picture
 from perf import labels
 from perf.results import Case, SuiteResult
-from perf.suites import mtp, peers
+from perf.suites import mtp, peers, sparse
 from perf.suites.compile import PACKED, PEER, REFERENCE
 
 _MIB = 1 << 20
@@ -72,18 +72,41 @@ def _mla_memory(suite: SuiteResult) -> dict[str, Picture]:
 
 
 def _mla_decode(suite: SuiteResult) -> dict[str, Picture]:
-    contexts = [case.facts["context"] for case in suite.cases]
+    series = (("transformers", 0), ("baseline", 2), ("naive", 3), ("absorb", 1))
+    return {"": _by_context("解码一步的时间与上下文", suite.cases, series)}
+
+
+def _sparse(suite: SuiteResult) -> dict[str, Picture]:
+    series = ((sparse.PEER, 0), (sparse.DENSE, 2), (sparse.DSA, 1), (sparse.DSA_INT8, 3))
+    cases = [case for case in suite.cases if "context" in case.facts]
+    return {
+        f"b{batch}": _by_context(
+            f"稀疏注意力：解码一步的时间与上下文，batch {batch}",
+            [case for case in cases if case.facts["batch"] == batch],
+            series,
+        )
+        for batch in dict.fromkeys(case.facts["batch"] for case in cases)
+    }
+
+
+def _by_context(title: str, cases: Sequence[Case], series: Sequence[tuple[str, int]]) -> Picture:
+    """一个系列一条线，横轴是上下文；某一格没有测的系列，那里没有点，一格也没有的不画。"""
+    contexts = [case.facts["context"] for case in cases]
     lines = []
-    for name, slot in (("transformers", 0), ("baseline", 2), ("naive", 3), ("absorb", 1)):
-        spreads = [case.values[f"{name}.step_s"].scaled(1e3) for case in suite.cases]
+    for name, slot in series:
+        spreads = {
+            case.facts["context"]: case.values[f"{name}.step_s"].scaled(1e3)
+            for case in cases
+            if f"{name}.step_s" in case.values
+        }
         points = [
-            Point(x, s.median, s.low, s.high, f"{labels.number(s.median)} ms")
-            for x, s in zip(contexts, spreads, strict=True)
+            Point(x, s.median, s.low, s.high, f"{labels.number(s.median)} ms") for x, s in spreads.items()
         ]
-        lines.append(Line(name, points, slot))
+        if points:
+            lines.append(Line(labels.series(name), points, slot))
     ends = "；".join(f"{line.name} 从 {line.points[0].note} 到 {line.points[-1].note}" for line in lines)
-    picture = line_chart(
-        "解码一步的时间与上下文",
+    return line_chart(
+        title,
         f"上下文 {contexts[0]} 到 {contexts[-1]} 个 token：{ends}。",
         lines,
         Axis("上下文（token，对数）", logarithmic=True, ticks=contexts),
@@ -91,7 +114,6 @@ def _mla_decode(suite: SuiteResult) -> dict[str, Picture]:
         better="越低越好",
         heading=True,
     )
-    return {"": picture}
 
 
 def _mtp(suite: SuiteResult) -> dict[str, Picture]:
@@ -279,6 +301,7 @@ FIGURES: Mapping[str, Callable[[SuiteResult], dict[str, Picture]]] = MappingProx
     {
         "mla-memory": _mla_memory,
         "mla-decode": _mla_decode,
+        "sparse": _sparse,
         "mtp": _mtp,
         "moe": _moe,
         "moe-quality": _moe_quality,

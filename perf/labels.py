@@ -29,7 +29,12 @@ _SERIES: Mapping[str, str] = MappingProxyType(
         "warm": "前缀现成",
         "one": "一个进程",
         "stages": "一套 stage",
+        "predicted": "预测的",
+        "measured": "量到的",
         "matmul": "矩阵乘",
+        "dsa": "收集（V3.2）",
+        "dsa-int8": "收集，int8 索引 key",
+        "dense-mla": "稠密 MLA（V3）",
         "transformers OnnxExporter": "transformers OnnxExporter（写权重）",
     }
 )
@@ -64,6 +69,7 @@ _FIELDS: Mapping[str, tuple[str, tuple[tuple[float, str], ...]]] = MappingProxyT
         "gb_s": ("GB/s", _PLAIN),
         "gflop_s": ("GFLOP/s", _PLAIN),
         "tflop_s": ("TFLOP/s", _PLAIN),
+        "agreement": ("选中的集合一致的份额，各层", _PLAIN),
         "row_error": ("logits 每行相对误差的中位数", _PLAIN),
         "row_error_p99": ("99 分位", _PLAIN),
         "same_argmax": ("argmax 相同的比例", _PLAIN),
@@ -82,6 +88,13 @@ _RATIOS: Mapping[str, str] = MappingProxyType(
         "capture": "捕获的时间 深 / 浅",
         "mla/transformers": "一步 apply 之后 / 原样",
         "int8/bfloat16": "误差 int8 / bfloat16",
+        "dsa/dense-mla": "一步 收集 / 稠密",
+        "dsa/transformers": "一步 收集 / transformers",
+        "dsa-int8/dsa": "一步 int8 索引 key / bfloat16",
+        "dsa/字节": "一步 收集 / 读完要读的字节",
+        "dsa/算术": "一步 收集 / 读与乘加里慢的",
+        "prefill dsa/dense-mla": "prefill 收集 / 稠密",
+        "peak dsa/dense-mla": "prefill 的内存峰值 收集 / 稠密",
         "engine/generator": "一步 引擎 / 生成器",
         "HTTP/engine": "每个 token 经 HTTP / 引擎",
         "warm/cold": "等第一个 token 前缀现成 / 重算",
@@ -138,6 +151,11 @@ _SCENARIO: Mapping[str, str] = MappingProxyType(
         "prefix": "前缀 token",
         "tail": "前缀之后的 token",
         "steady": "满批次的提示词与步数",
+        "peer_contexts": "transformers 也测的上下文",
+        "peer_s": "等 transformers 一步的时限（秒）",
+        "chunk": "prefill 每块",
+        "prompt_runs": "prefill 的遍数",
+        "quality_prompt": "比误差的 token",
     }
 )
 
@@ -321,6 +339,7 @@ _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "memory_bytes": ("显存", size),
         "versions": ("版本", _any),
         "skipped": ("跳过没有测的", lambda points: _any(points) or "没有"),
+        "slots": ("名额", str),
         "source": ("来处", str),
     }
 )

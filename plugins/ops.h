@@ -41,7 +41,7 @@ inline constexpr Types kF32{1, {1}};  // float32
 inline constexpr Types kU8{1, {2}};  // uint8
 
 // 有 TensorRT 插件的算子。
-inline constexpr std::array<char const*, 2> kPlugins{"LatentAttention", "MoeExperts"};
+inline constexpr std::array<char const*, 4> kPlugins{"LatentAttention", "IndexTopK", "SparseLatentAttention", "MoeExperts"};
 
 namespace mla_attention {
 inline constexpr char const* kName = "MlaAttention";
@@ -70,14 +70,14 @@ inline constexpr std::array<Port, 5> kInputs{{
     {"q", &kT, 4},  // [B, S, Hi, di]
     {"w", &kF32, 3},  // [B, S, Hi]
     {"k", &kT, 3},  // [B, S, di]
-    {"index_cache", &kF, 4},  // [B, 1, T, di]
+    {"index_cache", &kC, 4},  // [B, 1, T, iw]
     {"past_lens", &kI64, 1},  // [B]
 }};
 enum Output : size_t { indices, counts, index_cache_out };
 inline constexpr std::array<Port, 3> kOutputs{{
     {"indices", &kI32, 3},  // [B, S, ks]
     {"counts", &kI32, 2},  // [B, S]
-    {"index_cache_out", &kF, 4},  // [B, 1, T, di]
+    {"index_cache_out", &kC, 4},  // [B, 1, T, iw]
 }};
 inline constexpr Attribute<int64_t> topk{"topk"};
 }  // namespace lightning_indexer
@@ -119,6 +119,40 @@ inline constexpr std::array<Port, 1> kOutputs{{
 inline constexpr Attribute<float> scale{"scale"};
 inline constexpr Attribute<int64_t> kv_lora_rank{"kv_lora_rank"};
 }  // namespace latent_attention
+
+namespace index_topk {
+inline constexpr char const* kName = "IndexTopK";
+enum Input : size_t { q, w, index_cache, past_lens };
+inline constexpr std::array<Port, 4> kInputs{{
+    {"q", &kT, 4},  // [B, S, Hi, di]
+    {"w", &kF32, 3},  // [B, S, Hi]
+    {"index_cache", &kF, 4},  // [B, 1, T, di]
+    {"past_lens", &kI64, 1},  // [B]
+}};
+enum Output : size_t { indices, counts };
+inline constexpr std::array<Port, 2> kOutputs{{
+    {"indices", &kI32, 3},  // [B, S, ks]
+    {"counts", &kI32, 2},  // [B, S]
+}};
+inline constexpr Attribute<int64_t> topk{"topk"};
+}  // namespace index_topk
+
+namespace sparse_latent_attention {
+inline constexpr char const* kName = "SparseLatentAttention";
+enum Input : size_t { q, kv_cache, indices, counts };
+inline constexpr std::array<Port, 4> kInputs{{
+    {"q", &kT, 4},  // [B, S, H, r+dr]
+    {"kv_cache", &kF, 4},  // [B, 1, T, r+dr]
+    {"indices", &kI32, 3},  // [B, S, ks]
+    {"counts", &kI32, 2},  // [B, S]
+}};
+enum Output : size_t { context };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"context", &kT, 4},  // [B, S, H, r]
+}};
+inline constexpr Attribute<float> scale{"scale"};
+inline constexpr Attribute<int64_t> kv_lora_rank{"kv_lora_rank"};
+}  // namespace sparse_latent_attention
 
 namespace moe_gate {
 inline constexpr char const* kName = "MoeGate";

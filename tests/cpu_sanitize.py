@@ -33,11 +33,10 @@ def main(path: Path) -> None:
     for isa, block, N in itertools.product(isas, (32, 64, 128), (1, 30)):
         inputs = experts_inputs(N, 256, 128, 5, 2, block)
         call_int8(experts_session(library, 2, block, isa, threads=2), inputs)
-    floats = [cache for cache in CACHES if cache != "int8"]
     for isa, dtype, (S, T, past), in_place in itertools.product(
         isas, COMPUTES, SPARSE_SHAPES[1:4], (True, False)
     ):
-        for cache in floats:
+        for cache in CACHES:
             select(library, index_inputs(dtype, cache, S, T, past), 24, isa, 2, in_place)
         for cache, H in itertools.product(CACHES, (3, 70)):
             attend(library, attention_inputs(dtype, cache, S, T, past, H, 24, ODD), isa, 2, in_place)

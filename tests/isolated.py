@@ -33,3 +33,10 @@ class Counter:
 
     def hang(self) -> None:
         time.sleep(60)
+
+
+class Refuses:
+    """填不了缓存的引擎。"""
+
+    def go_to(self, depth: int) -> None:
+        raise MemoryError(f"填不下 {depth} 个")

@@ -7,7 +7,7 @@ from importlib import import_module
 from deepseek_export.benchmark.spread import Spread
 from perf.gates import load_gates
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, compile, mtp, peers
+from perf.suites import SUITES, compile, mtp, peers, sparse
 
 ENVIRONMENT = {
     "command": "python -m perf run",
@@ -54,6 +54,20 @@ def every_suite() -> list[SuiteResult]:
         )
         for context in (256, 8192)
     ]
+    steps = [
+        Case(
+            name=f"context {context} b{batch}",
+            values={f"{name}.step_s": one for name in (*sparse.BUNDLES, "transformers")[:series]},
+            ratios={"dsa/dense-mla": spread(0.3), "dsa/算术": spread(1.2)},
+            facts={"context": context, "batch": batch},
+        )
+        for context, batch, series in ((2048, 1, 4), (32768, 1, 3), (2048, 8, 3), (32768, 8, 3))
+    ]
+    prefill = Case(
+        name="prefill 16384",
+        values={f"{name}.prefill_s": one for name in ("dsa", "dense-mla")},
+        ratios={"prefill dsa/dense-mla": spread(0.9)},
+    )
     speculation = Case(
         name="demo b8",
         values={"plain.token_s": one, "speculative.token_s": one, "speculative.round_cost": spread(2.0)},
@@ -102,6 +116,7 @@ def every_suite() -> list[SuiteResult]:
     return [
         suite("mla-memory", [memory_case("v3 b1 float32", spread(0.1, 0.12))]),
         suite("mla-decode", decode),
+        suite("sparse", [*steps, prefill]),
         suite("mtp", [speculation, speculation.model_copy(update={"name": "padded b8"})]),
         suite("moe", [experts]),
         suite("moe-quality", [quality]),
@@ -110,7 +125,16 @@ def every_suite() -> list[SuiteResult]:
         suite("gpu", [_kernel("LatentAttention H16 B1 S1 T1024", 0.4), _kernel("MoeExperts V3 N16", None)]),
         *(
             _from_gates(name)
-            for name in ("serve", "cluster", "apply", "cpu-kernel", "int8-cache", "quant", "scale")
+            for name in (
+                "serve",
+                "cluster",
+                "cluster-model",
+                "apply",
+                "cpu-kernel",
+                "int8-cache",
+                "quant",
+                "scale",
+            )
         ),
         suite(
             "decode-profile", [Case(name="depth 0", values={"dsx.step_s": one}, facts={"host_share": 0.01})]

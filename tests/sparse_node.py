@@ -49,11 +49,20 @@ def index_inputs(
     def made(*shape: int, kind: str = dtype) -> np.ndarray:
         return rng.standard_normal(shape, dtype=np.float32).astype(DTYPES[kind].numpy)
 
+    def rows() -> np.ndarray:
+        """int8 的一行：随机的码，各行的 scale 不同。"""
+        if cache_dtype != "int8":
+            return made(B, 1, T, di, kind=cache_dtype)
+        found = rng.integers(-127, 128, (B, 1, T, di + 3), np.int8)
+        found[..., di] = rng.integers(32, 128, found.shape[:-1])
+        found[..., di + 2] = -20
+        return found
+
     return {
         "q": made(B, S, H, di),
         "w": made(B, S, H, kind="float32"),
         "k": made(B, S, di),
-        "index_cache": made(B, 1, T, di, kind=cache_dtype),
+        "index_cache": rows(),
         "past_lens": np.array(past, np.int64),
     }
 
@@ -68,7 +77,7 @@ def select(
 ) -> dict[str, np.ndarray]:
     used = {name: array.copy() for name, array in inputs.items()}
     B, S = used["q"].shape[:2]
-    kinds = (("T", used["q"].dtype.name), ("F", used["index_cache"].dtype.name))
+    kinds = (("T", used["q"].dtype.name), ("C", used["index_cache"].dtype.name))
     cache = used["index_cache"] if in_place else np.zeros_like(used["index_cache"])
     outputs = {
         "indices": np.zeros((B, S, topk), np.int32),

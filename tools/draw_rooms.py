@@ -21,7 +21,18 @@ PICTURE = ROOT / "docs/architecture.svg"
 GROUPS = {
     "out": (
         "给人用的",
-        ("cli", "inspection", "report", "benchmark", "api", "model", "cluster", "serving", "integration"),
+        (
+            "cli",
+            "inspection",
+            "report",
+            "benchmark",
+            "replicas",
+            "api",
+            "model",
+            "cluster",
+            "serving",
+            "integration",
+        ),
     ),
     "run": ("证明与运行", ("parity", "runtime", "formats", "backend")),
     "mid": ("编译", ("engine", "kernels", "bundle", "passes", "capture", "reference", "ops")),

@@ -41,8 +41,7 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         "v2-lite": Published("V2_LITE", shards=4),
         "kimi-k2": Published("KIMI_K2", shards=61),
         "glm-4.7-flash": Published("GLM_4_7_FLASH", shards=48),
-        # 以下几个的分片数没有核实，按约 5 GB 一个算；V3_2、GLM_5 的 config.json 由 transformers 的缺省与 V3 的拼成，GLM_5 的 rope_theta、
-        # 没有写的 bos / eos 没有核实。
+        # 以下几个的分片数没有核实，按约 5 GB 一个算；各个 config.json 的来处与没有核实的字段见 docs/large-models.md。
         "deepseek-v3.2": Published("V3_2", shards=163),
         "glm-5": Published("GLM_5", shards=282),
         "sarvam-105b": Published("SARVAM_105B", shards=43),

@@ -19,8 +19,8 @@ from deepseek_export.engine.shapes import ProfileShapes
 from tools.make_graphs import CONFIGS, GRAPHS
 
 ENGINE_GRAPHS = GRAPHS / "engines"
-#: ``demo`` 是随包附带的演示检查点，带 MTP；另外两个是 tools/make_graphs.py 的小配置，随机权重。
-NAMES = ("deepseek_v2", "deepseek_v3", "demo")
+#: ``demo`` 是随包附带的演示检查点，带 MTP；另外的是 tools/make_graphs.py 的小配置，随机权重。
+NAMES = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "demo")
 ARCHES = (80, 89, 120)
 #: 小一点的容量，清单不随它变。
 SHAPES = "T=256"

@@ -149,12 +149,6 @@ def profiles_of(family: str) -> tuple[str, ...]:
     return PROFILES if FAMILIES[family].has_moe else DENSE_PROFILES
 
 
-def targets_of(family: str) -> tuple[str, ...]:
-    """一个家族要记的目标；稀疏注意力还不能编译到 TensorRT。"""
-    sparse = FAMILIES[family].indexer_layout is not None
-    return tuple(target for target in RECORDED if not (sparse and target in TENSORRT_TARGETS))
-
-
 def toolchain_line() -> str:
     """清单的第一行，例如 ``# torch 2.13.0, onnxscript 0.7.2, onnx 1.23.0``。"""
     return "# " + ", ".join(f"{package} {version(package).partition('+')[0]}" for package in TOOLCHAIN)
@@ -184,7 +178,7 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
 def golden_names(family: str) -> set[str]:
     """一个家族的全部清单文件名。"""
     stems = [*profiles_of(family), *(("full", "full.mtp") if family in MTP_FAMILIES else ())]
-    names = {f"{family}.{stem}.{target}.txt" for stem in stems for target in targets_of(family)}
+    names = {f"{family}.{stem}.{target}.txt" for stem in stems for target in RECORDED}
     if family in QUANTIZED:
         profile, quantization = QUANTIZED[family]
         names |= {f"{family}.{profile}.{quantization.kind}.{target}.txt" for target in QUANT_TARGETS}
@@ -194,7 +188,7 @@ def golden_names(family: str) -> set[str]:
 def _listings(
     stem: str, captured: CapturedModel, config: ModelConfig, profile: OptimizationProfile
 ) -> Iterator[tuple[str, str]]:
-    for target in targets_of(config.family):
+    for target in RECORDED:
         listing = graph_listing(lower(captured, config, profile, "float32", target).proto)
         yield f"{stem}.{target}.txt", f"{toolchain_line()}\n{listing}"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deepseek_export.bundle.bundle import Bundle
+from deepseek_export.bundle.stages import is_stage_set
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.disk_cache import home
 from deepseek_export.errors import DsxError
@@ -27,13 +28,14 @@ _SMALL_FILES = frozenset({".json", ".jinja", ".model", ".txt"})
 
 
 def is_checkpoint(path: Path) -> bool:
-    """``path`` 是 Hugging Face 检查点目录，不是 bundle：有 config.json，没有 manifest.json。
+    """``path`` 是 Hugging Face 检查点目录，不是 bundle，也不是一套 stage：有 config.json，没有 manifest.json、stages.json。
 
     Raises:
         DsxError: ``DSX-E402``，看不了。
     """
     return (
         path_kind(path / "manifest.json", "DSX-E402") == "missing"
+        and not is_stage_set(path)
         and path_kind(path / "config.json", "DSX-E402") == "file"
     )
 

@@ -31,7 +31,7 @@ from deepseek_export.passes import LoweredModel
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.records import ModelDtype
 from deepseek_export.reference.model import INDEX_CACHE, CacheTensor, Forms, cache_tensors
-from deepseek_export.reference.weights import torch_dtype
+from deepseek_export.reference.weights import by_torch, torch_dtype
 from deepseek_export.version import __version__
 
 
@@ -146,7 +146,7 @@ def _cache_entry(
                 name=tensor.name,
                 heads=tensor.heads,
                 width=tensor.width,
-                dtype=None if tensor.dtype == torch_dtype(cache_dtype) else dtype,
+                dtype=None if tensor.dtype == torch_dtype(cache_dtype) else by_torch(tensor.dtype).name,
                 layers=owners if tensor.name == INDEX_CACHE else None,
             )
             for tensor, owners in found.items()

@@ -65,7 +65,6 @@ from deepseek_export.errors import DsxError
 from deepseek_export.passes import (
     check_cache,
     check_quantization,
-    check_sparse,
     check_target,
     lower,
 )
@@ -133,7 +132,7 @@ def export_bundle(
         打开的 :class:`Bundle`。
 
     Raises:
-        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E131`` 目标不支持稀疏注意力；``DSX-E119`` 方案打开了 MTP 而检查点没有；
+        DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E136`` 方案说了索引 key 怎么存，模型没有索引器；``DSX-E119`` 方案打开了 MTP 而检查点没有；
             ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E322`` 目标不支持 int8 缓存。
     """
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
@@ -186,7 +185,7 @@ class _Export:
         self.progress.start("读检查点")
         with self.watch("checkpoint"):
             source = Checkpoint.open(checkpoint)
-            check_sparse(settings.target, source.config)
+            settings.profile.check_model(source.config.family, source.config.indexer is not None)
             stop_token_ids(source.path, source.config)
             _carried_files(source.path)
             self._modules = require_mtp(source) if settings.profile.mtp.enabled else 0

@@ -1,7 +1,7 @@
 """稀疏注意力两个算子的函数体：T 不超过名额数时走稠密的路，否则逐个 query 真的收集。
 
 逐个 query 用一个 ``Loop``（解码只转一圈）：内存由一个 query 选中的行决定，与 S、T 无关，[S, T] 的分数与 [S, topk, cw] 的行都不会整个
-出现。循环体与两个分支仍由参考实现追踪得到。
+出现。循环体与两个分支仍由参考实现追踪得到。下沉到 TensorRT 之后的两个核没有控制流，函数体直接追踪。
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ from deepseek_export.capture.trace import Spec
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.ops import lightning_indexer as indexer
 from deepseek_export.ops import mla_attention as mla
+from deepseek_export.ops.index_topk import index_topk
 from deepseek_export.ops.mla_attention import MlaForm
+from deepseek_export.ops.sparse_latent_attention import sparse_latent_attention
 from deepseek_export.ops.sparse_mla_attention import attend_rows
-from deepseek_export.ops.table import LIGHTNING_INDEXER, SPARSE_MLA_ATTENTION
+from deepseek_export.ops.table import (
+    INDEX_TOPK,
+    LIGHTNING_INDEXER,
+    SPARSE_LATENT_ATTENTION,
+    SPARSE_MLA_ATTENTION,
+)
 from deepseek_export.reference.weights import by_torch
 
 
@@ -42,12 +49,12 @@ def lightning_indexer_body(
 
     Args:
         config: 只用到索引器。
-        dtype, cache_dtype: 类型变量 T 与 F。
+        dtype, cache_dtype: 类型变量 T 与 C。
     """
     c = config.indexer
     assert c is not None
     lens = Spec(("B",), torch.int64)
-    cache = Spec(("B", 1, "T", c.head_dim), cache_dtype)
+    cache = Spec(("B", 1, "T", config.index_cache_width(cache_dtype == torch.int8)), cache_dtype)
     query = Spec(("B", "S", c.n_heads, c.head_dim), dtype)
     written = trace_function(
         indexer.update_index_cache,
@@ -131,6 +138,39 @@ def sparse_mla_attention_body(
         ),
     ]
     return function_of(SPARSE_MLA_ATTENTION, nodes)
+
+
+@functools.lru_cache(maxsize=16)
+def index_topk_body(config: ModelConfig, dtype: torch.dtype, cache_dtype: torch.dtype) -> onnx.FunctionProto:
+    """``IndexTopK`` 的函数体；参数同 :func:`lightning_indexer_body`。"""
+    c = config.indexer
+    assert c is not None
+    inputs = {
+        "q": Spec(("B", "S", c.n_heads, c.head_dim), dtype),
+        "w": Spec(("B", "S", c.n_heads), torch.float32),
+        "index_cache": Spec(("B", 1, "T", c.head_dim), cache_dtype),
+        "past_lens": Spec(("B",), torch.int64),
+    }
+    traced = trace_function(index_topk, inputs, ["indices", "counts"], topk=c.topk)
+    return function_of(INDEX_TOPK, nodes_of(traced, "index"))
+
+
+@functools.lru_cache(maxsize=16)
+def sparse_latent_attention_body(
+    config: ModelConfig, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> onnx.FunctionProto:
+    """``SparseLatentAttention`` 的函数体；参数同 :func:`~deepseek_export.capture.bodies.mla_attention_body`。"""
+    c, width = config.indexer, config.latent_cache_values
+    assert c is not None
+    inputs = {
+        "q": Spec(("B", "S", config.num_attention_heads, width), dtype),
+        "kv_cache": Spec(("B", 1, "T", width), cache_dtype),
+        "indices": Spec(("B", "S", c.topk), torch.int32),
+        "counts": Spec(("B", "S"), torch.int32),
+        "scale": Spec((), torch.float32),
+    }
+    traced = trace_function(sparse_latent_attention, inputs, ["context"], kv_lora_rank=config.kv_lora_rank)
+    return function_of(SPARSE_LATENT_ATTENTION, [scale_node(), *nodes_of(traced, "latent")])
 
 
 def _counts(q: Tensor, past_lens: Tensor, topk: int) -> Tensor:

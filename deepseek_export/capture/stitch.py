@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import onnx
-import torch
 from onnx import helper
 
 from deepseek_export.capture import blocks, names
@@ -202,7 +201,8 @@ class _Stitcher:
         sparse = self.config.indexer is not None
         if sparse:
             self.on_step(f"{LIGHTNING_INDEXER.name} body")
-            stored = self.dtype if self.cache_dtype == torch.int8 else self.cache_dtype
+            # 索引缓存各层都一样，第一层总有。
+            stored = self._caches(0)[-1].dtype
             functions[LIGHTNING_INDEXER.name] = lightning_indexer_body(self.config, self.dtype, stored)
         if self.profile.mla.enabled:
             spec = SPARSE_MLA_ATTENTION if sparse else MLA_ATTENTION

@@ -133,6 +133,10 @@ class ModelConfig:
         """潜缓存的一行有几个元素；int8 的行里 latent 各一个码、旋转部分各两个字节、两个 scale 共六个字节。"""
         return self.kv_lora_rank + 2 * self.qk_rope_head_dim + 6 if int8 else self.latent_cache_values
 
+    def index_cache_width(self, int8: bool) -> int:
+        """索引 key 的一行有几个元素：浮点就是 ``index_head_dim``，int8 见 ``ops/int8_index.py``；没有稀疏注意力是 0。"""
+        return 0 if self.indexer is None else self.indexer.head_dim + 3 * int8
+
     @property
     def expanded_cache_values(self) -> int:
         """展开成逐头 K/V 后每 token 每层的元素数。"""

@@ -13,7 +13,13 @@ import click
 from deepseek_export.cli.console import console, echo_json, facts, weights_size
 from deepseek_export.cli.doctor import TARGETS
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import DtypeChoice, checkpoint_argument, json_option, set_option
+from deepseek_export.cli.options import (
+    DtypeChoice,
+    balance_option,
+    checkpoint_argument,
+    json_option,
+    set_option,
+)
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.cli.split import print_stages
 from deepseek_export.errors import DsxError
@@ -85,6 +91,7 @@ if TYPE_CHECKING:
     metavar="N|0-14,15-29",
     help="OUT 是切好的一套 stage，写法同 dsx split；先在旁边导出整个的，切好就删，打包的要放得下两份。",
 )
+@balance_option(None)
 @click.option("--overwrite", is_flag=True, help="替换已有的 bundle；带 --stages 时是已有的一套 stage。")
 @click.option("--check/--no-check", default=False, show_default=True, help="先校验、通过了才产生 OUT。")
 @json_option
@@ -102,6 +109,7 @@ def command(
     keep: str | None,
     overrides: tuple[str, ...],
     stages: str | None,
+    balance: Literal["bytes", "time"] | None,
     overwrite: bool,
     check: bool,
     as_json: bool,
@@ -120,6 +128,8 @@ def command(
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int8 --keep lm_head
       dsx export CKPT -p full -o STAGES --stages 4
     """
+    if balance is not None and stages is None:
+        raise DsxError("DSX-E740", "给了 --balance，却没有 --stages", "加 --stages N，或去掉它")
     options: ExportOptions = {
         "target": target,
         "dtype": dtype,
@@ -150,6 +160,7 @@ def command(
                 out,
                 stages,
                 profile,
+                balance=balance or "bytes",
                 overrides=overrides,
                 overwrite=overwrite,
                 exported=lambda whole: summary.update(_summary(whole)),

@@ -39,6 +39,7 @@ COMMANDS = MappingProxyType(
             "bench",
             "pack",
             "split",
+            "cluster",
             "demo",
             "profiles",
             "doctor",

@@ -90,10 +90,27 @@ micro_batches_option = click.option(
 )
 
 
+def balance_option(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--balance``；``dsx export`` 要知道给了没有，没有缺省值。"""
+    return click.option(
+        "--balance",
+        type=click.Choice(["bytes", "time"]),
+        default=default,
+        show_default=default is not None,
+        help="什么尽量均匀：bytes 是权重的大小，最大的 stage 最省内存；time 是解码一个 token 要读的字节，专家只算选中的，最慢的 stage 最快"
+        + ("。" if default else "；缺省 bytes，要配 --stages。"),
+    )
+
+
 ray_option = click.option(
     "--ray",
     metavar="ADDRESS",
     help="OUT 是一套 stage 时用 Ray 起它：auto 连已经在跑的，local 在本进程里起一个；缺省在本机上起，不要 Ray。",
+)
+stages_option = click.option(
+    "--stages",
+    metavar="N|0-14,15-29",
+    help="OUT 还没有切开：先照 dsx split 切，放在旁边的 OUT.stages-N，下次直接用。",
 )
 strategy_option = click.option(
     "--strategy",
@@ -104,13 +121,43 @@ strategy_option = click.option(
 )
 
 
-def cluster_settings(
-    micro_batches: int, ray: str | None = None, strategy: Literal["pack", "spread"] = "pack"
-) -> ClusterSettings:
-    """命令行上的流水线参数。"""
-    from deepseek_export.cluster.settings import ClusterSettings
+def tls_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--tls-cert``、``--tls-key``、``--tls-ca``：三个一起给。"""
+    pem = click.Path(path_type=Path)
+    decorators = (
+        click.option(
+            "--tls-cert", metavar="PEM", type=pem, help="配 --ray：stage 之间的信道用 TLS，这一端的证书。"
+        ),
+        click.option("--tls-key", metavar="PEM", type=pem, help="它的私钥，不加密。"),
+        click.option(
+            "--tls-ca", metavar="PEM", type=pem, help="对方的证书要由它签；三个文件在每台机器的同样路径上。"
+        ),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
 
-    return ClusterSettings(micro_batches=micro_batches, ray=ray, strategy=strategy)
+
+def cluster_settings(
+    micro_batches: int,
+    ray: str | None = None,
+    strategy: Literal["pack", "spread"] = "pack",
+    tls: tuple[Path | None, Path | None, Path | None] = (None, None, None),
+) -> ClusterSettings:
+    """命令行上的流水线参数。
+
+    Raises:
+        DsxError: ``DSX-E756``，三个证书文件没有给全，或没有配 ``--ray``。
+    """
+    from deepseek_export.cluster.settings import ClusterSettings
+    from deepseek_export.cluster.tls import TlsFiles
+
+    given = [str(path.absolute()) for path in tls if path is not None]
+    if given and len(given) < len(tls):
+        todo = "三个一起给：--tls-cert、--tls-key、--tls-ca"
+        raise DsxError("DSX-E756", f"只给了 {'、'.join(given)}", todo)
+    files = TlsFiles(*given) if given else None
+    return ClusterSettings(micro_batches=micro_batches, ray=ray, strategy=strategy, tls=files)
 
 
 def read_prompts(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -22,17 +23,22 @@ from deepseek_export.cli.options import (
     counts,
     micro_batches_option,
     ray_option,
+    stages_option,
     strategy_option,
     threads_option,
+    tls_options,
     verify_weights_option,
 )
 from deepseek_export.cli.sources import ExportOptions, bundle_of, checkpoint_options
+from deepseek_export.cli.staging import check_replicas, replica_range, staged
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_serve
 from deepseek_export.formats.chat import TOOL_FORMATS
 from deepseek_export.progress import Progress, Unit
 
 if TYPE_CHECKING:
+    from deepseek_export.replicas.replica import ReplicaSpec
+    from deepseek_export.serving.http.keys import KeyRing
     from deepseek_export.serving.http.service import ServedModel
 
 #: Ctrl-C 的退出码，同别的命令。
@@ -98,9 +104,16 @@ logger = logging.getLogger("dsx.serve")
     type=click.Choice(list(TOOL_FORMATS)),
     help="模型怎么写工具调用；缺省由聊天模板看出来。",
 )
+@click.option(
+    "--replicas",
+    metavar="N|LOW-HIGH",
+    help="配 --ray：用 Ray Serve 起几个副本，每个有自己的引擎；1-4 随请求多少伸缩。缺省一个，在这个进程里。",
+)
+@stages_option
 @micro_batches_option
 @ray_option
 @strategy_option
+@tls_options
 @threads_option
 @backend_option
 @verify_weights_option(False)
@@ -119,9 +132,14 @@ def command(
     log_prompts: bool,
     no_speculative: bool,
     slot_folder: Path | None,
+    replicas: str | None,
+    stages: str | None,
     micro_batches: int,
     ray: str | None,
     strategy: Literal["pack", "spread"],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
     threads: int | None,
     backend: str,
     verify_weights: bool,
@@ -138,6 +156,7 @@ def command(
       dsx serve CKPT -p full --quant int8
       dsx serve --model small=OUT1 --model large=OUT2
       dsx serve OUT --host 0.0.0.0 --port 8000 --api-key-file KEYS
+      dsx serve OUT --ray auto --stages 4 --replicas 2
     """
     require_serve()
     # 到这里才导入：没有装 FastAPI 也能看帮助。
@@ -150,15 +169,37 @@ def command(
     sources = served(source, name, more)
     settings = EngineSettings(slots=slots, queue=max_queue, speculation=not no_speculative)
     keys = read_keys(api_key_file)
+    cluster = cluster_settings(micro_batches, ray, strategy, (tls_cert, tls_key, tls_ca))
+    check_replicas(replicas, ray)
+    progress = _LogProgress()
+
+    def ready(source: Path) -> Path:
+        return staged(bundle_of(source, exporting, verify_weights, progress), stages, progress)
+
+    if replicas is not None:
+        from deepseek_export.replicas.replica import ReplicaSpec
+
+        counted, (named, origin) = replica_range(replicas), _only(sources, slot_folder)
+        with _log_to_stderr():
+            spec = ReplicaSpec(
+                ready(origin).resolve(),
+                named,
+                settings,
+                cluster,
+                threads,
+                backend,
+                verify_weights,
+                tool_parser,
+                log_prompts,
+            )
+            _serve_replicas(spec, counted, host, port, keys, cors_origins)
+        return
 
     def load(name: str, source: Path) -> ServedModel:
         from deepseek_export import api
 
-        progress = _LogProgress()
-        bundle = bundle_of(source, exporting, verify_weights, progress)
-        cluster = cluster_settings(micro_batches, ray, strategy)
         model = api.load(
-            bundle, threads, backend, verify_weights=verify_weights, progress=progress, cluster=cluster
+            ready(source), threads, backend, verify_weights=verify_weights, progress=progress, cluster=cluster
         )
         return ServedModel.open(name, model.tokenizer, model.session, model.engine(settings), tool_parser)
 
@@ -176,6 +217,49 @@ def command(
             if server.loading:
                 _leave(stop)
             raise
+
+
+def _only(sources: Mapping[str, Path], slot_folder: Path | None) -> tuple[str, Path]:
+    """几个副本只服务一个模型，各有各的槽。"""
+    if slot_folder is not None:
+        todo = "去掉一个：几个副本各有各的槽，存取不知道是哪一个"
+        raise DsxError("DSX-E753", "--replicas 与 --slot-save-path 都给了", todo)
+    if len(sources) > 1:
+        todo = "去掉 --model，或每个模型各起一个 dsx serve，各用一个 Ray"
+        raise DsxError("DSX-E753", f"--replicas 只服务一个模型，这里有 {len(sources)} 个", todo)
+    return next(iter(sources.items()))
+
+
+def _serve_replicas(
+    spec: ReplicaSpec,
+    replicas: tuple[int, int],
+    host: str,
+    port: int,
+    keys: KeyRing,
+    cors_origins: tuple[str, ...],
+) -> None:
+    """用 Ray Serve 起副本，看到要停为止；停的时候再来的信号不管，停是限时的。"""
+    from deepseek_export.replicas.service import ReplicaService
+    from deepseek_export.serving.http.server import listen, url_of
+
+    with listen(host, port) as probe:  # 端口先试一下，0 由系统挑；真正听的是 Ray Serve
+        address, url = probe.getsockname()[:2], url_of(probe)
+    stop = threading.Event()
+    codes: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        codes.append(number)
+        stop.set()
+
+    with closing(ReplicaService(spec, replicas, address, keys, cors_origins)) as service:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
+        logger.info("正在 Ray 上起副本")
+        if service.start(stop.wait):
+            logger.info("在 %s 监听，%s 就绪", url, spec.name)
+            service.watch(stop.wait)
+        logger.info("收到 %s：做完手上的就停", signal.Signals(codes[0]).name)
+    sys.exit(_INTERRUPTED if codes[0] == signal.SIGINT else 128 + codes[0])
 
 
 def _leave(stop: KeyboardInterrupt | SystemExit) -> NoReturn:

@@ -11,7 +11,7 @@ import click
 
 from deepseek_export.cli.console import console, echo_json, table
 from deepseek_export.cli.formatting import Command
-from deepseek_export.cli.options import bundle_argument, json_option
+from deepseek_export.cli.options import balance_option, bundle_argument, json_option
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.units import size
 
@@ -27,13 +27,7 @@ if TYPE_CHECKING:
     required=True,
     help="切成几个，尽量均匀；或写明各段的层，含首尾。",
 )
-@click.option(
-    "--balance",
-    type=click.Choice(["bytes", "time"]),
-    default="bytes",
-    show_default=True,
-    help="什么尽量均匀：bytes 是权重的大小，最大的 stage 最省内存；time 是解码一个 token 要读的字节，专家只算选中的，最慢的 stage 最快。",
-)
+@balance_option("bytes")
 @click.option(
     "-o",
     "--out",

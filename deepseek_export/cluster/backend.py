@@ -72,9 +72,10 @@ class PipelineBackend(Backend):
         if settings.ray is None:
             return LocalLauncher(directories, inner, threads)
         # 到这里才导入：不用 Ray 的不必装它。
-        from deepseek_export.cluster.ray_launcher import RayLauncher
+        from deepseek_export.cluster.ray_launcher import RayLauncher, stage_resources
 
-        return RayLauncher(directories, settings.ray, inner, threads, settings.cpus, settings.strategy)
+        wanted = stage_resources(self._stages, inner, settings.cpus)
+        return RayLauncher(directories, wanted, settings.ray, inner, threads, settings.strategy)
 
     def cut_runner(self, bundle: Bundle) -> CutRunner:
         """没有：图不在这里。

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from typing import Any
 
 from deepseek_export.cluster.handshake import accept, connect, listen
 from deepseek_export.cluster.stage import StageSpec
@@ -28,6 +29,7 @@ class StageHost:
         self._secret = secret
         self._listening = listen(host, secret)
         self._process: subprocess.Popen[bytes] | None = None
+        self._spec: StageSpec | None = None
 
     def address(self) -> tuple[str, int]:
         """上游连到哪里。"""
@@ -52,12 +54,23 @@ class StageHost:
         self._listening.close()
         with upstream, going:
             filled = replace(spec, upstream=upstream.fileno(), downstream=going.fileno(), parent=os.getpid())
-            self._process = spawn(filled)
+            self._process, self._spec = spawn(filled), filled
         return self._process.pid
 
     def ended(self) -> str | None:
         """进程怎么结束的；还活着为 ``None``。"""
         return None if self._process is None else how_ended(self._process)
+
+    def told(self) -> dict[str, Any]:
+        """守着的是哪一个，进程怎样了；还没有起的，那几项是 ``None``。"""
+        spec, process = self._spec, self._process
+        return {
+            "bundle": None if spec is None else spec.bundle,
+            "index": None if spec is None else spec.index,
+            "count": None if spec is None else spec.count,
+            "pid": None if process is None else process.pid,
+            "ended": self.ended(),
+        }
 
     def kill(self) -> None:
         """杀掉进程；停着的也杀得掉。"""

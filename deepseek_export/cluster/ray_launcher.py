@@ -6,21 +6,24 @@ Ray 只管放在哪里、看着、重起；stage 之间的信道是自己的，�
 
 from __future__ import annotations
 
-import logging
+import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.gang import Member, Started
 from deepseek_export.cluster.handshake import accept, connect, listen
 from deepseek_export.cluster.host import StageHost
+from deepseek_export.cluster.ray_cluster import NAMESPACE, into, join, placed, remove
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.stage import StageSpec
+from deepseek_export.cluster.tls import check_tls, secured
 from deepseek_export.cluster.wire import Channel
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_ray
@@ -30,15 +33,22 @@ Strategy = Literal["pack", "spread"]
 _LAST_CALL_S = 2.0
 
 
+def stage_resources(stages: StageSet, backend: str, cpus: int) -> list[dict[str, float]]:
+    """每个 stage 向 Ray 要什么：CPU、放得下它的权重的内存，在 GPU 上跑的另要一块 GPU。"""
+    gpu: dict[str, float] = {"GPU": 1.0} if backend == "trt" else {}
+    return [{"CPU": float(cpus), "memory": float(item.weight_bytes), **gpu} for item in stages.record.stages]
+
+
 @dataclass(frozen=True)
 class RayLauncher:
     """Ray 的启动器。
 
     Attributes:
         directories: 各 stage 的目录，每台机器上同样的路径。
-        address: 连哪个 Ray；``auto`` 连已经在跑的，``local`` 在本进程里起一个。已经连着的照旧用。
-        backend, threads: 每个 stage 在哪里跑，几个线程；没有给就是 ``cpus``。
-        cpus: 每个 stage 向 Ray 要几个 CPU。
+        resources: 每个 stage 要什么，见 :func:`stage_resources`。
+        address: 连哪个 Ray，见 :func:`~deepseek_export.cluster.ray_cluster.join`；已经连着的照旧用。``inside`` 是在一个 actor
+            里，用它自己的 placement group：第一份是它的，后面依次是各 stage 的。
+        backend, threads: 每个 stage 在哪里跑，几个线程；没有给就是它要的 CPU 数。
         strategy: ``pack`` 尽量放在一起，``spread`` 尽量分开。
 
     Raises:
@@ -46,10 +56,10 @@ class RayLauncher:
     """
 
     directories: Sequence[Path]
+    resources: Sequence[Mapping[str, float]]
     address: str = "auto"
     backend: str = "ort"
     threads: int | None = None
-    cpus: int = 1
     strategy: Strategy = "pack"
 
     def __post_init__(self) -> None:
@@ -59,53 +69,49 @@ class RayLauncher:
         """占好位置、起 actor、连成环。
 
         Raises:
-            DsxError: ``DSX-E744``，连不上 Ray，资源不够，或 actor 起不来；``DSX-E749``，stage 之间连不上。
+            DsxError: ``DSX-E754``，连不上 Ray；``DSX-E744``，资源不够，或 actor 起不来；``DSX-E749``，stage 之间连不上；``DSX-E756``，证书用不了。
         """
-        ray: Any = import_module("ray")
-        self._join(ray)
-        group = self._place(settings.start_s)
+        check_tls(settings.tls)
+        if self.address == "inside":
+            ray: Any = import_module("ray")
+            return self._start_in(ray, _own_group(), 1, settings, ())
+        ray = join(self.address, sum(int(one["CPU"]) for one in self.resources))
+        todo = "加机器，或少切几个 stage；dsx cluster status --ray auto 看还剩多少"
+        name = self.directories[0].parent.name
+        group = placed(self.resources, self.strategy, name, settings.start_s, todo)
         try:
-            return self._start_in(ray, group, settings)
-        except ray.exceptions.RayError as error:
-            _remove(group)
-            raise DsxError("DSX-E744", f"Ray：{error}", "看 Ray 的日志；各台机器装同样的 dsx") from error
+            return self._start_in(ray, group, 0, settings, (_Placed(group),))
         except BaseException:
-            _remove(group)
+            remove(group)
             raise
 
-    def _join(self, ray: Any) -> None:
-        if ray.is_initialized():
-            return
-        own: dict[str, Any] = {"include_dashboard": False, "num_cpus": self.cpus * len(self.directories)}
-        options = {"address": "local", **own} if self.address == "local" else {"address": self.address}
+    def _start_in(
+        self, ray: Any, group: Any, offset: int, settings: ClusterSettings, also: tuple[Member, ...]
+    ) -> Started:
+        actors: list[Any] = []
         try:
-            ray.init(**options, log_to_driver=True, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            todo = "先 ray start --head，别的机器 ray start --address=…；或 --ray local"
-            raise DsxError("DSX-E744", f"连不上 Ray（{self.address}）：{error}", todo) from error
+            return self._ring(ray, group, offset, settings, also, actors)
+        except ray.exceptions.RayError as error:
+            _kill_all(ray, actors)
+            raise DsxError("DSX-E744", f"Ray：{error}", "看 Ray 的日志；各台机器装同样的 dsx") from error
+        except BaseException:
+            _kill_all(ray, actors)
+            raise
 
-    def _place(self, seconds: float) -> Any:
-        """每个 stage 一份资源；等到都占好。"""
-        util: Any = import_module("ray.util")
-        bundles = [{"CPU": float(self.cpus)} for _ in self.directories]
-        group = util.placement_group(bundles, strategy=self.strategy.upper())
-        if not group.wait(timeout_seconds=seconds):
-            _remove(group)
-            what = f"{seconds:g} 秒内占不到 {len(bundles)} 份各 {self.cpus} 个 CPU"
-            raise DsxError("DSX-E744", what, "加机器，或少切几个 stage；ray status 看还剩多少")
-        return group
-
-    def _start_in(self, ray: Any, group: Any, settings: ClusterSettings) -> Started:
-        scheduling: Any = import_module("ray.util.scheduling_strategies")
+    def _ring(
+        self,
+        ray: Any,
+        group: Any,
+        offset: int,
+        settings: ClusterSettings,
+        also: tuple[Member, ...],
+        actors: list[Any],
+    ) -> Started:
         services: Any = import_module("ray.util")
-        secret, count = secrets.token_bytes(32), len(self.directories)
-        actors = []
-        for index in range(count):
-            where = scheduling.PlacementGroupSchedulingStrategy(
-                placement_group=group, placement_group_bundle_index=index
-            )
-            options = {"num_cpus": self.cpus, "scheduling_strategy": where, "max_restarts": 0}
-            actors.append(ray.remote(_ActorHost).options(**options).remote(secret))
+        secret, gang, count = secrets.token_bytes(32), secrets.token_hex(4), len(self.directories)
+        for index, wanted in enumerate(self.resources):
+            options = {**into(group, offset + index, wanted), "name": f"stage-{gang}-{index}"}
+            actors.append(ray.remote(_ActorHost).options(**options, namespace=NAMESPACE).remote(secret))
         addresses = ray.get([actor.address.remote() for actor in actors], timeout=settings.start_s)
         with listen(services.get_node_ip_address(), secret) as listening:
             mine: tuple[str, int] = listening.getsockname()[:2]
@@ -116,12 +122,13 @@ class RayLauncher:
                     index=index,
                     count=count,
                     backend=self.backend,
-                    threads=self.threads or self.cpus,
+                    threads=self.threads or max(1, int(self.resources[index]["CPU"])),
                     silence_s=settings.silence_s,
                     start_s=settings.start_s,
                     upstream=-1,
                     downstream=-1,
                     parent=-1,
+                    tls=None if settings.tls is None else astuple(settings.tls),
                 )
                 after = addresses[index + 1] if index + 1 < count else mine
                 starting.append(actor.start.remote(spec, after, settings.start_s))
@@ -130,11 +137,13 @@ class RayLauncher:
                 first = connect(addresses[0], secret, settings.start_s)
                 last = coming.result()
             ray.get(starting, timeout=settings.start_s)
+        first = secured(first, settings.tls, False, settings.start_s)
+        last = secured(last, settings.tls, True, settings.start_s)
         members: list[Member] = [_RayMember(ray, index, actor) for index, actor in enumerate(actors)]
         return Started(
             Channel(first, " stage 0 ", settings.silence_s),
             Channel(last, f" stage {count - 1} ", settings.start_s + settings.silence_s),
-            (*members, _Placed(group)),
+            (*members, *also),
         )
 
 
@@ -144,6 +153,13 @@ class _ActorHost(StageHost):
     def __init__(self, secret: bytes) -> None:
         services: Any = import_module("ray.util")
         super().__init__(services.get_node_ip_address(), secret)
+
+    def describe(self) -> dict[str, Any]:
+        """给 ``dsx cluster status`` 的：是哪一个，在哪台机器上，进程怎样了。"""
+        ray: Any = import_module("ray")
+        context = ray.get_runtime_context()
+        where = {"node": context.get_node_id(), "group": context.get_placement_group_id()}
+        return {**where, "actor_pid": os.getpid(), **self.told()}
 
 
 class _RayMember:
@@ -183,9 +199,19 @@ class _Placed:
         return None
 
     def kill(self) -> None:
-        _remove(self.group)
+        remove(self.group)
 
 
-def _remove(group: Any) -> None:
+def _own_group() -> Any:
+    """这个 actor 所在的 placement group。"""
     util: Any = import_module("ray.util")
-    util.remove_placement_group(group)
+    group = util.get_current_placement_group()
+    if group is None:
+        raise DsxError("DSX-E744", "ray='inside'，可这里不在一个 placement group 里", "用 auto，或 local")
+    return group
+
+
+def _kill_all(ray: Any, actors: Sequence[Any]) -> None:
+    for actor in actors:
+        with suppress(ray.exceptions.RayError):
+            ray.kill(actor)

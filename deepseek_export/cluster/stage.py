@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 from deepseek_export.backend import backend_named
 from deepseek_export.backend.base import Caches, Runner, SavedRow
 from deepseek_export.bundle import Bundle, BundleWeights
+from deepseek_export.cluster.tls import TlsFiles, secured
 from deepseek_export.cluster.wire import BEAT_S, Channel, ChannelClosed, Frame, check_size
 from deepseek_export.errors import DsxError
 from deepseek_export.machine import process_memory
@@ -51,6 +52,7 @@ class StageSpec:
         silence_s, start_s: 见 :class:`~deepseek_export.cluster.settings.ClusterSettings`。
         upstream, downstream: 两条信道的文件描述符。
         parent: 起它的进程；那个进程死了它也死。
+        tls: 两条信道的证书、私钥、CA，见 :class:`~deepseek_export.cluster.tls.TlsFiles`；``None`` 不加密。
     """
 
     bundle: str
@@ -63,6 +65,17 @@ class StageSpec:
     upstream: int
     downstream: int
     parent: int
+    tls: Sequence[str] | None = None
+
+    def connected(self) -> tuple[socket.socket, socket.socket]:
+        """上下游的两条连接，要加密的握过手：先上游后下游，从发起的一端起一个接一个。
+
+        Raises:
+            DsxError: ``DSX-E749`` / ``DSX-E756``，没有握成。
+        """
+        files = None if self.tls is None else TlsFiles(*self.tls)
+        coming = secured(socket.socket(fileno=self.upstream), files, True, self.start_s)
+        return coming, secured(socket.socket(fileno=self.downstream), files, False, self.start_s)
 
 
 class StageWorker:
@@ -204,8 +217,13 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     before = "发起的一端" if spec.index == 0 else f" stage {spec.index - 1} "
     after = "发起的一端" if spec.index == spec.count - 1 else f" stage {spec.index + 1} "
-    upstream = Channel(socket.socket(fileno=spec.upstream), before, spec.start_s + spec.silence_s)
-    downstream = Channel(socket.socket(fileno=spec.downstream), after, spec.silence_s)
+    try:
+        coming, going = spec.connected()
+    except DsxError as error:
+        print(f"stage {spec.index}：{error}", file=sys.stderr, flush=True)
+        return CLOSED
+    upstream = Channel(coming, before, spec.start_s + spec.silence_s)
+    downstream = Channel(going, after, spec.silence_s)
     threading.Thread(target=_beat, args=(downstream,), daemon=True).start()
     return run_stage(spec, upstream, downstream)
 

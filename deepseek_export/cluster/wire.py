@@ -10,6 +10,7 @@ import json
 import math
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -91,6 +92,8 @@ class Channel:
         self.peer = peer
         self.silence_s = silence_s
         self._stream, self._max_payload = stream, max_payload
+        #: 已经解了密、还没有取走的字节，``select`` 看不到。
+        self._pending: Callable[[], int] = stream.pending if isinstance(stream, ssl.SSLSocket) else int
         stream.setblocking(False)
         if stream.family != socket.AF_UNIX:
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -214,7 +217,7 @@ class Channel:
 
     def _readable(self, seconds: float) -> bool:
         try:
-            return bool(select.select([self._stream], [], [], seconds)[0])
+            return bool(self._pending() or select.select([self._stream], [], [], seconds)[0])
         except (OSError, ValueError) as error:
             raise self._gone(f"断了：{error}") from error
 

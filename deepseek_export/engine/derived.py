@@ -17,7 +17,7 @@ from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.engine.flavour import Flavour
 from deepseek_export.engine.record import ENGINES
 from deepseek_export.errors import DsxError
-from deepseek_export.profile import OptimizationProfile
+from deepseek_export.profile import DsaSection, OptimizationProfile
 from deepseek_export.progress import Progress
 from deepseek_export.records import TENSORRT_TARGETS, ModelDtype
 
@@ -182,9 +182,9 @@ def existing_derived(bundle: Bundle) -> Bundle | None:
 
 def _profile(manifest: Manifest) -> OptimizationProfile:
     profile = manifest.profile
-    if profile.mla.cache_dtype != "int8":
-        return profile
-    return profile.model_copy(update={"mla": profile.mla.model_copy(update={"cache_dtype": "model"})})
+    if profile.mla.cache_dtype == "int8":
+        profile = profile.model_copy(update={"mla": profile.mla.model_copy(update={"cache_dtype": "model"})})
+    return profile.model_copy(update={"dsa": DsaSection()})
 
 
 def _dtype(manifest: Manifest) -> ModelDtype:

@@ -19,22 +19,26 @@ import numpy as np
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_table
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.index_topk_launch import index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.launcher import Launcher
 from deepseek_export.kernels.program import IMAGE_FIELD, PROGRAM_FIELD, LaunchTable, Program
+from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import KernelSpec
 from deepseek_export.ops.table import (
+    INDEX_TOPK,
     LATENT_ATTENTION,
     MOE_EXPERTS,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    SPARSE_LATENT_ATTENTION,
     TYPE_CONSTRAINTS,
     OpSpec,
     TypeVar,
 )
 
 #: 契约里的输出维 → 给出它的属性；其余的维都能从输入里找到。
-_ATTRIBUTE_DIMS: Mapping[str, str] = MappingProxyType({"r": "kv_lora_rank"})
+_ATTRIBUTE_DIMS: Mapping[str, str] = MappingProxyType({"r": "kv_lora_rank", "ks": "topk"})
 
 _FIELD_KINDS = {"int": ("INT32", np.int32), "float": ("FLOAT32", np.float32)}
 
@@ -49,16 +53,32 @@ def _latent_attention(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
     return latent_attention_launch(sm, dims["H"], r, dims["r+dr"] - r, scale, dtypes["T"], dtypes["F"])
 
 
+def _index_topk(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
+    return index_topk_launch(sm, dims["Hi"], dims["di"], attributes["topk"], dtypes["T"], dtypes["F"])
+
+
+def _sparse_latent_attention(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
+    r, scale = attributes["kv_lora_rank"], attributes["scale"]
+    return sparse_latent_attention_launch(
+        sm, dims["H"], r, dims["r+dr"] - r, dims["ks"], scale, dtypes["T"], dtypes["F"]
+    )
+
+
 def _moe_experts(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
     return grouped_swiglu_launch(sm, dims["E"], dims["k"], dims["D"], dims["I"], dtypes["T"])
 
 
 #: 插件核 → 由静态的具名维、类型变量与属性得到启动表。
 LAUNCH_TABLES: Mapping[str, Tabulate] = MappingProxyType(
-    {LATENT_ATTENTION.name: _latent_attention, MOE_EXPERTS.name: _moe_experts}
+    {
+        LATENT_ATTENTION.name: _latent_attention,
+        INDEX_TOPK.name: _index_topk,
+        SPARSE_LATENT_ATTENTION.name: _sparse_latent_attention,
+        MOE_EXPERTS.name: _moe_experts,
+    }
 )
 #: 有插件的算子。
-PLUGIN_OPS: tuple[OpSpec, ...] = (LATENT_ATTENTION, MOE_EXPERTS)
+PLUGIN_OPS: tuple[OpSpec, ...] = (LATENT_ATTENTION, INDEX_TOPK, SPARSE_LATENT_ATTENTION, MOE_EXPERTS)
 
 
 @dataclass(eq=False)
@@ -227,7 +247,11 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
         @recorded
         def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
             known = spec.types(types)
-            return [known[port.type] for port in spec.outputs]
+            # 输入里没有的类型变量只容一种 dtype（indices、counts）。
+            return [
+                known[port.type] if port.type in known else getattr(trt, TYPE_CONSTRAINTS[port.type][0])
+                for port in spec.outputs
+            ]
 
         @recorded
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
+from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.attention import (
     AbsorbedV2Attention,
@@ -19,7 +20,7 @@ from deepseek_export.integration.attention import (
     check_implementation,
     projection_obstacle,
 )
-from deepseek_export.integration.compat import require_model
+from deepseek_export.integration.compat import has_sparse_models, require_model
 from deepseek_export.integration.experts import SparseV2Experts, SparseV3Experts, experts_obstacle
 from deepseek_export.integration.mtp import load_mtp
 from deepseek_export.integration.mtp_generate import mtp_generate
@@ -35,7 +36,15 @@ EXPERTS: dict[type[nn.Module], type[nn.Module]] = {
     v2.DeepseekV2Experts: SparseV2Experts,
     v3.DeepseekV3Experts: SparseV3Experts,
 }
-_ORIGINALS = {replaced: original for original, replaced in (ATTENTION | EXPERTS).items()}
+#: 稀疏注意力的索引器，随注意力一起换。
+INDEXERS: dict[type[nn.Module], type[nn.Module]] = {}
+if has_sparse_models():
+    from deepseek_export.integration import sparse_attention
+
+    ATTENTION |= sparse_attention.ATTENTION
+    INDEXERS |= sparse_attention.INDEXERS
+    EXPERTS |= sparse_attention.EXPERTS
+_ORIGINALS = {replaced: original for original, replaced in (ATTENTION | INDEXERS | EXPERTS).items()}
 
 
 def apply(
@@ -44,6 +53,7 @@ def apply(
     """把方案里打开的优化装到模型上，就地进行，不复制任何参数。
 
     - ``mla``：解码走 absorb，不再每步展开整个缓存；``mla.form=auto`` 时 prefill 与训练仍是 transformers 自己的代码；
+      稀疏注意力的模型只读选中的行，prefill 也是（``auto`` 时，收集比展开还费的长度除外）；
     - ``moe``：只算有 token 的专家；
     - ``mtp``：从检查点读回 MTP 权重，greedy 的 ``generate`` 用它投机解码，batch 任意，输出不变。
 
@@ -51,7 +61,8 @@ def apply(
     检查都在动手之前：报错时模型原样不动。
 
     Args:
-        model: ``DeepseekV2ForCausalLM`` 或 ``DeepseekV3ForCausalLM``。
+        model: ``DeepseekV2ForCausalLM``、``DeepseekV3ForCausalLM``；transformers 5.24 起还有 ``DeepseekV32ForCausalLM``、
+            ``GlmMoeDsaForCausalLM``。
         profile: 方案名（``mla+moe``）、TOML 文件或方案对象。
         checkpoint: MTP 权重所在的检查点目录；缺省是模型加载时的那个。
 
@@ -66,14 +77,19 @@ def apply(
     resolved = resolve_profile(profile)
     config = require_model(model)
     _check_profile(resolved)
-    attention = _targets(model, ATTENTION) if resolved.mla.enabled and resolved.mla.form != "naive" else []
+    absorbs = resolved.mla.enabled and resolved.mla.form != "naive"
+    attention = _targets(model, ATTENTION) if absorbs else []
+    indexers = _targets(model, INDEXERS) if absorbs else []
     experts = _targets(model, EXPERTS) if resolved.moe.enabled else []
     for name, module in attention:
         _check_attention(name, module)
+    for name, module in indexers:
+        _check_forward(name, module)
     for name, module in experts:
         _check_experts(name, module)
     draft = None
     if resolved.mtp.enabled:
+        _check_mtp(config)
         check_implementation(model.config)
         draft = load_mtp(model, config, checkpoint, resolved.mtp.num_draft_tokens)
     restore(model)
@@ -86,6 +102,8 @@ def apply(
     for _, module in attention:
         module.__class__ = ATTENTION[type(module)]
         module.dsx_form = resolved.mla.form
+    for _, module in indexers:
+        module.__class__ = INDEXERS[type(module)]
     for _, module in experts:
         module.__class__ = EXPERTS[type(module)]
     return model
@@ -133,6 +151,12 @@ def _check_profile(profile: OptimizationProfile) -> None:
             f"mla.cache_dtype={profile.mla.cache_dtype}：缓存是 transformers 的，dtype 跟着模型走",
             "去掉这个设置；要换缓存 dtype，用 dsx export",
         )
+    if profile.dsa.index_cache_dtype != "cache":
+        raise DsxError(
+            "DSX-E805",
+            f"dsa.index_cache_dtype={profile.dsa.index_cache_dtype}：缓存是 transformers 的，索引 key 跟着模型的 dtype",
+            "去掉这个设置；要 int8 的索引 key，用 dsx export",
+        )
     if profile.mtp.verify != "greedy":
         raise DsxError(
             "DSX-E805",
@@ -144,6 +168,15 @@ def _check_profile(profile: OptimizationProfile) -> None:
             "DSX-E805",
             f"fallback.on_drift={profile.fallback.on_drift}：apply 不做导出时的校验，没有什么可退",
             "去掉这个设置",
+        )
+
+
+def _check_mtp(config: ModelConfig) -> None:
+    if config.indexer is not None:
+        raise DsxError(
+            "DSX-E805",
+            f"mtp.enabled：{config.family} 的 MTP 模块有自己的索引器，transformers 没有它的缓存",
+            "去掉 mtp；要投机解码，用 dsx export",
         )
 
 

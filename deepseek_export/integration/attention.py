@@ -12,6 +12,7 @@ transformers 的缓存里每层存两个张量：``keys`` 是过了 ``kv_a_layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,7 @@ class _AbsorbedAttention:
     3. 训练时开着 attention dropout；
     4. 给了 ``is_causal`` 之类改变分数的参数，或把模块的 ``is_causal`` 关了。
 
-    走 absorb 之前再核对一次 :func:`projection_obstacle` 与 attention 实现：``apply`` 之后都可能变。
+    走 absorb 之前先过 :func:`check_still_usable`：``apply`` 之后都可能变。
     """
 
     dsx_form: AbsorbForm
@@ -60,75 +61,39 @@ class _AbsorbedAttention:
             DsxError: ``DSX-E804``，``apply`` 之后换了 attention 实现，或 ``kv_b_proj`` 不再只是一次矩阵乘。
         """
         this: Any = self
-        cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-        S = hidden_states.shape[1]
-        # 缓存自己说 update 会返回几行；只用来比较两种形式的代价，不用来决定谁看得见谁。
-        T = S if cache is None else cache.get_mask_sizes(S, this.layer_idx)[0]
-        if not self._absorbs(S, T, kwargs):
+        cache, S = given_cache(kwargs), hidden_states.shape[1]
+        if not self._absorbs(S, cached_rows(this, S, cache), kwargs):
             return super().forward(  # type: ignore[misc]
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        self._check_still_usable(attention_mask)
+        check_still_usable(this, attention_mask)
         B = hidden_states.shape[0]
         q = this.q_proj(hidden_states) if this.q_lora_rank is None else this._low_rank_query(hidden_states)
-        q_nope, q_pe = q.view(B, S, -1, this.qk_head_dim).split(
-            [this.qk_nope_head_dim, this.qk_rope_head_dim], dim=-1
-        )
-        c_kv, k_pe = this.kv_a_proj_with_mqa(hidden_states).split(
-            [this.kv_lora_rank, this.qk_rope_head_dim], dim=-1
-        )
-        c_kv = this.kv_a_layernorm(c_kv).unsqueeze(1)
-        q_pe, k_pe = this._rotate(q_pe.transpose(1, 2), k_pe.unsqueeze(1), position_embeddings)
-        if cache is not None:
-            c_kv, k_pe = cache.update(c_kv, k_pe, this.layer_idx)
-        latent = torch.cat([c_kv, k_pe], dim=-1)
+        q_nope, q_pe, latent = project(this, q, hidden_states, cache, this._rotate, position_embeddings)
         past = 0
         if attention_mask is None:
             latent, past = self._visible_without_mask(latent, S)
         o = attend_absorb(
             q_nope,
-            q_pe.transpose(1, 2),
+            q_pe,
             latent,
             torch.full((B,), past, device=latent.device),
             this.kv_b_proj.weight,
             this.scaling,
-            _additive(attention_mask),
+            additive(attention_mask),
         )
-        if attention_mask is not None and attention_mask.dtype == torch.bool:
-            # 什么都看不见的行（左填充），sdpa 的输出是零；照样给零，填充位置的 hidden 也就相同。
-            o = o.masked_fill(~attention_mask.any(-1).transpose(1, 2).unsqueeze(-1), 0)
-        return this.o_proj(o.reshape(B, S, -1)), None
+        return this.o_proj(silence_blind_rows(o, attention_mask).reshape(B, S, -1)), None
 
     def _absorbs(self, S: int, T: int, kwargs: dict[str, Any]) -> bool:
         this: Any = self
-        if kwargs.get("output_attentions", this.config.output_attentions):
-            return False
-        if this.training and this.attention_dropout:
-            return False
-        if not this.is_causal or any(kwargs.get(name) is not None for name in _SCORE_OPTIONS):
+        if keeps_transformers(this, kwargs):
             return False
         return self.dsx_form == "absorb" or not prefers_naive(
             S, T, this.qk_nope_head_dim, this.v_head_dim, this.kv_lora_rank
         )
-
-    def _check_still_usable(self, attention_mask: Any) -> None:
-        this: Any = self
-        check_implementation(this.config)
-        if attention_mask is not None and not (
-            isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
-        ):
-            shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
-            raise DsxError(
-                "DSX-E804",
-                f"注意力遮罩是 {shape}，absorb 只认 eager 与 sdpa 的 [B, 1, S, T]",
-                'model.set_attn_implementation("sdpa")，或 restore(model)',
-            )
-        if obstacle := projection_obstacle(this.kv_b_proj):
-            what, todo = obstacle
-            raise DsxError("DSX-E804", f"apply 之后，第 {this.layer_idx} 层的 kv_b_proj {what}", todo)
 
     def _visible_without_mask(self, latent: Tensor, S: int) -> tuple[Tensor, int]:
         """transformers 没给遮罩时：要用的行 [B, 1, T', r+dr]，以及第 0 个 query 之前有几行看得见。
@@ -162,6 +127,71 @@ class AbsorbedV3Attention(_AbsorbedAttention, v3.DeepseekV3Attention):
         interleave = self.config.rope_interleave
         rotate = v3.apply_rotary_pos_emb_interleave if interleave else v3.apply_rotary_pos_emb
         return rotate(q_pe, k_pe, *position_embeddings)
+
+
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """调用者给的缓存，新名旧名都认；没有就是 ``None``。"""
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def cached_rows(this: Any, S: int, cache: Any) -> int:
+    """缓存自己说 update 会返回几行；只用来比较代价，不用来决定谁看得见谁。"""
+    return S if cache is None else cache.get_mask_sizes(S, this.layer_idx)[0]
+
+
+def keeps_transformers(this: Any, kwargs: dict[str, Any]) -> bool:
+    """这一次只有 transformers 自己的代码做得到：见 :class:`_AbsorbedAttention` 的 2 到 4。"""
+    if kwargs.get("output_attentions", this.config.output_attentions):
+        return True
+    if this.training and this.attention_dropout:
+        return True
+    return not this.is_causal or any(kwargs.get(name) is not None for name in _SCORE_OPTIONS)
+
+
+def project(
+    this: Any,
+    q: Tensor,
+    hidden_states: Tensor,
+    cache: Any,
+    rotate: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]],
+    position_embeddings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """分开 query 的两段、算出 latent、旋转、写缓存；``q`` 是 query 投影的输出 [B, S, H*(dn+dr)]。
+
+    Returns:
+        q_nope [B, S, H, dn]、q_pe [B, S, H, dr]、缓存返回的全部行 [B, 1, T, r+dr]。
+    """
+    B, S, _ = hidden_states.shape
+    q_nope, q_pe = q.view(B, S, -1, this.qk_head_dim).split(
+        [this.qk_nope_head_dim, this.qk_rope_head_dim], dim=-1
+    )
+    c_kv, k_pe = this.kv_a_proj_with_mqa(hidden_states).split(
+        [this.kv_lora_rank, this.qk_rope_head_dim], dim=-1
+    )
+    c_kv = this.kv_a_layernorm(c_kv).unsqueeze(1)
+    q_pe, k_pe = rotate(q_pe.transpose(1, 2), k_pe.unsqueeze(1), position_embeddings)
+    if cache is not None:
+        c_kv, k_pe = cache.update(c_kv, k_pe, this.layer_idx)
+    return q_nope, q_pe.transpose(1, 2), torch.cat([c_kv, k_pe], dim=-1)
+
+
+def check_still_usable(this: Any, attention_mask: Any) -> None:
+    """走 absorb 之前再核对一次：``apply`` 之后模型可能又被改动。
+
+    Raises:
+        DsxError: ``DSX-E804``。
+    """
+    check_implementation(this.config)
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
+        shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
+        raise DsxError(
+            "DSX-E804",
+            f"注意力遮罩是 {shape}，absorb 只认 eager 与 sdpa 的 [B, 1, S, T]",
+            'model.set_attn_implementation("sdpa")，或 restore(model)',
+        )
+    if obstacle := projection_obstacle(this.kv_b_proj):
+        what, todo = obstacle
+        raise DsxError("DSX-E804", f"apply 之后，第 {this.layer_idx} 层的 kv_b_proj {what}", todo)
 
 
 def check_implementation(config: Any) -> None:
@@ -210,9 +240,21 @@ def projection_obstacle(linear: Any) -> tuple[str, str] | None:
     return None
 
 
-def _additive(mask: Tensor | None) -> Tensor | None:
+def additive(mask: Tensor | None) -> Tensor | None:
     """sdpa 的遮罩是 bool（True 可见），eager 的已经是加法的；看不见的用有限的最小值，整行看不见也不产生 NaN。"""
     if mask is None or mask.dtype != torch.bool:
         return mask
     lowest = torch.finfo(torch.float32).min
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
+
+
+def silence_blind_rows(o: Tensor, mask: Tensor | None) -> Tensor:
+    """什么都看不见的行（左填充），sdpa 的输出是零；照样给零，填充位置的 hidden 也就相同。
+
+    Args:
+        o: [B, S, H, dv]。
+        mask: [B, 1, S, T]。
+    """
+    if mask is None or mask.dtype != torch.bool:
+        return o
+    return o.masked_fill(~mask.any(-1).transpose(1, 2).unsqueeze(-1), 0)

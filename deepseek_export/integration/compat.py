@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 #: 设成非空就不检查上限：给 nox 的 ``test_newest_transformers``，也给愿意自担风险的人。
 UNTESTED = "DSX_UNTESTED_TRANSFORMERS"
-MODEL_CLASSES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+_DENSE = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+_SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+#: 稀疏注意力的模型类从这一版起支持：索引 key 在缓存里、选中的位置由索引器返回，是这一版的写法。
+_SPARSE_SINCE = (5, 24)
 
 
 def require_transformers() -> None:
@@ -41,6 +44,16 @@ def require_transformers() -> None:
         raise DsxError("DSX-E802", f"装的是 {version}，测过的是 {low} 到 {high}", todo)
 
 
+def has_sparse_models() -> bool:
+    """装着的 transformers 有没有支持的稀疏注意力模型类。"""
+    return tuple(map(int, metadata.version("transformers").split(".")[:2])) >= _SPARSE_SINCE
+
+
+def model_classes() -> tuple[str, ...]:
+    """装着的这一版 transformers 里支持的模型类。"""
+    return (*_DENSE, *_SPARSE) if has_sparse_models() else _DENSE
+
+
 def require_model(model: Any) -> ModelConfig:
     """确认是支持的模型对象，并给出它的类型化配置。
 
@@ -52,11 +65,11 @@ def require_model(model: Any) -> ModelConfig:
     import transformers
 
     kind = type(model)
-    if kind not in [getattr(transformers, name) for name in MODEL_CLASSES]:
+    if kind not in [getattr(transformers, name) for name in model_classes()]:
         raise DsxError(
             "DSX-E803",
             f"得到的是 {kind.__module__}.{kind.__qualname__}",
-            f"支持 {'、'.join(MODEL_CLASSES)}；PEFT 等包装过的模型请先取出里面的 transformers 模型",
+            f"支持 {'、'.join(model_classes())}；PEFT 等包装过的模型请先取出里面的 transformers 模型",
         )
     return model_config(model)
 

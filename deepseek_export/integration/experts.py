@@ -21,7 +21,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 from deepseek_export.errors import DsxError
 
 
-class _SparseExperts:
+class SparseExperts:
     """放在 transformers 的专家类之前的 mixin。"""
 
     num_experts: int
@@ -63,11 +63,11 @@ class _SparseExperts:
         return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
 
 
-class SparseV2Experts(_SparseExperts, v2.DeepseekV2Experts):
+class SparseV2Experts(SparseExperts, v2.DeepseekV2Experts):
     """DeepSeek-V2 的专家。"""
 
 
-class SparseV3Experts(_SparseExperts, v3.DeepseekV3Experts):
+class SparseV3Experts(SparseExperts, v3.DeepseekV3Experts):
     """DeepSeek-V3 的专家。"""
 
 

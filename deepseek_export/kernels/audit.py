@@ -24,8 +24,10 @@ from types import MappingProxyType
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_kernel
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.index_topk_launch import index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import LaunchTable
+from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import SMS, KernelSpec
 
 _WARP, _WARPGROUP = 32, 4
@@ -218,7 +220,7 @@ def estimate(found: LoopAudit) -> Estimate:
 
 
 def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
-    """每种 SM 上每个有张量核指令的 kernel，形状是 DeepSeek-V3 的（块只由 SM 定，与头数、专家数无关）。
+    """每种 SM 上每个有张量核指令的 kernel，形状是 DeepSeek-V3 的，索引器是 V3.2 的（块只由 SM 定，与头数、专家数无关）。
 
     Raises:
         DsxError: 见 :func:`audit`。
@@ -226,6 +228,8 @@ def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
     for sm in sms:
         tables = (
             latent_attention_launch(sm, 128, 512, 64, 0.1147, "bfloat16"),
+            index_topk_launch(sm, 64, 128, 2048, "bfloat16"),
+            sparse_latent_attention_launch(sm, 128, 512, 64, 2048, 0.1147, "bfloat16"),
             grouped_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16"),
         )
         for spec in dict.fromkeys(kernel for table in tables for kernel in table.kernels):
@@ -330,6 +334,11 @@ def _attention(c: Mapping[str, int]) -> tuple[int, int]:
     return c["BLOCK_M"] * c["BLOCK_N"] * (width + c["BLOCK_R"]), c["BLOCK_N"] * width * 2
 
 
+def _index_scores(c: Mapping[str, int]) -> tuple[int, int]:
+    """一段 key 与全部索引头的点积；搬这一段 key（两字节的缓存）。"""
+    return c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_D"], c["BLOCK_N"] * c["BLOCK_D"] * 2
+
+
 def _gate_up(c: Mapping[str, int]) -> tuple[int, int]:
     rows = c["BLOCK_M"] + 2 * c["BLOCK_N"]
     return 2 * c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], rows * c["BLOCK_K"] * 2
@@ -340,7 +349,14 @@ def _down(c: Mapping[str, int]) -> tuple[int, int]:
     return c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], rows * c["BLOCK_K"] * 2
 
 
-#: kernel 的函数名 → 由常数得一次迭代该做的乘加、该搬的字节；不在其中的没有张量核指令。
+#: kernel 的函数名 → 由常数得一次迭代该做的乘加、该搬的字节；不在其中的没有张量核指令，``index_topk_rows`` 的主循环就是
+#: ``index_topk_scores`` 的那一段。
 _WANTED: Mapping[str, Callable[[Mapping[str, int]], tuple[int, int]]] = MappingProxyType(
-    {"latent_attention_partial": _attention, "gate_up": _gate_up, "down": _down}
+    {
+        "latent_attention_partial": _attention,
+        "sparse_latent_attention_partial": _attention,
+        "index_topk_scores": _index_scores,
+        "gate_up": _gate_up,
+        "down": _down,
+    }
 )

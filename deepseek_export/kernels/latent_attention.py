@@ -24,6 +24,12 @@ def valid_keys(past_lens, b, B, S, T):
 
 
 @triton.jit
+def split_length(keys, num_splits, BLOCK_N: tl.constexpr):
+    """每段的 key 数：把 ``keys`` 均分成至多 ``num_splits`` 段，凑整到 ``BLOCK_N``；稀疏的注意力与索引器用它分段。"""
+    return tl.cdiv(tl.cdiv(keys, num_splits), BLOCK_N) * BLOCK_N
+
+
+@triton.jit
 def key_blocks(past_lens, b, B, S, T, BLOCK_N: tl.constexpr):
     """序列 b 有几块 key；没有 key 的也算一块，它的结果是零，要有人写。b 不在 [0, B) 的没有。"""
     return tl.where(b < B, tl.maximum(tl.cdiv(valid_keys(past_lens, b, B, S, T), BLOCK_N), 1), 0)

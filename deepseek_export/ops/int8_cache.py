@@ -36,8 +36,8 @@ def encode_rows(c_kv: Tensor, k_pe: Tensor) -> Tensor:
     Returns:
         [..., r+2*dr+6] int8。
     """
-    latent, latent_scale = _codes(c_kv.float(), LATENT_CODES)
-    rope, rope_scale = _codes(k_pe.float(), ROPE_CODES)
+    latent, latent_scale = row_codes(c_kv.float(), LATENT_CODES)
+    rope, rope_scale = row_codes(k_pe.float(), ROPE_CODES)
     return torch.cat([latent, *_bytes(rope), latent_scale, rope_scale], dim=-1).to(torch.int8)
 
 
@@ -53,13 +53,18 @@ def decode_rows(rows: Tensor, kv_lora_rank: int) -> Tensor:
     """
     dr = (rows.shape[-1] - SCALE_BYTES - kv_lora_rank) // 2
     latent, high, low, scales = rows.split([kv_lora_rank, dr, dr, SCALE_BYTES], dim=-1)
-    factors = scales[..., 0::3].float() * 256 + scales[..., 1::3].float()
-    factors = factors * _powers(rows.device)[scales[..., 2::3].long() + 128]
+    factors = read_scale(scales)
     rope = high.float() * 256 + low.float()
     return torch.cat([latent.float() * factors[..., :1], rope * factors[..., 1:]], dim=-1)
 
 
-def _codes(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+def read_scale(scales: Tensor) -> Tensor:
+    """每个 scale 三个字节（高、低、e）→ 它的值：[..., 3n] int8 → [..., n] float32。"""
+    factors = scales[..., 0::3].float() * 256 + scales[..., 1::3].float()
+    return factors * _powers(scales.device)[scales[..., 2::3].long() + 128]
+
+
+def row_codes(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """每行一个 scale 的码，与 scale 的三个字节；都仍是 float32。"""
     step = x.abs().amax(-1, keepdim=True) / largest
     # e 是使 k <= 32512 的最小的一个；数一数有几个 2 的幂不够大，不用对数，因此没有舍入。

@@ -14,13 +14,15 @@ from onnx import defs
 from onnxscript import values
 
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.ops import int8_experts, int8_linear, moe_experts, moe_gate, spec_accept
+from deepseek_export.ops import index_topk, int8_experts, int8_linear, moe_experts, moe_gate, spec_accept
 from deepseek_export.ops import latent_attention as latent
 from deepseek_export.ops import lightning_indexer as indexer
 from deepseek_export.ops import mla_attention as mla
+from deepseek_export.ops import sparse_latent_attention as sparse_latent
 from deepseek_export.ops import sparse_mla_attention as sparse
 from deepseek_export.ops.table import (
     DOMAIN,
+    INDEX_TOPK,
     INT8_EXPERTS,
     INT8_LINEAR,
     LATENT_ATTENTION,
@@ -32,6 +34,7 @@ from deepseek_export.ops.table import (
     OPSET_VERSION,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    SPARSE_LATENT_ATTENTION,
     SPARSE_MLA_ATTENTION,
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
@@ -44,6 +47,8 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     LIGHTNING_INDEXER.name: (indexer.lightning_indexer, indexer.fake),
     SPARSE_MLA_ATTENTION.name: (sparse.sparse_mla_attention, sparse.fake),
     LATENT_ATTENTION.name: (latent.latent_attention, latent.fake),
+    INDEX_TOPK.name: (index_topk.index_topk, index_topk.fake),
+    SPARSE_LATENT_ATTENTION.name: (sparse_latent.sparse_latent_attention, sparse_latent.fake),
     MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),
     MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),
     SPEC_ACCEPT.name: (spec_accept.spec_accept, spec_accept.fake),

@@ -6,7 +6,7 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
 ``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``Hi``/``di`` 索引器的头数与头宽
-（``index_n_heads``/``index_head_dim``），``ks`` 每个 query 选几个 key（``index_topk``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
+（``index_n_heads``/``index_head_dim``），``iw`` 索引缓存一行的宽度（浮点是 ``di``，int8 是 ``di+3``，见 ``ops/int8_index.py``），``ks`` 每个 query 选几个 key（``index_topk``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PLUGIN_VERSION = "1"
 
 TypeVar = Literal["T", "C", "F", "W", "I64", "I32", "F32", "U8"]
 
-#: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``）；``F`` 是只有浮点的
-#: 缓存（索引 key 的，与下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
+#: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``、``dsa.index_cache_dtype``）；
+#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
         "T": ("float32", "float16", "bfloat16"),
@@ -143,13 +143,13 @@ LIGHTNING_INDEXER = OpSpec(
         Port("q", "T", ("B", "S", "Hi", "di")),
         Port("w", "F32", ("B", "S", "Hi")),
         Port("k", "T", ("B", "S", "di")),
-        Port("index_cache", "F", ("B", "1", "T", "di")),
+        Port("index_cache", "C", ("B", "1", "T", "iw")),
         Port("past_lens", "I64", ("B",)),
     ),
     outputs=(
         Port("indices", "I32", ("B", "S", "ks")),
         Port("counts", "I32", ("B", "S")),
-        Port("index_cache_out", "F", ("B", "1", "T", "di")),
+        Port("index_cache_out", "C", ("B", "1", "T", "iw")),
     ),
     attributes=(Attribute("topk", "int"),),
     doc=(
@@ -157,7 +157,8 @@ LIGHTNING_INDEXER = OpSpec(
         "normalised; the new keys are written at past_lens[b]..past_lens[b]+S-1 first. Query i ranks the keys "
         "j <= past_lens[b]+i; counts is their number, at most topk. The first counts entries of indices are the selected "
         "positions in ascending order, the rest is -1. Ties go to the smaller position; without more than topk visible keys "
-        "nothing is ranked."
+        "nothing is ranked. An int8 cache row holds di codes and one scale as the bytes of an MlaAttention scale; each query "
+        "head is then rounded to int8 the same way, and the products are exact integers."
     ),
 )
 
@@ -191,6 +192,43 @@ LATENT_ATTENTION = OpSpec(
     doc=(
         "Multi-query attention of absorbed queries over the latent cache, which serves as K (all columns) and as V (the "
         "first kv_lora_rank columns). Key j is visible to query i when j <= past_lens[b]+i. Accumulates in float32."
+    ),
+)
+
+#: 索引器的打分与挑选。``index_cache`` 已写入本次的 S 行。只由 TensorRT 的下沉产生。
+INDEX_TOPK = OpSpec(
+    name="IndexTopK",
+    torch_name="index_topk",
+    inputs=(
+        Port("q", "T", ("B", "S", "Hi", "di")),
+        Port("w", "F32", ("B", "S", "Hi")),
+        Port("index_cache", "F", ("B", "1", "T", "di")),
+        Port("past_lens", "I64", ("B",)),
+    ),
+    outputs=(Port("indices", "I32", ("B", "S", "ks")), Port("counts", "I32", ("B", "S"))),
+    attributes=LIGHTNING_INDEXER.attributes,
+    doc=(
+        "The selection of LightningIndexer over an index cache that already holds the new keys. Query i ranks the keys "
+        "j <= past_lens[b]+i by sum_h w_h * relu(q_h . k) in float32; the first counts entries of indices are the "
+        "selected positions in ascending order, the rest is -1. Ties go to the smaller position."
+    ),
+)
+
+#: absorb 形式的注意力核，只看选中的行。``q``、``kv_cache`` 同 :data:`LATENT_ATTENTION`。只由 TensorRT 的下沉产生。
+SPARSE_LATENT_ATTENTION = OpSpec(
+    name="SparseLatentAttention",
+    torch_name="sparse_latent_attention",
+    inputs=(
+        Port("q", "T", ("B", "S", "H", "r+dr")),
+        Port("kv_cache", "F", ("B", "1", "T", "r+dr")),
+        Port("indices", "I32", ("B", "S", "ks")),
+        Port("counts", "I32", ("B", "S")),
+    ),
+    outputs=LATENT_ATTENTION.outputs,
+    attributes=LATENT_ATTENTION.attributes,
+    doc=(
+        "LatentAttention in which a query attends to the cached rows indices[b,i,:counts[b,i]] only. "
+        "Accumulates in float32."
     ),
 )
 
@@ -310,6 +348,8 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             LIGHTNING_INDEXER,
             SPARSE_MLA_ATTENTION,
             LATENT_ATTENTION,
+            INDEX_TOPK,
+            SPARSE_LATENT_ATTENTION,
             MOE_GATE,
             MOE_EXPERTS,
             SPEC_ACCEPT,

@@ -10,6 +10,7 @@ PyTorch 比。于是不必二分，一次运行就看完；一段不对，毛病
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,13 @@ def bisect_block(
     marked = [name for node in nodes for name in node.output if name in values and name in graph.values]
     model = graph.cut(dict.fromkeys([*block.feeds, *marked]), marked)
     key: Key = ("op", bundle.manifest.dtype, bundle.manifest.quant)
-    outputs = [_output(name, widened(values[name]), key) for name in marked]
+    ranked = {output.value: output for output in block.outputs if output.ranking is not None}
+    outputs = [
+        replace(ranked[name], want=values[name])
+        if name in ranked
+        else _output(name, widened(values[name]), key)
+        for name in marked
+    ]
     feeds = feeds_for(model, {**block.feeds, **values})
     iteration = Iteration(feeds, {output.value: output.want for output in outputs})
     save_comparison(folder, model, graph, [iteration])
@@ -130,7 +137,7 @@ def bisect_block(
 
 
 def _output(name: str, want: np.ndarray, key: Key) -> Output:
-    """整数与布尔（例如选中的专家）没有舍入，按 float32 的容差就是要求相等。"""
+    """整数与布尔（例如选中的专家）没有舍入，按 float32 的容差就是要求相等；选中的 key 认得并列，不经这里。"""
     return Output(
         name, name, want, key if np.issubdtype(want.dtype, np.floating) else ("op", "float32", None)
     )

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,17 +17,18 @@ from torch import Tensor
 from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
 from deepseek_export.ops.int8_cache import decode_rows
+from deepseek_export.ops.int8_index import decode_keys
 from deepseek_export.parity.arrays import to_numpy, to_torch
 from deepseek_export.parity.checks import PHASES, Level
 from deepseek_export.parity.inputs import cache_feeds
-from deepseek_export.parity.keys import Keys
+from deepseek_export.parity.keys import Keys, selection_dtype
 from deepseek_export.parity.report import Case, compare
 from deepseek_export.parity.routing import router_margin, without_flipped
 from deepseek_export.parity.selection import Ranking, in_router_units, mask_of, ranking
-from deepseek_export.parity.tolerances import SELECTION_BAND, Key, Tolerance, tolerance
+from deepseek_export.parity.tolerances import SELECTION_BAND, Dtype, Key, Tolerance, tolerance
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.mla import Selection
-from deepseek_export.reference.model import DecoderLayer
+from deepseek_export.reference.model import INDEX_CACHE, DecoderLayer
 from deepseek_export.reference.weights import torch_dtype
 
 _CAPACITY_SLACK = 3
@@ -41,7 +43,7 @@ class Output:
         value: 图里的值名。
         want: 参考模型给出的值。
         key: 容差表的键。
-        kv_lora_rank: int8 的缓存才有：r。字节差一不说明差多少，所以比还原出来的值。
+        decode: int8 的缓存才有：一行字节怎么还原。字节差一不说明差多少，所以比还原出来的值。
         ranking: 选中的 key 才有：参考模型的打分。比的是集合，并列带之内换的不算错。
     """
 
@@ -49,7 +51,7 @@ class Output:
     value: str
     want: np.ndarray
     key: Key
-    kv_lora_rank: int | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
     ranking: Ranking | None = None
 
     @property
@@ -67,8 +69,8 @@ class Output:
             case = compare(level, name, ("selection", self.key[1], None), chosen, want)
             case.near_ties = swapped
             return case
-        if self.kv_lora_rank is not None:
-            got, want = (decode_rows(to_torch(a), self.kv_lora_rank).numpy() for a in (got, want))
+        if self.decode is not None:
+            got, want = (self.decode(to_torch(array)).numpy() for array in (got, want))
         return compare(level, name, self.key, got, want)
 
 
@@ -179,7 +181,10 @@ class _Step:
             self.manifest, key, f"layers.{i}.", self.phase, feeds, where, residual, caches, updated
         )
         ranked = ranking(layer, *given)
-        yield block if ranked is None else with_selection(block, key, i, self.selection[0], ranked)
+        if ranked is not None:
+            band = selection_dtype(self.manifest, key[1])
+            block = with_selection(block, key, band, i, self.selection[0], ranked)
+        yield block
         margin = router_margin(layer, residual, self.model.config).numpy()
         yield mlp_block(self.rest, f"layers.{i}.", self.phase, feeds, i, residual, x, margin)
         self.x = x
@@ -239,24 +244,35 @@ def attention_block(
     outputs = [Output(f"{prefix}self_attn", names.attn_residual(layer), residual.numpy(), key)]
     for tensor, new in zip(manifest.cache.of_layer(layer), updated, strict=True):
         value = names.cache_output(tensor.name, index)
-        rank = manifest.model.kv_lora_rank if new.dtype == torch.int8 else None
-        outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key, rank))
+        decode = _decoder(tensor.name, manifest) if new.dtype == torch.int8 else None
+        outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key, decode))
     return Block(f"{prefix}self_attn", phase, feeds, tuple(outputs))
 
 
-def with_selection(block: Block, key: Key, layer: int, indices: Tensor, ranked: Ranking) -> Block:
+def _decoder(cache: str, manifest: Manifest) -> Callable[[Tensor], Tensor]:
+    """int8 的缓存 ``cache`` 的一行怎么还原。"""
+    if cache == INDEX_CACHE:
+        return decode_keys
+    return partial(decode_rows, kv_lora_rank=manifest.model.kv_lora_rank)
+
+
+def with_selection(
+    block: Block, key: Key, band: Dtype, layer: int, indices: Tensor, ranked: Ranking
+) -> Block:
     """自己挑 key 的注意力块再加一个输出：选中的集合。
 
     Args:
         block: :func:`attention_block` 的结果。
-        key: 容差。
+        key: 块的容差。
+        band: 并列带取哪个 dtype 的，见 :func:`~deepseek_export.parity.keys.selection_dtype`。
         layer: 层号。
         indices: 参考模型选中的，[B, S, topk]。
         ranked: 参考模型的打分。
     """
     name = f"{block.name.removesuffix('self_attn')}indexer"
-    output = Output(name, names.selection(layer)["indices"], indices.numpy(), key, ranking=ranked)
-    margin = in_router_units(ranked.margin, key[1]).numpy()
+    chosen: Key = ("selection", band, None)
+    output = Output(name, names.selection(layer)["indices"], indices.numpy(), chosen, ranking=ranked)
+    margin = in_router_units(ranked.margin, band, key[1]).numpy()
     return replace(block, outputs=(*block.outputs, output), selection_margin=margin)
 
 

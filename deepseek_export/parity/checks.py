@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import LIGHTNING_INDEXER, MLA_ATTENTION, MOE_EXPERTS, SPARSE_MLA_ATTENTION
-from deepseek_export.parity.keys import block_keys, cache_loss_key, logits_key, narrow_cache, op_keys
+from deepseek_export.parity.keys import (
+    block_keys,
+    cache_loss_key,
+    index_int8,
+    logits_key,
+    narrow_cache,
+    op_keys,
+)
 from deepseek_export.parity.tolerances import Dtype, Key
 
 if TYPE_CHECKING:
@@ -173,7 +180,8 @@ def _whole_checks(
     made: list[Check] = []
     file, dtype, narrow = manifest.main.file, manifest.dtype, narrow_cache(manifest)
     quant = None if manifest.quantization is None else manifest.quantization.kind
-    against: Against = "oracle" if quant is None and narrow is None else "rounded"
+    rounded = narrow is not None or index_int8(manifest)
+    against: Against = "rounded" if quant is not None or rounded else "oracle"
     keys = (logits_key(manifest),)
     notes: tuple[str, ...] = ()
     if "model" in levels:
@@ -189,10 +197,11 @@ def _whole_checks(
         skipped = dtype not in CUT_DTYPES
         notes = (_QUANTIZED_BFLOAT16 if skipped else _QUANTIZED,)
         made.append(Check("loss", file, "oracle", loss, len(lengths), notes=notes, skipped=skipped))
-    elif narrow is not None and "model" in levels:
+    elif rounded and "model" in levels:
+        what = [] if narrow is None else [f"缓存是 {narrow}，比模型的 {dtype} 窄"]
+        what += ["索引 key 是 int8"] if index_int8(manifest) else []
         notes = (
-            f"缓存是 {narrow}，比模型的 {dtype} 窄：model、tokens 的基准是同样缓存的 dsx 参考模型，"
-            "舍入的代价（对 {oracle}）见 loss 一行",
+            f"{'，'.join(what)}：model、tokens 的基准是同样缓存的 dsx 参考模型，舍入的代价（对 {{oracle}}）见 loss 一行",
         )
         made.append(Check("loss", file, "oracle", (cache_loss_key(manifest),), len(lengths), notes=notes))
     if quant is None and "tokens" in levels:

@@ -22,9 +22,19 @@ def narrow_cache(manifest: Manifest) -> Dtype | None:
     return None if dtype in (manifest.dtype, "float32") else dtype
 
 
+def index_int8(manifest: Manifest) -> bool:
+    """索引 key 存成 int8：打分时 query 与 key 都舍入，选中的集合可以与没有舍入的不同。"""
+    return manifest.profile.dsa.index_cache_dtype == "int8"
+
+
 def router_dtype(manifest: Manifest) -> Dtype:
     """路由的近平局判据取哪个 dtype：模型与缓存里较窄的那一个。"""
-    return narrow_cache(manifest) or manifest.dtype
+    return narrow_cache(manifest) or ("int8" if index_int8(manifest) else manifest.dtype)
+
+
+def selection_dtype(manifest: Manifest, dtype: Dtype) -> Dtype:
+    """选 key 的并列带取哪个 dtype；索引 key 是 int8 的，末位之差会换一个码。"""
+    return "int8" if index_int8(manifest) else dtype
 
 
 def op_keys(manifest: Manifest, attention: Dtype) -> Keys:
@@ -56,6 +66,8 @@ def logits_key(manifest: Manifest) -> Key:
 
 def cache_loss_key(manifest: Manifest) -> Key:
     """窄缓存的 bundle 对没有舍入的基准；float16 模型的容差已经容得下。"""
+    if index_int8(manifest):
+        return "index_loss", "int8", None
     narrow = narrow_cache(manifest)
     if narrow is not None and manifest.dtype == "float32":
         return "cache_loss", narrow, None

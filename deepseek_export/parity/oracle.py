@@ -19,7 +19,7 @@ from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
 from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
-from deepseek_export.parity.keys import narrow_cache
+from deepseek_export.parity.keys import index_int8, narrow_cache
 from deepseek_export.paths import read_text
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.reference.mla import AttentionForm
@@ -116,9 +116,11 @@ class ReferenceOracle:
         quantized: Mapping[str, BlockFormat] = MappingProxyType({}),
         attention: AttentionForm = "expanded",
         cache_dtype: str | None = None,
+        index_int8: bool = False,
     ) -> None:
         self.name = "dsx reference" + ("（同样的量化权重）" if quantized else "")
-        self._model = load_reference(checkpoint, Forms(attention, "dense"), dtype, quantized)  # type: ignore[arg-type]
+        forms = Forms(attention, "dense", index_int8=index_int8)
+        self._model = load_reference(checkpoint, forms, dtype, quantized)  # type: ignore[arg-type]
         self._cache_dtype = torch_dtype(cache_dtype or dtype)
 
     @classmethod
@@ -128,7 +130,7 @@ class ReferenceOracle:
         attention: AttentionForm = "expanded"
         if narrow is not None:
             attention = "absorb" if manifest.profile.mla.form == "naive" else "naive"
-        return cls(checkpoint, manifest.dtype, manifest.formats, attention, narrow)
+        return cls(checkpoint, manifest.dtype, manifest.formats, attention, narrow, index_int8(manifest))
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:

@@ -95,7 +95,7 @@ def polygraphy_command(model: Path, folder: Path, default: float, outputs: Itera
     limits: dict[str, float] = {}
     for output in outputs:
         # int8 缓存的字节，Polygraphy 不会还原：放过它，由 dsx 自己比。
-        packed = output.kv_lora_rank is not None
+        packed = output.decode is not None
         limit = 255.0 if packed else output.tolerance.limit(rms(output.want))
         limits[output.value] = max(limit, limits.get(output.value, 0.0))
     tolerances = [f"{default:g}"]

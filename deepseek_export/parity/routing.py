@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.parity.keys import router_dtype
+from deepseek_export.parity.keys import router_dtype, selection_dtype
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.selection import in_router_units, ranking
 from deepseek_export.parity.tolerances import ROUTER_MARGIN
@@ -65,6 +65,8 @@ def row_margin(manifest: Manifest, model: ReferenceModel, ids: Sequence[int]) ->
     margin = torch.full(tokens.shape, torch.inf)
     if manifest.quant is not None:
         return margin[0].numpy()
+    router = router_dtype(manifest)
+    band = selection_dtype(manifest, router)
     x, cos, sin = model.embed(tokens, past)
     caches = model.empty_caches(1, len(ids), torch_dtype(manifest.cache.dtype))
     selection: Selection = ()
@@ -72,7 +74,7 @@ def row_margin(manifest: Manifest, model: ReferenceModel, ids: Sequence[int]) ->
         assert isinstance(layer, DecoderLayer)
         ranked = ranking(layer, x, cos, sin, past, cache)
         if ranked is not None:
-            margin = torch.minimum(margin, in_router_units(ranked.margin, router_dtype(manifest)))
+            margin = torch.minimum(margin, in_router_units(ranked.margin, band, router))
         residual, x, _, selection = layer.step(x, cos, sin, past, cache, selection)
         margin = torch.minimum(margin, router_margin(layer, residual, model.config))
     return margin[0].numpy()

@@ -88,6 +88,6 @@ def mask_of(indices: np.ndarray, T: int) -> np.ndarray:
     return mask[..., :T]
 
 
-def in_router_units(margin: Tensor, dtype: Dtype) -> Tensor:
-    """选择的近平局换算成路由的近平局的单位：两者都小于 ``ROUTER_MARGIN[dtype]`` 时才算近平局。"""
-    return margin * (ROUTER_MARGIN[dtype] / SELECTION_BAND[dtype])
+def in_router_units(margin: Tensor, band: Dtype, router: Dtype) -> Tensor:
+    """选择的近平局（并列带取 ``band`` 的）换算成路由的单位：都小于 ``ROUTER_MARGIN[router]`` 时才算近平局。"""
+    return margin * (ROUTER_MARGIN[router] / SELECTION_BAND[band])

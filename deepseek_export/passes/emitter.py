@@ -9,10 +9,18 @@ import onnx_graphsurgeon as gs
 
 from deepseek_export.dtypes import BY_ONNX, Dtype, by_numpy
 
+_CONSTANTS = "constants/"
+
 
 def dtype_of(tensor: gs.Tensor) -> Dtype:
     """张量的 dtype；graph-surgeon 里 numpy 没有的类型（bfloat16）是 ONNX 的编号。"""
     return BY_ONNX[tensor.dtype] if isinstance(tensor.dtype, int) else by_numpy(tensor.dtype)
+
+
+def shared_constants(graph: gs.Graph) -> dict[str, gs.Constant]:
+    """图里已有的、可以共用的具名常量；前面的 pass 生成的也在里面。"""
+    tensors = (tensor for node in graph.nodes for tensor in node.inputs)
+    return {t.name: t for t in tensors if isinstance(t, gs.Constant) and t.name.startswith(_CONSTANTS)}
 
 
 class Emitter:
@@ -20,7 +28,7 @@ class Emitter:
 
     Args:
         scope: 新节点与新值的名字前缀，例如 ``layers.3.self_attn``。
-        constants: 同一次改写里共用的具名常量。
+        constants: 共用的具名常量，见 :func:`shared_constants`。
 
     Attributes:
         nodes: 已生成的节点，按次序。
@@ -33,13 +41,18 @@ class Emitter:
 
     def ints(self, *values: int) -> gs.Constant:
         """一维 int64 常量。"""
-        name = f"constants/i64_{'_'.join(map(str, values))}"
+        name = f"{_CONSTANTS}i64_{'_'.join(map(str, values))}"
         return self._constants.setdefault(name, gs.Constant(name, np.array(values, np.int64)))
 
     def int0d(self, value: int) -> gs.Constant:
         """标量 int64 常量。"""
-        name = f"constants/i64_scalar_{value}"
+        name = f"{_CONSTANTS}i64_scalar_{value}"
         return self._constants.setdefault(name, gs.Constant(name, np.array(value, np.int64)))
+
+    def float0d(self, value: float) -> gs.Constant:
+        """标量 float32 常量。"""
+        name = f"{_CONSTANTS}f32_scalar_{value}"
+        return self._constants.setdefault(name, gs.Constant(name, np.array(value, np.float32)))
 
     def __call__(
         self,

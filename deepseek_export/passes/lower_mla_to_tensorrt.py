@@ -1,4 +1,4 @@
-"""``MlaAttention`` → TensorRT 的原生层，加上一个插件核 ``LatentAttention``。"""
+"""``MlaAttention``、``SparseMlaAttention`` → TensorRT 的原生层，加上一个插件核。"""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from deepseek_export.capture.bodies import latent_attention_body
+from deepseek_export.capture.sparse_bodies import sparse_latent_attention_body
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import (
     DOMAIN,
     LATENT_ATTENTION,
     MLA_ATTENTION,
+    OPS,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    SPARSE_LATENT_ATTENTION,
+    SPARSE_MLA_ATTENTION,
 )
 from deepseek_export.passes.base import GraphModule, Pass
-from deepseek_export.passes.emitter import Emitter, dtype_of
+from deepseek_export.passes.emitter import Emitter, dtype_of, shared_constants
+from deepseek_export.passes.selection import Selection
 from deepseek_export.records import PassResult
 from deepseek_export.reference.weights import torch_dtype
 
@@ -34,7 +39,7 @@ _MAX_HEAD_WIDTH, _HEAD_WIDTH_STEP = 256, 8
 
 
 class LowerMlaToTensorrtPass(Pass):
-    """每个 ``MlaAttention`` 变成缓存写入加一条或两条注意力路径。
+    """每个 ``MlaAttention``、``SparseMlaAttention`` 变成缓存写入加一条或两条注意力路径。
 
     改写：
 
@@ -45,10 +50,11 @@ class LowerMlaToTensorrtPass(Pass):
     4. ``mla.form=auto``：两条都在，S <= 8 走解码，否则走 prefill。不用 ``If``：它在 TensorRT 里带一次设备到主机的拷贝，而且
        分支里不能有插件。另一条路径的结果切成 0 行；每个优化配置的 S 都在分界的同一侧，编译器因此把走不到的那条整条删掉。
        ``Attention`` 自己至少算一行（ONNX Runtime 不接受空的 query），切成 0 行的是它的结果。
+    7. ``SparseMlaAttention``：解码的插件核是 ``SparseLatentAttention``，只读选中的行；prefill 选中的写成遮罩，仍是一次原生注意力。
 
     不改写：
 
-    5. 没有 ``MlaAttention``（MLA 关闭）。
+    5. 没有这两种节点（MLA 关闭）。
 
     拒绝编译（``DSX-E320``）：
 
@@ -61,21 +67,29 @@ class LowerMlaToTensorrtPass(Pass):
 
     def call(self, module: GraphModule) -> PassResult:
         """见类说明。"""
-        sites = module.find(MLA_ATTENTION.name)
+        sites = [*module.find(MLA_ATTENTION.name), *module.find(SPARSE_MLA_ATTENTION.name)]
         # 情形 5。
         if not sites:
             return PassResult(name=self.name, changed=False, count=0)
-        constants: dict[str, gs.Constant] = {}
+        constants = shared_constants(module.graph)
         for node in sites:
             emit = Emitter(node.name.rpartition("/")[0], constants)
             _Rewrite(module, node, emit).run()
             module.replace(node, emit.nodes)
-        if module.mla_form != "naive":
-            q, cache, _ = module.find(LATENT_ATTENTION.name)[0].inputs
-            module.functions[LATENT_ATTENTION.name] = latent_attention_body(
-                module.config, torch_dtype(dtype_of(q).name), torch_dtype(dtype_of(cache).name)
-            )
+        for core, body in _CORES.items():
+            for node in module.find(core)[:1]:
+                q, cache, *_ = node.inputs
+                module.functions[core] = body(
+                    module.config, torch_dtype(dtype_of(q).name), torch_dtype(dtype_of(cache).name)
+                )
         return PassResult(name=self.name, changed=True, count=len(sites))
+
+
+#: 解码路径的插件核 → 它的函数体。
+_CORES = {
+    LATENT_ATTENTION.name: latent_attention_body,
+    SPARSE_LATENT_ATTENTION.name: sparse_latent_attention_body,
+}
 
 
 class _Rewrite:
@@ -84,11 +98,13 @@ class _Rewrite:
     def __init__(self, module: GraphModule, node: gs.Node, emit: Emitter) -> None:
         self.form, self.config, self.emit = module.mla_form, module.config, emit
         self.scale = node.attrs["scale"]
-        ports = dict(zip((port.name for port in MLA_ATTENTION.inputs), node.inputs, strict=True))
+        ports = dict(zip((port.name for port in OPS[node.op].inputs), node.inputs, strict=True))
         self.q_nope, self.q_pe = ports["q_nope"], ports["q_pe"]
         self.c_kv, self.k_pe = ports["c_kv"], ports["k_pe"]
         self.cache, self.past_lens, self.w_kv_b = ports["kv_cache"], ports["past_lens"], ports["w_kv_b"]
         self.o, self.cache_out = node.outputs
+        sparse = node.op == SPARSE_MLA_ATTENTION.name
+        self.selection = Selection(ports["indices"], ports["counts"]) if sparse else None
         c = self.config
         self.H, self.r = c.num_attention_heads, c.kv_lora_rank
         self.dn, self.dr, self.dv = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
@@ -97,10 +113,10 @@ class _Rewrite:
         """情形 1，再按 ``mla.form`` 走 2、3 或 4。"""
         self._write_cache()
         if self.form == "absorb":
-            self._decode(self.q_nope, self.q_pe, self.o)
+            self._decode(self.q_nope, self.q_pe, self.selection, self.o)
         elif self.form == "naive":
             cache = self._first_rows(self._key_count(self._new_count()))
-            self._prefill(self.q_nope, self.q_pe, cache, self.o)
+            self._prefill(self.q_nope, self.q_pe, self.selection, cache, self.o)
         else:
             self._both()
 
@@ -146,9 +162,10 @@ class _Rewrite:
         attention_rows = emit("Max", [prefill_rows, one], "mla/attention_rows", np.int64, [1])
         attention_keys = emit("Max", [cache_rows, one], "mla/attention_keys", np.int64, [1])
 
-        def head(path: str, rows: gs.Tensor) -> tuple[gs.Variable, gs.Variable]:
+        def head(path: str, rows: gs.Tensor) -> tuple[gs.Variable, gs.Variable, Selection | None]:
             q_nope = emit("Slice", [self.q_nope, zero, rows, axis], f"mla/{path}_q_nope", self.q_nope)
-            return q_nope, emit("Slice", [self.q_pe, zero, rows, axis], f"mla/{path}_q_pe", self.q_pe)
+            q_pe = emit("Slice", [self.q_pe, zero, rows, axis], f"mla/{path}_q_pe", self.q_pe)
+            return q_nope, q_pe, self.selection and self.selection.head(emit, path, rows)
 
         cache = self._first_rows(attention_keys)
         o_decode, o_prefill = (
@@ -158,8 +175,10 @@ class _Rewrite:
         self._prefill(*head("prefill", attention_rows), cache, o_prefill, prefill_rows)
         emit.add("Concat", [o_decode, o_prefill], "mla/join", [self.o], axis=1)
 
-    def _decode(self, q_nope: gs.Tensor, q_pe: gs.Tensor, o: gs.Variable) -> None:
-        """情形 2：``q = [q_nope W_UK, q_pe]``，``o = LatentAttention(q) W_UVᵀ``。"""
+    def _decode(
+        self, q_nope: gs.Tensor, q_pe: gs.Tensor, selection: Selection | None, o: gs.Variable
+    ) -> None:
+        """情形 2、7：``q = [q_nope W_UK, q_pe]``，``o = LatentAttention(q) W_UVᵀ``。"""
         emit, H, r = self.emit, self.H, self.r
         heads = emit("Reshape", [self.w_kv_b, emit.ints(H, self.dn + self.dv, r)], "mla/w_heads", self.w_kv_b)
         w_uk, w_uv = emit.split(heads, (self.dn, self.dv), ("mla/w_uk", "mla/w_uv"), axis=1)
@@ -167,10 +186,13 @@ class _Rewrite:
         outer = emit("Shape", [q_pe], "mla/decode_BS", np.int64, [2], start=0, end=2)
         q_latent = self._per_head(q_nope, w_uk, outer, self.dn, r, "absorb_q")
         q = emit("Concat", [q_latent, q_pe], "mla/q", q_pe, ["B", "Sd", H, r + self.dr], axis=-1)
+        core, keys = LATENT_ATTENTION.name, [self.past_lens]
+        if selection is not None:
+            core, keys = SPARSE_LATENT_ATTENTION.name, [selection.indices, selection.counts]
         context = emit(
-            LATENT_ATTENTION.name,
-            [q, self.cache_out, self.past_lens],
-            LATENT_ATTENTION.name,
+            core,
+            [q, self.cache_out, *keys],
+            core,
             q_pe,
             ["B", "Sd", H, r],
             domain=DOMAIN,
@@ -207,11 +229,12 @@ class _Rewrite:
         self,
         q_nope: gs.Tensor,
         q_pe: gs.Tensor,
+        selection: Selection | None,
         cache: gs.Tensor,
         o: gs.Variable,
         rows: gs.Tensor | None = None,
     ) -> None:
-        """情形 3；``rows`` 是要留下的行数，``None`` 为全部。"""
+        """情形 3、7；``rows`` 是要留下的行数，``None`` 为全部。"""
         emit, H = self.emit, self.H
         width = self.dn + self.dr
         padded = -(-max(width, self.dv) // _HEAD_WIDTH_STEP) * _HEAD_WIDTH_STEP
@@ -228,7 +251,7 @@ class _Rewrite:
         latent = emit("Squeeze", [cache, emit.ints(1)], "mla/latent", cache)
         if cache.dtype != q_nope.dtype:
             latent = emit("Cast", [latent], "mla/latent_cast", q_nope, to=dtype_of(q_nope).onnx)
-        mask, written = self._masks(q_pe, latent)
+        mask, written = self._masks(q_pe, latent, selection)
         zero = emit("Cast", [emit.int0d(0)], "mla/zero", latent, [], to=dtype_of(latent).onnx)
         latent = emit("Where", [written, latent, zero], "mla/written_latent", latent)
         c_kv, k_pe = emit.split(latent, (self.r, self.dr), ("mla/c_kv", "mla/k_pe"), axis=2)
@@ -256,22 +279,25 @@ class _Rewrite:
             return tensor
         return self.emit("Pad", [tensor, self.emit.ints(*[0] * 7, columns)], f"mla/{name}_padded", tensor)
 
-    def _masks(self, rows: gs.Tensor, keys: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
-        """[B, 1, S, T] bool，True 表示看得见：``j <= past_lens[b] + i``；[B, T, 1] bool，True 表示写过：``j < past_lens[b] + S``。"""
+    def _masks(
+        self, rows: gs.Tensor, keys: gs.Tensor, selection: Selection | None
+    ) -> tuple[gs.Tensor, gs.Tensor]:
+        """[B, 1, S, T] bool，True 表示要看：``j <= past_lens[b] + i``，或选中的；[B, T, 1] bool，True 表示写过：``j < past_lens[b] + S``。"""
         emit = self.emit
-        positions, counts = [], []
+        counts, positions = {}, {}
         for name, tensor in (("row", rows), ("key", keys)):
-            count = emit("Shape", [tensor], f"mla/{name}_count", np.int64, [1], start=1, end=2)
-            counts.append(count)
-            count = emit("Squeeze", [count, emit.ints(0)], f"mla/{name}_count_0d", np.int64, [])
-            positions.append(
-                emit("Range", [emit.int0d(0), count, emit.int0d(1)], f"mla/{name}_positions", np.int64)
+            counts[name] = emit("Shape", [tensor], f"mla/{name}_count", np.int64, [1], start=1, end=2)
+            count = emit("Squeeze", [counts[name], emit.ints(0)], f"mla/{name}_count_0d", np.int64, [])
+            positions[name] = emit(
+                "Range", [emit.int0d(0), count, emit.int0d(1)], f"mla/{name}_positions", np.int64
             )
         past = emit("Unsqueeze", [self.past_lens, emit.ints(1)], "mla/past", np.int64)
-        last = emit("Add", [past, positions[0]], "mla/last_visible", np.int64)
-        last = emit("Unsqueeze", [last, emit.ints(1, 3)], "mla/last_visible_4d", np.int64)
-        length = emit("Add", [past, counts[0]], "mla/length", np.int64)
+        length = emit("Add", [past, counts["row"]], "mla/length", np.int64)
         length = emit("Unsqueeze", [length, emit.ints(2)], "mla/length_3d", np.int64)
-        keys_3d = emit("Unsqueeze", [positions[1], emit.ints(1)], "mla/key_positions_2d", np.int64)
+        keys_3d = emit("Unsqueeze", [positions["key"], emit.ints(1)], "mla/key_positions_2d", np.int64)
         written = emit("Less", [keys_3d, length], "mla/written", np.bool_)
-        return emit("LessOrEqual", [positions[1], last], "mla/visible", np.bool_), written
+        if selection is not None:
+            return selection.mask(emit, counts["key"]), written
+        last = emit("Add", [past, positions["row"]], "mla/last_visible", np.int64)
+        last = emit("Unsqueeze", [last, emit.ints(1, 3)], "mla/last_visible_4d", np.int64)
+        return emit("LessOrEqual", [positions["key"], last], "mla/visible", np.bool_), written

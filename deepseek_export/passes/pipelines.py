@@ -16,9 +16,6 @@ from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError, did_you_mean
 from deepseek_export.ops.table import (
     DOMAIN,
-    INT8_EXPERTS,
-    INT8_LINEAR,
-    LATENT_ATTENTION,
     LIGHTNING_INDEXER,
     MLA_ATTENTION,
     MOE_EXPERTS,
@@ -40,6 +37,7 @@ from deepseek_export.passes.inline_bodies import (
 from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
+from deepseek_export.passes.lower_indexer_to_tensorrt import LowerIndexerToTensorrtPass
 from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
 from deepseek_export.passes.narrow_kv_b_weights import NarrowKvBWeightsPass
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
@@ -142,8 +140,10 @@ def _tensorrt(quantization: Quantization | None, oversized: bool) -> Iterator[St
     if oversized:
         # TensorRT 的张量至多 2^31-1 个元素。
         yield Step(SplitExpertsPass(), oversized_experts)
+    # 索引缓存的写入用原生层，打分与挑选留给插件。
+    yield Step(LowerIndexerToTensorrtPass(), nodes(LIGHTNING_INDEXER.name))
     # 缓存写入与吸收用原生层，注意力核留给插件；prefill 用原生融合注意力。
-    yield Step(LowerMlaToTensorrtPass(), nodes(MLA_ATTENTION.name))
+    yield Step(LowerMlaToTensorrtPass(), nodes(MLA_ATTENTION.name, SPARSE_MLA_ATTENTION.name))
     # MoeExperts 原样留着，它就是插件核；函数体换成 TensorRT 没有插件也建得出的写法。
     yield Step(UseDenseExpertsBodyPass(), nodes(MOE_EXPERTS.name), consumes=False)
     # 路由与草稿验证都是原生算子，展开以便层名带着模块路径。
@@ -265,25 +265,17 @@ def check_cache(target: str, profile: OptimizationProfile) -> None:
     Raises:
         DsxError: ``DSX-E322``，目标不支持 int8 缓存。
     """
+    if profile.dsa.index_cache_dtype == "int8" and target in TENSORRT_TARGETS:
+        raise DsxError(
+            "DSX-E322",
+            f"目标 {target} 不支持 dsa.index_cache_dtype=int8：TensorRT 的索引器只读浮点的缓存",
+            "换 --target ort-cpu 或 portable；或去掉 dsa.index_cache_dtype",
+        )
     if profile.mla.cache_dtype == "int8" and target in TENSORRT_TARGETS:
         raise DsxError(
             "DSX-E322",
             f"目标 {target} 不支持 mla.cache_dtype=int8：TensorRT 的注意力核只读浮点的缓存",
             "换 --target ort-cpu 或 portable；或 --set mla.cache_dtype=float16",
-        )
-
-
-def check_sparse(target: str, config: ModelConfig) -> None:
-    """这个目标能不能编译稀疏注意力的模型。
-
-    Raises:
-        DsxError: ``DSX-E131``，不能。
-    """
-    if config.indexer is not None and target in TENSORRT_TARGETS:
-        raise DsxError(
-            "DSX-E131",
-            f"目标 {target} 还不能编译 {config.family} 的稀疏注意力：没有收集的插件",
-            "用 --target ort-cpu 或 portable",
         )
 
 
@@ -325,13 +317,12 @@ def lower(
         quantization: 只量化权重；``None`` 不量化。
 
     Raises:
-        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E131`` 目标不支持稀疏注意力；``DSX-E310`` /
+        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E310`` /
             ``DSX-E311`` 不能量化；``DSX-E410`` 有权重太大又拆不了。
         PassError: pass 自身的缺陷。
     """
     check_target(target, dtype)
     check_cache(target, profile)
-    check_sparse(target, config)
     if quantization is not None:
         check_quantization(target, dtype)
     module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)
@@ -356,15 +347,15 @@ def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
         MLA_ATTENTION.name: 0 if sparse else latent,
         SPARSE_MLA_ATTENTION.name: latent if sparse else 0,
         LIGHTNING_INDEXER.name: sum(map(module.config.runs_indexer, module.layers)),
-        **dict.fromkeys((LATENT_ATTENTION.name, INT8_LINEAR.name, INT8_EXPERTS.name), 0),  # 只由下沉产生
         MOE_GATE.name: moe,
         MOE_EXPERTS.name: moe,
         SPEC_ACCEPT.name: int(main_mtp and profile.mtp.verify == "greedy"),
         SPEC_ACCEPT_REJECTION.name: int(main_mtp and profile.mtp.verify == "rejection"),
     }
     for op in OPS:
-        if (got := len(module.find(op))) != expected[op]:
-            what = f"capture 之后有 {got} 个 {DOMAIN}::{op}，方案 {profile.name} 应有 {expected[op]} 个"
+        wanted = expected.get(op, 0)  # 其余的只由下沉产生
+        if (got := len(module.find(op))) != wanted:
+            what = f"capture 之后有 {got} 个 {DOMAIN}::{op}，方案 {profile.name} 应有 {wanted} 个"
             raise DsxError("DSX-E302", what, "核对传给 lower 的配置、方案是否就是捕获时用的那一份")
 
 

@@ -33,7 +33,7 @@ CLUSTER_ASSUMPTIONS = [
     "速度是离散事件模拟：小批依次走过各 stage 与各条边，一步的小批都回来才有下一步；stage 的时间是 roofline（上界），"
     "边上过 hidden，最后一个 stage 把 logits 交回；各条序列的长度在 --prompt 与 --context 之间均匀（种子固定），写满就换一条",
     f"等第一个 token：空着的流水线，每步 {PREFILL_CHUNK} 个 token；采样、HTTP、排队都不计",
-    "“受限于”是加倍之后满的（单条的）最见效的那一样",
+    "“受限于”是把它加倍（延迟是减半）最见效的那一样",
     "张量并行、专家并行只是估计：没有模拟，dsx 也不这样跑；通信按 all-reduce、all-to-all 的字节数与跳数另加，不与计算重叠",
 ]
 
@@ -251,7 +251,7 @@ class _Planner:
         lengths = (ask.prompt, ask.context)
         single = [[Work(1, 1, ask.depth)]]
         parts = min(
-            _powers(min(made.batch, stages)),
+            _powers(min(made.batch, 4 * stages)),
             key=lambda count: ring.seconds(ragged_steps(made.batch, count, 1, lengths)),
         )
         steps = ragged_steps(made.batch, parts, _STEPS, lengths)

@@ -28,6 +28,7 @@ class ModelShape:
         latent: 缓存的是潜向量（``mla.enabled``），还是逐头 K/V。
         sparse: 只跑被选中的专家（``moe.enabled``），还是全部。
         absorb_prefill: prefill 的注意力也用 absorb 形式（``mla.form`` 是 ``absorb``）。
+        index_int8: 索引 key 存成 int8（``dsa.index_cache_dtype``）。
     """
 
     config: ModelConfig
@@ -37,6 +38,7 @@ class ModelShape:
     latent: bool
     sparse: bool
     absorb_prefill: bool
+    index_int8: bool
 
     @classmethod
     def build(cls, config: ModelConfig, profile: OptimizationProfile, modules: int) -> ModelShape:
@@ -56,7 +58,8 @@ class ModelShape:
         latent = profile.mla.enabled
         absorb_prefill = latent and profile.mla.form == "absorb"
         indexed = sum(map(config.runs_indexer, range(layers)))
-        return cls(config, parameters, layers, indexed, latent, profile.moe.enabled, absorb_prefill)
+        int8 = profile.dsa.index_cache_dtype == "int8"
+        return cls(config, parameters, layers, indexed, latent, profile.moe.enabled, absorb_prefill, int8)
 
     @property
     def total(self) -> int:
@@ -96,13 +99,13 @@ class ModelShape:
     @property
     def index_cache_values(self) -> int:
         """每个 token 在所有层的索引缓存里占几个元素；没有稀疏注意力是 0。"""
-        return self.index_layers * self.config.indexer.head_dim if self.config.indexer is not None else 0
+        return self.index_layers * self.config.index_cache_width(self.index_int8)
 
     def cache_bytes_per_token(self, dtype: str, model_dtype: str) -> tuple[int, int]:
-        """每个 token 的缓存多少字节：潜向量的、展开的；展开的、索引 key 没有 int8 这一种，按模型的 dtype 算。"""
+        """每个 token 的缓存多少字节：潜向量的、展开的；展开的没有 int8 这一种，按模型的 dtype 算，索引 key 另有自己的开关。"""
         int8 = dtype == "int8"
         wide = DTYPES[model_dtype if int8 else dtype]
-        index = wide.nbytes(self.index_cache_values)
+        index = (DTYPES["int8"] if self.index_int8 else wide).nbytes(self.index_cache_values)
         latent = DTYPES[dtype].nbytes(self.latent_cache_values(int8))
         return latent + index, wide.nbytes(self.expanded_cache_values) + index
 

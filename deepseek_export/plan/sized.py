@@ -48,9 +48,10 @@ class SizedModel:
         """只读 config.json 与 safetensors 文件头。
 
         Raises:
-            DsxError: 1xx 检查点；``DSX-E119`` 方案打开了 MTP 而检查点没有。
+            DsxError: 1xx 检查点；``DSX-E119`` 方案打开了 MTP 而检查点没有；``DSX-E136`` 方案说了索引 key 怎么存而模型没有。
         """
         source = Checkpoint.open(checkpoint)
+        profile.check_model(source.config.family, source.config.indexer is not None)
         modules = require_mtp(source) if profile.mtp.enabled else 0
         return cls(source, profile, modules, ModelShape.build(source.config, profile, modules))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.ops import registry as _registry  # noqa: F401  登记 torch.ops.dsx
+from deepseek_export.ops.int8_index import hadamard
 from deepseek_export.ops.lightning_indexer import lightning_indexer
 from deepseek_export.reference.rope import apply_rope
 
@@ -41,15 +42,18 @@ class Indexer(nn.Module):
 
     Args:
         config: 有 ``indexer`` 的模型配置。
-        as_op: 见 :class:`~deepseek_export.reference.model.Forms`。
+        as_op, int8: 见 :class:`~deepseek_export.reference.model.Forms`（``int8`` 是 ``index_int8``）。
     """
 
-    def __init__(self, config: ModelConfig, as_op: bool = False) -> None:
+    def __init__(self, config: ModelConfig, as_op: bool = False, int8: bool = False) -> None:
         super().__init__()
         assert config.indexer is not None
         assert config.q_lora_rank is not None
         self.indexer, self.rope_dim, self.as_op = config.indexer, config.qk_rope_head_dim, as_op
         width = config.indexer.head_dim
+        # 显式放在 CPU：与 rope 的频率一样，是要进图的常量。
+        with torch.device("cpu"):
+            self.hadamard = hadamard(width) if int8 else None
         self.wq_b = nn.Linear(config.q_lora_rank, config.indexer.n_heads * width, bias=False)
         self.wk = nn.Linear(config.hidden_size, width, bias=False)
         self.k_norm = nn.LayerNorm(width, eps=K_NORM_EPS)
@@ -63,7 +67,7 @@ class Indexer(nn.Module):
             x: [B, S, D]，input_layernorm 之后。
             latent: [B, S, q_lora_rank]，q_a_layernorm 之后，也就是 q_b_proj 的输入。
             cos, sin: [B, S, dr/2]，主注意力的那一份。
-            index_cache: [B, 1, T, di]。
+            index_cache: [B, 1, T, iw]。
             past_lens: [B] int64。
 
         Returns:
@@ -76,11 +80,16 @@ class Indexer(nn.Module):
         return indices, counts, cache
 
     def project(self, x: Tensor, latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, S, Hi, di]、w [B, S, Hi] float32、k [B, S, di]：打分要的三样，q、k 已旋转；参数见 :meth:`forward`。"""
+        """q [B, S, Hi, di]、w [B, S, Hi] float32、k [B, S, di]：打分要的三样；参数见 :meth:`forward`。
+
+        q、k 已旋转；索引缓存是 int8 的还过了 Hadamard 变换。
+        """
         c = self.indexer
         B, S, _ = x.shape
         q = self._rotated(self.wq_b(latent).view(B, S, c.n_heads, c.head_dim), cos, sin)
         k = self._rotated(self.k_norm(self.wk(x)).unsqueeze(2), cos, sin).squeeze(2)
+        if self.hadamard is not None:
+            q, k = (torch.matmul(part, self.hadamard.to(part.dtype)) for part in (q, k))
         return q, self.weights_proj(x), k
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -51,10 +51,16 @@ class MultiheadLatentAttention(nn.Module):
         form: 见 :data:`AttentionForm`。
         as_op: 见 :class:`~deepseek_export.reference.model.Forms`；``expanded`` 没有算子。
         runs_indexer: 自己挑 key；``False`` 而 ``config`` 有索引器的，沿用前面一层挑的。
+        index_int8: 见 :class:`~deepseek_export.reference.model.Forms`。
     """
 
     def __init__(
-        self, config: ModelConfig, form: AttentionForm, as_op: bool = False, runs_indexer: bool = False
+        self,
+        config: ModelConfig,
+        form: AttentionForm,
+        as_op: bool = False,
+        runs_indexer: bool = False,
+        index_int8: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.form, self.as_op = config, form, as_op
@@ -71,7 +77,7 @@ class MultiheadLatentAttention(nn.Module):
             config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )
         self.o_proj = nn.Linear(H * config.v_head_dim, D, bias=bias)
-        self.indexer = Indexer(config, as_op) if runs_indexer else None
+        self.indexer = Indexer(config, as_op, index_int8) if runs_indexer else None
 
     def forward(
         self,
@@ -88,7 +94,7 @@ class MultiheadLatentAttention(nn.Module):
             cos, sin: [B, S, dr/2]。
             past_lens: [B] int64，本次之前每个序列已缓存的长度。
             caches: MLA 打开时是 ``(kv_cache [B,1,T,r+dr],)``；关闭时是 ``(k_cache [B,H,T,dn+dr], v_cache [B,H,T,dv])``；
-                自己挑 key 的层后面还有一个 ``index_cache [B,1,T,di]``。
+                自己挑 key 的层后面还有一个 ``index_cache [B,1,T,iw]``。
             selection: 前面一层挑的 key；自己挑的不看它。
 
         Returns:

@@ -29,24 +29,28 @@ class Forms:
     Attributes:
         attention, moe: 算法。
         as_ops: 打开的（``expanded``、``dense`` 之外的）各写成 ``dsx::`` 算子，捕获时追踪成一个节点。
+        index_int8: 索引 key 存成 int8，见 :mod:`~deepseek_export.ops.int8_index`。
     """
 
     attention: AttentionForm
     moe: MoeForm
     as_ops: bool = False
+    index_int8: bool = False
 
     @classmethod
     def for_capture(cls, profile: OptimizationProfile) -> Forms:
         """捕获用：打开的优化写成 ``dsx::`` 算子，关闭的写成普通算子。"""
         # 算法由函数体定，追踪出来的块与它无关：总写 auto，几种 mla.form 共用一份追踪。
         attention: AttentionForm = "auto" if profile.mla.enabled else "expanded"
-        return cls(attention, "sparse" if profile.moe.enabled else "dense", as_ops=True)
+        moe: MoeForm = "sparse" if profile.moe.enabled else "dense"
+        return cls(attention, moe, as_ops=True, index_int8=profile.dsa.index_cache_dtype == "int8")
 
     @classmethod
     def for_reference(cls, profile: OptimizationProfile) -> Forms:
         """对齐校验用：同一个 profile 的 eager 参考实现。"""
         attention: AttentionForm = profile.mla.form if profile.mla.enabled else "expanded"
-        return cls(attention, "sparse" if profile.moe.enabled else "dense")
+        moe: MoeForm = "sparse" if profile.moe.enabled else "dense"
+        return cls(attention, moe, index_int8=profile.dsa.index_cache_dtype == "int8")
 
 
 class Embed(nn.Module):
@@ -85,7 +89,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, is_moe: bool, forms: Forms, runs_indexer: bool = False) -> None:
         super().__init__()
-        self.self_attn = MultiheadLatentAttention(config, forms.attention, forms.as_ops, runs_indexer)
+        self.self_attn = MultiheadLatentAttention(
+            config, forms.attention, forms.as_ops, runs_indexer, forms.index_int8
+        )
         self.borrows = config.indexer is not None and not runs_indexer
         D, inner = config.hidden_size, config.intermediate_size
         self.mlp = MoE(config, forms.moe, forms.as_ops) if is_moe else MLP(D, inner)
@@ -231,8 +237,8 @@ def cache_tensors(
 
     Args:
         config, forms: 模型配置与算法。
-        dtype: 缓存的 dtype。
-        compute: 计算 dtype；索引 key 没有 int8 的存法，那时按它存。
+        dtype: 缓存的 dtype；索引 key 也用它，除非 ``forms.index_int8``。
+        compute: 计算 dtype；潜缓存是 int8 而索引 key 不是时，索引 key 按它存。
         layer: 第几层。
     """
     H = config.num_attention_heads
@@ -245,5 +251,6 @@ def cache_tensors(
         tensors = [CacheTensor("kv_cache", 1, config.latent_cache_width(dtype == torch.int8), dtype)]
     if config.indexer is not None and config.runs_indexer(layer):
         stored = compute if dtype == torch.int8 else dtype
-        tensors.append(CacheTensor(INDEX_CACHE, 1, config.indexer.head_dim, stored))
+        stored = torch.int8 if forms.index_int8 else stored
+        tensors.append(CacheTensor(INDEX_CACHE, 1, config.index_cache_width(forms.index_int8), stored))
     return tensors

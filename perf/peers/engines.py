@@ -113,10 +113,11 @@ class Transformers:
             return
         self.logits([0], self._cache)  # 走一步，缓存就有了真的布局，再换成那么长的随机数
         for layer in self._cache.layers:
-            for name in ("keys", "values"):
-                shape = list(getattr(layer, name).shape)
-                shape[-2] = depth
-                setattr(layer, name, torch.randn(shape).to(self.model.dtype))
+            for name in ("keys", "values", "indexer_keys"):
+                if (kept := getattr(layer, name, None)) is not None:
+                    shape = list(kept.shape)
+                    shape[-2] = depth
+                    setattr(layer, name, torch.randn(shape).to(kept.dtype))
 
     def decode(self, tokens: list[int]) -> float:
         cache = self._cache

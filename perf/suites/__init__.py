@@ -10,6 +10,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
     {
         "mla-memory": "perf.suites.mla_memory",
         "mla-decode": "perf.suites.mla_decode",
+        "sparse": "perf.suites.sparse",
         "mtp": "perf.suites.mtp",
         "moe": "perf.suites.moe",
         "moe-quality": "perf.suites.moe_quality",
@@ -17,6 +18,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "peers": "perf.suites.peers",
         "serve": "perf.suites.serve",
         "cluster": "perf.suites.cluster",
+        "cluster-model": "perf.suites.cluster_model",
         "apply": "perf.suites.apply",
         "cpu-kernel": "perf.suites.cpu_kernel",
         "decode-profile": "perf.suites.decode_profile",

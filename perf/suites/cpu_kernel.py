@@ -85,11 +85,11 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     scenario, library = QUICK if quick else FULL, find_library()
     if library is None:
         raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
-    probes = _machine(threads)
+    probes = machine_ceilings(threads)
     cases = []
     for name, shape, series in _cells(scenario):
         calls = {key: _call(library, shape, *kind, threads) for key, kind in series.items()} | probes
-        samples = interleaved({key: partial(_timed, call) for key, call in calls.items()}, scenario.runs)
+        samples = interleaved({key: partial(timed, call) for key, call in calls.items()}, scenario.runs)
         cases.append(case(name, shape, series, {key: Spread.of(found) for key, found in samples.items()}))
     return SuiteResult(suite="cpu-kernel", title=TITLE, scenario=asdict(scenario), cases=cases)
 
@@ -133,7 +133,7 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding, borrowed: object
     session.run_with_iobinding(binding)
 
 
-def _machine(threads: int) -> dict[str, Callable[[], Any]]:
+def machine_ceilings(threads: int) -> dict[str, Callable[[], Any]]:
     """这台机器的上限：``threads`` 个线程一起复制、一起做 float32 矩阵乘。"""
     torch.set_num_threads(threads)
     source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.empty(COPY_BYTES, dtype=torch.uint8)
@@ -141,7 +141,7 @@ def _machine(threads: int) -> dict[str, Callable[[], Any]]:
     return {COPY: partial(target.copy_, source), MATMUL: partial(torch.mm, a, b)}
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def timed(call: Callable[[], Any]) -> float:
     began = perf_counter()
     call()
     return perf_counter() - began

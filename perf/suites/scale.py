@@ -1,4 +1,4 @@
-"""真实规模的导出（EXPORT-25）与切分（CLUSTER-36）：DeepSeek-V3 671B 按引用，40 亿参数打包、杀掉再接着写。
+"""真实规模的导出（EXPORT-25）与切分（CLUSTER-36）：DeepSeek-V3 671B、同样大的 V3.2 按引用，40 亿参数打包、杀掉再接着写。
 
 检查点由 ``tools/make_checkpoint.py --like`` 现造：671B 的是稀疏文件，几乎不占磁盘；40 亿参数的是真的随机权重，连同两份 float16 bundle
 约需 26 GB 磁盘。内存取子进程的峰值常驻集（含映射进来的文件页）。捕获缓存一律关掉，量的是第一次导出。
@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from deepseek_export.benchmark.spread import Spread
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.bundle.stages import StageSet
+from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.progress import Progress
 from perf.results import Case, SuiteResult
 from perf.workload.workspace import Workspace, parameter_count
@@ -32,6 +33,8 @@ TITLE = "真实规模的导出"
 #: 承诺的上限，比值以它们为分母。
 SECONDS, REFERENCE_PEAK, PACKED_PEAK = 60.0, 2e9, 1.5e9
 _FIELDS = ("seconds", "cpu_seconds", "peak")
+#: 按引用导出的：格子里的名字 → ``--like`` 的名字；两者只差索引器。
+_LIKE = {"V3": "deepseek-v3", "V3.2": "deepseek-v3.2"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Scenario:
     """固定的场景。
 
     Attributes:
-        layers: 按引用导出的 DeepSeek-V3 的层数，61 是完整的。
-        runs: 它导出几遍，切几遍。
+        layers: 按引用导出的 DeepSeek-V3、V3.2 的层数，61 是完整的。
+        runs: 各导出几遍，V3 的再切几遍。
         stages: 切成几个 stage。
         packed_layers: 打包导出的 V2-Lite 的层数：1 层稠密加 6 层 MoE 是 40.0 亿参数。
         kills: 在随机的时刻 SIGKILL 几次，再接着写完。
@@ -66,14 +69,15 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         RuntimeError: 导出、切分失败，或本该被杀的没有被杀。
     """
     scenario = QUICK if quick else FULL
-    cases = [measured(workspace.folder, scenario) for measured in (_reference, _split, _packed)]
+    cases = [_reference(workspace.folder, scenario, name) for name in _LIKE]
+    cases += [measured(workspace.folder, scenario) for measured in (_split, _packed)]
     return SuiteResult(suite="scale", title=TITLE, scenario=asdict(scenario), cases=cases)
 
 
-def _reference(folder: Path, scenario: Scenario) -> Case:
+def _reference(folder: Path, scenario: Scenario, name: str) -> Case:
     """按引用导出几遍，核对 onnx.checker 与算子个数。"""
-    checkpoint, out = folder / "v3", folder / "v3-bundle"
-    write_like(checkpoint, "deepseek-v3", scenario.layers, None, sparse=True)
+    checkpoint, out = folder / name, folder / f"{name}-bundle"
+    write_like(checkpoint, _LIKE[name], scenario.layers, None, sparse=True)
     samples = []
     for _ in range(scenario.runs):
         shutil.rmtree(out, ignore_errors=True)
@@ -83,8 +87,9 @@ def _reference(folder: Path, scenario: Scenario) -> Case:
     for graph in bundle.manifest.graphs:
         check_onnx(out / graph.file)
         gates = sum(map(config.is_moe_layer, graph.layers))
-        counts = [graph.op_counts[f"dsx::{name}"] for name in ("MlaAttention", "MoeGate")]
-        if counts != [len(graph.layers), gates] or graph.op_counts["dsx::MoeExperts"] % gates:
+        wanted = expected_nodes(config, graph.layers)
+        found = {op: graph.op_counts.get(f"dsx::{op}", 0) for op in wanted}
+        if found != wanted or graph.op_counts["dsx::MoeExperts"] % gates:
             raise RuntimeError(f"{graph.file} 的算子个数不对：{graph.op_counts}")
     shards = list(checkpoint.glob("*.safetensors"))
     facts = {
@@ -102,12 +107,24 @@ def _reference(folder: Path, scenario: Scenario) -> Case:
         "用时/60 s": values["dsx reference.seconds"].scaled(1 / SECONDS),
         "峰值/2 GB": values["dsx reference.peak"].scaled(1 / REFERENCE_PEAK),
     }
-    return Case(name=f"按引用：V3 {scenario.layers} 层", values=values, ratios=ratios, facts=facts)
+    return Case(name=f"按引用：{name} {scenario.layers} 层", values=values, ratios=ratios, facts=facts)
+
+
+def expected_nodes(config: ModelConfig, layers: Sequence[int]) -> dict[str, int]:
+    """``layers`` 这几层该有几个注意力、索引器、gate：一层一个，自己排名的层另有一个索引器。"""
+    ranked = sum(map(config.runs_indexer, layers))
+    sparse = config.indexer is not None
+    return {
+        "MlaAttention": 0 if sparse else len(layers),
+        "SparseMlaAttention": len(layers) if sparse else 0,
+        "LightningIndexer": ranked if sparse else 0,
+        "MoeGate": sum(map(config.is_moe_layer, layers)),
+    }
 
 
 def _split(folder: Path, scenario: Scenario) -> Case:
     """把 :func:`_reference` 导出的切几遍：每个 stage 只链接用得到的分片。"""
-    bundle, out = folder / "v3-bundle", folder / "v3-stages"
+    bundle, out = folder / "V3-bundle", folder / "V3-stages"
     samples = []
     for _ in range(scenario.runs):
         shutil.rmtree(out, ignore_errors=True)

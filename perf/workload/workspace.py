@@ -64,6 +64,26 @@ _V3: Mapping[str, Any] = MappingProxyType(
         "topk_group": 1,
     }
 )
+#: DeepSeek-V3 的注意力：宽度都是真的，别的从简；``_V3_2`` 多一个索引器（也是真的宽度）。
+_V3_WIDE: Mapping[str, Any] = MappingProxyType(
+    {
+        **_V3,
+        "hidden_size": 7168,
+        "q_lora_rank": 1536,
+        "max_position_embeddings": 163840,
+    }
+)
+_V3_2: Mapping[str, Any] = MappingProxyType(
+    {
+        **_V3_WIDE,
+        "model_type": "deepseek_v32",
+        "index_topk": 2048,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+    }
+)
+#: 缩小的同一对：头与宽度小，名额少，几秒钟跑完。
+_SMALL: Mapping[str, Any] = MappingProxyType({"hidden_size": 512, "q_lora_rank": 256})
 #: 单步解码受权重带宽限制的 V3：bench-0.9b 的宽度，层数少一些。
 _WIDE: Mapping[str, Any] = MappingProxyType(
     {
@@ -134,6 +154,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "v2-lite": _heads(_V2, heads=16, layers=16),
         "v3": _heads(_V3, heads=128, layers=2),
         "v2-lite-2": _heads(_V2, heads=16, layers=2),
+        "v3-wide-2": _heads(_V3_WIDE, heads=128, layers=2),
+        "v3.2-wide-2": _heads(_V3_2, heads=128, layers=2),
+        "v3-small-2": _heads({**_V3_WIDE, **_SMALL}, heads=16, layers=2),
+        "v3.2-small-2": _heads({**_V3_2, **_SMALL, "index_topk": 512}, heads=16, layers=2),
         # 宽度也是 V2-Lite 的，一层稠密、一层 MoE，专家少一些。
         "v2-lite-wide": MappingProxyType(
             {
@@ -163,6 +187,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "q_lora_rank": 1536,
             }
         ),
+        "wide-8": MappingProxyType({**_WIDE, "num_hidden_layers": 8}),
         # 导出开销：大约 0.1B、0.9B、4B 个参数（以文件头里数出来的为准）。
         "0.1B": MappingProxyType({**_scaled(4, 256, 8, 256), "intermediate_size": 704}),
         "0.9B": _scaled(12, 1024, 32, 512),

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr float kLatentCodes = 127, kRopeCodes = 127 * 256;
+constexpr int kScaleBytes = 3;
 constexpr int kLeastExponent = -112, kLargestExponent = 92;
 
 // 2^e，e 限制在可用的范围里：任何字节都还原成有限的数。
@@ -49,12 +50,18 @@ inline float write_scale(const float* x, int64_t count, float codes, int8_t* byt
     return scale_of(bytes);
 }
 
+// 一段数的码，一个字节一个；scale 写在 bytes，也返回。
+inline float encode_part(const float* x, int64_t count, int8_t* codes, int8_t* bytes) {
+    const float scale = write_scale(x, count, kLatentCodes, bytes);
+    for (int64_t i = 0; i < count; ++i) {
+        codes[i] = static_cast<int8_t>(std::nearbyint(limited(x[i] / scale, kLatentCodes)));
+    }
+    return scale;
+}
+
 inline void encode_row(const float* latent, int64_t r, const float* rope, int64_t dr, int8_t* row) {
     int8_t *high = row + r, *low = high + dr, *scales = low + dr;
-    const float latent_scale = write_scale(latent, r, kLatentCodes, scales);
-    for (int64_t i = 0; i < r; ++i) {
-        row[i] = static_cast<int8_t>(std::nearbyint(limited(latent[i] / latent_scale, kLatentCodes)));
-    }
+    encode_part(latent, r, row, scales);
     const float rope_scale = write_scale(rope, dr, kRopeCodes, scales + 3);
     for (int64_t i = 0; i < dr; ++i) {
         write_code(std::nearbyint(limited(rope[i] / rope_scale, kRopeCodes)), high + i, low + i);

@@ -47,6 +47,10 @@ struct Int8Kernels {
     void (*multiply)(const QuantizedRows& rows, const Int8Weights& weights, float* y, int64_t ldy, uint8_t* scratch);
     // y[i] = silu(x[2i]) * x[2i + 1]。
     void (*swiglu)(const float* x, int64_t count, float* y);
+    // out[rows, kTile] = max(q · key, 0)：q [rows, width] 是 int8，keys [kTile, width] 是加了 kZeroPoint 的码，width 是 kInt8Pad 的
+    // 倍数，补的列是 0（key 是 kZeroPoint）。starts[i] = -kZeroPoint * Σ q[i]。packed 有 kTile * width 字节，64 字节对齐。
+    void (*rectified_dots)(const int8_t* q, const int32_t* starts, int64_t rows, const uint8_t* keys, int64_t width,
+        float* out, uint8_t* packed);
 };
 
 constexpr int64_t kMaxColumnTile = 32;

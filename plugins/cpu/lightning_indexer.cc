@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "half.h"
+#include "int8_cache.h"
 #include "scratch.h"
 
 namespace dsx {
@@ -78,17 +79,21 @@ private:
 thread_local TopK running[kTokens];
 
 void write_keys(const LightningIndexer& op, const Kernels& kernels) {
+    const int64_t stride = index_width(op.cache_dtype, op.di);
     for (int64_t b = 0; b < op.B; ++b) {
         for (int64_t i = 0; i < op.S; ++i) {
             const void* from = at(op.k, op.dtype, (b * op.S + i) * op.di);
-            void* to = at(op.index_cache_out, op.cache_dtype, (b * op.T + op.past_lens[b] + i) * op.di);
+            void* to = at(op.index_cache_out, op.cache_dtype, (b * op.T + op.past_lens[b] + i) * stride);
             if (op.dtype == op.cache_dtype) {
                 std::memcpy(to, from, static_cast<size_t>(op.di * bytes_of(op.dtype)));
                 continue;
             }
             float* row = task_scratch.need(padded(op.di));
             kernels.widen(op.dtype, from, op.di, 1, op.di, row, op.di, op.di);
-            if (op.cache_dtype == Dtype::kFloat32) {
+            if (op.cache_dtype == Dtype::kInt8) {
+                auto* bytes = static_cast<int8_t*>(to);
+                encode_part(row, op.di, bytes, bytes + op.di);
+            } else if (op.cache_dtype == Dtype::kFloat32) {
                 std::memcpy(to, row, static_cast<size_t>(op.di) * sizeof(float));
             } else {
                 const auto narrow = op.cache_dtype == Dtype::kFloat16 ? f16_of_float : bf16_of_float;
@@ -103,10 +108,102 @@ struct Task {
     int64_t b, first, count, begin, end;
 };
 
+// 一个任务的 query，对一格 key 的乘积 products[rows, kTile] = max(q · k, 0)；不满一格的补零行。浮点的 key 展宽成 float32 再乘。
+class FloatProducts {
+public:
+    static int64_t scratch(const LightningIndexer& op, int64_t rows) { return (rows + kTile) * padded(op.di); }
+
+    FloatProducts(const LightningIndexer& op, const Kernels& kernels, int64_t query, int64_t rows, float* memory)
+        : op_(op), kernels_(kernels), rows_(rows), width_(padded(op.di)), q_(memory), keys_(memory + rows * width_) {
+        kernels_.widen(op_.dtype, at(op_.q, op_.dtype, query * op_.H * op_.di), op_.di, rows_, op_.di, q_, width_, width_);
+    }
+    const float* weights(const float* given) const { return given; }
+    void multiply(int64_t row, int64_t count, float* products) {
+        const void* source = at(op_.index_cache_out, op_.cache_dtype, row * op_.di);
+        kernels_.widen(op_.cache_dtype, source, op_.di, count, op_.di, keys_, width_, width_);
+        std::fill(keys_ + count * width_, keys_ + kTile * width_, 0.0f);
+        kernels_.multiply_transposed(q_, width_, keys_, width_, rows_, kTile, width_, products, kTile);
+        kernels_.rectify(products, rows_ * kTile);
+    }
+    void scale(float*) const {}
+
+private:
+    const LightningIndexer& op_;
+    const Kernels& kernels_;
+    int64_t rows_, width_;
+    float *q_, *keys_;
+};
+
+// int8 的 key：query 也逐头舍入到 int8，乘积是整数；query 的 scale 并进权重，key 的最后乘到各头之和上。
+class Int8Products {
+public:
+    static int64_t scratch(const LightningIndexer& op, int64_t rows) {
+        const int64_t width = int8_width(op), bytes = rows * width + 2 * kTile * width;
+        return bytes / 4 + 2 * padded(rows) + padded(op.di) + kTile;
+    }
+
+    Int8Products(const LightningIndexer& op, const Kernels& kernels, const Int8Kernels& int8, int64_t query, int64_t rows,
+        float* memory)
+        : op_(op), int8_(int8), query_(query), rows_(rows), width_(int8_width(op)) {
+        // 先是要对齐的字节，width_ 是 64 的倍数；再是各种 float。
+        keys_ = reinterpret_cast<uint8_t*>(memory);
+        packed_ = keys_ + kTile * width_;
+        q_ = reinterpret_cast<int8_t*>(packed_ + kTile * width_);
+        weights_ = memory + (2 * kTile + rows) * width_ / 4;
+        starts_ = reinterpret_cast<int32_t*>(weights_ + padded(rows));
+        float* const row = weights_ + 2 * padded(rows);
+        scales_ = row + padded(op.di);
+        for (int64_t i = 0; i < rows_; ++i) {
+            const int64_t at_row = query * op_.H + i;
+            kernels.widen(op_.dtype, at(op_.q, op_.dtype, at_row * op_.di), op_.di, 1, op_.di, row, padded(op_.di), op_.di);
+            int8_t* const codes = q_ + i * width_;
+            int8_t bytes[kScaleBytes];
+            weights_[i] = op_.w[at_row] * encode_part(row, op_.di, codes, bytes);
+            std::fill(codes + op_.di, codes + width_, int8_t{0});
+            int32_t sum = 0;
+            for (int64_t j = 0; j < op_.di; ++j) {
+                sum += codes[j];
+            }
+            starts_[i] = -kZeroPoint * sum;
+        }
+    }
+    // 给的是 [B, S, H] 里的一行，这里的已经乘过 query 的 scale。
+    const float* weights(const float* given) const { return weights_ + (given - (op_.w + query_ * op_.H)); }
+    void multiply(int64_t row, int64_t count, float* products) {
+        const int64_t stride = index_width(Dtype::kInt8, op_.di);
+        const auto* source = static_cast<const int8_t*>(op_.index_cache_out) + row * stride;
+        std::fill(keys_, keys_ + kTile * width_, static_cast<uint8_t>(kZeroPoint));
+        for (int64_t j = 0; j < count; ++j) {
+            for (int64_t i = 0; i < op_.di; ++i) {
+                keys_[j * width_ + i] = static_cast<uint8_t>(source[j * stride + i]) ^ 0x80;
+            }
+            scales_[j] = scale_of(source + j * stride + op_.di);
+        }
+        std::fill(scales_ + count, scales_ + kTile, 0.0f);
+        int8_.rectified_dots(q_, starts_, rows_, keys_, width_, products, packed_);
+    }
+    void scale(float* sums) const {
+        for (int64_t j = 0; j < kTile; ++j) {
+            sums[j] *= scales_[j];
+        }
+    }
+
+private:
+    static int64_t int8_width(const LightningIndexer& op) { return (op.di + kInt8Pad - 1) / kInt8Pad * kInt8Pad; }
+
+    const LightningIndexer& op_;
+    const Int8Kernels& int8_;
+    int64_t query_, rows_, width_;
+    uint8_t *keys_ = nullptr, *packed_ = nullptr;
+    int8_t* q_ = nullptr;
+    float *weights_ = nullptr, *scales_ = nullptr;
+    int32_t* starts_ = nullptr;
+};
+
 class Ranker {
 public:
-    Ranker(const LightningIndexer& op, const Kernels& kernels, const Parallel& parallel)
-        : op_(op), kernels_(kernels), parallel_(parallel), width_(padded(op.di)) {}
+    Ranker(const LightningIndexer& op, const Kernels& kernels, const Int8Kernels& int8, const Parallel& parallel)
+        : op_(op), kernels_(kernels), int8_(int8), parallel_(parallel) {}
 
     void run(int64_t first, int64_t count) {
         plan(first, count);
@@ -145,36 +242,44 @@ private:
     // 分数 Σ_h w_h · relu(q_h · k)。一格总是凑满 kTile 个 key（补零行），一个 key 的分数因此与它在哪一段、哪一块里无关。
     void score(int64_t index) {
         const Task& task = tasks_[static_cast<size_t>(index)];
-        const int64_t H = op_.H, rows = task.count * H;
-        float* q = task_scratch.need(rows * width_ + kTile * width_ + rows * kTile + kTile);
-        float* keys = q + rows * width_;
-        float* products = keys + kTile * width_;
-        float* sums = products + rows * kTile;
-        const int64_t query = op_.query_row(task.b, task.first);
-        kernels_.widen(op_.dtype, at(op_.q, op_.dtype, query * H * op_.di), op_.di, rows, op_.di, q, width_, width_);
+        const int64_t rows = task.count * op_.H, query = op_.query_row(task.b, task.first);
+        const bool int8 = op_.cache_dtype == Dtype::kInt8;
+        const int64_t own = int8 ? Int8Products::scratch(op_, rows) : FloatProducts::scratch(op_, rows);
+        float* const memory = task_scratch.need(padded(own) + rows * kTile + kTile);
+        float* const products = memory + padded(own);
+        if (int8) {
+            rank(index, Int8Products(op_, kernels_, int8_, query, rows, memory), products);
+        } else {
+            rank(index, FloatProducts(op_, kernels_, query, rows, memory), products);
+        }
+        for (int64_t i = 0; i < task.count; ++i) {
+            slots_[static_cast<size_t>(index * kTokens + i)] = running[i].finish();
+        }
+    }
+
+    template <typename Products>
+    void rank(int64_t index, Products made, float* products) {
+        const Task& task = tasks_[static_cast<size_t>(index)];
+        const int64_t H = op_.H, query = op_.query_row(task.b, task.first);
+        float* const sums = products + task.count * H * kTile;
         for (int64_t i = 0; i < task.count; ++i) {
             running[i].start(op_.topk);
         }
         for (int64_t t = task.begin; t < task.end; t += kTile) {
             const int64_t count = std::min(kTile, task.end - t);
-            const void* source = at(op_.index_cache_out, op_.cache_dtype, (task.b * op_.T + t) * op_.di);
-            kernels_.widen(op_.cache_dtype, source, op_.di, count, op_.di, keys, width_, width_);
-            std::fill(keys + count * width_, keys + kTile * width_, 0.0f);
-            kernels_.multiply_transposed(q, width_, keys, width_, rows, kTile, width_, products, kTile);
-            kernels_.rectify(products, rows * kTile);
+            made.multiply(task.b * op_.T + t, count, products);
             for (int64_t i = 0; i < task.count; ++i) {
                 const int64_t seen = std::min(count, visible(task.b, task.first + i) - t);
                 if (seen <= 0) {
                     continue;
                 }
-                kernels_.multiply(op_.w + (query + i) * H, H, products + i * H * kTile, kTile, 1, kTile, H, sums, kTile);
+                const float* w = made.weights(op_.w + (query + i) * H);
+                kernels_.multiply(w, H, products + i * H * kTile, kTile, 1, kTile, H, sums, kTile);
+                made.scale(sums);
                 for (int64_t j = 0; j < seen; ++j) {
                     running[i].see(sums[j], t + j);
                 }
             }
-        }
-        for (int64_t i = 0; i < task.count; ++i) {
-            slots_[static_cast<size_t>(index * kTokens + i)] = running[i].finish();
         }
     }
 
@@ -207,8 +312,9 @@ private:
 
     const LightningIndexer& op_;
     const Kernels& kernels_;
+    const Int8Kernels& int8_;
     const Parallel& parallel_;
-    int64_t width_, first_ = 0, groups_ = 0;
+    int64_t first_ = 0, groups_ = 0;
     std::vector<Task> tasks_;
     std::vector<size_t> starts_;                  // 每组 token 的任务从哪里起
     std::vector<std::vector<Candidate>> slots_;  // 每个任务、每个 token 留下的候选
@@ -216,12 +322,13 @@ private:
 
 }  // namespace
 
-void run(const LightningIndexer& op, const Kernels& kernels, const Parallel& parallel) {
+void run(const LightningIndexer& op, const Kernels& kernels, const Int8Kernels& int8, const Parallel& parallel) {
     if (op.index_cache != op.index_cache_out) {
-        std::memcpy(op.index_cache_out, op.index_cache, static_cast<size_t>(op.B * op.T * op.di * bytes_of(op.cache_dtype)));
+        const int64_t row = index_width(op.cache_dtype, op.di) * bytes_of(op.cache_dtype);
+        std::memcpy(op.index_cache_out, op.index_cache, static_cast<size_t>(op.B * op.T * row));
     }
     write_keys(op, kernels);
-    Ranker ranker(op, kernels, parallel);
+    Ranker ranker(op, kernels, int8, parallel);
     for (int64_t first = 0; first < op.S && op.B > 0; first += kSlabTokens) {
         ranker.run(first, std::min(kSlabTokens, op.S - first));
     }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "int8_kernels.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -11,11 +12,11 @@ namespace dsx {
 struct LightningIndexer {
     int64_t B, S, H, di, T, topk;
     Dtype dtype;               // q、k
-    Dtype cache_dtype;         // 两个缓存
+    Dtype cache_dtype;         // 两个缓存；int8 的一行见 deepseek_export/ops/int8_index.py
     const void* q;             // [B, S, H, di]
     const float* w;            // [B, S, H]
     const void* k;             // [B, S, di]
-    const void* index_cache;   // [B, 1, T, di]
+    const void* index_cache;   // [B, 1, T, index_width(cache_dtype, di)]
     const int64_t* past_lens;  // [B]，已核对 0 <= past_lens[b] <= T - S
     int32_t* indices;          // [B, S, topk]
     int32_t* counts;           // [B, S]
@@ -25,6 +26,9 @@ struct LightningIndexer {
     int64_t query_row(int64_t b, int64_t token) const { return b * S + token; }
 };
 
-void run(const LightningIndexer& op, const Kernels& kernels, const Parallel& parallel);
+// 索引缓存一行的元素数。
+constexpr int64_t index_width(Dtype dtype, int64_t di) { return dtype == Dtype::kInt8 ? di + 3 : di; }
+
+void run(const LightningIndexer& op, const Kernels& kernels, const Int8Kernels& int8, const Parallel& parallel);
 
 }  // namespace dsx

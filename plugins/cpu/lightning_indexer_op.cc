@@ -16,7 +16,8 @@ namespace spec = ops::lightning_indexer;
 class Kernel {
 public:
     Kernel(Dtype dtype, Dtype cache_dtype, const OrtKernelInfo* info)
-        : dtype_(dtype), cache_dtype_(cache_dtype), kernels_(requested_kernels()) {
+        : dtype_(dtype), cache_dtype_(cache_dtype), kernels_(requested_kernels()),
+          int8_(requested_int8_kernels()) {
         topk_ = attribute(Ort::ConstKernelInfo(info), spec::topk);
         if (topk_ < 1) {
             refuse(spec::kName, "topk 是 " + std::to_string(topk_) + "，应大于 0");
@@ -39,7 +40,7 @@ private:
         }
         inputs.check_shape(spec::w, {op.B, op.S, op.H});
         inputs.check_shape(spec::k, {op.B, op.S, op.di});
-        inputs.check_shape(spec::index_cache, {op.B, 1, op.T, op.di});
+        inputs.check_shape(spec::index_cache, {op.B, 1, op.T, index_width(cache_dtype_, op.di)});
         inputs.check_shape(spec::past_lens, {op.B});
         op.topk = topk_, op.dtype = dtype_, op.cache_dtype = cache_dtype_;
         op.q = inputs.raw(spec::q), op.w = inputs.data<float>(spec::w), op.k = inputs.raw(spec::k);
@@ -51,11 +52,12 @@ private:
         op.counts = context.GetOutput(spec::counts, rows.data(), rows.size()).GetTensorMutableData<int32_t>();
         op.index_cache_out =
             context.GetOutput(spec::index_cache_out, inputs.shape(spec::index_cache)).GetTensorMutableRawData();
-        run(op, kernels_, pool_of(context));
+        run(op, kernels_, int8_, pool_of(context));
     }
 
     Dtype dtype_, cache_dtype_;
     const Kernels& kernels_;
+    const Int8Kernels& int8_;
     int64_t topk_;
 };
 
@@ -90,9 +92,9 @@ private:
 void add_lightning_indexer(Ort::CustomOpDomain& domain) {
     // 会话里只存它们的指针，要活到进程结束。
     static std::vector<std::unique_ptr<Operator>> operators;
-    for (size_t c = 0; c < ops::kF.count; ++c) {
+    for (size_t c = 0; c < ops::kC.count; ++c) {
         for (size_t t = 0; t < ops::kT.count; ++t) {
-            operators.push_back(std::make_unique<Operator>(ops::kT.onnx[t], ops::kF.onnx[c]));
+            operators.push_back(std::make_unique<Operator>(ops::kT.onnx[t], ops::kC.onnx[c]));
             domain.Add(operators.back().get());
         }
     }

@@ -136,6 +136,7 @@ def test_exported_and_split_in_one_go(checkpoint, tmp_path):
     done = dsx("export", checkpoint, "--stages", "9", "-o", tmp_path / "no")
     assert_refused(done, "DSX-E740")
     assert "5 层" in done.stderr
+    assert_refused(dsx("export", checkpoint, "--balance", "time", "-o", tmp_path / "no"), "DSX-E740")
     refused("DSX-E401", lambda: api.export_stages(checkpoint, tmp_path / "one", 2, "mla"))
     refused("DSX-E401", lambda: api.export_stages(checkpoint, whole.path, 2, "mla", overwrite=True))
     made = api.export_stages(checkpoint, tmp_path / "one", 2, "mla", overwrite=True, weights="reference")

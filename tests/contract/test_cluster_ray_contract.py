@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,9 @@ import deepseek_export
 from deepseek_export.api import CompiledModel
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.settings import ClusterSettings
+from deepseek_export.cluster.status import ray_status
 from deepseek_export.errors import DsxError
+from tests.contract.test_cluster_tls_contract import issued
 from tests.engines import refused
 from tests.serving_http import until
 from tests.stages import alive, write_five
@@ -43,7 +47,7 @@ def test_without_ray_it_says_how_to_install(stages, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[None]:
+def nodes() -> Iterator[Any]:
     """三个节点，各一个 CPU。"""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
@@ -53,9 +57,14 @@ def nodes() -> Iterator[None]:
     for _ in range(2):
         cluster.add_node(**small)
     ray.init(address=cluster.address, log_to_driver=False)
-    yield
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+def groups() -> list[dict[str, Any]]:
+    """dsx 占着的 placement group。"""
+    return [group for group in ray_status("auto")["groups"] if group["name"].startswith("dsx:")]
 
 
 @contextmanager
@@ -88,7 +97,14 @@ def test_stages_on_three_nodes(nodes, stages, want):
     """CLUSTER-16：分散在三个节点上，普通的与投机的都与一个进程逐个 token 相同；没有留下什么。"""
     from ray.util import placement_group_table
 
-    with placed(stages) as (model, _):
+    with placed(stages) as (model, pids):
+        found = ray_status("auto")
+        assert [one["index"] for one in found["stages"]] == [0, 1, 2]
+        assert [one["pid"] for one in found["stages"]] == pids
+        assert len({one["node"] for one in found["stages"]}) == 3
+        assert {one["state"] for one in found["stages"]} == {"running"}
+        assert [len(group["bundles"]) for group in found["groups"]] == [3]
+        assert all(bundle["resources"]["memory"] > 0 for bundle in found["groups"][0]["bundles"])
         (table,) = (one for one in placement_group_table().values() if one["state"] == "CREATED")
         assert len(set(table["bundles_to_node_id"].values())) == 3
         assert tokens(model) == want
@@ -136,3 +152,43 @@ def test_too_few_cpus_is_told_in_time(nodes, stages):
     error = refused("DSX-E744", lambda: deepseek_export.load(stages.path, 1, cluster=settings))
     assert "CPU" in error.what
     until(lambda: ray.available_resources().get("CPU") == 3.0, 30)
+
+
+@pytest.mark.slow
+def test_encrypted_between_nodes(nodes, stages, want, tmp_path):
+    """CLUSTER-53：给了证书的，stage 之间的信道都加密，token 相同；stage 拿到的证书不是那个 CA 签的，起不来，说得清。"""
+    import ray
+    import trustme
+
+    ours = trustme.CA()
+    files = issued(tmp_path, ours, "node.example")
+    settings = ClusterSettings(**{**vars(SETTINGS), "tls": files})
+    model = deepseek_export.load(stages.path, 1, cluster=settings)
+    try:
+        assert tokens(model) == want
+    finally:
+        model.close()
+    trustme.CA().cert_pem.write_to_path(files.ca)
+    error = refused("DSX-E749", lambda: deepseek_export.load(stages.path, 1, cluster=settings))
+    assert "TLS" in error.what
+    until(lambda: ray.available_resources().get("CPU") == 3.0, 30)
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_later(nodes, stages, want):
+    """CLUSTER-16：先起模型，机器后来才加入：等到它。"""
+    import ray
+
+    one = deepseek_export.split(stages.path.with_name("out"), stages.path.with_name("one"), 1)
+    settings = ClusterSettings(**{**vars(SETTINGS), "cpus": 3})  # 现有的三个节点都放不下
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(deepseek_export.load, one.path, 1, cluster=settings)
+        until(lambda: any(group["state"] == "PENDING" for group in groups()), 60)
+        late = nodes.add_node(num_cpus=3, object_store_memory=80 << 20)
+        model = loading.result(120)
+    try:
+        assert tokens(model) == want
+    finally:
+        model.close()
+        nodes.remove_node(late)
+    until(lambda: ray.available_resources().get("CPU") == 3.0, 60)

@@ -17,11 +17,14 @@ from deepseek_export.checkpoint import Checkpoint, ModelConfig
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.lightning_indexer import index_scores, lightning_indexer
+from deepseek_export.parity.checks import LEVELS
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.selection import Ranking, mask_of, ranking
 from deepseek_export.parity.tolerances import SELECTION_BAND
+from deepseek_export.profile import resolve_profile
 from deepseek_export.reference import Forms, ReferenceModel, load_draft, load_reference
 from deepseek_export.reference.indexer import Indexer
+from tests.bundles import edit_model, edit_weight, tampered
 from tests.models import (
     DSA,
     ODD,
@@ -308,6 +311,102 @@ def test_lost_index_keys_are_caught(saved):
     assert distance(got, want) > 100 * LOGITS
 
 
+def test_ranking_only_the_chunk_is_caught(saved):
+    """DSA-5：分块 prefill 只在本块里排名：第一块看不出来，后面的块错。"""
+    hf, checkpoint = saved("v32")
+    ids = tokens(70)
+    with torch.no_grad():
+        want = hf(ids).logits
+    model = load_reference(checkpoint, Forms("auto", "sparse"))
+    for indexer in indexers(model):
+
+        def chunk_only(x, latent, cos, sin, cache, past, right=indexer.forward):
+            _, _, written = right(x, latent, cos, sin, cache, past)
+            fresh = torch.zeros_like(cache)[:, :, : x.shape[1]]
+            indices, counts, _ = right(x, latent, cos, sin, fresh, torch.zeros_like(past))
+            return torch.where(indices < 0, -1, indices + past[:, None, None]).int(), counts, written
+
+        indexer.forward = chunk_only
+    assert distance(logits(model, ids), want) < LOGITS
+    got = logits(model, ids, [40, 30])
+    assert distance(got[:, :40], want[:, :40]) < LOGITS
+    assert distance(got[:, 40:], want[:, 40:]) > 100 * LOGITS
+
+
+@pytest.mark.parametrize("mistake", ["没有写索引 key", "沿用主模型选的"])
+def test_drafts_that_skip_their_indexer_are_caught(tmp_path: Path, mistake: str):
+    """DSA-5：草稿的索引 key 每一步都写、每一步自己排名；漏写的、拿主模型的选择开头的，越过名额之后都不同。"""
+    from deepseek_export.checkpoint.synthetic import write_checkpoint
+
+    checkpoint = Checkpoint.open(
+        write_checkpoint(tmp_path / "x", vars_of("glm-dsa"), dtype="float32", mtp=True)
+    )
+    model = load_reference(checkpoint, Forms("absorb", "sparse"))
+    draft = load_draft(checkpoint, 0, model)
+    ids, hidden = (
+        tokens(60),
+        torch.randn(1, 60, ODD["hidden_size"], generator=torch.Generator().manual_seed(4)),
+    )
+
+    def walk(lose: bool) -> torch.Tensor:
+        caches, found = model.empty_caches(1, 60)[0], []
+        for start, stop in ((0, 45), (45, 60)):
+            rows = torch.arange(stop - start)[None]
+            part, _, caches = draft(
+                ids[:, start:stop], hidden[:, start:stop], torch.tensor([start]), rows, caches
+            )
+            caches = (caches[0], torch.zeros_like(caches[1])) if lose else caches
+            found.append(part)
+        return torch.cat(found, 1)
+
+    want = draft(ids, hidden, torch.tensor([0]), torch.arange(60)[None], model.empty_caches(1, 60)[0])[0]
+    assert distance(walk(lose=False), want) < LOGITS
+    if mistake == "没有写索引 key":
+        got = walk(lose=True)
+    else:
+        attention = draft.mtp.self_attn
+        plain, indexer = attention.forward, model.layers[2].self_attn.indexer
+
+        def skips(x, cos, sin, past, caches, selection):
+            latent = attention.query_latent(x)
+            chosen = indexer(x, latent, cos, sin, torch.zeros_like(caches[1]), past)[:2]
+            attention.indexer = None
+            return plain(x, cos, sin, past, caches, chosen)
+
+        attention.forward = skips
+        got = draft(ids, hidden, torch.tensor([0]), torch.arange(60)[None], model.empty_caches(1, 60)[0])[0]
+    assert distance(got[:, :TOPK], want[:, :TOPK]) < LOGITS
+    assert distance(got, want) > 100 * LOGITS
+
+
+def culprit_of(bundle, folder: Path, change):
+    bad = tampered(bundle, folder, change)
+    found = deepseek_export.compare(bad.path, blocks=["0"], bisect=True, folder=folder / "out").culprit
+    assert found is not None
+    return found
+
+
+def test_bisect_tells_a_wrong_pick_from_a_wrong_score(exported, tmp_path: Path):
+    """DSA-11：选错了，指到索引器的节点，打分的输入都对；打分错了，指到算分的那个矩阵乘与它的权重。"""
+    bundle = exported("v32", "mla+moe")
+
+    def smallest(model) -> None:
+        body = next(function for function in model.functions if function.name == "LightningIndexer")
+        choose = next(node for node in body.node if node.op_type == "If")
+        loop = next(node for branch in choose.attribute for node in branch.g.node if node.op_type == "Loop")
+        ranked = next(node for node in loop.attribute[0].g.node if node.op_type == "TopK")
+        next(a for a in ranked.attribute if a.name == "largest").i = 0
+
+    found = culprit_of(bundle, tmp_path / "pick", edit_model(smallest))
+    assert [node.op for node in found.nodes] == ["dsx::LightningIndexer"]
+    assert found.value.endswith("indices") or "lightning_indexer" in found.value
+    name = "model.layers.0.self_attn.indexer.wq_b.weight"
+    found = culprit_of(bundle, tmp_path / "score", edit_weight(bundle, name, lambda w: w[::-1]))
+    assert "LightningIndexer" not in found.nodes[-1].op
+    (cause,) = found.causes
+    assert cause.startswith(f"权重 {name} 与检查点不同")
+
+
 def test_index_keys_are_a_cache(exported):
     """DSA-6：自己排名的层才有 index_cache，写进 I/O 与 manifest；存取一行、复制前缀、按长度回滚都带着它。"""
     bundle = exported("glm-dsa", "mla+moe")
@@ -459,10 +558,46 @@ def test_drafts_have_their_own_indexer(tmp_path: Path):
     assert report.passed, report.first_failure
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-def test_tensorrt_is_refused(saved, tmp_path: Path, target: str):
-    """DSA-10：还不能编译的目标按码拒绝，不写任何东西。"""
+INT8_KEYS = ("dsa.index_cache_dtype=int8",)
+
+
+@pytest.mark.parametrize(
+    ("variant", "target", "more", "levels"),
+    [
+        ("glm-dsa", "ort-cpu", (), ["op", "model"]),
+        pytest.param("glm-dsa", "portable", (), ["block", "tokens"], marks=pytest.mark.slow),
+        pytest.param("v32", "portable", ("mla.cache_dtype=int8",), LEVELS, marks=pytest.mark.slow),
+        pytest.param("v32", "ort-cpu", ("mla.cache_dtype=bfloat16",), LEVELS, marks=pytest.mark.slow),
+    ],
+)
+def test_int8_index_keys(
+    saved, tmp_path: Path, variant: str, target: str, more: tuple[str, ...], levels: list[str]
+):
+    """DSA-13：一行 di+3 字节，写进 manifest；verify 通过，选中的集合对没有舍入的另有一行；不开的时候图不变。"""
+    path = saved(variant)[1].path
+    bundle = deepseek_export.export(
+        path, tmp_path / "out", "mla+moe", target=target, overrides=(*INT8_KEYS, *more)
+    )
+    entry = next(tensor for tensor in bundle.manifest.cache.tensors if tensor.name == "index_cache")
+    assert (entry.width, entry.dtype or bundle.manifest.cache.dtype) == (24 + 3, "int8")
+    report = deepseek_export.verify(bundle.path, levels=levels, steps=30)
+    assert report.passed, report.first_failure
+    measured = [case for case in report.cases if "选中的集合对没有舍入的" in case.name]
+    assert bool(measured) == ("op" in levels)
+    assert all(case.measure.calc_diff < 0.05 for case in measured)
+    losses = [case for case in report.cases if case.level == "loss" and "int8 索引 key" in case.name]
+    assert bool(losses) == ("model" in levels)
+
+
+def test_int8_keys_are_refused_where_they_mean_nothing(saved, tmp_path: Path):
+    """DSA-13：没有稀疏注意力的模型（DSX-E136）；TensorRT 的目标（DSX-E322）；transformers 的缓存（DSX-E805）。"""
+    for variant, target, code in (("v3", "portable", "DSX-E136"), ("v32", "tensorrt", "DSX-E322")):
+        with pytest.raises(DsxError) as caught:
+            deepseek_export.export(
+                saved(variant)[1].path, tmp_path / "out", "mla", target=target, overrides=INT8_KEYS
+            )
+        assert caught.value.code == code
     with pytest.raises(DsxError) as caught:
-        deepseek_export.export(saved("v32")[1].path, tmp_path / "out", "mla+moe", target=target)
-    assert caught.value.code == "DSX-E131"
+        deepseek_export.apply(saved("v32")[0], resolve_profile("mla", INT8_KEYS))
+    assert caught.value.code == "DSX-E805"
     assert not (tmp_path / "out").exists()

@@ -98,13 +98,16 @@ def test_layers_match_what_is_recorded(built):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_of_every_arch_match_what_is_recorded(name, tmp_path):
-    """TRT-3：SM80、SM89、SM120；V2、V3，以及带 MTP 的演示检查点。"""
+    """TRT-3：SM80、SM89、SM120；V2、V3、GLM-5，以及带 MTP 的演示检查点。"""
     bundle = make_bundle(name, tmp_path)
     config = bundle.manifest.model
     for sm in ARCHES:
         engine = build_for(bundle, sm)
         assert_listing(name, sm, engine.layers)
-        assert_plugin_layers(engine.layers["model.plan"], config.num_hidden_layers, config.num_moe_layers)
+        indexers = sum(map(config.runs_indexer, range(config.num_hidden_layers)))
+        assert_plugin_layers(
+            engine.layers["model.plan"], config.num_hidden_layers, config.num_moe_layers, indexers
+        )
         if name == "demo":
             assert_plugin_layers(engine.layers["mtp.plan"], 1, 1)
 

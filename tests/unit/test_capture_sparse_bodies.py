@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from deepseek_export.capture.sparse_bodies import lightning_indexer_body, sparse_mla_attention_body
 from deepseek_export.ops.int8_cache import encode_rows
+from deepseek_export.ops.int8_index import encode_keys
 from deepseek_export.ops.lightning_indexer import lightning_indexer
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.sparse_mla_attention import sparse_mla_attention
@@ -89,6 +90,22 @@ def test_indexer_body(dtype):
         for shape in SHAPES:
             inputs = index_inputs(*shape, dtype)
             for got, want in zip(run(arrays(inputs)), lightning_indexer(*inputs.values(), 24), strict=True):
+                assert np.array_equal(got, want.numpy()), shape
+
+
+def test_indexer_body_with_int8_keys():
+    """DSA-13：int8 的索引 key：写好的字节逐位相同，选中的位置也是。"""
+    outputs = {"indices": np.int32, "counts": np.int32, "index_cache_out": np.int8}
+    body = lightning_indexer_body(CONFIG, torch.float32, torch.int8)
+
+    def inputs(*shape) -> dict[str, torch.Tensor]:
+        given = index_inputs(*shape)
+        return given | {"index_cache": encode_keys(given["index_cache"])}
+
+    for run in runners(one_node_model(body, arrays(inputs(*SHAPES[0])), outputs, topk=24)):
+        for shape in SHAPES:
+            given = inputs(*shape)
+            for got, want in zip(run(arrays(given)), lightning_indexer(*given.values(), 24), strict=True):
                 assert np.array_equal(got, want.numpy()), shape
 
 

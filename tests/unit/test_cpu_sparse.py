@@ -34,7 +34,7 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def check_selection(library: CpuLibrary, inputs: dict[str, np.ndarray], topk: int, isa: str) -> None:
-    """缓存逐位相同；选中的集合除了并列带之内的与参考实现相同，形式合乎契约；长度之外的行填 NaN 也不变。"""
+    """缓存逐位相同；选中的集合除了并列带之内的与参考实现相同，形式合乎契约；长度之外的行填 NaN（int8 填任意字节）也不变。"""
     got = select(library, inputs, topk, isa)
     indices, counts, cache = lightning_indexer(*map(tensor, inputs.values()), topk)
     assert np.array_equal(got["counts"], counts.numpy())
@@ -51,7 +51,10 @@ def check_selection(library: CpuLibrary, inputs: dict[str, np.ndarray], topk: in
     assert np.array_equal(kept, want)
     poisoned = inputs | {"index_cache": inputs["index_cache"].copy()}
     for b, past in enumerate(inputs["past_lens"]):
-        poisoned["index_cache"][b, :, past:] = np.nan
+        beyond = poisoned["index_cache"][b, :, past:]
+        beyond[:] = (
+            np.nan if beyond.dtype != np.int8 else np.random.default_rng(b).integers(-128, 128, beyond.shape)
+        )
     again = select(library, poisoned, topk, isa, in_place=False)
     assert np.array_equal(again["indices"], got["indices"])
 
@@ -62,9 +65,11 @@ def test_every_isa_selects_the_same(library, isa: str):
     if isa not in library.isas:
         pytest.skip(f"这台机器没有 {isa}")
     for dtype in FLOATS:
-        for cache_dtype in FLOATS:
+        for cache_dtype in CACHES:
             for shape in SHAPES:
                 check_selection(library, index_inputs(dtype, cache_dtype, *shape), 24, isa)
+    # 发布的宽度：头数、头宽都是 int8 kernel 一块的倍数，正好走满。
+    check_selection(library, index_inputs("float32", "int8", 2, 300, (280, 31), 64, 128), 24, isa)
 
 
 @given(
@@ -79,7 +84,9 @@ def test_every_isa_selects_the_same(library, isa: str):
 def test_any_selection(library, S: int, extra: int, heads: int, width: int, topk: int, data):
     """CPU-14：随机形状、名额、长度与指令集。"""
     past = tuple(data.draw(st.lists(st.integers(0, extra), min_size=1, max_size=3)))
-    inputs = index_inputs("float32", "float32", S, S + extra, past, heads, width)
+    inputs = index_inputs(
+        "float32", data.draw(st.sampled_from(("float32", "int8"))), S, S + extra, past, heads, width
+    )
     check_selection(library, inputs, topk, data.draw(st.sampled_from(library.isas)))
 
 
@@ -90,6 +97,11 @@ def test_ties_threads_and_chunks(library):
     assert np.array_equal(one, three)
     tied = inputs | {"w": np.zeros_like(inputs["w"])}
     assert (select(library, tied, 100)["indices"] == np.arange(100)).all()
+    int8 = index_inputs("float32", "int8", 2, 3000, (2990, 700))
+    alike = [
+        select(library, int8, 100, isa, threads)["indices"] for isa in library.isas for threads in (1, 3)
+    ]
+    assert np.array_equal(alike[0], alike[1])
     whole = index_inputs("float32", "float32", 300, 900, (550,))
     want = select(library, whole, 64)["indices"]
     part = {name: array[:, :170] if name in "qwk" else array.copy() for name, array in whole.items()}

@@ -17,16 +17,20 @@ from deepseek_export.errors import DsxError
 from deepseek_export.kernels import compile as module
 from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_table
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
+from deepseek_export.kernels.index_topk_launch import SPLIT_QUERIES, index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import SM_COUNT, Program
+from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import SMS
-from deepseek_export.ops.table import LATENT_ATTENTION, MOE_EXPERTS
+from deepseek_export.ops.table import INDEX_TOPK, LATENT_ATTENTION, MOE_EXPERTS, SPARSE_LATENT_ATTENTION
 
 pytestmark = pytest.mark.unit
 
 #: DeepSeek-V3 的形状。
 ATTENTION = {"num_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "scale": 0.1147}
 EXPERTS = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "moe_intermediate_size": 2048}
+#: DeepSeek-V3.2 的索引器。
+INDEX = {"num_heads": 64, "head_dim": 128, "topk": 2048}
 
 
 @pytest.fixture
@@ -38,7 +42,12 @@ def empty_cache(monkeypatch, tmp_path):
 
 def tables(sm: int, dtype: str = "bfloat16"):
     attention = latent_attention_launch(sm, **ATTENTION, dtype=dtype)
-    return attention, grouped_swiglu_launch(sm, **EXPERTS, dtype=dtype)
+    return (
+        attention,
+        grouped_swiglu_launch(sm, **EXPERTS, dtype=dtype),
+        index_topk_launch(sm, **INDEX, dtype=dtype),
+        sparse_latent_attention_launch(sm, **ATTENTION, topk=INDEX["topk"], dtype=dtype),
+    )
 
 
 def specs(table):
@@ -80,7 +89,7 @@ def test_compiles_everything(sm, dtype, tmp_path):
             kernel = compile_kernel(spec, sm)
             assert kernel.shared <= SMS[sm].shared
             # 64 行的累加器占满寄存器，溢出的是几个地址；换来的是 wgmma。那两对（16 字节）在循环之外，循环里由 KERNEL-9 看。
-            if dict(spec.constants).get("BLOCK_M") != 64 or spec.function != "latent_attention_partial":
+            if dict(spec.constants).get("BLOCK_M") != 64 or "latent_attention_partial" not in spec.function:
                 assert resources(kernel.cubin, tmp_path)["STACK"] <= 16, (spec.function, spec.constants)
     for spec in specs(latent_attention_launch(sm, **ATTENTION, dtype=dtype, cache_dtype="float32")):
         assert compile_kernel(spec, sm).shared <= SMS[sm].shared
@@ -115,7 +124,9 @@ def test_corrupt_cache_entry_is_rebuilt(empty_cache):
     assert path.read_bytes() == good
 
 
-@pytest.mark.parametrize("spec", [LATENT_ATTENTION, MOE_EXPERTS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [LATENT_ATTENTION, MOE_EXPERTS, INDEX_TOPK, SPARSE_LATENT_ATTENTION], ids=lambda spec: spec.name
+)
 def test_launch_tables_follow_the_op_table(spec):
     """启动表的输入输出是契约里的那些；kernel 的张量形参与端口同名，指的就是那个端口，类型也是它的。"""
     table = next(table for table in tables(90) if table.op == spec.name)
@@ -204,9 +215,17 @@ def test_workspace_is_monotonic_and_sufficient(data):
             for argument in launch.arguments
             if argument.kind == "workspace"
         ]
-        # 最后一块是合看的记录（注意力，一个程序 8 字节）或各对的输出（专家）。
+        # 最后一块是合看的记录（注意力，一个程序 8 字节）、lse（稀疏的，4 字节一行；只有一段时不用）、分数（索引器）或各对的输出（专家）。
+        grid = variant.launches[0].grid
         if table.op == "LatentAttention":
-            tail = variant.launches[0].grid[0].evaluate(small) * 8
+            tail = grid[0].evaluate(small) * 8
+        elif table.op == "SparseLatentAttention":
+            splits = grid[1].evaluate(small)
+            tail = small["B"] * small["S"] * ATTENTION["num_heads"] * splits * 4 * (splits > 1)
+        elif table.op == "IndexTopK":
+            if not variant.when.evaluate(small):
+                continue
+            tail = grid[0].evaluate(small) * small["T"] * 4
         else:
             tail = small["N"] * EXPERTS["top_k"] * EXPERTS["hidden_size"] * 2
         assert max(offsets) + tail <= have
@@ -231,6 +250,23 @@ def test_programs_follow_the_card():
     ]
 
 
+def test_the_selection_needs_bounded_workspace():
+    """DSA-10：分数的份数不超过 256 个 query，再长的 prefill 也不多要；注意力的各段与 query 的个数无关。"""
+    index, attention = tables(90)[2:]
+
+    def bytes_of(B: int, S: int, T: int) -> tuple[int, int]:
+        lens, row = (B,), (B, 1, T)
+        index_shapes = [(B, S, 64, 128), (B, S, 64), (*row, 128), lens]
+        return index.workspace(index_shapes), attention.workspace(
+            [(B, S, 128, 576), (*row, 576), (B, S, 2048), (B, S)]
+        )
+
+    assert bytes_of(8, 4096, 131072) == bytes_of(8, 512, 131072)
+    assert bytes_of(8, 512, 131072)[0] == SPLIT_QUERIES * 131072 * 4
+    assert bytes_of(1, 1, 131072)[0] == 131072 * 4
+    assert max(sm.most for sm in SMS.values()) <= SPLIT_QUERIES
+
+
 def test_unknown_sm():
     """DSX-E901。"""
     with pytest.raises(DsxError, match="DSX-E901"):
@@ -253,6 +289,22 @@ def test_unsupported_problem(change):
     """DSX-E903。"""
     with pytest.raises(DsxError, match="DSX-E903"):
         latent_attention_launch(90, **{**ATTENTION, "dtype": "bfloat16", **change})
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float32"}, {"cache_dtype": "int8"}, {"num_heads": 256}, {"head_dim": 192}]
+)
+def test_unsupported_indexer(change):
+    """DSX-E903。"""
+    with pytest.raises(DsxError, match="DSX-E903"):
+        index_topk_launch(90, **{**INDEX, "dtype": "bfloat16", **change})
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"cache_dtype": "int8"}, {"kv_lora_rank": 576}])
+def test_unsupported_sparse_attention(change):
+    """DSX-E903。"""
+    with pytest.raises(DsxError, match="DSX-E903"):
+        sparse_latent_attention_launch(90, **{**ATTENTION, "topk": 2048, "dtype": "bfloat16", **change})
 
 
 def test_too_much_shared_memory():

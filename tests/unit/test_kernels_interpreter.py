@@ -57,8 +57,8 @@ else:
         for cell in range(0, total):
             tl.store(owners + cell, attention_kernels.owner(cell, total, programs))
 
-    def run(table: LaunchTable, inputs, output, sms=None):
-        """按启动表在解释器里执行：workspace 预先填满 NaN，每一块后面有哨兵，越界写会露馅。"""
+    def run(table: LaunchTable, inputs, *outputs, sms=None):
+        """按启动表在解释器里执行，返回第一个输出：workspace 预先填满 NaN，每一块后面有哨兵，越界写会露馅。"""
         sizes = {}
         for tensor, value in zip(table.inputs, inputs, strict=True):
             assert len(tensor.dims) == value.dim()
@@ -76,14 +76,14 @@ else:
         for start, end in zip(sorted(regions), ends, strict=True):
             kind = regions[start]
             count = (end - start) // (2 if kind == "*fp16" else 4)
-            value = torch.empty(count + CANARY, dtype=POINTEES.get(kind, output.dtype))
+            value = torch.empty(count + CANARY, dtype=POINTEES.get(kind, outputs[0].dtype))
             workspace[start] = value.fill_(float("nan") if value.is_floating_point() else -(2**31))
         guards = {start: value[-CANARY:].clone() for start, value in workspace.items()}
         for launch in variant.launches:
             grid = tuple(axis.evaluate(sizes) for axis in launch.grid)
             if 0 in grid:
                 continue
-            values = {"input": inputs, "output": [output]}
+            values = {"input": inputs, "output": outputs}
             arguments = [
                 values[a.kind][a.value]
                 if a.kind in values
@@ -98,7 +98,7 @@ else:
             kernel[grid](*arguments, **dict(launch.kernel.constants))
         for start, value in workspace.items():
             assert torch.equal(value[-CANARY:].nan_to_num(7), guards[start].nan_to_num(7)), "越界写"
-        return output
+        return outputs[0]
 
     def poisoned(*shape, dtype):
         return torch.full(shape, float("nan"), dtype=dtype)
@@ -127,7 +127,7 @@ else:
         table = latent_attention_launch(
             sm, H, r, dr, scale, "float16", cache_dtype and by_torch(cache_dtype).name
         )
-        got = run(table, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype), sms)
+        got = run(table, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype), sms=sms)
         want = latent_attention(q, cache.nan_to_num(0), past_lens, scale, r)
         assert_close(got, want)
 

@@ -105,6 +105,16 @@ def test_transformers_engine_returns_to_its_depth(small):
         assert engine._cache.get_seq_length() == depth
 
 
+def test_transformers_engine_fills_index_keys(tmp_path):
+    """稀疏注意力的缓存还有索引 key：填到同样深，走完退回。"""
+    path = write_checkpoint(tmp_path / "x", SHAPES["v3.2-small-2"], dtype="bfloat16")
+    engine = Transformers(str(path), threads=torch.get_num_threads())
+    engine.go_to(600)  # 越过名额
+    assert engine.decode([1, 2]) > 0
+    assert {layer.indexer_keys.shape[1] for layer in engine._cache.layers} == {600}
+    assert engine._cache.get_seq_length() == 600
+
+
 def test_worker_keeps_an_object_alive_and_reports_failures():
     worker = Worker("tests.isolated:Counter", {"DSX_TEST": "x"}, start=1)
     assert [worker.ask("add", value=2), worker.ask("add", value=3)] == [3, 6]

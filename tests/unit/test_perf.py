@@ -19,10 +19,11 @@ from deepseek_export.reference import Forms, load_draft, load_reference
 from perf import gates, isolate, report, results
 from perf.__main__ import cli
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, cpu_kernel, mla_memory, mtp
+from perf.suites import SUITES, cpu_kernel, mla_memory, mtp, scale, sparse
 from perf.workload import engine_build
 from perf.workload.padded import write_padded
 from perf.workload.workspace import SHAPES, Workspace, parameter_count
+from tests.models import model_config
 from tests.perf_runs import make_run, memory_case, spread, suite
 
 pytestmark = pytest.mark.unit
@@ -190,6 +191,46 @@ def test_kernel_ratio_is_to_the_tighter_ceiling():
         assert case.ratios["float32/下限"].median == pytest.approx(2)
 
 
+def test_the_arithmetic_of_a_sparse_step(tmp_path):
+    """名额够时不打分、读全部的行；不够时注意力只读名额，索引 key 全读；逐段取慢的。"""
+    path = Workspace(tmp_path).checkpoint("v3.2-wide-2", sparse=True)
+    config, none = Checkpoint.open(path).config, sparse.Work(0, 0)
+    short, long = (sparse.work_of(config, none, 2, context) for context in (2048, 32768))
+    assert len(short) == 2
+    assert short[1].nbytes == long[1].nbytes == 2 * 2 * 2048 * 1152
+    assert long[1].flops == 2 * 2 * 2 * 2048 * 128 * 1088
+    assert (long[2].nbytes, long[2].flops) == (2 * 2 * 32768 * 256, 2 * 2 * 2 * 32768 * 64 * 128)
+    assert sparse.Work(3, 5).seconds(2, 1) == 6
+    assert sparse.Work(3, 5).seconds(1, 2) == 10
+    ten = {name: spread(10.0, 20.0) for name in sparse.BUNDLES}
+    machine = {"copy": spread(2.0 * cpu_kernel.COPY_BYTES), "matmul": spread(2.0 * cpu_kernel.MATMUL_SIZE**3)}
+    case = sparse.decode_case("x", ten | machine, [sparse.Work(3, 5), sparse.Work(4, 1)], {})
+    assert case.ratios["dsa/字节"].low == pytest.approx(10 / 7)
+    assert case.ratios["dsa/算术"].low == pytest.approx(10 / 9)
+    assert case.ratios["dsa/dense-mla"].samples == (1, 1)
+    assert "dsa/transformers" not in case.ratios
+
+
+def test_the_nodes_of_a_whole_model():
+    """稀疏的家族每层一个稀疏注意力，沿用的层没有索引器；稠密的没有这两样。"""
+    shared = model_config("glm-dsa")
+    assert scale.expected_nodes(shared, range(4)) == {
+        "MlaAttention": 0,
+        "SparseMlaAttention": 4,
+        "LightningIndexer": 2,
+        "MoeGate": sum(map(shared.is_moe_layer, range(4))),
+    }
+    dense = scale.expected_nodes(model_config("v3"), range(3))
+    assert (dense["MlaAttention"], dense["SparseMlaAttention"], dense["LightningIndexer"]) == (3, 0, 0)
+
+
+def test_a_peer_that_cannot_run_is_told_in_its_own_words():
+    """transformers 在深处跑不动（内存、时限）时记下原话，不让整套失败。"""
+    worker = isolate.Worker("tests.isolated:Refuses")
+    assert "填不下 7" in sparse.rehearse(worker, 8, 60)
+    worker.close()
+
+
 def test_break_even():
     """一轮的耗时等于一轮平均产出的 token 数时，不赚不赔。"""
     assert mtp.tokens_per_round(0, 3) == 1
@@ -225,6 +266,11 @@ def test_shapes_are_what_they_claim(tmp_path):
     }
     routers = 3 * 32 * (1024 + 1)  # 三层，每层权重加偏置校正
     assert counts["wide-4"] - counts["wide-4-dense"] == routers
+    plain, indexed = (dict(SHAPES[name]) for name in ("v3-wide-2", "v3.2-wide-2"))
+    assert indexed.pop("index_topk") == 2048
+    assert (indexed.pop("index_n_heads"), indexed.pop("index_head_dim")) == (64, 128)
+    assert indexed.pop("model_type") != plain.pop("model_type")
+    assert indexed == plain
     for name in ("0.1B", "0.9B", "4B"):
         assert counts[name] / 1e9 == pytest.approx(float(name[:-1]), rel=0.25)
 

@@ -51,6 +51,18 @@ def test_builtins_resolve_to_themselves():
         assert profile.name == name
 
 
+def test_the_index_cache_is_its_own_switch():
+    """不随 MLA 开关；没有索引器的模型不收（DSX-E136）。"""
+    profile = resolve_profile("baseline", ["dsa.index_cache_dtype=int8"])
+    assert (profile.name, profile.overrides) == ("baseline", ["dsa.index_cache_dtype=int8"])
+    profile.check_model("deepseek_v32", True)
+    resolve_profile("full").check_model("deepseek_v3", False)
+    with pytest.raises(DsxError) as caught:
+        profile.check_model("deepseek_v3", False)
+    assert caught.value.code == "DSX-E136"
+    refused("DSX-E003", "mla", "dsa.index_cache_dtype=float16")
+
+
 def test_overrides_are_typed_and_the_last_one_wins():
     overrides = ("mla.form=naive", "mla.form=absorb", "mtp.num_draft_tokens=3", "moe.enabled=false")
     profile = resolve_profile("full", overrides)

@@ -232,10 +232,12 @@ def test_cache_tensors(saved):
     assert shapes(config, AS_OPS, int8) == [("kv_cache", 1, 40 + 2 * 16 + 6, int8)]
     expanded = Forms("expanded", "dense")
     assert shapes(config, expanded, f32) == [("k_cache", 6, 24 + 16, f32), ("v_cache", 6, 20, f32)]
-    # 沿用前一层的没有索引 key；索引 key 没有 int8 的存法。
+    # 沿用前一层的没有索引 key；潜缓存是 int8 的，索引 key 仍是浮点的，除非另说。
     sparse = saved("glm-dsa")[1].config
     assert [len(shapes(sparse, AS_OPS, f32, layer)) for layer in range(4)] == [2, 1, 2, 1]
     assert shapes(sparse, AS_OPS, int8)[1] == ("index_cache", 1, 24, f32)
+    packed = Forms("absorb", "sparse", index_int8=True)
+    assert shapes(sparse, packed, f32) == [("kv_cache", 1, 40 + 16, f32), ("index_cache", 1, 24 + 3, int8)]
     caches = load_reference(saved("v3")[1], expanded).empty_caches(2, 5, torch.float16)
     assert [tuple(t.shape) for t in caches[0]] == [(2, 6, 5, 40), (2, 6, 5, 20)]
     assert len(caches) == 3

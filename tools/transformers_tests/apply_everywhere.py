@@ -14,7 +14,7 @@ from typing import Any
 import transformers
 
 import deepseek_export as dsx
-from deepseek_export.integration.compat import MODEL_CLASSES
+from deepseek_export.integration.compat import model_classes
 from deepseek_export.profile import resolve_profile
 
 OUTCOMES: Counter[str] = Counter()
@@ -24,7 +24,7 @@ def pytest_configure(config: Any) -> None:
     """给模型类的 ``__init__`` 接上 ``apply``。"""
     name, *overrides = os.environ["DSX_APPLY"].split()
     profile = resolve_profile(name, overrides)
-    for kind in MODEL_CLASSES:
+    for kind in model_classes():
         _wrap(getattr(transformers, kind), profile)
 
 

@@ -20,7 +20,7 @@ from deepseek_export.ops.table import MOE_GATE
 from deepseek_export.parity.checks import Check
 from deepseek_export.parity.context import Context
 from deepseek_export.parity.inputs import cache_feeds
-from deepseek_export.parity.keys import router_dtype
+from deepseek_export.parity.keys import index_int8, router_dtype
 from deepseek_export.parity.logits import logits_cases
 from deepseek_export.parity.report import Case, Perplexity, QuantLoss, compare
 from deepseek_export.parity.routing import row_margin
@@ -47,7 +47,8 @@ def _cache(check: Check, context: Context) -> Iterator[Case]:
     for i, row in enumerate(context.rows[: check.prompts]):
         with context.step(f"logits[{i}]"):
             got, want = context.generator.logits([row])[0], oracle.logits(row)
-        name = f"logits[{i}]，{manifest.cache.dtype} 缓存对 {manifest.dtype} ({len(row)} tokens)"
+        kept = f"{manifest.cache.dtype} 缓存" + ("、int8 索引 key" if index_int8(manifest) else "")
+        name = f"logits[{i}]，{kept}对 {manifest.dtype} ({len(row)} tokens)"
         margin = row_margin(manifest, context.model, row)
         yield from logits_cases("loss", name, key, got, want, margin, router_dtype(manifest))
 

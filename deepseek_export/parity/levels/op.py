@@ -15,6 +15,7 @@ from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
 from deepseek_export.checkpoint.weight_only import dequantized
 from deepseek_export.ops.int8_cache import encode_rows
+from deepseek_export.ops.int8_index import encode_keys
 from deepseek_export.ops.lightning_indexer import lightning_indexer
 from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.moe_experts import moe_experts
@@ -25,8 +26,9 @@ from deepseek_export.parity.arrays import to_numpy, to_torch
 from deepseek_export.parity.blocks import Output
 from deepseek_export.parity.checks import Check
 from deepseek_export.parity.context import Context
+from deepseek_export.parity.keys import index_int8
 from deepseek_export.parity.report import Case, compare
-from deepseek_export.parity.selection import Ranking
+from deepseek_export.parity.selection import Ranking, mask_of
 from deepseek_export.parity.tolerances import Key
 from deepseek_export.records import OpSite
 from deepseek_export.reference.weights import torch_dtype
@@ -120,9 +122,9 @@ def _chosen(rng: np.random.Generator, S: int, past: Sequence[int], topk: int) ->
 
 
 def _index_cases(manifest, graph, site: OpSite, rng, key: Key) -> Iterator[Case]:
-    """选中的集合；并列带之内换一个不算错。"""
+    """选中的集合；并列带之内换一个不算错。索引 key 是 int8 的，另量它与没有舍入时选中的有多一致。"""
     c = manifest.model.indexer
-    dtype = np.dtype(manifest.dtype)
+    dtype, int8 = np.dtype(manifest.dtype), index_int8(manifest)
     stored = torch_dtype(manifest.dtype if manifest.cache.dtype == "int8" else manifest.cache.dtype)
     ports = [port.name for port in LIGHTNING_INDEXER.inputs]
     outputs = [site.outputs[0]]
@@ -133,7 +135,8 @@ def _index_cases(manifest, graph, site: OpSite, rng, key: Key) -> Iterator[Case]
             for rest in ((c.n_heads, c.head_dim), (c.head_dim,))
         )
         w = rng.standard_normal((B, S, c.n_heads), np.float32)
-        rows = torch.from_numpy(rng.standard_normal((B, 1, T, c.head_dim), np.float32)).to(stored)
+        plain = torch.from_numpy(rng.standard_normal((B, 1, T, c.head_dim), np.float32))
+        rows = encode_keys(plain) if int8 else plain.to(stored)
         arrays = dict(zip(ports, (q, w, k, to_numpy(rows), np.array(past, np.int64)), strict=True))
         (got,) = call(dict(zip(site.inputs, arrays.values(), strict=True)), outputs)
         tensors = [to_torch(array) for array in arrays.values()]
@@ -141,7 +144,12 @@ def _index_cases(manifest, graph, site: OpSite, rng, key: Key) -> Iterator[Case]
         want, _, cache = lightning_indexer(query, weights, keys, cached, lens, c.topk)
         ranked = Ranking.of(query, weights, cache, lens, c.topk)
         output = Output(f"layers.{site.layer}", site.outputs[0], want.numpy(), key, ranking=ranked)
-        yield output.compare("op", f"layers.{site.layer} {LIGHTNING_INDEXER.name} B={B} S={S} T={T}", got)
+        name = f"layers.{site.layer} {LIGHTNING_INDEXER.name} B={B} S={S} T={T}"
+        yield output.compare("op", name, got)
+        if int8:
+            exact, _, _ = lightning_indexer(query, weights, keys, plain, lens, c.topk)
+            masks = (mask_of(array, T) for array in (got, exact.numpy()))
+            yield compare("op", f"{name}，选中的集合对没有舍入的", ("selection_loss", "int8", None), *masks)
 
 
 def _cached(latents: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:

@@ -71,10 +71,18 @@ def create_app(
     app.include_router(slots_router(service.named, slot_folder))
     layers: list[Callable[[App], App]] = [LimitBody, partial(RequireKey, keys=keys or KeyRing())]
     if cors_origins:
-        # 在密钥之外：预检请求不带密钥。
-        cors = {"allow_origins": list(cors_origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-        layers.append(partial(CORSMiddleware, **cors))  # type: ignore[arg-type]
+        layers.append(partial(allow_origins, origins=cors_origins))  # 在密钥之外：预检请求不带密钥
     return wrapped(app, [*layers, partial(RequestLog, metrics=metrics)])
+
+
+def allow_origins(app: App, origins: Sequence[str]) -> App:
+    """允许这些网页跨域来用。"""
+    return CORSMiddleware(
+        app,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+    )
 
 
 def _add_generation(

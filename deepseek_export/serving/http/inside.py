@@ -10,11 +10,11 @@ from deepseek_export.serving.http.guards import App
 from deepseek_export.serving.http.service import ServedModel, Service
 
 
-def app_of(model: ServedModel) -> App:
+def app_of(model: ServedModel, log_prompts: bool = False) -> App:
     """只有这一个模型、谁都放行的应用。"""
     service = Service()
     service.models = {model.name: model}
-    return create_app(service)
+    return create_app(service, log_prompts=log_prompts)
 
 
 async def post(app: App, path: str, body: bytes) -> tuple[int, bytes]:

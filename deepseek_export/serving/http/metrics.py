@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from deepseek_export.serving import EngineStats
 from deepseek_export.serving.http.service import Service
@@ -144,3 +145,32 @@ class _EngineReadings:
             for position, count in enumerate(one.accepted):
                 by_position.add_metric([model, str(position)], count)
         yield by_position
+
+
+def merged(texts: Mapping[str, bytes], label: str) -> bytes:
+    """几处的抓取合成一份，每个样本多一个标签，说是哪一处的。
+
+    Args:
+        texts: 名字 → 抓取的回答。
+        label: 标签名。
+    """
+    families: dict[str, Metric] = {}
+    for name, text in texts.items():
+        for one in text_string_to_metric_families(text.decode()):
+            family = families.setdefault(one.name, Metric(one.name, one.documentation, one.type))
+            for sample in one.samples:
+                family.add_sample(sample.name, {label: name, **sample.labels}, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Collected(list(families.values())))
+    return generate_latest(registry)
+
+
+class _Collected:
+    """现成的几族。"""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        """原样给出。"""
+        yield from self._families

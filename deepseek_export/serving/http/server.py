@@ -87,8 +87,9 @@ class Server(uvicorn.Server):
         self._loader: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         app = create_app(self.service, keys, cors_origins, keep_alive_s, log_prompts, slot_folder)
+        # 写明用哪个解析器：装了 ray[serve] 就有 httptools，缺省的会跟着变。
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="off"
+            app, log_config=None, access_log=False, server_header=False, http="h11", ws="none", lifespan="off"
         )
         super().__init__(config)
 

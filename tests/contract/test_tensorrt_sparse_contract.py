@@ -1,0 +1,113 @@
+"""specs/dsa 的 DSA-10：稀疏注意力下沉到 TensorRT，没有 GPU 也建得出引擎；下沉后的图在 ONNX Runtime 上与参考实现相等。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+import deepseek_export
+from deepseek_export.bundle import Bundle
+from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.engine.build import build_engine_bytes
+from deepseek_export.engine.flavour import choose, load
+from deepseek_export.engine.layers import layer_counts, parse_layers
+from deepseek_export.engine.plugins import registered_creators
+from deepseek_export.progress import Progress
+from tests.engines import assert_listing, assert_plugin_layers
+from tools.make_engine_graphs import build_for, make_bundle
+from tools.make_graphs import CONFIGS
+
+pytestmark = pytest.mark.contract
+
+#: 小的 V3.2：每层自己排名。
+V32 = CONFIGS["deepseek_v3"] | {
+    "model_type": "deepseek_v32",
+    "index_topk": 16,
+    "index_head_dim": 12,
+    "index_n_heads": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    """小 GLM-5：第一层自己排名，第二层沿用；tensorrt-rtx、float16。"""
+    return make_bundle("glm_moe_dsa", tmp_path_factory.mktemp("sparse"))
+
+
+@pytest.fixture(scope="module")
+def built(bundle: Bundle):
+    return build_for(bundle, 89)
+
+
+def test_each_indexer_and_each_attention_is_one_plugin_layer(bundle: Bundle, built):
+    """DSA-10：解码的配置里每个索引器、每层注意力恰好一个插件层，沿用的层没有索引器；prefill 的索引器也是插件，注意力融成原生核。"""
+    config, layers = bundle.manifest.model, built.layers["model.plan"]
+    assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers, 1)
+    found = [layer for layer in layers["prefill"] if layer.op == "IndexTopK"]
+    assert [layer.onnx for layer in found] == [["layers.0.self_attn.indexer/IndexTopK"]]
+    assert built.record.plans["model.plan"].unfused_attention == []
+
+
+def test_layers_match_what_is_recorded(built):
+    """DSA-10：引擎的层逐行记在 graphs/engines/。"""
+    assert_listing("glm_moe_dsa", 89, built.layers)
+
+
+def test_the_index_cache_is_written_in_place(bundle: Bundle):
+    """DSA-10：自己排名的层多一个索引缓存，也由 KV_CACHE_UPDATE 原地更新（没有整块抄一遍的层，否则建不出来）。"""
+    graph = onnx.load(bundle.model_path, load_external_data=False).graph
+    caches = {value.name for value in graph.input if "cache" in value.name}
+    assert caches == {"kv_cache.0", "index_cache.0", "kv_cache.1"}
+    scatters = {node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
+    assert scatters == caches
+
+
+def test_without_plugins_the_function_bodies_build(built):
+    """DSA-10：插件没有登记时，同一个 ONNX 由函数体建成原生层。"""
+    flavour = choose("rtx")
+    trt = load(flavour)
+    registry, creators = trt.get_plugin_registry(), registered_creators(trt)
+    for creator in creators.values():
+        assert registry.deregister_creator(creator)
+    try:
+        profiles = built.record.shapes.profiles(prefill=True)
+        _, text = build_engine_bytes(trt, flavour, built.path / "model.onnx", 89, profiles, Progress())
+    finally:
+        for creator in creators.values():
+            assert registry.register_creator(creator, "dsx")
+    for layers in parse_layers(text, list(profiles), {}).values():
+        counts = layer_counts(layers)
+        assert "custom_layer" not in counts
+        assert counts["gemm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("profile", ["mla+moe", "baseline"])
+def test_v32_builds(tmp_path: Path, profile: str, target: str):
+    """DSA-10：小 V3.2，每层自己排名；MLA 关闭时索引器仍是插件。"""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", V32)
+    made = deepseek_export.export(checkpoint, tmp_path / "out", profile, target=target, dtype="float16")
+    config = made.manifest.model
+    if target == "tensorrt":
+        return  # 完整的 TensorRT 只在目标 GPU 上建
+    layers = build_for(made, 89).layers["model.plan"]
+    if profile == "mla+moe":
+        assert_plugin_layers(
+            layers, config.num_hidden_layers, config.num_moe_layers, config.num_hidden_layers
+        )
+    assert sum(layer.op == "IndexTopK" for layer in layers["decode"]) == config.num_hidden_layers
+
+
+@pytest.mark.slow
+def test_lowered_bundle_passes_parity_on_onnxruntime(saved, tmp_path: Path):
+    """DSA-10：下沉后的小 GLM-5 在 ONNX Runtime 上过 op、block、model 三级校验，与 transformers 的 greedy 逐个相同，越过名额。"""
+    bundle = deepseek_export.export(
+        saved("glm-dsa")[1].path, tmp_path / "out", "mla+moe", target="tensorrt-rtx"
+    )
+    report = deepseek_export.verify(bundle.path, levels=("op", "block", "model", "tokens"), steps=40)
+    assert report.passed, report.first_failure
+    ops = {case.name.split()[1] for case in report.cases if case.level == "op"}
+    assert {"LightningIndexer", "SparseMlaAttention"} <= ops
