@@ -1,7 +1,7 @@
 """C++ 算子库（``plugins/cpu``）：在哪里、这台机器用哪个指令集。
 
-库登记了 ``dsx::MlaAttention``、``dsx::SparseMlaAttention``、``dsx::LightningIndexer``、``dsx::Int8Linear``、``dsx::Int8Experts``，
-ONNX Runtime 优先用它们而不用模型里的函数体，所以同一个 bundle 有没有库都能跑，差别只是快慢。
+库登记了 ``dsx::MlaAttention``、``dsx::SparseMlaAttention``、``dsx::LightningIndexer``，与 int8、int4 的线性层与专家
+（``dsx::Int8Linear``、``dsx::Int4Experts`` 等）。ONNX Runtime 优先用它们而不用模型里的函数体，所以同一个 bundle 有没有库都能跑，差别只是快慢。
 只有目标 ``ort-cpu`` 用它：``portable`` 的含义就是不靠任何插件。
 
 环境变量：``DSX_CPU_LIBRARY`` 换一个库的路径，``off`` 是不用；``DSX_CPU_ISA`` 指定指令集，缺省取最快的。
@@ -22,7 +22,9 @@ INSTALLED = Path(__file__).parent / "_native"
 LIBRARY_TARGET = "ort-cpu"
 OFF = "off"
 BUILD_COMMAND = "make plugins"
-NO_LIBRARY = f"这台机器没有 C++ 算子库，注意力与 int8 的算子走函数体（{BUILD_COMMAND} 构建之后，同一个 bundle 就会用它）"
+NO_LIBRARY = (
+    f"这台机器没有 C++ 算子库，注意力与量化的算子走函数体（{BUILD_COMMAND} 构建之后，同一个 bundle 就会用它）"
+)
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ struct Attribute {
 inline constexpr Types kT{3, {1, 10, 16}};  // float32、float16、bfloat16
 inline constexpr Types kC{4, {1, 10, 16, 3}};  // float32、float16、bfloat16、int8
 inline constexpr Types kF{3, {1, 10, 16}};  // float32、float16、bfloat16
-inline constexpr Types kW{3, {1, 10, 16}};  // float32、float16、bfloat16
+inline constexpr Types kW{4, {1, 10, 16, 3}};  // float32、float16、bfloat16、int8
 inline constexpr Types kI64{1, {7}};  // int64
 inline constexpr Types kI32{1, {6}};  // int32
 inline constexpr Types kF32{1, {1}};  // float32
+inline constexpr Types kF16{1, {10}};  // float16
 inline constexpr Types kU8{1, {2}};  // uint8
 
 // 有 TensorRT 插件的算子。
@@ -53,7 +54,7 @@ inline constexpr std::array<Port, 7> kInputs{{
     {"k_pe", &kT, 3},  // [B, S, dr]
     {"kv_cache", &kC, 4},  // [B, 1, T, cw]
     {"past_lens", &kI64, 1},  // [B]
-    {"w_kv_b", &kW, 2},  // [H*(dn+dv), r]
+    {"w_kv_b", &kW, 2},  // [H*(dn+dv), kw]
 }};
 enum Output : size_t { o, kv_cache_out };
 inline constexpr std::array<Port, 2> kOutputs{{
@@ -92,7 +93,7 @@ inline constexpr std::array<Port, 9> kInputs{{
     {"k_pe", &kT, 3},  // [B, S, dr]
     {"kv_cache", &kC, 4},  // [B, 1, T, cw]
     {"past_lens", &kI64, 1},  // [B]
-    {"w_kv_b", &kW, 2},  // [H*(dn+dv), r]
+    {"w_kv_b", &kW, 2},  // [H*(dn+dv), kw]
     {"indices", &kI32, 3},  // [B, S, ks]
     {"counts", &kI32, 2},  // [B, S]
 }};
@@ -229,7 +230,7 @@ enum Input : size_t { x, codes, scales };
 inline constexpr std::array<Port, 3> kInputs{{
     {"x", &kF32, 0},  // [..., K]
     {"codes", &kU8, 3},  // [N, K/block_size, block_size]
-    {"scales", &kF32, 2},  // [N, K/block_size]
+    {"scales", &kF16, 2},  // [N, K/block_size]
 }};
 enum Output : size_t { y };
 inline constexpr std::array<Port, 1> kOutputs{{
@@ -240,6 +241,23 @@ inline constexpr Attribute<int64_t> N{"N"};
 inline constexpr Attribute<int64_t> block_size{"block_size"};
 }  // namespace int8_linear
 
+namespace int4_linear {
+inline constexpr char const* kName = "Int4Linear";
+enum Input : size_t { x, codes, scales };
+inline constexpr std::array<Port, 3> kInputs{{
+    {"x", &kF32, 0},  // [..., K]
+    {"codes", &kU8, 3},  // [N, K/block_size, block_size/2]
+    {"scales", &kF16, 2},  // [N, K/block_size]
+}};
+enum Output : size_t { y };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"y", &kF32, 0},  // [..., N]
+}};
+inline constexpr Attribute<int64_t> K{"K"};
+inline constexpr Attribute<int64_t> N{"N"};
+inline constexpr Attribute<int64_t> block_size{"block_size"};
+}  // namespace int4_linear
+
 namespace int8_experts {
 inline constexpr char const* kName = "Int8Experts";
 enum Input : size_t { x, log_weights, gate_up, gate_up_scales, down, down_scales };
@@ -247,9 +265,9 @@ inline constexpr std::array<Port, 6> kInputs{{
     {"x", &kF32, 2},  // [N, D]
     {"log_weights", &kF32, 2},  // [N, E]
     {"gate_up", &kU8, 3},  // [E, 2*I, D]
-    {"gate_up_scales", &kF32, 3},  // [E, 2*I, D/block_size]
+    {"gate_up_scales", &kF16, 3},  // [E, 2*I, D/block_size]
     {"down", &kU8, 3},  // [E, D, I]
-    {"down_scales", &kF32, 3},  // [E, D, I/block_size]
+    {"down_scales", &kF16, 3},  // [E, D, I/block_size]
 }};
 enum Output : size_t { y };
 inline constexpr std::array<Port, 1> kOutputs{{
@@ -258,5 +276,24 @@ inline constexpr std::array<Port, 1> kOutputs{{
 inline constexpr Attribute<int64_t> k{"k"};
 inline constexpr Attribute<int64_t> block_size{"block_size"};
 }  // namespace int8_experts
+
+namespace int4_experts {
+inline constexpr char const* kName = "Int4Experts";
+enum Input : size_t { x, log_weights, gate_up, gate_up_scales, down, down_scales };
+inline constexpr std::array<Port, 6> kInputs{{
+    {"x", &kF32, 2},  // [N, D]
+    {"log_weights", &kF32, 2},  // [N, E]
+    {"gate_up", &kU8, 3},  // [E, 2*I, D/2]
+    {"gate_up_scales", &kF16, 3},  // [E, 2*I, D/block_size]
+    {"down", &kU8, 3},  // [E, D, I/2]
+    {"down_scales", &kF16, 3},  // [E, D, I/block_size]
+}};
+enum Output : size_t { y };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"y", &kF32, 2},  // [N, D]
+}};
+inline constexpr Attribute<int64_t> k{"k"};
+inline constexpr Attribute<int64_t> block_size{"block_size"};
+}  // namespace int4_experts
 
 }  // namespace dsx::ops

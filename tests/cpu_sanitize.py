@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 
 from deepseek_export.cpu_library import CpuLibrary
-from tests.int8_node import call as call_int8
-from tests.int8_node import experts_inputs, experts_session, linear_inputs, linear_session
+from tests.quant_node import call as call_quant
+from tests.quant_node import experts_inputs, experts_session, linear_inputs, linear_session
 from tests.sparse_node import SHAPES as SPARSE_SHAPES
 from tests.sparse_node import attend, attention_inputs, index_inputs, select
 from tools.cpu_node import CACHES, COMPUTES, ODD, WIDE, call, make_inputs, make_session
 
-INT8_SHAPES = (((1,), 256, 70), ((3,), 96, 33), ((2, 3), 70, 5), ((23,), 160, 67))
+QUANT_SHAPES = (((1,), 256, 70), ((2,), 320, 9), ((3,), 96, 33), ((2, 3), 70, 5), ((23,), 160, 67))
 SHAPES = ((1, 1, 1, (0,)), (1, 3, 300, (299, 17, 0)), (5, 4, 40, (0, 35)), (70, 2, 200, (100,)))
 
 
 def main(path: Path) -> None:
-    """每种指令集、形式、dtype 组合、形状各一次，int8 的线性层与专家每种块大小各一次，稀疏注意力的两个算子同样各种组合；越界或未定义行为会使进程非零退出。"""
+    """每种指令集、形式、dtype 组合、形状各一次，int8、int4 的线性层与专家每种块大小各一次，稀疏注意力的两个算子同样各种组合；越界或未定义行为会使进程非零退出。"""
     native = ctypes.CDLL(str(path))
     native.dsx_cpu_isas.restype = ctypes.c_char_p
     isas = tuple(native.dsx_cpu_isas().decode().split(","))
@@ -28,11 +28,12 @@ def main(path: Path) -> None:
         session = make_session(library, dtype, cache, isa, form, threads=2)
         for (S, H, T, past), widths, in_place in itertools.product(SHAPES, (ODD, WIDE), (True, False)):
             call(session, make_inputs(dtype, cache, S, H, T, past, **widths), in_place)
-    for isa, block, (rows, K, N) in itertools.product(isas, (32, 64, 128), INT8_SHAPES):
-        call_int8(linear_session(library, K, N, block, isa, threads=2), linear_inputs(rows, K, N, block))
-    for isa, block, N in itertools.product(isas, (32, 64, 128), (1, 30)):
-        inputs = experts_inputs(N, 256, 128, 5, 2, block)
-        call_int8(experts_session(library, 2, block, isa, threads=2), inputs)
+    for isa, bits, block, (rows, K, N) in itertools.product(isas, (8, 4), (32, 64, 128), QUANT_SHAPES):
+        session = linear_session(library, bits, K, N, block, isa, threads=2)
+        call_quant(session, linear_inputs(bits, rows, K, N, block))
+    for isa, bits, block, N in itertools.product(isas, (8, 4), (32, 64, 128), (1, 30)):
+        inputs = experts_inputs(bits, N, 256, 128, 5, 2, block)
+        call_quant(experts_session(library, bits, 2, block, isa, threads=2), inputs)
     for isa, dtype, (S, T, past), in_place in itertools.product(
         isas, COMPUTES, SPARSE_SHAPES[1:4], (True, False)
     ):

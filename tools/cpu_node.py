@@ -13,6 +13,7 @@ from onnx import helper
 
 from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.benchmark.depth import random_rows
+from deepseek_export.checkpoint.weight_only import BlockFormat, QuantBlock, packed_rows
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION, TYPE_CONSTRAINTS, OpSpec
 
@@ -84,8 +85,9 @@ def make_inputs(
     r: int,
     weight_dtype: str | None = None,
     seed: int = 0,
+    weight_block: QuantBlock = 32,
 ) -> dict[str, np.ndarray]:
-    """随机输入；``w_kv_b`` 缩小到使输出的均方根约为 1。"""
+    """随机输入；``w_kv_b`` 缩小到使输出的均方根约为 1，int8 的每 ``weight_block`` 个码一个 scale。"""
     rng, B = np.random.default_rng(seed), len(past)
     shapes = {
         "q_nope": (B, S, H, dn),
@@ -96,9 +98,11 @@ def make_inputs(
     }
     made = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     made["w_kv_b"] *= r**-0.5
-    own = {"w_kv_b": weight_dtype or dtype}
-    width = r + 2 * dr + 6 if cache_dtype == "int8" else r + dr
-    return {name: array.astype(DTYPES[own.get(name, dtype)].numpy) for name, array in made.items()} | {
+    weight, width = made.pop("w_kv_b"), r + 2 * dr + 6 if cache_dtype == "int8" else r + dr
+    if weight_dtype == "int8":
+        weight = packed_rows(weight, BlockFormat(kind="int8", block=weight_block, scale="float16"))
+    return {name: array.astype(DTYPES[dtype].numpy) for name, array in made.items()} | {
+        "w_kv_b": weight.astype(DTYPES[weight_dtype or dtype].numpy),
         "kv_cache": random_rows(rng, (B, 1, T, width), DTYPES[cache_dtype].numpy),
         "past_lens": np.array(past, np.int64),
     }

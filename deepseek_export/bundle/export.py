@@ -359,7 +359,7 @@ def _quantization_report(
     weights: dict[str, Recipe], source: Checkpoint, progress: Progress
 ) -> dict[str, Any]:
     """每个量化了的权重偏了多少，最敏感（相对误差最大）的几个点名。"""
-    codes = {name: recipe for name, recipe in weights.items() if recipe.op == "codes"}
+    codes = {name: recipe for name, recipe in weights.items() if recipe.op in ("codes", "rows")}
     progress.start("量化误差", len(codes))
     errors = {}
     for name, recipe in codes.items():

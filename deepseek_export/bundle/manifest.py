@@ -238,7 +238,17 @@ class Manifest(_Entry):
     @property
     def formats(self) -> dict[str, BlockFormat]:
         """量化了的权重 → 格式；没有量化就是空的。"""
-        return {} if self.quantization is None else self.quantization.formats(self.dtype)
+        if self.quantization is None:
+            return {}
+        recipes = self.weights.recipes
+        scales = (recipe.form.scale for recipe in recipes.values() if recipe.form is not None)
+        formats = self.quantization.formats(next(scales, self.dtype))
+        # 词嵌入与 w_kv_b 有自己的格式：int4 的 bundle 里也是 int8。
+        for name in formats:
+            own = recipes.get(f"{name}.rows", recipes.get(f"{name}.lookup"))
+            if own is not None and own.form is not None:
+                formats[name] = own.form
+        return formats
 
     @property
     def quant(self) -> QuantKind | None:

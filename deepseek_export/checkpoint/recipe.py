@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 
+from deepseek_export.checkpoint import weight_only
 from deepseek_export.checkpoint.checkpoint import Checkpoint, expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.config import ModelConfig
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
@@ -25,6 +26,7 @@ from deepseek_export.checkpoint.weight_only import (
     block_codes,
     block_scales,
     dequantized,
+    largest_weight,
     signed_codes,
     unpacked_int4,
 )
@@ -57,20 +59,20 @@ class Recipe(BaseModel):
             gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``deinterleave`` 按 ``groups``
             重排行；``zeros`` 全零；
             ``codes``、``scales`` 是 ``of`` 按 ``form`` 量化之后的码与 scale；码的 dtype 是 ``uint8`` 则是无符号的写法，是
-            ``int8``、``int4`` 则是有符号的。
+            ``int8``、``int4`` 则是有符号的；``rows`` 是一行的码与 scale 放在一起，见 :mod:`deepseek_export.ops.weight_rows`。
         sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
             ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
         dtype: initializer 的 dtype。
         groups: （每组行数，组末几行）：每组最后那几行由成对 (x0, x1) 改成前后两半，只有 ``deinterleave`` 有。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
-        of: 量化之前的配方，只有 ``codes``、``scales`` 有。
-        form: 量化的格式，只有 ``codes``、``scales`` 有。
+        of: 量化之前的配方，只有 ``codes``、``scales``、``rows`` 有。
+        form: 量化的格式，只有 ``codes``、``scales``、``rows`` 有。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    op: Literal["copy", "stack", "stack_swiglu", "deinterleave", "zeros", "codes", "scales"]
+    op: Literal["copy", "stack", "stack_swiglu", "deinterleave", "zeros", "codes", "scales", "rows"]
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: InitializerDtype
@@ -144,6 +146,13 @@ def quantized_recipes(recipe: Recipe, form: BlockFormat, signed: bool = False) -
     else:
         codes = part("codes", (*rows, blocks, form.block * form.bits // 8), "uint8")
     return codes, part("scales", (*rows, blocks), form.scale)
+
+
+def packed_rows(recipe: Recipe, form: BlockFormat) -> Recipe:
+    """一个浮点矩阵 → 码与 scale 放在一起的行；宽度是 block 的倍数，scale 是 float16。"""
+    *rows, width = recipe.shape
+    shape = (*rows, width + 2 * (width // form.block))
+    return Recipe(op="rows", sources=recipe.sources, shape=shape, dtype="int8", of=recipe, form=form)
 
 
 def weight_recipes(config: ModelConfig, dtype: WeightDtype) -> dict[str, Recipe]:
@@ -241,12 +250,12 @@ def materialize(
         连续的 ndarray，dtype 为配方的 dtype，有符号的码则是 uint8 的字节；拼起来就是整个 initializer。
 
     Raises:
-        DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出。
+        DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出，或 scale 溢出。
     """
     if recipe.of is not None and recipe.form is not None:
-        codes = block_codes if recipe.dtype == "uint8" else signed_codes
-        part = codes if recipe.op == "codes" else block_scales
+        part = _part(recipe)
         for rows in materialize(name, recipe.of, store, chunk_bytes):
+            _check_scales(name, rows, recipe.form)
             yield part(rows, recipe.form)
     elif recipe.op == "zeros":
         yield np.zeros(recipe.shape, DTYPES[recipe.dtype].numpy)
@@ -261,8 +270,17 @@ def materialize(
                 yield rows if recipe.groups is None else _deinterleaved(rows, *recipe.groups)
 
 
+def _part(recipe: Recipe) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
+    """浮点的几行 → 这个配方要的那一部分。"""
+    if recipe.op == "rows":
+        return weight_only.packed_rows
+    if recipe.op == "scales":
+        return block_scales
+    return block_codes if recipe.dtype == "uint8" else signed_codes
+
+
 def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantError:
-    """``codes`` 配方量化掉了多少；逐块读，参数、错误同 :func:`materialize`。"""
+    """``codes``、``rows`` 配方量化掉了多少；逐块读，参数、错误同 :func:`materialize`。"""
     assert recipe.of is not None
     assert recipe.form is not None
     error = norm = largest = 0.0
@@ -317,6 +335,17 @@ def _converted(
                 what = f"张量 {_first(source, array, finite, start)} 超出 {dtype.name} 的范围"
                 raise DsxError("DSX-E116", what, "改用 --dtype float32；TensorRT 的目标用 --dtype bfloat16")
         yield converted
+
+
+def _check_scales(name: str, rows: np.ndarray, form: BlockFormat) -> None:
+    """每块的 scale 都在它的 dtype 的范围里；码大到装不下的权重不写成无穷。"""
+    largest, most = largest_weight(form), float(np.abs(rows).max(initial=0.0))
+    if most > largest:
+        raise DsxError(
+            "DSX-E116",
+            f"{name} 有绝对值 {most:.4g} 的权重，{form.kind} 的 scale 超出 {form.scale} 的范围（权重至多 {largest:.4g}）",
+            "用 --keep 让它保持浮点，例如 --keep down_proj",
+        )
 
 
 def _deinterleaved(array: np.ndarray, rows: int, tail: int) -> np.ndarray:

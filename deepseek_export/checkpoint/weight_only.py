@@ -3,7 +3,8 @@
 码有两种写法，值相同：无符号的（``MatMulNBits``、``QMoE``），零点 ``2^(bits-1)`` 不写出来，最后不满一块的补零；有符号的
 （``DequantizeLinear``），没有零点。int4 都是两个码一字节，低位在前。
 
-scale 逐块在几个候选里取平方误差最小的，候选见 :data:`_SHRINK`；超出码的范围的就截断。
+scale 逐块在几个候选里取平方误差最小的，候选见 :data:`_SHRINK`；超出码的范围的就截断。scale 先舍入到它的 dtype，码再按舍入之后的取；
+float16 的 scale 小于 2^-25 时是 0，那一块也就是 0。
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from deepseek_export.dtypes import DTYPES
 QuantKind = Literal["int8", "int4"]
 QuantBlock = Literal[32, 64, 128]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
+#: dsx 自己的算子（``dsx::Int8Linear`` 等）的 scale：块 32 的 int4 用它少读一成，而码按舍入之后的 scale 取，误差几乎不变。
+KERNEL_SCALE: ScaleDtype = "float16"
 
 #: 候选的 scale 是「块里最大的绝对值 / 最大的码」的几倍。int8 的第二个让绝对值最大的负数用上 -128；int4 的步长粗，缩小步长、截断
 #: 一两个大的往往更准：演示检查点每 32 个一块，权重的相对误差从 9.7e-2 降到 8.7e-2，候选再多几乎没有好处。
@@ -31,7 +34,7 @@ class BlockFormat(BaseModel):
     Attributes:
         kind: ``int8`` 或 ``int4``。
         block: 每多少个输入维共用一个 scale。
-        scale: scale 的 dtype，与模型的相同。
+        scale: scale 的 dtype：TensorRT 与模型的相同，``ort-cpu`` 是 :data:`KERNEL_SCALE`。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +58,7 @@ class Quantization(BlockFormat):
     """一次导出怎么量化。
 
     Attributes:
-        keep: 保持浮点的权重，见 :meth:`keeps`；router、norm 与词嵌入总是浮点，不必写。
+        keep: 保持浮点的权重，见 :meth:`keeps`；router、norm 总是浮点，不必写。
     """
 
     keep: tuple[str, ...] = ()
@@ -87,6 +90,11 @@ class QuantError(BaseModel):
     max_abs: float
 
 
+def largest_weight(form: BlockFormat) -> float:
+    """绝对值至多这么大的权重，scale 才在它的 dtype 的范围里；先核对它再量化。"""
+    return float(ml_dtypes.finfo(DTYPES[form.scale].numpy).max) * (form.zero - 1)
+
+
 def block_scales(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
     """[..., K] → [..., ceil(K/block)]，dtype 是 ``form.scale``；全零的块是 0。"""
     blocks = _blocks(weights, form.block)
@@ -115,6 +123,12 @@ def signed_codes(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
     """[..., K] → [..., K*bits/8] uint8，有符号的写法的字节；K 是 block 的倍数。"""
     codes = block_codes(weights, form) ^ np.uint8(0x80 if form.bits == 8 else 0x88)
     return codes.reshape(*weights.shape[:-1], -1)
+
+
+def packed_rows(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
+    """[..., K] → [..., K + 2*K/block] int8：有符号的码，再是 float16 的 scale 的字节；K 是 block 的倍数。"""
+    codes, scales = signed_codes(weights, form), block_scales(weights, form)
+    return np.concatenate([codes, scales.view(np.uint8)], axis=-1).view(np.int8)
 
 
 def dequantized(weights: np.ndarray, form: BlockFormat) -> np.ndarray:

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 @click.option(
     "--quant",
     type=click.Choice(["int8", "int4"]),
-    help="只量化权重（对称、分块）：ort-cpu 用 MatMulNBits 与 QMoE，tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
+    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
 )
 @click.option(
     "--quant-block",
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 @click.option(
     "--keep",
     metavar="NAME,...",
-    help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router、norm 与词嵌入总是浮点。",
+    help="保持浮点的权重，逗号分隔，例如 lm_head,o_proj,layers.0；router 与 norm 总是浮点。",
 )
 @set_option
 @click.option(

@@ -9,12 +9,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any
 
 from deepseek_export.cluster.handshake import accept, connect, listen
 from deepseek_export.cluster.stage import StageSpec
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class StageHost:
@@ -79,8 +83,8 @@ class StageHost:
             self._process.wait()
 
 
-def spawn(spec: StageSpec) -> subprocess.Popen[bytes]:
-    """起一个 stage 进程，继承 ``spec`` 里的两个文件描述符。
+def spawn(spec: StageSpec, environment: Mapping[str, str] = _NOTHING) -> subprocess.Popen[bytes]:
+    """起一个 stage 进程，继承 ``spec`` 里的两个文件描述符；``environment`` 是另加的环境变量。
 
     Raises:
         OSError: 起不了。
@@ -90,6 +94,7 @@ def spawn(spec: StageSpec) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=(spec.upstream, spec.downstream),
+        env={**os.environ, **environment},
         start_new_session=True,
     )
 

@@ -17,6 +17,9 @@ from deepseek_export.cluster.host import how_ended, spawn
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.stage import StageSpec
 from deepseek_export.cluster.wire import Channel
+from deepseek_export.machine import nvidia
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 #: 一条边：前一个的发、后一个的收。
 Link = Callable[[], tuple[socket.socket, socket.socket]]
@@ -63,6 +66,7 @@ class LocalLauncher:
             OSError: 起不了进程。
         """
         count = len(self.directories)
+        gpus = visible_gpus() if self.backend == "trt" else []
         edges = [self.link() for _ in range(count + 1)]
         members: list[LocalMember] = []
         try:
@@ -80,7 +84,7 @@ class LocalLauncher:
                     downstream=downstream.fileno(),
                     parent=os.getpid(),
                 )
-                members.append(LocalMember(index, spawn(spec)))
+                members.append(LocalMember(index, spawn(spec, only_gpu(gpus, index))))
         except BaseException:
             for member in members:
                 member.kill()
@@ -97,3 +101,18 @@ class LocalLauncher:
             Channel(edges[-1][1], f" stage {count - 1} ", settings.start_s + settings.silence_s),
             tuple(members),
         )
+
+
+def visible_gpus() -> list[str]:
+    """这个进程看得见的 GPU，按 ``CUDA_VISIBLE_DEVICES`` 的写法；没有设就是驱动列出的全部，按总线上的次序。"""
+    chosen = os.environ.get(_VISIBLE)
+    if chosen is None:
+        return [str(number) for number in range(len(nvidia().gpus))]
+    return [name.strip() for name in chosen.split(",") if name.strip()]
+
+
+def only_gpu(gpus: Sequence[str], index: int) -> dict[str, str]:
+    """第 ``index`` 个 stage 只看得见一块：几块轮流用，一块就都用它。"""
+    if len(gpus) < 2:
+        return {}
+    return {_VISIBLE: gpus[index % len(gpus)], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

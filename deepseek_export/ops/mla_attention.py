@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepseek_export.ops.int8_cache import decode_rows, encode_rows
 from deepseek_export.ops.standard import tensor_scatter
+from deepseek_export.ops.weight_rows import decode_weight_rows
 
 MlaForm = Literal["absorb", "naive", "auto"]
 
@@ -47,6 +48,11 @@ def read_cache(kv_cache: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tenso
     """缓存里的值：[B, T, r+dr]，转成 ``dtype``。"""
     rows = kv_cache.squeeze(1)
     return (decode_rows(rows, kv_lora_rank) if rows.dtype == torch.int8 else rows).to(dtype)
+
+
+def read_weight(w_kv_b: Tensor, kv_lora_rank: int) -> Tensor:
+    """w_kv_b 的值 [H*(dn+dv), r]；int8 的一行见 :mod:`~deepseek_export.ops.weight_rows`。"""
+    return decode_weight_rows(w_kv_b, kv_lora_rank) if w_kv_b.dtype == torch.int8 else w_kv_b
 
 
 def hidden_keys(past_lens: Tensor, S: int, T: int) -> Tensor:
@@ -191,6 +197,7 @@ def mla_attention(
         o: [B, S, H, dv]；kv_cache_out: 形状同 ``kv_cache``。
     """
     cache = update_cache(c_kv, k_pe, kv_cache, past_lens)
+    w_kv_b = read_weight(w_kv_b, c_kv.shape[-1])
     _B, S, H, dn = q_nope.shape
     if form == "auto":
         dv = w_kv_b.shape[0] // H - dn

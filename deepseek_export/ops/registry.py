@@ -14,7 +14,7 @@ from onnx import defs
 from onnxscript import values
 
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.ops import index_topk, int8_experts, int8_linear, moe_experts, moe_gate, spec_accept
+from deepseek_export.ops import index_topk, moe_experts, moe_gate, quant_experts, quant_linear, spec_accept
 from deepseek_export.ops import latent_attention as latent
 from deepseek_export.ops import lightning_indexer as indexer
 from deepseek_export.ops import mla_attention as mla
@@ -23,6 +23,8 @@ from deepseek_export.ops import sparse_mla_attention as sparse
 from deepseek_export.ops.table import (
     DOMAIN,
     INDEX_TOPK,
+    INT4_EXPERTS,
+    INT4_LINEAR,
     INT8_EXPERTS,
     INT8_LINEAR,
     LATENT_ATTENTION,
@@ -53,8 +55,10 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),
     SPEC_ACCEPT.name: (spec_accept.spec_accept, spec_accept.fake),
     SPEC_ACCEPT_REJECTION.name: (spec_accept.spec_accept_rejection, spec_accept.fake),
-    INT8_LINEAR.name: (int8_linear.int8_linear, int8_linear.fake),
-    INT8_EXPERTS.name: (int8_experts.int8_experts, int8_experts.fake),
+    INT8_LINEAR.name: (quant_linear.int8_linear, quant_linear.fake),
+    INT4_LINEAR.name: (quant_linear.int4_linear, quant_linear.fake),
+    INT8_EXPERTS.name: (quant_experts.int8_experts, quant_experts.fake),
+    INT4_EXPERTS.name: (quant_experts.int4_experts, quant_experts.fake),
 }
 _ATTRIBUTE_TYPES = {
     "int": defs.OpSchema.AttrType.INT,

@@ -73,6 +73,7 @@ def sparse_mla_attention(
     if kv_cache.shape[2] <= indices.shape[2]:
         return mla.mla_attention(q_nope, q_pe, c_kv, k_pe, kv_cache, past_lens, w_kv_b, scale, form)
     cache = mla.update_cache(c_kv, k_pe, kv_cache, past_lens)
+    w_kv_b = mla.read_weight(w_kv_b, c_kv.shape[-1])
     return attend_rows(q_nope, q_pe, cache, w_kv_b, indices, counts, scale).contiguous(), cache
 
 

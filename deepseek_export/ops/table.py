@@ -5,7 +5,8 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
-``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``Hi``/``di`` 索引器的头数与头宽
+``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``kw`` w_kv_b 一行的宽度（浮点是 ``r``，int8 是 ``r+2*r/block``，见
+``ops/weight_rows.py``），``Hi``/``di`` 索引器的头数与头宽
 （``index_n_heads``/``index_head_dim``），``iw`` 索引缓存一行的宽度（浮点是 ``di``，int8 是 ``di+3``，见 ``ops/int8_index.py``），``ks`` 每个 query 选几个 key（``index_topk``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
 
@@ -21,19 +22,20 @@ OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "dsx"
 PLUGIN_VERSION = "1"
 
-TypeVar = Literal["T", "C", "F", "W", "I64", "I32", "F32", "U8"]
+TypeVar = Literal["T", "C", "F", "W", "I64", "I32", "F32", "F16", "U8"]
 
 #: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``、``dsa.index_cache_dtype``）；
-#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 bfloat16。
+#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
         "T": ("float32", "float16", "bfloat16"),
         "C": ("float32", "float16", "bfloat16", "int8"),
         "F": ("float32", "float16", "bfloat16"),
-        "W": ("float32", "float16", "bfloat16"),
+        "W": ("float32", "float16", "bfloat16", "int8"),
         "I64": ("int64",),
         "I32": ("int32",),
         "F32": ("float32",),
+        "F16": ("float16",),
         "U8": ("uint8",),
     }
 )
@@ -121,7 +123,7 @@ MLA_ATTENTION = OpSpec(
         Port("k_pe", "T", ("B", "S", "dr")),
         Port("kv_cache", "C", ("B", "1", "T", "cw")),
         Port("past_lens", "I64", ("B",)),
-        Port("w_kv_b", "W", ("H*(dn+dv)", "r")),
+        Port("w_kv_b", "W", ("H*(dn+dv)", "kw")),
     ),
     outputs=(
         Port("o", "T", ("B", "S", "H", "dv")),
@@ -132,7 +134,8 @@ MLA_ATTENTION = OpSpec(
         "Multi-head latent attention over a latent KV cache. q_pe/k_pe are rotated, c_kv is normalised. The new rows are "
         "written at past_lens[b]..past_lens[b]+S-1; key j is visible to query i when j <= past_lens[b]+i. "
         "Softmax accumulates in float32. An int8 cache row holds r latent codes, dr high and dr low bytes of the rotated part, "
-        "and two scales k * 2^e as the bytes k >> 8, k & 255 (balanced), e."
+        "and two scales k * 2^e as the bytes k >> 8, k & 255 (balanced), e. "
+        "An int8 w_kv_b row holds r codes and one float16 scale per block of 32, 64 or 128 of them, little-endian."
     ),
 )
 
@@ -302,43 +305,62 @@ SPEC_ACCEPT_REJECTION = OpSpec(
     ),
 )
 
-#: 只量化权重的线性层：码减 128 乘 scale 就是权重。只由 ``ort-cpu`` 的量化产生，函数体是一个 ``MatMulNBits``。
-INT8_LINEAR = OpSpec(
-    name="Int8Linear",
-    torch_name="int8_linear",
-    inputs=(
-        Port("x", "F32", ("...", "K")),
-        Port("codes", "U8", ("N", "K/block_size", "block_size")),
-        Port("scales", "F32", ("N", "K/block_size")),
-    ),
-    outputs=(Port("y", "F32", ("...", "N")),),
-    attributes=(Attribute("K", "int"), Attribute("N", "int"), Attribute("block_size", "int")),
-    doc=(
-        "Linear layer with blockwise symmetric int8 weights: weight = (code - 128) * scale, the last block padded. "
-        "A kernel may round each block of x, to about 15 bits at best (ours) or to int8 (MatMulNBits)."
-    ),
-)
 
-#: 只量化权重的路由专家，路由权重以对数给出；函数体是一个 ``QMoE``。D、I 是 block_size 的倍数。
-INT8_EXPERTS = OpSpec(
-    name="Int8Experts",
-    torch_name="int8_experts",
-    inputs=(
-        Port("x", "F32", ("N", "D")),
-        Port("log_weights", "F32", ("N", "E")),
-        Port("gate_up", "U8", ("E", "2*I", "D")),
-        Port("gate_up_scales", "F32", ("E", "2*I", "D/block_size")),
-        Port("down", "U8", ("E", "D", "I")),
-        Port("down_scales", "F32", ("E", "D", "I/block_size")),
-    ),
-    outputs=(Port("y", "F32", ("N", "D")),),
-    attributes=(Attribute("k", "int"), Attribute("block_size", "int")),
-    doc=(
-        "Routed SwiGLU experts with blockwise symmetric int8 weights, weight = (code - 128) * scale; gate and up rows "
-        "alternate. Each token uses the k experts of largest log_weights, weighted by the softmax over those k. "
-        "A kernel may round each block of the activations, to about 15 bits at best (ours) or to int8 (QMoE)."
-    ),
-)
+def _quantized_linear(bits: Literal[4, 8]) -> OpSpec:
+    """只量化权重的线性层：码减零点乘 scale 就是权重。只由 ``ort-cpu`` 的量化产生，函数体是一个 ``MatMulNBits``。"""
+    return OpSpec(
+        name=f"Int{bits}Linear",
+        torch_name=f"int{bits}_linear",
+        inputs=(
+            Port("x", "F32", ("...", "K")),
+            Port("codes", "U8", ("N", "K/block_size", _packed("block_size", bits))),
+            Port("scales", "F16", ("N", "K/block_size")),
+        ),
+        outputs=(Port("y", "F32", ("...", "N")),),
+        attributes=(Attribute("K", "int"), Attribute("N", "int"), Attribute("block_size", "int")),
+        doc=(
+            f"Linear layer with blockwise symmetric int{bits} weights: weight = (code - {1 << (bits - 1)}) * scale, the last "
+            f"block padded{_PAIRS[bits]}. "
+            "A kernel may round each block of x, to about 15 bits at best (ours) or to int8 (MatMulNBits)."
+        ),
+    )
+
+
+def _quantized_experts(bits: Literal[4, 8]) -> OpSpec:
+    """只量化权重的路由专家，路由权重以对数给出；函数体是一个 ``QMoE``。D、I 是 block_size 的倍数。"""
+    return OpSpec(
+        name=f"Int{bits}Experts",
+        torch_name=f"int{bits}_experts",
+        inputs=(
+            Port("x", "F32", ("N", "D")),
+            Port("log_weights", "F32", ("N", "E")),
+            Port("gate_up", "U8", ("E", "2*I", _packed("D", bits))),
+            Port("gate_up_scales", "F16", ("E", "2*I", "D/block_size")),
+            Port("down", "U8", ("E", "D", _packed("I", bits))),
+            Port("down_scales", "F16", ("E", "D", "I/block_size")),
+        ),
+        outputs=(Port("y", "F32", ("N", "D")),),
+        attributes=(Attribute("k", "int"), Attribute("block_size", "int")),
+        doc=(
+            f"Routed SwiGLU experts with blockwise symmetric int{bits} weights, weight = (code - {1 << (bits - 1)}) * scale"
+            f"{_PAIRS[bits]}; gate and up rows alternate. Each token uses the k experts of largest log_weights, weighted by "
+            "the softmax over those k. "
+            "A kernel may round each block of the activations, to about 15 bits at best (ours) or to int8 (QMoE)."
+        ),
+    )
+
+
+#: 契约里怎么说码的写法。
+_PAIRS: Mapping[int, str] = MappingProxyType({8: "", 4: ", two codes a byte, the lower half first"})
+
+
+def _packed(dim: str, bits: int) -> str:
+    """一维码的字节数，具名维的写法。"""
+    return dim if bits == 8 else f"{dim}/2"
+
+
+INT8_LINEAR, INT4_LINEAR = _quantized_linear(8), _quantized_linear(4)
+INT8_EXPERTS, INT4_EXPERTS = _quantized_experts(8), _quantized_experts(4)
 
 OPS: Mapping[str, OpSpec] = MappingProxyType(
     {
@@ -355,7 +377,9 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             SPEC_ACCEPT,
             SPEC_ACCEPT_REJECTION,
             INT8_LINEAR,
+            INT4_LINEAR,
             INT8_EXPERTS,
+            INT4_EXPERTS,
         )
     }
 )

@@ -1,4 +1,4 @@
-"""``MlaAttention`` 的 w_kv_b 存成 bfloat16：吸收形式里它每一步都要整个读一遍，却不是矩阵乘节点，量化的 pass 换不了。"""
+"""放不成 int8 的 w_kv_b 存成 bfloat16：吸收形式里它每一步都要整个读一遍。"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NarrowKvBWeightsPass(Pass):
     不改写：
 
     2. 权重或所在模块在 ``keep`` 里：用户要的，不算拒绝；
-    3. 没有 ``MlaAttention``（MLA 关闭），或已经是 bfloat16。
+    3. 没有 ``MlaAttention``（MLA 关闭），或已经是 int8、bfloat16。
 
     数值：检查点本来就是 bfloat16 时一位不差；否则是 2^-9 的相对舍入，比 int8 的量化误差小几倍。
     """

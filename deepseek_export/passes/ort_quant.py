@@ -12,6 +12,18 @@ from deepseek_export.passes.base import GraphModule
 ACCURACY_LEVEL = 4
 
 
+def quantized_rows(
+    module: GraphModule, weight: gs.Variable, form: BlockFormat
+) -> tuple[gs.Variable, gs.Variable]:
+    """登记按行取用的 ``weight`` 的码（有符号，[行, 宽]）与 scale 两个新权重。"""
+    codes, scales = quantized_recipes(module.weights[weight.name], form, signed=True)
+    name = f"{weight.name}.lookup"
+    return (
+        module.add_weight(name, codes, before=weight),
+        module.add_weight(f"{name}.scales", scales, before=weight),
+    )
+
+
 def quantized_weight(
     module: GraphModule, weight: gs.Variable, form: BlockFormat, packed: bool = False, signed: bool = False
 ) -> tuple[gs.Variable, gs.Variable]:

@@ -40,6 +40,8 @@ from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpert
 from deepseek_export.passes.lower_indexer_to_tensorrt import LowerIndexerToTensorrtPass
 from deepseek_export.passes.lower_mla_to_tensorrt import LowerMlaToTensorrtPass
 from deepseek_export.passes.narrow_kv_b_weights import NarrowKvBWeightsPass
+from deepseek_export.passes.quantize_embedding import QuantizeEmbeddingPass, embeddings
+from deepseek_export.passes.quantize_kv_b_weights import QuantizeKvBWeightsPass, float_kv_b
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
 from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
@@ -48,7 +50,7 @@ from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
 from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.passes.split_pairs import SplitPairsPass
 from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
-from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
+from deepseek_export.passes.wrap_quant_kernels import WrapQuantKernelsPass
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.records import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, ModelDtype, PassResult
 
@@ -121,14 +123,13 @@ def _ort_cpu(quantization: Quantization | None, oversized: bool) -> Iterator[Ste
         # 其余线性层，包括 lm_head 与共享专家。
         yield Step(QuantizeLinearsToMatMulNBitsPass(quantization), linear_layers, consumes=False)
         # 吸收进注意力的 kv_b 不是线性层，每一步却也要整个读一遍。
-        yield Step(
-            NarrowKvBWeightsPass(quantization),
-            nodes(MLA_ATTENTION.name, SPARSE_MLA_ATTENTION.name),
-            consumes=False,
-        )
-        # int8 的换成 dsx 算子：有算子库时走自己的 kernel，没有时函数体就是上面换成的节点。
-        int8 = ("MatMulNBits", "QMoE") if quantization.bits == 8 else ()
-        yield Step(WrapInt8KernelsPass(), nodes(*int8, domain=MICROSOFT))
+        yield Step(QuantizeKvBWeightsPass(quantization), lambda module: len(float_kv_b(module)))
+        # 存不成 int8 的，至少减半。
+        yield Step(NarrowKvBWeightsPass(quantization), lambda module: len(float_kv_b(module)))
+        # 词嵌入每步只取几行，大的是文件。
+        yield Step(QuantizeEmbeddingPass(quantization), lambda module: len(embeddings(module)))
+        # 换成 dsx 算子：有算子库时走自己的 kernel，没有时函数体就是上面换成的节点。
+        yield Step(WrapQuantKernelsPass(), nodes("MatMulNBits", "QMoE", domain=MICROSOFT))
     # 形状在编译时定下来；前面的都做完了才看得出什么用不着。几处取决于追踪器怎么写，没有数可以核对。
     yield Step(FoldReshapeShapesPass(), None)
     # 没有排进权重的 RoPE 重排，换成快的写法。

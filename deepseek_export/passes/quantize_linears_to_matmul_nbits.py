@@ -22,12 +22,12 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
     改写：
 
     1. ``y = MatMul(x, Transpose(w))``，w 是 [N, K] 的 float32 权重输入：换成 ``MatMulNBits(x, 码, scale)``，``Transpose`` 随之消失。
-       bias 是后面单独的 ``Add``，不动。共享的词嵌入用作 lm_head 时，词嵌入那一份仍是浮点。
+       bias 是后面单独的 ``Add``，不动。共享的词嵌入用作 lm_head 时，词嵌入那一份另有 pass。
 
     不改写：
 
     2. 权重或所在模块在 ``keep`` 里：用户要的，不算拒绝；
-    3. 不是这个样子的矩阵乘：router（``Gemm``，始终 float32）、``MlaAttention`` 的 w_kv_b（函数体要浮点，另有 pass 存成 bfloat16）、MLA 关闭时的 QK/PV；
+    3. 不是这个样子的矩阵乘：router（``Gemm``，始终 float32）、``MlaAttention`` 的 w_kv_b（函数体要浮点，另有 pass）、MLA 关闭时的 QK/PV；
     4. 安装的 onnxruntime 没有 ``MatMulNBits`` 的 float32 kernel：拒绝，逐处给出原因。
 
     名字：x、y 保留；新权重叫 ``{w}.{kind}`` 与 ``{w}.{kind}.scales``。

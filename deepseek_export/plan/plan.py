@@ -161,6 +161,6 @@ def _exports(tensors: int, totals: dict[WeightKind, int]) -> list[ExportPlan]:
 
 _ASSUMPTIONS = [
     "导出的内存是上界：捕获的底数、每个张量 2 KiB 的记账，打包另加几个 64 MiB 的块；与模型大小几乎无关（40 亿参数实测 0.6 GB）",
-    "int8、int4 按块 32、float32 的 scale 计；词嵌入、norm、router 不量化，按 float32 计，absorb 用的 kv_b 按 bfloat16 计",
+    "int8、int4 按块 32、float16 的 scale 计；absorb 用的 kv_b 总是 int8，词嵌入是 bfloat16（int4 的是 int8），norm、router 不量化，按 float32 计",
     "建引擎：float16，TensorRT-RTX，内存按 0.7 GiB 加权重的 4.4 倍，由 0.8 GiB 以内的权重实测得来，更大的没有量过",
 ]

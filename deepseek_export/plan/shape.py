@@ -11,7 +11,7 @@ from deepseek_export.checkpoint import ModelConfig, expected_mtp_tensors, expect
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.profile import OptimizationProfile
 
-#: 参数按用法来分：``embed`` 只查表，``kv_b`` 在 absorb 形式里保持浮点，``experts`` 只读被选中的，``small`` 是 router、索引器各头的权重与一维的张量。
+#: 参数按用法来分：``embed`` 只查表，``kv_b`` 在 absorb 形式里不是线性层，``experts`` 只读被选中的，``small`` 是 router、索引器各头的权重与一维的张量。
 Part = Literal["embed", "head", "layers", "kv_b", "experts", "small"]
 PARTS: tuple[Part, ...] = ("embed", "head", "layers", "kv_b", "experts", "small")
 

@@ -12,7 +12,7 @@ from deepseek_export.checkpoint.recipe import (
     quantized_recipes,
     weight_recipes,
 )
-from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.checkpoint.weight_only import KERNEL_SCALE, BlockFormat, Quantization, ScaleDtype
 from deepseek_export.plan.shape import PARTS, Part, part_of
 from deepseek_export.profile import OptimizationProfile
 
@@ -31,7 +31,7 @@ def written_bytes(
 ) -> Mapping[Part, int]:
     """各部分的权重写出来多少字节。
 
-    除了量化与存成 bfloat16 的 kv_b，pass 只重排权重，不改变总量。安装的 onnxruntime 缺 kernel 之类的个别拒绝这里看不到，
+    除了量化与存成 int8、bfloat16 的 kv_b，pass 只重排权重，不改变总量。安装的 onnxruntime 缺 kernel 之类的个别拒绝这里看不到，
     导出在改完图之后再按真正的配方核对一次。
 
     Args:
@@ -39,7 +39,7 @@ def written_bytes(
         profile: 优化方案。
         modules: 一并导出的 MTP 模块数。
         dtype: 模型 dtype。
-        quantization: 只量化权重；``None`` 不量化。与词嵌入共享的 lm_head 量化之后另存一份，算在 ``head``。
+        quantization: 只量化权重；``None`` 不量化。与词嵌入共享的 lm_head 与它写法不同，另存一份，算在 ``head``。
         tensorrt: 目标是 TensorRT；只在量化时有区别。
     """
     total: dict[Part, int] = dict.fromkeys(PARTS, 0)
@@ -57,26 +57,52 @@ def written_tensors(
     tensorrt: bool = False,
 ) -> Iterator[tuple[str, Part, int]]:
     """同 :func:`written_bytes`，一个一个地：名字、在哪一部分、多少字节。"""
-    recipes = weight_recipes(config, dtype)
-    for index in range(modules):
-        recipes |= mtp_recipes(config, index, dtype)
-    for name, recipe in recipes.items():
-        part = part_of(name, recipe.shape)
-        if quantization is None or part in ("embed", "small"):
-            yield name, part, recipe.nbytes
-        elif part == "kv_b" and profile.mla.enabled:
-            narrow = not tensorrt and not quantization.keeps(name)
-            yield name, part, recipe.nbytes // 2 if narrow else recipe.nbytes
-        elif part == "experts" and not tensorrt:
-            whole = profile.moe.enabled and _fits_qmoe(name, config, quantization)
-            yield name, part, _quantized(recipe, quantization, dtype) if whole else recipe.nbytes
-        elif quantization.keeps(name) or (tensorrt and recipe.shape[-1] % quantization.block):
-            yield name, part, recipe.nbytes  # TensorRT 没有不满的块
-        else:
-            yield name, part, _quantized(recipe, quantization, dtype)
-    if config.tie_word_embeddings and quantization is not None and not quantization.keeps(_HEAD, _EMBED):
-        whole = not tensorrt or config.hidden_size % quantization.block == 0
-        yield _HEAD, "head", _quantized(recipes[_EMBED], quantization, dtype) if whole else 0
+    scale = dtype if tensorrt else KERNEL_SCALE
+    graphs = [weight_recipes(config, dtype), *(mtp_recipes(config, index, dtype) for index in range(modules))]
+    for recipes in graphs:
+        own = {} if quantization is None or tensorrt else _own_forms(recipes, profile, quantization)
+        for name, recipe in recipes.items():
+            part = part_of(name, recipe.shape)
+            if quantization is None or part == "small" or (tensorrt and part == "embed"):
+                yield name, part, recipe.nbytes
+            elif name in own:
+                yield name, part, sum(one.nbytes for one in quantized_recipes(recipe, own[name]))
+            elif part == "embed":
+                yield name, part, recipe.nbytes if quantization.keeps(name) else recipe.nbytes // 2
+            elif part == "kv_b" and profile.mla.enabled:
+                narrow = not tensorrt and not quantization.keeps(name)
+                yield name, part, recipe.nbytes // 2 if narrow else recipe.nbytes
+            elif part == "experts" and not tensorrt:
+                whole = profile.moe.enabled and _fits_qmoe(name, config, quantization)
+                yield name, part, _quantized(recipe, quantization, scale) if whole else recipe.nbytes
+            elif quantization.keeps(name) or (tensorrt and recipe.shape[-1] % quantization.block):
+                yield name, part, recipe.nbytes  # TensorRT 没有不满的块
+            else:
+                yield name, part, _quantized(recipe, quantization, scale)
+    if config.tie_word_embeddings and quantization is not None:
+        embed = graphs[0][_EMBED]
+        if not quantization.keeps(_HEAD, _EMBED):
+            whole = not tensorrt or config.hidden_size % quantization.block == 0
+            yield _HEAD, "head", _quantized(embed, quantization, scale) if whole else 0
+        elif not tensorrt and not quantization.keeps(_EMBED):
+            yield _HEAD, "head", embed.nbytes
+
+
+def _own_forms(
+    recipes: Mapping[str, Recipe], profile: OptimizationProfile, quantization: Quantization
+) -> dict[str, BlockFormat]:
+    """总是 int8 的：吸收进注意力的 kv_b（一张图里有一个要保留，就都不是）与 int4 的词嵌入；宽度不是 block 的倍数的、要保留的除外。"""
+    parts = {name: part_of(name, recipe.shape) for name, recipe in recipes.items()}
+    mixed = any(part == "kv_b" and quantization.keeps(name) for name, part in parts.items())
+    wanted = {"embed": quantization.kind == "int4", "kv_b": profile.mla.enabled and not mixed}
+    form = BlockFormat(kind="int8", block=quantization.block, scale=KERNEL_SCALE)
+    return {
+        name: form
+        for name, part in parts.items()
+        if wanted.get(part, False)
+        and not quantization.keeps(name)
+        and recipes[name].shape[-1] % quantization.block == 0
+    }
 
 
 def _fits_qmoe(name: str, config: ModelConfig, quantization: Quantization) -> bool:
@@ -87,6 +113,6 @@ def _fits_qmoe(name: str, config: ModelConfig, quantization: Quantization) -> bo
     return not kept and all(width % quantization.block == 0 for width in widths)
 
 
-def _quantized(recipe: Recipe, quantization: Quantization, dtype: WeightDtype) -> int:
+def _quantized(recipe: Recipe, quantization: Quantization, scale: ScaleDtype) -> int:
     """码与 scale。"""
-    return sum(part.nbytes for part in quantized_recipes(recipe, quantization.format(dtype)))
+    return sum(part.nbytes for part in quantized_recipes(recipe, quantization.format(scale)))

@@ -160,6 +160,6 @@ def _fill(
 
 
 def _stored_name(parameter: str, name: str, quantized: Mapping[str, BlockFormat]) -> str:
-    """``loaded`` 里的键；与词嵌入共享的 lm_head 量化之后成了另一份权重。"""
-    alone = parameter == "head.lm_head.weight" and "lm_head.weight" in quantized
+    """``loaded`` 里的键；与词嵌入共享的 lm_head，两者有一个量化了就成了两份权重。"""
+    alone = parameter == "head.lm_head.weight" and ("lm_head.weight" in quantized or name in quantized)
     return "lm_head.weight" if alone else name

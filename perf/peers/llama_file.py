@@ -16,7 +16,7 @@ import numpy as np
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, TensorStore
 from perf.servers.words import word
 
-WeightType = Literal["F32", "BF16", "Q8_0"]
+WeightType = Literal["F32", "BF16", "Q8_0", "Q4_0"]
 _LAYER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",

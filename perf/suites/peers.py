@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
-from deepseek_export.checkpoint.weight_only import QuantBlock, Quantization
+from deepseek_export.checkpoint.weight_only import QuantBlock, Quantization, QuantKind
 from deepseek_export.cpu_library import BUILD_COMMAND, OFF, find_library
 from deepseek_export.parity.measures import measure
 from perf.isolate import Worker
@@ -25,9 +25,10 @@ from perf.workload.workspace import SHAPES, Workspace
 
 TITLE = "与同类并排"
 DSX, DSX_COARSE, BODIES = "dsx int8", "dsx int8 块 128", "dsx int8 函数体"
+DSX_INT4, LLAMA_INT4 = "dsx int4", "llama.cpp Q4_0"
 LLAMA, LLAMA_BF16 = "llama.cpp Q8_0", "llama.cpp BF16"
 EAGER, COMPILED = "transformers", "transformers compile"
-SERIES = (EAGER, COMPILED, LLAMA_BF16, LLAMA, BODIES, DSX, DSX_COARSE)
+SERIES = (EAGER, COMPILED, LLAMA_BF16, LLAMA, LLAMA_INT4, BODIES, DSX, DSX_COARSE, DSX_INT4)
 RATE = "tokens_per_second"
 _ENGINES = "perf.peers.engines"
 #: 一种形状最多排练几遍。
@@ -45,6 +46,7 @@ class Scenario:
         tokens: 解码的一个样本喂几个 token。
         slow_tokens: transformers 的一个样本喂几个：深处一个 token 就要一秒多。
         compile_s: 一种形状最多等 ``torch.compile`` 几秒；0 是不测它。
+        int4: 测不测 4 位的两个。
         runs: 每个引擎几个样本。
     """
 
@@ -54,11 +56,12 @@ class Scenario:
     tokens: int = 16
     slow_tokens: int = 2
     compile_s: int = 300
+    int4: bool = True
     runs: int = 7
 
 
 FULL = Scenario()
-QUICK = Scenario(shape="peers-2", depths=(0, 8192), compile_s=0, runs=3)
+QUICK = Scenario(shape="peers-2", depths=(0, 8192), compile_s=0, int4=False, runs=3)
 
 
 def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
@@ -109,8 +112,8 @@ def _openers(workspace: Workspace, scenario: Scenario, threads: int) -> dict[str
     def checkpoint() -> Path:
         return workspace.checkpoint(scenario.shape, dtype="bfloat16")
 
-    def dsx(block: QuantBlock = 32, **environment: str) -> Worker:
-        overrides, quantization = ("mla.cache_dtype=bfloat16",), Quantization(kind="int8", block=block)
+    def dsx(block: QuantBlock = 32, kind: QuantKind = "int8", **environment: str) -> Worker:
+        overrides, quantization = ("mla.cache_dtype=bfloat16",), Quantization(kind=kind, block=block)
         bundle = workspace.bundle(checkpoint(), "mla+moe", "float32", overrides, quantization)
         return Worker(f"{_ENGINES}:Dsx", environment, bundle=str(bundle), threads=threads, context=context)
 
@@ -130,6 +133,8 @@ def _openers(workspace: Workspace, scenario: Scenario, threads: int) -> dict[str
         LLAMA_BF16: partial(llama, "BF16"),
         EAGER: partial(transformers, compiled=False),
     }
+    if scenario.int4:
+        found |= {DSX_INT4: partial(dsx, kind="int4"), LLAMA_INT4: partial(llama, "Q4_0")}
     return found | ({COMPILED: partial(transformers, compiled=True)} if scenario.compile_s else {})
 
 
@@ -199,7 +204,12 @@ def case(name: str, samples: dict[str, list[float]], facts: dict[str, Any]) -> C
             for engine, found in seconds.items()
             if engine != DSX
         }
-        | {f"dsx 块 128/{LLAMA}": paired_ratio(seconds[DSX_COARSE], seconds[LLAMA])},
+        | {f"dsx 块 128/{LLAMA}": paired_ratio(seconds[DSX_COARSE], seconds[LLAMA])}
+        | (
+            {f"{DSX_INT4}/{LLAMA_INT4}": paired_ratio(seconds[DSX_INT4], seconds[LLAMA_INT4])}
+            if DSX_INT4 in seconds
+            else {}
+        ),
         facts=facts,
     )
 

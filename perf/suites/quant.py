@@ -27,7 +27,7 @@ class Scenario:
     """固定的场景。
 
     Attributes:
-        formats: （格式，块，保留浮点的）；后两种看 lm_head 与注意力各占多少。
+        formats: （格式，块，保留浮点的）；留 lm_head、self_attn、kv_b_proj、embed_tokens 的看它们各占多少。
     """
 
     formats: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -39,6 +39,10 @@ class Scenario:
         ("int4", 128, ()),
         ("int4", 32, ("lm_head",)),
         ("int4", 32, ("lm_head", "self_attn")),
+        ("int8", 32, ("kv_b_proj",)),
+        ("int8", 32, ("embed_tokens",)),
+        ("int4", 32, ("kv_b_proj",)),
+        ("int4", 32, ("embed_tokens",)),
     )
 
 

@@ -1,9 +1,9 @@
-// int8 的索引 key 打分，写在 int8_simd_*.h 的 Ints、Codes、Acts 之上；在 int8_gemm.h 之后包含。
+// int8 的索引 key 打分，写在 quant_simd_*.h 的 Int8、Ints、Acts 之上；在它之后包含。
 // 点积是整数，怎么分块、用哪个指令集都一样；出来的 float 也精确（宽度不超过 1040 时小于 2^24）。
 #pragma once
 
-#include "int8_gemm.h"
 #include "kernels.h"
+#include "quant_gemm.h"
 
 namespace {
 
@@ -17,13 +17,13 @@ inline void dots_block(const int8_t* q, const int32_t* starts, const uint8_t* pa
     Ints acc[R][J];
     for (int i = 0; i < R; ++i) {
         for (int j = 0; j < J; ++j) {
-            acc[i][j] = splat_ints(kFoldZeroPoint ? starts[i] : 0);
+            acc[i][j] = splat_ints(Int8::kFolded != 0 ? starts[i] : 0);
         }
     }
     for (int64_t g = 0; g < groups; ++g) {
-        Codes keys[J];
+        Int8::Codes keys[J];
         for (int j = 0; j < J; ++j) {
-            keys[j] = load_codes(packed + (j * groups + g) * kBytes);
+            keys[j] = Int8::codes(load_bytes(packed + (j * groups + g) * kBytes));
         }
         for (int i = 0; i < R; ++i) {
             const Acts four = splat_acts(q + i * width + 4 * g);
@@ -43,9 +43,9 @@ void rectified_dots(const int8_t* q, const int32_t* starts, int64_t rows, const 
     uint8_t* packed) {
     for (int64_t j = 0; j < dsx::kTile; j += kLanes) {
         for (int64_t at = 0; at < width; at += kBytes) {
-            const uint8_t* lines[kLanes];
+            Bytes lines[kLanes];
             for (int i = 0; i < kLanes; ++i) {
-                lines[i] = keys + (j + i) * width + at;
+                lines[i] = load_bytes(keys + (j + i) * width + at);
             }
             transpose(lines, packed + j * width + at * kLanes, kBytes);
         }

@@ -69,15 +69,18 @@ const Kernels& requested_kernels() {
     return choose_kernels(value ? value : "");
 }
 
-const Int8Kernels& requested_int8_kernels() {
+const QuantKernels& requested_quant_kernels(int64_t bits) {
     const Kernels* kernels = &requested_kernels();
 #if defined(__x86_64__)
     if (kernels != &kPlainKernels) {
         const bool vnni = kernels != &kAvx2Kernels && __builtin_cpu_supports("avx512vnni");
+        if (bits == 4) {
+            return vnni ? kAvx512VnniInt4 : kAvx2Int4;
+        }
         return vnni ? kAvx512VnniInt8 : kAvx2Int8;
     }
 #endif
-    return kPlainInt8;
+    return bits == 4 ? kPlainInt4 : kPlainInt8;
 }
 
 }  // namespace dsx

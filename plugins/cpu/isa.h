@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "int8_kernels.h"
 #include "kernels.h"
+#include "quant_kernels.h"
 
 namespace dsx {
 
@@ -18,7 +18,7 @@ const Kernels& choose_kernels(const std::string& name);
 // 环境变量 DSX_CPU_ISA 指定的，没有设就是最快的。
 const Kernels& requested_kernels();
 
-// 与之配套的 int8 矩阵乘：AVX-512 的机器没有 VNNI 时用 AVX2 的。
-const Int8Kernels& requested_int8_kernels();
+// 与之配套的 bits 位权重的矩阵乘（8 或 4）：AVX-512 的机器没有 VNNI 时用 AVX2 的。
+const QuantKernels& requested_quant_kernels(int64_t bits);
 
 }  // namespace dsx

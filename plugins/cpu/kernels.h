@@ -13,6 +13,8 @@ constexpr int64_t kTile = 64;     // attend 一次看几个 key：64 行 576 个
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2; }
+// int8 权重一行的字节数。
+constexpr int64_t weight_row(int64_t r, int64_t block) { return r + 2 * (r / block); }
 // 缓存一行的元素数；int8 的一行见 int8_cache.h。
 constexpr int64_t cache_width(Dtype dtype, int64_t r, int64_t dr) { return dtype == Dtype::kInt8 ? r + 2 * dr + 6 : r + dr; }
 
@@ -45,6 +47,8 @@ struct Kernels {
     // int8 缓存的行 → latent[rows, latent_width] 与 rope[rows, rope_width]，多出的列填 0；先写 latent，后写 rope。
     void (*unpack)(const int8_t* src, int64_t rows, int64_t r, int64_t dr, float* latent, int64_t latent_width,
         int64_t latent_stride, float* rope, int64_t rope_width, int64_t rope_stride);
+    // int8 权重的行（r 个码，再是每 block 个一个 float16 的 scale）→ dst[rows, dst_stride]，多出的列填 0；r 是 block 的倍数。
+    void (*widen_weights)(const int8_t* src, int64_t rows, int64_t r, int64_t block, float* dst, int64_t dst_stride);
     // c[m, n] = a[m, k] · b[k, n]；n 是 kPad 的倍数。
     void (*multiply)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
         float* c, int64_t ldc);

@@ -6,5 +6,5 @@
 #include "attend.h"
 
 namespace dsx {
-const Kernels kAvx2Kernels{"avx2", widen, unpack, multiply, multiply_transposed, rectify, attend};
+const Kernels kAvx2Kernels{"avx2", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend};
 }

@@ -6,5 +6,5 @@
 #include "attend.h"
 
 namespace dsx {
-const Kernels kAvx512Kernels{"avx512", widen, unpack, multiply, multiply_transposed, rectify, attend};
+const Kernels kAvx512Kernels{"avx512", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend};
 }

@@ -162,5 +162,5 @@ void attend_bf16(const Block& block, float* scratch) {
 }  // namespace
 
 namespace dsx {
-const Kernels kAvx512Bf16Kernels{"avx512_bf16", widen, unpack, multiply, multiply_transposed, rectify, attend_bf16};
+const Kernels kAvx512Bf16Kernels{"avx512_bf16", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend_bf16};
 }

@@ -4,5 +4,5 @@
 #include "attend.h"
 
 namespace dsx {
-const Kernels kPlainKernels{"plain", widen, unpack, multiply, multiply_transposed, rectify, attend};
+const Kernels kPlainKernels{"plain", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend};
 }

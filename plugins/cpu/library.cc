@@ -1,12 +1,12 @@
 // ONNX Runtime 的算子库：登记各个算子。同名的函数体因此不再使用，模型不用改。
 #include <string>
 
-#include "int8_experts_op.h"
-#include "int8_linear_op.h"
 #include "isa.h"
 #include "lightning_indexer_op.h"
 #include "mla_attention_op.h"
 #include "ort.h"
+#include "quant_experts_op.h"
+#include "quant_linear_op.h"
 
 #if defined(_WIN32)
 #define DSX_EXPORT __declspec(dllexport)
@@ -24,8 +24,8 @@ const OrtCustomOpDomain* domain() {
         add_lightning_indexer(domain);
         // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 kernel 在那里快得多，走函数体。
         if (available_kernels().size() > 1) {
-            add_int8_linear(domain);
-            add_int8_experts(domain);
+            add_quant_linear(domain);
+            add_quant_experts(domain);
         }
         return domain;
     }();

@@ -142,7 +142,7 @@ public:
         return bytes / 4 + 2 * padded(rows) + padded(op.di) + kTile;
     }
 
-    Int8Products(const LightningIndexer& op, const Kernels& kernels, const Int8Kernels& int8, int64_t query, int64_t rows,
+    Int8Products(const LightningIndexer& op, const Kernels& kernels, const QuantKernels& int8, int64_t query, int64_t rows,
         float* memory)
         : op_(op), int8_(int8), query_(query), rows_(rows), width_(int8_width(op)) {
         // 先是要对齐的字节，width_ 是 64 的倍数；再是各种 float。
@@ -192,7 +192,7 @@ private:
     static int64_t int8_width(const LightningIndexer& op) { return (op.di + kInt8Pad - 1) / kInt8Pad * kInt8Pad; }
 
     const LightningIndexer& op_;
-    const Int8Kernels& int8_;
+    const QuantKernels& int8_;
     int64_t query_, rows_, width_;
     uint8_t *keys_ = nullptr, *packed_ = nullptr;
     int8_t* q_ = nullptr;
@@ -202,7 +202,7 @@ private:
 
 class Ranker {
 public:
-    Ranker(const LightningIndexer& op, const Kernels& kernels, const Int8Kernels& int8, const Parallel& parallel)
+    Ranker(const LightningIndexer& op, const Kernels& kernels, const QuantKernels& int8, const Parallel& parallel)
         : op_(op), kernels_(kernels), int8_(int8), parallel_(parallel) {}
 
     void run(int64_t first, int64_t count) {
@@ -312,7 +312,7 @@ private:
 
     const LightningIndexer& op_;
     const Kernels& kernels_;
-    const Int8Kernels& int8_;
+    const QuantKernels& int8_;
     const Parallel& parallel_;
     int64_t first_ = 0, groups_ = 0;
     std::vector<Task> tasks_;
@@ -322,7 +322,7 @@ private:
 
 }  // namespace
 
-void run(const LightningIndexer& op, const Kernels& kernels, const Int8Kernels& int8, const Parallel& parallel) {
+void run(const LightningIndexer& op, const Kernels& kernels, const QuantKernels& int8, const Parallel& parallel) {
     if (op.index_cache != op.index_cache_out) {
         const int64_t row = index_width(op.cache_dtype, op.di) * bytes_of(op.cache_dtype);
         std::memcpy(op.index_cache_out, op.index_cache, static_cast<size_t>(op.B * op.T * row));

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "int8_kernels.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "quant_kernels.h"
 
 namespace dsx {
 
@@ -29,6 +29,6 @@ struct LightningIndexer {
 // 索引缓存一行的元素数。
 constexpr int64_t index_width(Dtype dtype, int64_t di) { return dtype == Dtype::kInt8 ? di + 3 : di; }
 
-void run(const LightningIndexer& op, const Kernels& kernels, const Int8Kernels& int8, const Parallel& parallel);
+void run(const LightningIndexer& op, const Kernels& kernels, const QuantKernels& int8, const Parallel& parallel);
 
 }  // namespace dsx

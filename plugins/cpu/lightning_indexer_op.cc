@@ -17,7 +17,7 @@ class Kernel {
 public:
     Kernel(Dtype dtype, Dtype cache_dtype, const OrtKernelInfo* info)
         : dtype_(dtype), cache_dtype_(cache_dtype), kernels_(requested_kernels()),
-          int8_(requested_int8_kernels()) {
+          int8_(requested_quant_kernels(8)) {
         topk_ = attribute(Ort::ConstKernelInfo(info), spec::topk);
         if (topk_ < 1) {
             refuse(spec::kName, "topk 是 " + std::to_string(topk_) + "，应大于 0");
@@ -57,7 +57,7 @@ private:
 
     Dtype dtype_, cache_dtype_;
     const Kernels& kernels_;
-    const Int8Kernels& int8_;
+    const QuantKernels& int8_;
     int64_t topk_;
 };
 

@@ -76,7 +76,13 @@ struct Shape : MlaAttention {
     // 第 h 个头的 W_UK（dn 行）或紧随其后的 W_UV（dv 行），[rows, r_pad] 的 float32；能原样用就不复制。
     const float* weight(int64_t h, bool up_value, float* scratch) const {
         const int64_t rows = up_value ? dv : dn;
-        const void* source = at(w_kv_b, weight_dtype, (h * (dn + dv) + (up_value ? dn : 0)) * r);
+        const int64_t first = h * (dn + dv) + (up_value ? dn : 0);
+        if (weight_dtype == Dtype::kInt8) {
+            const auto* packed = static_cast<const int8_t*>(w_kv_b) + first * weight_row(r, weight_block);
+            kernels.widen_weights(packed, rows, r, weight_block, scratch, r_pad);
+            return scratch;
+        }
+        const void* source = at(w_kv_b, weight_dtype, first * r);
         if (weight_dtype == Dtype::kFloat32 && r == r_pad) {
             return static_cast<const float*>(source);
         }

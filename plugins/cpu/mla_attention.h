@@ -12,7 +12,8 @@ struct MlaAttention {
     int64_t B, S, H, dn, dr, dv, r, T;
     float scale;
     Dtype dtype;        // q、c_kv、k_pe、o
-    Dtype weight_dtype; // w_kv_b
+    Dtype weight_dtype; // w_kv_b；int8 的一行是码与 scale，见 Kernels::widen_weights
+    int64_t weight_block; // int8 的 w_kv_b 每几个码一个 scale
     Dtype cache_dtype;  // 两个缓存；int8 的一行见 int8_cache.h
     const void* q_nope;         // [B, S, H, dn]
     const void* q_pe;           // [B, S, H, dr]
@@ -20,7 +21,7 @@ struct MlaAttention {
     const void* k_pe;           // [B, S, dr]
     const void* kv_cache;       // [B, 1, T, cache_width(cache_dtype, r, dr)]
     const int64_t* past_lens;   // [B]，已核对 0 <= past_lens[b] <= T - S
-    const void* w_kv_b;         // [H*(dn+dv), r]
+    const void* w_kv_b;         // [H*(dn+dv), r]，int8 是 [H*(dn+dv), weight_row(r, weight_block)]
     void* o;                    // [B, S, H, dv]
     void* kv_cache_out;         // 与 kv_cache 相同时原地写，否则先复制
     // 只有 SparseMlaAttention 有：每个 query 看哪些行。没有则 indices 为空。

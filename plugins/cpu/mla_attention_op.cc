@@ -28,9 +28,21 @@ struct Sparse {
 static_assert(static_cast<size_t>(sparse::w_kv_b) == static_cast<size_t>(spec::w_kv_b));
 static_assert(static_cast<size_t>(sparse::kv_cache) == static_cast<size_t>(spec::kv_cache));
 
+// int8 的 w_kv_b 每几个码一个 scale，由一行的宽度得出。
+template <size_t kCount>
+int64_t weight_block_of(const Inputs<kCount>& inputs, int64_t r) {
+    for (const int64_t block : {32, 64, 128}) {
+        if (r % block == 0 && inputs.shape(spec::w_kv_b)[1] == weight_row(r, block)) {
+            return block;
+        }
+    }
+    inputs.refuse(inputs.shown(spec::w_kv_b) + "，int8 的一行应是 r=" + std::to_string(r) +
+                  " 个码，再是每 32、64 或 128 个一个 float16 的 scale");
+}
+
 // 由各输入的形状得出尺寸，并核对它们彼此相符。
 template <size_t kCount>
-MlaAttention sizes_of(const Inputs<kCount>& inputs, Dtype cache_dtype) {
+MlaAttention sizes_of(const Inputs<kCount>& inputs, Dtype cache_dtype, Dtype weight_dtype) {
     inputs.check_ranks();
     MlaAttention op{};
     const std::vector<int64_t>& query = inputs.shape(spec::q_nope);
@@ -49,7 +61,12 @@ MlaAttention sizes_of(const Inputs<kCount>& inputs, Dtype cache_dtype) {
     inputs.check_shape(spec::k_pe, {op.B, op.S, op.dr});
     inputs.check_shape(spec::kv_cache, {op.B, 1, op.T, cache_width(cache_dtype, op.r, op.dr)});
     inputs.check_shape(spec::past_lens, {op.B});
-    inputs.check_shape(spec::w_kv_b, {op.H * (op.dn + op.dv), op.r});
+    int64_t width = op.r;
+    if (weight_dtype == Dtype::kInt8) {
+        op.weight_block = weight_block_of(inputs, op.r);
+        width = weight_row(op.r, op.weight_block);
+    }
+    inputs.check_shape(spec::w_kv_b, {op.H * (op.dn + op.dv), width});
     return op;
 }
 
@@ -103,7 +120,7 @@ public:
 private:
     void compute(const Ort::KernelContext& context) const {
         const Inputs inputs(Contract::kName, Contract::kInputs, context);
-        MlaAttention op = sizes_of(inputs, cache_dtype_);
+        MlaAttention op = sizes_of(inputs, cache_dtype_, weight_dtype_);
         op.scale = scale_, op.dtype = dtype_, op.cache_dtype = cache_dtype_, op.weight_dtype = weight_dtype_;
         op.q_nope = inputs.raw(spec::q_nope), op.q_pe = inputs.raw(spec::q_pe);
         op.c_kv = inputs.raw(spec::c_kv), op.k_pe = inputs.raw(spec::k_pe);
@@ -165,7 +182,8 @@ void add_all(Ort::CustomOpDomain& domain) {
         for (size_t t = 0; t < ops::kT.count; ++t) {
             add(ops::kT.onnx[t], cache, ops::kT.onnx[t]);
         }
-        // 量化的 bundle 把 w_kv_b 存成 bfloat16
+        // 量化的 bundle 把 w_kv_b 存成 int8 或 bfloat16
+        add(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, cache, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
         add(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, cache, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
     }
 }

@@ -18,9 +18,11 @@ from deepseek_export import api
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.stages import StageSet
+from deepseek_export.cluster import local
 from deepseek_export.cluster.backend import PipelineBackend
 from deepseek_export.engine.record import EngineRecord
 from deepseek_export.engine.stages import stage_arches
+from deepseek_export.machine import Gpu, Nvidia
 from deepseek_export.model import CompiledModel
 from tests.engines import refused
 from tests.fake_gpu import FakeGpu
@@ -87,6 +89,30 @@ def test_a_stage_without_a_gpu_says_so(rtx):
     """CLUSTER-33：没有 GPU 的机器，进程自己的错误码传得回来。"""
     error = refused("DSX-E918", lambda: deepseek_export.load(rtx().path, 1, "trt"))
     assert "stage " in error.what
+
+
+def test_stages_of_one_machine_take_turns_on_its_gpus(rtx, monkeypatch):
+    """CLUSTER-33：一台机器上几块 GPU，各 stage 轮流用，自己只看得见自己的；设过看得见哪几块的照办；只有一块就都用它。"""
+    cards = (Gpu("A", 89, 1 << 30), Gpu("B", 120, 1 << 30))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(local, "nvidia", lambda: Nvidia("580", cards))
+    seen: list[dict[str, str]] = []
+
+    def spawned(spec, environment):
+        seen.append(dict(environment))
+        raise OSError("只看它要怎么起")
+
+    monkeypatch.setattr(local, "spawn", spawned)
+    for backend in ("trt", "ort"):
+        with pytest.raises(OSError, match="只看"):
+            local.LocalLauncher(rtx().directories, backend).start(ThreadLauncher.settings)
+    assert [one.get("CUDA_VISIBLE_DEVICES") for one in seen] == ["0", None]
+    gpus = local.visible_gpus()
+    assert [local.only_gpu(gpus, index)["CUDA_VISIBLE_DEVICES"] for index in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-abc")
+    assert local.only_gpu(local.visible_gpus(), 1)["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert local.only_gpu(local.visible_gpus(), 1) == {}
 
 
 def test_each_stage_has_its_own_arch(rtx, checkpoint, tmp_path):

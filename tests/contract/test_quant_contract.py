@@ -57,34 +57,34 @@ def reports(bundles, tmp_path_factory) -> dict[str, ParityReport]:
 
 @pytest.mark.parametrize(("kind", "ratio"), [("int8", 0.4), ("int4", 0.3)])
 def test_what_is_quantised(bundles, kind: str, ratio: float):
-    """EXPORT-32：线性层与专家都换掉，router、norm、词嵌入仍是 float32，w_kv_b 是 bfloat16；误差进报告，最敏感的点名。"""
+    """EXPORT-32：线性层与专家都换掉，router、norm 仍是 float32，w_kv_b 总是 int8，词嵌入是 bfloat16 或 int8；误差进报告，最敏感的点名。"""
     bundle = bundles[kind]
     counts, recipes = bundle.manifest.main.op_counts, bundle.manifest.weights.recipes
     config = bundle.manifest.model
-    experts, linear = {
-        "int8": ("dsx::Int8Experts", "dsx::Int8Linear"),
-        "int4": ("com.microsoft::QMoE", "com.microsoft::MatMulNBits"),
-    }[kind]
+    experts, linear = f"dsx::{kind.capitalize()}Experts", f"dsx::{kind.capitalize()}Linear"
     assert counts[experts] == config.num_moe_layers
     assert counts[linear] == 4 * config.num_hidden_layers + 3 * config.num_hidden_layers + 1
     kept = {
         name.rpartition("layers.")[2].partition(".")[2] or name
         for name, r in recipes.items()
-        if r.form is None
+        if r.form is None and not name.endswith(".lookup")
     }
     assert kept == {
-        "embed_tokens.weight",
         "norm.weight",
         *(f"{name}_layernorm.weight" for name in ("input", "post_attention")),
-        *(f"self_attn.{name}.weight" for name in ("q_a_layernorm", "kv_a_layernorm", "kv_b_proj")),
+        *(f"self_attn.{name}.weight" for name in ("q_a_layernorm", "kv_a_layernorm")),
         "mlp.gate.weight",
         "mlp.gate.e_score_correction_bias",
     }
-    kv_b = {r.dtype for name, r in recipes.items() if name.endswith("kv_b_proj.weight")}
-    assert kv_b == {"bfloat16"}
+    assert {r.dtype for r in recipes.values() if r.op == "scales"} == {"float16"}
+    kv_b = [recipe for name, recipe in recipes.items() if name.endswith("kv_b_proj.weight.rows")]
+    assert [(recipe.dtype, recipe.form.kind) for recipe in kv_b] == [
+        ("int8", "int8")
+    ] * config.num_hidden_layers
+    assert recipes["model.embed_tokens.weight.lookup"].dtype == ("bfloat16" if kind == "int8" else "int8")
     report = json.loads((bundle.path / "reports/export.json").read_text(encoding="utf-8"))
     errors = report["quantization"]["tensors"]
-    assert errors.keys() == {name for name, recipe in recipes.items() if recipe.op == "codes"}
+    assert errors.keys() == {name for name, recipe in recipes.items() if recipe.op in ("codes", "rows")}
     worst = report["quantization"]["most_sensitive"]
     assert errors[worst[0]]["relative"] == max(error["relative"] for error in errors.values())
     float32 = sum(np.prod(shape) for shape in map(_shape, recipes.values())) * 4
@@ -128,7 +128,7 @@ def test_free_space_is_checked_against_the_quantised_size(bundles, tmp_path: Pat
     with pytest.raises(DsxError) as error:
         deepseek_export.export(CHECKPOINT, tmp_path / "float32", "mla+moe", target="ort-cpu")
     assert error.value.code == "DSX-E404"
-    assert "剩余 67.3 MiB，需要约 79.5 MiB，还差 12.3 MiB" in error.value.what
+    assert "剩余 66.4 MiB，需要约 79.5 MiB，还差 13.2 MiB" in error.value.what
 
 
 def _shape(recipe) -> tuple[int, ...]:
@@ -227,14 +227,19 @@ def tensorrt_bundles(tmp_path_factory) -> dict[str, Bundle]:
 
 @pytest.mark.parametrize(("kind", "ratio"), [("int8", 0.61), ("int4", 0.37)])
 def test_what_tensorrt_gets(tensorrt_bundles, bundles, kind: str, ratio: float):
-    """EXPORT-33：量化的权重与 ort-cpu 的相同，都由 DequantizeLinear 还原；其余仍是浮点，连同误差进报告。"""
+    """EXPORT-33：量化的权重与 ort-cpu 的相同（那里另有 w_kv_b 与词嵌入），都由 DequantizeLinear 还原；其余仍是浮点，连同误差进报告。"""
     bundle = tensorrt_bundles[kind]
     recipes = bundle.manifest.weights.recipes
     codes = [name for name, recipe in recipes.items() if recipe.op == "codes"]
     assert {recipes[name].dtype for name in codes} == {kind}
     assert {recipes[f"{name}.scales"].dtype for name in codes} == {"float16"}
     assert bundle.manifest.main.op_counts["ai.onnx::DequantizeLinear"] == len(codes)
-    assert bundle.manifest.formats.keys() == bundles[kind].manifest.formats.keys()
+    own = {
+        name
+        for name in bundles[kind].manifest.formats
+        if name.endswith(("kv_b_proj.weight", "embed_tokens.weight"))
+    }
+    assert bundle.manifest.formats.keys() == bundles[kind].manifest.formats.keys() - own
     assert bundle.manifest.fallbacks == []
     report = json.loads((bundle.path / "reports/export.json").read_text(encoding="utf-8"))
     assert report["quantization"]["tensors"].keys() == set(codes)
@@ -296,7 +301,7 @@ class TestRefusals:
             ("portable", "float32", (), "DSX-E310"),
             ("ort-cpu", "float16", (), "DSX-E311"),
             ("ort-cpu", "float32", ("lmhead",), "DSX-E312"),
-            ("ort-cpu", "float32", ("layers", "lm_head"), "DSX-E313"),
+            ("ort-cpu", "float32", ("layers", "lm_head", "embed_tokens"), "DSX-E313"),
         ],
     )
     def test_export(self, bundles, tmp_path: Path, target, dtype, keep, code):

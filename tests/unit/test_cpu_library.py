@@ -21,7 +21,7 @@ import deepseek_export
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
 from deepseek_export.errors import DsxError
-from deepseek_export.ops.mla_attention import mla_attention
+from deepseek_export.ops.mla_attention import mla_attention, read_weight
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.runtime import ModelSession
@@ -48,7 +48,7 @@ def reference(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return torch.from_numpy(array)
 
     made = {name: tensor(array) for name, array in inputs.items()}
-    made["w_kv_b"] = made["w_kv_b"].to(made["q_nope"].dtype)
+    made["w_kv_b"] = read_weight(made["w_kv_b"], inputs["c_kv"].shape[-1]).to(made["q_nope"].dtype)
     o, cache = mla_attention(**made, scale=SCALE, form="absorb")
     return o.float().numpy(), cache.float().numpy()
 
@@ -118,6 +118,28 @@ def test_any_shape(library, case, data):
     weight_dtype = data.draw(st.sampled_from([None, "bfloat16"])) if dtype == "float32" else None
     inputs = make_inputs(dtype, cache_dtype, S, H, T, past, weight_dtype=weight_dtype, **widths)
     check(library, isa, form, dtype, cache_dtype, inputs, weight_dtype)
+
+
+@pytest.mark.parametrize("form", ["absorb", "naive"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_weights(library, isa: str, form: str):
+    """CPU-16：int8 的 w_kv_b 与还原的同一份权重在容差之内，每种块、每种缓存；r 不是向量长度的倍数也行。"""
+    if isa not in library.isas:
+        pytest.skip(f"这台机器没有 {isa}")
+    for block, r in ((32, 96), (64, 64), (128, 128)):
+        for cache_dtype in CACHES:
+            given = {**WIDE, "dn": 6, "dv": 5, "r": r, "weight_dtype": "int8", "weight_block": block}
+            inputs = make_inputs("float32", cache_dtype, 3, 2, 80, (0, 70), **given)
+            check(library, isa, form, "float32", cache_dtype, inputs, "int8")
+
+
+@pytest.mark.parametrize("width", [64, 65, 70, 72])
+def test_int8_weights_of_another_width_are_refused(library, width: int):
+    """CPU-4、CPU-16：int8 的 w_kv_b 的一行是码与 scale，宽度不符就拒绝。"""
+    inputs = make_inputs("float32", "float32", 1, 2, 8, (0,), **WIDE, weight_dtype="int8")
+    inputs["w_kv_b"] = np.zeros((len(inputs["w_kv_b"]), width), np.int8)
+    with pytest.raises(Exception, match=f"w_kv_b 是 .*{width}.*int8 的一行应是 r=64 个码"):
+        call(session_for(library, "float32", "float32", "", "", 1, "int8"), inputs)
 
 
 def test_empty_batch(library):

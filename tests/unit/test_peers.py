@@ -55,12 +55,12 @@ def test_gguf_is_the_same_model(small):
         assert tolerance.accepts(found), found
 
 
-@pytest.mark.parametrize("weights", ["BF16", "Q8_0"])
-def test_gguf_only_rounds(small, weights):
-    """CPU-11：权重舍入之后，与没有舍入的相差不超过 int8 那一行。"""
+@pytest.mark.parametrize(("weights", "row"), [("BF16", "int8"), ("Q8_0", "int8"), ("Q4_0", "int4")])
+def test_gguf_only_rounds(small, weights, row):
+    """CPU-11：权重舍入之后，与没有舍入的相差不超过 int8、int4 那一行。"""
     checkpoint, tokens, want = small
     found = measure(llama_logits(checkpoint, tokens, weights), want[PROMPT - 1 :])
-    assert found.calc_diff <= QUANT_TOLERANCES["loss_all", "float32", "int8"].calc_diff, found
+    assert found.calc_diff <= QUANT_TOLERANCES["loss_all", "float32", row].calc_diff, found
 
 
 def test_llama_cpp_fills_to_a_depth(small):

@@ -238,13 +238,13 @@ def test_no_split(shallow: Path, minicpm: Path):
 
 
 def test_quantised_weights_keep_what_dsx_keeps(minicpm: Path):
-    """EXPORT-31：int8、int4 里词嵌入仍是 float32，absorb 用的 kv_b 是 bfloat16，共享的 lm_head 另存一份量化的。"""
+    """EXPORT-31：absorb 用的 kv_b 总是 int8，词嵌入是 bfloat16 或 int8，共享的 lm_head 另存一份量化的。"""
     c, plan = PUBLISHED["MINICPM3"], make_plan(minicpm, resolve_profile("mla"))
     embed = c["vocab_size"] * c["hidden_size"]
     kv_b = c["num_hidden_layers"] * c["num_attention_heads"] * (64 + 64) * c["kv_lora_rank"]
-    for kind, each in (("int8", 1.125), ("int4", 0.625)):
+    for kind, each, row in (("int8", 1.0625, 2), ("int4", 0.5625, 1.0625)):
         rest = plan.parameters - embed - kv_b
-        extra = plan.weight_bytes[kind] - 4 * embed - 2 * kv_b - each * (rest + embed)
+        extra = plan.weight_bytes[kind] - row * embed - 1.0625 * kv_b - each * (rest + embed)
         assert 0 < extra < 0.001 * plan.weight_bytes[kind]  # 只剩 norm
 
 

@@ -12,8 +12,15 @@ import torch
 from safetensors.numpy import save_file
 
 from deepseek_export.checkpoint import expected_tensors
-from deepseek_export.checkpoint.recipe import Recipe, load_array, materialize, weight_recipes
+from deepseek_export.checkpoint.recipe import (
+    Recipe,
+    load_array,
+    materialize,
+    quantized_recipes,
+    weight_recipes,
+)
 from deepseek_export.checkpoint.store import TensorStore
+from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.reference import Forms, ReferenceModel, initializer_name
@@ -200,6 +207,23 @@ def test_overflow_is_refused(tmp_path: Path, source, target, value):
         load_array("w", recipe("copy", "x", shape=(3, 4), dtype=target), store_of(tmp_path, x=array))
     assert error.value.code == "DSX-E116"
     assert "x[2, 1]" in error.value.what
+
+
+@pytest.mark.parametrize(("kind", "codes"), [("int8", 127), ("int4", 7)])
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_scale_that_does_not_fit_is_refused(tmp_path: Path, kind, codes, part):
+    """EXPORT-32：一块的 scale 超出 float16：DSX-E116，点名权重，说得出至多多大；刚好装得下的照常。"""
+    array = np.ones((2, 64), np.float32)
+    form = BlockFormat(kind=kind, scale="float16")
+    quantised = quantized_recipes(recipe("copy", "x", shape=(2, 64)), form)[part]
+    array[1, 3] = 65504 * codes
+    assert np.isfinite(load_array("w", quantised, store_of(tmp_path, x=array)).astype(np.float32)).all()
+    array[1, 3] = -65504 * codes * 1.01
+    with pytest.raises(DsxError) as error:
+        load_array("w", quantised, store_of(tmp_path, x=array))
+    assert error.value.code == "DSX-E116"
+    assert "w 有绝对值" in error.value.what
+    assert "float16" in error.value.what
 
 
 def test_largest_float16_fits(tmp_path: Path):

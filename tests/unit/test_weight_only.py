@@ -44,7 +44,7 @@ from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
     QuantizeWeightsToDequantizeLinearPass,
 )
 from deepseek_export.passes.split_experts import SplitExpertsPass
-from deepseek_export.passes.wrap_int8_kernels import WrapInt8KernelsPass
+from deepseek_export.passes.wrap_quant_kernels import WrapQuantKernelsPass
 from tests.models import model_config, ort_session
 from tests.unit.test_passes_moe import feeds_for, moe_module, ops
 
@@ -230,25 +230,27 @@ def test_linear_becomes_matmul_nbits(form):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_int8_kernels_become_functions(kind):
-    """CPU-12：int8 的 MatMulNBits 成为 Int8Linear 的函数体，没有算子库时逐位不变；int4 的不动；再跑一遍不变。"""
+def test_kernels_become_functions(kind):
+    """CPU-12：MatMulNBits 成为 Int8Linear、Int4Linear 的函数体，没有算子库时逐位不变；scale 变成 float16；再跑一遍不变。"""
     module, quantization = linear_module(), Quantization(kind=kind)
     QuantizeLinearsToMatMulNBitsPass(quantization)(module)
     before = module.to_proto()
-    rewrite = WrapInt8KernelsPass()
-    result = rewrite(module)
-    assert result.count == (kind == "int8")
-    assert ops(module) == ["Int8Linear" if kind == "int8" else "MatMulNBits", "Transpose", "MatMul"]
+    rewrite = WrapQuantKernelsPass()
+    assert rewrite(module).count == 1
+    assert ops(module) == [f"{kind.capitalize()}Linear", "Transpose", "MatMul"]
     after = module.to_proto()
     onnx.checker.check_model(after, full_check=True)
-    rng, (name,), form = np.random.default_rng(0), module.quantized, quantization.format("float32")
+    rng, (name,), form = np.random.default_rng(0), module.quantized, quantization.format("float16")
+    assert {recipe.form for recipe in module.weights.values()} == {form}
+    assert module.weights[f"{name}.{kind}.scales"].dtype == "float16"
     weights, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((24, 70), (2, 3, 70)))
     feeds = {
         "x": x,
         f"{name}.{kind}": block_codes(weights, form),
         f"{name}.{kind}.scales": block_scales(weights, form),
     }
-    want, got = (ort_session(proto).run(None, feeds)[0] for proto in (before, after))
+    (got,) = ort_session(after).run(None, feeds)
+    (want,) = ort_session(before).run(None, widened(feeds))
     assert got.tobytes() == want.tobytes()
     assert not rewrite(module).changed
 
@@ -342,11 +344,18 @@ def test_moe_becomes_qmoe(kind, rows):
     (got,) = ort_session(module.to_proto()).run(["y"], given_feeds)
     assert tolerance("op", "float32", kind).accepts(measure(got, want))
     assert not rewrite(module).changed
-    # CPU-13：int8 的再成为 Int8Experts 的函数体，没有算子库时逐位不变；int4 的不动。
-    assert WrapInt8KernelsPass()(module).count == (kind == "int8")
-    assert ("Int8Experts" if kind == "int8" else "QMoE") in ops(module)
+    # CPU-13：再成为 Int8Experts、Int4Experts 的函数体，没有算子库时逐位不变。
+    given_feeds = {n: a.astype(np.float16) if n.endswith(".scales") else a for n, a in given_feeds.items()}
+    (got,) = ort_session(module.to_proto()).run(["y"], widened(given_feeds))
+    assert WrapQuantKernelsPass()(module).count == 1
+    assert f"{kind.capitalize()}Experts" in ops(module)
     (wrapped,) = ort_session(module.to_proto()).run(["y"], given_feeds)
     assert wrapped.tobytes() == got.tobytes()
+
+
+def widened(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """scale 展宽到 float32：onnxruntime 的节点要的。"""
+    return {n: a.astype(np.float32) if n.endswith(".scales") else a for n, a in feeds.items()}
 
 
 @pytest.mark.parametrize(

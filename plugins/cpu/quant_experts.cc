@@ -1,17 +1,19 @@
-#include "int8_experts.h"
+#include "quant_experts.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "int8_linear.h"
+#include "quant_linear.h"
 
 namespace dsx {
 namespace {
 
 // 一个任务一次算几行：中间结果留在 L2。
 constexpr int64_t kSliceRows = 64;
+// 一片结果之后的内存从 64 字节的边界开始。
+constexpr int64_t kAlign = 16;
 
 thread_local Scratch token_scratch, gathered_scratch, hidden_scratch, quantized_scratch;  // 发起调用的线程
 thread_local Scratch task_scratch;  // 执行任务的线程：重排后的权重、一块结果
@@ -54,7 +56,7 @@ void choose(const float* log_weights, int64_t E, int64_t k, int64_t* experts, fl
     }
 }
 
-void route(const Int8Experts& op, Routing& to) {
+void route(const QuantExperts& op, Routing& to) {
     const int64_t rows = op.N * op.k;
     to.chosen.resize(rows), to.chosen_weight.resize(rows), to.token.resize(rows), to.weight.resize(rows);
     to.active.clear(), to.begin.clear();
@@ -102,11 +104,11 @@ QuantizedRows gather(const QuantizedRows& tokens, const Routing& routing, const 
 
 // 一个专家的几行乘它的几列权重，逐片交给 use(第一行, 行数, 结果)；结果的行距是 weights.columns。
 template <typename Use>
-void multiply_slices(const QuantizedRows& rows, int64_t begin, int64_t end, const Int8Weights& weights,
-    const Int8Kernels& kernels, Use&& use) {
+void multiply_slices(const QuantizedRows& rows, int64_t begin, int64_t end, const QuantizedWeights& weights,
+    const QuantKernels& kernels, Use&& use) {
     const int64_t result = kSliceRows * weights.columns;
-    float* y = task_scratch.need(result + kInt8Pad + int8_scratch(rows.blocks, rows.block) / 4);
-    auto* scratch = reinterpret_cast<uint8_t*>(y + (result + kInt8Pad - 1) / kInt8Pad * kInt8Pad);
+    float* y = task_scratch.need(result + kAlign + multiply_scratch(rows.blocks, rows.block) / 4);
+    auto* scratch = reinterpret_cast<uint8_t*>(y + (result + kAlign - 1) / kAlign * kAlign);
     for (int64_t row = begin; row < end; row += kSliceRows) {
         const int64_t count = std::min(kSliceRows, end - row);
         kernels.multiply(rows.from(row, count), weights, y, weights.columns, scratch);
@@ -116,7 +118,7 @@ void multiply_slices(const QuantizedRows& rows, int64_t begin, int64_t end, cons
 
 }  // namespace
 
-void run(const Int8Experts& op, const Int8Kernels& kernels, const Parallel& parallel) {
+void run(const QuantExperts& op, const QuantKernels& kernels, const Parallel& parallel) {
     if (op.N == 0) {
         return;
     }
@@ -128,13 +130,14 @@ void run(const Int8Experts& op, const Int8Kernels& kernels, const Parallel& para
     const QuantizedRows rows = gather(tokens, routing, parallel);
     float* hidden = hidden_scratch.need(rows.rows * op.I);
 
-    const int64_t step = columns_per_task(2 * op.I, op.D, kernels.group);
+    const int64_t row_bytes = kernels.bytes(op.D), inner_bytes = kernels.bytes(op.I);
+    const int64_t step = columns_per_task(2 * op.I, row_bytes, kernels.group);
     const int64_t chunks = (2 * op.I + step - 1) / step, blocks = op.D / op.block;
     parallel(active * chunks, [&](int64_t task) {
         const int64_t a = task / chunks, column = task % chunks * step;
         const int64_t first = routing.active[a] * 2 * op.I + column;
-        const Int8Weights weights{
-            op.gate_up + first * op.D, op.gate_up_scales + first * blocks, std::min(step, 2 * op.I - column)};
+        const QuantizedWeights weights{
+            op.gate_up + first * row_bytes, op.gate_up_scales + first * blocks, std::min(step, 2 * op.I - column)};
         multiply_slices(rows, routing.begin[a], routing.begin[a + 1], weights, kernels,
             [&](int64_t row, int64_t count, const float* y) {
                 for (int64_t i = 0; i < count; ++i) {
@@ -147,7 +150,7 @@ void run(const Int8Experts& op, const Int8Kernels& kernels, const Parallel& para
     // 各任务独占 y 的几列，专家的次序固定：结果与线程数无关。
     const QuantizedRows inner =
         quantize_rows(hidden, rows.rows, op.I, op.block, kernels, parallel, quantized_scratch);
-    const int64_t out_step = columns_per_task(op.D, op.I * std::min(op.E, op.N * op.k), kernels.group);
+    const int64_t out_step = columns_per_task(op.D, inner_bytes * std::min(op.E, op.N * op.k), kernels.group);
     parallel((op.D + out_step - 1) / out_step, [&](int64_t task) {
         const int64_t column = task * out_step, columns = std::min(out_step, op.D - column);
         for (int64_t i = 0; i < op.N; ++i) {
@@ -155,7 +158,7 @@ void run(const Int8Experts& op, const Int8Kernels& kernels, const Parallel& para
         }
         for (int64_t a = 0; a < active; ++a) {
             const int64_t first = routing.active[a] * op.D + column;
-            const Int8Weights weights{op.down + first * op.I, op.down_scales + first * inner.blocks, columns};
+            const QuantizedWeights weights{op.down + first * inner_bytes, op.down_scales + first * inner.blocks, columns};
             multiply_slices(inner, routing.begin[a], routing.begin[a + 1], weights, kernels,
                 [&](int64_t row, int64_t count, const float* y) {
                     for (int64_t i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-"""只有一个 int8 节点的模型：``dsx`` 的没有函数体，所以跑的一定是算子库的 kernel；另有 onnxruntime 自己的那个作对照。不导入 torch。
+"""只有一个 int8、int4 节点的模型：``dsx`` 的没有函数体，所以跑的一定是算子库的 kernel；另有 onnxruntime 自己的那个作对照。不导入 torch。
 
 onnxruntime 的节点以常量给权重，与 bundle 里一样：只有常量会预先打包，走量化激活的 kernel；否则它先还原权重，再做 float32 的乘法。
 """
@@ -18,6 +18,8 @@ from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops.table import (
     DOMAIN,
+    INT4_EXPERTS,
+    INT4_LINEAR,
     INT8_EXPERTS,
     INT8_LINEAR,
     OPSET_VERSION,
@@ -26,6 +28,9 @@ from deepseek_export.ops.table import (
 )
 from deepseek_export.passes.base import MICROSOFT
 from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, SENTINEL
+
+LINEAR: Mapping[int, OpSpec] = MappingProxyType({8: INT8_LINEAR, 4: INT4_LINEAR})
+EXPERTS: Mapping[int, OpSpec] = MappingProxyType({8: INT8_EXPERTS, 4: INT4_EXPERTS})
 
 
 def op_session(library, spec: OpSpec, attributes: dict, isa: str = "", threads: int = 1):
@@ -42,40 +47,43 @@ def op_session(library, spec: OpSpec, attributes: dict, isa: str = "", threads: 
     return _session(node, spec, library, isa, threads)
 
 
-def linear_session(library, K: int, N: int, block: int, isa: str = "", threads: int = 1):
-    """``dsx::Int8Linear``。"""
-    return op_session(library, INT8_LINEAR, {"K": K, "N": N, "block_size": block}, isa, threads)
+def linear_session(library, bits: int, K: int, N: int, block: int, isa: str = "", threads: int = 1):
+    """``dsx::Int8Linear``、``dsx::Int4Linear``。"""
+    return op_session(library, LINEAR[bits], {"K": K, "N": N, "block_size": block}, isa, threads)
 
 
-def onnxruntime_linear(inputs: dict[str, np.ndarray], block: int) -> np.ndarray:
+def onnxruntime_linear(inputs: dict[str, np.ndarray], bits: int, block: int) -> np.ndarray:
     """``MatMulNBits``，函数体里的那个节点，的输出。"""
     K, N = inputs["x"].shape[-1], len(inputs["codes"])
-    attributes = {"K": K, "N": N, "block_size": block, "bits": 8, "accuracy_level": 4}
+    attributes = {"K": K, "N": N, "block_size": block, "bits": bits, "accuracy_level": 4}
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain=MICROSOFT, **attributes)
-    constants = {name: inputs[name] for name in ("codes", "scales")}
-    return call(_session(node, INT8_LINEAR, constants=constants), {"x": inputs["x"]})
+    constants = {"codes": inputs["codes"], "scales": inputs["scales"].astype(np.float32)}
+    return call(_session(node, LINEAR[bits], constants=constants), {"x": inputs["x"]})
 
 
-def experts_session(library, k: int, block: int, isa: str = "", threads: int = 1):
-    """``dsx::Int8Experts``。"""
-    return op_session(library, INT8_EXPERTS, {"k": k, "block_size": block}, isa, threads)
+def experts_session(library, bits: int, k: int, block: int, isa: str = "", threads: int = 1):
+    """``dsx::Int8Experts``、``dsx::Int4Experts``。"""
+    return op_session(library, EXPERTS[bits], {"k": k, "block_size": block}, isa, threads)
 
 
-def onnxruntime_experts(inputs: dict[str, np.ndarray], k: int, block: int) -> np.ndarray:
+def onnxruntime_experts(inputs: dict[str, np.ndarray], bits: int, k: int, block: int) -> np.ndarray:
     """``QMoE``，函数体里的那个节点，的输出。"""
-    names = [port.name for port in INT8_EXPERTS.inputs]
+    names = [port.name for port in EXPERTS[bits].inputs]
     own = {
         "k": k,
         "block_size": block,
-        "expert_weight_bits": 8,
+        "expert_weight_bits": bits,
         "accuracy_level": 4,
         "weights_prepacked": 0,
     }
     ports = [*names[:4], "", *names[4:]]
     node = helper.make_node("QMoE", ports, ["y"], domain=MICROSOFT, **MOE_ATTRIBUTES, **own)
-    constants = {name: inputs[name] for name in names[2:]}
+    constants = {
+        name: inputs[name].astype(np.float32) if name.endswith("scales") else inputs[name]
+        for name in names[2:]
+    }
     feeds = {name: inputs[name] for name in names[:2]}
-    return call(_session(node, INT8_EXPERTS, constants=constants), feeds)
+    return call(_session(node, EXPERTS[bits], constants=constants), feeds)
 
 
 def _session(
@@ -108,7 +116,9 @@ def _session(
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def linear_inputs(rows: tuple[int, ...], K: int, N: int, block: int, seed: int = 0) -> dict[str, np.ndarray]:
+def linear_inputs(
+    bits: int, rows: tuple[int, ...], K: int, N: int, block: int, seed: int = 0
+) -> dict[str, np.ndarray]:
     """随机的 x [*rows, K]、码与 scale；补满最后一块的码也是随机的，不该影响结果。"""
     rng = np.random.default_rng(seed)
     blocks = -(-K // block)
@@ -118,13 +128,17 @@ def linear_inputs(rows: tuple[int, ...], K: int, N: int, block: int, seed: int =
         x.reshape(-1, K)[0, : min(K, block)] = 0  # 全零的块
     return {
         "x": x,
-        "codes": rng.integers(0, 256, (N, blocks, block), dtype=np.uint8),
-        "scales": rng.uniform(0.5, 1.5, (N, blocks)).astype(np.float32) / np.float32(74 * K**0.5),
+        "codes": rng.integers(0, 256, (N, blocks, block * bits // 8), dtype=np.uint8),
+        "scales": (rng.uniform(0.5, 1.5, (N, blocks)) / (_SPREAD[bits] * K**0.5)).astype(np.float16),
     }
 
 
+#: 均匀的码的标准差：还原的权重因此约为 1/√K。
+_SPREAD = {8: 74, 4: 4.6}
+
+
 def experts_inputs(
-    N: int, D: int, inner: int, E: int, k: int, block: int, seed: int = 0
+    bits: int, N: int, D: int, inner: int, E: int, k: int, block: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """随机的 x、码与 scale；每个 token 有 k 个专家的 log 权重，其余是哨兵。"""
     rng = np.random.default_rng(seed)
@@ -133,13 +147,15 @@ def experts_inputs(
         row[rng.choice(E, k, replace=False)] = rng.uniform(-3, 0, k)
     made = {"x": rng.standard_normal((N, D), dtype=np.float32), "log_weights": log_weights}
     for name, rows, width in (("gate_up", 2 * inner, D), ("down", D, inner)):
-        made[name] = rng.integers(0, 256, (E, rows, width), dtype=np.uint8)
+        made[name] = rng.integers(0, 256, (E, rows, width * bits // 8), dtype=np.uint8)
         scales = rng.uniform(0.5, 1.5, (E, rows, width // block))
-        made[f"{name}_scales"] = (scales / (74 * width**0.5)).astype(np.float32)
+        made[f"{name}_scales"] = (scales / (_SPREAD[bits] * width**0.5)).astype(np.float16)
     return made
 
 
-def experts_reference(inputs: dict[str, np.ndarray], k: int, block: int, exact: bool = False) -> np.ndarray:
+def experts_reference(
+    inputs: dict[str, np.ndarray], bits: int, k: int, block: int, exact: bool = False
+) -> np.ndarray:
     """按定义逐 token 逐专家计算，float64；``exact`` 时激活不量化。"""
 
     def rounded(x):
@@ -147,7 +163,8 @@ def experts_reference(inputs: dict[str, np.ndarray], k: int, block: int, exact: 
 
     def widened(name, e):
         codes = inputs[name][e]
-        return weights(codes.reshape(len(codes), -1, block), inputs[f"{name}_scales"][e], codes.shape[-1])
+        blocks = codes.reshape(len(codes), -1, block * bits // 8)
+        return weights(blocks, inputs[f"{name}_scales"][e], bits, codes.shape[-1] * 8 // bits)
 
     y = np.zeros(inputs["x"].shape, np.float64)
     for n, row in enumerate(inputs["log_weights"].astype(np.float64)):
@@ -174,9 +191,11 @@ def quantized(x: np.ndarray, block: int) -> np.ndarray:
     return (steps * (top / np.float32(127))).reshape(padded.shape)[..., :width]
 
 
-def weights(codes: np.ndarray, scales: np.ndarray, width: int) -> np.ndarray:
+def weights(codes: np.ndarray, scales: np.ndarray, bits: int, width: int) -> np.ndarray:
     """还原的权重 [..., width]，float64。"""
-    values = (codes.astype(np.float64) - 128) * scales[..., None]
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    values = (codes.astype(np.float64) - (1 << (bits - 1))) * scales.astype(np.float64)[..., None]
     return values.reshape(*scales.shape[:-1], -1)[..., :width]
 
 

@@ -1,4 +1,4 @@
-#include "int8_linear.h"
+#include "quant_linear.h"
 
 #include <algorithm>
 
@@ -19,8 +19,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-int64_t columns_per_task(int64_t columns, int64_t width, int64_t multiple) {
-    const int64_t fewest = divide_up(kTaskBytes, width), most_tasks = divide_up(columns, kMaxTasks);
+int64_t columns_per_task(int64_t columns, int64_t row_bytes, int64_t multiple) {
+    const int64_t fewest = divide_up(kTaskBytes, row_bytes), most_tasks = divide_up(columns, kMaxTasks);
     return divide_up(std::max(fewest, most_tasks), multiple) * multiple;
 }
 
@@ -36,7 +36,7 @@ QuantizedRows carve_rows(float* memory, int64_t rows, int64_t blocks, int64_t bl
     return out;
 }
 
-QuantizedRows quantize_rows(const float* x, int64_t count, int64_t width, int64_t block, const Int8Kernels& kernels,
+QuantizedRows quantize_rows(const float* x, int64_t count, int64_t width, int64_t block, const QuantKernels& kernels,
     const Parallel& parallel, Scratch& scratch) {
     const int64_t blocks = divide_up(width, block);
     const QuantizedRows rows = carve_rows(scratch.need(quantized_floats(count, blocks, block)), count, blocks, block);
@@ -52,18 +52,19 @@ QuantizedRows quantize_rows(const float* x, int64_t count, int64_t width, int64_
     return rows;
 }
 
-void run(const Int8Linear& op, const Int8Kernels& kernels, const Parallel& parallel) {
+void run(const QuantLinear& op, const QuantKernels& kernels, const Parallel& parallel) {
     if (op.M == 0) {
         return;
     }
     const QuantizedRows rows = quantize_rows(op.x, op.M, op.K, op.block, kernels, parallel, call_scratch);
-    const int64_t width = rows.blocks * rows.block, step = columns_per_task(op.N, width, kernels.group);
+    const int64_t row_bytes = kernels.bytes(rows.blocks * rows.block);
+    const int64_t step = columns_per_task(op.N, row_bytes, kernels.group);
     const int64_t column_tasks = divide_up(op.N, step), row_tasks = divide_up(op.M, kTaskRows);
     parallel(column_tasks * row_tasks, [&](int64_t task) {
         const int64_t column = task % column_tasks * step, row = task / column_tasks * kTaskRows;
-        const Int8Weights weights{
-            op.codes + column * width, op.scales + column * rows.blocks, std::min(step, op.N - column)};
-        auto* scratch = reinterpret_cast<uint8_t*>(task_scratch.need(int8_scratch(rows.blocks, rows.block) / 4));
+        const QuantizedWeights weights{
+            op.codes + column * row_bytes, op.scales + column * rows.blocks, std::min(step, op.N - column)};
+        auto* scratch = reinterpret_cast<uint8_t*>(task_scratch.need(multiply_scratch(rows.blocks, rows.block) / 4));
         kernels.multiply(rows.from(row, std::min(kTaskRows, op.M - row)), weights, op.y + row * op.N + column, op.N, scratch);
     });
 }

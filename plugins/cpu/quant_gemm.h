@@ -1,0 +1,427 @@
+// int8、int4 权重的矩阵乘，写在 Vector、Ints、Bytes、Acts 与格式 Int8、Int4 之上；各指令集的编译单元先包含自己的 quant_simd_*.h，
+// 再包含本文件。全部在匿名命名空间里：带不同编译选项的同名函数不能被链接器合并成一份。
+//
+// 权重不重排，就是 MatMulNBits 的布局：加载只是映射，一步只顺着读一遍。int4 一字节里是相邻的两个权重，读出一个向量、拆成低 4 位与高 4 位，
+// 得到的是一段权重里的偶数个与奇数个；激活在量化时按同样的次序排好，所以权重不必再洗牌。
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "prefetch.h"
+#include "quant_kernels.h"
+
+namespace {
+
+using dsx::kPlanes;
+using dsx::QuantizedRows;
+using dsx::QuantizedWeights;
+
+constexpr int kLanes = Vector::kLanes;
+constexpr int kBytes = 4 * kLanes;  // 一个向量的字节
+constexpr int kColumnTile = kTileVectors * kLanes;
+// 一次读出几个权重。
+template <typename F>
+constexpr int64_t kValues = F::kVectors * kBytes;
+// 一次读出的权重里有几块；一块要读几次。两个总有一个是 1。
+template <typename F, int kBlock>
+constexpr int kShare = kValues<F> > kBlock ? kValues<F> / kBlock : 1;
+template <typename F, int kBlock>
+constexpr int kReads = kBlock > kValues<F> ? kBlock / kValues<F> : 1;
+// 一次算几行：每行每个向量两个平面各占一个累加器，AVX-512 时是 16 个；再多就放不下寄存器了（6 行慢三成）。
+constexpr int kTileRows = 4;
+// 少于这么多行时直接读权重的行；否则先把一组列重排成“一路一列”，省掉横向求和，各行共用。
+constexpr int64_t kPackRows = 4;
+
+// 一段激活的码换成权重读出来的次序：偶数个在前，奇数个在后。
+template <typename F>
+inline void order_like_weights(int8_t* codes, int64_t count) {
+    if constexpr (F::kVectors == 2) {
+        constexpr int64_t half = kValues<F> / 2;
+        for (int64_t t = 0; t < count; t += kValues<F>) {
+            int8_t even[half], odd[half];
+            for (int64_t i = 0; i < half; ++i) {
+                even[i] = codes[t + 2 * i];
+                odd[i] = codes[t + 2 * i + 1];
+            }
+            std::memcpy(codes + t, even, sizeof even);
+            std::memcpy(codes + t + half, odd, sizeof odd);
+        }
+    }
+}
+
+// 一块：两个平面的码，scale，两个平面累加的起点。x 之后到 end 不满一块的补零。
+template <typename F>
+void quantize_block(const float* x, int64_t count, int64_t block, int8_t* high, int8_t* low, float* scale, int32_t* starts,
+    int64_t start_step) {
+    Vector top = splat(0);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Vector v = load(x + i);
+        top = max(top, max(v, sub(splat(0), v)));
+    }
+    float largest = horizontal_max(top);
+    for (; i < count; ++i) {
+        const float magnitude = x[i] < 0 ? -x[i] : x[i];
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const float inverse = largest > 0 ? 127.0f / largest : 0;
+    *scale = largest / 127.0f;
+    const auto store_codes = [&](int64_t at, Vector v) {
+        const Vector scaled = mul(v, splat(inverse)), upper = nearest(scaled);
+        store_int8(high + at, upper);
+        store_int8(low + at, mul(sub(scaled, upper), splat(dsx::kLowSteps)));
+    };
+    for (i = 0; i + kLanes <= count; i += kLanes) {
+        store_codes(i, load(x + i));
+    }
+    if (i < count) {
+        float rest[kLanes] = {};
+        for (int64_t j = i; j < count; ++j) {
+            rest[j - i] = x[j];
+        }
+        store_codes(i, load(rest));
+        i += kLanes;
+    }
+    for (; i < block; ++i) {
+        high[i] = low[i] = 0;
+    }
+    int32_t sums[kPlanes] = {};
+    if constexpr (F::kFolded != 0) {
+        for (i = 0; i < block; ++i) {
+            sums[0] += high[i];
+            sums[1] += low[i];
+        }
+    }
+    for (int p = 0; p < kPlanes; ++p) {
+        starts[p * start_step] = -F::kFolded * sums[p];
+    }
+}
+
+template <typename F>
+void quantize(const float* x, int64_t x_stride, int64_t width, const QuantizedRows& rows) {
+    const int64_t total = rows.plane_stride(), count = rows.blocks * rows.block, stride = rows.scale_stride();
+    for (int64_t i = 0; i < rows.rows; ++i) {
+        const QuantizedRows to = rows.from(i, 1);
+        for (int64_t b = 0; b < to.blocks; ++b) {
+            const int64_t begin = b * to.block, left = width - begin;
+            quantize_block<F>(x + i * x_stride + begin, left < to.block ? left : to.block, to.block, to.codes + begin,
+                to.codes + total + begin, to.scales + b, to.starts + b, stride);
+        }
+        for (int64_t b = to.blocks; b < stride; ++b) {
+            to.scales[b] = 0;
+            to.starts[b] = to.starts[stride + b] = 0;
+        }
+        for (int p = 0; p < kPlanes; ++p) {
+            std::memset(to.codes + p * total + count, 0, static_cast<size_t>(total - count));
+            order_like_weights<F>(to.codes + p * total, total);
+        }
+    }
+}
+
+// 两个平面的整数和，合成以 scale 为单位的值。
+inline Vector join_planes(const Ints (&acc)[kPlanes]) {
+    return fma(to_float(acc[1]), splat(1 / dsx::kLowSteps), to_float(acc[0]));
+}
+
+template <typename F>
+inline Ints dot_values(Ints acc, const typename F::Codes (&w)[F::kVectors], const int8_t* a) {
+    Acts x[F::kVectors];
+    for (int v = 0; v < F::kVectors; ++v) {
+        x[v] = load_acts(a + v * kBytes);
+    }
+    if constexpr (F::kVectors == 1) {
+        return dot(acc, w[0], x[0]);
+    } else {
+        return dot(acc, w, x);
+    }
+}
+
+template <typename F>
+inline void load_weights(const uint8_t* p, typename F::Codes (&out)[F::kVectors]) {
+    Bytes parts[F::kVectors];
+    F::unpack(load_bytes(p), parts);
+    for (int v = 0; v < F::kVectors; ++v) {
+        out[v] = F::codes(parts[v]);
+    }
+}
+
+// 权重里要读的位置：第一行，与行距（以元素计）。
+struct Cursor {
+    const uint8_t* codes;
+    int64_t code_stride;
+    const uint16_t* scales;
+    int64_t scale_stride;
+};
+
+// R 行激活从第 b 块起的 kShare 块对 J 行权重，加到 sums 上。
+template <typename F, int R, int J, int kBlock>
+inline void direct_step(const QuantizedRows& a, int64_t b, const Cursor& w, Vector (&sums)[R][J]) {
+    Ints acc[R][J][kPlanes];
+    for (int i = 0; i < R; ++i) {
+        for (int p = 0; p < kPlanes; ++p) {
+            const Ints start = first_lanes<kShare<F, kBlock>>(a.starts + i * a.start_stride() + p * a.scale_stride() + b);
+            for (int j = 0; j < J; ++j) {
+                acc[i][j][p] = start;
+            }
+        }
+    }
+    for (int v = 0; v < kReads<F, kBlock>; ++v) {
+        const int8_t* x = a.codes + b * kBlock + v * kValues<F>;
+        for (int j = 0; j < J; ++j) {
+            // 权重多半在内存里：一边算一边把下一组的同一位置取进 L1，再往后两组的取进 L2（一行激活时读权重比只取一组、
+            // 取进 L2 快 5–10 %）。
+            const uint8_t* codes = w.codes + j * w.code_stride + v * kBytes;
+            prefetch<3>(codes + J * w.code_stride);
+            prefetch(codes + 3 * J * w.code_stride);
+            typename F::Codes row[F::kVectors];
+            load_weights<F>(codes, row);
+            for (int i = 0; i < R; ++i) {
+                for (int p = 0; p < kPlanes; ++p) {
+                    acc[i][j][p] = dot_values<F>(acc[i][j][p], row, x + i * a.code_stride() + p * a.plane_stride());
+                }
+            }
+        }
+    }
+    Vector scales[J];
+    for (int j = 0; j < J; ++j) {
+        scales[j] = spread_f16<kShare<F, kBlock>>(w.scales + j * w.scale_stride);
+    }
+    for (int i = 0; i < R; ++i) {
+        const Vector mine = spread<kShare<F, kBlock>>(a.scales + i * a.scale_stride() + b);
+        for (int j = 0; j < J; ++j) {
+            sums[i][j] = fma(join_planes(acc[i][j]), mul(mine, scales[j]), sums[i][j]);
+        }
+    }
+}
+
+// R 行激活对 J 行权重，逐向量走过 K。
+template <typename F, int R, int J, int kBlock>
+inline void direct_block(const QuantizedRows& a, const QuantizedWeights& w, int64_t column, float* y, int64_t ldy) {
+    constexpr int64_t block_bytes = kBlock * F::kBits / 8;
+    constexpr int share = kShare<F, kBlock>;
+    const int64_t row_bytes = a.blocks * block_bytes;
+    Vector sums[R][J];
+    for (int i = 0; i < R; ++i) {
+        for (int j = 0; j < J; ++j) {
+            sums[i][j] = splat(0);
+        }
+    }
+    Cursor at{w.codes + column * row_bytes, row_bytes, w.scales + column * a.blocks, a.blocks};
+    int64_t b = 0;
+    for (; b + share <= a.blocks; b += share) {
+        direct_step<F, R, J, kBlock>(a, b, at, sums);
+        at.codes += share * block_bytes;
+        at.scales += share;
+    }
+    if (b < a.blocks) {
+        // 最后不满一个向量的几块：补零再算。
+        alignas(64) uint8_t codes[J][kBytes] = {};
+        uint16_t scales[J][share] = {};
+        for (int j = 0; j < J; ++j) {
+            std::memcpy(codes[j], at.codes + j * at.code_stride, static_cast<size_t>((a.blocks - b) * block_bytes));
+            std::memcpy(scales[j], at.scales + j * at.scale_stride, static_cast<size_t>(a.blocks - b) * sizeof(uint16_t));
+        }
+        direct_step<F, R, J, kBlock>(a, b, {codes[0], kBytes, scales[0], share}, sums);
+    }
+    for (int i = 0; i < R; ++i) {
+        if constexpr (J == 4) {
+            sum4(sums[i], y + i * ldy + column);
+        } else {
+            y[i * ldy + column] = horizontal_sum(sums[i][0]);
+        }
+    }
+}
+
+template <typename F, int R, int kBlock>
+void direct_columns(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t ldy) {
+    int64_t column = 0;
+    for (; column + 4 <= w.columns; column += 4) {
+        direct_block<F, R, 4, kBlock>(a, w, column, y, ldy);
+    }
+    for (; column < w.columns; ++column) {
+        direct_block<F, R, 1, kBlock>(a, w, column, y, ldy);
+    }
+}
+
+template <typename F, int R>
+void direct(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t ldy) {
+    switch (a.block) {
+    case 32: direct_columns<F, R, 32>(a, w, y, ldy); return;
+    case 64: direct_columns<F, R, 64>(a, w, y, ldy); return;
+    default: direct_columns<F, R, 128>(a, w, y, ldy);
+    }
+}
+
+// kColumnTile 列重排成 [K/4, kColumnTile, 4]，一列之内的次序同激活的码；不足的列重复最后一列，结果不写出去。
+template <typename F>
+void pack(const QuantizedWeights& w, int64_t column, int64_t blocks, int64_t width, uint8_t* codes, float* scales) {
+    constexpr int64_t stride = 4 * kColumnTile;
+    const int64_t row_bytes = width * F::kBits / 8;
+    for (int group = 0; group < kTileVectors; ++group) {
+        const uint8_t* rows[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+            const int64_t wanted = column + group * kLanes + i, last = w.columns - 1;
+            const int64_t source = wanted < last ? wanted : last;
+            rows[i] = w.codes + source * row_bytes;
+            for (int64_t b = 0; b < blocks; ++b) {
+                scales[b * kColumnTile + group * kLanes + i] = widen_f16(w.scales[source * blocks + b]);
+            }
+        }
+        uint8_t* to = codes + group * kBytes;
+        const auto put = [&](const Bytes (&raw)[kLanes]) {
+            Bytes parts[F::kVectors][kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                Bytes one[F::kVectors];
+                F::unpack(raw[i], one);
+                for (int v = 0; v < F::kVectors; ++v) {
+                    parts[v][i] = one[v];
+                }
+            }
+            for (int v = 0; v < F::kVectors; ++v) {
+                transpose(parts[v], to, stride);
+                to += kLanes * stride;
+            }
+        };
+        int64_t t = 0;
+        for (; t + kBytes <= row_bytes; t += kBytes) {
+            Bytes raw[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                prefetch(rows[i] + t + kColumnTile * row_bytes);
+                raw[i] = load_bytes(rows[i] + t);
+            }
+            put(raw);
+        }
+        if (t < row_bytes) {
+            Bytes raw[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                alignas(64) uint8_t rest[kBytes] = {};
+                std::memcpy(rest, rows[i] + t, static_cast<size_t>(row_bytes - t));
+                raw[i] = load_bytes(rest);
+            }
+            put(raw);
+        }
+    }
+}
+
+// 一块的码分成几段：一次读出的权重比一块多时，偶数个与奇数个不相邻。
+template <typename F>
+struct Segments {
+    explicit Segments(int64_t block) : split(F::kVectors == 2 && block < kValues<F>), block(block) {}
+    int64_t count() const { return split ? 2 : 1; }
+    int64_t length() const { return split ? block / 2 : block; }
+    int64_t begin(int64_t b, int64_t segment) const {
+        if (!split) {
+            return b * block;
+        }
+        constexpr int64_t whole = kValues<F>;
+        return b * block / whole * whole + b * block % whole / 2 + segment * whole / 2;
+    }
+
+    bool split;
+    int64_t block;
+};
+
+// R 行激活对重排好的 kColumnTile 列：一路一列，激活每 4 个一组广播。
+template <typename F, int R>
+inline void packed_block(const QuantizedRows& a, const uint8_t* codes, const float* scales, float* out) {
+    const int64_t stride = a.code_stride(), plane = a.plane_stride();
+    const Segments<F> segments(a.block);
+    for (int i = 0; i < R * kTileVectors; ++i) {
+        store(out + i * kLanes, splat(0));
+    }
+    for (int64_t b = 0; b < a.blocks; ++b) {
+        Ints acc[R][kTileVectors][kPlanes];
+        for (int i = 0; i < R; ++i) {
+            for (int p = 0; p < kPlanes; ++p) {
+                const Ints start = splat_ints(a.starts[i * a.start_stride() + p * a.scale_stride() + b]);
+                for (int j = 0; j < kTileVectors; ++j) {
+                    acc[i][j][p] = start;
+                }
+            }
+        }
+        for (int64_t s = 0; s < segments.count(); ++s) {
+            const int64_t begin = segments.begin(b, s), end = begin + segments.length();
+            for (int64_t t = begin; t < end; t += 4) {
+                typename F::Codes row[kTileVectors];
+                for (int j = 0; j < kTileVectors; ++j) {
+                    row[j] = F::codes(load_bytes(codes + t * kColumnTile + j * kBytes));
+                }
+                for (int i = 0; i < R; ++i) {
+                    for (int p = 0; p < kPlanes; ++p) {
+                        const Acts x = splat_acts(a.codes + i * stride + p * plane + t);
+                        for (int j = 0; j < kTileVectors; ++j) {
+                            acc[i][j][p] = dot(acc[i][j][p], row[j], x);
+                        }
+                    }
+                }
+            }
+        }
+        for (int i = 0; i < R; ++i) {
+            const Vector mine = splat(a.scales[i * a.scale_stride() + b]);
+            for (int j = 0; j < kTileVectors; ++j) {
+                float* to = out + (i * kTileVectors + j) * kLanes;
+                const Vector scale = mul(mine, load(scales + b * kColumnTile + j * kLanes));
+                store(to, fma(join_planes(acc[i][j]), scale, load(to)));
+            }
+        }
+    }
+}
+
+template <typename F, int R>
+inline int64_t packed_rows(const QuantizedRows& a, int64_t row, const uint8_t* codes, const float* scales,
+    int64_t columns, float* y, int64_t ldy) {
+    alignas(64) float out[R * kColumnTile];
+    for (; row + R <= a.rows; row += R) {
+        packed_block<F, R>(a.from(row, R), codes, scales, out);
+        for (int i = 0; i < R; ++i) {
+            std::memcpy(y + (row + i) * ldy, out + i * kColumnTile, static_cast<size_t>(columns) * sizeof(float));
+        }
+    }
+    return row;
+}
+
+template <typename F>
+void multiply_packed(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t ldy, uint8_t* scratch) {
+    const int64_t width = a.blocks * a.block;
+    float* scales = reinterpret_cast<float*>(scratch);
+    uint8_t* codes = scratch + kColumnTile * a.blocks * static_cast<int64_t>(sizeof(float));
+    for (int64_t column = 0; column < w.columns; column += kColumnTile) {
+        const int64_t left = w.columns - column, columns = left < kColumnTile ? left : kColumnTile;
+        pack<F>(w, column, a.blocks, width, codes, scales);
+        const int64_t row = packed_rows<F, kTileRows>(a, 0, codes, scales, columns, y + column, ldy);
+        packed_rows<F, 1>(a, row, codes, scales, columns, y + column, ldy);
+    }
+}
+
+template <typename F>
+void multiply(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t ldy, uint8_t* scratch) {
+    switch (a.rows) {
+    case 0: return;
+    case 1: direct<F, 1>(a, w, y, ldy); return;
+    case 2: direct<F, 2>(a, w, y, ldy); return;
+    case 3: direct<F, 3>(a, w, y, ldy); return;
+    default: static_assert(kPackRows == 4); multiply_packed<F>(a, w, y, ldy, scratch);
+    }
+}
+
+void swiglu(const float* x, int64_t count, float* y) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t n = count - i < kLanes ? count - i : kLanes;
+        float gate[kLanes] = {}, up[kLanes] = {}, out[kLanes];
+        for (int64_t j = 0; j < n; ++j) {
+            gate[j] = x[2 * (i + j)];
+            up[j] = x[2 * (i + j) + 1];
+        }
+        // exp 只用于不大于 0 的数：silu(g) = g / (1 + e^-g) = g·e^min(g,0) / (1 + e^-|g|)。
+        const Vector g = load(gate), negative = sub(splat(0), max(g, sub(splat(0), g)));
+        const Vector numerator = exp(sub(splat(0), max(sub(splat(0), g), splat(0))));
+        const Vector sigmoid = divide(numerator, add(splat(1), exp(negative)));
+        store(out, mul(mul(g, sigmoid), load(up)));
+        for (int64_t j = 0; j < n; ++j) {
+            y[i + j] = out[j];
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,129 @@
+// AVX-512 VNNI：16 路 int32，vpdpbusd 一条指令乘加 64 对 (uint8, int8)。
+#pragma once
+
+#include "simd_avx512.h"
+
+namespace {
+
+constexpr int kTileVectors = 2;
+
+struct Ints {
+    __m512i v;
+};
+struct Bytes {
+    __m512i v;
+};
+struct Acts {
+    __m512i v;
+};
+
+// vpdpbusd 的权重是无符号的：零点乘激活之和，从累加器的起点里减去。
+struct Int8 {
+    static constexpr int kBits = 8, kVectors = 1;
+    static constexpr int32_t kZeroPoint = 128, kFolded = kZeroPoint;
+    using Codes = Bytes;
+
+    static inline void unpack(Bytes raw, Bytes (&out)[kVectors]) { out[0] = raw; }
+    static inline Codes codes(Bytes raw) { return raw; }
+};
+// 低 4 位的在前一个向量，高 4 位的在后一个。
+struct Int4 {
+    static constexpr int kBits = 4, kVectors = 2;
+    static constexpr int32_t kZeroPoint = 8, kFolded = kZeroPoint;
+    using Codes = Bytes;
+
+    static inline void unpack(Bytes raw, Bytes (&out)[kVectors]) {
+        const __m512i low = _mm512_set1_epi8(15);
+        out[0] = {_mm512_and_si512(raw.v, low)};
+        out[1] = {_mm512_and_si512(_mm512_srli_epi16(raw.v, 4), low)};
+    }
+    static inline Codes codes(Bytes raw) { return raw; }
+};
+
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Ints splat_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+// 一个向量里 kShare 块，各占相邻的几路。
+template <int kShare>
+inline Ints first_lanes(const int32_t* x) {
+    if constexpr (kShare == 1) {
+        return {_mm512_zextsi128_si512(_mm_cvtsi32_si128(x[0]))};
+    } else if constexpr (kShare == 2) {
+        const __m512i first = _mm512_zextsi128_si512(_mm_cvtsi32_si128(x[0]));
+        return {_mm512_inserti64x4(first, _mm256_zextsi128_si256(_mm_cvtsi32_si128(x[1])), 1)};
+    } else {
+        static_assert(kShare == 4);
+        // 各 128 位都是这四个数，第 i 段留第 i 个，再移到段的开头。
+        const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+        const __m512i order = _mm512_set_epi32(0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0);
+        return {_mm512_maskz_permutexvar_epi32(0x1111, order, four)};
+    }
+}
+template <int kShare>
+inline Vector spread(const float* x) {
+    if constexpr (kShare == 1) {
+        return {_mm512_set1_ps(x[0])};
+    } else if constexpr (kShare == 2) {
+        return {_mm512_mask_mov_ps(_mm512_set1_ps(x[0]), 0xFF00, _mm512_set1_ps(x[1]))};
+    } else {
+        static_assert(kShare == 4);
+        const __m512i order = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+        return {_mm512_permutexvar_ps(order, _mm512_castps128_ps512(_mm_loadu_ps(x)))};
+    }
+}
+template <int kShare>
+inline Vector spread_f16(const uint16_t* x) {
+    if constexpr (kShare == 1) {
+        return {_mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(x[0])))};
+    } else if constexpr (kShare == 2) {
+        const __m128i first = _mm_set1_epi16(static_cast<int16_t>(x[0])), last = _mm_set1_epi16(static_cast<int16_t>(x[1]));
+        return {_mm512_cvtph_ps(_mm256_set_m128i(last, first))};
+    } else {
+        static_assert(kShare == 4);
+        const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+        const __m256i order = _mm256_set_epi8(7, 6, 7, 6, 7, 6, 7, 6, 5, 4, 5, 4, 5, 4, 5, 4, 3, 2, 3, 2, 3, 2, 3, 2, 1, 0, 1, 0,
+            1, 0, 1, 0);
+        return {_mm512_cvtph_ps(_mm256_shuffle_epi8(_mm256_broadcastq_epi64(four), order))};
+    }
+}
+inline float widen_f16(uint16_t x) { return _cvtsh_ss(x); }
+inline Acts load_acts(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Acts splat_acts(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return {_mm512_set1_epi32(four)};
+}
+inline Ints dot(Ints acc, Bytes w, Acts a) { return {_mm512_dpbusd_epi32(acc.v, w.v, a.v)}; }
+inline Ints dot(Ints acc, const Bytes (&w)[2], const Acts (&a)[2]) { return dot(dot(acc, w[0], a[0]), w[1], a[1]); }
+inline Vector to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Vector nearest(Vector a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline void store_int8(int8_t* p, Vector a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+inline Vector divide(Vector a, Vector b) { return {_mm512_div_ps(a.v, b.v)}; }
+
+// 16 行各 64 字节：out 的第 q 个向量是各行的第 q 组 4 字节。
+inline void transpose(const Bytes (&rows)[16], uint8_t* out, int64_t stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(rows[i].v, rows[i + 1].v);
+        b[i + 1] = _mm512_unpackhi_epi32(rows[i].v, rows[i + 1].v);
+    }
+    // a[4i + j]：第 4i..4i+3 行，每 128 位里的第 j 组。
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44), high = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xEE);
+        const __m512i low2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+        const __m512i high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xEE);
+        _mm512_storeu_si512(out + j * stride, _mm512_shuffle_i32x4(low, low2, 0x88));
+        _mm512_storeu_si512(out + (4 + j) * stride, _mm512_shuffle_i32x4(low, low2, 0xDD));
+        _mm512_storeu_si512(out + (8 + j) * stride, _mm512_shuffle_i32x4(high, high2, 0x88));
+        _mm512_storeu_si512(out + (12 + j) * stride, _mm512_shuffle_i32x4(high, high2, 0xDD));
+    }
+}
+
+}  // namespace
