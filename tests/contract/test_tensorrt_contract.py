@@ -360,7 +360,7 @@ def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
     described = {"directory": "rtx-sm89", "version": version, "plans": ["model.plan"], "problem": None}
     assert found["engines"] == [described]
     assert found["refusal"] is None
-    assert found["flavours"]["rtx"]["creators"] == ["LatentAttention", "MoeExperts"]
+    assert found["flavours"]["rtx"]["creators"] == sorted(spec.name for spec in plugin_module.PLUGIN_OPS)
     config = bundle.manifest.model
     assert Counter(node["creator"] for node in found["nodes"]) == {
         "dsx::LatentAttention/1": config.num_hidden_layers,
