@@ -49,7 +49,7 @@ from deepseek_export.engine.layers import (
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
 from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineEntry, EngineRecord
-from deepseek_export.engine.shapes import ProfileShapes, Range, has_prefill
+from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import toolkit_version
 from deepseek_export.ops.table import INDEX_TOPK, MOE_EXPERTS
@@ -117,7 +117,7 @@ def build_engine(
             graph = engine_graph(bundle.path / entry.file, shapes.capacity)
             with disk_errors(directory):
                 onnx.save(graph.model, directory / entry.file)
-            profiles = shapes.profiles(prefill=has_prefill(bundle.manifest.profile))
+            profiles = shapes.profiles(bundle.manifest.profile, graph.key_span)
             began = time.perf_counter()
             made = weights.arrays(tensor.name for tensor in graph.model.graph.initializer)
             content, text = build_engine_bytes(

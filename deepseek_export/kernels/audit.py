@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import re
 import subprocess
@@ -241,19 +240,21 @@ def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
 
 @dataclass(frozen=True)
 class Balance:
-    """一次启动的各个程序摊在各 SM 上匀不匀；一个 SM 一次跑一个程序，先来先占。
+    """一次启动的各个程序摊在各 SM 上匀不匀；一个 SM 一个程序。
 
     Attributes:
-        programs: 有活干的程序数。
+        programs: 程序数。
+        most: 活最多的程序有几格（一块行看一块 key）。
         idle: 从开始到最后一个程序结束，各 SM 空着的时间占几成。
     """
 
     programs: int
+    most: int
     idle: float
 
 
 def balance(table: LaunchTable[KernelSpec], lens: Sequence[int], capacity: int, sm_count: int) -> Balance:
-    """``latent_attention_partial`` 解码一步（S=1）的各个程序匀不匀，由启动表自己的算式得出。
+    """``latent_attention_partial`` 解码一步（S=1）的各个程序匀不匀，由启动表自己的算式得出；格子怎么分见 kernel 的 ``span_start``。
 
     Args:
         table: ``dsx::LatentAttention`` 的启动表。
@@ -264,18 +265,12 @@ def balance(table: LaunchTable[KernelSpec], lens: Sequence[int], capacity: int, 
     heads, width = (int(dim) for dim in table.inputs[0].dims[2:])
     shapes = [(len(lens), 1, heads, width), (len(lens), 1, capacity, width), (len(lens),)]
     launched = table.bind(shapes, sm_count)[0]
-    block = dict(launched.kernel.constants)["BLOCK_N"]
-    row_blocks, splits, _ = launched.grid
-    work = []
-    for past in lens:
-        keys = min(past + 1, capacity)
-        span = math.ceil(math.ceil(keys / splits) / block) * block
-        for start in range(0, keys, span):
-            work += [math.ceil((min(start + span, keys) - start) / block)] * row_blocks
-    free = [0] * sm_count
-    for one in work:
-        heapq.heapreplace(free, free[0] + one)
-    return Balance(len(work), 1 - sum(work) / (sm_count * max(free)))
+    block = dict(launched.kernel.constants)
+    row_blocks = math.ceil(heads / block["BLOCK_M"])
+    cells = row_blocks * sum(math.ceil(min(past + 1, capacity) / block["BLOCK_N"]) for past in lens)
+    programs = launched.grid[0]
+    most = math.ceil(cells / programs)
+    return Balance(programs, most, 1 - cells / (sm_count * most))
 
 
 def disassemble(cubin: bytes) -> list[tuple[str | None, Instruction]]:

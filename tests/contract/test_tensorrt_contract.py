@@ -78,6 +78,11 @@ def built(bundle):
     return engine, observer.calls
 
 
+def only_decode(engine):
+    """只建解码配置，快一些。"""
+    return {"decode": dict(engine.record.plans["model.plan"].profiles)["decode"]}
+
+
 def test_every_mla_and_moe_layer_is_one_plugin_layer(bundle, built):
     """TRT-3：解码配置里每层 MLA、每个 MoE 层恰好一个插件层；prefill 的注意力融成原生核，吸收的矩阵乘被删掉。"""
     engine, _ = built
@@ -197,7 +202,7 @@ def test_without_plugins_the_function_bodies_build(built):
     for creator in creators.values():
         assert registry.deregister_creator(creator)
     try:
-        profiles = built[0].record.shapes.profiles(prefill=False)
+        profiles = only_decode(built[0])
         content, text = build_engine_bytes(
             trt, flavour, built[0].path / "model.onnx", 89, profiles, Progress()
         )
@@ -265,7 +270,7 @@ def test_weights_by_reference_build_the_same_engine(built, tmp_path):
 def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):
     """TRT-4：插件里的异常带着自己的文字出来；DsxError 原样出来；TensorRT 自己的错误附原话。"""
     flavour, path = choose("rtx"), built[0].path / "model.onnx"
-    trt, profiles = load(flavour), built[0].record.shapes.profiles(prefill=False)
+    trt, profiles = load(flavour), only_decode(built[0])
 
     def fail_with(error: Exception):
         def broken(*_):
@@ -331,7 +336,7 @@ def test_progress_comes_from_tensorrt(built):
             steps.append(detail)
 
     flavour = choose("rtx")
-    profiles = built[0].record.shapes.profiles(prefill=False)
+    profiles = only_decode(built[0])
     build_engine_bytes(load(flavour), flavour, built[0].path / "model.onnx", 89, profiles, Watch())
     stage, total = seen[-1]
     assert stage == "TensorRT 构建 model（sm89）"

@@ -73,7 +73,7 @@ def test_without_plugins_the_function_bodies_build(built):
     for creator in creators.values():
         assert registry.deregister_creator(creator)
     try:
-        profiles = built.record.shapes.profiles(prefill=True)
+        profiles = built.record.plans["model.plan"].profiles
         _, text = build_engine_bytes(trt, flavour, built.path / "model.onnx", 89, profiles, Progress())
     finally:
         for creator in creators.values():

@@ -225,10 +225,10 @@ def test_workspace_is_monotonic_and_sufficient(data):
             for argument in launch.arguments
             if argument.kind == "workspace"
         ]
-        # 最后一块是 lse（注意力，4 字节一行；只有一段时不用）、分数（索引器）或各对的输出（专家）。
+        # 最后一块是合看的记录（注意力，一个程序 8 字节）、lse（稀疏的，4 字节一行；只有一段时不用）、分数（索引器）或各对的输出（专家）。
         grid = variant.launches[0].grid
         if table.op == "LatentAttention":
-            tail = small["B"] * grid[1].evaluate(small) * small["S"] * ATTENTION["num_heads"] * 4
+            tail = grid[0].evaluate(small) * 8
         elif table.op == "SparseLatentAttention":
             splits = grid[1].evaluate(small)
             tail = small["B"] * small["S"] * ATTENTION["num_heads"] * splits * 4 * (splits > 1)
@@ -241,20 +241,23 @@ def test_workspace_is_monotonic_and_sufficient(data):
         assert max(offsets) + tail <= have
 
 
-def test_splits_follow_the_card():
-    """KERNEL-5：段数按运行时那张卡的 SM 个数把它占满一轮，不超过容量里的块数，至少一段；SM 比表里多的卡按表里的，workspace 才够。"""
+def test_programs_follow_the_card():
+    """KERNEL-5：程序数是运行时那张卡的 SM 个数，不多于格子；SM 比表里多的卡按表里的，workspace 才够；workspace 不随 B、T 变大。"""
     table = tables(90)[0]
 
-    def splits(B, S, T, sms=132):
+    def programs(B, S, T, sms=132):
         sizes = {"B": B, "S": S, "T": T, SM_COUNT: sms}
         variant = next(v for v in table.variants if v.when.evaluate(sizes))
-        return variant.launches[0].grid[1].evaluate(sizes)
+        return variant.launches[0].grid[0].evaluate(sizes)
 
-    assert splits(1, 1, 32768) == 66
-    assert splits(1, 1, 1024) == 16
-    assert splits(128, 1, 32768) == 1
-    assert [splits(1, 1, 32768, sms) for sms in (114, 78, 1, 500)] == [57, 39, 1, 66], "H100 PCIe、H20"
-    assert splits(1, 1, 0) == 0, "没有缓存就没有启动"
+    assert programs(1, 1, 32768) == programs(128, 1, 32768) == 132
+    assert programs(1, 1, 1024) == 2 * 32, "128 个头是两块 64 行，一次 32 个 key"
+    assert [programs(1, 1, 32768, sms) for sms in (114, 78, 1, 500)] == [114, 78, 1, 132], "H100 PCIe、H20"
+    assert programs(1, 0, 1024) == 0, "没有新 token 就没有启动"
+    large, larger = ({"B": B, "S": 8, "T": T} for B, T in ((16, 4096), (512, 131072)))
+    assert [v.workspace.evaluate(large) for v in table.variants] == [
+        v.workspace.evaluate(larger) for v in table.variants
+    ]
 
 
 def test_the_selection_needs_bounded_workspace():
