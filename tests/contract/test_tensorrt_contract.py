@@ -33,7 +33,7 @@ from deepseek_export.engine import plugins as plugin_module
 from deepseek_export.engine.build import build_engine, build_engine_bytes, check_plugins
 from deepseek_export.engine.flavour import choose, device_sm, load
 from deepseek_export.engine.layers import layer_counts, parse_layers
-from deepseek_export.engine.plugins import PLUGIN_OPS, building_for, registered_creators
+from deepseek_export.engine.plugins import building_for, registered_creators
 from deepseek_export.engine.record import EngineRecord
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import compile_table
@@ -365,7 +365,7 @@ def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
     described = {"directory": "rtx-sm89", "version": version, "plans": ["model.plan"], "problem": None}
     assert found["engines"] == [described]
     assert found["refusal"] is None
-    assert found["flavours"]["rtx"]["creators"] == sorted(spec.name for spec in PLUGIN_OPS)
+    assert found["flavours"]["rtx"]["creators"] == sorted(spec.name for spec in plugin_module.PLUGIN_OPS)
     config = bundle.manifest.model
     assert Counter(node["creator"] for node in found["nodes"]) == {
         "dsx::LatentAttention/1": config.num_hidden_layers,
