@@ -58,7 +58,7 @@ _ONNX_NAMES = {
 _ROWS = (
     Dtype("float32", 32, 1, "F32", "*fp32"),
     Dtype("uint8", 8, 2, "U8"),
-    Dtype("int8", 8, 3, "I8"),
+    Dtype("int8", 8, 3, "I8", "*i8"),
     Dtype("uint16", 16, 4, "U16"),
     Dtype("int16", 16, 5, "I16"),
     Dtype("int32", 32, 6, "I32", "*i32"),
@@ -71,7 +71,7 @@ _ROWS = (
     Dtype("bfloat16", 16, 16, "BF16", "*bf16"),
     Dtype("float8_e4m3fn", 8, 17, "F8_E4M3"),
     Dtype("float8_e5m2", 8, 19, "F8_E5M2"),
-    Dtype("int4", 4, 22, "U8"),
+    Dtype("int4", 4, 22, "U8", "*i8"),
 )
 
 #: 名字 → dtype。

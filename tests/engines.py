@@ -31,11 +31,13 @@ def assert_listing(name: str, sm: int, layers) -> None:
     assert not difference, f"确认是有意的就运行 tools/make_engine_graphs.py：\n{difference}"
 
 
-def assert_plugin_layers(layers, num_layers: int, num_moe_layers: int, num_indexers: int = 0) -> None:
-    """每层的插件一个不多、一个不少；``num_indexers`` 是自己排名的层数，0 是没有稀疏注意力的模型。"""
+def assert_plugin_layers(
+    layers, num_layers: int, num_moe_layers: int, num_indexers: int = 0, experts: str = "MoeExperts"
+) -> None:
+    """每层的插件一个不多、一个不少；``num_indexers`` 是自己排名的层数，0 是没有稀疏注意力的模型；``experts`` 是专家的插件。"""
     ops = Counter(layer.op for layer in layers["decode"] if layer.op)
     attention = "SparseLatentAttention" if num_indexers else "LatentAttention"
-    assert ops == Counter({attention: num_layers, "MoeExperts": num_moe_layers, "IndexTopK": num_indexers})
+    assert ops == Counter({attention: num_layers, experts: num_moe_layers, "IndexTopK": num_indexers})
     assert all(len(layer.onnx) == 1 for layer in layers["decode"] if layer.op)
     fused = [layer for layer in layers["prefill"] if "mha" in layer.name]
     assert [len(layer.onnx) for layer in fused] == [1] * num_layers

@@ -27,6 +27,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.engine import build
 from deepseek_export.engine.flavour import FLAVOURS, Flavour
+from deepseek_export.engine.graph import KEY_SPAN, KEY_SPAN_DIMS
 from deepseek_export.engine.shapes import ProfileShapes
 
 SM = 89
@@ -46,6 +47,7 @@ class FakeDriver:
 
     Attributes:
         live: 没有归还的显存，地址 → 内存。
+        pinned: 没有归还的锁页内存，地址 → 内存。
         graphs: 没有归还的 CUDA graph。
         version: 支持到哪一版 CUDA，13000 是 13.0。
         counts: ``plain`` 照常执行、``capture`` 录制、``launch`` 重放的次数。
@@ -60,6 +62,7 @@ class FakeDriver:
 
     def __init__(self) -> None:
         self.live: dict[int, Any] = {}
+        self.pinned: dict[int, Any] = {}
         self.graphs: list[Any] = []
         self.counts: Counter[str] = Counter()
         self.recording: list[Any] | None = None
@@ -119,16 +122,27 @@ class FakeDriver:
             self.live.pop(address)
         return result
 
+    def cuMemAllocHost(self, nbytes):
+        memory = ctypes.create_string_buffer(nbytes)
+        self.pinned[ctypes.addressof(memory)] = memory
+        return self._outside_capture(ctypes.addressof(memory))
+
+    def cuMemFreeHost(self, address):
+        self.pinned.pop(address)
+        return self._outside_capture()
+
     def cuMemsetD8Async(self, address, value, nbytes, stream):
         ctypes.memset(self.memory(address, nbytes), value, nbytes)
         return self._outside_capture()
 
     def cuMemcpyHtoDAsync(self, address, host, nbytes, stream):
         ctypes.memmove(self.memory(address, nbytes), host, nbytes)
+        self.counts["upload"] += 1
         return self._outside_capture()
 
     def cuMemcpyDtoHAsync(self, host, address, nbytes, stream):
         ctypes.memmove(host, self.memory(address, nbytes), nbytes)
+        self.counts["download"] += 1
         return self._outside_capture()
 
     def cuMemcpyDtoDAsync(self, target, source, nbytes, stream):
@@ -337,6 +351,8 @@ class FakeGpu:
                 value.name: Port(value.name, value.dtype, tuple(value.shape))
                 for value in (*graph.inputs, *graph.outputs)
             }
+            if "P" in entry.profiles["decode"]:
+                nodes[KEY_SPAN] = Port(KEY_SPAN, "int8", KEY_SPAN_DIMS)
             plan = (made.path / name).read_bytes()
             self._engines[plan] = ((run or made.path) / entry.graph, nodes)
         return made.path

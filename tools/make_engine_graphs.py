@@ -5,40 +5,90 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import click
 
 import deepseek_export
 from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.checkpoint.weight_only import Quantization, QuantKind
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.engine.build import build_engine
 from deepseek_export.engine.flavour import choose
 from deepseek_export.engine.layers import EngineLayer, layer_listing
 from deepseek_export.engine.shapes import ProfileShapes
+from deepseek_export.ops.table import MOE_EXPERTS, QUANTIZED_MOE_EXPERTS
+from deepseek_export.records import ModelDtype
 from tools.make_graphs import CONFIGS, GRAPHS
 
 ENGINE_GRAPHS = GRAPHS / "engines"
-#: ``demo`` 是随包附带的演示检查点，带 MTP；另外的是 tools/make_graphs.py 的小配置，随机权重。
-NAMES = ("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "demo")
-ARCHES = (80, 89, 120)
+#: 宽度都是 32 的倍数而且不止一块，每个线性层都量化得了，int4 的都融得了。
+WIDE = CONFIGS["deepseek_v3"] | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "q_lora_rank": 64,
+    "v_head_dim": 32,
+}
+
+
+class Case(NamedTuple):
+    """一份清单由什么来。
+
+    Attributes:
+        config: 随机权重的检查点的配置；``None`` 是随包附带的演示检查点，带 MTP。
+        dtype: 模型 dtype。
+        quant: 只量化权重。
+    """
+
+    config: Mapping[str, Any] | None
+    dtype: ModelDtype = "float16"
+    quant: QuantKind | None = None
+
+    @property
+    def experts(self) -> str:
+        """专家的插件。"""
+        return (MOE_EXPERTS if self.quant is None else QUANTIZED_MOE_EXPERTS).name
+
+
+#: 清单的名字 → 由什么来。
+CASES: Mapping[str, Case] = MappingProxyType(
+    {
+        "deepseek_v2": Case(CONFIGS["deepseek_v2"]),
+        "deepseek_v3": Case(CONFIGS["deepseek_v3"]),
+        "glm_moe_dsa": Case(CONFIGS["glm_moe_dsa"]),
+        "demo": Case(None),
+        "wide.bfloat16": Case(WIDE, "bfloat16"),
+        "wide.int8": Case(WIDE, "bfloat16", "int8"),
+        "wide.int4": Case(WIDE, "bfloat16", "int4"),
+    }
+)
+NAMES = tuple(CASES)
+ARCHES = (80, 86, 89, 120)
 #: 小一点的容量，清单不随它变。
 SHAPES = "T=256"
 
 
 def make_checkpoint(name: str, directory: Path) -> Path:
     """清单所用的检查点。"""
-    if name == "demo":
+    config = CASES[name].config
+    if config is None:
         return CHECKPOINT
-    write_checkpoint(directory / name, CONFIGS[name])
+    write_checkpoint(directory / name, dict(config))
     return directory / name
 
 
 def make_bundle(name: str, directory: Path) -> Bundle:
-    """tensorrt-rtx、float16 的 bundle。"""
-    profile = "full" if name == "demo" else "mla+moe"
+    """tensorrt-rtx 的 bundle。"""
+    case = CASES[name]
+    profile = "full" if case.config is None else "mla+moe"
     checkpoint, out = make_checkpoint(name, directory), directory / f"{name}-out"
-    return deepseek_export.export(checkpoint, out, profile, target="tensorrt-rtx", dtype="float16")
+    quantization = None if case.quant is None else Quantization(kind=case.quant)
+    return deepseek_export.export(
+        checkpoint, out, profile, target="tensorrt-rtx", dtype=case.dtype, quantization=quantization
+    )
 
 
 def build_for(bundle: Bundle, sm: int):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from deepseek_export.kernels.audit import CARDS, audits, estimate
+from deepseek_export.kernels.audit import CARDS, audits, balance, estimate
+from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.table import SMS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/gpu.md"
@@ -17,6 +19,10 @@ _HEAD = """\
 
 后两列是**估计**：由指令数与那张卡的规格得出，没有在 GPU 上量过。算力一列假定数据都已在片上，带宽一列假定数据都从显存来；`python -m perf.gpu.accept` 在卡上跑过一次，
 才知道它们对不对。
+"""
+_BALANCE = """\
+注意力的活由各个程序均分，至多差一块行看一块 key。下面是 B 从 1 到 256 里最差的一个，缓存 8192：从开始到最后一个程序结束，各 SM 空着的时间占几成。B 小的时候活不够分，
+差一格就显得多。由启动表的算式得出，没有在 GPU 上量过。
 """
 
 
@@ -39,7 +45,29 @@ def section() -> str:
             f"{guess.of_copy:.0%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([_HEAD, *lines, "", f"Triton {version('triton')}。"])
+    return "\n".join([_HEAD, *lines, "", f"Triton {version('triton')}。", "", _BALANCE, *_idle()])
+
+
+def _idle() -> Iterator[str]:
+    """B 从 1 到 256，各 SM 空着的时间最多占几成。"""
+    yield "| 卡 | SM 个数 | H=16，等长 | H=16，长短不齐 | H=128，等长 | H=128，长短不齐 |"
+    yield "|---|---|---|---|---|---|"
+    for sm, card in CARDS.items():
+        cells = []
+        for heads in (16, 128):
+            table = latent_attention_launch(sm, heads, 512, 64, 0.1147, "bfloat16")
+            for ragged in (False, True):
+                worst = max(
+                    balance(table, ragged_lens(batch) if ragged else [8191] * batch, 8192, card.sms).idle
+                    for batch in range(1, 257)
+                )
+                cells.append(f"{worst:.0%}")
+        yield f"| {card.title} | {card.sms} | {' | '.join(cells)} |"
+
+
+def ragged_lens(batch: int) -> list[int]:
+    """``batch`` 个长短不齐、总是一样的长度，0 到 8191。"""
+    return [(row * 2654435761 + 4096) % 8192 for row in range(batch)]
 
 
 def main() -> None:

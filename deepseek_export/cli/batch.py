@@ -104,7 +104,7 @@ def command(
       dsx batch OUT IN.jsonl -o ANSWERS.jsonl --ray auto --replicas 4
     """
     require_serve()
-    check_replicas(replicas, ray)
+    check_replicas(replicas, ray, stages, [bundle])
     with open_progress(as_json) as progress:
         progress.start("加载模型")
         from deepseek_export.bundle.disk import sha256_file

@@ -105,7 +105,7 @@ def balance_option(default: str | None) -> Callable[[Callable[..., Any]], Callab
 ray_option = click.option(
     "--ray",
     metavar="ADDRESS",
-    help="OUT 是一套 stage 时用 Ray 起它：auto 连已经在跑的，local 在本进程里起一个；缺省在本机上起，不要 Ray。",
+    help="用 Ray 起一套 stage、几个副本：auto 连已经在跑的，HOST:PORT 连那一个，local 在本机上起一个；缺省在本机上起 stage，不要 Ray。",
 )
 stages_option = click.option(
     "--stages",

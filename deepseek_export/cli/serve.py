@@ -170,7 +170,7 @@ def command(
     settings = EngineSettings(slots=slots, queue=max_queue, speculation=not no_speculative)
     keys = read_keys(api_key_file)
     cluster = cluster_settings(micro_batches, ray, strategy, (tls_cert, tls_key, tls_ca))
-    check_replicas(replicas, ray)
+    check_replicas(replicas, ray, stages, sources.values())
     progress = _LogProgress()
 
     def ready(source: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from deepseek_export.errors import DsxError
@@ -69,12 +70,24 @@ def replica_range(text: str) -> tuple[int, int]:
     raise DsxError("DSX-E753", f"--replicas {text!r}", f"写个数（2），或范围（1-4），在 1 到 {_MOST} 之间")
 
 
-def check_replicas(replicas: object, ray: str | None) -> None:
-    """副本要 Ray。
+def check_replicas(replicas: object, ray: str | None, stages: str | None, sources: Iterable[Path]) -> None:
+    """副本要 Ray；给了 Ray，要有东西给它起。
+
+    Args:
+        replicas: ``--replicas``。
+        ray: ``--ray``。
+        stages: ``--stages``。
+        sources: 要加载的目录。
 
     Raises:
-        DsxError: ``DSX-E753``，给了 ``--replicas`` 而没有 ``--ray``。
+        DsxError: ``DSX-E753``，给了 ``--replicas`` 而没有 ``--ray``，或反过来，而没有一个目录是切开的。
     """
+    from deepseek_export.bundle.stages import is_stage_set
+
     if replicas is not None and ray is None:
         todo = "加 --ray auto（已经在跑的），或 --ray local（在本机上起一个）；或去掉 --replicas"
         raise DsxError("DSX-E753", f"给了 --replicas {replicas}，而没有 --ray", todo)
+    if ray is None or replicas is not None or stages is not None or any(map(is_stage_set, sources)):
+        return
+    todo = "加 --replicas N 起几个副本，或 --stages N 切开；或去掉 --ray"
+    raise DsxError("DSX-E753", f"给了 --ray {ray}，而 OUT 没有切开：没有东西给 Ray 起", todo)

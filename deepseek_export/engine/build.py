@@ -49,10 +49,10 @@ from deepseek_export.engine.layers import (
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
 from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, EngineEntry, EngineRecord
-from deepseek_export.engine.shapes import ProfileShapes, Range, has_prefill
+from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import toolkit_version
-from deepseek_export.ops.table import INDEX_TOPK, MOE_EXPERTS
+from deepseek_export.ops.table import INDEX_TOPK, MOE_EXPERTS, QUANTIZED_MOE_EXPERTS
 from deepseek_export.progress import Progress
 from deepseek_export.version import __version__
 
@@ -117,7 +117,7 @@ def build_engine(
             graph = engine_graph(bundle.path / entry.file, shapes.capacity)
             with disk_errors(directory):
                 onnx.save(graph.model, directory / entry.file)
-            profiles = shapes.profiles(prefill=has_prefill(bundle.manifest.profile))
+            profiles = shapes.profiles(bundle.manifest.profile, graph.key_span)
             began = time.perf_counter()
             made = weights.arrays(tensor.name for tensor in graph.model.graph.initializer)
             content, text = build_engine_bytes(
@@ -250,7 +250,8 @@ def expected_plugins(profile: str, plugins: Mapping[str, str]) -> Mapping[str, s
     """一个优化配置里一定要有的插件：解码是全部；prefill 的注意力走原生融合核，走不到的插件可以整条删掉，索引器与专家总要经过。"""
     if profile == "decode":
         return plugins
-    return {node: op for node, op in plugins.items() if op in (INDEX_TOPK.name, MOE_EXPERTS.name)}
+    always = (INDEX_TOPK.name, MOE_EXPERTS.name, QUANTIZED_MOE_EXPERTS.name)
+    return {node: op for node, op in plugins.items() if op in always}
 
 
 def check_plugins(name: str, layers: Iterable[EngineLayer], plugins: Mapping[str, str]) -> None:

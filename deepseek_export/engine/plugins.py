@@ -23,6 +23,7 @@ from deepseek_export.kernels.index_topk_launch import index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.launcher import Launcher
 from deepseek_export.kernels.program import IMAGE_FIELD, PROGRAM_FIELD, LaunchTable, Program
+from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
 from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import KernelSpec
 from deepseek_export.ops.table import (
@@ -31,6 +32,7 @@ from deepseek_export.ops.table import (
     MOE_EXPERTS,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    QUANTIZED_MOE_EXPERTS,
     SPARSE_LATENT_ATTENTION,
     TYPE_CONSTRAINTS,
     OpSpec,
@@ -68,6 +70,11 @@ def _moe_experts(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
     return grouped_swiglu_launch(sm, dims["E"], dims["k"], dims["D"], dims["I"], dtypes["T"])
 
 
+def _quantized_moe_experts(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
+    shape = (dims["E"], dims["k"], dims["D"], dims["I"])
+    return quantized_swiglu_launch(sm, *shape, dtypes["T"], dtypes["Q"], attributes["block_size"])
+
+
 #: 插件核 → 由静态的具名维、类型变量与属性得到启动表。
 LAUNCH_TABLES: Mapping[str, Tabulate] = MappingProxyType(
     {
@@ -75,10 +82,17 @@ LAUNCH_TABLES: Mapping[str, Tabulate] = MappingProxyType(
         INDEX_TOPK.name: _index_topk,
         SPARSE_LATENT_ATTENTION.name: _sparse_latent_attention,
         MOE_EXPERTS.name: _moe_experts,
+        QUANTIZED_MOE_EXPERTS.name: _quantized_moe_experts,
     }
 )
 #: 有插件的算子。
-PLUGIN_OPS: tuple[OpSpec, ...] = (LATENT_ATTENTION, INDEX_TOPK, SPARSE_LATENT_ATTENTION, MOE_EXPERTS)
+PLUGIN_OPS: tuple[OpSpec, ...] = (
+    LATENT_ATTENTION,
+    INDEX_TOPK,
+    SPARSE_LATENT_ATTENTION,
+    MOE_EXPERTS,
+    QUANTIZED_MOE_EXPERTS,
+)
 
 
 @dataclass(eq=False)

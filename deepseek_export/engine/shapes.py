@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -16,6 +17,8 @@ Range = tuple[int, int, int]
 _HINT = "写成 B=最小:最优:最大,S=最优:最大,T=容量，例如 B=1:1:8,S=128:512,T=4096；没写的用缺省值"
 _DEFAULT_CAPACITY = 4096
 _COUNTS = {"B": 3, "S": 2, "T": 1}
+#: P 按它的倍数凑整。
+_SMALLEST_STEP = 64
 #: CUDA 的线程格在 y、z 上的上限；LatentAttention 的核把 B 放在这两维上。
 _MAX_BATCH = 65535
 
@@ -75,22 +78,36 @@ class ProfileShapes(BaseModel):
             raise DsxError("DSX-E919", f"S = {best}:{largest}，应满足 {allowed}", _HINT)
         return cls(batch=(low, middle, high), prefill=(best, largest), capacity=capacity)
 
-    def profiles(self, prefill: bool) -> Mapping[str, Mapping[str, Range]]:
+    def profiles(self, profile: OptimizationProfile, key_span: bool) -> Mapping[str, Mapping[str, Range]]:
         """配置名 → 动态维 → 最小、最优、最大值，次序就是引擎里的编号。
 
         Args:
-            prefill: 有没有 prefill 路径，见 :func:`has_prefill`。
+            profile: bundle 的方案。
+            key_span: 图有没有 :data:`~deepseek_export.engine.graph.KEY_SPAN`，有才有 P。解码不走 prefill 路径的，P 总是 1。
         """
         best, largest = self.prefill
         top = MAX_DECODE_TOKENS
-        made: dict[str, Mapping[str, Range]] = {
+        keys: Range = (1, largest, self.capacity)
+        decode_keys = keys if profile.mla.form == "naive" else (1, 1, 1)
+        made: dict[str, dict[str, Range]] = {
             "decode": {"B": self.batch, "S": (1, 1, top), "L": (1, 1, top), "K": (0, 0, top - 1)}
         }
-        if prefill:
+        if key_span:
+            made["decode"]["P"] = decode_keys
+        if has_prefill(profile):
             made["prefill"] = {
                 "B": self.batch,
                 "S": (top + 1, best, largest),
                 "L": (1, 1, largest),
                 "K": (0, 0, top),
             }
+            if key_span:
+                made["prefill"]["P"] = keys
         return made
+
+
+def span_of(longest: int, allowed: Range) -> int:
+    """P 取多少：至少 ``longest``，凑整使形状不至于一个长度一种——每翻一倍四档，多看的不到四分之一；不出 ``allowed``。"""
+    low, _, high = allowed
+    step = max(_SMALLEST_STEP, (1 << (longest - 1).bit_length()) // 8)
+    return min(max(math.ceil(longest / step) * step, low), high)

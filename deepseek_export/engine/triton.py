@@ -14,7 +14,9 @@ from pathlib import Path
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import atomic_directory, disk_errors, link_or_copy
 from deepseek_export.bundle.manifest import ValueEntry
+from deepseek_export.engine.graph import KEY_SPAN, KEY_SPAN_DIMS
 from deepseek_export.engine.record import ENGINES, EngineRecord
+from deepseek_export.engine.shapes import Range
 from deepseek_export.errors import DsxError
 
 CONFIG_FILE = "config.pbtxt"
@@ -30,12 +32,14 @@ _TYPES = {
     "bfloat16": "TYPE_BF16",
     "float32": "TYPE_FP32",
 }
+#: 有 prefill 路径的引擎另要的输入，见 :mod:`~deepseek_export.engine.graph`。
+_KEY_SPAN = ValueEntry(name=KEY_SPAN, dtype="int8", shape=list(KEY_SPAN_DIMS))
 _HEAD = """\
 # 由 dsx pack --triton 写成。一次请求是一个序列（sequence_id）的一步：
 #   input_ids [1, S]         这一步的新 token：先是整个提示词，以后每次一个
 #   past_lens [1]            此前已经送过多少个 token
 #   logits_positions [1, L]  要这一步里哪几个位置的 logits；通常只要最后一个，[[S - 1]]
-# sequence_start 与 sequence_end 说开头与结束。past_lens 加 S 不超过 {context}：再长就写出界了。
+{key_span}# sequence_start 与 sequence_end 说开头与结束。past_lens 加 S 不超过 {context}：再长就写出界了。
 # Triton 不做的：分词与聊天模板、取样、停止、接着往下走的循环、把几个序列拼成一批、前缀复用、投机解码。
 # 这些 dsx serve 都做。
 """
@@ -91,6 +95,7 @@ def write_triton(
         file: bundle.path / file for file in manifest.weights.files
     }
     platform, kind = "onnxruntime_onnx", "instance_group { kind: KIND_CPU count: 1 }"
+    key_span: Range | None = None
     if engine is not None:
         plan, record = _find_engine(bundle, engine)
         if context is not None and context != record.shapes.capacity:
@@ -100,6 +105,7 @@ def write_triton(
             )
         context, limit = record.shapes.capacity, record.shapes.capacity
         files = {plan.name: plan}
+        key_span = record.plans[plan.name].profiles["decode"].get("P")
         profiles = "".join(f' profile: "{number}"' for number in range(len(record.plans[plan.name].profiles)))
         platform, kind = "tensorrt_plan", f"instance_group {{ kind: KIND_GPU count: 1{profiles} }}"
     context = min(DEFAULT_CONTEXT, limit) if context is None else context
@@ -112,6 +118,7 @@ def write_triton(
         "max_batch_size: 1",
         kind,
         *_ports("input", [port for port in graph.inputs if not _is_cache(port)]),
+        *_ports("input", [] if key_span is None else [_KEY_SPAN]),
         *_ports("output", [port for port in graph.outputs if not _is_cache(port)]),
         "sequence_batching {",
         f"  max_sequence_idle_microseconds: {_IDLE_US}",
@@ -121,7 +128,7 @@ def write_triton(
     ]
     with disk_errors(repository):
         repository.mkdir(parents=True, exist_ok=True)
-    text = _HEAD.format(context=context) + "\n".join(lines) + "\n"
+    text = _HEAD.format(context=context, key_span=_key_span_help(key_span, context)) + "\n".join(lines) + "\n"
     with (
         atomic_directory(repository / name, overwrite, marker=CONFIG_FILE) as directory,
         disk_errors(directory),
@@ -135,6 +142,14 @@ def write_triton(
                 link_or_copy(source, target)
         (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
     return TritonModel(repository / name, context, context * manifest.cache.bytes_per_token)
+
+
+def _key_span_help(decode: Range | None, context: int) -> str:
+    """``decode`` 是解码配置里 P 的范围；引擎没有这个输入是 ``None``。"""
+    if decode is None:
+        return ""
+    rule = "S 不超过 8 时是 1，否则不小于" if decode[2] == 1 else "不小于"
+    return f"#   key_span [1, P]          只看 P，内容不读：{rule} past_lens + S，至多 {context}\n"
 
 
 def _find_engine(bundle: Bundle, engine: str) -> tuple[Path, EngineRecord]:

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import re
 import subprocess
@@ -28,10 +27,13 @@ from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.index_topk_launch import index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import LaunchTable
+from deepseek_export.kernels.quantized_swiglu_launch import CodeDtype, quantized_swiglu_launch
 from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import SMS, KernelSpec
 
 _WARP, _WARPGROUP = 32, 4
+#: 量化的专家各按哪种码审计；block 是缺省的 32。
+CODES: tuple[CodeDtype, ...] = ("int8", "int4")
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)$")
 _LABEL = re.compile(r"^(\.L\w+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
@@ -92,7 +94,7 @@ class LoopAudit:
     """主循环的一次迭代。
 
     Attributes:
-        function, tile: kernel 的函数名与块，例如 ``16x32``。
+        function, tile: kernel 的函数名与块，例如 ``16x32``；权重是码的写明是哪种，例如 ``16x64 int4``。
         sm: 计算能力。
         threads, shared: 线程块的线程数、共享内存字节数。
         work: 乘加的次数除以该有的；``None`` 是数不出来（sm100 的 ``UTCHMMA`` 不写形状）。
@@ -194,7 +196,8 @@ def audit(spec: KernelSpec, sm: int) -> LoopAudit | None:
     constants = dict(spec.constants)
     return LoopAudit(
         function=spec.function,
-        tile=f"{constants['BLOCK_M']}x{constants['BLOCK_N']}",
+        tile=f"{constants['BLOCK_M']}x{constants['BLOCK_N']}"
+        + (f" int{constants['BITS']}" if "BITS" in constants else ""),
         sm=sm,
         threads=kernel.threads,
         shared=kernel.shared,
@@ -220,8 +223,12 @@ def estimate(found: LoopAudit) -> Estimate:
     return Estimate(tensor, issue, memory, found.fmas / card.fmas / busy, memory / whole)
 
 
-def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
+def audits(sms: Iterable[int] = SMS, codes: Sequence[CodeDtype] = CODES) -> Iterator[LoopAudit]:
     """每种 SM 上每个有张量核指令的 kernel，形状是 DeepSeek-V3 的，索引器是 V3.2 的（块只由 SM 定，与头数、专家数无关）。
+
+    Args:
+        sms: 哪几种 SM。
+        codes: 量化的专家审计哪几种码。
 
     Raises:
         DsxError: 见 :func:`audit`。
@@ -232,6 +239,7 @@ def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
             index_topk_launch(sm, 64, 128, 2048, "bfloat16"),
             sparse_latent_attention_launch(sm, 128, 512, 64, 2048, 0.1147, "bfloat16"),
             grouped_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16"),
+            *(quantized_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16", one, 32) for one in codes),
         )
         for spec in dict.fromkeys(kernel for table in tables for kernel in table.kernels):
             found = audit(spec, sm)
@@ -241,19 +249,21 @@ def audits(sms: Iterable[int] = SMS) -> Iterator[LoopAudit]:
 
 @dataclass(frozen=True)
 class Balance:
-    """一次启动的各个程序摊在各 SM 上匀不匀；一个 SM 一次跑一个程序，先来先占。
+    """一次启动的各个程序摊在各 SM 上匀不匀；一个 SM 一个程序。
 
     Attributes:
-        programs: 有活干的程序数。
+        programs: 程序数。
+        most: 活最多的程序有几格（一块行看一块 key）。
         idle: 从开始到最后一个程序结束，各 SM 空着的时间占几成。
     """
 
     programs: int
+    most: int
     idle: float
 
 
 def balance(table: LaunchTable[KernelSpec], lens: Sequence[int], capacity: int, sm_count: int) -> Balance:
-    """``latent_attention_partial`` 解码一步（S=1）的各个程序匀不匀，由启动表自己的算式得出。
+    """``latent_attention_partial`` 解码一步（S=1）的各个程序匀不匀，由启动表自己的算式得出；格子怎么分见 kernel 的 ``span_start``。
 
     Args:
         table: ``dsx::LatentAttention`` 的启动表。
@@ -264,18 +274,12 @@ def balance(table: LaunchTable[KernelSpec], lens: Sequence[int], capacity: int, 
     heads, width = (int(dim) for dim in table.inputs[0].dims[2:])
     shapes = [(len(lens), 1, heads, width), (len(lens), 1, capacity, width), (len(lens),)]
     launched = table.bind(shapes, sm_count)[0]
-    block = dict(launched.kernel.constants)["BLOCK_N"]
-    row_blocks, splits, _ = launched.grid
-    work = []
-    for past in lens:
-        keys = min(past + 1, capacity)
-        span = math.ceil(math.ceil(keys / splits) / block) * block
-        for start in range(0, keys, span):
-            work += [math.ceil((min(start + span, keys) - start) / block)] * row_blocks
-    free = [0] * sm_count
-    for one in work:
-        heapq.heapreplace(free, free[0] + one)
-    return Balance(len(work), 1 - sum(work) / (sm_count * max(free)))
+    block = dict(launched.kernel.constants)
+    row_blocks = math.ceil(heads / block["BLOCK_M"])
+    cells = row_blocks * sum(math.ceil(min(past + 1, capacity) / block["BLOCK_N"]) for past in lens)
+    programs = launched.grid[0]
+    most = math.ceil(cells / programs)
+    return Balance(programs, most, 1 - cells / (sm_count * most))
 
 
 def disassemble(cubin: bytes) -> list[tuple[str | None, Instruction]]:
@@ -354,6 +358,19 @@ def _down(c: Mapping[str, int]) -> tuple[int, int]:
     return c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], rows * c["BLOCK_K"] * 2
 
 
+def _codes(c: Mapping[str, int]) -> int:
+    """一块码与它的 scale 有几个字节。"""
+    return c["BLOCK_N"] * (c["BLOCK_K"] * c["BITS"] // 8 + c["BLOCK_K"] // c["SCALED"] * 2)
+
+
+def _quantized_gate_up(c: Mapping[str, int]) -> tuple[int, int]:
+    return 2 * c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], 2 * _codes(c) + c["BLOCK_M"] * c["BLOCK_K"] * 2
+
+
+def _quantized_down(c: Mapping[str, int]) -> tuple[int, int]:
+    return c["BLOCK_M"] * c["BLOCK_N"] * c["BLOCK_K"], _codes(c) + c["BLOCK_M"] * c["BLOCK_K"] * 2
+
+
 #: kernel 的函数名 → 由常数得一次迭代该做的乘加、该搬的字节；不在其中的没有张量核指令，``index_topk_rows`` 的主循环就是
 #: ``index_topk_scores`` 的那一段。
 _WANTED: Mapping[str, Callable[[Mapping[str, int]], tuple[int, int]]] = MappingProxyType(
@@ -363,5 +380,7 @@ _WANTED: Mapping[str, Callable[[Mapping[str, int]], tuple[int, int]]] = MappingP
         "index_topk_scores": _index_scores,
         "gate_up": _gate_up,
         "down": _down,
+        "quantized_gate_up": _quantized_gate_up,
+        "quantized_down": _quantized_down,
     }
 )

@@ -1,19 +1,24 @@
-"""``dsx::MoeExperts`` 的启动表：在每种形状与 SM 上用多大的块、怎样的网格、多少 workspace。"""
+"""``dsx::MoeExperts`` 的启动表：在每种形状与 SM 上用多大的块、怎样的网格、多少 workspace。
+
+排序、workspace 的布局与末尾的加权（:func:`experts_table`）与权重是码的 :mod:`.quantized_swiglu_launch` 共用。
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.kernels.expression import Expression, symbol
-from deepseek_export.kernels.program import LaunchTable, Variant
+from deepseek_export.kernels.program import Launch, LaunchTable, Variant
 from deepseek_export.kernels.table import (
     ALIGNMENT,
     KernelDtype,
     KernelSpec,
+    Parameter,
     Problem,
     block_size,
     check_dtype,
@@ -43,6 +48,25 @@ class ExpertsTile:
     num_stages: int
 
 
+class Rows(NamedTuple):
+    """两次矩阵乘要用的：workspace 里的各块，与有几个行块。
+
+    Attributes:
+        sorted_pairs, offsets: 排好的对、各专家的起点。
+        hidden: SwiGLU 的中间结果，[N*k, I]。
+        expert_out: 各对的输出，[N*k, D]。
+        tiles: 至多几个行块；多出来的程序立即退出。
+    """
+
+    sorted_pairs: Parameter
+    offsets: Parameter
+    hidden: Parameter
+    expert_out: Parameter
+    tiles: Expression
+
+
+_Launch: TypeAlias = Launch[KernelSpec, Expression]
+
 #: 共享内存上限 → 各变体的块，行数升序。
 _EXPERTS_TILES: Mapping[int, tuple[ExpertsTile, ...]] = MappingProxyType(
     {
@@ -52,8 +76,64 @@ _EXPERTS_TILES: Mapping[int, tuple[ExpertsTile, ...]] = MappingProxyType(
     }
 )
 _SORT_BLOCK = 1024
-_GROUP = 8
+#: 几个行块一组，组内先走行。
+GROUP = 8
 _COMBINE_BLOCK = 1024
+
+
+def experts_table(
+    problem: Problem,
+    tiles: Sequence[ExpertsTile],
+    matmuls: Callable[[ExpertsTile, Rows], tuple[_Launch, _Launch]],
+) -> LaunchTable[KernelSpec]:
+    """专家算子的启动表：排序，两次矩阵乘，加权。
+
+    Args:
+        problem: E、k、D、I 与 ``T`` 已知。
+        tiles: 各变体的块，行数升序。
+        matmuls: 一个变体的 ``gate_up`` 与 ``down``。
+    """
+    E, k, D, inner = (problem.sizes[name] for name in ("E", "k", "D", "I"))
+    dtype = problem.dtypes["T"]
+    N = symbol("N")
+    pairs = N * k
+    # workspace：排序后的对、各专家的起点、SwiGLU 的中间结果、各对的输出，依次排列。
+    offsets_at = (pairs * 4).align(ALIGNMENT)
+    hidden_at = offsets_at + Expression.of((E + 1) * 4).align(ALIGNMENT)
+    expert_out_at = hidden_at + (pairs * DTYPES[dtype].nbytes(inner)).align(ALIGNMENT)
+    workspace = expert_out_at + pairs * DTYPES[dtype].nbytes(D)
+    sorted_pairs, offsets = scratch("sorted_pairs", "int32", 0), scratch("offsets", "int32", offsets_at)
+    hidden, expert_out = scratch("hidden", dtype, hidden_at), scratch("expert_out", dtype, expert_out_at)
+
+    sort = launch(
+        "grouped_swiglu",
+        "sort_pairs",
+        (E + 1, 1, 1),
+        (problem.port("topk_ids"), sorted_pairs, offsets, int32("pairs", pairs), int32("E", E)),
+        {"BLOCK": _SORT_BLOCK},
+        4,
+        1,
+    )
+    combine_block = min(_COMBINE_BLOCK, block_size(D))
+    combine = launch(
+        "grouped_swiglu",
+        "combine",
+        (N, Expression.of(D).ceil(combine_block), 1),
+        (expert_out, *map(problem.port, ("topk_ids", "topk_weights", "y")), int32("top_k", k)),
+        {"D": D, "E": E, "BLOCK_D": combine_block},
+        4,
+        1,
+    )
+
+    variants = []
+    for tile in tiles:
+        # 每个有 token 的专家至多一个不满的行块，所以行块数有这个上界；多出来的程序立即退出。
+        row_tiles = pairs // tile.rows + pairs.min(E)
+        gate_up, down = matmuls(tile, Rows(sorted_pairs, offsets, hidden, expert_out, row_tiles))
+        # 平均每个专家分到的 token 装不满一个大块时用小块：这时受限于读权重，大块只是空算。
+        when = Expression.of(1) if tile is tiles[-1] else pairs.at_most(2 * tile.rows * E)
+        variants.append(Variant(when, workspace, (sort, gate_up, down, combine)))
+    return problem.table(variants)
 
 
 def grouped_swiglu_launch(
@@ -79,58 +159,25 @@ def grouped_swiglu_launch(
     check_dtype(MOE_EXPERTS, "x", dtype, ("float16", "bfloat16"))
     E, k, D, inner = num_experts, top_k, hidden_size, moe_intermediate_size
     problem = Problem(MOE_EXPERTS, sm, {"E": E, "k": k, "D": D, "I": inner}, {"T": dtype})
-    N = symbol("N")
-    pairs = N * k
-    # workspace：排序后的对、各专家的起点、SwiGLU 的中间结果、各对的输出，依次排列。
-    offsets_at = (pairs * 4).align(ALIGNMENT)
-    hidden_at = offsets_at + Expression.of((E + 1) * 4).align(ALIGNMENT)
-    expert_out_at = hidden_at + (pairs * DTYPES[dtype].nbytes(inner)).align(ALIGNMENT)
-    workspace = expert_out_at + pairs * DTYPES[dtype].nbytes(D)
-    sorted_pairs, offsets = scratch("sorted_pairs", "int32", 0), scratch("offsets", "int32", offsets_at)
-    hidden, expert_out = scratch("hidden", dtype, hidden_at), scratch("expert_out", dtype, expert_out_at)
-    top_k_value = int32("top_k", k)
 
-    sort = launch(
-        "grouped_swiglu",
-        "sort_pairs",
-        (E + 1, 1, 1),
-        (problem.port("topk_ids"), sorted_pairs, offsets, int32("pairs", pairs), int32("E", E)),
-        {"BLOCK": _SORT_BLOCK},
-        4,
-        1,
-    )
-    combine_block = min(_COMBINE_BLOCK, block_size(D))
-    combine = launch(
-        "grouped_swiglu",
-        "combine",
-        (N, Expression.of(D).ceil(combine_block), 1),
-        (expert_out, *map(problem.port, ("topk_ids", "topk_weights", "y")), top_k_value),
-        {"D": D, "E": E, "BLOCK_D": combine_block},
-        4,
-        1,
-    )
-
-    variants = []
-    tiles = _EXPERTS_TILES[limits.shared]
-    for tile in tiles:
-        # 每个有 token 的专家至多一个不满的行块，所以行块数有这个上界；多出来的程序立即退出。
-        row_tiles = pairs // tile.rows + pairs.min(E)
+    def matmuls(tile: ExpertsTile, rows: Rows) -> tuple[_Launch, _Launch]:
         common = {
             "D": D,
             "INNER": inner,
             "E": E,
             "BLOCK_E": block_size(E),
             "BLOCK_M": tile.rows,
-            "GROUP": _GROUP,
+            "GROUP": GROUP,
         }
         half = min(tile.columns // 2, block_size(inner))
         full = min(tile.columns, block_size(D))
-        rows = int32("row_tiles", row_tiles)
+        places = (rows.sorted_pairs, rows.offsets)
+        row_tiles = int32("row_tiles", rows.tiles)
         gate_up = launch(
             "grouped_swiglu",
             "gate_up",
-            (row_tiles * math.ceil(inner / half), 1, 1),
-            (*map(problem.port, ("x", "w_gate", "w_up")), sorted_pairs, offsets, hidden, top_k_value, rows),
+            (rows.tiles * math.ceil(inner / half), 1, 1),
+            (*map(problem.port, ("x", "w_gate", "w_up")), *places, rows.hidden, int32("top_k", k), row_tiles),
             {**common, "BLOCK_N": half, "BLOCK_K": min(tile.inner, block_size(D))},
             tile.num_warps,
             tile.num_stages,
@@ -138,13 +185,12 @@ def grouped_swiglu_launch(
         down = launch(
             "grouped_swiglu",
             "down",
-            (row_tiles * math.ceil(D / full), 1, 1),
-            (hidden, problem.port("w_down"), sorted_pairs, offsets, expert_out, rows),
+            (rows.tiles * math.ceil(D / full), 1, 1),
+            (rows.hidden, problem.port("w_down"), *places, rows.expert_out, row_tiles),
             {**common, "BLOCK_N": full, "BLOCK_K": min(tile.inner, block_size(inner))},
             tile.num_warps,
             tile.num_stages,
         )
-        # 平均每个专家分到的 token 装不满一个大块时用小块：这时受限于读权重，大块只是空算。
-        when = Expression.of(1) if tile is tiles[-1] else pairs.at_most(2 * tile.rows * E)
-        variants.append(Variant(when, workspace, (sort, gate_up, down, combine)))
-    return problem.table(variants)
+        return gate_up, down
+
+    return experts_table(problem, _EXPERTS_TILES[limits.shared], matmuls)

@@ -35,12 +35,14 @@ class AttentionTile:
         rows: ``BLOCK_M``，(s, h) 合并后的行。
         keys: ``BLOCK_N``。
         num_warps, num_stages: 见 :class:`KernelSpec`。
+        apart: ``APART``，QKᵀ 的布局不随 PV 的。
     """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    apart: bool = False
 
 
 #: 共享内存上限 → 各变体的块，行数升序；按 r=512、dr=64、两字节的缓存定的，编译测试核对每个都放得下。Hopper 起的 64 行是
@@ -54,8 +56,12 @@ _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
         227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 8, 2)),
     }
 )
-#: ``latent_attention_reduce`` 的块：一次几段、几列，几个 warp。
-_REDUCE_SPLITS, _REDUCE_COLUMNS, _REDUCE_WARPS = 64, 128, 4
+#: Hopper 自己的：64 行的块断开两个 dot 之后 QKᵀ 只算一遍；一次 32 个 key，放得下三段，拷贝与计算才重叠。Blackwell 断开反而不重叠，不用。
+_HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True))
+#: 一次看几个序列的长度。
+_SEQUENCES = 128
+#: ``latent_attention_reduce`` 的块：一次几份、几列，几个 warp。
+_REDUCE_PARTS, _REDUCE_COLUMNS, _REDUCE_WARPS = 64, 128, 4
 
 
 def latent_attention_launch(
@@ -91,7 +97,8 @@ def latent_attention_launch(
     B, S, T = symbol("B"), symbol("S"), symbol("T")
     rows = S * num_heads
     blocks = {"R": r, "BLOCK_R": block_size(r)}
-    tiles, columns = _ATTENTION_TILES[limits.shared], min(block_size(r), _REDUCE_COLUMNS)
+    tiles = _HOPPER_TILES if sm == 90 else _ATTENTION_TILES[limits.shared]
+    columns = min(block_size(r), _REDUCE_COLUMNS)
     # 行数刚够一个小块时用小块，否则用最大的块，让同一段 KV 少读几遍。
     variants = []
     for tile in tiles:
@@ -99,38 +106,68 @@ def latent_attention_launch(
         fewer = tile.keys * 2 // DTYPES[cache_dtype].nbytes(1)
         keys, num_stages = (fewer, tile.num_stages) if fewer >= 16 else (16, tile.num_stages - 1)
         row_blocks = rows.ceil(tile.rows)
-        # 每个 SM 一个线程块，一轮跑完；至少一段，不超过容量里的块数。max(1) 也顾及 B 或 S 为 0。
-        splits = (symbol(SM_COUNT).min(limits.most) // (B * row_blocks).max(1)).max(1).min(T.ceil(keys))
-        partial_bytes = (B * splits * rows * (4 * r)).align(ALIGNMENT)
-        # B*splits*row_blocks 不超过 max(SM 数的上限, B*row_blocks)：这个上界随尺寸单调，段数却不是。
-        slots = (B * row_blocks).max(limits.most) * tile.rows
-        workspace = (slots * (4 * r)).align(ALIGNMENT) + slots * 4
+        # 每个 SM 一个程序，一轮跑完；活少的时候不多于格子数。没有 key 的序列也有一格。
+        cells = B * row_blocks * T.ceil(keys).max(1)
+        programs, most = symbol(SM_COUNT).min(limits.most).min(cells), Expression.of(limits.most).min(cells)
+        lse_at, shared_at, _ = _layout(programs, tile.rows, r)
         results = (
-            problem.port("past_lens"),
             problem.port("context"),
             scratch("partial", "float32", 0),
-            scratch("lse", "float32", partial_bytes),
+            scratch("lse", "float32", lse_at),
+            scratch("shared_rows", "int32", shared_at),
         )
-        integers = (int32("S", S), int32("H", num_heads), int32("T", T), int32("num_splits", splits))
+        sizes_of_rows = (int32("S", S), int32("H", num_heads))
         partial = launch(
             "latent_attention",
             "latent_attention_partial",
-            (row_blocks, splits, B),
-            (problem.port("q"), problem.port("kv_cache"), *results, float32("scale", scale), *integers),
-            {**blocks, "P": dr, "BLOCK_P": block_size(dr), "BLOCK_M": tile.rows, "BLOCK_N": keys},
+            (programs, 1, 1),
+            (
+                *map(problem.port, ("q", "kv_cache", "past_lens")),
+                *results,
+                float32("scale", scale),
+                int32("B", B),
+                *sizes_of_rows,
+                int32("T", T),
+            ),
+            {
+                **blocks,
+                "P": dr,
+                "BLOCK_P": block_size(dr),
+                "BLOCK_M": tile.rows,
+                "BLOCK_N": keys,
+                "BLOCK_B": _SEQUENCES,
+                "APART": int(tile.apart),
+            },
             tile.num_warps,
             num_stages,
         )
         reduce = launch(
             "latent_attention",
             "latent_attention_reduce",
-            # 只有一段时 partial 直接写了结果，不必启动；段少时活也少，一个程序做几块列。
-            (rows, B, Expression.of(2).at_most(splits) * splits.min(math.ceil(r / columns))),
-            (*results, *integers),
-            {"R": r, "BLOCK_R": columns, "BLOCK_S": _REDUCE_SPLITS, "BLOCK_N": keys},
+            # 合看的行块不多于程序，也不多于行块；只有一个程序时没有。
+            (
+                rows.min(tile.rows),
+                Expression.of(2).at_most(programs) * programs.min(B * row_blocks),
+                math.ceil(r / columns),
+            ),
+            (*results, *sizes_of_rows, int32("programs", programs)),
+            {
+                "R": r,
+                "BLOCK_R": columns,
+                "BLOCK_S": _REDUCE_PARTS,
+                "BLOCK_M": tile.rows,
+                "MOST": block_size(limits.most),
+            },
             _REDUCE_WARPS,
             1,
         )
         when = Expression.of(1) if tile is tiles[-1] else rows.at_most(tile.rows)
-        variants.append(Variant(when, workspace, (partial, reduce)))
+        variants.append(Variant(when, _layout(most, tile.rows, r)[2], (partial, reduce)))
     return problem.table(variants)
+
+
+def _layout(programs: Expression, rows: int, r: int) -> tuple[Expression, Expression, Expression]:
+    """workspace：各程序两个格位的结果，两个格位的 lse，合看的记录；后两块在第几个字节，一共几个字节。"""
+    lse_at = (programs * (2 * rows * 4 * r)).align(ALIGNMENT)
+    shared_at = lse_at + (programs * (2 * rows * 4)).align(ALIGNMENT)
+    return lse_at, shared_at, shared_at + programs * 8

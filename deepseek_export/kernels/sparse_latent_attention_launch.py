@@ -30,7 +30,7 @@ from deepseek_export.ops.table import SPARSE_LATENT_ATTENTION
 #: 一个线程搬的行越多，占的寄存器越多，所以 Hopper 起也用 32 行，64 行的累加器之外放不下它们。
 _TILES: Mapping[int, tuple[AttentionTile, AttentionTile]] = MappingProxyType(
     {
-        99 << 10: (AttentionTile(16, 32, 4, 3), AttentionTile(32, 16, 4, 4)),
+        99 << 10: (AttentionTile(16, 32, 4, 3), AttentionTile(32, 16, 4, 3)),
         163 << 10: (AttentionTile(16, 32, 4, 4), AttentionTile(32, 32, 4, 4)),
         227 << 10: (AttentionTile(16, 64, 8, 3), AttentionTile(32, 64, 8, 3)),
     }

@@ -22,16 +22,17 @@ OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "dsx"
 PLUGIN_VERSION = "1"
 
-TypeVar = Literal["T", "C", "F", "W", "I64", "I32", "F32", "F16", "U8"]
+TypeVar = Literal["T", "C", "F", "W", "Q", "I64", "I32", "F32", "F16", "U8"]
 
 #: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``、``dsa.index_cache_dtype``）；
-#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16。
+#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16；``Q`` 是有符号的码。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
         "T": ("float32", "float16", "bfloat16"),
         "C": ("float32", "float16", "bfloat16", "int8"),
         "F": ("float32", "float16", "bfloat16"),
         "W": ("float32", "float16", "bfloat16", "int8"),
+        "Q": ("int8", "int4"),
         "I64": ("int64",),
         "I32": ("int32",),
         "F32": ("float32",),
@@ -274,6 +275,29 @@ MOE_EXPERTS = OpSpec(
     ),
 )
 
+#: 权重是码的 ``MoeExperts``。只由 TensorRT 的量化产生，函数体是三个 ``DequantizeLinear`` 加一个 ``MoeExperts``。D、I 是 block_size 的倍数。
+QUANTIZED_MOE_EXPERTS = OpSpec(
+    name="QuantizedMoeExperts",
+    torch_name="quantized_moe_experts",
+    inputs=(
+        Port("x", "T", ("N", "D")),
+        Port("topk_ids", "I32", ("N", "k")),
+        Port("topk_weights", "F32", ("N", "k")),
+        Port("w_gate", "Q", ("E", "I", "D")),
+        Port("w_gate_scales", "T", ("E", "I", "D/block_size")),
+        Port("w_up", "Q", ("E", "I", "D")),
+        Port("w_up_scales", "T", ("E", "I", "D/block_size")),
+        Port("w_down", "Q", ("E", "D", "I")),
+        Port("w_down_scales", "T", ("E", "D", "I/block_size")),
+    ),
+    outputs=(Port("y", "T", ("N", "D")),),
+    attributes=(Attribute("block_size", "int"),),
+    doc=(
+        "MoeExperts with blockwise symmetric int8 or int4 weights: weight = code * scale, rounded to the type of x. "
+        "A kernel may skip that rounding."
+    ),
+)
+
 SPEC_ACCEPT = OpSpec(
     name="SpecAccept",
     torch_name="spec_accept",
@@ -374,6 +398,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             SPARSE_LATENT_ATTENTION,
             MOE_GATE,
             MOE_EXPERTS,
+            QUANTIZED_MOE_EXPERTS,
             SPEC_ACCEPT,
             SPEC_ACCEPT_REJECTION,
             INT8_LINEAR,

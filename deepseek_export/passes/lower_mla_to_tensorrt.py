@@ -32,6 +32,8 @@ MAX_DECODE_TOKENS = 8
 
 #: prefill 路径上的标准算子，TensorRT 把它融成一个原生核。
 NATIVE_ATTENTION = "Attention"
+#: prefill 看前几行缓存：每层一个节点，名字以它结尾；建引擎时换成由输入的形状给出（:mod:`~deepseek_export.engine.graph`）。
+KEY_COUNT = "mla/used_keys"
 #: 原生融合注意力核的宽度上限与步长（TensorRT-RTX 1.7，SM80、SM89、SM120 实测）。
 _MAX_HEAD_WIDTH, _HEAD_WIDTH_STEP = 256, 8
 
@@ -43,7 +45,7 @@ class LowerMlaToTensorrtPass(Pass):
 
     1. 缓存写入：``kv_cache_out = TensorScatter(kv_cache, [c_kv, k_pe], past_lens)``，TensorRT 认作 KV_CACHE_UPDATE，原地执行。
     2. ``mla.form=absorb``：解码路径。W_UK、W_UV 的吸收是按头分批的原生 MatMul，中间是 ``LatentAttention``。
-    3. ``mla.form=naive``：prefill 路径。缓存里没有写过的行换成零（算的时候权重是 0，而 0 乘 NaN 还是 NaN），再展开成每头的 K、V，V 补零到与 K 同宽（原生注意力要求 Q、K、V 等宽），再用标准
+    3. ``mla.form=naive``：prefill 路径。只取缓存的前 ``max(past_lens) + S`` 行，之后的对每个 query 都不可见；其中没有写过的行换成零（算的时候权重是 0，而 0 乘 NaN 还是 NaN），再展开成每头的 K、V，V 补零到与 K 同宽（原生注意力要求 Q、K、V 等宽），再用标准
        ``Attention``，最后切回 ``v_head_dim`` 列。
     4. ``mla.form=auto``：两条都在，S <= 8 走解码，否则走 prefill。不用 ``If``：它在 TensorRT 里带一次设备到主机的拷贝，而且
        分支里不能有插件。另一条路径的结果切成 0 行；每个优化配置的 S 都在分界的同一侧，编译器因此把走不到的那条整条删掉。
@@ -113,7 +115,8 @@ class _Rewrite:
         if self.form == "absorb":
             self._decode(self.q_nope, self.q_pe, self.selection, self.o)
         elif self.form == "naive":
-            self._prefill(self.q_nope, self.q_pe, self.selection, self.cache_out, self.o)
+            cache = self._first_rows(self._key_count(self._new_count()))
+            self._prefill(self.q_nope, self.q_pe, self.selection, cache, self.o)
         else:
             self._both()
 
@@ -125,19 +128,37 @@ class _Rewrite:
             rows = emit("Cast", [rows], "mla/new_cast", self.cache, to=dtype_of(self.cache).onnx)
         emit.add("TensorScatter", [self.cache, rows, self.past_lens], "mla/TensorScatter", [self.cache_out])
 
+    def _new_count(self) -> gs.Variable:
+        """S，[1]。"""
+        return self.emit("Shape", [self.q_nope], "mla/S", np.int64, [1], start=1, end=2)
+
+    def _key_count(self, S: gs.Variable) -> gs.Variable:
+        """``max(past_lens) + S``，[1]。"""
+        emit = self.emit
+        past = emit(
+            "ReduceMax", [self.past_lens, emit.ints(0)], "mla/longest_past", np.int64, [1], keepdims=1
+        )
+        return emit("Add", [past, S], KEY_COUNT, np.int64, [1])
+
+    def _first_rows(self, count: gs.Variable) -> gs.Variable:
+        """写好的缓存的前 ``count`` 行。"""
+        emit = self.emit
+        bounds = [emit.ints(0), count, emit.ints(2)]
+        return emit("Slice", [self.cache_out, *bounds], "mla/prefill_cache", self.cache)
+
     def _both(self) -> None:
         """情形 4：两条路径各取 ``S`` 行或 0 行。"""
         emit, zero, axis = self.emit, self.emit.ints(0), self.emit.ints(1)
         one, limit = emit.ints(1), emit.ints(MAX_DECODE_TOKENS)
-        S = emit("Shape", [self.q_nope], "mla/S", np.int64, [1], start=1, end=2)
-        T = emit("Shape", [self.cache], "mla/T", np.int64, [1], start=2, end=3)
+        S = self._new_count()
+        key_count = self._key_count(S)
         flags = {}
         for path, op in (("decode", "LessOrEqual"), ("prefill", "Greater")):
             flag = emit(op, [S, limit], f"mla/is_{path}", np.bool_, [1])
             flags[path] = emit("Cast", [flag], f"mla/{path}_flag", np.int64, [1], to=onnx.TensorProto.INT64)
         decode_rows = emit("Mul", [S, flags["decode"]], "mla/decode_rows", np.int64, [1])
         prefill_rows = emit("Mul", [S, flags["prefill"]], "mla/prefill_rows", np.int64, [1])
-        cache_rows = emit("Mul", [T, flags["prefill"]], "mla/prefill_cache_rows", np.int64, [1])
+        cache_rows = emit("Mul", [key_count, flags["prefill"]], "mla/prefill_cache_rows", np.int64, [1])
         attention_rows = emit("Max", [prefill_rows, one], "mla/attention_rows", np.int64, [1])
         attention_keys = emit("Max", [cache_rows, one], "mla/attention_keys", np.int64, [1])
 
@@ -146,8 +167,7 @@ class _Rewrite:
             q_pe = emit("Slice", [self.q_pe, zero, rows, axis], f"mla/{path}_q_pe", self.q_pe)
             return q_nope, q_pe, self.selection and self.selection.head(emit, path, rows)
 
-        keys = [self.cache_out, zero, attention_keys, emit.ints(2)]
-        cache = emit("Slice", keys, "mla/prefill_cache", self.cache)
+        cache = self._first_rows(attention_keys)
         o_decode, o_prefill = (
             gs.Variable(f"{emit.scope}/mla/o_{path}", self.o.dtype) for path in ("decode", "prefill")
         )

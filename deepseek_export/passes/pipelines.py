@@ -29,6 +29,7 @@ from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
 from deepseek_export.passes.base import MAX_ELEMENTS, MICROSOFT, GraphModule, Pass
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
+from deepseek_export.passes.fuse_quantized_experts import FuseQuantizedExpertsPass
 from deepseek_export.passes.inline_bodies import (
     InlineMoeGatePass,
     InlineSpecAcceptPass,
@@ -154,6 +155,8 @@ def _tensorrt(quantization: Quantization | None, oversized: bool) -> Iterator[St
     if quantization is not None:
         # 线性层与专家一样：TensorRT 自己决定哪些 DequantizeLinear 融进矩阵乘。
         yield Step(QuantizeWeightsToDequantizeLinearPass(quantization), linears_and_experts, consumes=False)
+        # 融不进插件的那几个，换成自己读码的插件核。
+        yield Step(FuseQuantizedExpertsPass(), nodes(MOE_EXPERTS.name))
 
 
 _PIPELINES: Mapping[str, Callable[[Quantization | None, bool], Iterator[Step]]] = MappingProxyType(

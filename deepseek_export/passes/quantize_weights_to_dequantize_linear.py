@@ -39,7 +39,7 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
     数值：码乘 scale 精确到模型 dtype 的一次舍入，之后与没有量化时相同；激活不舍入。
 
     引擎（TensorRT-RTX 1.7，sm80 / 89 / 120 实测的层）：int4 与矩阵乘融成一层；int8 分块是一层还原加一层矩阵乘，省的是显存，不是每步
-    的时间；喂给插件的专家权重每步整个还原一遍，宁可要速度就 ``--keep mlp.experts``。
+    的时间；专家的由 :class:`~deepseek_export.passes.fuse_quantized_experts.FuseQuantizedExpertsPass` 接着交给插件。
     """
 
     name: ClassVar[str] = "quantize-weights-to-dequantize-linear"

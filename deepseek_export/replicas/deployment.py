@@ -150,12 +150,11 @@ def application(spec: ReplicaSpec, replicas: tuple[int, int], front: FrontSpec) 
         name=MODEL,
         request_router_config=router,
         max_ongoing_requests=_UNLIMITED,
-        max_constructor_retry_count=_LOADS,
         health_check_period_s=CHECK_S / 2,
         health_check_timeout_s=CHECK_S,
         graceful_shutdown_timeout_s=DRAIN_S,
         **options,
-    )(ModelReplica)
+    )(ModelReplica).options(max_constructor_retry_count=_LOADS)  # Ray 2.50 只在这里收它
     ingress = serve.deployment(
         name=FRONT,
         max_ongoing_requests=_UNLIMITED,
@@ -172,10 +171,10 @@ def _ingress(spec: FrontSpec) -> Any:
         handle = serve.get_deployment_handle(MODEL, app_name=spec.application)
         return create_front(Handed(handle), spec.keys, spec.cors_origins)
 
-    return serve.ingress(build)(_Leased)
+    return serve.ingress(build)(Leased)
 
 
-class _Leased:
+class Leased:
     """看着起它的 ``dsx serve``：没有了（被杀、机器没有了），把整个应用停下，不留在集群里。"""
 
     def __init__(self, spec: FrontSpec, model: Any) -> None:
@@ -191,6 +190,8 @@ class _Leased:
             except ValueError:
                 serve.shutdown()
                 return
+            except ray.exceptions.RayError:  # 问不到：过一会儿再问
+                continue
 
 
 def _put(said: asyncio.Queue[Message | None]) -> Any:

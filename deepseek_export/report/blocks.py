@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from deepseek_export.ops.table import MOE_EXPERTS
+from deepseek_export.ops.table import MOE_EXPERTS, QUANTIZED_MOE_EXPERTS
 from deepseek_export.report.svg import FONT, WIDTH, Picture, path, rect, text, wrapped
 from deepseek_export.units import size
 
@@ -96,7 +96,8 @@ def run_name(run: Sequence[dict[str, Any]]) -> str:
 
 def kind(block: dict[str, Any]) -> str:
     """层的种类。"""
-    return "MoE" if "mlp.experts" in block["weights"] or MOE_EXPERTS.name in block["ops"] else "稠密"
+    experts = {MOE_EXPERTS.name, QUANTIZED_MOE_EXPERTS.name} & set(block["ops"])
+    return "MoE" if "mlp.experts" in block["weights"] or experts else "稠密"
 
 
 def graph_picture(

@@ -14,20 +14,16 @@ if TYPE_CHECKING:
     from deepseek_export.plan.result import ClusterPlan, LayoutPlan, ModelError, Validation
 
 BOUNDS = {"memory": "内存带宽", "compute": "算力", "network": "网络带宽", "latency": "网络延迟"}
-_COLUMNS = (
+_HELD = ("stage", "流水线", "没用上的", "每条的序列", "最满的一台", "切在哪里")
+_SPEEDS = (
     "stage",
-    "流水线",
-    "没用上的",
-    "每条的序列",
     "小批",
-    "最满的一台",
     "单条不超过",
     "单条受限于",
     "合计不超过",
     "合计受限于",
     "最忙的 stage 在算",
     "首个 token 至少",
-    "切在哪里",
 )
 
 
@@ -93,9 +89,9 @@ def cluster_section(plan: ClusterPlan) -> Section:
     """网页的一节。"""
     tables, pictures = [], []
     if plan.layouts:
-        rows = [_layout(layout) for layout in plan.layouts]
         failed = frozenset(index for index, layout in enumerate(plan.layouts) if not layout.fits)
-        tables.append(Table("流水线的各种分法（模拟）", _COLUMNS, rows, failed))
+        tables.append(Table("流水线的各种分法", _HELD, [_layout(one) for one in plan.layouts], failed))
+        tables.append(Table("多快（模拟）", _SPEEDS, [_speeds(one) for one in plan.layouts], failed))
         shown = plan.layouts[plan.best or 0]
         pictures.append(_picture(plan, shown))
         tables.append(_stages(plan, shown))
@@ -109,21 +105,27 @@ def cluster_section(plan: ClusterPlan) -> Section:
 
 
 def _layout(layout: LayoutPlan) -> list[Cell]:
-    busiest = layout.busiest
     return [
         integer(layout.stages),
         integer(layout.replicas),
         integer(layout.idle),
         integer(layout.batch),
-        integer(layout.micro_batches),
         nbytes(fullest(layout)),
+        Code(layout.cuts),
+    ]
+
+
+def _speeds(layout: LayoutPlan) -> list[Cell]:
+    busiest = layout.busiest
+    return [
+        integer(layout.stages),
+        integer(layout.micro_batches),
         Number(layout.single_tokens_per_second, speed(layout.single_tokens_per_second)),
         bound(layout.single_bound),
         Number(layout.full_tokens_per_second, speed(layout.full_tokens_per_second)),
         bound(layout.full_bound),
         Number(busiest, "-" if busiest is None else f"{busiest:.0%}"),
         Number(layout.first_token_s, seconds(layout.first_token_s)),
-        Code(layout.cuts),
     ]
 
 

@@ -1,6 +1,6 @@
 """流水线的模拟对照测量（CLUSTER-62）：由一个 stage 量到的，预测 1、2、4 个 stage 一步多久，与量到的相比。
 
-拿来预测的只有两样：一个进程、一个核上的一步（切开之前的 bundle，一条与一个小批各量一遍），和一个 stage 的那一步多出来的（两条边）。
+拿来预测的只有两样：一个 stage 的一步（一条与一个小批各量一遍），和其中的两条边：比切开之前的 bundle 在同一个核上的一步多出来的。
 各 stage 占一步的几成由 ``dsx plan`` 的 roofline 定，别的由 :mod:`deepseek_export.plan.simulate` 走一遍。同一轮里量的配成一对。
 """
 
@@ -121,7 +121,8 @@ def _cases(
 
     def predicted(step: str, stage: str, works: Sequence[Work]) -> list[float]:
         edge = _edge(found[step], found[stage])
-        return [prediction(model, spans, len(cores), one, edge, works) for one in found[step]]
+        inner = [max(one - 2 * edge, 0.0) for one in found[stage]]
+        return [prediction(model, spans, len(cores), one, edge, works) for one in inner]
 
     single = predicted("one", "one stage", [Work(1, 1, depth)])
     full = predicted("batch", "batch stage", [Work(each, each, each * depth)] * scenario.parts)
@@ -148,7 +149,7 @@ def prediction(
         model: 模型的每一层，各 stage 按它分一步的时间。
         spans: 切在哪里。
         cores: stage 轮流用几个核。
-        step: 一个小批在一个进程里走完全部的层多久。
+        step: 一个小批走完全部的层多久，不含边。
         edge: 一个小批过一条边多久。
         works: 一步的小批，都一样大。
     """

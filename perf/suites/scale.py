@@ -140,12 +140,18 @@ def _split(folder: Path, scenario: Scenario) -> Case:
         facts={
             "stage_bytes": {item.directory: item.weight_bytes for item in stages.record.stages},
             "stage_layers": {item.directory: len(item.layers) for item in stages.record.stages},
-            "stage_shards": {
-                name: sum(file.endswith(".safetensors") for file in one.manifest.weights.files)
+            "stage_shards": {name: len(_shards(one)) for name, one in zip(names, opened, strict=True)},
+            "stage_shard_bytes": {
+                name: sum(file.stat().st_size for file in _shards(one))
                 for name, one in zip(names, opened, strict=True)
             },
         },
     )
+
+
+def _shards(bundle: Bundle) -> list[Path]:
+    """一个 stage 链接的检查点分片。"""
+    return [bundle.path / name for name in bundle.manifest.weights.files if name.endswith(".safetensors")]
 
 
 def _packed(folder: Path, scenario: Scenario) -> Case:

@@ -56,7 +56,8 @@ auto make(Factory&& factory) noexcept -> decltype(factory().release()) {
 
 std::map<std::string, DataType> const& data_types() {
     static std::map<std::string, DataType> const table{{"float16", DataType::kHALF}, {"bfloat16", DataType::kBF16},
-        {"float32", DataType::kFLOAT}, {"int32", DataType::kINT32}, {"int64", DataType::kINT64}};
+        {"float32", DataType::kFLOAT}, {"int32", DataType::kINT32}, {"int64", DataType::kINT64},
+        {"int8", DataType::kINT8}, {"int4", DataType::kINT4}};
     return table;
 }
 

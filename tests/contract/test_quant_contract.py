@@ -227,13 +227,16 @@ def tensorrt_bundles(tmp_path_factory) -> dict[str, Bundle]:
 
 @pytest.mark.parametrize(("kind", "ratio"), [("int8", 0.61), ("int4", 0.37)])
 def test_what_tensorrt_gets(tensorrt_bundles, bundles, kind: str, ratio: float):
-    """EXPORT-33：量化的权重与 ort-cpu 的相同（那里另有 w_kv_b 与词嵌入），都由 DequantizeLinear 还原；其余仍是浮点，连同误差进报告。"""
+    """EXPORT-33：量化的权重与 ort-cpu 的相同（那里另有 w_kv_b 与词嵌入），专家的由插件读，线性层的由 DequantizeLinear 还原；其余仍是浮点，连同误差进报告。"""
     bundle = tensorrt_bundles[kind]
     recipes = bundle.manifest.weights.recipes
     codes = [name for name, recipe in recipes.items() if recipe.op == "codes"]
     assert {recipes[name].dtype for name in codes} == {kind}
     assert {recipes[f"{name}.scales"].dtype for name in codes} == {"float16"}
-    assert bundle.manifest.main.op_counts["ai.onnx::DequantizeLinear"] == len(codes)
+    counts, experts = bundle.manifest.main.op_counts, bundle.manifest.model.num_moe_layers
+    assert counts["ai.onnx::DequantizeLinear"] == len(codes) - 3 * experts
+    assert counts["dsx::QuantizedMoeExperts"] == experts
+    assert "dsx::MoeExperts" not in counts
     own = {
         name
         for name in bundles[kind].manifest.formats

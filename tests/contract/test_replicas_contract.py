@@ -201,9 +201,11 @@ def test_how_many_replicas(text):
     assert replica_range("2") == (2, 2)
     assert replica_range("1-4") == (1, 4)
     refused("DSX-E753", replica_range, text)
-    refused("DSX-E753", check_replicas, 2, None)
-    check_replicas(None, None)
-    check_replicas(2, "auto")
+    refused("DSX-E753", check_replicas, 2, None, None, [])
+    refused("DSX-E753", check_replicas, None, "auto", None, [Path("out")])
+    check_replicas(None, None, None, [Path("out")])
+    check_replicas(2, "auto", None, [Path("out")])
+    check_replicas(None, "auto", "2", [Path("out")])
 
 
 def test_without_ray_serve_it_says_how_to_install(bundle, monkeypatch):
@@ -219,6 +221,7 @@ def test_without_ray_serve_it_says_how_to_install(bundle, monkeypatch):
     ("code", "more"),
     [
         ("DSX-E753", ["--replicas", "2"]),
+        ("DSX-E753", ["--ray", "auto"]),
         ("DSX-E753", ["--ray", "auto", "--replicas", "4-2"]),
         ("DSX-E753", ["--ray", "auto", "--replicas", "2", "--slot-save-path", "."]),
         ("DSX-E753", ["--ray", "auto", "--replicas", "2", "--model", "b=OUT"]),
@@ -247,6 +250,7 @@ def test_stages_are_cut_beside_the_bundle(bundle):
     assert staged(bundle, "2", Progress()) == made
     assert (made / "stages.json").stat().st_mtime_ns == before
     assert staged(made, "2", Progress()) == made
+    check_replicas(None, "auto", None, [bundle, made])
     assert staged(made, None, Progress()) == made
     nothing = ExportOptions(None, None, None, None, ())
     assert bundle_of(made, nothing, False, Progress()) == made  # 有 config.json，可不是检查点

@@ -106,6 +106,18 @@ def test_batch_on_a_pool(address, bundle, tmp_path):
     until(lambda: empty(address), 120)
 
 
+def test_batch_on_replicas_of_stages(address, bundle, tmp_path):
+    """CLUSTER-51：没有切开的切成两个 stage，两个副本各有一套：与一个进程逐字相同。"""
+    source = written(tmp_path, [line(f"r{n}", **{**BODY, "prompt": f"{n} 床前"}) for n in range(8)])
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    command = [*DSX, "batch", str(bundle), str(source), "-o", str(out), "--stages", "2", "--slots", "1"]
+    command += ["--ray", address, "--replicas", "2"]
+    subprocess.run(command, env=environment(), timeout=400, check=True)
+    assert dsx("batch", bundle, source, "-o", whole, "--threads", "1").returncode == 0
+    assert texts(out) == texts(whole)
+    until(lambda: empty(address), 120)
+
+
 def workers(kind: str = "_Actor") -> list[int]:
     """Ray 的某种 actor 的进程号。"""
     found = []
@@ -215,8 +227,13 @@ def test_a_killed_replica_and_a_killed_dsx(address, bundle, want):
         os.kill(frozen, signal.SIGSTOP)
         for number in range(6):
             assert server.ask(prompt=f"{number} 学而时习之").status_code == 200
-        until(lambda: alive([frozen]) == [], 180)
-        until(lambda: running(address) == 3, 180)
+        try:
+            others = {frozen, *workers("ServeReplica:dsx:out:model")}
+            until(lambda: set(workers("ServeReplica:dsx:out:model")) - others, 200)
+            until(lambda: running(address) == 3, 120)
+        finally:
+            if alive([frozen]):  # Ray 不一定杀得掉停着的
+                os.kill(frozen, signal.SIGKILL)
         second = subprocess.run(
             [*DSX, "serve", str(bundle), "--ray", address, "--replicas", "1", "--port", "0"],
             env=environment(),
@@ -250,3 +267,25 @@ def test_one_that_cannot_load_is_told(address, bundle, tmp_path):
     assert "DSX-E755" in done.stderr
     assert "DSX-E406" in done.stderr
     until(lambda: empty(address), 120)
+
+
+def test_more_replicas_when_there_is_more_to_do(address, bundle):
+    """CLUSTER-52：``--replicas 1-2``：先起一个，请求多了再起一个。"""
+    with serving(bundle, "--ray", address, "--replicas", "1-2", "--slots", 2) as server:
+        assert running(address) == 2  # 入口与一个副本
+        enough = threading.Event()
+
+        def keep_asking(number: int) -> None:
+            while not enough.is_set():
+                answer = server.ask(prompt=f"{number} 床前明月光", max_tokens=200)
+                assert answer.status_code == 200
+
+        askers = [threading.Thread(target=keep_asking, args=(number,)) for number in range(4)]
+        for one in askers:
+            one.start()
+        try:
+            until(lambda: running(address) == 3, 240)
+        finally:
+            enough.set()
+            for one in askers:
+                one.join()

@@ -47,6 +47,7 @@ from tests.integration.cli import DSX, environment
 from tests.rebuilt import assert_rebuilt, kernel_images, read_engine
 from tools.make_engine_graphs import (
     ARCHES,
+    CASES,
     ENGINE_GRAPHS,
     NAMES,
     SHAPES,
@@ -78,6 +79,11 @@ def built(bundle):
     return engine, observer.calls
 
 
+def only_decode(engine):
+    """只建解码配置，快一些。"""
+    return {"decode": dict(engine.record.plans["model.plan"].profiles)["decode"]}
+
+
 def test_every_mla_and_moe_layer_is_one_plugin_layer(bundle, built):
     """TRT-3：解码配置里每层 MLA、每个 MoE 层恰好一个插件层；prefill 的注意力融成原生核，吸收的矩阵乘被删掉。"""
     engine, _ = built
@@ -93,16 +99,15 @@ def test_layers_match_what_is_recorded(built):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_of_every_arch_match_what_is_recorded(name, tmp_path):
-    """TRT-3：SM80、SM89、SM120；V2、V3、GLM-5，以及带 MTP 的演示检查点。"""
+    """TRT-3、TRT-13：SM80、SM86、SM89、SM120；V2、V3、GLM-5，带 MTP 的演示检查点，以及 bfloat16、int8、int4 的。"""
     bundle = make_bundle(name, tmp_path)
     config = bundle.manifest.model
     for sm in ARCHES:
         engine = build_for(bundle, sm)
         assert_listing(name, sm, engine.layers)
         indexers = sum(map(config.runs_indexer, range(config.num_hidden_layers)))
-        assert_plugin_layers(
-            engine.layers["model.plan"], config.num_hidden_layers, config.num_moe_layers, indexers
-        )
+        counts = (config.num_hidden_layers, config.num_moe_layers, indexers)
+        assert_plugin_layers(engine.layers["model.plan"], *counts, CASES[name].experts)
         if name == "demo":
             assert_plugin_layers(engine.layers["mtp.plan"], 1, 1)
 
@@ -197,7 +202,7 @@ def test_without_plugins_the_function_bodies_build(built):
     for creator in creators.values():
         assert registry.deregister_creator(creator)
     try:
-        profiles = built[0].record.shapes.profiles(prefill=False)
+        profiles = only_decode(built[0])
         content, text = build_engine_bytes(
             trt, flavour, built[0].path / "model.onnx", 89, profiles, Progress()
         )
@@ -265,7 +270,7 @@ def test_weights_by_reference_build_the_same_engine(built, tmp_path):
 def test_failures_inside_a_plugin_surface_as_ours(built, monkeypatch):
     """TRT-4：插件里的异常带着自己的文字出来；DsxError 原样出来；TensorRT 自己的错误附原话。"""
     flavour, path = choose("rtx"), built[0].path / "model.onnx"
-    trt, profiles = load(flavour), built[0].record.shapes.profiles(prefill=False)
+    trt, profiles = load(flavour), only_decode(built[0])
 
     def fail_with(error: Exception):
         def broken(*_):
@@ -331,7 +336,7 @@ def test_progress_comes_from_tensorrt(built):
             steps.append(detail)
 
     flavour = choose("rtx")
-    profiles = built[0].record.shapes.profiles(prefill=False)
+    profiles = only_decode(built[0])
     build_engine_bytes(load(flavour), flavour, built[0].path / "model.onnx", 89, profiles, Watch())
     stage, total = seen[-1]
     assert stage == "TensorRT 构建 model（sm89）"
@@ -360,7 +365,7 @@ def test_doctor_lists_plugins_creators_and_engines(folder, bundle, built):
     described = {"directory": "rtx-sm89", "version": version, "plans": ["model.plan"], "problem": None}
     assert found["engines"] == [described]
     assert found["refusal"] is None
-    assert found["flavours"]["rtx"]["creators"] == ["LatentAttention", "MoeExperts"]
+    assert found["flavours"]["rtx"]["creators"] == sorted(spec.name for spec in plugin_module.PLUGIN_OPS)
     config = bundle.manifest.model
     assert Counter(node["creator"] for node in found["nodes"]) == {
         "dsx::LatentAttention/1": config.num_hidden_layers,

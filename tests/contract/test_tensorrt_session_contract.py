@@ -22,6 +22,7 @@ from deepseek_export.bundle.manifest import QuantizationEntry
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.engine import build
 from deepseek_export.engine.flavour import FLAVOURS
+from deepseek_export.engine.graph import KEY_SPAN
 from deepseek_export.engine.record import EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.kernels.compile import toolkit_version
@@ -30,7 +31,7 @@ from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.parity.verify import verify_bundle
 from tests.contract.test_mtp_contract import SMALL
 from tests.engines import refused
-from tests.fake_gpu import FakeGpu
+from tests.fake_gpu import FakeEngine, FakeGpu
 
 pytestmark = pytest.mark.contract
 
@@ -179,6 +180,50 @@ def test_one_graph_per_call_and_context(bundles, counts):
     assert step(one, 1, 1) == (6, 1, 4)
     assert step(two, 1, 3) == (8, 2, 5)
     assert step(one, 12, 3) == (11, 2, 5)
+
+
+def test_a_step_sends_what_changed(bundles, gpu, counts):
+    """TRT-16：主机一侧都是锁页的内存；解码一步只送 token 与长度，没有变的不再送；结果放手之前那块内存还在。"""
+    session = deepseek_export.load(bundles("full").path, backend="trt").session
+    caches, sent = session.new_caches(1), []
+    for past in range(4):
+        before = counts["upload"]
+        inputs = {
+            "input_ids": np.full((1, 1), 3 + past),
+            "past_lens": np.array([past]),
+            "logits_positions": np.zeros((1, 1), np.int64),
+            "draft_ids": np.zeros((1, 0), np.int64),
+        }
+        logits = session.runner.run(inputs, ("logits",), caches)["logits"]
+        sent.append(counts["upload"] - before)
+    assert sent == [3, 2, 2, 2], "没有草稿，空的不送"
+    want, address = logits.copy(), logits.__array_interface__["data"][0]
+    assert address in gpu.driver.pinned
+    del session, caches
+    gc.collect()
+    assert address in gpu.driver.pinned
+    assert np.array_equal(logits, want)
+    del logits
+    gc.collect()
+    assert address not in gpu.driver.pinned
+
+
+def test_prefill_is_bounded_by_the_length(bundles, gpu, monkeypatch):
+    """TRT-15：会话按这一次的长度给 ``key_span``：解码是 1，prefill 够长而不到容量；token 与 ONNX Runtime 的相同由 TRT-9 的测试管。"""
+    seen = []
+    execute = FakeEngine.execute
+
+    def recorded(engine, shapes, addresses):
+        seen.append((shapes["input_ids"][1], shapes[KEY_SPAN]))
+        execute(engine, shapes, addresses)
+
+    monkeypatch.setattr(FakeEngine, "execute", recorded)
+    session = deepseek_export.load(bundles("full").path, backend="trt").session
+    caches = session.new_caches(2)
+    for size, past in ((12, [0, 0]), (1, [12, 12]), (20, [13, 60])):
+        ids = np.full((2, size), 3)
+        session.run(ids, np.array(past), np.zeros((2, 1), np.int64), caches)
+    assert seen == [(12, (2, 64)), (1, (2, 1)), (20, (2, 128))]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from deepseek_export.engine.layers import layer_counts, parse_layers
 from deepseek_export.engine.plugins import registered_creators
 from deepseek_export.progress import Progress
 from tests.engines import assert_listing, assert_plugin_layers
+from tests.fake_gpu import FakeGpu
 from tools.make_engine_graphs import build_for, make_bundle
 from tools.make_graphs import CONFIGS
 
@@ -72,7 +73,7 @@ def test_without_plugins_the_function_bodies_build(built):
     for creator in creators.values():
         assert registry.deregister_creator(creator)
     try:
-        profiles = built.record.shapes.profiles(prefill=True)
+        profiles = built.record.plans["model.plan"].profiles
         _, text = build_engine_bytes(trt, flavour, built.path / "model.onnx", 89, profiles, Progress())
     finally:
         for creator in creators.values():
@@ -85,20 +86,42 @@ def test_without_plugins_the_function_bodies_build(built):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-@pytest.mark.parametrize("profile", ["mla+moe", "baseline"])
+@pytest.mark.parametrize("profile", ["mla+moe", "baseline", "full"])
 def test_v32_builds(tmp_path: Path, profile: str, target: str):
-    """DSA-10：小 V3.2，每层自己排名；MLA 关闭时索引器仍是插件。"""
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", V32)
+    """DSA-10：小 V3.2，每层自己排名，草稿有自己的索引器；MLA 关闭时索引器仍是插件。"""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", V32, mtp=profile == "full")
     made = deepseek_export.export(checkpoint, tmp_path / "out", profile, target=target, dtype="float16")
     config = made.manifest.model
     if target == "tensorrt":
         return  # 完整的 TensorRT 只在目标 GPU 上建
-    layers = build_for(made, 89).layers["model.plan"]
-    if profile == "mla+moe":
+    engine = build_for(made, 89)
+    layers = engine.layers["model.plan"]
+    if profile != "baseline":
         assert_plugin_layers(
             layers, config.num_hidden_layers, config.num_moe_layers, config.num_hidden_layers
         )
+    if profile == "full":
+        assert_plugin_layers(engine.layers["mtp.plan"], 1, 1, 1)
     assert sum(layer.op == "IndexTopK" for layer in layers["decode"]) == config.num_hidden_layers
+
+
+@pytest.mark.slow
+def test_sessions_carry_the_index_cache(tmp_path: Path):
+    """DSA-10：会话里索引缓存与潜缓存一样原地更新、回滚：续写越过名额，投机与否、一批，与 ONNX Runtime 上逐个相同（替身见 tests/fake_gpu.py）。"""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", CONFIGS["glm_moe_dsa"], dtype="float16", mtp=True)
+    made = deepseek_export.export(
+        checkpoint, tmp_path / "out", "full", target="tensorrt-rtx", dtype="float16"
+    )
+    prompts = [[5, 9, 23, 60, 7], [44, 3, 2, *range(9, 27)]]
+    with pytest.MonkeyPatch.context() as patch:
+        FakeGpu(patch).build(made)
+        here, there = (deepseek_export.load(made.path, backend=name) for name in ("ort", "trt"))
+        for speculative in (False, None):
+            want, got = (
+                one.generate(prompts, max_new_tokens=24, ignore_eos=True, speculative=speculative)
+                for one in (here, there)
+            )
+            assert got.token_ids == want.token_ids
 
 
 @pytest.mark.slow

@@ -12,8 +12,7 @@ from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.checkpoint.weight_only import packed_int4
 from tests.engines import assert_plugin_layers, refused
-from tools.make_engine_graphs import build_for, make_checkpoint
-from tools.make_graphs import CONFIGS
+from tools.make_engine_graphs import WIDE, build_for, make_checkpoint
 
 pytestmark = pytest.mark.contract
 
@@ -63,19 +62,9 @@ def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(checkpoint, tm
     assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers)
 
 
-#: 宽度都是 32 的倍数而且不止一块，每个线性层都量化得了，int4 的都融得了。
-WIDE = CONFIGS["deepseek_v3"] | {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 64,
-    "q_lora_rank": 64,
-    "v_head_dim": 32,
-}
-
-
 @pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
-    """TRT-13：码原样在 plan 里；int4 的还原与矩阵乘融成一层，int8 的各是一层，专家由一层还原喂给插件。"""
+    """TRT-13：码原样在 plan 里；int4 的还原与矩阵乘融成一层，int8 的各是一层，专家的由插件自己读。"""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", WIDE, dtype="float16")
     bundle = deepseek_export.export(
         checkpoint,
@@ -96,12 +85,15 @@ def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
         # 编译器按自己的需要转置 int8 的线性层。
         ways = (packed_int4(array),) if kind == "int4" else (array, array.swapaxes(-1, -2))
         assert any(way.tobytes() in plan for way in ways), name
-    layers = engine.layers["model.plan"]["decode"]
-    restored = [layer for layer in layers if any("/DequantizeLinear" in name for name in layer.onnx)]
+    config, layers = bundle.manifest.model, engine.layers["model.plan"]
+    linears = len(codes) - 3 * config.num_moe_layers
+    for found in layers.values():
+        restored = [layer for layer in found if any("/DequantizeLinear" in name for name in layer.onnx)]
+        assert len(restored) == linears
+        assert not any("MoeExperts" in name for layer in restored for name in layer.onnx)
+    restored = [one for one in layers["decode"] if any("/DequantizeLinear" in name for name in one.onnx)]
     fused = [layer for layer in restored if any("/MatMul" in name for name in layer.onnx)]
-    experts = [layer for layer in restored if all("/MoeExperts" in name for name in layer.onnx)]
-    assert len(experts) == 3 * bundle.manifest.model.num_moe_layers
-    assert len(restored) == len(codes)
-    assert len(fused) == (len(codes) - len(experts) if kind == "int4" else 0)
-    moe = bundle.manifest.model.num_moe_layers
-    assert_plugin_layers(engine.layers["model.plan"], bundle.manifest.model.num_hidden_layers, moe)
+    assert len(fused) == (linears if kind == "int4" else 0)
+    assert_plugin_layers(
+        layers, config.num_hidden_layers, config.num_moe_layers, experts="QuantizedMoeExperts"
+    )

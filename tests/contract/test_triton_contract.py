@@ -140,7 +140,7 @@ def with_engine(bundle: Path, folder: Path, flavour: str) -> Path:
         role="main",
         bytes=4,
         sha256="0" * 64,
-        profiles={"prefill": {}, "decode": {}},
+        profiles={"decode": {"P": (1, 1, 1)}, "prefill": {"P": (1, 512, 1024)}},
         layers={},
         fused_attention=0,
         unfused_attention=[],
@@ -170,6 +170,9 @@ def test_an_engine_instead_of_onnx(bundle: Path, tmp_path: Path):
     assert config.platform == "tensorrt_plan"
     assert sorted(path.name for path in (model.path / "1").iterdir()) == [config.default_model_filename]
     assert list(config.instance_group[0].profile) == ["0", "1"]
+    (span,) = (port for port in config.input if port.name == "key_span")
+    assert (type_name(span.data_type), list(span.dims)) == ("TYPE_INT8", [-1])
+    assert "key_span" in (model.path / "config.pbtxt").read_text(encoding="utf-8").partition("name:")[0]
     states = config.sequence_batching.state
     assert all(state.use_same_buffer_for_input_output and state.dims[1] == 1024 for state in states)
     with pytest.raises(DsxError, match="DSX-E734"):

@@ -22,8 +22,9 @@ from deepseek_export.engine.layers import (
     unfused_attention,
 )
 from deepseek_export.engine.record import RECORD_FILE, EngineEntry, EngineRecord
-from deepseek_export.engine.shapes import ProfileShapes
+from deepseek_export.engine.shapes import ProfileShapes, span_of
 from deepseek_export.errors import DsxError
+from deepseek_export.profile import resolve_profile
 
 pytestmark = pytest.mark.unit
 
@@ -97,12 +98,29 @@ def test_profile_shapes():
     """TRT-3：decode 至多 8 个 token，prefill 从 9 个起；absorb 没有 prefill。"""
     shapes = ProfileShapes.parse("B=1:2:4, S=64:256,T=1024", 4096)
     assert (shapes.batch, shapes.prefill, shapes.capacity) == ((1, 2, 4), (64, 256), 1024)
-    profiles = shapes.profiles(prefill=True)
+    profiles = shapes.profiles(resolve_profile("mla"), key_span=True)
     assert list(profiles) == ["decode", "prefill"]
     assert profiles["decode"]["S"] == (1, 1, 8)
     assert profiles["prefill"]["S"] == (9, 64, 256)
-    assert list(shapes.profiles(prefill=False)) == ["decode"]
+    assert (profiles["decode"]["P"], profiles["prefill"]["P"]) == ((1, 1, 1), (1, 256, 1024))
+    naive = shapes.profiles(resolve_profile("mla", ["mla.form=naive"]), key_span=True)
+    assert naive["decode"]["P"] == (1, 256, 1024), "解码也走这条路"
+    absorb = shapes.profiles(resolve_profile("mla", ["mla.form=absorb"]), key_span=False)
+    assert list(absorb) == ["decode"]
+    assert "P" not in absorb["decode"]
+    assert not any("P" in dims for dims in shapes.profiles(resolve_profile("baseline"), False).values())
     assert ProfileShapes.parse("", 256) == ProfileShapes(prefill=(128, 256), capacity=256)
+
+
+def test_the_span_follows_the_length():
+    """TRT-15：P 够长，凑整的不到四分之一（很短的不到 64 行），不出范围；几千个长度只有几十种形状。"""
+    allowed = (1, 512, 5000)
+    spans = [span_of(longest, allowed) for longest in range(1, 5001)]
+    assert all(longest <= span < longest * 1.25 + 64 for longest, span in enumerate(spans, 1))
+    assert spans == sorted(spans)
+    assert spans[-1] == 5000
+    assert len(set(spans)) < 30
+    assert span_of(5000, (1, 1, 1)) == 1
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert done.returncode == 0, done.stdout + done.stderr
 
 else:
+    import triton
+    import triton.language as tl
+
+    from deepseek_export.checkpoint.weight_only import BlockFormat, block_scales, dequantized, signed_codes
     from deepseek_export.dtypes import DTYPES
     from deepseek_export.kernels import grouped_swiglu as experts_kernels
     from deepseek_export.kernels import latent_attention as attention_kernels
     from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
     from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
     from deepseek_export.kernels.program import SM_COUNT, LaunchTable
+    from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
     from deepseek_export.kernels.table import SMS
     from deepseek_export.ops.latent_attention import latent_attention
     from deepseek_export.ops.moe_experts import moe_experts
@@ -47,14 +52,24 @@ else:
     POINTEES = {DTYPES[name].triton: torch_dtype(name) for name in ("float32", "int32", "int64")}
     CANARY = 64
 
-    def run(table: LaunchTable, inputs, *outputs):
+    @triton.jit
+    def spans(starts, owners, total, programs):
+        for program in range(0, programs + 1):
+            tl.store(starts + program, attention_kernels.span_start(program, total, programs))
+        for cell in range(0, total):
+            tl.store(owners + cell, attention_kernels.owner(cell, total, programs))
+
+    def run(table: LaunchTable, inputs, *outputs, sms=None):
         """按启动表在解释器里执行，返回第一个输出：workspace 预先填满 NaN，每一块后面有哨兵，越界写会露馅。"""
         sizes = {}
         for tensor, value in zip(table.inputs, inputs, strict=True):
             assert len(tensor.dims) == value.dim()
-            for name, size in zip(tensor.dims, value.shape, strict=True):
+            shape = list(value.shape)
+            if tensor.dtype == "int4":
+                shape[-1] *= 2  # 两个码一字节
+            for name, size in zip(tensor.dims, shape, strict=True):
                 assert size == (int(name) if name.isdigit() else sizes.setdefault(name, size))
-        sizes[SM_COUNT] = SMS[table.sm].most
+        sizes[SM_COUNT] = sms or SMS[table.sm].most
         variant = next(v for v in table.variants if v.when.evaluate(sizes))
         regions = {}
         for launch in variant.launches:
@@ -109,13 +124,15 @@ else:
             cache[b, :, length + S :] = float("nan")
         return q, cache.to(cache_dtype or dtype), torch.tensor(past, dtype=torch.int64)
 
-    def check_attention(B, S, H, r, dr, T, past, dtype, cache_dtype=None, sm=89, seed=0, scale=None):
+    def check_attention(
+        B, S, H, r, dr, T, past, dtype, cache_dtype=None, sm=89, seed=0, scale=None, sms=None
+    ):
         q, cache, past_lens = attention_inputs(B, S, H, r, dr, T, past, dtype, cache_dtype, seed)
         scale = scale or (r + dr) ** -0.5
         table = latent_attention_launch(
             sm, H, r, dr, scale, "float16", cache_dtype and by_torch(cache_dtype).name
         )
-        got = run(table, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype))
+        got = run(table, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype), sms=sms)
         want = latent_attention(q, cache.nan_to_num(0), past_lens, scale, r)
         assert_close(got, want)
 
@@ -129,30 +146,48 @@ else:
         check_attention(len(past), S, 6, 40, 12, 96, past, dtype)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_attention_several_blocks_per_split(dtype):
-        """batch 大到一段里有几块 key：最大值逐块更新。分数的幅度大，少一次重新缩放就露馅。"""
+    def test_attention_several_blocks_per_program(dtype):
+        """一个程序做好几块行、一块行有好几块 key：最大值逐块更新。分数的幅度大，少一次重新缩放就露馅。"""
         past = [(37 * b) % 199 for b in range(44)]
-        check_attention(44, 1, 3, 16, 16, 200, past, dtype, scale=0.6)
+        check_attention(44, 1, 3, 16, 16, 200, past, dtype, scale=0.6, sms=7)
 
-    def test_attention_more_splits_than_reduce_reads_at_once():
-        """SM 多、批小、上下文长：段数超过 reduce 一次读的 64 段；分数的幅度大，各段的权重差得远。"""
+    def test_attention_more_parts_than_reduce_reads_at_once():
+        """SM 多、批小、上下文长：合看的程序超过 reduce 一次读的 64 份；分数的幅度大，各份的权重差得远。"""
         check_attention(1, 1, 2, 24, 16, 3000, [2990], torch.float32, sm=120, scale=0.6)
 
-    def test_attention_with_one_split():
-        """批大到每个序列只有一段：partial 直接写结果，reduce 不启动。"""
+    def test_attention_with_one_program():
+        """只有一个程序：全部行它自己写，reduce 不启动。"""
         table = latent_attention_launch(89, 2, 16, 16, 0.1, "float16")
-        sizes = {"B": 128, "S": 1, "T": 64, SM_COUNT: 128}
+        sizes = {"B": 5, "S": 1, "T": 64, SM_COUNT: 1}
         reduce = next(v for v in table.variants if v.when.evaluate(sizes)).launches[1]
         assert 0 in [axis.evaluate(sizes) for axis in reduce.grid]
-        check_attention(128, 1, 2, 16, 16, 64, [(7 * b) % 63 for b in range(128)], torch.float32)
+        check_attention(5, 1, 2, 16, 16, 64, [0, 63, 31, 32, 7], torch.float32, sms=1)
+
+    def test_attention_of_many_sequences():
+        """序列多于一次看的 128 个，长短悬殊：每个程序都找得到自己的那一段。"""
+        past = [(0, 500, 3, 31, 97)[b % 5] for b in range(150)]
+        check_attention(150, 1, 1, 16, 16, 512, past, torch.float32, sms=9)
+
+    @pytest.mark.parametrize("programs", [1, 2, 3, 7, 64])
+    def test_spans_are_even_and_inverse(programs):
+        """各程序的一段首尾相接，至多差一格；``owner`` 认得每一格是谁的。"""
+        for total in (1, 2, 63, 64, 65, 1000):
+            starts = torch.empty(programs + 1, dtype=torch.int32)
+            owners = torch.empty(total, dtype=torch.int32)
+            spans[(1,)](starts, owners, total, programs)
+            sizes = starts.diff().tolist()
+            assert (int(starts[0]), int(starts[-1])) == (0, total)
+            assert max(sizes) - min(sizes) <= 1
+            assert owners.tolist() == [p for p, size in enumerate(sizes) for _ in range(size)]
 
     def test_attention_v2_lite_shape():
         """发布模型的宽度（H=16，512+64）。"""
         check_attention(1, 1, 16, 512, 64, 80, [70], torch.float16)
 
     def test_attention_more_rows_than_a_block():
-        """S*H 超过最大的行块。"""
+        """S*H 超过最大的行块；程序的一段从一块行中间起，跨过几块行。"""
         check_attention(1, 3, 24, 32, 16, 40, [30], torch.float32)
+        check_attention(3, 3, 24, 32, 16, 140, [130, 5, 77], torch.float32, sms=5)
 
     def test_attention_wide_cache():
         """``mla.cache_dtype=float32``：缓存比 query 宽。"""
@@ -184,7 +219,8 @@ else:
         T = draw(S, 140)
         past = [draw(0, T - S) for _ in range(B)]
         sm = data.draw(st.sampled_from([80, 90, 120]))
-        check_attention(B, S, H, r, dr, T, past, torch.float32, sm=sm, seed=draw(0, 99))
+        sms = draw(1, 40)
+        check_attention(B, S, H, r, dr, T, past, torch.float32, sm=sm, seed=draw(0, 99), sms=sms)
 
     # ------------------------------------------------------------ MoeExperts
 
@@ -207,6 +243,55 @@ else:
         E, inner, D = w_gate.shape
         table = grouped_swiglu_launch(sm, E, ids.shape[1], D, inner, "float16")
         return run(table, inputs, poisoned(*x.shape, dtype=x.dtype))
+
+    def check_quantized(N, D, E, inner, k, dtype, kind, block, sm=89, seed=0, idle=None):
+        """与 ``ort-cpu`` 同样的码与 scale；没有 token 的专家 ``idle`` 的 scale 是 NaN，读到就会露馅。"""
+        x, ids, weights, *floating = experts_inputs(N, D, E, inner, k, dtype, seed)
+        if idle is not None:
+            ids = torch.where(ids == idle, (idle + 1) % E, ids)
+        form = BlockFormat(kind=kind, block=block, scale=str(dtype).removeprefix("torch."))
+        arrays = [one.numpy() for one in floating]
+        codes = [torch.from_numpy(signed_codes(one, form).view(np.int8)) for one in arrays]
+        scales = [torch.from_numpy(block_scales(one, form)) for one in arrays]
+        for one in scales if idle is not None else ():
+            one[idle] = float("nan")
+        pairs = (tensor for pair in zip(codes, scales, strict=True) for tensor in pair)
+        table = quantized_swiglu_launch(sm, E, k, D, inner, "float16", kind, block)
+        got = run(table, (x, ids, weights, *pairs), poisoned(N, D, dtype=dtype))
+        restored = (torch.from_numpy(dequantized(one, form)) for one in arrays)
+        assert_close(got, moe_experts(x, ids, weights, *restored))
+
+    @pytest.mark.parametrize("kind", ["int8", "int4"])
+    @pytest.mark.parametrize(
+        ("N", "D", "E", "inner", "k", "block", "dtype"),
+        [
+            (1, 96, 12, 64, 4, 32, torch.float32),
+            (9, 64, 12, 96, 4, 32, torch.float16),
+            (5, 192, 3, 192, 2, 64, torch.float32),
+            (3, 128, 2, 256, 1, 128, torch.float16),
+            (150, 96, 2, 160, 2, 32, torch.float32),
+            (140, 256, 1, 128, 1, 128, torch.float16),
+        ],
+    )
+    def test_quantized_experts(N, D, E, inner, k, block, dtype, kind):
+        """两种码、三种 block、解码与 prefill 的变体；宽度超过一块也不满一块。"""
+        check_quantized(N, D, E, inner, k, dtype, kind, block)
+
+    @pytest.mark.parametrize("kind", ["int8", "int4"])
+    def test_quantized_experts_without_tokens_are_not_read(kind):
+        """没有 token 的专家的 scale 是 NaN，结果不变；一个 token 也没有时不写。"""
+        check_quantized(7, 64, 5, 32, 2, torch.float32, kind, 32, idle=3)
+        check_quantized(0, 64, 5, 32, 2, torch.float32, kind, 32)
+
+    @settings(max_examples=5, deadline=None)
+    @given(st.data())
+    def test_quantized_experts_any_shape(data):
+        """任意小形状、任意 SM 的块；宽度是 block 的倍数。"""
+        draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+        kind, block = data.draw(st.sampled_from(["int8", "int4"])), data.draw(st.sampled_from([32, 64]))
+        N, D, E, inner = draw(0, 20), block * draw(1, 3), draw(1, 8), block * draw(1, 3)
+        sm, seed = data.draw(st.sampled_from([80, 90, 120])), draw(0, 99)
+        check_quantized(N, D, E, inner, draw(1, E), torch.float32, kind, block, sm, seed)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize(

@@ -8,6 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_export.checkpoint.weight_only import (
+    BlockFormat,
+    block_scales,
+    dequantized,
+    signed_codes,
+    unpacked_int4,
+)
 from deepseek_export.ops import moe_experts as module
 from deepseek_export.ops import registry as _registry  # noqa: F401  登记 torch.ops.dsx
 from deepseek_export.ops.moe_experts import active_experts, expert_step, experts_dense, fake, moe_experts
@@ -130,3 +137,24 @@ def test_fake_matches_eager(N):
 def test_opcheck():
     """torch 自带的算子检查。"""
     torch.library.opcheck(torch.ops.dsx.moe_experts.default, make_inputs(5, 6, 4, 5, 2))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_experts_restore_then_multiply(kind):
+    """权重是码的：与还原之后的逐位相同，形状推导一致。"""
+    x, ids, weights, *floating = make_inputs(5, 64, 4, 32, 2)
+    form = BlockFormat(kind=kind)
+    codes = [signed_codes(w.numpy(), form).view(np.int8) for w in floating]
+    if kind == "int4":
+        values = [unpacked_int4(code.view(np.uint8).reshape(-1)).astype(np.int8) for code in codes]
+        codes = [value.reshape(w.shape) for value, w in zip(values, floating, strict=True)]
+    scales = [torch.from_numpy(block_scales(w.numpy(), form)) for w in floating]
+    pairs = [
+        tensor
+        for code, scale in zip(codes, scales, strict=True)
+        for tensor in (torch.from_numpy(code), scale)
+    ]
+    want = moe_experts(x, ids, weights, *(torch.from_numpy(dequantized(w.numpy(), form)) for w in floating))
+    inputs = (x, ids, weights, *pairs, 32)
+    assert torch.equal(torch.ops.dsx.quantized_moe_experts(*inputs), want)
+    torch.library.opcheck(torch.ops.dsx.quantized_moe_experts.default, inputs)

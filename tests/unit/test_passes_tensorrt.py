@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from deepseek_export.capture import capture_model
 from deepseek_export.capture.bodies import latent_attention_body
 from deepseek_export.checkpoint.recipe import load_array
+from deepseek_export.engine.graph import KEY_SPAN, take_key_span
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.latent_attention import latent_attention
+from deepseek_export.ops.table import LATENT_ATTENTION
 from deepseek_export.passes import GraphModule, lower
 from deepseek_export.passes.inline_bodies import InlineMoeGatePass
 from deepseek_export.passes.lower_mla_to_tensorrt import MAX_DECODE_TOKENS, LowerMlaToTensorrtPass
@@ -91,6 +96,73 @@ def test_whole_model_is_equal_on_both_sides_of_the_split(saved):
                 feeds[f"kv_cache.{layer}"][row, :, past + S :] = np.nan
         logits = ort_session(models[1].proto).run(["logits"], feeds)[0]
         assert np.array_equal(logits, got[0])
+
+
+def written_bytes(model, feeds, tmp_path):
+    """每个节点写出几个字节，与 logits；字节数由 ONNX Runtime 的剖析得出；缓存写入不算，它的输出就是整个缓存，解码的插件核（这里是函数体，没有 query）也不算。"""
+    session = ort_session(model, profile=tmp_path / "profile")
+    (logits,) = session.run(["logits"], feeds)
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    found = Counter()
+    for event in events:
+        args = event.get("args", {})
+        outside = args.get("op_name") == "TensorScatter" or LATENT_ATTENTION.name in event["name"]
+        if "output_size" in args and not outside:
+            found[event["name"]] += int(args["output_size"])
+    return dict(found), logits
+
+
+@pytest.mark.parametrize("form", ["auto", "naive"])
+def test_prefill_follows_the_length_not_the_capacity(form, saved, tmp_path):
+    """TRT-15：容量从 64 到 4096，一个节点也不多写一个字节；展开的、注意力的中间值只有 max(past_lens) + S 行。交给 TensorRT 的那张图由
+    ``key_span`` 的列数决定，列数够就结果相同。"""
+    config, store = model_config("v3"), saved("v3")[1].store
+    profile = resolve_profile("mla", [f"mla.form={form}"])
+    traced = capture_model(config, profile)
+    lowered = lower(traced, config, profile, "float32", "tensorrt-rtx")
+    weights = {name: load_array(name, recipe, store) for name, recipe in lowered.weights.items()}
+    rng = np.random.default_rng(4)
+    S, past = 12, np.array([0, 17], np.int64)
+    feeds = {
+        "input_ids": rng.integers(0, config.vocab_size, (2, S)),
+        "past_lens": past,
+        "logits_positions": np.full((2, 1), S - 1),
+        **weights,
+    }
+    engine = onnx.ModelProto()
+    engine.CopyFrom(lowered.proto)
+    assert take_key_span(engine)
+    assert engine.graph.input[-1].name == KEY_SPAN
+    assert not any(node.op_type == "ReduceMax" and "mla" in node.name for node in engine.graph.node)
+    H, layers = config.num_attention_heads, config.num_hidden_layers
+    row = H * (config.qk_nope_head_dim + config.v_head_dim) * 4
+    prefix = (0.3 * rng.standard_normal((layers, 2, 1, 64, config.latent_cache_values))).astype(np.float32)
+    logits, written = [], []
+    for T in (64, 4096):
+        for layer in range(layers):
+            cache = np.full((2, 1, T, config.latent_cache_values), np.nan, np.float32)
+            cache[:, :, :64] = prefix[layer]
+            feeds[f"kv_cache.{layer}"] = cache
+        runs = [written_bytes(lowered.proto, feeds, tmp_path)]
+        span = {KEY_SPAN: np.zeros((2, 40), np.int8)}
+        runs.append(written_bytes(engine, feeds | span, tmp_path))
+        for (found, answer), P in zip(runs, (17 + S, 40), strict=True):
+            assert [size for name, size in found.items() if "mla/expand" in name] == [2 * P * row] * layers
+            logits.append(answer)
+        written.append(runs[0][0])
+    assert written[0] == written[1]
+    assert not np.isnan(logits[0]).any()
+    assert max(distance(one, logits[0]) for one in logits) < TOLERANCE[torch.float32]
+
+
+def test_graphs_without_prefill_take_no_span():
+    """TRT-15：``absorb`` 没有 prefill 路径，图不变。"""
+    module = module_of("absorb")
+    LowerMlaToTensorrtPass()(module)
+    model = module.to_proto()
+    before = model.SerializeToString(deterministic=True)
+    assert not take_key_span(model)
+    assert model.SerializeToString(deterministic=True) == before
 
 
 @pytest.mark.parametrize(

@@ -302,8 +302,9 @@ def test_the_command_the_json_and_the_page(thin: Path, tmp_path: Path):
     assert json.loads(written.output.splitlines()[-1])["cluster"] == plan.model_dump(mode="json")
     shown = rows(page.read_text(encoding="utf-8"))
     for layout in plan.layouts:
-        numbers = [layout.replicas, layout.single_tokens_per_second, layout.full_tokens_per_second]
-        assert holds(shown, str(layout.stages), numbers, (layout.cuts,))
+        assert holds(shown, str(layout.stages), [layout.replicas, layout.batch], (layout.cuts,))
+        numbers = [layout.micro_batches, layout.single_tokens_per_second, layout.full_tokens_per_second]
+        assert holds(shown, str(layout.stages), [*numbers, layout.first_token_s])
     for index, stage in enumerate(best.stage_plans):
         assert holds(shown, f"stage {index}", [stage.weight_bytes, stage.cache_bytes], ("✓ 放得下",))
     for picture in parsed(page.read_text(encoding="utf-8")).iter(f"{SVG}svg"):

@@ -30,12 +30,14 @@ from deepseek_export.checkpoint.weight_only import (
     block_scales,
     dequantized,
     packed_int4,
+    signed_codes,
     unpacked_int4,
 )
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.passes.base import MICROSOFT, GraphModule
+from deepseek_export.passes.fuse_quantized_experts import FuseQuantizedExpertsPass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
@@ -298,6 +300,59 @@ def test_experts_take_dequantized_weights(keep, count):
     restored = [t.inputs[0].op for t in experts.inputs if t.inputs and t.inputs[0].op == "DequantizeLinear"]
     assert len(restored) == count
     assert result.kept == 3 - count
+
+
+def _quantized_experts(kind: str, keep: tuple[str, ...] = ()) -> GraphModule:
+    module = moe_module("v3", hidden_size=64, moe_intermediate_size=32)
+    QuantizeWeightsToDequantizeLinearPass(Quantization(kind=kind, keep=keep))(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_experts_read_their_codes(kind):
+    """EXPORT-33：三个 DequantizeLinear 连同 MoeExperts 换成 QuantizedMoeExperts，函数体与原来逐位相同；再跑一遍不变。"""
+    before, module = _quantized_experts(kind), _quantized_experts(kind)
+    result = FuseQuantizedExpertsPass()(module)
+    assert (result.changed, result.count, result.kept, result.refused) == (True, 1, 0, ())
+    assert not {"DequantizeLinear", "MoeExperts"} & set(ops(module))
+    assert module.weights == before.weights
+    (node,) = module.find("QuantizedMoeExperts")
+    assert (node.name, node.attrs["block_size"]) == ("layers.1.mlp/QuantizedMoeExperts", 32)
+    proto = module.to_proto()
+    onnx.checker.check_model(proto, full_check=True)
+    assert {one.name for one in proto.functions} >= {"QuantizedMoeExperts", "MoeExperts"}
+    form, feeds = BlockFormat(kind=kind), {}
+    for name, array in feeds_for(moe_module("v3", hidden_size=64, moe_intermediate_size=32), 5).items():
+        feeds[name] = ort_value(array)
+        if array.ndim == 3 and array.shape[-1] % 32 == 0:
+            codes = signed_codes(array, form)
+            codes = (
+                unpacked_int4(codes.reshape(-1)).reshape(array.shape)
+                if kind == "int4"
+                else codes.view(np.int8)
+            )
+            feeds[f"{name}.{kind}"] = ort_value(codes)
+            feeds[f"{name}.{kind}.scales"] = ort_value(block_scales(array, form))
+    want, got = (
+        session.run_with_ort_values(["y"], {one.name: feeds[one.name] for one in session.get_inputs()})[
+            0
+        ].numpy()
+        for session in (ort_session(before.to_proto()), ort_session(proto))
+    )
+    assert got.tobytes() == want.tobytes()
+    assert not FuseQuantizedExpertsPass()(module).changed
+
+
+def test_experts_with_a_floating_weight_are_not_fused():
+    """EXPORT-33：只量化了一部分的拒绝，写明哪个是浮点；都是浮点的不算拒绝。"""
+    partly = _quantized_experts("int8", ("down_proj",))
+    result = FuseQuantizedExpertsPass()(partly)
+    assert (result.count, result.kept) == (0, 0)
+    (refusal,) = result.refused
+    assert "w_down" in refusal.value
+    assert ops(partly).count("DequantizeLinear") == 2
+    result = FuseQuantizedExpertsPass()(_quantized_experts("int8", ("mlp.experts",)))
+    assert (result.count, result.kept, result.refused) == (0, 1, ())
 
 
 def test_linear_without_the_kernel_is_refused():

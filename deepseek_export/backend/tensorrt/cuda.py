@@ -11,6 +11,9 @@ import numpy as np
 from deepseek_export.engine.flavour import device_sm
 from deepseek_export.errors import DsxError
 
+#: 元素不多于这么多的输入，送之前先看与上次送的是不是一样。
+_COMPARED = 1024
+
 
 def require_gpu() -> int:
     """当前 GPU 的计算能力。
@@ -66,6 +69,14 @@ class Cuda:
     def free(self, address: int) -> None:
         """归还 :meth:`allocate` 的内存。"""
         self._call(self._driver.cuMemFree, address)
+
+    def allocate_host(self, nbytes: int) -> int:
+        """锁页的主机内存的地址；拷贝引擎直接读写它，不经过驱动自己的一块中转。"""
+        return int(self._call(self._driver.cuMemAllocHost, max(nbytes, 1)))
+
+    def free_host(self, address: int) -> None:
+        """归还 :meth:`allocate_host` 的内存。"""
+        self._call(self._driver.cuMemFreeHost, address)
 
     def clear(self, address: int, nbytes: int) -> None:
         """清零。"""
@@ -133,23 +144,47 @@ class Cuda:
         return values[0] if values else None
 
 
+class _Pinned:
+    """锁页的主机内存，一块；由它得来的数组握着它，最后一个放手时归还。"""
+
+    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+        self._cuda, self._address = cuda, cuda.allocate_host(nbytes)
+        data = (self._address, False)
+        self.__array_interface__ = {"data": data, "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_address"):
+            self._cuda.free_host(self._address)
+
+
 class Buffer:
-    """一个输入或输出：主机与设备各一块，按见过的最大形状分配。"""
+    """一个输入或输出：主机（锁页）与设备各一块，按见过的最大形状分配。"""
 
     def __init__(self, cuda: Cuda, dtype: np.dtype) -> None:
         self._cuda, self._dtype = cuda, dtype
         self._flat = np.empty(0, dtype)
+        self._sent = False
         self.array = self._flat
         self.address = 0
+
+    def send(self, array: np.ndarray) -> None:
+        """把 ``array`` 送到设备，形状先由 :meth:`reshape` 定好；小的、与上次送的一样的不再送：解码一步多半只有 token 与长度变了。"""
+        if self._sent and array.size <= _COMPARED and np.array_equal(self.array, array):
+            return
+        np.copyto(self.array, array)
+        self._cuda.upload(self.address, self.array)
+        self._sent = True
 
     def reshape(self, shape: tuple[int, ...]) -> None:
         """换成 ``shape``；装不下才重新分配。"""
         size = math.prod(shape)
+        self._sent = self._sent and shape == self.array.shape
         if size > self._flat.size or not self.address:
             if self.address:
                 self._cuda.free(self.address)
-            self._flat = np.empty(size, self._dtype)
-            self.address = self._cuda.allocate(self._flat.nbytes)
+            nbytes = size * self._dtype.itemsize
+            self._flat = np.asarray(_Pinned(self._cuda, nbytes)).view(self._dtype)
+            self.address = self._cuda.allocate(nbytes)
         self.array = self._flat[:size].reshape(shape)
 
     def __del__(self) -> None:

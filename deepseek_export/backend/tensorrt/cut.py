@@ -21,7 +21,7 @@ from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.engine.build import build_engine_bytes, check_plugins
 from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
-from deepseek_export.engine.graph import fix_capacity
+from deepseek_export.engine.graph import KEY_SPAN, fix_capacity, take_key_span
 from deepseek_export.engine.layers import EngineLayer, parse_layers
 from deepseek_export.engine.shapes import Range, has_prefill
 from deepseek_export.errors import DsxError
@@ -79,8 +79,12 @@ class CutEngines:
         """
         content, layers = self.build(model, feeds)
         loaded = LoadedEngine(self._flavour, self._sm, content, layers, str(model))
-        graph = onnx.load(model, load_external_data=False).graph
-        return [_execute(loaded, name, graph, feed) for name, feed in zip(layers, feeds, strict=True)]
+        path = model.with_name(ENGINE_GRAPH)
+        graph = onnx.load(path, load_external_data=False).graph
+        return [
+            _execute(loaded, name, graph, feed)
+            for name, feed in zip(layers, _with_key_span(graph, feeds), strict=True)
+        ]
 
     def build(self, model: Path, feeds: Sequence[Arrays]) -> tuple[memoryview, dict[str, list[EngineLayer]]]:
         """只建引擎；不需要 GPU（发行允许的话）。
@@ -89,7 +93,9 @@ class CutEngines:
             引擎，与每个优化配置的层；配置的名字是第几次前向。
         """
         graph = onnx.load(model, load_external_data=False)
-        profiles = {str(i): ranges for i, ranges in enumerate(fix_shapes(graph, feeds))}
+        take_key_span(graph)
+        fixed = fix_shapes(graph, _with_key_span(graph.graph, feeds))
+        profiles = {str(i): ranges for i, ranges in enumerate(fixed)}
         path = model.with_name(ENGINE_GRAPH)
         onnx.save(graph, path)
         content, text = build_engine_bytes(
@@ -99,6 +105,18 @@ class CutEngines:
         layers = parse_layers(text, list(profiles), plugins)
         check_plugins(path.name, [layer for found in layers.values() for layer in found], plugins)
         return content, layers
+
+
+def _with_key_span(graph: onnx.GraphProto, feeds: Sequence[Arrays]) -> Sequence[Arrays]:
+    """图要 :data:`KEY_SPAN` 的，每次前向都看整个缓存：这里的容量本来就刚好够用。"""
+    if all(value.name != KEY_SPAN for value in graph.input):
+        return feeds
+    caches = [value.name for value in graph.input if "cache" in value.name]
+    spans = [feed[caches[0]].shape for feed in feeds]
+    return [
+        {**feed, KEY_SPAN: np.zeros((shape[0], shape[2]), np.int8)}
+        for feed, shape in zip(feeds, spans, strict=True)
+    ]
 
 
 def fix_shapes(model: onnx.ModelProto, feeds: Sequence[Arrays]) -> list[dict[str, Range]]:
@@ -130,8 +148,7 @@ def _execute(engine: LoadedEngine, name: str, model: onnx.GraphProto, feed: Arra
     for port, array in feed.items():
         buffers[port] = Buffer(cuda, array.dtype)
         buffers[port].reshape(array.shape)
-        np.copyto(buffers[port].array, array)
-        cuda.upload(buffers[port].address, buffers[port].array)
+        buffers[port].send(array)
         context.set_input_shape(port, array.shape)
     for value in model.output:
         if shared.get(value.name) in feed:

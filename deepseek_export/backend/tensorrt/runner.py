@@ -19,6 +19,8 @@ from deepseek_export.backend.tensorrt.cuda import Buffer
 from deepseek_export.backend.tensorrt.engine import BundleEngine, Call, open_engine, select_profile
 from deepseek_export.backend.tensorrt.replay import Replayer
 from deepseek_export.bundle import Bundle
+from deepseek_export.engine.graph import KEY_SPAN
+from deepseek_export.engine.shapes import span_of
 
 
 class TensorRTRunner(Runner):
@@ -79,6 +81,7 @@ class _Binding:
         self._inputs = {port.name: Buffer(self._cuda, port.numpy) for port in contract.inputs.values()}
         # 引擎的每个输出都要有地址，不取回的也要。
         self._outputs = {port.name: Buffer(self._cuda, port.numpy) for port in contract.outputs.values()}
+        self._key_span = Buffer(self._cuda, np.dtype(np.int8))
 
     def run(self, inputs: Mapping[str, np.ndarray], caches: DeviceCaches) -> dict[str, np.ndarray]:
         sizes = self._engine.contract.sizes(inputs)
@@ -86,11 +89,15 @@ class _Binding:
         shapes = _input_shapes(self._engine.contract, sizes, caches.capacity)
         for port, buffer in self._inputs.items():
             buffer.reshape(shapes[port])
-            np.copyto(buffer.array, inputs[port])
-            self._cuda.upload(buffer.address, buffer.array)
+            buffer.send(inputs[port])
         for port, buffer in self._outputs.items():
             buffer.reshape(shape_of(port, sizes))
         buffers = self._inputs | self._outputs
+        if (allowed := self._engine.entry.profiles[profile].get("P")) is not None:
+            longest = int(inputs["past_lens"].max()) + sizes["S"]
+            shapes[KEY_SPAN] = (sizes["B"], span_of(longest, allowed))
+            self._key_span.reshape(shapes[KEY_SPAN])  # 只看形状，内容不必送过去
+            buffers[KEY_SPAN] = self._key_span
         addresses = caches.addresses | {port: buffer.address for port, buffer in buffers.items()}
         self._replayer.run(Call(profile, tuple(shapes.items()), tuple(addresses.items())))
         for port in self._wanted:

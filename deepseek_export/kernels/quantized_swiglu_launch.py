@@ -1,0 +1,119 @@
+"""``dsx::QuantizedMoeExperts`` 的启动表；排序、workspace、加权与 :mod:`.grouped_swiglu_launch` 共用。"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from deepseek_export.dtypes import DTYPES
+from deepseek_export.kernels.expression import Expression
+from deepseek_export.kernels.grouped_swiglu_launch import GROUP, ExpertsTile, Rows, experts_table
+from deepseek_export.kernels.program import Launch, LaunchTable
+from deepseek_export.kernels.table import (
+    KernelDtype,
+    KernelSpec,
+    Problem,
+    block_size,
+    check_dtype,
+    check_sm,
+    int32,
+    launch,
+)
+from deepseek_export.ops.table import QUANTIZED_MOE_EXPERTS
+
+CodeDtype = Literal["int8", "int4"]
+
+#: 共享内存上限 → 各变体的块，行数升序；码只有一两成大，所以比浮点的多留一级。
+_TILES: Mapping[int, tuple[ExpertsTile, ...]] = MappingProxyType(
+    {
+        99 << 10: (ExpertsTile(16, 128, 128, 4, 4), ExpertsTile(64, 128, 64, 4, 3)),
+        163 << 10: (ExpertsTile(16, 128, 128, 4, 5), ExpertsTile(64, 128, 64, 4, 4)),
+        227 << 10: (ExpertsTile(16, 128, 128, 4, 6), ExpertsTile(64, 128, 64, 4, 5)),
+    }
+)
+
+
+def quantized_swiglu_launch(
+    sm: int,
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    moe_intermediate_size: int,
+    dtype: KernelDtype,
+    codes: CodeDtype,
+    block: int,
+) -> LaunchTable[KernelSpec]:
+    """``dsx::QuantizedMoeExperts`` 的启动表。
+
+    Args:
+        sm: 计算能力。
+        num_experts, top_k: E、k。
+        hidden_size, moe_intermediate_size: D、I，都是 ``block`` 的倍数。
+        dtype: ``x``、scale 与输出的 dtype。
+        codes: 码的 dtype；int4 的两个一字节，低位在前。
+        block: 沿输入维每多少个码共用一个 scale。
+
+    Raises:
+        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持。
+    """
+    limits = check_sm(sm)
+    check_dtype(QUANTIZED_MOE_EXPERTS, "x", dtype, ("float16", "bfloat16"))
+    check_dtype(QUANTIZED_MOE_EXPERTS, "w_gate", codes, ("int8", "int4"))
+    E, k, D, inner = num_experts, top_k, hidden_size, moe_intermediate_size
+    sizes = {"E": E, "k": k, "D": D, "I": inner, "D/block_size": D // block, "I/block_size": inner // block}
+    problem = Problem(QUANTIZED_MOE_EXPERTS, sm, sizes, {"T": dtype, "Q": codes})
+
+    def matmuls(
+        tile: ExpertsTile, rows: Rows
+    ) -> tuple[Launch[KernelSpec, Expression], Launch[KernelSpec, Expression]]:
+        common = {
+            "D": D,
+            "INNER": inner,
+            "E": E,
+            "BLOCK_E": block_size(E),
+            "BLOCK_M": tile.rows,
+            "GROUP": GROUP,
+            "BITS": DTYPES[codes].bits,
+            "SCALED": block,
+        }
+        half = min(tile.columns // 2, block_size(inner))
+        full = min(tile.columns, block_size(D))
+        places = (rows.sorted_pairs, rows.offsets)
+        row_tiles = int32("row_tiles", rows.tiles)
+        weights = ("w_gate", "w_gate_scales", "w_up", "w_up_scales")
+        gate_up = launch(
+            "grouped_swiglu",
+            "quantized_gate_up",
+            (rows.tiles * math.ceil(inner / half), 1, 1),
+            (
+                problem.port("x"),
+                *map(problem.port, weights),
+                *places,
+                rows.hidden,
+                int32("top_k", k),
+                row_tiles,
+            ),
+            {**common, "BLOCK_N": half, "BLOCK_K": min(tile.inner, block_size(D))},
+            tile.num_warps,
+            tile.num_stages,
+        )
+        down = launch(
+            "grouped_swiglu",
+            "quantized_down",
+            (rows.tiles * math.ceil(D / full), 1, 1),
+            (
+                rows.hidden,
+                *map(problem.port, ("w_down", "w_down_scales")),
+                *places,
+                rows.expert_out,
+                row_tiles,
+            ),
+            {**common, "BLOCK_N": full, "BLOCK_K": min(tile.inner, block_size(inner))},
+            tile.num_warps,
+            tile.num_stages,
+        )
+        return gate_up, down
+
+    return experts_table(problem, _TILES[limits.shared], matmuls)
