@@ -1,6 +1,6 @@
 """提前编译：启动表 → 带 cubin 的 :data:`~deepseek_export.kernels.program.Program`，不需要 GPU。
 
-编译结果按内容存进 :class:`~deepseek_export.disk_cache.DiskCache`：键是 kernel 源码、Triton 版本、SM、签名、常数与编译选项的
+编译结果按内容存进 :class:`~deepseek_export.disk_cache.DiskCache`：键是 kernel 源码（连同内联进来的）、Triton 版本、SM、签名、常数与编译选项的
 sha256；损坏的条目当作没有，重新编译。
 """
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 CACHE = DiskCache("kernels")
 
 _ALIGNED = [["tt.divisibility", POINTER_ALIGNMENT]]
+_INLINED = re.compile(r"^from deepseek_export\.kernels\.(\w+) import", re.MULTILINE)
 _ENTRY = re.compile(r"\.visible \.entry \w+\((.*?)\)", re.DOTALL)
 #: Triton 类型 → PTX 形参类型；指针都是 ``u64``。
 _PTX_TYPES = {"i32": "u32", "fp32": "f32"}
@@ -107,10 +108,11 @@ def _triton_version() -> str:
     return version("triton")
 
 
-@cache
 def _source_digest(module: str) -> str:
-    path = Path(__file__).with_name(f"{module}.py")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """源码，连同它导入的别的 kernel 模块：里面的函数内联进来，改了机器码也变。"""
+    text = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    parts = [text, *map(_source_digest, sorted(set(_INLINED.findall(text))))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _compile(spec: KernelSpec, sm: int) -> CompiledKernel:

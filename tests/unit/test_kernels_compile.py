@@ -135,6 +135,21 @@ def test_cached_by_content(empty_cache, monkeypatch):
     assert cache_key(replace(spec, module="latent_attention"), 90) != key
 
 
+def test_the_cache_key_follows_what_is_inlined(monkeypatch):
+    """KERNEL-4：内联进来的函数在另一个文件里，那个文件变了键也变，没有内联它的不变。"""
+    _, swiglu, index, *_ = tables(90)
+    (inlining, *_), (without, *_) = specs(index), specs(swiglu)
+    keys = cache_key(inlining, 90), cache_key(without, 90)
+    read = Path.read_text
+
+    def edited(path: Path, **options: str) -> str:
+        return read(path, **options) + "\n# 改过" * (path.name == "latent_attention.py")
+
+    monkeypatch.setattr(Path, "read_text", edited)
+    assert cache_key(inlining, 90) != keys[0]
+    assert cache_key(without, 90) == keys[1]
+
+
 def test_corrupt_cache_entry_is_rebuilt(empty_cache):
     """KERNEL-4：被改过的条目当作没有：重新编译，结果与原来相同，条目也修好了。"""
     spec = next(s for s in specs(tables(90)[1]) if s.function == "combine")
