@@ -156,7 +156,12 @@ class Channel:
         """
         found = []
         while self._readable(0):
-            frame = self._frame(lambda: None)
+            try:
+                frame = self._frame(lambda: None)
+            except ChannelClosed:
+                if found:  # 关掉之前说的要先给出来：多半就是为什么关；下一次再说关了
+                    return found
+                raise
             if frame.meta:
                 found.append(frame)
         self._check_silence()

@@ -182,6 +182,17 @@ def test_silence_ends_the_wait_and_beats_keep_it(pair):
     sender.close()
 
 
+def test_what_was_said_before_closing_is_heard_first(pair):
+    """CLUSTER-6：对方说完就关了：话先给出来，再说关了。"""
+    raw, channel = pair
+    sender = Channel(raw.dup(), "", 5)
+    sender.send(Frame({"op": "fatal", "what": "为什么"}))
+    sender.close()
+    raw.close()
+    assert [frame.meta["what"] for frame in channel.drain()] == ["为什么"]
+    refused("DSX-E742", channel.drain)
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"silence_s": 0}, {"step_s": -1}, {"start_s": True}, {"retry_s": float("nan")}, {"micro_batches": 1.5}],

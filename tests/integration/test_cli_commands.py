@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -405,7 +406,7 @@ def test_demo_runs_the_whole_tour(tmp_path):
     assert asked == ["子曰：“君子不学，不仁者不可得而不礼。”", "服务已停下。"]
     assert "收到 SIGTERM" in process.stderr
     assert "全部通过" in process.stdout
-    assert "dsx::LatentAttention×4、dsx::MoeExperts×3" in process.stdout
+    assert {"dsx::LatentAttention×4", "dsx::MoeExperts×3"} <= set(re.findall(r"dsx::\w+×\d+", process.stdout))
     assert "token" in process.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((BUNDLE, ENGINE_BUNDLE))
 
