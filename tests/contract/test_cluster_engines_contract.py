@@ -52,6 +52,12 @@ def rtx(checkpoint: Path) -> Callable[[], StageSet]:
     return make
 
 
+def without_engines(stages: StageSet, path: Path) -> StageSet:
+    """另拷一份，别的测试建的引擎不带。"""
+    shutil.copytree(stages.path, path, ignore=shutil.ignore_patterns("engines"))
+    return StageSet.open(path)
+
+
 def test_engines_of_stages_generate_the_same(rtx, monkeypatch):
     """CLUSTER-33：每个 stage 一个引擎，连起来的 token 与 ONNX Runtime 上的相同，投机的也是；能力取各个引擎里最窄的。"""
     gpu, stages = FakeGpu(monkeypatch), rtx()
@@ -73,10 +79,7 @@ def test_engines_of_stages_generate_the_same(rtx, monkeypatch):
 
 def test_a_stage_without_an_engine_says_so(rtx, tmp_path, monkeypatch):
     """CLUSTER-33：没有引擎的 stage，加载时就说，是哪个 stage、怎么办。"""
-    shutil.copytree(rtx().path, tmp_path / "stages")
-    stages = StageSet.open(tmp_path / "stages")
-    for directory in stages.directories:
-        shutil.rmtree(directory / "engines", ignore_errors=True)
+    stages = without_engines(rtx(), tmp_path / "stages")
     FakeGpu(monkeypatch)
     launcher = ThreadLauncher(stages.directories, "trt")
     pipeline = PipelineBackend(stages, backend_named("trt"), ThreadLauncher.settings, launcher)
@@ -135,7 +138,7 @@ def test_each_stage_has_its_own_arch(rtx, checkpoint, tmp_path):
 @pytest.mark.slow
 def test_tensorrt_builds_every_stage(rtx, tmp_path):
     """CLUSTER-33：没有 GPU，TensorRT-RTX 真的给每个 stage 建引擎，各有各的 SM；查看时列得出来。"""
-    shutil.copytree(rtx().path, tmp_path / "stages")
+    without_engines(rtx(), tmp_path / "stages")
     found = last_json(dsx("build", tmp_path / "stages", "--arch", "89,120,89", "--json"))
     assert [(one["sm"], [*one["plans"]]) for one in found] == [
         (89, ["model.plan"]),
