@@ -91,21 +91,31 @@ def test_compiles_for_each_sm(sm):
     assert kernel.threads == spec.num_warps * 32
 
 
+def most_stack(spec) -> float:
+    """溢出的寄存器至多占几个字节；循环之内的溢出由 KERNEL-9 看。
+
+    收集的注意力，每一行有自己的地址，一个线程搬几行就有几个。均分的注意力，一个程序依次做几段：走到了哪一行、那一行从哪里起，
+    算的时候放在栈上，一段只存取一次；32 行的块的累加器已占满寄存器。64 行的溢出的是几个地址，换来的是 wgmma，不设上限。
+    """
+    rows = dict(spec.constants).get("BLOCK_M")
+    if spec.function == "sparse_latent_attention_partial":
+        return 256
+    if spec.function == "latent_attention_partial" and rows in (32, 64):
+        return 128 if rows == 32 else float("inf")
+    return 16
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("sm", SMS)
 def test_compiles_everything(sm, dtype, tmp_path):
-    """KERNEL-3：全部变体在全部 SM 上放得进共享内存；除了 Hopper 起 64 行的注意力块与收集的注意力，寄存器至多溢出两对。"""
+    """KERNEL-3：全部变体在全部 SM 上放得进共享内存；注意力之外的 kernel，寄存器至多溢出两对。"""
     for table in tables(sm, dtype):
         for spec in specs(table):
             kernel = compile_kernel(spec, sm)
             assert kernel.shared <= SMS[sm].shared
-            # 64 行的累加器占满寄存器，溢出的是几个地址；换来的是 wgmma。那两对（16 字节）在循环之外，循环里由 KERNEL-9 看。
-            if dict(spec.constants).get("BLOCK_M") != 64 or spec.function != "latent_attention_partial":
-                # 收集的每一行有自己的地址，一个线程搬几行就有几个，溢出的多半在循环之外。
-                gathers = spec.function == "sparse_latent_attention_partial"
-                stack = resources(kernel.cubin, tmp_path)["STACK"]
-                assert stack <= (256 if gathers else 16), (spec.function, spec.constants)
+            stack = resources(kernel.cubin, tmp_path)["STACK"]
+            assert stack <= most_stack(spec), (spec.function, spec.constants)
     wide = (
         latent_attention_launch(sm, **ATTENTION, dtype=dtype, cache_dtype="float32"),
         index_topk_launch(sm, **INDEX, dtype=dtype, cache_dtype="float32"),
