@@ -154,7 +154,7 @@ class Channel:
             ChannelClosed: 对方关了，或 ``silence_s`` 秒没有一个字节。
             DsxError: ``DSX-E745``。
         """
-        found = []
+        found: list[Frame] = []
         while self._readable(0):
             try:
                 frame = self._frame(lambda: None)
