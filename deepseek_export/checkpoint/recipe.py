@@ -22,12 +22,11 @@ from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.checkpoint.weight_only import (
     BlockFormat,
-    QuantError,
     block_codes,
     block_scales,
-    dequantized,
     largest_weight,
     signed_codes,
+    stored_codes,
     unpacked_int4,
 )
 from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
@@ -68,6 +67,7 @@ class Recipe(BaseModel):
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
         of: 量化之前的配方，只有 ``codes``、``scales``、``rows`` 有。
         form: 量化的格式，只有 ``codes``、``scales``、``rows`` 有。
+        calibrated: 码与 scale 是校准得来的，不能由检查点一步算出：导出时读 :func:`calibrated_name` 的张量，之后在 bundle 的权重文件里。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,6 +80,7 @@ class Recipe(BaseModel):
     block_size: tuple[int, int] | None = None
     of: Recipe | None = None
     form: BlockFormat | None = None
+    calibrated: bool = False
 
     @field_serializer("sources")
     def _folded(self, sources: tuple[str, ...]) -> tuple[str, ...]:
@@ -146,6 +147,11 @@ def quantized_recipes(recipe: Recipe, form: BlockFormat, signed: bool = False) -
     else:
         codes = part("codes", (*rows, blocks, form.block * form.bits // 8), "uint8")
     return codes, part("scales", (*rows, blocks), form.scale)
+
+
+def calibrated_name(source: str, part: Literal["codes", "scales"]) -> str:
+    """检查点的张量 ``source`` 校准之后的码（[N, K] int8）或 scale（[N, ceil(K/block)]）叫什么。"""
+    return f"{source}.calibrated_{part}"
 
 
 def packed_rows(recipe: Recipe, form: BlockFormat) -> Recipe:
@@ -252,7 +258,9 @@ def materialize(
     Raises:
         DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出，或 scale 溢出。
     """
-    if recipe.of is not None and recipe.form is not None:
+    if recipe.calibrated:
+        yield from _calibrated(name, recipe, store, chunk_bytes)
+    elif recipe.of is not None and recipe.form is not None:
         part = _part(recipe)
         for rows in materialize(name, recipe.of, store, chunk_bytes):
             _check_scales(name, rows, recipe.form)
@@ -267,7 +275,33 @@ def materialize(
     else:
         for source in recipe.sources:
             for rows in _converted(name, source, recipe, store, chunk_bytes):
-                yield rows if recipe.groups is None else _deinterleaved(rows, *recipe.groups)
+                yield rows if recipe.groups is None else deinterleaved(rows, *recipe.groups)
+
+
+def _calibrated(name: str, recipe: Recipe, store: TensorStore, chunk_bytes: int) -> Iterator[np.ndarray]:
+    """校准得来的码或 scale：叠放、交错、重排都在行上，同浮点的权重一样做，最后才压成存储的字节。"""
+    form = recipe.form
+    assert form is not None
+    if recipe.op == "scales":
+        yield from materialize(name, calibrated_rows(recipe, "scales"), store, chunk_bytes)
+        return
+    for rows in materialize(name, calibrated_rows(recipe, "codes"), store, chunk_bytes):
+        yield stored_codes(rows, form, signed=recipe.dtype != "uint8")
+
+
+def calibrated_rows(recipe: Recipe, part: Literal["codes", "scales"]) -> Recipe:
+    """校准得来的码（int8，没有压）或 scale 的配方。"""
+    assert recipe.of is not None
+    assert recipe.form is not None
+    width = recipe.of.shape[-1]
+    columns = width if part == "codes" else -(-width // recipe.form.block)
+    changes = {
+        "sources": tuple(calibrated_name(source, part) for source in recipe.of.sources),
+        "shape": (*recipe.of.shape[:-1], columns),
+        "dtype": "int8" if part == "codes" else recipe.form.scale,
+        "block_size": None,
+    }
+    return recipe.of.model_copy(update=changes)
 
 
 def _part(recipe: Recipe) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
@@ -277,20 +311,6 @@ def _part(recipe: Recipe) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
     if recipe.op == "scales":
         return block_scales
     return block_codes if recipe.dtype == "uint8" else signed_codes
-
-
-def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantError:
-    """``codes``、``rows`` 配方量化掉了多少；逐块读，参数、错误同 :func:`materialize`。"""
-    assert recipe.of is not None
-    assert recipe.form is not None
-    error = norm = largest = 0.0
-    for rows in materialize(name, recipe.of, store):
-        rows = rows.astype(np.float32, copy=False)
-        gap = dequantized(rows, recipe.form) - rows
-        error += float(np.square(gap, dtype=np.float64).sum())
-        norm += float(np.square(rows, dtype=np.float64).sum())
-        largest = max(largest, float(np.abs(gap).max(initial=0.0)))
-    return QuantError(relative=math.sqrt(error / norm) if norm else 0.0, max_abs=largest)
 
 
 def load_array(name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
@@ -348,7 +368,7 @@ def _check_scales(name: str, rows: np.ndarray, form: BlockFormat) -> None:
         )
 
 
-def _deinterleaved(array: np.ndarray, rows: int, tail: int) -> np.ndarray:
+def deinterleaved(array: np.ndarray, rows: int, tail: int) -> np.ndarray:
     """``rows`` 行一组，每组最后 ``tail`` 行由 x0 y0 x1 y1 … 排成 x0 x1 … y0 y1 …。"""
     head = np.arange(rows - tail)
     order = np.concatenate([head, np.arange(rows - tail, rows).reshape(-1, 2).T.ravel()])
