@@ -55,7 +55,7 @@ class Scenario:
         ("int4", 32, ("embed_tokens",)),
     )
     calibrated: tuple[int, ...] = (32, 64, 128)
-    sampled: tuple[int, int] = (160, 48)
+    sampled: tuple[int, int] = (128, 24)
 
 
 FULL = Scenario()
