@@ -119,8 +119,9 @@ def test_awq_and_gptq(twins, tmp_path: Path, name: str, kind: str):
     assert report.passed, report.first_failure
 
 
-@pytest.mark.parametrize(("dtype", "exact"), [("bfloat16", True), ("float16", True)])
-def test_tensorrt_gets_the_codes(twins, tmp_path: Path, dtype: str, exact: bool):
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensorrt_gets_the_codes(twins, tmp_path: Path, dtype: str):
     """EXPORT-41：TensorRT 的目标同样照原来的码，scale 是模型的 dtype；专家由读码的插件核跑。"""
     bundle = deepseek_export.export(
         twins["kimi"][0],
