@@ -23,8 +23,9 @@ _CODE = "DSX-E650"
 _GROUPS = (32, 64, 128)
 _ANY_LINEAR = "Linear"
 _REGEX = "re:"
-#: 认得的正则：字面、``.``、``.*``、``\d+``、分组与选择。量词不套量词，所以匹配再慢也有界。
+#: 认得的正则：字面、``.``、``.*``、``\d+``、字面的选择。量词不多，也不套量词；选择里没有通配、没有空的、不重复，所以回溯有界。
 _TOKENS = re.compile(r"[\w\-/]|\\[.\-_]|\\d\+?|\[0-9\]\+?|\.[*+]?|\(\?:|[()|^$]")
+_GROUP = re.compile(r"\((?:\?:)?([^()]*)\)")
 _MAX_STARS, _MAX_REGEXES, _MAX_REGEX = 3, 64, 256
 
 # 与反量化无关的字段：怎么量化出来的、用哪个 kernel、谁写的。
@@ -155,7 +156,7 @@ def _compressed_tensors(q: Fields) -> Int4Config:
     if not isinstance(groups, dict) or len(groups) != 1:
         raise q.bad("config_groups", "恰好一组（各层位数不同的不支持）", _CODE)
     ((name, value),) = groups.items()
-    group = _nested(q, f"config_groups.{name}", value)
+    group = _nested(q, f"config_groups.{shown(name)}", value)
     group.refuse_unknown(("targets", "weights", "input_activations", "output_activations", "format"), _CODE)
     for key in ("input_activations", "output_activations"):
         _empty(group, key)
@@ -306,6 +307,9 @@ def _bounded(pattern: str) -> bool:
     """整个由认得的写法拼成，量词不多，而且编译得过。"""
     if len(pattern) > _MAX_REGEX or _TOKENS.sub("", pattern):
         return False
+    branches = [group.split("|") for group in _GROUP.findall(pattern)]
+    if set(_GROUP.sub("", pattern)) & set("()") or not all(map(_distinct, branches)):
+        return False
     tokens = _TOKENS.findall(pattern)
     if sum(token.endswith(("*", "+")) for token in tokens) > _MAX_STARS:
         return False
@@ -314,3 +318,9 @@ def _bounded(pattern: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def _distinct(branches: list[str]) -> bool:
+    """选择的各支不空、不重复，没有通配。"""
+    plain = [re.sub(r"\\.", "", branch) for branch in branches]
+    return all(branches) and len(set(branches)) == len(branches) and not set("".join(plain)) & set(".*+[")

@@ -345,6 +345,8 @@ class TestConfig:
             r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
         ]
         assert self.layout(KIMI, ignore=ignore) == Int4Layout("compressed-tensors", 32, symmetric=True)
+        longer = [r"re:.*(?:^|\.)(?:attn|self_attn)(?:\.|$).*", r"re:model\.layers\.\d+\.mlp\.up_proj$"]
+        assert self.layout(KIMI, ignore=longer) == Int4Layout("compressed-tensors", 32, symmetric=True)
         static = grouped(actorder="static", group_size=128, scale_dtype=None, zp_dtype=None)
         assert not self.layout(KIMI, **static).act_order
         awq = Variant("awq")
@@ -381,6 +383,10 @@ class TestConfig:
             (KIMI, {"ignore": ["re:(a+)+b"]}, "ignore"),
             (KIMI, {"ignore": ["re:.*.*.*.*x"]}, "ignore"),
             (KIMI, {"ignore": ["re:("]}, "ignore"),
+            (KIMI, {"ignore": ["re:(.|.)(.|.)x"]}, "ignore"),
+            (KIMI, {"ignore": ["re:(|)(|)x"]}, "ignore"),
+            (KIMI, {"ignore": ["re:((a))"]}, "ignore"),
+            (KIMI, {"ignore": ["re:a{9}"]}, "ignore"),
             (KIMI, {"ignore": ["re:x"] * 65}, "ignore"),
             (KIMI, {"ignore": [1]}, "ignore"),
             (Variant("awq"), {"bits": 8}, "bits"),
