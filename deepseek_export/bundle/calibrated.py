@@ -10,7 +10,15 @@ from pathlib import Path
 from deepseek_export.bundle.description import ExportSettings
 from deepseek_export.bundle.disk import disk_errors
 from deepseek_export.bundle.manifest import CalibrationEntry
-from deepseek_export.calibration import DAMPING, CalibrationText, Formats, calibrate, codes_bytes
+from deepseek_export.calibration import (
+    DAMPING,
+    CalibrationText,
+    Formats,
+    calibrate,
+    codes_bytes,
+    is_calibrated,
+    shapes,
+)
 from deepseek_export.checkpoint import Checkpoint, TensorStore
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.errors import DsxError
@@ -70,7 +78,8 @@ def check_calibration(settings: ExportSettings) -> None:
 def scratch_bytes(recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> int:
     """校准时临时占多少磁盘。"""
     formats = Formats.of(recipes).calibrated
-    return codes_bytes({name: checkpoint.store[name].shape for name in formats}, formats)
+    sizes = shapes(checkpoint)
+    return codes_bytes({name: sizes[name] for name in formats}, formats)
 
 
 @contextmanager
@@ -101,7 +110,7 @@ def weight_source(
         yield WeightSource(recipes, checkpoint.store)
         return
     marked = {
-        name: recipe.model_copy(update={"calibrated": True}) if _is_int4(recipe) else recipe
+        name: recipe.model_copy(update={"calibrated": True}) if is_calibrated(recipe) else recipe
         for name, recipe in recipes.items()
     }
     if not any(recipe.calibrated for recipe in marked.values()):
@@ -123,7 +132,3 @@ def weight_source(
         yield WeightSource(marked, checkpoint.store.joined(TensorStore.of(directory, [_SCRATCH])), entry)
     finally:
         path.unlink(missing_ok=True)
-
-
-def _is_int4(recipe: Recipe) -> bool:
-    return recipe.form is not None and recipe.form.kind == "int4"

@@ -9,9 +9,9 @@ import numpy as np
 
 from deepseek_export.bundle.bundle import Bundle
 from deepseek_export.checkpoint import TensorStore
-from deepseek_export.checkpoint.recipe import Recipe, load_array
+from deepseek_export.checkpoint.recipe import Recipe, load_array, load_quantized
 from deepseek_export.checkpoint.restored import separated
-from deepseek_export.checkpoint.weight_only import BlockFormat, dequantized, loaded_steps
+from deepseek_export.checkpoint.weight_only import BlockFormat, loaded_steps
 from deepseek_export.errors import DsxError
 from deepseek_export.reference.weights import Rounding
 
@@ -30,20 +30,20 @@ def roundings(bundle: Bundle, holders: Iterable[Bundle] = ()) -> dict[str, Round
         名字同 :attr:`~deepseek_export.bundle.manifest.Manifest.formats`；校准过的以 ``DSX-E664`` 拒绝与检查点对不上的码。
     """
     manifest = bundle.manifest
-    made: dict[str, Rounding] = {name: partial(_nearest, form) for name, form in manifest.formats.items()}
+    made: dict[str, Rounding] = {name: partial(_again, form) for name, form in manifest.formats.items()}
     entry = manifest.quantization
     if entry is None or entry.calibration is None:
         return made
     stored = _StoredCodes(tuple(holders) or (bundle,))
     for name, form in manifest.formats.items():
         if form.kind == "int4":
-            made[name] = stored.rounded
+            made[name] = partial(stored.rounded, form)
     return made
 
 
-def _nearest(form: BlockFormat, name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
+def _again(form: BlockFormat, name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
     """由检查点再算一遍。"""
-    return dequantized(load_array(name, recipe, store), form)
+    return load_quantized(name, recipe, form, store)
 
 
 class _StoredCodes:
@@ -59,8 +59,10 @@ class _StoredCodes:
                 if recipe.calibrated and recipe.op == "codes" and name in store:
                     self._found |= dict.fromkeys(recipe.sources, (name, weights.recipes, store))
 
-    def rounded(self, name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
-        """``recipe`` 是浮点的：一个来源，或叠放的几个。"""
+    def rounded(self, form: BlockFormat, name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
+        """``recipe`` 是浮点的：一个来源，或叠放的几个；照发布的码写的没有校准，由检查点再算一遍。"""
+        if recipe.sources[0] not in self._found:
+            return _again(form, name, recipe, store)
         plain = load_array(name, recipe, store)
         rows = plain.reshape(len(recipe.sources), -1, recipe.shape[-1])
         found = [self._of(source, one) for source, one in zip(recipe.sources, rows, strict=True)]

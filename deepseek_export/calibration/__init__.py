@@ -4,7 +4,7 @@ from deepseek_export.calibration.gptq import DAMPING
 from deepseek_export.calibration.model import Calibrated, calibrate
 from deepseek_export.calibration.overlay import codes_bytes
 from deepseek_export.calibration.text import CalibrationText, read_calibration
-from deepseek_export.calibration.weights import Formats
+from deepseek_export.calibration.weights import Formats, is_calibrated, shapes
 
 __all__ = [
     "DAMPING",
@@ -13,5 +13,7 @@ __all__ = [
     "Formats",
     "calibrate",
     "codes_bytes",
+    "is_calibrated",
     "read_calibration",
+    "shapes",
 ]

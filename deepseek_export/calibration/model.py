@@ -13,7 +13,7 @@ from deepseek_export.calibration.gptq import one_thread
 from deepseek_export.calibration.layers import FORMS, Window, calibrate_layer, gram_of
 from deepseek_export.calibration.overlay import codes_file
 from deepseek_export.calibration.text import CalibrationText
-from deepseek_export.calibration.weights import CalibratedWeights, Formats
+from deepseek_export.calibration.weights import CalibratedWeights, Formats, shapes
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.progress import Progress
@@ -61,8 +61,9 @@ def calibrate(
         DsxError: ``DSX-E115`` / ``DSX-E116``，权重有问题；``DSX-E662``，激活溢出。
     """
     formats = Formats.of(recipes)
-    shapes = {name: checkpoint.store[name].shape for name in formats.calibrated}
-    with one_thread(), torch.no_grad(), codes_file(path, shapes, formats.calibrated) as writer:
+    sizes = shapes(checkpoint)
+    wanted = {name: sizes[name] for name in formats.calibrated}
+    with one_thread(), torch.no_grad(), codes_file(path, wanted, formats.calibrated) as writer:
         weights = CalibratedWeights(checkpoint, formats, writer)
         _walk(checkpoint, text, modules, weights, progress)
     return Calibrated(tuple(weights.done), tuple(weights.nearest))

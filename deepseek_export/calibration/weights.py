@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from deepseek_export.calibration.gptq import Codes, Gram, gptq
 from deepseek_export.calibration.overlay import CodesWriter
 from deepseek_export.checkpoint import Checkpoint
-from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
+from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.checkpoint import Shapes, expected_mtp_tensors, expected_tensors
+from deepseek_export.checkpoint.int4_codes import keeps_codes
+from deepseek_export.checkpoint.recipe import Recipe, load_array
 from deepseek_export.checkpoint.weight_only import BlockFormat, block_scales, block_steps, dequantized
 from deepseek_export.errors import DsxError
 from deepseek_export.reference.weights import torch_dtype
 
 #: 一个专家至少见过这么多 token 才校准；更少的 H 靠不住，照常取最近的码。
 MIN_TOKENS = 128
+
+
+def is_calibrated(recipe: Recipe) -> bool:
+    """要校准的码与 scale：int4 的，照发布的 4 位码写的除外，那些读出来就是运行时的值。"""
+    if recipe.of is None or recipe.form is None or recipe.form.kind != "int4":
+        return False
+    return not keeps_codes(recipe.of.int4, recipe.form)
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,21 @@ class Formats:
         for recipe in recipes.values():
             if recipe.form is None or recipe.op == "scales":
                 continue
-            found = calibrated if recipe.form.kind == "int4" else rounded
-            found.update(dict.fromkeys(recipe.sources, recipe.form))
+            form = dict.fromkeys(recipe.sources, recipe.form)
+            if is_calibrated(recipe):
+                calibrated |= form
+            elif recipe.of is not None and not keeps_codes(recipe.of.int4, recipe.form):
+                rounded |= form
         return cls(calibrated, rounded)
+
+
+def shapes(checkpoint: Checkpoint) -> Shapes:
+    """主干与各个 MTP 模块的张量 → 形状；4 位的是还原之后的。"""
+    config = checkpoint.config
+    found = expected_tensors(config)
+    for index in range(config.num_mtp_layers):
+        found |= expected_mtp_tensors(config, index)
+    return found
 
 
 class CalibratedWeights:
@@ -60,13 +82,13 @@ class CalibratedWeights:
 
     def __init__(self, checkpoint: Checkpoint, formats: Formats, writer: CodesWriter) -> None:
         self.checkpoint, self.formats, self.writer = checkpoint, formats, writer
+        self._shapes = shapes(checkpoint)
         self.done: list[str] = []
         self.nearest: list[str] = []
 
     def plain(self, name: str) -> Tensor:
         """检查点里的权重，float32。"""
-        shape = self.checkpoint.store[name].shape
-        recipe = Recipe(op="copy", sources=(name,), shape=shape, dtype="float32")
+        recipe = Recipe(op="copy", sources=(name,), shape=self._shapes[name], dtype="float32")
         (recipe,) = bind_recipes({name: recipe}, self.checkpoint).values()
         return torch.from_numpy(load_array(name, recipe, self.checkpoint.store))
 
@@ -85,7 +107,7 @@ class CalibratedWeights:
 
     def _parameter(self, name: str, meta: Tensor) -> Tensor:
         # V2、A.X-K1 没有路由的偏置：是零。
-        missing = name not in self.checkpoint.store
+        missing = name not in self._shapes
         return torch.zeros(meta.shape) if missing else self.runtime(name)
 
     def runtime(self, name: str) -> Tensor:

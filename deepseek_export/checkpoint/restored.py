@@ -7,12 +7,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deepseek_export.checkpoint.recipe import Recipe, calibrated_rows, deinterleaved, materialize
+from deepseek_export.checkpoint.int4_codes import keeps_codes, rounding
+from deepseek_export.checkpoint.int4_weights import Int4Weight
+from deepseek_export.checkpoint.recipe import (
+    CHUNK_BYTES,
+    Recipe,
+    calibrated_name,
+    chunks,
+    deinterleaved,
+    materialize,
+    reader,
+)
 from deepseek_export.checkpoint.store import TensorStore
-from deepseek_export.checkpoint.weight_only import QuantError, dequantized
-
-#: 不分块：一次一个来源。
-_WHOLE = 1 << 62
+from deepseek_export.checkpoint.weight_only import BlockFormat, QuantError, dequantized
 
 
 def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantError:
@@ -20,27 +27,45 @@ def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantEr
     assert recipe.of is not None
     assert recipe.form is not None
     error = norm = largest = 0.0
-    for rows, restored in _both(name, recipe, store):
-        gap = restored - rows
+    for rows, kept in _before_and_after(name, recipe, store):
+        gap = kept - rows
         error += float(np.square(gap, dtype=np.float64).sum())
         norm += float(np.square(rows, dtype=np.float64).sum())
         largest = max(largest, float(np.abs(gap).max(initial=0.0)))
     return QuantError(relative=math.sqrt(error / norm) if norm else 0.0, max_abs=largest)
 
 
-def _both(name: str, recipe: Recipe, store: TensorStore) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """量化之前与还原之后的几行，float32；校准得来的一次读一个来源，三处的行才对得上。"""
+def _before_and_after(
+    name: str, recipe: Recipe, store: TensorStore
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """逐块的（量化之前的权重，之后的权重），float32。"""
     assert recipe.of is not None
     assert recipe.form is not None
-    if not recipe.calibrated:
-        for rows in materialize(name, recipe.of, store):
-            wide = rows.astype(np.float32, copy=False)
-            yield wide, dequantized(wide, recipe.form)
+    if recipe.of.int4 is not None and keeps_codes(recipe.of.int4, recipe.form):
+        for source in recipe.sources:
+            weight = Int4Weight(source, recipe.of.int4, store)
+            for start, stop in chunks(weight.shape, recipe.of, CHUNK_BYTES):
+                yield rounding(weight, recipe.form, start, stop)
         return
-    parts = (recipe.of, calibrated_rows(recipe, "codes"), calibrated_rows(recipe, "scales"))
-    for rows, steps, scales in zip(*(materialize(name, one, store, _WHOLE) for one in parts), strict=True):
-        factors = np.repeat(scales.astype(np.float32), recipe.form.block, axis=-1)[..., : rows.shape[-1]]
-        yield rows.astype(np.float32, copy=False), steps * factors
+    if recipe.calibrated:
+        for source in recipe.sources:
+            shape, read = reader(source, recipe.of, store)
+            for start, stop in chunks(shape, recipe.of, CHUNK_BYTES):
+                kept = calibrated_values(source, recipe.form, store, start, stop)
+                yield read(start, stop).astype(np.float32, copy=False), kept
+        return
+    for rows in materialize(name, recipe.of, store):
+        rows = rows.astype(np.float32, copy=False)
+        yield rows, dequantized(rows, recipe.form)
+
+
+def calibrated_values(
+    source: str, form: BlockFormat, store: TensorStore, start: int, stop: int
+) -> np.ndarray:
+    """校准得来的码还原成权重，``[start, stop)`` 行，float32。"""
+    steps = store.read_rows(calibrated_name(source, "codes"), start, stop)
+    scales = store.read_rows(calibrated_name(source, "scales"), start, stop).astype(np.float32)
+    return steps * np.repeat(scales, form.block, axis=-1)[:, : steps.shape[1]]
 
 
 def separated(recipe: Recipe, rows: np.ndarray) -> dict[str, np.ndarray]:

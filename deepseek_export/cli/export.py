@@ -72,8 +72,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--quant",
-    type=click.Choice(["int8", "int4"]),
-    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用 DequantizeLinear；缺省不量化。",
+    type=click.Choice(["int8", "int4", "checkpoint"]),
+    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用 DequantizeLinear；"
+    "checkpoint 是 4 位的检查点（compressed-tensors、AWQ、GPTQ）照发布的码，其余保持浮点；缺省不量化。",
 )
 @click.option(
     "--quant-block",
@@ -110,7 +111,7 @@ def command(
     dtype: Literal["float32", "float16", "bfloat16"],
     weights: Literal["packed", "reference"],
     hash_weights: bool,
-    quant: Literal["int8", "int4"] | None,
+    quant: Literal["int8", "int4", "checkpoint"] | None,
     quant_block: str | None,
     keep: str | None,
     calibrate: Path | None,
@@ -134,6 +135,7 @@ def command(
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --dtype float16
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int8 --keep lm_head
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int4 --calibrate TEXT
+      dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant checkpoint
       dsx export CKPT -p full -o STAGES --stages 4
     """
     if balance is not None and stages is None:
@@ -191,17 +193,29 @@ def command(
 
 
 def _quantization(
-    quant: str | None, block: str | None, keep: str | None, calibrate: Path | None
-) -> Quantization | None:
+    quant: Literal["int8", "int4", "checkpoint"] | None,
+    block: str | None,
+    keep: str | None,
+    calibrate: Path | None,
+) -> Quantization | Literal["checkpoint"] | None:
     from deepseek_export.checkpoint.weight_only import Quantization
 
+    given = {"--quant-block": block, "--keep": keep, "--calibrate": calibrate}
+    found = [option for option, value in given.items() if value is not None]
     if quant is None:
-        given = {"--quant-block": block, "--keep": keep, "--calibrate": calibrate}
-        if found := [option for option, value in given.items() if value is not None]:
+        if found:
             raise DsxError(
                 "DSX-E705", f"给了 {found[0]}，却没有 --quant", "加 --quant int8 或 int4，或去掉它"
             )
         return None
+    if quant == "checkpoint":
+        if found:
+            raise DsxError(
+                "DSX-E705",
+                f"给了 {found[0]}，而 --quant checkpoint 的块、码与要保留的都由检查点决定",
+                "去掉它；要自己定就用 --quant int8 或 int4",
+            )
+        return quant
     names = () if keep is None else tuple(name.strip() for name in keep.split(","))
     if not all(names):
         raise DsxError(

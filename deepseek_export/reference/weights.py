@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, TensorStore, require_mtp
-from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array, mtp_recipes, weight_recipes
+from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.recipe import Recipe, load_array, mtp_recipes, weight_recipes
 from deepseek_export.dtypes import DTYPES, Dtype
 from deepseek_export.reference.model import Forms, ReferenceModel
 from deepseek_export.reference.mtp import DraftModel

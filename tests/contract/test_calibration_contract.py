@@ -111,6 +111,7 @@ def test_the_result_does_not_depend_on_threads(bundle: Bundle, text: Path, tmp_p
     assert "GPTQ，按 text.txt" in CliRunner().invoke(cli, ["inspect", out]).output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("profile", "target", "changes"),
     [

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from deepseek_export.capture.bodies import gate_attributes
-from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
+from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.recipe import load_array, mtp_recipes, weight_recipes
 from deepseek_export.ops.int8_cache import encode_rows
 from deepseek_export.ops.int8_index import encode_keys
 from deepseek_export.ops.lightning_indexer import lightning_indexer
