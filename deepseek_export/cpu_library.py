@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,15 @@ class CpuLibrary:
     def rounds_to_bfloat16(self, cache_dtype: str) -> bool:
         """注意力的乘数会舍入到 bfloat16 吗：缓存本来就是 bfloat16、指令集又直接乘 bfloat16 时是。"""
         return cache_dtype == "bfloat16" and self.isa.endswith("bf16")
+
+    def memory_reader(self) -> Callable[[int, int], int] | None:
+        """把（地址，字节数）那一段内存顺着读一遍，读的时候不占 GIL；早先构建的库没有它，为 ``None``。"""
+        read = getattr(ctypes.CDLL(str(self.path)), "dsx_cpu_read", None)
+        if read is None:
+            return None
+        read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
+        found: Callable[[int, int], int] = read
+        return found
 
 
 def find_library() -> CpuLibrary | None:
