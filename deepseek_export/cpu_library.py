@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from deepseek_export.errors import DsxError
 
@@ -42,9 +43,12 @@ class CpuLibrary:
     isas: tuple[str, ...]
     isa: str
 
-    def rounds_to_bfloat16(self, cache_dtype: str) -> bool:
-        """注意力的乘数会舍入到 bfloat16 吗：缓存本来就是 bfloat16、指令集又直接乘 bfloat16 时是。"""
-        return cache_dtype == "bfloat16" and self.isa.endswith("bf16")
+    def factors(self, cache_dtype: str) -> Literal["bfloat16", "int8"] | None:
+        """注意力的乘数（query 与概率）会不会舍入：缓存是 bfloat16、指令集又直接乘它时舍入到 bfloat16；缓存是 int8 时拆成两个 int8
+        平面，约 15 位（CPU-17）。"""
+        if cache_dtype == "int8":
+            return "int8"
+        return "bfloat16" if cache_dtype == "bfloat16" and self.isa.endswith("bf16") else None
 
     def memory_reader(self) -> Callable[[int, int], int] | None:
         """把（地址，字节数）那一段内存顺着读一遍，读的时候不占 GIL；早先构建的库没有它，为 ``None``。"""
