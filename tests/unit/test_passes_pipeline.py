@@ -124,18 +124,16 @@ def test_oversized_experts_are_split_in_the_whole_model(target, saved):
     assert distance(outs[0], outs[1]) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize(("keep", "split"), [((), False), (("mlp.experts",), True)])
-def test_experts_that_become_codes_are_not_split(keep, split):
+def test_experts_that_become_codes_are_not_split():
     """MOE-20：``ort-cpu`` 上换成码的专家多大都不拆，不然换不成；要保持浮点的照常拆。"""
     config = model_config("v3", hidden_size=64, moe_intermediate_size=32)
-    profile = resolve_profile("mla+moe")
-    model = capture_model(config, profile, "float32")
-    quantization = Quantization(kind="int4", keep=keep)
+    profile, layers = resolve_profile("mla+moe"), config.num_moe_layers
+    arguments = (capture_model(config, profile, "float32"), config, profile, "float32", "ort-cpu")
     limit = 9 * config.hidden_size * config.moe_intermediate_size
-    found = lower(model, config, profile, "float32", "ort-cpu", limit, quantization)
-    counts = [node.op_type for node in found.proto.graph.node]
-    assert counts.count("Int4Experts") == (0 if split else config.num_moe_layers)
-    assert counts.count("MoeExperts") == (2 * config.num_moe_layers if split else 0)
+    for keep, coded, split in (((), layers, 0), (("mlp.experts",), 0, 2 * layers)):
+        found = lower(*arguments, limit, Quantization(kind="int4", keep=keep))
+        counts = [node.op_type for node in found.proto.graph.node]
+        assert (counts.count("Int4Experts"), counts.count("MoeExperts")) == (coded, split)
 
 
 def test_a_weight_too_big_to_split_is_refused_by_code():
