@@ -278,7 +278,13 @@ def _peers(suite: SuiteResult) -> dict[str, Picture]:
 def _gpu(suite: SuiteResult) -> dict[str, Picture]:
     """每个算子一张：占上限的几成，机器码审计的估计在旁边；没有核对过的点不画。"""
     made = {}
-    for name, operator in (("attention", "LatentAttention"), ("experts", "MoeExperts")):
+    operators = {
+        "attention": "LatentAttention",
+        "experts": "MoeExperts",
+        "selection": "IndexTopK",
+        "sparse": "SparseLatentAttention",
+    }
+    for name, operator in operators.items():
         groups = [
             Group(f"{case.name.removeprefix(operator).strip()}（{case.facts['bound']}）", _shares(case))
             for case in suite.cases

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import QUANT_TOLERANCES, TOLERANCES
@@ -160,6 +161,39 @@ def test_gguf_refuses_what_it_does_not_write(tmp_path):
     other = write_checkpoint(tmp_path / "v2", SHAPES["v2-lite-2"], sparse=True)
     with pytest.raises(ValueError, match=r"family.*q_lora_rank"):
         write_gguf(other, tmp_path / "v2.gguf", "F32")
+
+
+def test_gguf_carries_the_indexer(tmp_path):
+    """V3.2 是 llama.cpp 的 ``deepseek32``：索引器的形状在元数据里，每层五个张量，数就是检查点的，各头的权重与 norm 不量化。"""
+    gguf = pytest.importorskip("gguf", reason="没有装 peers，见 docs/peers.md")
+    from perf.peers.llama_file import write_gguf
+
+    path = write_checkpoint(tmp_path / "x", SHAPES["v3.2-small-2"], dtype="bfloat16")
+    reader = gguf.GGUFReader(write_gguf(path, tmp_path / "x.gguf", "Q8_0"))
+    facts = {name: field.contents() for name, field in reader.fields.items()}
+    assert facts["general.architecture"] == "deepseek32"
+    indexer = Checkpoint.open(path).config.indexer
+    for key, want in (
+        ("head_count", indexer.n_heads),
+        ("key_length", indexer.head_dim),
+        ("top_k", indexer.topk),
+    ):
+        assert facts[f"deepseek32.attention.indexer.{key}"] == want
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    kinds = {
+        "attn_q_b.weight": "Q8_0",
+        "attn_k.weight": "Q8_0",
+        "proj.weight": "F32",
+        "k_norm.weight": "F32",
+        "k_norm.bias": "F32",
+    }
+    names = {name for name in tensors if ".indexer." in name}
+    assert names == {f"blk.{layer}.indexer.{name}" for layer in range(2) for name in kinds}
+    for name, kind in kinds.items():
+        assert tensors[f"blk.1.indexer.{name}"].tensor_type.name == kind, name
+    heads = tensors["blk.0.indexer.proj.weight"].data
+    want = Checkpoint.open(path).store.read("model.layers.0.self_attn.indexer.weights_proj.weight")
+    np.testing.assert_array_equal(heads, want)
 
 
 def test_transformers_engine_returns_to_its_depth(small):
