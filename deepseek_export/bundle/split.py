@@ -153,7 +153,14 @@ def _balanced(
     for model in drafts if balance == "bytes" else ():  # 草稿模块跑不跑、几个，由生成的时候定
         head |= {tensor.name for tensor in model.graph.initializer if external_location(tensor)}
     first = weight(name for name in used[0] if name in ends and not (balance == "time" and name == _EMBED))
-    return balanced([weight(names - ends) for names in used], first, weight(head), wanted)
+    # 沿用选择的层与前面排名的那一层之间还有别的要过（DSX-E746），不从那里切。
+    starts = [layer for layer in range(layers) if manifest.model.chooser_of(layer) in (None, layer)]
+    sizes = [weight(names - ends) for names in used]
+    spans = balanced(sizes, first, weight(head), wanted, lambda span: span[0] in starts)
+    if not spans:
+        what = f"{manifest.model.family} 的有些层沿用前面一层选的 key，要与那一层在一起，切不成 {wanted} 个 stage"
+        raise DsxError("DSX-E740", what, f"--stages 至多 {len(starts)}")
+    return spans
 
 
 def _nbytes(manifest: Manifest, name: str) -> float:
