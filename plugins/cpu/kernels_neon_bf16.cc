@@ -36,8 +36,8 @@ void narrow(const float* src, int64_t count, uint16_t* dst) {
 // to[2j]、to[2j + 1] 是两行的第 j 个；second 为空时与 0 配对。
 inline void interleave_rows(const uint16_t* first, const uint16_t* second, int64_t width, uint16_t* to) {
     for (int64_t j = 0; j < width; j += 8) {
-        const uint16x8_t b = second != nullptr ? vld1q_u16(second + j) : vdupq_n_u16(0);
-        vst2q_u16(to + 2 * j, {{vld1q_u16(first + j), b}});
+        const uint16x8x2_t rows = {{vld1q_u16(first + j), second != nullptr ? vld1q_u16(second + j) : vdupq_n_u16(0)}};
+        vst2q_u16(to + 2 * j, rows);
     }
 }
 

@@ -18,7 +18,8 @@ inline float32x4_t widen4_f16(uint16x4_t x) { return vcvt_f32_f16(vreinterpret_f
 inline Vector load_f16(const uint16_t* p) { return {widen4_f16(vld1_u16(p)), widen4_f16(vld1_u16(p + 4))}; }
 inline Vector load_bf16(const uint16_t* p) {
     const uint16x8_t x = vld1q_u16(p);
-    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(x), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(x, 16))};
+    const uint32x4_t lo = vshlq_n_u32(vmovl_u16(vget_low_u16(x)), 16), hi = vshlq_n_u32(vmovl_high_u16(x), 16);
+    return {vreinterpretq_f32_u32(lo), vreinterpretq_f32_u32(hi)};
 }
 inline Vector load_i8(const int8_t* p) {
     const int16x8_t x = vmovl_s8(vld1_s8(p));
