@@ -3,6 +3,7 @@
 // 在 quant_gemm.h 之后包含；少于 kPackRows 行时读权重才是瓶颈，仍用那里的 direct。
 #pragma once
 
+#include "kernels.h"
 #include "quant_gemm.h"
 
 namespace {
