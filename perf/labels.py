@@ -216,7 +216,9 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _joined(value: object, separator: str = " / ") -> str:
-    return separator.join(_joined(v, " ") for v in value) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return separator.join(_joined(v, " ") for v in value)
+    return "不限" if value is None else str(value)
 
 
 def _any(value: object) -> str:
