@@ -63,8 +63,8 @@ def make_wheel(out: Path, target: str = "") -> tuple[Path, Path]:
         (wheel,) = repaired.glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         moved = [out / path.name for path in (sdist, wheel)]
-        for source, target in zip((sdist, wheel), moved, strict=True):
-            shutil.move(source, target)
+        for source, place in zip((sdist, wheel), moved, strict=True):
+            shutil.move(source, place)
     return moved[0], moved[1]
 
 

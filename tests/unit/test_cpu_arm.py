@@ -155,13 +155,12 @@ def test_experts(driver, isa: str):
 def test_sparse_attention(driver, isa: str):
     """CPU-14、CPU-15、CPU-25：选出同样的 key，只看选中的行；长度之外的、没有选中的不读。"""
     chosen = [
-        index_inputs(dtype, cache, *shape)
-        for dtype, cache, shape in itertools.product(("float32", "bfloat16"), CACHES, SPARSE_SHAPES)
+        index_inputs("float32", cache, *shape) for cache, shape in itertools.product(CACHES, SPARSE_SHAPES)
     ]
     chosen.append(index_inputs("float32", "int8", 2, 300, (280, 31), 64, 128))
     attended = [
-        attention_inputs(dtype, cache, S, T, past, H, 24, widths)
-        for dtype, cache, widths in itertools.product(("float32", "float16"), CACHES, (ODD, WIDE))
+        attention_inputs("float32", cache, S, T, past, H, 24, widths)
+        for cache, widths in itertools.product(CACHES, (ODD, WIDE))
         for (S, T, past), H in zip(SPARSE_SHAPES[1:4], (70, 130, 3), strict=True)
     ]
     requests = [indexer(inputs, 24) for inputs in chosen]
@@ -206,9 +205,9 @@ def test_under_sanitizers():
     """CPU-4、CPU-25：AddressSanitizer 与 UBSan 下每个指令集各跑一遍，没有越界与未定义行为。"""
     driver = arm_driver("address,undefined")
     requests = [
-        attention(make_inputs(dtype, cache, *shape, **widths), form, in_place)
-        for dtype, cache, shape, widths, form, in_place in itertools.product(
-            ("float32", "bfloat16"), CACHES, SHAPES, (ODD, WIDE), ("absorb", "naive"), (True, False)
+        attention(make_inputs("float32", cache, *shape, **widths), form, in_place)
+        for cache, shape, widths, (form, in_place) in itertools.product(
+            CACHES, SHAPES, (ODD, WIDE), (("absorb", True), ("naive", False))
         )
     ]
     for bits, block in itertools.product(BITS, BLOCKS):
