@@ -110,7 +110,7 @@ void attend_bf16(const Block& block, float* scratch) {
         for (; j < count; ++j) {
             dot_rows_bf16<1>(q, keys + j * block.key_stride, block, scores + j);
         }
-        soften(block, t, count, scores, alpha);
+        soften(block, t, count, kTile, scores, alpha);
         narrow(scores, block.rows * kTile, p);
         interleave(keys, block.key_stride, count, block.value_width, pairs);
         for (int64_t column = 0; column < block.value_width; column += kMixColumns) {

@@ -145,7 +145,7 @@ void mla_attention(Request& request) {
     const Buffer o(static_cast<size_t>(op.B * op.S * op.H * op.dv * dsx::bytes_of(op.dtype))), out = cache_out(cache, in_place);
     op.o = o.data(), op.kv_cache_out = out.data();
     op.kv_cache = in_place ? out.data() : cache.data();
-    dsx::run(op, form, dsx::requested_kernels(), request.parallel());
+    dsx::run(op, form, dsx::requested_kernels(), dsx::requested_quant_kernels(8), request.parallel());
     write(o);
     write(out);
 }

@@ -102,6 +102,10 @@ inline Ints dot(Ints acc, const SignedCodes (&w)[2], const Acts (&a)[2]) {
 }
 #endif
 
+// 有符号的字节就当码用。
+inline Bytes stored_bytes(Bytes raw) { return raw; }
+inline Int8::Codes stored_codes(Bytes stored) { return {vreinterpretq_s8_u8(stored.lo), vreinterpretq_s8_u8(stored.hi)}; }
+
 inline Vector to_float(Ints a) { return {vcvtq_f32_s32(a.lo), vcvtq_f32_s32(a.hi)}; }
 inline Vector nearest(Vector a) { return {vrndnq_f32(a.lo), vrndnq_f32(a.hi)}; }
 inline void store_int8(int8_t* p, Vector a) {
@@ -134,6 +138,20 @@ inline void transpose(const Bytes (&rows)[8], uint8_t* out, int64_t stride) {
             vst1q_u8(out + q * stride + 16 * half, low[q]);
             vst1q_u8(out + (4 + q) * stride + 16 * half, high[q]);
         }
+    }
+}
+
+// 4 行各 32 字节：out 的第 k 个向量是第 8k..8k+7 列，一路一列，4 行的字节相邻。
+inline void weave(const Bytes (&rows)[4], uint8_t* out, int64_t stride) {
+    for (int half = 0; half < 2; ++half) {
+        uint8x8x4_t low, high;
+        for (int i = 0; i < 4; ++i) {
+            const uint8x16_t row = half == 0 ? rows[i].lo : rows[i].hi;
+            low.val[i] = vget_low_u8(row);
+            high.val[i] = vget_high_u8(row);
+        }
+        vst4_u8(out + 2 * half * stride, low);
+        vst4_u8(out + (2 * half + 1) * stride, high);
     }
 }
 

@@ -35,7 +35,7 @@ inline Vector mul(Vector a, Vector b) { return {vmulq_f32(a.lo, b.lo), vmulq_f32
 inline Vector max(Vector a, Vector b) { return {vmaxq_f32(a.lo, b.lo), vmaxq_f32(a.hi, b.hi)}; }
 inline Vector fma(Vector a, Vector b, Vector c) { return {vfmaq_f32(c.lo, a.lo, b.lo), vfmaq_f32(c.hi, a.hi, b.hi)}; }
 
-// x <= 0。2^n · e^r，|r| <= ln2/2，多项式取自 Cephes expf；小于 -87.3 的（含 -inf）得 0。
+// x <= 0。2^n · e^r，|r| <= ln2/2，多项式取自 Cephes expf；小于 -87.3 的（含 -inf）得 0，NaN 仍是 NaN。
 inline float32x4_t exp4(float32x4_t a) {
     const float32x4_t floor = vdupq_n_f32(-87.3f);
     const float32x4_t x = vmaxq_f32(a, floor);
@@ -50,7 +50,7 @@ inline float32x4_t exp4(float32x4_t a) {
     y = vaddq_f32(vfmaq_f32(r, y, vmulq_f32(r, r)), vdupq_n_f32(1.0f));
     const int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
     y = vmulq_f32(y, vreinterpretq_f32_s32(power));
-    return vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(a, floor), vreinterpretq_u32_f32(y)));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), vcltq_f32(a, floor)));
 }
 inline Vector exp(Vector a) { return {exp4(a.lo), exp4(a.hi)}; }
 

@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import pytest
 
+from deepseek_export.cpu_library import CpuLibrary
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from tests.cpu_build import builder
@@ -45,9 +46,9 @@ def driver() -> Driver:
     return arm_driver()
 
 
-def rounds(isa: str, inputs: dict[str, np.ndarray]) -> bool:
-    """同 ``CpuLibrary.rounds_to_bfloat16``。"""
-    return isa == "neon_bf16" and inputs["kv_cache"].dtype.name == "bfloat16"
+def rounded(driver: Driver, isa: str, inputs: dict[str, np.ndarray]) -> str | None:
+    """注意力的乘数舍入成什么。"""
+    return CpuLibrary(driver.library, ISAS, isa).factors(inputs["kv_cache"].dtype.name)
 
 
 def test_a_missing_cross_compiler_is_said(tmp_path, monkeypatch):
@@ -93,7 +94,7 @@ def test_attention(driver, isa: str, form: str):
     requests += [attention(poisoned(inputs), form, in_place=False) for inputs in cases]
     found = driver.run(isa, requests)
     for inputs, got, again in zip(cases, found, found[len(cases) :], strict=False):
-        assert_attends(got, inputs, rounds(isa, inputs))
+        assert_attends(got, inputs, rounded(driver, isa, inputs))
         assert_same_rows(again, got, inputs)
 
 
@@ -118,7 +119,7 @@ def test_int8_weights_and_rows(driver, isa: str):
         if inputs is rows:
             assert np.array_equal(got[1].astype(np.float32), reference(inputs)[1])
         else:
-            assert_attends(got, inputs, rounds(isa, inputs))
+            assert_attends(got, inputs, rounded(driver, isa, inputs))
 
 
 @pytest.mark.slow
@@ -174,7 +175,7 @@ def test_sparse_attention(driver, isa: str):
         assert np.array_equal(other[0], got[0])
     first, again = ([next(found) for _ in attended] for _ in range(2))
     for inputs, got, other in zip(attended, first, again, strict=True):
-        assert_attends_to_the_chosen(got, inputs, rounds(isa, inputs))
+        assert_attends_to_the_chosen(got, inputs, rounded(driver, isa, inputs))
         assert other[0].tobytes() == got[0].tobytes()
 
 

@@ -24,7 +24,7 @@ from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import mla_attention, read_weight
 from deepseek_export.parity.measures import measure
-from deepseek_export.parity.tolerances import TOLERANCES
+from deepseek_export.parity.tolerances import TOLERANCES, coarser
 from deepseek_export.runtime import ModelSession
 from tests.cpu_build import SOURCES, builder
 from tests.integration.cli import dsx
@@ -65,16 +65,16 @@ def check(
 ) -> None:
     """结果在容差之内，缓存逐位相同；长度之外填 NaN（int8 填任意字节）、换成不原地，结果一位不变。"""
     session = session_for(library, dtype, cache_dtype, isa, form, 1, weight_dtype)
-    rounds = CpuLibrary(library.path, library.isas, isa).rounds_to_bfloat16(cache_dtype)
+    rounded = CpuLibrary(library.path, library.isas, isa).factors(cache_dtype)
     got = call(session, inputs)
-    assert_attends(got, inputs, rounds)
+    assert_attends(got, inputs, rounded)
     assert_same_rows(call(session, poisoned(inputs), in_place=False), got, inputs)
 
 
-def assert_attends(got: Sequence[np.ndarray], inputs: dict[str, np.ndarray], rounds: bool) -> None:
-    """``o`` 在容差之内，缓存逐位相同；``rounds`` 是乘数舍入到 bfloat16。"""
+def assert_attends(got: Sequence[np.ndarray], inputs: dict[str, np.ndarray], rounded: str | None) -> None:
+    """``o`` 在容差之内，缓存逐位相同；``rounded`` 是乘数舍入成什么。"""
     want, want_cache = reference(inputs)
-    limit = TOLERANCES["op", "bfloat16" if rounds else inputs["q_nope"].dtype.name]
+    limit = TOLERANCES["op", coarser(inputs["q_nope"].dtype.name, rounded)]
     found = measure(got[0].astype(np.float32), want)
     assert limit.accepts(found), found
     assert np.array_equal(got[1].astype(np.float32), want_cache)

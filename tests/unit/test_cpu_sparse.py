@@ -18,7 +18,7 @@ from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.sparse_mla_attention import sparse_mla_attention
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.selection import Ranking, mask_of
-from deepseek_export.parity.tolerances import SELECTION_BAND, TOLERANCES
+from deepseek_export.parity.tolerances import SELECTION_BAND, TOLERANCES, coarser
 from tests.sparse_node import SHAPES, attend, attention_inputs, index_inputs, select
 from tools.cpu_node import CACHES, COMPUTES, ODD, SCALE, WIDE
 
@@ -128,9 +128,7 @@ def check_attention(library: CpuLibrary, inputs: dict[str, np.ndarray], isa: str
     """输出在容差之内，缓存逐位相同；没有选中的行填 NaN（int8 填任意字节），结果一位不变。"""
     kind = inputs["kv_cache"].dtype.name
     got = attend(library, inputs, isa)
-    assert_attends_to_the_chosen(
-        got, inputs, CpuLibrary(library.path, library.isas, isa).rounds_to_bfloat16(kind)
-    )
+    assert_attends_to_the_chosen(got, inputs, CpuLibrary(library.path, library.isas, isa).factors(kind))
     if (inputs["past_lens"] + inputs["q_nope"].shape[1]).max() <= inputs["indices"].shape[2]:
         return
     again = attend(library, unchosen_poisoned(inputs), isa, in_place=False)
@@ -138,11 +136,11 @@ def check_attention(library: CpuLibrary, inputs: dict[str, np.ndarray], isa: str
 
 
 def assert_attends_to_the_chosen(
-    got: Sequence[np.ndarray], inputs: dict[str, np.ndarray], rounds: bool
+    got: Sequence[np.ndarray], inputs: dict[str, np.ndarray], rounded: str | None
 ) -> None:
-    """``o`` 在容差之内，缓存逐位相同；``rounds`` 是乘数舍入到 bfloat16。"""
+    """``o`` 在容差之内，缓存逐位相同；``rounded`` 是乘数舍入成什么。"""
     want, written = sparse_mla_attention(*map(tensor, inputs.values()), SCALE, form="absorb")
-    limit = TOLERANCES["op", "bfloat16" if rounds else inputs["q_nope"].dtype.name]
+    limit = TOLERANCES["op", coarser(inputs["q_nope"].dtype.name, rounded)]
     found = measure(got[0].astype(np.float32), want.float().numpy())
     assert limit.accepts(found), found
     assert np.array_equal(got[1].astype(np.float32), written.float().numpy())
