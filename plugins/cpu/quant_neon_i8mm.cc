@@ -1,9 +1,8 @@
 // 用 -march=armv8.2-a+dotprod+i8mm 编译；只在支持它们的机器上被调用。
 #include "quant_simd_neon.h"
-#include "int8_planes.h"
+#include "int8_planes_i8mm.h"
 
 #include "int8_attend.h"
-#include "quant_eights.h"
 
 namespace dsx {
 const QuantKernels kNeonI8mmInt8{

@@ -18,6 +18,7 @@ from tests.cpu_driver import CPUS, Driver, arm_driver, attention, experts, index
 from tests.quant_node import experts_inputs, experts_reference, linear_inputs, quantized, weights
 from tests.sparse_node import SHAPES as SPARSE_SHAPES
 from tests.sparse_node import attention_inputs, index_inputs
+from tests.unit.test_cpu_int8_attention import SEVERAL_PARTS, V3, cached, exact
 from tests.unit.test_cpu_library import assert_attends, assert_same_rows, poisoned, reference
 from tests.unit.test_cpu_quant import SHAPES as QUANT_SHAPES
 from tests.unit.test_cpu_quant import assert_experts
@@ -124,6 +125,32 @@ def test_int8_weights_and_rows(driver, isa: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
+def test_int8_cache(driver, isa: str):
+    """CPU-17、CPU-25：误差不超过写明的上界；query 里有 NaN 的那一个头是 NaN，别的头不受影响。"""
+    cases = [
+        cached(make_inputs("float32", "int8", S, H, T, past, **widths), spread)
+        for widths, (S, H, T, past), spread in (
+            (V3, (1, 16, 700, (699, 130)), 0.0),
+            (V3, (3, 5, 300, (297, 0)), 20.0),
+            (SEVERAL_PARTS, (2, 3, 150, (140,)), 3.0),
+            (ODD, (9, 1, 270, (0, 261)), 0.0),
+        )
+    ]
+    sick = cases[1] | {"q_nope": cases[1]["q_nope"].copy()}
+    sick["q_nope"][0, 1, 2, 3] = np.nan
+    *found, (broken, _) = driver.run(isa, [attention(inputs, "absorb") for inputs in [*cases, sick]])
+    for inputs, (o, cache) in zip(cases, found, strict=True):
+        want, bound = exact(inputs, cache)
+        rounding = 1e-5 * max(1.0, np.sqrt((want**2).mean()))
+        assert (np.abs(o - want) <= bound + rounding).all(), np.abs(o - want).max()
+    whole = found[1][0].copy()
+    assert np.isnan(broken[0, 1, 2]).all()
+    whole[0, 1, 2] = np.nan
+    assert np.array_equal(broken, whole, equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
 def test_linear_layers(driver, isa: str):
     """CPU-12、CPU-25：激活逐块拆成两个 int8 平面，其余等于 float64 的乘积，只差 float32 的舍入。"""
     cases = [
@@ -181,12 +208,13 @@ def test_sparse_attention(driver, isa: str):
 
 @pytest.mark.slow
 def test_variants_and_threads_agree_bit_for_bit(driver):
-    """CPU-25、CPU-3：整数点积的三份逐位相同，选出的 key 也是；1 个与 3 个线程逐位相同，注意力也是。"""
+    """CPU-25、CPU-3：整数点积的三份逐位相同，int8 缓存上的注意力、选出的 key 也是；1 个与 3 个线程逐位相同，注意力也是。"""
     integers = [
         linear(linear_inputs(bits, (rows,), 1024, 77, 32), bits, 32) for bits in BITS for rows in (1, 3, 30)
     ]
     integers += [experts(experts_inputs(bits, 40, 256, 128, 6, 2, 64), bits, 2, 64) for bits in BITS]
     integers += [indexer(index_inputs("float32", "int8", S, 900, (880, 31), 33, 40), 100) for S in (1, 7)]
+    integers += [attention(cached(make_inputs("float32", "int8", 2, 4, 900, (890, 3), **V3)), "absorb")]
     floats = [
         attention(make_inputs("float32", "bfloat16", 2, 4, 900, (890, 3), **WIDE), form)
         for form in ("absorb", "naive")
