@@ -48,6 +48,7 @@ from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
     QuantizeWeightsToDequantizeLinearPass,
 )
+from deepseek_export.passes.skip_index_queries import SkipIndexQueriesPass
 from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.passes.split_pairs import SplitPairsPass
 from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
@@ -100,6 +101,8 @@ def _portable(quantization: Quantization | None, oversized: bool) -> Iterator[St
     if oversized:
         # 太大的专家权重没有运行时装得下。
         yield Step(SplitExpertsPass(), oversized_experts)
+    # 名额够的一步不打分，只为打分的投影也不算。
+    yield Step(SkipIndexQueriesPass("capacity"), nodes(LIGHTNING_INDEXER.name), consumes=False)
 
 
 def _ort_cpu(quantization: Quantization | None, oversized: bool) -> Iterator[Step]:
@@ -135,6 +138,8 @@ def _ort_cpu(quantization: Quantization | None, oversized: bool) -> Iterator[Ste
     yield Step(FoldReshapeShapesPass(), None)
     # 没有排进权重的 RoPE 重排，换成快的写法。
     yield Step(SplitPairsPass(), paired_ropes if quantization is None else biased_ropes, consumes=False)
+    # 名额够的一步不打分，只为打分的投影也不算；前面的 pass 按节点的样子认，所以排在最后。
+    yield Step(SkipIndexQueriesPass("length"), nodes(LIGHTNING_INDEXER.name), consumes=False)
 
 
 def _tensorrt(quantization: Quantization | None, oversized: bool) -> Iterator[Step]:
