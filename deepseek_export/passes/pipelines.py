@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -56,6 +57,7 @@ from deepseek_export.passes.wrap_quant_kernels import WrapQuantKernelsPass
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.records import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, ModelDtype, PassResult
 
+_UNLIMITED = 1 << 62
 #: 图 → 个数。
 Count = Callable[[GraphModule], int]
 
@@ -322,7 +324,7 @@ def lower(
         captured: 捕获的结果。
         config, profile, dtype: 捕获时用的那一份。
         target: 编译目标。
-        max_elements: 一个权重至多多少个元素，超过的专家权重先拆成几组。
+        max_elements: 一个浮点权重至多多少个元素，超过的专家权重先拆成几组；``ort-cpu`` 上换成码的不拆。
         quantization: 只量化权重；``None`` 不量化。
 
     Raises:
@@ -334,15 +336,29 @@ def lower(
     check_cache(target, profile)
     if quantization is not None:
         check_quantization(target, dtype)
-    module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)
-    check_legality(module, "capture", target)
-    _check_captured(module, profile)
-    results: list[PassResult] = []
-    for step in pipeline(target, quantization, bool(module.oversized())):
-        results.append(step.run(module, target, [earlier.name for earlier in results]))
-    proto = module.to_proto()
-    helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
-    return LoweredModel(proto, module.weights, results, _fallbacks(results), module.quantized)
+
+    def run(limit: int) -> LoweredModel:
+        module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, limit)
+        check_legality(module, "capture", target)
+        _check_captured(module, profile)
+        results: list[PassResult] = []
+        for step in pipeline(target, quantization, bool(module.oversized())):
+            results.append(step.run(module, target, [earlier.name for earlier in results]))
+        proto = module.to_proto()
+        helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
+        return LoweredModel(proto, module.weights, results, _fallbacks(results), module.quantized)
+
+    if target == "ort-cpu" and quantization is not None:
+        # 拆成几组的专家换不成码。码由 kernel 按 64 位的下标读，多大都行：先不拆，还剩装不下的浮点权重才从头拆开。
+        whole = run(_UNLIMITED)
+        if not any(_large(recipe, max_elements) for recipe in whole.weights.values()):
+            return whole
+    return run(max_elements)
+
+
+def _large(recipe: Recipe, max_elements: int) -> bool:
+    """装不下的浮点权重。"""
+    return recipe.of is None and math.prod(recipe.shape) > max_elements
 
 
 def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:

@@ -19,28 +19,29 @@ inline void store_eights(SignedCodes codes, int8_t* to) {
     vst1_s8(to + 3 * kGroup, vget_high_s8(codes.hi));
 }
 
-// 8 列重排成 [K/8, 8 列, 8]，一列之内的次序同激活的码；不足的列重复最后一列，结果不写出去。
-template <typename F>
-void pack_eights(const QuantizedWeights& w, int64_t column, int64_t blocks, int64_t width, int8_t* codes, float* scales) {
+// 8 列重排成 [K/8, 8 列, 8]，一列之内的次序同激活的码；不足的列重复最后一列，结果不写出去。kSigned：码是有符号的。
+template <typename F, bool kSigned>
+void pack_eights(const Cursor& w, int64_t last, int64_t column, int64_t blocks, int64_t width, int8_t* codes, float* scales) {
     const int64_t row_bytes = width * F::kBits / 8;
     for (int i = 0; i < kLanes; ++i) {
-        const int64_t wanted = column + i, last = w.columns - 1, source = wanted < last ? wanted : last;
-        const uint8_t* row = w.codes + source * row_bytes;
+        const int64_t wanted = column + i, source = wanted < last ? wanted : last;
+        const uint8_t* row = w.codes + source * w.code_stride;
         for (int64_t b = 0; b < blocks; ++b) {
-            scales[b * kLanes + i] = widen_f16(w.scales[source * blocks + b]);
+            scales[b * kLanes + i] = widen_f16(w.scales[source * w.scale_stride + b]);
         }
         int8_t* to = codes + kEight * i;
         const auto put = [&](const uint8_t* from) {
-            typename F::Codes parts[F::kVectors];
-            load_weights<F>(from, parts);
+            const Bytes raw = load_bytes(from);
+            Bytes parts[F::kVectors];
+            F::unpack(kSigned ? flip_sign(raw) : raw, parts);
             for (int v = 0; v < F::kVectors; ++v) {
-                store_eights(parts[v], to);
+                store_eights(F::codes(parts[v]), to);
                 to += 4 * kGroup;
             }
         };
         int64_t t = 0;
         for (; t + kBytes <= row_bytes; t += kBytes) {
-            prefetch(row + t + kLanes * row_bytes);
+            prefetch(ahead(row + t, kLanes * w.code_stride));
             put(row + t);
         }
         if (t < row_bytes) {
@@ -122,20 +123,34 @@ inline int64_t eights_rows(const QuantizedRows& all, int64_t row, const int8_t* 
     return row;
 }
 
+template <typename F, bool kSigned>
+void multiply_packed_eights(const QuantizedRows& a, const Cursor& w, int64_t total, float* y, int64_t ldy, uint8_t* scratch) {
+    float* scales = reinterpret_cast<float*>(scratch);
+    auto* codes = reinterpret_cast<int8_t*>(scales + kLanes * a.blocks);
+    for (int64_t column = 0; column < total; column += kLanes) {
+        const int64_t left = total - column, columns = left < kLanes ? left : kLanes;
+        pack_eights<F, kSigned>(w, total - 1, column, a.blocks, a.blocks * a.block, codes, scales);
+        const int64_t row = eights_rows<F, kTileRows>(a, 0, codes, scales, columns, y + column, ldy);
+        eights_rows<F, 1>(a, row, codes, scales, columns, y + column, ldy);
+    }
+}
+
 template <typename F>
 void multiply_eights(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t ldy, uint8_t* scratch) {
     if (a.rows < kPackRows) {
         multiply<F>(a, w, y, ldy, scratch);
         return;
     }
-    float* scales = reinterpret_cast<float*>(scratch);
-    auto* codes = reinterpret_cast<int8_t*>(scales + kLanes * a.blocks);
-    for (int64_t column = 0; column < w.columns; column += kLanes) {
-        const int64_t left = w.columns - column, columns = left < kLanes ? left : kLanes;
-        pack_eights<F>(w, column, a.blocks, a.blocks * a.block, codes, scales);
-        const int64_t row = eights_rows<F, kTileRows>(a, 0, codes, scales, columns, y + column, ldy);
-        eights_rows<F, 1>(a, row, codes, scales, columns, y + column, ldy);
-    }
+    const Cursor at{w.codes, a.blocks * a.block * F::kBits / 8, w.scales, a.blocks};
+    multiply_packed_eights<F, false>(a, at, w.columns, y, ldy, scratch);
+}
+
+// 同 expand。
+void expand_eights(const QuantizedRows& a, const int8_t* weights, int64_t columns, float* y, int64_t ldy, uint8_t* scratch) {
+    const int64_t width = a.blocks * a.block, stride = dsx::weight_row(width, a.block);
+    const Cursor at{reinterpret_cast<const uint8_t*>(weights), stride, reinterpret_cast<const uint16_t*>(weights + width),
+        stride / static_cast<int64_t>(sizeof(uint16_t))};
+    multiply_packed_eights<Int8, true>(a, at, columns, y, ldy, scratch);
 }
 
 // 两行 query 一对；R 对。

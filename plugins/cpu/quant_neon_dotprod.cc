@@ -8,7 +8,9 @@
 
 namespace dsx {
 const QuantKernels kNeonDotprodInt8{
-    "neon_dotprod", Int8::kBits, kColumnTile, quantize<Int8>, multiply<Int8>, swiglu, rectified_dots, attend_int8};
+    "neon_dotprod", Int8::kBits, kColumnTile, quantize<Int8>, multiply<Int8>, swiglu, rectified_dots, expand,
+    attend_int8};
 const QuantKernels kNeonDotprodInt4{
-    "neon_dotprod", Int4::kBits, kColumnTile, quantize<Int4>, multiply<Int4>, swiglu, rectified_dots, attend_int8};
+    "neon_dotprod", Int4::kBits, kColumnTile, quantize<Int4>, multiply<Int4>, swiglu, rectified_dots, expand,
+    attend_int8};
 }  // namespace dsx

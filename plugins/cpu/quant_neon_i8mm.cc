@@ -6,7 +6,9 @@
 
 namespace dsx {
 const QuantKernels kNeonI8mmInt8{
-    "neon_i8mm", Int8::kBits, kLanes, quantize<Int8>, multiply_eights<Int8>, swiglu, rectified_eights, attend_int8};
+    "neon_i8mm", Int8::kBits, kLanes, quantize<Int8>, multiply_eights<Int8>, swiglu, rectified_eights,
+    expand_eights, attend_int8};
 const QuantKernels kNeonI8mmInt4{
-    "neon_i8mm", Int4::kBits, kLanes, quantize<Int4>, multiply_eights<Int4>, swiglu, rectified_eights, attend_int8};
+    "neon_i8mm", Int4::kBits, kLanes, quantize<Int4>, multiply_eights<Int4>, swiglu, rectified_eights,
+    expand_eights, attend_int8};
 }  // namespace dsx

@@ -102,6 +102,11 @@ inline Ints dot(Ints acc, const SignedCodes (&w)[2], const Acts (&a)[2]) {
 }
 #endif
 
+// 有符号的字节加 128 成为无符号的（Int8 的零点），或反过来。
+inline Bytes flip_sign(Bytes raw) {
+    const uint8x16_t sign = vdupq_n_u8(0x80);
+    return {veorq_u8(raw.lo, sign), veorq_u8(raw.hi, sign)};
+}
 // 有符号的字节就当码用。
 inline Bytes stored_bytes(Bytes raw) { return raw; }
 inline Int8::Codes stored_codes(Bytes stored) { return {vreinterpretq_s8_u8(stored.lo), vreinterpretq_s8_u8(stored.hi)}; }
