@@ -149,7 +149,7 @@ public:
             }
         }
         require(context.enqueueV3(device_.stream), "执行失败");
-        int32_t best = 0;  // 引擎已经在设备上选好，不必取回 logits
+        int64_t best = 0;  // 引擎已经在设备上选好，不必取回 logits
         cuda(cuMemcpyDtoHAsync(&best, buffers_["best_id"].address(), sizeof best, device_.stream), "取 best_id");
         cuda(cuStreamSynchronize(device_.stream), "等待");
         return best;

@@ -33,7 +33,7 @@ from deepseek_export.records import BEST_ID, BEST_LOGIT
 
 SM = 89
 #: 引擎选好的 token 与它的 logit。
-BEST = ((BEST_ID, "int32"), (BEST_LOGIT, "float32"))
+BEST = ((BEST_ID, "int64"), (BEST_LOGIT, "float32"))
 #: 一行缓存要多少中间值；录成 CUDA graph 的至多几行（解码的 P 是 1）。
 _WORKSPACE, _MOST_ROWS = 4096, 16
 
@@ -370,7 +370,7 @@ class FakeGpu:
             if "P" in entry.profiles["decode"]:
                 nodes[KEY_SPAN] = Port(KEY_SPAN, "int8", KEY_SPAN_DIMS)
             if entry.best:
-                nodes |= {name: Port(name, dtype, ("B", "L")) for name, dtype in BEST}
+                nodes |= {name: Port(name, dtype, ("B", "L", 1)) for name, dtype in BEST}
             plan = (made.path / name).read_bytes()
             self._engines[plan] = ((run or made.path) / entry.graph, nodes)
         return made.path

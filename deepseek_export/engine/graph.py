@@ -89,8 +89,8 @@ def take_key_span(model: onnx.ModelProto) -> bool:
 def give_best(model: onnx.ModelProto) -> bool:
     """主模型另给出每个位置最大的 token 与它的 logit，就地加：贪心的一步只取回这两个，不取 logits。
 
-    logits 里有 NaN 的，给出的 logit 就是 NaN：编译出来的求最大值传不传播 NaN 没有说法。草稿模型已有 ``draft_id``，流水线里不是最后的 stage 没有
-    logits，都不加。
+    logits 里有 NaN 的，给出的 logit 是无穷大，会话照样拒绝：编译出来的 TopK 怎么排 NaN 没有说法。输出就是 TopK 的 ``[B, L, 1]`` 与 int64，不另起一层
+    改形状、改类型。草稿模型已有 ``draft_id``，流水线里不是最后的 stage 没有 logits，都不加。
 
     Returns:
         加了没有。
@@ -99,28 +99,18 @@ def give_best(model: onnx.ModelProto) -> bool:
     names = {value.name for value in graph.output}
     if "logits" not in names or "draft_id" in names:
         return False
-    constants = (
-        ("one", np.ones(1, np.int64)),
-        ("last", np.full(1, -1, np.int64)),
-        ("nan", np.array(np.nan, np.float32)),
-    )
+    constants = (("one", np.ones(1, np.int64)), ("infinity", np.array(np.inf, np.float32)))
     graph.initializer.extend(numpy_helper.from_array(value, f"best/{name}") for name, value in constants)
     steps: tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict[str, int]], ...] = (
         ("Cast", ("logits",), ("best/wide",), {"to": TensorProto.FLOAT}),
-        ("TopK", ("best/wide", "best/one"), ("best/top", "best/index"), {"axis": -1}),
-        ("Squeeze", ("best/top", "best/last"), ("best/peak",), {}),
-        ("Squeeze", ("best/index", "best/last"), ("best/long",), {}),
-        ("Cast", ("best/long",), (BEST_ID,), {"to": TensorProto.INT32}),
-        ("IsNaN", ("best/wide",), ("best/each_nan",), {}),
-        ("Cast", ("best/each_nan",), ("best/nans",), {"to": TensorProto.FLOAT}),
-        ("ReduceMax", ("best/nans", "best/last"), ("best/most_nan",), {"keepdims": 0}),
-        ("Cast", ("best/most_nan",), ("best/any_nan",), {"to": TensorProto.BOOL}),
-        ("Where", ("best/any_nan", "best/nan", "best/peak"), (BEST_LOGIT,), {}),
+        ("IsNaN", ("best/wide",), ("best/nan",), {}),
+        ("Where", ("best/nan", "best/infinity", "best/wide"), ("best/ranked",), {}),
+        ("TopK", ("best/ranked", "best/one"), (BEST_LOGIT, BEST_ID), {"axis": -1}),
     )
     for op, inputs, outputs, attributes in steps:
         node = helper.make_node(op, inputs, outputs, name=outputs[0])
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
         graph.node.append(node)
-    for name, dtype in ((BEST_ID, TensorProto.INT32), (BEST_LOGIT, TensorProto.FLOAT)):
-        graph.output.append(helper.make_tensor_value_info(name, dtype, ["B", "L"]))
+    for name, dtype in ((BEST_ID, TensorProto.INT64), (BEST_LOGIT, TensorProto.FLOAT)):
+        graph.output.append(helper.make_tensor_value_info(name, dtype, ["B", "L", 1]))
     return True

@@ -37,8 +37,8 @@ _TYPES = {
 _KEY_SPAN = ValueEntry(name=KEY_SPAN, dtype="int8", shape=list(KEY_SPAN_DIMS))
 #: 引擎另给的输出，同上。
 _BEST = [
-    ValueEntry(name=BEST_ID, dtype="int32", shape=["B", "L"]),
-    ValueEntry(name=BEST_LOGIT, dtype="float32", shape=["B", "L"]),
+    ValueEntry(name=BEST_ID, dtype="int64", shape=["B", "L", 1]),
+    ValueEntry(name=BEST_LOGIT, dtype="float32", shape=["B", "L", 1]),
 ]
 _HEAD = """\
 # 由 dsx pack --triton 写成。一次请求是一个序列（sequence_id）的一步：

@@ -99,7 +99,7 @@ def latent_attention_partial(
     q,  # [B, S, H, R+P]
     kv_cache,  # [B, 1, T, R+P]
     past_lens,  # [B] int64
-    context,  # [H, B, S, R]，一个程序看完的行直接写这里
+    context,  # [H, B*S, R]，一个程序看完的行直接写这里
     partial,  # [程序, 2, BLOCK_M, R] float32，没有看完的，已归一化；第 1 格是开了头的那一块行，第 0 格是接着别人看的
     lse,  # [程序, 2, BLOCK_M] float32，各自的 log2(sum(2^score))
     shared_rows,  # [程序, 2] int32：开了头、没有看完的是哪一块行，之后几个程序接着看；没有时后一个数是 0

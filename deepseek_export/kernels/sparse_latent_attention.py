@@ -19,7 +19,7 @@ def sparse_latent_attention_partial(
     kv_cache,  # [B, 1, T, R+P]
     indices,  # [B, S, TOPK] int32
     counts,  # [B, S] int32
-    context,  # [H, B, S, R]，只用到一段的 query 直接写这里
+    context,  # [H, B*S, R]，只用到一段的 query 直接写这里
     partial,  # [B*S, num_splits, H, R] float32，各段已归一化的结果
     lse,  # [B*S, num_splits, H] float32，各段的 log2(sum(2^score))
     scale,

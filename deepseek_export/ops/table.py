@@ -191,7 +191,7 @@ LATENT_ATTENTION = OpSpec(
         Port("kv_cache", "F", ("B", "1", "T", "r+dr")),
         Port("past_lens", "I64", ("B",)),
     ),
-    outputs=(Port("context", "T", ("H", "B", "S", "r")),),
+    outputs=(Port("context", "T", ("H", "B*S", "r")),),
     attributes=(Attribute("scale", "float"), Attribute("kv_lora_rank", "int")),
     doc=(
         "Multi-query attention of absorbed queries over the latent cache, which serves as K (all columns) and as V (the "

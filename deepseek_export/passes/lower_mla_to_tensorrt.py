@@ -194,15 +194,14 @@ class _Rewrite:
             [q, self.cache_out, *keys],
             core,
             q_pe,
-            [H, "B", "Sd", r],
+            [H, "BSd", r],
             domain=DOMAIN,
             scale=self.scale,
             kv_lora_rank=r,
             plugin_namespace=PLUGIN_NAMESPACE,
             plugin_version=PLUGIN_VERSION,
         )
-        by_head = emit("Reshape", [context, emit.ints(H, -1, r)], "mla/absorb_o_by_head", context)
-        self._per_head(by_head, w_uv, outer, self.dv, "absorb_o", o)
+        self._per_head(context, w_uv, outer, self.dv, "absorb_o", o)
 
     def _by_head(self, x: gs.Tensor, name: str) -> gs.Variable:
         """``x [B, S, H, dn]`` → ``[H, B*S, dn]``。"""

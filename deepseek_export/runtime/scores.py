@@ -23,7 +23,7 @@ class Scores:
     """B 行各 L 个位置的分数。
 
     Attributes:
-        arrays: 取回的输出，``logits`` ``[B, L, V]``，或 :data:`BEST` 两个 ``[B, L]``。
+        arrays: 取回的输出，``logits`` ``[B, L, V]``，或 :data:`BEST` 两个 ``[B, L, 1]``。
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -41,13 +41,13 @@ class Scores:
     @property
     def ids(self) -> np.ndarray:
         """``[B, L]`` int64，每个位置 logit 最大的 token，并列取较小的。"""
-        found = self.arrays[BEST_ID] if self.logits is None else self.logits.argmax(axis=2)
+        found = self.arrays[BEST_ID][..., 0] if self.logits is None else self.logits.argmax(axis=2)
         return found.astype(np.int64, copy=False)
 
     @property
     def peaks(self) -> np.ndarray:
-        """``[B, L]``，最大的 logit；有 NaN 就是 NaN。"""
-        return self.arrays[BEST_LOGIT] if self.logits is None else self.logits.max(axis=2)
+        """``[B, L]``，最大的 logit；logits 里有 NaN 就不是有限的数。"""
+        return self.arrays[BEST_LOGIT][..., 0] if self.logits is None else self.logits.max(axis=2)
 
     def each(self, change: Callable[[np.ndarray], np.ndarray]) -> Scores:
         """每个数组各换成 ``change(数组)``。"""

@@ -91,9 +91,9 @@ class Attention:
         return q, cache, torch.tensor(self.past, device=source.device, dtype=torch.int64)
 
     def output(self, inputs: Inputs) -> torch.Tensor:
-        """空的输出，[H, B, S, r]。"""
+        """空的输出，[H, B*S, r]。"""
         q = inputs[0]
-        return q.new_full((self.H, len(self.past), self.S, LATENT), float("nan"))
+        return q.new_full((self.H, len(self.past) * self.S, LATENT), float("nan"))
 
     def reference(self, inputs: Inputs) -> torch.Tensor:
         """参考实现的结果。"""

@@ -217,7 +217,7 @@ def step_inputs(size: int) -> tuple[np.ndarray, ...]:
 
 @pytest.mark.parametrize("name", ["mla+moe", "full"])
 def test_a_greedy_step_fetches_a_few_numbers(bundles, counts, name):
-    """TRT-16：贪心的一步，每个位置只取回 token（int32）与它的 logit（float32），选的与主机上由 logits 选的相同；要 logits 的照样给。"""
+    """TRT-16：贪心的一步，每个位置只取回 token（int64）与它的 logit（float32），选的与主机上由 logits 选的相同；要 logits 的照样给。"""
     session = deepseek_export.load(bundles(name).path, backend="trt").session
     caches, fetched = session.new_caches(2), []
     for want in (True, False):
@@ -227,7 +227,7 @@ def test_a_greedy_step_fetches_a_few_numbers(bundles, counts, name):
         assert (scores.logits is None) == (not want)
         if want:
             kept = scores.ids.copy(), scores.peaks.copy()
-    assert fetched == [2 * 2 * session.vocab_size * 2, 2 * 2 * (4 + 4)]
+    assert fetched == [2 * 2 * session.vocab_size * 2, 2 * 2 * (8 + 4)]
     assert np.array_equal(scores.ids, kept[0])
     # 替身里的 ONNX Runtime 会略去中间那次舍入到 float16。
     assert np.array_equal(scores.peaks.astype(np.float16), kept[1])
@@ -240,7 +240,7 @@ def test_a_verified_step_fetches_no_logits(bundles, counts):
     got = session.verify(*step_inputs(2), drafts, caches, want_logits=False)
     assert got.scores.logits is None
     hidden = 2 * 2 * session.hidden_size * 2
-    assert counts["fetched"] == 2 * (8 + 8) + hidden + 2 * 2 * (4 + 4)
+    assert counts["fetched"] == 2 * (8 + 8) + hidden + 2 * 2 * (8 + 4)
     want = session.verify(*step_inputs(2), drafts, caches)
     assert want.scores.logits is not None
     assert np.array_equal(want.scores.ids, got.scores.ids)

@@ -175,7 +175,7 @@ def test_an_engine_instead_of_onnx(bundle: Path, tmp_path: Path):
     assert (type_name(span.data_type), list(span.dims)) == ("TYPE_INT8", [-1])
     assert "key_span" in (model.path / "config.pbtxt").read_text(encoding="utf-8").partition("name:")[0]
     added = {port.name: type_name(port.data_type) for port in config.output if port.name.startswith("best_")}
-    assert added == {"best_id": "TYPE_INT32", "best_logit": "TYPE_FP32"}
+    assert added == {"best_id": "TYPE_INT64", "best_logit": "TYPE_FP32"}
     states = config.sequence_batching.state
     assert all(state.use_same_buffer_for_input_output and state.dims[1] == 1024 for state in states)
     with pytest.raises(DsxError, match="DSX-E734"):

@@ -239,7 +239,7 @@ def graph_contract(graph: GraphEntry, best: bool) -> GraphContract:
         for values in (graph.inputs, graph.outputs)
     )
     if best:
-        added = ((BEST_ID, "int32"), (BEST_LOGIT, "float32"))
+        added = ((BEST_ID, "int64"), (BEST_LOGIT, "float32"))
         outputs += [Port(name, dtype, PORT_DIMS[name]) for name, dtype in added]
     return GraphContract.of(inputs, outputs)
 
