@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from deepseek_export.kernels.audit import (
     CARDS,
     Instruction,
+    LoopAudit,
     audit,
     audits,
     balance,
@@ -87,22 +88,35 @@ def section() -> str:
             f"{guess.of_copy:.0%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    slots, idle = ["", *_slots()], ["", _BALANCE, *_idle()]
-    return "\n".join([_HEAD, *lines, "", f"Triton {version('triton')}。", *slots, *idle])
+    slots, idle = ["", _slots_note(), *_wide(_slots())], ["", _BALANCE, *_wide(_idle())]
+    return "\n".join([_HEAD, *_wide(lines), "", f"Triton {version('triton')}。", *slots, *idle])
 
 
-def _slots() -> Iterator[str]:
-    """Hopper 64 行的块，一次迭代的指令各做什么。"""
+def _wide(table: Iterable[str]) -> Iterator[str]:
+    """一张表，格子里不折行，宽了横着滚（docs/assets/site.css）。"""
+    yield from ('<div class="numbers" markdown>', "", *table, "", "</div>")
+
+
+def _hopper_loop() -> tuple[LoopAudit, list[Instruction]]:
+    """Hopper 64 行的块的主循环。"""
     table = latent_attention_launch(90, 128, 512, 64, 0.1147, "bfloat16")
     spec = next(one for one in table.variants[-1].launches if one.kernel.function == ATTENTION).kernel
     found = audit(spec, 90)
     assert found is not None
-    body = main_loop(disassemble(compile_kernel(spec, 90).cubin))
-    counts = Counter(
-        next((kind for kind, names in _KINDS.items() if _mnemonic(one) in names), _REST) for one in body
-    )
-    tensor = estimate(found).tensor * 4 / (found.threads // 32)  # 张量核算完这一块，一个调度器能发几条
-    yield _SLOTS.format(tile=found.tile, total=len(body), tensor=tensor, most=tensor / 0.8)
+    return found, main_loop(disassemble(compile_kernel(spec, 90).cubin))
+
+
+def _slots_note() -> str:
+    found, body = _hopper_loop()
+    tensor = estimate(found).tensor * 4 / (found.threads // 32)  # 张量核算完这一块，一个 warp 分得到几条
+    return _SLOTS.format(tile=found.tile, total=len(body), tensor=tensor, most=tensor / 0.8)
+
+
+def _slots() -> Iterator[str]:
+    """一次迭代的指令各做什么。"""
+    _, body = _hopper_loop()
+    kinds = (next((kind for kind, names in _KINDS.items() if _mnemonic(one) in names), _REST) for one in body)
+    counts = Counter(kinds)
     yield "| 做什么 | 几条 |"
     yield "|---|---|"
     for kind in (*_KINDS, _REST):

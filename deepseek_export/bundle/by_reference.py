@@ -49,7 +49,7 @@ def reference_slots(recipes: Mapping[str, Recipe], store: TensorStore) -> dict[s
 
 
 def _slot(recipe: Recipe, store: TensorStore) -> Slot:
-    if recipe.op == "copy":
+    if recipe.op == "copy" and recipe.int4 is None:
         spec = store[recipe.sources[0]]
         if (spec.dtype, spec.shape) == (DTYPES[recipe.dtype].safetensors, recipe.shape):
             return Slot(f"{WEIGHTS_FOLDER}/{spec.file.name}", spec.offset, spec.nbytes)

@@ -132,7 +132,7 @@ def part_of(name: str, shape: tuple[int, ...]) -> Part:
     """一个检查点张量算在哪一部分。"""
     if name == "model.embed_tokens.weight":
         return "embed"
-    if name == "lm_head.weight":
+    if name.startswith("lm_head."):  # 4 位的存成几个张量
         return "head"
     if len(shape) == 1 or name.endswith((".mlp.gate.weight", ".indexer.weights_proj.weight")):
         return "small"
