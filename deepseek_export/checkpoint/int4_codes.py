@@ -67,6 +67,12 @@ def kept_rows(weight: Int4Weight, form: BlockFormat, start: int, stop: int) -> n
     return np.concatenate([codes, scales], axis=-1).view(np.int8)
 
 
+def exact_scales(weight: Int4Weight, form: BlockFormat) -> bool:
+    """换了 dtype 的 scale 与原来的逐个相等：权重也就一位不差，不必读码。"""
+    kept = weight.scales.astype(np.float32).astype(DTYPES[form.scale].numpy).astype(np.float32)
+    return np.array_equal(kept, weight.scales.astype(np.float32))
+
+
 def rounding(weight: Int4Weight, form: BlockFormat, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """[行, K] float32 的原权重，与 scale 换了 dtype 之后的；放得下时两者逐位相同。"""
     steps = weight.steps(start, stop).reshape(stop - start, -1, form.block).astype(np.float32)

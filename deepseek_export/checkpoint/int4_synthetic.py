@@ -41,6 +41,11 @@ def packed_tensors(
     return found
 
 
+def is_shape(name: str) -> bool:
+    """4 位权重的形状：不能是零。"""
+    return name.endswith(".weight_shape")
+
+
 def packed_block(
     name: str, tag: str, shape: tuple[int, ...], source: tuple[int, ...], seed: int
 ) -> np.ndarray:
@@ -53,7 +58,7 @@ def packed_block(
         source: 权重的形状 [N, K]。
         seed: 随机种子。
     """
-    if name.endswith(".weight_shape"):
+    if is_shape(name):
         return np.array(source, np.int64)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if name.endswith(".weight_packed"):

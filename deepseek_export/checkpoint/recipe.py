@@ -21,6 +21,7 @@ from deepseek_export.checkpoint.config import ModelConfig
 from deepseek_export.checkpoint.fp8 import fp8_values
 from deepseek_export.checkpoint.int4_codes import (
     Part,
+    exact_scales,
     keeps_codes,
     kept_codes,
     kept_rows,
@@ -283,9 +284,14 @@ def _part(recipe: Recipe) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
 
 
 def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantError:
-    """``codes``、``rows`` 配方量化掉了多少；逐块读，参数、错误同 :func:`materialize`。"""
+    """``codes``、``rows`` 配方量化掉了多少；逐块读，照原来的码、scale 也放得下的不读码。参数、错误同 :func:`materialize`。"""
     assert recipe.of is not None
     assert recipe.form is not None
+    layout, form = recipe.of.int4, recipe.form
+    if layout is not None and keeps_codes(layout, form):
+        weights = (Int4Weight(source, layout, store) for source in recipe.sources)
+        if all(exact_scales(weight, form) for weight in weights):
+            return QuantError(relative=0.0, max_abs=0.0)
     error = norm = largest = 0.0
     for rows, kept in _before_and_after(name, recipe, store):
         gap = kept - rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 
 from deepseek_export.checkpoint.checkpoint import expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.config import ModelConfig, parse_model_config
-from deepseek_export.checkpoint.int4_synthetic import packed_block, packed_tensors
+from deepseek_export.checkpoint.int4_synthetic import is_shape, packed_block, packed_tensors
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import INDEX_NAME, SINGLE_NAME
 from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
@@ -168,7 +169,7 @@ def write_checkpoint(
         dtype: 权重的 dtype；``e_score_correction_bias`` 总是 float32，与官方检查点相同。
         shards: 分成几个文件，按大小均分；大于 1 时另写索引。
         mtp: 是否写 MTP 层；层数取 ``num_nextn_predict_layers``，至少一层。
-        sparse: 只写文件头，数据区留成稀疏文件的洞（全零），几乎不占磁盘。
+        sparse: 只写文件头（与 4 位权重的形状），数据区留成稀疏文件的洞（全零），几乎不占磁盘。
         progress: 进度。
 
     Returns:
@@ -309,7 +310,8 @@ def _split(sizes: Mapping[str, int], parts: int) -> Iterator[list[str]]:
 def _write_shard(
     path: Path, names: Sequence[str], contents: _Contents, sparse: bool, progress: Progress
 ) -> None:
-    """写一个 safetensors 文件。"""
+    """写一个 safetensors 文件；4 位权重的形状放在末尾，稀疏文件里也照写。"""
+    names = sorted(names, key=is_shape)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -321,13 +323,15 @@ def _write_shard(
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
         if sparse:
+            written = [name for name in names if is_shape(name)]
             stream.truncate(stream.tell() + end)
+            stream.seek(-sum(map(contents.nbytes, written)), os.SEEK_END)
             progress.advance(end, path.name)
-            return
+            names = written
         for name in names:
             for block in contents.blocks(name):
                 stream.write(block.tobytes())
-                progress.advance(block.nbytes, name)
+                progress.advance(0 if sparse else block.nbytes, name)
 
 
 def _random_blocks(name: str, shape: tuple[int, ...], seed: int, tied: bool) -> Iterator[np.ndarray]:
