@@ -30,14 +30,13 @@ pytest.importorskip("triton", reason="没有装 kernels（triton）")
 
 #: 做不到的：(函数, 块) → 哪几种 SM 上、哪几条。
 #: 32 行的块放进 99 KiB 只能一次 16 个 key：分数只有 2×2 个 16×8 小块，四个 warp 里两个重算 QKᵀ；换来两段在路上。
-#: 收集的行各有自己的地址，占寄存器：32 行的块在 sm80 溢出三次，在 sm90、sm100 溢出八次；再小的块要多读几遍选中的行。
+#: 收集的行各有自己的地址，占寄存器：32 行的块在 sm80 溢出三次；再小的块要多读几遍选中的行。
 #: Hopper 64 行的块：累加器占满寄存器，循环里要读回几个地址。
 #: Blackwell 64 行的块：寄存器与共享内存都用满，没有第二段缓冲。
 KNOWN = {
     ("latent_attention_partial", "32x16"): {sm: {"work"} for sm in (86, 89, 120, 121)},
     ("sparse_latent_attention_partial", "32x16"): {sm: {"work"} for sm in (86, 89, 120, 121)},
     ("sparse_latent_attention_partial", "32x32"): {80: {"spills"}},
-    ("sparse_latent_attention_partial", "32x64"): {sm: {"spills"} for sm in (90, 100)},
     ("latent_attention_partial", "64x32"): {90: {"spills"}},
     ("latent_attention_partial", "64x64"): {100: {"overlap", "spills"}},
 }
