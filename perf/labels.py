@@ -91,6 +91,7 @@ _RATIOS: Mapping[str, str] = MappingProxyType(
         "int8/bfloat16": "误差 int8 / bfloat16",
         "dsa/dense-mla": "一步 收集 / 稠密",
         "dsa/transformers": "一步 收集 / transformers",
+        "dsa/llama.cpp": "一步 收集 / llama.cpp",
         "dsa-int8/dsa": "一步 int8 索引 key / bfloat16",
         "dsa/字节": "一步 收集 / 读完要读的字节",
         "dsa/算术": "一步 收集 / 读与乘加里慢的",
