@@ -13,7 +13,7 @@ import numpy as np
 from deepseek_export.backend.contract import GraphContract
 from deepseek_export.records import BEST_ID, BEST_LOGIT
 
-_LOGITS = "logits"
+LOGITS = "logits"
 #: 只要最大的那个时，取哪些输出。
 BEST = (BEST_ID, BEST_LOGIT)
 
@@ -31,12 +31,12 @@ class Scores:
     @classmethod
     def of(cls, got: Mapping[str, np.ndarray]) -> Scores:
         """一次前向取回的各输出里，与分数有关的。"""
-        return cls({name: got[name] for name in (_LOGITS, *BEST) if name in got})
+        return cls({name: got[name] for name in (LOGITS, *BEST) if name in got})
 
     @property
     def logits(self) -> np.ndarray | None:
         """``[B, L, V]`` 浮点；只取了最大的为 ``None``。"""
-        return self.arrays.get(_LOGITS)
+        return self.arrays.get(LOGITS)
 
     @property
     def ids(self) -> np.ndarray:
@@ -66,4 +66,4 @@ def wanted_outputs(contract: GraphContract, want_logits: bool) -> tuple[str, ...
         contract: 图的约定。
         want_logits: 要不要 logits；不要而图选不出最大的，也只好取。
     """
-    return BEST if not want_logits and set(BEST) <= contract.outputs.keys() else (_LOGITS,)
+    return BEST if not want_logits and set(BEST) <= contract.outputs.keys() else (LOGITS,)

@@ -11,7 +11,7 @@ from deepseek_export.backend.base import Caches, Runner
 from deepseek_export.backend.contract import TOKEN_INPUTS, contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.graph import GraphSession
-from deepseek_export.runtime.scores import Scores, wanted_outputs
+from deepseek_export.runtime.scores import LOGITS, Scores, wanted_outputs
 
 VerifyMode = Literal["greedy", "rejection"]
 
@@ -112,9 +112,11 @@ class ModelSession(GraphSession):
         want_logits: bool,
     ) -> Scores:
         """同 :meth:`run`；``want_logits`` 为假而图自己选得出最大的，就不取 logits。"""
+        outputs = wanted_outputs(self.runner.contract, want_logits)
+        if LOGITS in outputs:
+            return Scores({LOGITS: self.run(input_ids, past_lens, logits_positions, caches)})
         inputs = self._inputs(input_ids, past_lens, logits_positions)
-        got = self.call(wanted_outputs(self.runner.contract, want_logits), inputs, caches)
-        return self.widened(Scores.of(got), caches)
+        return Scores.of(self.call(outputs, inputs, caches))
 
     def widened(self, scores: Scores, caches: Caches) -> Scores:
         """logits 换成 float32 的，见 :meth:`as_float32`。"""
