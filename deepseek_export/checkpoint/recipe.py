@@ -40,7 +40,7 @@ InitializerDtype = Literal["float32", "float16", "bfloat16", "uint8", "int8", "i
 CHUNK_BYTES = 64 << 20
 
 #: E4M3 的 256 个码各是多少；查表比逐个转换快得多。
-_E4M3_VALUES = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS[FP8_DTYPE].numpy).astype(np.float32)
+E4M3_VALUES = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS[FP8_DTYPE].numpy).astype(np.float32)
 
 #: router 的权重与 bias 始终 float32（transformers 的 ``_keep_in_fp32_modules_strict``）；索引器各头的权重也是（transformers 只在
 #: float16 时如此，bfloat16 时不转；它决定选哪些 key，量很小，这里总是 float32）。
@@ -63,7 +63,7 @@ class Recipe(BaseModel):
         sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
             ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
-        dtype: initializer 的 dtype。
+        dtype: initializer 的 dtype；来源是 FP8 而它是 int8，又没有 ``of``，就是码的字节原样。
         groups: （每组行数，组末几行）：每组最后那几行由成对 (x0, x1) 改成前后两半，只有 ``deinterleave`` 有。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
         of: 量化之前的配方，只有 ``codes``、``scales``、``rows`` 有。
@@ -89,6 +89,11 @@ class Recipe(BaseModel):
     @classmethod
     def _unfolded(cls, value: Any) -> Any:
         return _unfold(value) if isinstance(value, list | tuple) else value
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """来源是 FP8，字节原样，不还原。"""
+        return self.dtype == "int8" and self.of is None
 
     @property
     def nbytes(self) -> int:
@@ -202,7 +207,7 @@ def _recipes(
 
 
 def bind_recipes(recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[str, Recipe]:
-    """补上只有文件头才知道的事：来源是 FP8 的配方写明块大小。
+    """补上只有文件头才知道的事：来源是 FP8、要还原的配方写明块大小。
 
     Args:
         recipes: 由配置得出的配方。
@@ -224,7 +229,8 @@ def bind_recipes(recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[
                 f"{name} 的来源有的是 FP8、有的不是：{odd} 是 {checkpoint.store[odd].dtype}",
                 "同一层的专家要么全是 FP8、要么都不是；重新下载或重新转换检查点",
             )
-        bound[name] = _with_block_size(recipe, block_size) if True in kinds else recipe
+        widened = True in kinds and not recipe.keeps_bytes
+        bound[name] = _with_block_size(recipe, block_size) if widened else recipe
     return bound
 
 
@@ -327,6 +333,9 @@ def _converted(
                 f"张量 {_first(source, array, finite, start)}（用于 {name}）",
                 "检查点坏了：重新下载，或回到产生它的训练、转换步骤查 NaN",
             )
+        if recipe.keeps_bytes:
+            yield array.view(dtype)
+            continue
         with np.errstate(over="ignore"):
             converted = array.astype(dtype, copy=False)
         if dtype.itemsize < array.dtype.itemsize or (dtype == np.float16 and array.dtype != np.float16):
@@ -366,7 +375,7 @@ def _dequantized(
 ) -> np.ndarray:
     """FP8 矩阵的 ``[start, stop)`` 行 → float32；``start`` 在块的边界上，右边与下边的块可以不满。"""
     height, width = block_size
-    values = _E4M3_VALUES[store.read_rows(source, start, stop).view(np.uint8)]
+    values = E4M3_VALUES[store.read_rows(source, start, stop).view(np.uint8)]
     scales = store.read_rows(source + SCALE_SUFFIX, start // height, -(-stop // height))
     with np.errstate(over="ignore", invalid="ignore"):  # 溢出与 NaN 由调用方点名
         for index, row in enumerate(scales):

@@ -11,7 +11,7 @@
 3. ``down``：写到各对自己的行。
 4. ``combine``：每个 token 按槽位次序加权相加，所以结果与排序无关、可复现，不用原子加。
 
-权重是码时，第 2、3 步是 ``quantized_gate_up`` 与 ``quantized_down``：从显存读的是码与 scale，在寄存器里还原成 ``x`` 的 dtype，与参考实现逐位相同。
+权重是码时，第 2、3 步换成 :mod:`.quantized_swiglu` 的。
 """
 
 import triton
@@ -62,6 +62,24 @@ def tile_order(row_tiles, columns: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def expert_tile(
+    offsets,
+    row_tiles,
+    columns: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """这个程序做哪一块：(专家, 各行, 各行是不是它的, 各列)；没有活时专家 >= E。"""
+    tile, column = tile_order(row_tiles, columns, GROUP)
+    expert, first, last = expert_rows(tile, offsets, E, BLOCK_E, BLOCK_M)
+    rows = first + tl.arange(0, BLOCK_M)
+    return expert, rows, rows < last, column * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def gate_up(
     x,
     w_gate,
@@ -81,14 +99,12 @@ def gate_up(
     GROUP: tl.constexpr,
 ):
     """``hidden = silu(x w_gateᵀ) * (x w_upᵀ)``。"""
-    tile, column = tile_order(row_tiles, tl.cdiv(INNER, BLOCK_N), GROUP)
-    expert, first, last = expert_rows(tile, offsets, E, BLOCK_E, BLOCK_M)
+    expert, rows, live, n = expert_tile(
+        offsets, row_tiles, tl.cdiv(INNER, BLOCK_N), E, BLOCK_E, BLOCK_M, BLOCK_N, GROUP
+    )
     if expert >= E:
         return
-    rows = first + tl.arange(0, BLOCK_M)
-    live = rows < last
     token = (tl.load(sorted_pairs + rows, mask=live, other=0) // top_k).to(tl.int64)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w = (expert.to(tl.int64) * INNER + n)[:, None] * D + k[None, :]
     x_rows = x + token[:, None] * D + k[None, :]
@@ -124,14 +140,12 @@ def down(
     GROUP: tl.constexpr,
 ):
     """``expert_out = hidden w_downᵀ``，尚未加权。"""
-    tile, column = tile_order(row_tiles, tl.cdiv(D, BLOCK_N), GROUP)
-    expert, first, last = expert_rows(tile, offsets, E, BLOCK_E, BLOCK_M)
+    expert, rows, live, n = expert_tile(
+        offsets, row_tiles, tl.cdiv(D, BLOCK_N), E, BLOCK_E, BLOCK_M, BLOCK_N, GROUP
+    )
     if expert >= E:
         return
-    rows = first + tl.arange(0, BLOCK_M)
-    live = rows < last
     pair = tl.load(sorted_pairs + rows, mask=live, other=0).to(tl.int64)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w = w_down + (expert.to(tl.int64) * D + n)[:, None] * INNER + k[None, :]
     hidden_rows = hidden + rows.to(tl.int64)[:, None] * INNER + k[None, :]
@@ -143,151 +157,6 @@ def down(
         acc = tl.dot(a, tl.trans(b), acc=acc, out_dtype=tl.float32)
     out = expert_out + pair[:, None] * D + n[None, :]
     tl.store(out, acc.to(expert_out.dtype.element_ty), mask=live[:, None] & (n < D)[None, :])
-
-
-@triton.jit
-def widened(codes, scales, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """码 [ROWS, WIDTH*BITS/8] 与 scale [ROWS, GROUPS] → 权重 [ROWS, WIDTH]，dtype 同 scale。
-
-    码放进 scale 的 dtype 是准的，所以乘积只舍入一次。
-    """
-    if BITS == 4:
-        # 一字节两个有符号的码，低位在前。
-        codes = tl.join((codes << 4) >> 4, codes >> 4).reshape(ROWS, WIDTH)
-    values = codes.to(scales.dtype)
-    return (values.reshape(ROWS, GROUPS, WIDTH // GROUPS) * scales[:, :, None]).reshape(ROWS, WIDTH)
-
-
-@triton.jit
-def load_widened(
-    codes,  # 各行的起点 [ROWS, 1]
-    scales,
-    step,
-    live,  # [ROWS, 1]
-    DEPTH: tl.constexpr,
-    BITS: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """第 ``step`` 段权重，一段 ``WIDTH`` 列；每 ``SCALED`` 列一个 scale，``DEPTH`` 是一行的列数。"""
-    BYTES: tl.constexpr = WIDTH * BITS // 8
-    GROUPS: tl.constexpr = WIDTH // SCALED if WIDTH > SCALED else 1
-    k = step * BYTES + tl.arange(0, BYTES)[None, :]
-    if WIDTH < SCALED:
-        group = step // (SCALED // WIDTH) + tl.arange(0, 1)[None, :]
-    else:
-        group = step * GROUPS + tl.arange(0, GROUPS)[None, :]
-    code = tl.load(codes + k, mask=live & (k < DEPTH * BITS // 8), other=0)
-    scale = tl.load(scales + group, mask=live & (group < DEPTH // SCALED), other=0.0)
-    return widened(code, scale, BITS, ROWS, WIDTH, GROUPS)
-
-
-@triton.jit
-def quantized_gate_up(
-    x,
-    w_gate,
-    w_gate_scales,
-    w_up,
-    w_up_scales,
-    sorted_pairs,
-    offsets,
-    hidden,
-    top_k,
-    row_tiles,
-    D: tl.constexpr,
-    INNER: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """同 :func:`gate_up`，权重是码。乘积是转置的：权重在左边，还原之后留在寄存器里，不必写回共享内存（Hopper 的右操作数只能在那里）。"""
-    tile, column = tile_order(row_tiles, tl.cdiv(INNER, BLOCK_N), GROUP)
-    expert, first, last = expert_rows(tile, offsets, E, BLOCK_E, BLOCK_M)
-    if expert >= E:
-        return
-    rows = first + tl.arange(0, BLOCK_M)
-    live = rows < last
-    token = (tl.load(sorted_pairs + rows, mask=live, other=0) // top_k).to(tl.int64)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    row = (expert.to(tl.int64) * INNER + n)[:, None]
-    code, scale = row * (D * BITS // 8), row * (D // SCALED)
-    inner = (n < INNER)[:, None]
-    x_rows = x + token[:, None] * D + k[None, :]
-    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in range(0, tl.cdiv(D, BLOCK_K)):
-        start = step * BLOCK_K
-        a = tl.load(x_rows + start, mask=live[:, None] & (start + k < D)[None, :], other=0.0)
-        a = tl.trans(a)
-        g = load_widened(w_gate + code, w_gate_scales + scale, step, inner, D, BITS, SCALED, BLOCK_N, BLOCK_K)
-        u = load_widened(w_up + code, w_up_scales + scale, step, inner, D, BITS, SCALED, BLOCK_N, BLOCK_K)
-        gate = tl.dot(g, a, acc=gate, out_dtype=tl.float32)
-        up = tl.dot(u, a, acc=up, out_dtype=tl.float32)
-    value = tl.trans(gate / (1.0 + tl.exp(-gate)) * up)
-    out = hidden + rows.to(tl.int64)[:, None] * INNER + n[None, :]
-    tl.store(out, value.to(hidden.dtype.element_ty), mask=live[:, None] & (n < INNER)[None, :])
-
-
-@triton.jit
-def quantized_down(
-    hidden,
-    w_down,
-    w_down_scales,
-    sorted_pairs,
-    offsets,
-    expert_out,
-    row_tiles,
-    D: tl.constexpr,
-    INNER: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """同 :func:`down`，权重是码；乘积是转置的，理由同 :func:`quantized_gate_up`。"""
-    tile, column = tile_order(row_tiles, tl.cdiv(D, BLOCK_N), GROUP)
-    expert, first, last = expert_rows(tile, offsets, E, BLOCK_E, BLOCK_M)
-    if expert >= E:
-        return
-    rows = first + tl.arange(0, BLOCK_M)
-    live = rows < last
-    pair = tl.load(sorted_pairs + rows, mask=live, other=0).to(tl.int64)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    row = (expert.to(tl.int64) * D + n)[:, None]
-    code, scale = row * (INNER * BITS // 8), row * (INNER // SCALED)
-    wide = (n < D)[:, None]
-    hidden_rows = hidden + rows.to(tl.int64)[:, None] * INNER + k[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in range(0, tl.cdiv(INNER, BLOCK_K)):
-        start = step * BLOCK_K
-        a = tl.load(hidden_rows + start, mask=live[:, None] & (start + k < INNER)[None, :], other=0.0)
-        a = tl.trans(a)
-        w = load_widened(
-            w_down + code,
-            w_down_scales + scale,
-            step,
-            wide,
-            INNER,
-            BITS,
-            SCALED,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        acc = tl.dot(w, a, acc=acc, out_dtype=tl.float32)
-    out = expert_out + pair[:, None] * D + n[None, :]
-    tl.store(out, tl.trans(acc).to(expert_out.dtype.element_ty), mask=live[:, None] & (n < D)[None, :])
 
 
 @triton.jit
