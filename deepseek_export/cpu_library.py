@@ -13,6 +13,7 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from deepseek_export.errors import DsxError
 
@@ -41,9 +42,12 @@ class CpuLibrary:
     isas: tuple[str, ...]
     isa: str
 
-    def rounds_to_bfloat16(self, cache_dtype: str) -> bool:
-        """注意力的乘数会舍入到 bfloat16 吗：缓存本来就是 bfloat16、指令集又直接乘 bfloat16 时是。"""
-        return cache_dtype == "bfloat16" and self.isa.endswith("bf16")
+    def factors(self, cache_dtype: str) -> Literal["bfloat16", "int8"] | None:
+        """注意力的乘数（query 与概率）会不会舍入：缓存是 bfloat16、指令集又直接乘它时舍入到 bfloat16；缓存是 int8 时拆成两个 int8
+        平面，约 15 位（CPU-17）。"""
+        if cache_dtype == "int8":
+            return "int8"
+        return "bfloat16" if cache_dtype == "bfloat16" and self.isa.endswith("bf16") else None
 
 
 def find_library() -> CpuLibrary | None:

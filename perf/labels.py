@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -216,7 +216,9 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _joined(value: object, separator: str = " / ") -> str:
-    return separator.join(_joined(v, " ") for v in value) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return separator.join(_joined(v, " ") for v in value)
+    return "不限" if value is None else str(value)
 
 
 def _any(value: object) -> str:
@@ -253,6 +255,12 @@ def _speculation(value: Any) -> str:
     return (
         f"{'、'.join(map(_percent, value['acceptance']))}；平均接受 {number(value['mean_accepted'])} 个，"
         f"主模型每次调用产出 {number(value['tokens_per_call'])} 个 token{stopped}"
+    )
+
+
+def _kills(runs: Sequence[Mapping[str, float]]) -> str:
+    return "；".join(
+        f"{number(one['seconds'])} s，{size(one['peak'])}，{size(one['killed_at_bytes'])}" for one in runs
     )
 
 
@@ -318,7 +326,7 @@ _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "stage_shards": ("各 stage 链接的分片", _each(str)),
         "stage_shard_bytes": ("这些分片一共", _each(size)),
         "expert_groups_per_moe_layer": ("每个 MoE 层的专家拆成几组", number),
-        "kills": ("被杀的几次：用时、峰值、写到哪里", _any),
+        "kills": ("被杀的几次：用时、内存峰值、已写多少", _kills),
         "tokens": ("比了几个 token", str),
         "before_a_flip": ("其中路由分叉之前的", str),
         "perplexity": ("困惑度", _each(number)),

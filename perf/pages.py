@@ -1,4 +1,4 @@
-"""由历史写的页：``docs/performance.md``、``docs/perf/`` 里的图、两份 README 里的三个数字，与 ``dsx plan`` 带着的模拟误差。测试核对它们就是这里写出来的，所以没有一个数是抄的。
+"""由历史写的页：``docs/performance.md``、``docs/perf/`` 里的图、两份 README 里的三个数字、大模型一页里的用时与内存，与 ``dsx plan`` 带着的模拟误差。测试核对它们就是这里写出来的，所以没有一个数是抄的。
 
     python -m perf pages
 
@@ -15,11 +15,13 @@ from types import MappingProxyType
 
 from deepseek_export.plan.result import ModelError, Validation
 from deepseek_export.plan.validation import VALIDATION_FILE
+from deepseek_export.units import size
 from perf import figures, gates, labels, report
 from perf.results import ROOT, Run, newest
 
 PAGE = ROOT / "docs/performance.md"
 PICTURES = ROOT / "docs/perf"
+LARGE = ROOT / "docs/large-models.md"
 READMES: Mapping[str, Path] = MappingProxyType({"zh": ROOT / "README.md", "en": ROOT / "README.en.md"})
 
 _HEAD = """\
@@ -98,22 +100,46 @@ _MARK = re.compile(r"(<!-- python -m perf pages -->\n).*?(<!-- end -->)", re.DOT
 
 
 def texts(runs: Sequence[Run]) -> dict[Path, str]:
-    """每一页、每一张图的路径与全文；README 只换两个记号之间的。"""
+    """每一页、每一张图的路径与全文；README 与大模型一页只换两个记号之间的。"""
     found = newest(list(runs))
-    readmes = {
-        path: _MARK.sub(
-            lambda mark, language=language: mark[1] + headline_table(found, language) + mark[2],  # type: ignore[misc]
-            path.read_text(encoding="utf-8"),
-        )
-        for language, path in READMES.items()
-    }
+    between = {path: headline_table(found, language) for language, path in READMES.items()}
+    between[LARGE] = large_tables(found)
+    marked = {path: _between(path, content) for path, content in between.items()}
     drawn = {
         PICTURES / f"{name}.svg": picture.standalone()
         for run in found
         for suite in run.suites
         for name, picture in figures.draw(suite).items()
     }
-    return {PAGE: page(found), VALIDATION_FILE: validation(found)} | readmes | drawn
+    return {PAGE: page(found), VALIDATION_FILE: validation(found)} | marked | drawn
+
+
+def _between(path: Path, content: str) -> str:
+    """``path`` 的全文，两个记号之间换成 ``content``。"""
+    return _MARK.sub(lambda mark: mark[1] + content + mark[2], path.read_text(encoding="utf-8"))
+
+
+def large_tables(runs: Sequence[Run]) -> str:
+    """完整尺寸的导出与切分（套件 ``scale``）：用时与内存，各个 stage 的大小；没有量过就一句话。"""
+    lines: list[str] = []
+    for run in runs:
+        for suite in (one for one in run.suites if one.suite == "scale"):
+            rows = [["", "用时", "内存峰值"]]
+            for case in suite.cases:
+                spent = {
+                    key.rpartition(".")[2]: labels.measured(key, one) for key, one in case.values.items()
+                }
+                if not case.name.startswith("打包"):
+                    rows.append([case.name, spent["seconds"], spent["peak"]])
+            lines += [*report.table_lines(rows), ""]
+            for facts in (case.facts for case in suite.cases if "stage_bytes" in case.facts):
+                stages = [
+                    [name, str(facts["stage_layers"][name]), size(nbytes)]
+                    for name, nbytes in facts["stage_bytes"].items()
+                ]
+                lines += [*report.table_lines([["stage", "层", "权重，按图里的 dtype"], *stages]), ""]
+            lines += [f"{_machine(run, 'zh')}`python -m perf run scale`。"]
+    return "\n".join(lines or ["没有量过：`python -m perf run scale`。"]) + "\n"
 
 
 def validation(runs: Sequence[Run]) -> str:

@@ -86,7 +86,7 @@ def fact_lines(section: Section) -> list[str]:
     """不是重复测量的东西：一格一条，里面各一条；没有就什么都不写。"""
     lines = [""] if section.facts else []
     for case, found in section.facts:
-        lines += [f"- {case}", *(f"  {line}" for line in _list(found))]
+        lines += [f"- {case}", *(f"    {line}" for line in _list(found))]
     return lines
 
 
@@ -113,13 +113,14 @@ def environment_rows(run: Run) -> Rows:
     cpu, memory = e["cpu"], e["memory_bytes"]
     gpus = "、".join(f"{gpu['name']}（驱动 {gpu['driver']}）" for gpu in e["gpus"])
     flags = " ".join(cpu["flags"] or ["标志未知"])
+    cores = "核数未知" if cpu["cores"] is None else f"{cpu['cores']} 核"
     return [
         ("时刻", run.started),
         ("源码", e["git"] or "未知"),
         ("命令", e["command"]),
         ("规模", "缩小的场景，数字不可引用" if run.quick else "完整的场景"),
         ("开始时的负载", "未知" if e["load_average"] is None else f"{e['load_average']:.2f}"),
-        ("CPU", f"{cpu['model'] or cpu['machine']}，{cpu['cores']} 核（{flags}）"),
+        ("CPU", f"{cpu['model'] or cpu['machine']}，{cores}（{flags}）"),
         ("内存", "未知" if memory is None else size(memory)),
         ("GPU", gpus or "没有"),
         ("系统", f"{e['system']}，Python {e['python']}"),

@@ -28,6 +28,9 @@ def main(path: Path) -> None:
         session = make_session(library, dtype, cache, isa, form, threads=2)
         for (S, H, T, past), widths, in_place in itertools.product(SHAPES, (ODD, WIDE), (True, False)):
             call(session, make_inputs(dtype, cache, S, H, T, past, **widths), in_place)
+    for isa in isas:  # 跨几段、各段都不满
+        session = make_session(library, "float32", "int8", isa, "absorb", threads=2)
+        call(session, make_inputs("float32", "int8", 3, 3, 150, (140, 0), dn=5, dr=270, dv=7, r=590))
     for isa, bits, block, (rows, K, N) in itertools.product(isas, (8, 4), (32, 64, 128), QUANT_SHAPES):
         session = linear_session(library, bits, K, N, block, isa, threads=2)
         call_quant(session, linear_inputs(bits, rows, K, N, block))

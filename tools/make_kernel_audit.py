@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,7 +45,14 @@ def section() -> str:
             f"{guess.of_copy:.0%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([_HEAD, *lines, "", f"Triton {version('triton')}。", "", _BALANCE, *_idle()])
+    return "\n".join(
+        [_HEAD, *_wide(lines), "", f"Triton {version('triton')}。", "", _BALANCE, *_wide(_idle())]
+    )
+
+
+def _wide(table: Iterable[str]) -> Iterator[str]:
+    """一张表，格子里不折行，宽了横着滚（docs/assets/site.css）。"""
+    yield from ('<div class="numbers" markdown>', "", *table, "", "</div>")
 
 
 def _idle() -> Iterator[str]:

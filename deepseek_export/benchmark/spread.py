@@ -65,7 +65,7 @@ def paired_ratio(numerator: Spread, denominator: Spread) -> Spread:
 def interleaved(contenders: Mapping[str, Callable[[], T]], runs: int, warmup: int = 1) -> dict[str, list[T]]:
     """几个对手交替各跑 ``runs`` 遍。
 
-    每一轮换一个先跑的，谁也不总占先手；预热的结果丢掉。
+    每两轮换一个先跑的，第二轮倒着走：谁也不总占先手，也不总跟在同一个对手后面（前一个的线程还在自旋、缓存换成了它的）；预热的结果丢掉。
 
     Args:
         contenders: 名字到「跑一遍并返回测得的东西」。
@@ -75,8 +75,10 @@ def interleaved(contenders: Mapping[str, Callable[[], T]], runs: int, warmup: in
     names = list(contenders)
     results: dict[str, list[T]] = {name: [] for name in names}
     for number in range(-warmup, runs):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        turn, backwards = divmod(number, 2)
+        shift = turn % len(names)
+        order = names[shift:] + names[:shift]
+        for name in reversed(order) if backwards else order:
             measured = contenders[name]()
             if number >= 0:
                 results[name].append(measured)

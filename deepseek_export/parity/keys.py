@@ -45,11 +45,12 @@ def op_keys(manifest: Manifest, attention: Dtype) -> Keys:
 def block_keys(manifest: Manifest, attention: Dtype) -> Keys:
     """单个块；``attention`` 同 :func:`op_keys`。量化的容差本来就宽得多。
 
-    缓存比模型窄时，两侧会把几乎相等的数舍入到相邻的两个值，以缓存的 dtype 为准；算子库连乘数都舍入到 bfloat16 时还要再宽。
+    缓存比模型窄时，两侧会把几乎相等的数舍入到相邻的两个值，以缓存的 dtype 为准；算子库连乘数都舍入到 bfloat16 时还要再宽
+    （int8 缓存的乘数留约 15 位，比缓存自己的一个码小得多）。
     """
     rest: Key = ("block", manifest.dtype, manifest.quant)
     narrow = narrow_cache(manifest)
-    if attention != manifest.dtype:
+    if attention not in (manifest.dtype, "int8"):
         return ("block", attention, None), rest
     if manifest.quant is not None or narrow is None:
         return rest, rest

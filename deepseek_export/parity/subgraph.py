@@ -18,18 +18,19 @@ from deepseek_export.capture.trace import named
 from deepseek_export.checkpoint.weight_only import unpacked_int4
 from deepseek_export.cpu_library import library_for
 from deepseek_export.parity.arrays import widened
-from deepseek_export.parity.tolerances import Dtype
+from deepseek_export.parity.tolerances import Dtype, coarser
 
 #: 断开之后，由外面喂的那一份值的名字前缀。
 _FED = "pytorch/"
 
 
 def attention_dtype(manifest: Manifest) -> Dtype:
-    """注意力的结果按哪个 dtype 的容差比：一般是模型的 dtype；算子库把乘数舍入到 bfloat16 时是 bfloat16。"""
+    """注意力的结果按哪个 dtype 的容差比：模型的 dtype，与算子库把乘数舍入到的 dtype，取宽的。"""
     library = library_for(manifest.target)
-    rounded = library is not None and library.rounds_to_bfloat16(manifest.cache.dtype)
     # 量化的容差已经比 bfloat16 宽。
-    return "bfloat16" if rounded and manifest.quant is None else manifest.dtype
+    if library is None or manifest.quant is not None:
+        return manifest.dtype
+    return coarser(manifest.dtype, library.factors(manifest.cache.dtype))
 
 
 class ModelGraph:

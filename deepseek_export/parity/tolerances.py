@@ -74,6 +74,12 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
         ("op", "bfloat16"): Tolerance(
             8e-2, 1e-4, 1.6e-2, "尾数比 float16 少三位，幅度放宽 2^3 倍；calc_diff 是平方量，只放宽十倍"
         ),
+        ("op", "int8"): Tolerance(
+            2e-4,
+            1e-8,
+            1e-4,
+            "int8 缓存、float32 的模型：query 与概率各拆成两个 int8 平面（CPU-17），误差是段内最大值的 1/64516，分数放大几倍",
+        ),
         **{
             ("selection", dtype): Tolerance(
                 0.0, 0.0, 0.0, "选中的 key 是集合：并列带（SELECTION_BAND）之内换过的先还原，剩下的必须全同"
@@ -234,6 +240,12 @@ PERPLEXITY_RATIO: Mapping[QuantKind, float] = MappingProxyType(
 def tolerance(quantity: Quantity, dtype: Dtype, quant: QuantKind | None = None) -> Tolerance:
     """查表；``quant`` 是 bundle 的权重量化，没有就是 ``None``。"""
     return TOLERANCES[quantity, dtype] if quant is None else QUANT_TOLERANCES[quantity, dtype, quant]
+
+
+def coarser(dtype: Dtype, other: Dtype | None) -> Dtype:
+    """两个 dtype 里 ``op`` 一行容差较宽的；没有 ``other`` 就是 ``dtype``。"""
+    order: tuple[Dtype, ...] = ("float32", "int8", "float16", "bfloat16")
+    return dtype if other is None else max(dtype, other, key=order.index)
 
 
 #: 路由的近平局判据：第 k 名与第 k+1 名（或组的对应名次）的分数差小于它，换专家不算错。单位是打分（概率）。

@@ -160,19 +160,21 @@ def _decode(scenario: Scenario, checkpoint: Path, bundles: dict[str, Path], thre
                 name: DepthDecoder(session, batch, context).step for name, session in sessions.items()
             } | ceilings
             facts: dict[str, Any] = {"context": context, "batch": batch}
+            seconds = _spreads(interleaved(steps, scenario.runs))
+            beside: dict[str, Spread] = {}
             if batch == 1 and context in scenario.peer_contexts:
                 failed = failed or rehearse(peer, context, scenario.peer_s)
                 if failed is None:
-                    steps[PEER] = partial(peer.ask, "decode", tokens=[0], within=scenario.peer_s)
+                    ask = partial(peer.ask, "decode", tokens=[0], within=scenario.peer_s)
+                    beside = _spreads(interleaved({DSA: steps[DSA], PEER: ask}, scenario.runs))
                 else:
                     facts["failed"] = {PEER: failed}
-            samples = interleaved(steps, scenario.runs)
-            yield decode_case(
-                f"context {context} b{batch}",
-                {name: Spread.of(found) for name, found in samples.items()},
-                work_of(config, weights, batch, context),
-                facts,
-            )
+            work = work_of(config, weights, batch, context)
+            yield decode_case(f"context {context} b{batch}", seconds, beside, work, facts)
+
+
+def _spreads(samples: dict[str, list[float]]) -> dict[str, Spread]:
+    return {name: Spread.of(found) for name, found in samples.items()}
 
 
 def rehearse(peer: isolate.Worker, context: int, within: float) -> str | None:
@@ -185,17 +187,28 @@ def rehearse(peer: isolate.Worker, context: int, within: float) -> str | None:
     return None
 
 
-def decode_case(name: str, seconds: dict[str, Spread], parts: list[Work], facts: dict[str, Any]) -> Case:
-    """一格：几个系列与这台机器的两个上限，各次的秒数。"""
+def decode_case(
+    name: str,
+    seconds: dict[str, Spread],
+    beside: dict[str, Spread],
+    parts: list[Work],
+    facts: dict[str, Any],
+) -> Case:
+    """一格：几个系列与这台机器的两个上限，各次的秒数。
+
+    transformers 另与收集的那一个交替（``beside``，跑不动时是空的）：它一步长几个数量级，线程歇下来之前会拖慢紧跟着的那一个。
+    """
     copy, matmul = seconds[COPY].median / _COPIED, seconds[MATMUL].median / _MULTIPLIED
     dsa = seconds[DSA]
-    ratios = {
-        f"{DSA}/{other}": paired_ratio(dsa, seconds[other]) for other in (DENSE, PEER) if other in seconds
-    }
+    ratios = {f"{DSA}/{DENSE}": paired_ratio(dsa, seconds[DENSE])}
+    if beside:
+        ratios[f"{DSA}/{PEER}"] = paired_ratio(beside[DSA], beside[PEER])
     ratios[f"{DSA_INT8}/{DSA}"] = paired_ratio(seconds[DSA_INT8], dsa)
     ratios[f"{DSA}/字节"] = dsa.scaled(1 / sum(part.nbytes * copy for part in parts))
     ratios[f"{DSA}/算术"] = dsa.scaled(1 / sum(part.seconds(copy, matmul) for part in parts))
-    values = {f"{key}.step_s": seconds[key] for key in (*BUNDLES, PEER) if key in seconds}
+    values = {f"{key}.step_s": seconds[key] for key in BUNDLES}
+    if beside:
+        values[f"{PEER}.step_s"] = beside[PEER]
     for key, unit, amount in ((COPY, "gb_s", _COPIED), (MATMUL, "gflop_s", _MULTIPLIED)):
         values[f"{key}.{unit}"] = Spread.of([amount / sample / 1e9 for sample in seconds[key].samples])
     return Case(name=name, values=values, ratios=ratios, facts=facts)

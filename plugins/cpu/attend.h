@@ -3,11 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "int8_cache.h"
 #include "kernels.h"
 #include "prefetch.h"
+#include "soften.h"
 
 namespace {
 
@@ -16,8 +16,6 @@ using dsx::Dtype;
 using dsx::kBlockRows;
 using dsx::kTile;
 using dsx::padded;
-
-constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 inline float widen_one(Dtype dtype, const void* src, int64_t i) {
     switch (dtype) {
@@ -276,37 +274,6 @@ void multiply_transposed(const float* a, int64_t lda, const float* b, int64_t ld
     }
 }
 
-// 一格分数 → 概率（没有除以总和），就地；更新各行的 max、sum，写出旧累加器要乘的 alpha。看不见的 key 得 0。
-void soften(const Block& block, int64_t begin, int64_t count, float* scores, float* alpha) {
-    constexpr int L = Vector::kLanes;
-    for (int64_t i = 0; i < block.rows; ++i) {
-        float* row = scores + i * kTile;
-        int64_t visible = block.last_visible + (block.first_row + i) / block.rows_per_token + 1 - begin;
-        visible = visible < 0 ? 0 : visible > count ? count : visible;
-        for (int64_t j = visible; j < kTile; ++j) {
-            row[j] = kNegInf;
-        }
-        Vector top = splat(block.max[i]);
-        for (int64_t j = 0; j < kTile; j += L) {
-            top = max(top, load(row + j));
-        }
-        const float m = horizontal_max(top);
-        const float base = m == kNegInf ? 0.0f : m;  // 还没有看得见的 key：-inf 减 -inf 是 NaN
-        Vector total = splat(0);
-        for (int64_t j = 0; j < kTile; j += L) {
-            const Vector p = exp(sub(load(row + j), splat(base)));
-            store(row + j, p);
-            total = add(total, p);
-        }
-        Vector shrink = exp(splat(block.max[i] - base));
-        float lanes[L];
-        store(lanes, shrink);
-        alpha[i] = lanes[0];
-        block.max[i] = m;
-        block.sum[i] = block.sum[i] * alpha[i] + horizontal_sum(total);
-    }
-}
-
 // 这些行按原样就能当 [count, padded(width)] 的 float32 矩阵读：不必复制。
 inline bool readable(Dtype dtype, int64_t width) { return dtype == Dtype::kFloat32 && width % dsx::kPad == 0; }
 
@@ -327,12 +294,7 @@ void attend(const Block& block, float* scratch) {
         // 四行一组，展宽之后趁还在 L1 里就用掉；一边算一边取下一格的四行，读内存的时间因此藏在计算后面。
         for (int64_t j = 0; j < count; j += 4) {
             const int64_t n = count - j < 4 ? count - j : 4;
-            if (block.dtype == Dtype::kInt8) {
-                const int64_t r = block.value_width;
-                float* rows = key_tile + j * width;
-                unpack(reinterpret_cast<const int8_t*>(source) + j * key_bytes, n, r, block.width - r, rows, r, width,
-                    rows + r, width - r, width);
-            } else if (!direct) {
+            if (!direct) {
                 widen(block.dtype, source + j * key_bytes, block.key_stride, n, block.width, key_tile + j * width, width,
                     width);
             }
@@ -358,7 +320,7 @@ void attend(const Block& block, float* scratch) {
                 value_stride = value_width;
             }
         }
-        soften(block, t, count, scores, alpha);
+        soften(block, t, count, kTile, scores, alpha);
         accumulate(scores, kTile, values, value_stride, block.rows, value_width, count, alpha, block.acc, value_width);
     }
 }

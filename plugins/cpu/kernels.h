@@ -24,7 +24,7 @@ struct Block {
     int64_t rows;            // 1..kBlockRows
     const void* keys;        // 第 begin 个 key；行距 key_stride 个元素
     const void* values;      // 第 begin 个 value；行距 value_stride。与 keys 相等表示 latent：value 是 key 的前几列
-    Dtype dtype;             // keys、values 的 dtype；int8 只能是 latent，一行是 r = value_width、dr = width - r 的字节
+    Dtype dtype;             // keys、values 的 dtype；int8 的只交给 QuantKernels::attend：latent，一行的 r = value_width、dr = width - r
     int64_t key_stride;
     int64_t value_stride;
     int64_t width;           // key 的宽度

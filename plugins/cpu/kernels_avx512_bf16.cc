@@ -30,6 +30,12 @@ void narrow(const float* src, int64_t count, uint16_t* dst) {
     }
 }
 
+// 不用 _mm512_dpbf16_ps：GCC 12 给它的累加器每步多一次寄存器拷贝。
+inline Vector multiply_add(Vector acc, __m512bh a, __m512bh b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(a), "v"(b));
+    return acc;
+}
+
 template <int M, int N>
 inline void dot_block_bf16(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int64_t k, float* c) {
     Vector acc[M][N];
@@ -46,7 +52,7 @@ inline void dot_block_bf16(const uint16_t* a, int64_t lda, const uint16_t* b, in
         for (int j = 0; j < N; ++j) {
             const __m512bh y = load_bf16_pairs(b + j * ldb + t);
             for (int i = 0; i < M; ++i) {
-                acc[i][j].v = _mm512_dpbf16_ps(acc[i][j].v, rows[i], y);
+                acc[i][j] = multiply_add(acc[i][j], rows[i], y);
             }
         }
     }
@@ -107,7 +113,7 @@ inline void mix_block_bf16(const uint16_t* p, const uint16_t* pairs, int64_t wid
         for (int i = 0; i < M; ++i) {
             const __m512bh x = splat_pair(p + i * kTile + t);
             for (int j = 0; j < N; ++j) {
-                acc[i][j].v = _mm512_dpbf16_ps(acc[i][j].v, x, row[j]);
+                acc[i][j] = multiply_add(acc[i][j], x, row[j]);
             }
         }
     }
@@ -140,7 +146,7 @@ void attend_bf16(const Block& block, float* scratch) {
         for (; j < count; ++j) {
             dot_rows_bf16<1>(q, keys + j * block.key_stride, block, scores + j);
         }
-        soften(block, t, count, scores, alpha);
+        soften(block, t, count, kTile, scores, alpha);
         narrow(scores, block.rows * kTile, p);
         interleave(keys, block.key_stride, count, block.value_width, pairs);
         for (int64_t column = 0; column < block.value_width; column += 32) {

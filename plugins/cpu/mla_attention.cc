@@ -26,6 +26,7 @@ constexpr int64_t kTasks = 32;
 constexpr int64_t kShortestSplit = 128;
 // 稀疏的注意力一次收集几行；收集来的一块与 attend 的工作区一起留在 L2。
 constexpr int64_t kGatherRows = 2 * kTile;
+static_assert(kGatherRows % kInt8Tile == 0);
 
 thread_local Scratch call_scratch;  // 发起调用的线程：各阶段之间传递的结果
 thread_local Scratch task_scratch;  // 执行任务的线程；可能是同一个，所以另有一块
@@ -58,15 +59,22 @@ private:
 
 // 每个形状量只在这里算一次。
 struct Shape : MlaAttention {
-    Shape(const MlaAttention& op, const Kernels& k, const Parallel& p)
-        : MlaAttention(op), kernels(k), parallel(p), width(r + dr), width_pad(padded(width)), r_pad(padded(r)), stride(cache_width(cache_dtype, r, dr)) {}
+    Shape(const MlaAttention& op, const Kernels& k, const QuantKernels& q, const Parallel& p)
+        : MlaAttention(op), kernels(k), int8(q), parallel(p), width(r + dr), width_pad(padded(width)), r_pad(padded(r)), stride(cache_width(cache_dtype, r, dr)) {}
 
     const Kernels& kernels;
+    const QuantKernels& int8;
     const Parallel& parallel;
     int64_t width, width_pad, r_pad;
     int64_t stride;  // 缓存的行距，以元素计
 
     const void* cache_row(int64_t b, int64_t t) const { return at(kv_cache_out, cache_dtype, (b * T + t) * stride); }
+
+    // 一块 query 对缓存的行（或收集来的行）：int8 的不展宽，直接做整数点积。
+    void attend(const Block& block, float* scratch) const {
+        (cache_dtype == Dtype::kInt8 ? int8.attend : kernels.attend)(block, scratch);
+    }
+    int64_t scratch() const { return cache_dtype == Dtype::kInt8 ? int8_attend_scratch(width, r) : attend_scratch(width); }
 
     // 计算 dtype 的一行 → float32，补零到 dst_width。
     void widen_row(const void* source, int64_t count, float* dst, int64_t dst_width) const {
@@ -232,14 +240,14 @@ private:
         const void* keys = s.cache_row(split.b, split.begin);
         const Block block{q_ + (split.b * rows_ + split.row) * s.width_pad, split.rows, keys, keys, s.cache_dtype, s.stride,
             s.stride, s.width, s.r, split.begin, split.end, s.past_lens[split.b] + first_, split.row, s.H, acc, max, sum};
-        s.kernels.attend(block, task_scratch.need(attend_scratch(s.width)));
+        s.attend(block, task_scratch.need(s.scratch()));
     }
 
     // 选中的行收集成连着的一段，再照普通的算；每一行都看得见整段，所以不区分 token。
     void attend_chosen(const Split& split, float* acc, float* max, float* sum) const {
         const int64_t token = split.b * s.S + first_ + split.row / s.H, row_bytes = s.stride * bytes_of(s.cache_dtype);
-        Carver carver(task_scratch.need(attend_scratch(s.width) + (kGatherRows * row_bytes + 3) / 4 + 2 * kPad));
-        float* scratch = carver.take(attend_scratch(s.width));
+        Carver carver(task_scratch.need(s.scratch() + (kGatherRows * row_bytes + 3) / 4 + 2 * kPad));
+        float* scratch = carver.take(s.scratch());
         char* rows = reinterpret_cast<char*>(carver.take((kGatherRows * row_bytes + 3) / 4));
         const int32_t* chosen = s.indices + token * s.slots;
         for (int64_t t = split.begin; t < split.end; t += kGatherRows) {
@@ -247,8 +255,8 @@ private:
             for (int64_t i = t; i < end; ++i) {
                 std::memcpy(rows + (i - t) * row_bytes, s.cache_row(split.b, chosen[i]), static_cast<size_t>(row_bytes));
             }
-            s.kernels.attend({q_ + (split.b * rows_ + split.row) * s.width_pad, split.rows, rows, rows, s.cache_dtype, s.stride,
-                                 s.stride, s.width, s.r, t, end, split.end - 1, 0, split.rows, acc, max, sum},
+            s.attend({q_ + (split.b * rows_ + split.row) * s.width_pad, split.rows, rows, rows, s.cache_dtype, s.stride, s.stride,
+                         s.width, s.r, t, end, split.end - 1, 0, split.rows, acc, max, sum},
                 scratch);
         }
     }
@@ -392,12 +400,12 @@ bool chosen_is_everything(const MlaAttention& op) {
 
 }  // namespace
 
-void run(const MlaAttention& given, Form form, const Kernels& kernels, const Parallel& parallel) {
+void run(const MlaAttention& given, Form form, const Kernels& kernels, const QuantKernels& int8, const Parallel& parallel) {
     MlaAttention op = given;
     if (op.indices && chosen_is_everything(op)) {
         op.indices = nullptr;
     }
-    const Shape s(op, kernels, parallel);
+    const Shape s(op, kernels, int8, parallel);
     copy_cache(s);
     if (s.B == 0 || s.S == 0 || s.H == 0) {
         return;

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "quant_kernels.h"
 
 namespace dsx {
 
@@ -32,6 +33,7 @@ struct MlaAttention {
 
 enum class Form { kAuto, kAbsorb, kNaive };
 
-void run(const MlaAttention& op, Form form, const Kernels& kernels, const Parallel& parallel);
+// int8 的缓存由 int8 直接相乘，别的由 kernels。
+void run(const MlaAttention& op, Form form, const Kernels& kernels, const QuantKernels& int8, const Parallel& parallel);
 
 }  // namespace dsx

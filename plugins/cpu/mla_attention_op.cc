@@ -109,7 +109,8 @@ class Kernel {
 public:
     // 指令集与形式在会话建立时定下，之后的环境变量不影响它。
     Kernel(Dtype dtype, Dtype cache_dtype, Dtype weight_dtype, const OrtKernelInfo* info)
-        : dtype_(dtype), cache_dtype_(cache_dtype), weight_dtype_(weight_dtype), kernels_(requested_kernels()), form_(requested_form()) {
+        : dtype_(dtype), cache_dtype_(cache_dtype), weight_dtype_(weight_dtype), kernels_(requested_kernels()),
+          int8_(requested_quant_kernels(8)), form_(requested_form()) {
         scale_ = attribute(Ort::ConstKernelInfo(info), spec::scale);
     }
 
@@ -133,11 +134,12 @@ private:
         const std::array<int64_t, 4> o_shape{op.B, op.S, op.H, op.dv};
         op.o = context.GetOutput(spec::o, o_shape.data(), o_shape.size()).GetTensorMutableRawData();
         op.kv_cache_out = context.GetOutput(spec::kv_cache_out, inputs.shape(spec::kv_cache)).GetTensorMutableRawData();
-        run(op, form_, kernels_, pool_of(context));
+        run(op, form_, kernels_, int8_, pool_of(context));
     }
 
     Dtype dtype_, cache_dtype_, weight_dtype_;
     const Kernels& kernels_;
+    const QuantKernels& int8_;
     Form form_;
     float scale_;
 };

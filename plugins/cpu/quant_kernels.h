@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace dsx {
 
 // 量化后的激活每行补零到它的倍数：一次读取最多涉及这么多个权重（AVX-512 的一个向量装 128 个 int4）。
@@ -14,6 +16,10 @@ constexpr int32_t kZeroPoint = 128;
 // 所以 low 也在 ±127 之内；误差是 scale / 508，约 15 位。只留 high 就是普通的 int8 激活，每个算子多约 6e-3 的相对误差。
 constexpr int kPlanes = 2;
 constexpr float kLowSteps = 254;
+
+// int8 缓存上的注意力：一格几个 key；左边几个一段，各有一个 scale（32 位的累加器因此放得下）。
+constexpr int64_t kInt8Tile = 128;
+constexpr int64_t kInt8Part = 256;
 
 // 逐块量化的激活。一行之内码的次序由 kernel 定（int4 的按奇偶分开），与它读出的权重对齐。
 struct QuantizedRows {
@@ -57,6 +63,8 @@ struct QuantKernels {
     // 倍数，补的列是 0（key 是 kZeroPoint）。starts[i] = -kZeroPoint * Σ q[i]。packed 有 kTile * width 字节，64 字节对齐。与位数无关。
     void (*rectified_dots)(const int8_t* q, const int32_t* starts, int64_t rows, const uint8_t* keys, int64_t width,
         float* out, uint8_t* packed);
+    // 同 Kernels::attend，keys 与 values 是 int8 缓存的行；scratch 至少 int8_attend_scratch(width, value_width) 个 float。与位数无关。
+    void (*attend)(const Block& block, float* scratch);
 
     // 一行 width 个权重的字节数。
     int64_t bytes(int64_t width) const { return width * bits / 8; }
@@ -67,6 +75,16 @@ constexpr int64_t kMaxColumnTile = 32;
 // 一组列重排之后的码与 scale。
 constexpr int64_t multiply_scratch(int64_t blocks, int64_t block) {
     return kMaxColumnTile * (blocks * block + kRowPad) + kMaxColumnTile * blocks * static_cast<int64_t>(sizeof(float));
+}
+
+// query 与概率的两个平面、重排过的 key 与 value、分数、各个 scale；每块从 64 字节的边界开始。
+constexpr int64_t int8_attend_scratch(int64_t width, int64_t value_width) {
+    constexpr int64_t kPieces = 16, kLine = 64;
+    const int64_t r = (value_width + kInt8Pad - 1) / kInt8Pad * kInt8Pad;
+    const int64_t dr = (width - value_width + kInt8Pad - 1) / kInt8Pad * kInt8Pad;
+    const int64_t parts = r / kInt8Part + dr / kInt8Part + 2;
+    const int64_t rows = kBlockRows * (kPlanes * (r + dr + kInt8Tile) + 12 * (parts + 1) + 4 * (kInt8Tile + 1));
+    return (rows + kInt8Tile * (2 * r + 2 * dr + 12) + kPieces * kLine) / 4;
 }
 
 extern const QuantKernels kPlainInt8, kPlainInt4;

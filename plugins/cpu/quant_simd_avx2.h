@@ -1,6 +1,7 @@
 // AVX2：8 路 int32。
 #pragma once
 
+#include "quant_kernels.h"
 #include "simd_avx2.h"
 
 namespace {
@@ -129,5 +130,60 @@ inline void transpose(const Bytes (&rows)[8], uint8_t* out, int64_t stride) {
         }
     }
 }
+
+inline Bytes stored_bytes(Bytes raw) { return raw; }
+// 4 行各 32 字节：out 的第 k 个向量是第 8k..8k+7 列，一路一列，4 行的字节相邻。
+inline void weave(const Bytes (&rows)[4], uint8_t* out, int64_t stride) {
+    // 先把第 8k + 4i 列起的 4 个字节挪到第 i 段的第 k 组，段内的交错就得到最后的次序。
+    const __m256i order = _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0);
+    __m256i a[4];
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm256_permutevar8x32_epi32(rows[i].v, order);
+    }
+    const __m256i low[2] = {_mm256_unpacklo_epi8(a[0], a[1]), _mm256_unpacklo_epi8(a[2], a[3])};
+    const __m256i high[2] = {_mm256_unpackhi_epi8(a[0], a[1]), _mm256_unpackhi_epi8(a[2], a[3])};
+    const __m256i out4[4] = {_mm256_unpacklo_epi16(low[0], low[1]), _mm256_unpackhi_epi16(low[0], low[1]),
+        _mm256_unpacklo_epi16(high[0], high[1]), _mm256_unpackhi_epi16(high[0], high[1])};
+    for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * stride), out4[i]);
+    }
+}
+
+// 约 15 位对 int8：没有 int8 的点积指令时，两个平面合成一个 int16（254 · 高 + 低），一条 vpmaddwd 就乘完，比两遍 maddubs 快一倍。
+struct PairCodes {
+    __m256i even, odd;
+};
+struct PairActs {
+    __m256i even, odd;
+};
+struct PairSums {
+    __m256i v;
+};
+
+inline PairCodes pair_codes(Bytes stored) {
+    return {_mm256_srai_epi16(_mm256_slli_epi16(stored.v, 8), 8), _mm256_srai_epi16(stored.v, 8)};
+}
+// 每 4 个数占 8 个字节：偶数个在前，奇数个在后。
+inline void arrange_pairs(int8_t* planes, int64_t count) {
+    int16_t joined[dsx::kInt8Part];
+    for (int64_t i = 0; i < count; ++i) {
+        joined[i] = static_cast<int16_t>(static_cast<int>(dsx::kLowSteps) * planes[i] + planes[count + i]);
+    }
+    for (int64_t i = 0; i < count; i += 4) {
+        const int16_t four[] = {joined[i], joined[i + 2], joined[i + 1], joined[i + 3]};
+        __builtin_memcpy(planes + 2 * i, four, sizeof four);
+    }
+}
+inline PairActs splat_pair(const int8_t* planes, int64_t, int64_t t) {
+    int32_t two[2];
+    __builtin_memcpy(two, planes + 2 * t, sizeof two);
+    return {_mm256_set1_epi32(two[0]), _mm256_set1_epi32(two[1])};
+}
+inline PairSums pair_start(const int32_t*) { return {_mm256_setzero_si256()}; }
+inline PairSums pair_dot(PairSums acc, PairCodes w, PairActs a) {
+    const __m256i even = _mm256_madd_epi16(w.even, a.even), odd = _mm256_madd_epi16(w.odd, a.odd);
+    return {_mm256_add_epi32(_mm256_add_epi32(acc.v, even), odd)};
+}
+inline Vector join(PairSums acc) { return mul(to_float(Ints{acc.v}), splat(1 / dsx::kLowSteps)); }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "quant_kernels.h"
 #include "simd_plain.h"
 
 namespace {
@@ -146,5 +147,57 @@ inline void transpose(const Bytes (&rows)[Vector::kLanes], uint8_t* out, int64_t
         }
     }
 }
+
+inline Bytes stored_bytes(const Bytes& raw) { return raw; }
+// 4 行各 32 字节：out 的第 k 个向量是第 8k..8k+7 列，一路一列，4 行的字节相邻。
+inline void weave(const Bytes (&rows)[4], uint8_t* out, int64_t stride) {
+    for (int i = 0; i < 4 * Vector::kLanes; ++i) {
+        for (int row = 0; row < 4; ++row) {
+            out[i / Vector::kLanes * stride + i % Vector::kLanes * 4 + row] = rows[row].v[i];
+        }
+    }
+}
+
+// 约 15 位对 int8：没有整数点积的指令可用，两个平面合成一个整数（254 · 高 + 低）存成 float 来乘，编译器才向量化得好；乘积仍是精确的整数，
+// 相加只差 float32 的舍入。
+struct PairCodes {
+    Vector v[4];
+};
+struct PairActs {
+    int16_t v[4];
+};
+using PairSums = Vector;
+
+inline PairCodes pair_codes(const Bytes& stored) {
+    int32_t words[Vector::kLanes];
+    std::memcpy(words, stored.v, sizeof words);
+    PairCodes out;
+    for (int k = 0; k < 4; ++k) {
+        for (int i = 0; i < Vector::kLanes; ++i) {
+            out.v[k].v[i] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(words[i]) << (24 - 8 * k)) >> 24);
+        }
+    }
+    return out;
+}
+inline void arrange_pairs(int8_t* planes, int64_t count) {
+    int16_t joined[dsx::kInt8Part];
+    for (int64_t i = 0; i < count; ++i) {
+        joined[i] = static_cast<int16_t>(static_cast<int>(dsx::kLowSteps) * planes[i] + planes[count + i]);
+    }
+    std::memcpy(planes, joined, static_cast<size_t>(2 * count));
+}
+inline PairActs splat_pair(const int8_t* planes, int64_t, int64_t t) {
+    PairActs out;
+    std::memcpy(out.v, planes + 2 * t, sizeof out.v);
+    return out;
+}
+inline PairSums pair_start(const int32_t*) { return splat(0); }
+inline PairSums pair_dot(PairSums acc, const PairCodes& w, const PairActs& a) {
+    for (int k = 0; k < 4; ++k) {
+        acc = fma(splat(a.v[k]), w.v[k], acc);
+    }
+    return acc;
+}
+inline Vector join(const PairSums& acc) { return mul(acc, splat(1 / dsx::kLowSteps)); }
 
 }  // namespace

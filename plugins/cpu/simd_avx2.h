@@ -34,7 +34,7 @@ inline Vector fma(Vector a, Vector b, Vector c) { return {_mm256_fmadd_ps(a.v, b
 // x <= 0。2^n · e^r，|r| <= ln2/2，多项式取自 Cephes expf；小于 -87.3 的（含 -inf）得 0。
 inline Vector exp(Vector a) {
     const __m256 floor = _mm256_set1_ps(-87.3f);
-    const __m256 x = _mm256_max_ps(a.v, floor);
+    const __m256 x = _mm256_max_ps(floor, a.v);  // 次序有讲究：NaN 得后一个，仍是 NaN
     const __m256 n = _mm256_round_ps(
         _mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);

@@ -33,7 +33,7 @@ inline Vector fma(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.v, b
 
 // x <= 0。2^n · e^r，|r| <= ln2/2，多项式取自 Cephes expf；小到下溢的（含 -inf）得 0。
 inline Vector exp(Vector a) {
-    const __m512 x = _mm512_max_ps(a.v, _mm512_set1_ps(-106.0f));
+    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-106.0f), a.v);  // 次序有讲究：NaN 得后一个，仍是 NaN
     const __m512 n = _mm512_roundscale_ps(
         _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);

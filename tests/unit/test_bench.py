@@ -60,15 +60,15 @@ def test_spread_and_paired_ratio():
         paired_ratio(spread, Spread.of([1, 2]))
 
 
-def test_interleaved_rotates_who_goes_first_and_drops_the_warm_up():
+def test_interleaved_rotates_and_turns_around_and_drops_the_warm_up():
     order = []
 
     def contender(name):
         return lambda: order.append(name) or len(order)
 
     results = interleaved({name: contender(name) for name in "abc"}, runs=3, warmup=1)
-    assert "".join(order) == "cab" + "abc" + "bca" + "cab"
-    assert results == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
+    assert "".join(order) == "bac" + "abc" + "cba" + "bca"
+    assert results == {"a": [4, 9, 12], "b": [5, 8, 10], "c": [6, 7, 11]}
 
 
 def test_environment_names_the_machine(tmp_path):

@@ -23,7 +23,7 @@ from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.mla_attention import mla_attention, read_weight
 from deepseek_export.parity.measures import measure
-from deepseek_export.parity.tolerances import TOLERANCES
+from deepseek_export.parity.tolerances import TOLERANCES, coarser
 from deepseek_export.runtime import ModelSession
 from tests.cpu_build import SOURCES, builder
 from tests.integration.cli import dsx
@@ -66,8 +66,8 @@ def check(
     session = session_for(library, dtype, cache_dtype, isa, form, 1, weight_dtype)
     o, cache = call(session, inputs)
     want, want_cache = reference(inputs)
-    rounds = CpuLibrary(library.path, library.isas, isa).rounds_to_bfloat16(cache_dtype)
-    limit = TOLERANCES["op", "bfloat16" if rounds else dtype]
+    rounded = CpuLibrary(library.path, library.isas, isa).factors(cache_dtype)
+    limit = TOLERANCES["op", coarser(dtype, rounded)]
     assert limit.accepts(measure(o.astype(np.float32), want)), measure(o.astype(np.float32), want)
     assert np.array_equal(cache.astype(np.float32), want_cache)
     poisoned = inputs | {"kv_cache": inputs["kv_cache"].copy()}

@@ -17,7 +17,7 @@ from deepseek_export.ops.mla_attention import mla_attention
 from deepseek_export.ops.sparse_mla_attention import sparse_mla_attention
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.selection import Ranking, mask_of
-from deepseek_export.parity.tolerances import SELECTION_BAND, TOLERANCES
+from deepseek_export.parity.tolerances import SELECTION_BAND, TOLERANCES, coarser
 from tests.sparse_node import SHAPES, attend, attention_inputs, index_inputs, select
 from tools.cpu_node import CACHES, COMPUTES, ODD, SCALE, WIDE
 
@@ -118,8 +118,8 @@ def check_attention(library: CpuLibrary, inputs: dict[str, np.ndarray], isa: str
     o, cache = attend(library, inputs, isa)
     want, written = sparse_mla_attention(*map(tensor, inputs.values()), SCALE, form="absorb")
     kind = inputs["kv_cache"].dtype.name
-    rounds = CpuLibrary(library.path, library.isas, isa).rounds_to_bfloat16(kind)
-    limit = TOLERANCES["op", "bfloat16" if rounds else inputs["q_nope"].dtype.name]
+    rounded = CpuLibrary(library.path, library.isas, isa).factors(kind)
+    limit = TOLERANCES["op", coarser(inputs["q_nope"].dtype.name, rounded)]
     found = measure(o.astype(np.float32), want.float().numpy())
     assert limit.accepts(found), found
     assert np.array_equal(cache.astype(np.float32), written.float().numpy())

@@ -204,11 +204,15 @@ def test_the_arithmetic_of_a_sparse_step(tmp_path):
     assert sparse.Work(3, 5).seconds(1, 2) == 10
     ten = {name: spread(10.0, 20.0) for name in sparse.BUNDLES}
     machine = {"copy": spread(2.0 * cpu_kernel.COPY_BYTES), "matmul": spread(2.0 * cpu_kernel.MATMUL_SIZE**3)}
-    case = sparse.decode_case("x", ten | machine, [sparse.Work(3, 5), sparse.Work(4, 1)], {})
+    case = sparse.decode_case("x", ten | machine, {}, [sparse.Work(3, 5), sparse.Work(4, 1)], {})
     assert case.ratios["dsa/字节"].low == pytest.approx(10 / 7)
     assert case.ratios["dsa/算术"].low == pytest.approx(10 / 9)
     assert case.ratios["dsa/dense-mla"].samples == (1, 1)
     assert "dsa/transformers" not in case.ratios
+    beside = {"dsa": spread(30.0), "transformers": spread(60.0)}
+    case = sparse.decode_case("x", ten | machine, beside, [sparse.Work(3, 5)], {})
+    assert case.ratios["dsa/transformers"].samples == (0.5,)
+    assert case.values["dsa.step_s"] == ten["dsa"]
 
 
 def test_the_nodes_of_a_whole_model():
