@@ -64,9 +64,9 @@ def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(checkpoint, tm
 
 def wide_bundle(kind: str | None, folder: Path) -> Bundle:
     """宽度都是 32 的倍数的小模型，按引用。"""
-    checkpoint = write_checkpoint(folder / "checkpoint", WIDE, dtype="float16")
+    checkpoint = write_checkpoint(folder / "checkpoint", WIDE, dtype="bfloat16")
     quantization = kind and deepseek_export.Quantization.model_validate({"kind": kind})
-    options = {"target": "tensorrt-rtx", "dtype": "float16", "weights": "reference"}
+    options = {"target": "tensorrt-rtx", "dtype": "bfloat16", "weights": "reference"}
     return deepseek_export.export(
         checkpoint, folder / "out", "mla+moe", quantization=quantization or None, **options
     )
