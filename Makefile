@@ -2,7 +2,7 @@
 PY ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# 两层：跑与导出用得着的，加上开发用得着的（测试、静态检查、网站、打包）。
+# 两层：跑（演示的最后要开服务）与导出用得着的，加上开发用得着的（测试、静态检查、网站、打包）。
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 DEMO_DIR ?= build/demo
@@ -18,7 +18,7 @@ help: ## 显示这份说明
 
 $(STAMP): pyproject.toml deepseek_export/version.py
 	test -x $(RUN) || $(PY) -m venv $(VENV)
-	$(RUN) -m pip install -e '.[export]'
+	$(RUN) -m pip install -e '.[export,serve]'
 	touch $@
 
 $(DEV_STAMP): $(STAMP)

@@ -47,7 +47,7 @@ def export(
     dtype: ModelDtype = "float32",
     weights: WeightsMode = "packed",
     hash_weights: bool = True,
-    quantization: Quantization | None = None,
+    quantization: Quantization | Literal["checkpoint"] | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     check: bool = False,
@@ -65,7 +65,8 @@ def export(
         dtype: ``float32``、``float16``，TensorRT 的目标另有 ``bfloat16``。
         weights: ``packed`` 写成自包含的文件夹；``reference`` 不写权重，指进检查点自己的文件。
         hash_weights: 见 :class:`~deepseek_export.bundle.description.ExportSettings`。
-        quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；缺省不量化。
+        quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；``"checkpoint"``
+            是 4 位的检查点照发布的码，其余保持浮点；缺省不量化，4 位的还原成浮点。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
@@ -80,6 +81,7 @@ def export(
     require_export("导出")
     from deepseek_export.bundle.description import ExportSettings
     from deepseek_export.bundle.export import export_bundle
+    from deepseek_export.checkpoint.int4_published import as_published
 
     resolved = resolve_profile(profile, overrides)
     if resolved.fallback.on_drift == "naive" and not check:
@@ -91,7 +93,9 @@ def export(
     with _checkpoint_directory(checkpoint, out, weights, overwrite, tokenizer) as source:
         if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
             BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
-        settings = ExportSettings(resolved, target, dtype, weights, hash_weights, quantization)
+        settings = ExportSettings(
+            resolved, target, dtype, weights, hash_weights, as_published(quantization, source, resolved)
+        )
         write = partial(export_bundle, source, out, overwrite=overwrite, progress=progress)
         if not check:
             return write(settings)
@@ -115,7 +119,7 @@ class ExportOptions(TypedDict, total=False):
     dtype: ModelDtype
     weights: WeightsMode
     hash_weights: bool
-    quantization: Quantization | None
+    quantization: Quantization | Literal["checkpoint"] | None
     check: bool
 
 
@@ -151,6 +155,7 @@ def export_stages(
     from deepseek_export.bundle.foreign import check_stages_replaceable
     from deepseek_export.bundle.split import split_bundle
     from deepseek_export.checkpoint import Checkpoint
+    from deepseek_export.checkpoint.int4_published import as_published
 
     resolved = resolve_profile(profile, overrides)
     settings = ExportSettings(
@@ -158,7 +163,6 @@ def export_stages(
         options.get("target", "portable"),
         options.get("dtype", "float32"),
         options.get("weights", "packed"),
-        quantization=options.get("quantization"),
     )
     check_stages_replaceable(output_path(out), overwrite)
     with output_lock(out, STAGES_FILE) as out:
@@ -168,6 +172,9 @@ def export_stages(
             with _checkpoint_directory(checkpoint, whole, settings.weights, True, tokenizer) as source:
                 opened = Checkpoint.open(source)
                 requested_cuts(stages, opened.config.num_hidden_layers)
+                settings = replace(
+                    settings, quantization=as_published(options.get("quantization"), source, resolved)
+                )
                 if settings.weights == "packed":
                     check_free_space(out, 2 * packed_bytes(opened, settings))
                 bundle = export(source, whole, resolved, overwrite=True, progress=progress, **options)

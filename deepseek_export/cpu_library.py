@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,15 @@ class CpuLibrary:
         if cache_dtype == "int8":
             return "int8"
         return "bfloat16" if cache_dtype == "bfloat16" and self.isa.endswith("bf16") else None
+
+    def memory_reader(self) -> Callable[[int, int], int] | None:
+        """把（地址，字节数）那一段内存顺着读一遍，读的时候不占 GIL；早先构建的库没有它，为 ``None``。"""
+        read = getattr(ctypes.CDLL(str(self.path)), "dsx_cpu_read", None)
+        if read is None:
+            return None
+        read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_size_t), ctypes.c_uint64
+        found: Callable[[int, int], int] = read
+        return found
 
 
 def find_library() -> CpuLibrary | None:

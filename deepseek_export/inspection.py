@@ -140,6 +140,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             "bytes": sum(recipe.nbytes for recipe in recipes.values()),
             "recipes": dict(Counter(recipe.op for recipe in recipes.values())),
         },
+        "int4": manifest.model.int4 and manifest.model.int4.title,
         "quantization": manifest.quantization and manifest.quantization.model_dump(mode="json"),
         "float32_islands": manifest.float32_islands,
         "cache": {

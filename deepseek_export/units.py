@@ -14,3 +14,8 @@ def size(count: float) -> str:
         return f"{count:.0f} B"
     digits = 2 if count < 10 else 1 if count < 100 else 0
     return f"{count:.{digits}f} {unit}"
+
+
+def gigabytes(per_second: float) -> str:
+    """每秒的字节数，十进制：``28.4 GB/s``，与内存带宽的写法相同。"""
+    return f"{per_second / 1e9:.3g} GB/s"

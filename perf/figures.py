@@ -10,8 +10,9 @@ from deepseek_export.report.bars import Bar, Group, bar_chart
 from deepseek_export.report.lines import Axis, Line, Point, line_chart
 from deepseek_export.report.svg import Picture
 from perf import labels
+from perf.peers.field import RATE
 from perf.results import Case, SuiteResult
-from perf.suites import mtp, peers, sparse
+from perf.suites import mtp, sparse
 from perf.suites.compile import PACKED, PEER, REFERENCE
 
 _MIB = 1 << 20
@@ -261,12 +262,12 @@ def _peers(suite: SuiteResult) -> dict[str, Picture]:
     for case in suite.cases:
         last = case is suite.cases[-1]
         field, shown, note = (
-            ("peak", _mebibytes, LOWER) if last else (peers.RATE, labels.number, f"token / 秒，{HIGHER}")
+            ("peak", _mebibytes, LOWER) if last else (RATE, labels.number, f"token / 秒，{HIGHER}")
         )
+        found = {key.rpartition(".")[0]: value for key, value in case.values.items() if key.endswith(field)}
         bars = [
-            _bar(name, case.values[f"{name}.{field}"], shown, 1 if name.startswith("dsx") else 0)
-            for name in peers.SERIES
-            if f"{name}.{field}" in case.values
+            _bar(name, value, shown, 1 if name.startswith("dsx") else 0)
+            for name, value in sorted(found.items(), key=lambda item: item[0].startswith("dsx"))
         ]
         title = "进程的内存峰值" if last else case.name
         name = "memory" if last else case.name.replace(" ", "-")
@@ -277,7 +278,13 @@ def _peers(suite: SuiteResult) -> dict[str, Picture]:
 def _gpu(suite: SuiteResult) -> dict[str, Picture]:
     """每个算子一张：占上限的几成，机器码审计的估计在旁边；没有核对过的点不画。"""
     made = {}
-    for name, operator in (("attention", "LatentAttention"), ("experts", "MoeExperts")):
+    operators = {
+        "attention": "LatentAttention",
+        "experts": "MoeExperts",
+        "selection": "IndexTopK",
+        "sparse": "SparseLatentAttention",
+    }
+    for name, operator in operators.items():
         groups = [
             Group(f"{case.name.removeprefix(operator).strip()}（{case.facts['bound']}）", _shares(case))
             for case in suite.cases
@@ -307,6 +314,7 @@ FIGURES: Mapping[str, Callable[[SuiteResult], dict[str, Picture]]] = MappingProx
         "moe-quality": _moe_quality,
         "compile": _compile,
         "peers": _peers,
+        "peers-torch": _peers,
         "gpu": _gpu,
     }
 )

@@ -33,6 +33,7 @@ class Gate(_Model):
     case: str = ""
     full: bool = False
     open: str = ""
+    optional: bool = False
 
 
 class Gates(_Model):
@@ -70,7 +71,7 @@ def check(runs: Sequence[Run], gates: Gates) -> list[Verdict]:
     """对照门槛；没有跑的套件不看。
 
     Raises:
-        ValueError: 跑了的套件里没有门槛要的格子或比值：门槛写错了，或测量少了东西。
+        ValueError: 跑了的套件里没有门槛要的格子或比值，门槛又不是 ``optional``：门槛写错了，或测量少了东西。
     """
     suites = {suite.suite: (run, suite) for run in runs for suite in run.suites}
     verdicts = []
@@ -85,7 +86,7 @@ def check(runs: Sequence[Run], gates: Gates) -> list[Verdict]:
             for case in suite.cases
             if case.name.startswith(gate.case) and gate.ratio in case.ratios
         ]
-        if not found:
+        if not found and not gate.optional:
             raise ValueError(f"{gate.suite} 里没有 {gate.case or '任何格子'} 的 {gate.ratio}（{gate.id}）")
         verdicts += [
             Verdict(

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -49,25 +49,25 @@ def call(function: str, **arguments: Any) -> dict[str, Any]:
     return found
 
 
-class Worker:
-    """一直开着的子进程，里面是 ``模块:函数`` 造的一个对象。
+class Answering:
+    """一直开着的子进程，一次问它一件事：一行 JSON ``[方法, 参数]``，答一行 ``{"result": ...}`` 或 ``{"error": "原话"}``。
 
-    几个 Worker 轮流问，同一时刻就只有一个在算：各自的权重、线程池与内存都互不相干，机器忙闲变化时却能逐对地比。
+    几个轮流问，同一时刻就只有一个在算：各自的权重、线程池与内存都互不相干，机器忙闲变化时却能逐对地比。
 
     Args:
-        function: ``模块:函数``（或类），在子进程里调用，得到被问的对象。
+        name: 出错时怎么称呼它。
+        command: 命令行；起来之后先答一行，准备好了或是为什么不行。
         environment: 子进程另加的环境变量。
-        **arguments: 函数的参数，要能写成 JSON。
 
     Raises:
-        RuntimeError: 造不出来，带子进程的原话。
+        RuntimeError: 起不来，带子进程的原话。
     """
 
-    def __init__(self, function: str, environment: Mapping[str, str] = _NOTHING, **arguments: Any) -> None:
-        self._function = function
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] = _NOTHING) -> None:
+        self._function = name
         self._stderr = TemporaryFile("w+")  # noqa: SIM115 与进程同寿，close 时关
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, _SERVE, function, json.dumps(arguments)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -132,6 +132,23 @@ class Worker:
         if "error" in found:
             raise RuntimeError(f"{self._function}：{found['error']}")
         return found["result"]
+
+
+class Worker(Answering):
+    """同上，里面是 ``模块:函数`` 造的一个对象，问的是它的方法。
+
+    Args:
+        function: ``模块:函数``（或类），在子进程里调用，得到被问的对象。
+        environment: 子进程另加的环境变量。
+        **arguments: 函数的参数，要能写成 JSON。
+
+    Raises:
+        RuntimeError: 造不出来，带子进程的原话。
+    """
+
+    def __init__(self, function: str, environment: Mapping[str, str] = _NOTHING, **arguments: Any) -> None:
+        command = [sys.executable, "-m", __name__, _SERVE, function, json.dumps(arguments)]
+        super().__init__(function, command, environment)
 
 
 def main(function: str, arguments: str) -> None:

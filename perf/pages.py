@@ -40,6 +40,7 @@ _WORDS: Mapping[str, str] = MappingProxyType(
         "mtp": "perf/mtp.md",
         "moe-quality": "perf/moe-quality.md",
         "peers": "peers.md",
+        "peers-torch": "peers.md",
         "cpu-kernel": "perf/cpu.md",
         "decode-profile": "perf/cpu.md",
         "int8-cache": "perf/precision.md",

@@ -70,8 +70,8 @@ namespace lightning_indexer {
 inline constexpr char const* kName = "LightningIndexer";
 enum Input : size_t { q, w, k, index_cache, past_lens };
 inline constexpr std::array<Port, 5> kInputs{{
-    {"q", &kT, 4},  // [B, S, Hi, di]
-    {"w", &kF32, 3},  // [B, S, Hi]
+    {"q", &kT, 4},  // [B, Sq, Hi, di]
+    {"w", &kF32, 3},  // [B, Sq, Hi]
     {"k", &kT, 3},  // [B, S, di]
     {"index_cache", &kC, 4},  // [B, 1, T, iw]
     {"past_lens", &kI64, 1},  // [B]

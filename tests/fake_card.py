@@ -17,17 +17,45 @@ from typing import Any
 
 import torch
 
+from deepseek_export.ops.index_topk import index_topk
 from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_experts import moe_experts
-from perf.gpu import card, native, phase, points
+from deepseek_export.ops.sparse_latent_attention import sparse_latent_attention
+from perf.gpu import card, native, phase
+from perf.gpu.sources import LATENT, SCALE
 
 _FREE = 64 << 20
 _ENOUGH = 8 << 30
 
 
+def _latent(table, q, cache, past):
+    return (latent_attention(q, cache.nan_to_num(0), past, SCALE, LATENT),)
+
+
+def _sparse(table, q, cache, indices, counts):
+    return (sparse_latent_attention(q, cache.nan_to_num(0), indices, counts, SCALE, LATENT),)
+
+
+def _select(table, *inputs):
+    topk = int(table.outputs[0].dims[-1])
+    return index_topk(*inputs, topk)
+
+
+def _experts(table, *inputs):
+    return (moe_experts(*inputs),)
+
+
+_REFERENCES = {
+    "LatentAttention": _latent,
+    "SparseLatentAttention": _sparse,
+    "IndexTopK": _select,
+    "MoeExperts": _experts,
+}
+
+
 class _Runner:
-    def __init__(self, op: str, trouble: str) -> None:
-        self._attention, self._trouble = "Attention" in op, trouble
+    def __init__(self, table: Any, trouble: str) -> None:
+        self._table, self._trouble = table, trouble
 
     def poison(self) -> None:
         pass
@@ -35,14 +63,12 @@ class _Runner:
     def intact(self) -> bool:
         return True
 
-    def __call__(self, inputs, output) -> None:
-        if self._attention:
-            q, cache, past = inputs
-            output.copy_(latent_attention(q, cache.nan_to_num(0), past, points.SCALE, points.LATENT))
-        else:
-            output.copy_(moe_experts(*inputs))
-        if self._trouble == "wrong":
-            output.add_(1)
+    def __call__(self, inputs, outputs) -> None:
+        found = _REFERENCES[self._table.op](self._table, *inputs)
+        for output, value in zip(outputs, found, strict=True):
+            output.copy_(value)
+            if self._trouble == "wrong":
+                output.add_(1)
 
 
 class FakeCard(card.Card):
@@ -75,7 +101,7 @@ class FakeCard(card.Card):
     def runner(self, table, inputs):
         if self.trouble == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return _Runner(table.op, self.trouble)
+        return _Runner(table, self.trouble)
 
     def graph(self, call):
         return call

@@ -6,8 +6,9 @@ from importlib import import_module
 
 from deepseek_export.benchmark.spread import Spread
 from perf.gates import load_gates
+from perf.peers.field import RATE
 from perf.results import Case, Run, SuiteResult
-from perf.suites import SUITES, compile, mtp, peers, sparse
+from perf.suites import SUITES, compile, mtp, peers, peers_torch, sparse
 
 ENVIRONMENT = {
     "command": "python -m perf run",
@@ -107,12 +108,17 @@ def every_suite() -> list[SuiteResult]:
     speeds = [
         Case(
             name=name,
-            values={f"{engine}.{peers.RATE}": spread(30.0, 33.0) for engine in peers.SERIES},
-            ratios={f"dsx 块 128/{peers.LLAMA}": spread(0.3, 0.4)},
+            values={f"{engine}.{RATE}": spread(30.0, 33.0) for engine in peers.SERIES},
+            ratios=_gated("peers", name) | {f"dsx 块 128/{peers.LLAMA}": spread(0.3, 0.4)},
         )
-        for name in ("prefill 256", "depth 0", "depth 8192")
+        for name in ("prefill 256", "depth 0", "depth 8192", "batch 8")
     ]
-    memory = Case(name="内存", values={f"{engine}.peak": spread(2e9) for engine in peers.SERIES})
+    memory = Case(
+        name="内存",
+        values={f"{engine}.peak": spread(2e9) for engine in peers.SERIES},
+        ratios=_gated("peers", "内存"),
+    )
+    torch = Case(name="depth 0", values={f"{engine}.{RATE}": spread(30.0) for engine in peers_torch.SERIES})
     return [
         suite("mla-memory", [memory_case("v3 b1 float32", spread(0.1, 0.12))]),
         suite("mla-decode", decode),
@@ -122,6 +128,7 @@ def every_suite() -> list[SuiteResult]:
         suite("moe-quality", [quality]),
         suite("compile", [sizes, layers, engine]),
         suite("peers", [*speeds, memory]),
+        suite("peers-torch", [torch, memory]),
         suite("gpu", [_kernel("LatentAttention H16 B1 S1 T1024", 0.4), _kernel("MoeExperts V3 N16", None)]),
         *(
             _from_gates(name)
@@ -150,6 +157,12 @@ def _kernel(name: str, guess: float | None) -> Case:
         ratios={"用时/目标": spread(0.01)},
         facts={"bound": "带宽", "share": 0.3, "estimated_share": guess},
     )
+
+
+def _gated(name: str, case: str) -> dict[str, Spread]:
+    """门槛在这一格上要的比值。"""
+    found = (gate for gate in load_gates().gates if gate.suite == name and case.startswith(gate.case))
+    return {gate.ratio: spread(0.3, 0.4) for gate in found}
 
 
 def _from_gates(name: str) -> SuiteResult:

@@ -9,7 +9,8 @@ import re
 import xml.etree.ElementTree as ET
 from typing import Any, NamedTuple
 
-from deepseek_export.benchmark.bundle import BenchReport, Depth, Ratio, Scenario, Subject, Way
+from deepseek_export.benchmark.bundle import BenchReport, Ratio, Scenario, Subject, Way
+from deepseek_export.benchmark.depth_steps import Depth, Read
 from deepseek_export.benchmark.memory import MemorySample
 from deepseek_export.benchmark.spread import Spread, paired_ratio
 from deepseek_export.parity.compare import BlockCase, ComparisonReport
@@ -208,9 +209,7 @@ def bench_report(against: bool = True, memory: bool = True) -> BenchReport:
     """被测的两种跑法，与一个对照。"""
     names = ["bundle", "against"] if against else ["bundle"]
     depths = [
-        Depth(
-            context=context, step_s={name: _spread(1e-5 * context * (i + 1)) for i, name in enumerate(names)}
-        )
+        bench_depth(context, {name: _spread(1e-5 * context * (i + 1)) for i, name in enumerate(names)})
         for context in (256, 1024, 4096, 8192)
     ]
     sample = MemorySample(
@@ -249,6 +248,20 @@ def bench_report(against: bool = True, memory: bool = True) -> BenchReport:
         depths=depths,
         ratios=ratios if against else [],
     )
+
+
+def bench_depth(context: int, step_s: dict[str, Spread]) -> Depth:
+    """一个上下文的一步，与读了多少。"""
+    reads = {
+        name: Read(
+            weight_bytes=3 << 20,
+            cache_bytes=576 * context,
+            bytes_per_second=_spread(2e10),
+            share=_spread(0.7),
+        )
+        for name in step_s
+    }
+    return Depth(context=context, step_s=step_s, reads=reads, machine_bytes_per_second=_spread(2.9e10))
 
 
 def _spread(middle: float) -> Spread:

@@ -76,7 +76,7 @@ def select(
     in_place: bool = True,
 ) -> dict[str, np.ndarray]:
     used = {name: array.copy() for name, array in inputs.items()}
-    B, S = used["q"].shape[:2]
+    B, S = used["k"].shape[:2]
     kinds = (("T", used["q"].dtype.name), ("C", used["index_cache"].dtype.name))
     cache = used["index_cache"] if in_place else np.zeros_like(used["index_cache"])
     outputs = {

@@ -1,6 +1,6 @@
 """命令行外壳：造一个随机权重的检查点，见 ``deepseek_export.checkpoint.synthetic``。
 
-``--like`` 造已发布模型的样子：真的 config.json、张量名、dtype（含 FP8 分块）、分片数与索引；加 ``--sparse-files`` 则 671B 也几乎不占磁盘。
+``--like`` 造已发布模型的样子：真的 config.json、张量名、dtype（含 FP8 分块、4 位）、分片数与索引；加 ``--sparse-files`` 则 671B 也几乎不占磁盘。
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         "deepseek-v3": Published("V3", shards=163),
         "v2-lite": Published("V2_LITE", shards=4),
         "kimi-k2": Published("KIMI_K2", shards=61),
+        "kimi-k2-thinking": Published("KIMI_K2_THINKING", shards=62),
         "glm-4.7-flash": Published("GLM_4_7_FLASH", shards=48),
         # 以下几个的分片数没有核实，按约 5 GB 一个算；各个 config.json 的来处与没有核实的字段见 docs/large-models.md。
         "deepseek-v3.2": Published("V3_2", shards=163),

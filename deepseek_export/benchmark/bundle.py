@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from deepseek_export import api
-from deepseek_export.benchmark.depth import DepthDecoder
+from deepseek_export.benchmark.depth_steps import Depth, measure_depth
 from deepseek_export.benchmark.environment import environment
 from deepseek_export.benchmark.memory import MemorySample, memory_in_subprocess
+from deepseek_export.benchmark.reading import open_reader
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import keeping, write_report
+from deepseek_export.bundle.manifest import Manifest
 from deepseek_export.bundle.stages import StageSet, is_stage_set
 from deepseek_export.errors import DsxError
 from deepseek_export.progress import Progress
@@ -80,13 +83,6 @@ class Way(_Model):
     token_s: Spread
     speculation: dict[str, Any] | None
     notes: list[str]
-
-
-class Depth(_Model):
-    """某个上下文长度上解码一步的秒数，按 bundle 分。"""
-
-    context: int
-    step_s: dict[str, Spread]
 
 
 class Ratio(_Model):
@@ -178,15 +174,17 @@ def bench_bundle(
     progress.start("生成")
     runs = interleaved(runners, scenario.runs)
     ways = {name: _way(found) for name, found in runs.items()}
+    sessions = {name: model.session for name, model in models.items()}
+    manifests = {name: _manifests(opened) for name, opened in bundles.items()}
     depths = []
-    for context in scenario.depths:
-        progress.start(f"上下文 {context}")
-        decoders = {
-            name: DepthDecoder(model.session, scenario.batch, context, scenario.seed)
-            for name, model in models.items()
-        }
-        steps = interleaved({name: decoder.step for name, decoder in decoders.items()}, scenario.runs)
-        depths.append(Depth(context=context, step_s={name: Spread.of(s) for name, s in steps.items()}))
+    with open_reader(scenario.threads) or nullcontext() as reader:
+        for context in scenario.depths:
+            progress.start(f"上下文 {context}")
+            depths.append(
+                measure_depth(
+                    manifests, sessions, context, reader, scenario.batch, scenario.runs, scenario.seed
+                )
+            )
     report = BenchReport(
         environment=started,
         scenario=scenario,
@@ -255,6 +253,13 @@ def bench(
 def _open(path: Path | str) -> Bundle:
     """一个 bundle，或一套 stage 合起来的整个。"""
     return StageSet.open(path).bundle if is_stage_set(path) else Bundle.open(path)
+
+
+def _manifests(bundle: Bundle) -> list[Manifest]:
+    """bundle 的 manifest；一套 stage 的就是每个 stage 的，权重在那里。"""
+    if not is_stage_set(bundle.path):
+        return [bundle.manifest]
+    return [Bundle.open(directory).manifest for directory in StageSet.open(bundle.path).directories]
 
 
 def _check_same_source(bundles: dict[str, Bundle]) -> None:

@@ -50,7 +50,7 @@ def reference_slots(recipes: Mapping[str, Recipe], store: TensorStore) -> dict[s
 
 
 def _slot(recipe: Recipe, store: TensorStore) -> Slot:
-    if recipe.op == "copy":
+    if recipe.op == "copy" and recipe.int4 is None:
         spec = store[recipe.sources[0]]
         dtype = FP8_DTYPE if recipe.keeps_bytes else DTYPES[recipe.dtype].safetensors
         if (spec.dtype, spec.shape) == (dtype, recipe.shape):

@@ -52,10 +52,12 @@ from deepseek_export.checkpoint import (
     require_mtp,
     stop_token_ids,
 )
-from deepseek_export.checkpoint.fp8 import Fp8Sources
+from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
+from deepseek_export.checkpoint.int4_codes import keeps_codes
+from deepseek_export.checkpoint.int4_published import int4_notes
 from deepseek_export.checkpoint.recipe import (
     Recipe,
-    bind_recipes,
     mtp_recipes,
     quantization_error,
     weight_recipes,
@@ -198,8 +200,8 @@ class _Export:
 
     def compile(self, source: Checkpoint) -> None:
         """主模型与各个 MTP 模块：捕获，下沉，权重绑到检查点的张量。"""
-        # 权重怎么存与捕获无关：FP8 检查点与它反量化后的孪生捕获到同一张图。
-        architecture = replace(source.config, weight_block_size=None)
+        # 权重怎么存与捕获无关：FP8、4 位的检查点与它反量化后的孪生捕获到同一张图。
+        architecture = replace(source.config, weight_block_size=None, int4=None)
         fp8 = Fp8Sources.of(source) if self.settings.target in TENSORRT_TARGETS else None
         for index in range(-1, self._modules):
             with self.watch("capture"):
@@ -237,6 +239,7 @@ class _Export:
             lines.append(NO_LIBRARY)
         if conflict := dtype_conflict(source):
             lines.append(conflict)
+        lines += int4_notes(self.recipes)
         if settings.weights == "reference" and not settings.hash_weights:
             lines.append(UNHASHED)
         found = list(dict.fromkeys(lines))
@@ -367,15 +370,26 @@ def _check_keep(quantization: Quantization, config: ModelConfig, modules: int) -
 def _quantization_report(
     weights: dict[str, Recipe], source: Checkpoint, progress: Progress
 ) -> dict[str, Any]:
-    """每个量化了的权重偏了多少，最敏感（相对误差最大）的几个点名。"""
+    """每个量化了的权重偏了多少，最敏感（相对误差最大）的几个点名；照检查点的 4 位码写的，一位不差的有几个，scale 舍入了的是哪些。"""
     codes = {name: recipe for name, recipe in weights.items() if recipe.op in ("codes", "rows")}
     progress.start("量化误差", len(codes))
     errors = {}
     for name, recipe in codes.items():
         errors[name] = quantization_error(name, recipe, source.store)
         progress.advance(1, name)
+    published = {
+        name: not errors[name].max_abs
+        for name, recipe in codes.items()
+        if recipe.of is not None and recipe.form is not None and keeps_codes(recipe.of.int4, recipe.form)
+    }
+    rounded = [name for name, exact in published.items() if not exact]
+    if rounded:
+        progress.note(
+            f"{len(rounded)} 个 4 位权重的 scale 放不进目标的 dtype，舍入了，例如 {rounded[0]}；码照旧"
+        )
     ranked = sorted(errors, key=lambda name: errors[name].relative, reverse=True)
     return {
         "most_sensitive": ranked[:_MOST_SENSITIVE],
+        "published": {"exact": len(published) - len(rounded), "rounded": rounded},
         "tensors": {name: errors[name].model_dump() for name in ranked},
     }

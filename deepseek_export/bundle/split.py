@@ -35,6 +35,7 @@ from deepseek_export.bundle.manifest import FileEntry, GraphEntry, Manifest, Sta
 from deepseek_export.bundle.packed import WEIGHTS_FILE, copy_packed
 from deepseek_export.bundle.stages import STAGES_FILE, StageItem, StageSet, StagesFile, requested_cuts
 from deepseek_export.checkpoint import TensorStore
+from deepseek_export.checkpoint.int4_weights import stored_parts, weight_shape
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.store import INDEX_NAME
 from deepseek_export.errors import DsxError
@@ -278,7 +279,9 @@ def _link_weights(bundle: Bundle, plan: Sequence[_Stage], directory: Path) -> li
         folder = directory / stage.directory / WEIGHTS_FOLDER
         names = set(stage.weights)
         recipes = {name: recipe for name, recipe in manifest.weights.recipes.items() if name in names}
-        needed = {store[tensor].file.name for recipe in recipes.values() for tensor in _sources(recipe)}
+        needed = {
+            store[tensor].file.name for recipe in recipes.values() for tensor in _sources(recipe, store)
+        }
         kept = [file.name for file in store.files if file.name in needed]
         with disk_errors(folder):
             folder.mkdir(parents=True)
@@ -300,11 +303,15 @@ def _link_weights(bundle: Bundle, plan: Sequence[_Stage], directory: Path) -> li
     return found
 
 
-def _sources(recipe: Recipe) -> Iterable[str]:
-    """配方读的检查点张量；FP8 的 scale 与它的张量在同一个文件里未必，也算。"""
+def _sources(recipe: Recipe, store: TensorStore) -> Iterable[str]:
+    """配方读的检查点张量；FP8 的 scale、4 位权重的各个张量与它在同一个文件里未必，也算。"""
     while recipe.of is not None:
         recipe = recipe.of
     for name in recipe.sources:
+        if recipe.int4 is not None:
+            shape = weight_shape(name, recipe.int4, store)
+            yield from stored_parts(name, shape, recipe.int4)
+            continue
         yield name
         if recipe.block_size is not None:
             yield f"{name}_scale_inv"

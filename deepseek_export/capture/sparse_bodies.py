@@ -55,14 +55,14 @@ def lightning_indexer_body(
     assert c is not None
     lens = Spec(("B",), torch.int64)
     cache = Spec(("B", 1, "T", config.index_cache_width(cache_dtype == torch.int8)), cache_dtype)
-    query = Spec(("B", "S", c.n_heads, c.head_dim), dtype)
+    new = Spec(("B", "S", c.head_dim), dtype)
     written = trace_function(
         indexer.update_index_cache,
-        {"k": Spec(("B", "S", c.head_dim), dtype), "index_cache": cache, "past_lens": lens},
+        {"k": new, "index_cache": cache, "past_lens": lens},
         ["index_cache_out"],
     )
-    counted = trace_function(_counts, {"q": query, "past_lens": lens}, ["counts"], topk=c.topk)
-    every = trace_function(_every, {"q": query, "past_lens": lens}, ["every/indices"], topk=c.topk)
+    counted = trace_function(_counts, {"k": new, "past_lens": lens}, ["counts"], topk=c.topk)
+    every = trace_function(_every, {"k": new, "past_lens": lens}, ["every/indices"], topk=c.topk)
     ranked = trace_function(
         indexer.rank_keys,
         {
@@ -173,12 +173,12 @@ def sparse_latent_attention_body(
     return function_of(SPARSE_LATENT_ATTENTION, [scale_node(), *nodes_of(traced, "latent")])
 
 
-def _counts(q: Tensor, past_lens: Tensor, topk: int) -> Tensor:
-    return indexer.key_counts(past_lens, q.shape[1], topk)
+def _counts(k: Tensor, past_lens: Tensor, topk: int) -> Tensor:
+    return indexer.key_counts(past_lens, k.shape[1], topk)
 
 
-def _every(q: Tensor, past_lens: Tensor, topk: int) -> Tensor:
-    return indexer.every_key(past_lens, q.shape[1], topk)
+def _every(k: Tensor, past_lens: Tensor, topk: int) -> Tensor:
+    return indexer.every_key(past_lens, k.shape[1], topk)
 
 
 def _fits(cache: str, slots: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_export.checkpoint.config import ModelConfig, load_model_config
+from deepseek_export.checkpoint.int4_tensors import as_stored, check_declared, int4_dtypes
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
@@ -170,8 +171,8 @@ class Checkpoint:
         Raises:
             DsxError: ``DSX-E101`` 目录不存在、看不了或没有权重；``DSX-E111`` 缺张量；``DSX-E112`` 多张量，
                 或路由不用的偏置不是零；``DSX-E113`` 形状不符；``DSX-E114`` dtype 不支持；``DSX-E117`` 声明共享词嵌入，
-                ``lm_head`` 却与它不同；``DSX-E120`` 声明是 FP8 却没有 FP8 张量；配置与文件的错误见
-                ``load_model_config``、``TensorStore.open``。
+                ``lm_head`` 却与它不同；``DSX-E120`` 声明是 FP8 却没有 FP8 张量；``DSX-E650`` / ``DSX-E651`` 4 位的权重
+                打包不了，或与声明不符；配置与文件的错误见 ``load_model_config``、``TensorStore.open``。
         """
         path = Path(path)
         if (kind := path_kind(path, "DSX-E101")) != "directory":
@@ -180,7 +181,8 @@ class Checkpoint:
         path_kind(path.resolve(), "DSX-E101")  # manifest 记的是它，也得是 UTF-8
         config = load_model_config(path)
         store = TensorStore.open(path)
-        expected = expected_tensors(config)
+        main, drafts = expected_tensors(config), Shapes()
+        expected = as_stored(main, config.int4, store)
         ignored = [name for name in store.names if name.endswith("rotary_emb.inv_freq")]
         if config.tie_word_embeddings and _HEAD in store:
             ignored.append(_HEAD)
@@ -196,14 +198,16 @@ class Checkpoint:
         unknown, mtp = groups.pop(-1, set()), Shapes()
         missing = (expected | scales).keys() - set(store.names)
         for index, present in groups.items():
-            wanted = expected_mtp_tensors(config, index)
+            draft = expected_mtp_tensors(config, index)
+            wanted = as_stored(draft, config.int4, store)
             prefix = f"model.layers.{config.num_hidden_layers + index}."
             unknown |= present - wanted.keys()
             if not present & wanted.keys():
                 continue
+            drafts |= draft
             missing |= wanted.keys() - present - {prefix + name for name in _MTP_COPIES}
             mtp |= {name: shape for name, shape in wanted.items() if name in present}
-        _check_dtypes(store, ignored, scales)
+        _check_dtypes(store, ignored, scales, int4_dtypes(expected | mtp, config.int4))
         if missing:
             todo = "重新下载检查点，或确认 config.json 与权重是同一个模型"
             raise DsxError("DSX-E111", f"{path} 缺少 {len(missing)} 个张量：{_listed(missing)}", todo)
@@ -211,6 +215,7 @@ class Checkpoint:
             todo = "dsx 不知道怎么用它们，所以不敢丢弃；确认 config.json 与权重是同一个模型"
             raise DsxError("DSX-E112", f"{path} 多出 {len(unknown)} 个张量：{_listed(unknown)}", todo)
         _check_shapes(store, expected | mtp | scales | unused)
+        check_declared(path, main, drafts, config.int4, store)
         _check_zero(store, [name for name in unused if name.endswith(_ROUTER_BIAS)])
         if _HEAD in ignored:
             _check_tied(store)
@@ -218,7 +223,7 @@ class Checkpoint:
 
 
 def dtype_conflict(checkpoint: Checkpoint) -> str | None:
-    """矩阵大多数（按字节）是什么 dtype，与 ``config.json`` 写的不同就说一句；FP8 的另有声明，不比。
+    """矩阵大多数（按字节）是什么 dtype，与 ``config.json`` 写的不同就说一句；FP8、4 位的另有声明，不比。
 
     不拒绝：transformers 也以文件头为准，转过 dtype 的检查点常常没有改 ``config.json``。可如果是文件头标错了，数值就全错了。
     """
@@ -227,6 +232,8 @@ def dtype_conflict(checkpoint: Checkpoint) -> str | None:
         spec = checkpoint.store[name]
         if len(spec.shape) == 2:
             sizes[spec.dtype] += spec.nbytes
+    if checkpoint.config.int4 is not None:
+        return None
     ((most, _),) = sizes.most_common(1)
     declared = checkpoint.config.dtype
     if most == FP8_DTYPE or BY_SAFETENSORS[most].name == declared:
@@ -284,10 +291,12 @@ def fp8_scales(config: ModelConfig, store: TensorStore) -> Shapes:
     return scales
 
 
-def _check_dtypes(store: TensorStore, ignored: Iterable[str], scales: Shapes) -> None:
-    """权重是浮点；FP8 只能是带 scale 的矩阵，scale 只能是 float32。"""
+def _check_dtypes(
+    store: TensorStore, ignored: Iterable[str], scales: Shapes, int4: Mapping[str, tuple[str, ...]]
+) -> None:
+    """权重是浮点；FP8 只能是带 scale 的矩阵，scale 只能是 float32；4 位权重的各个张量见 ``int4``。"""
     for name in sorted(set(store.names) - set(ignored)):
-        allowed: tuple[str, ...] = ("F32",) if name in scales else _FLOATS
+        allowed: tuple[str, ...] = ("F32",) if name in scales else int4.get(name, _FLOATS)
         if name + SCALE_SUFFIX in scales:
             allowed = (*_FLOATS, FP8_DTYPE)
         if store[name].dtype not in allowed:

@@ -26,6 +26,7 @@ from deepseek_export.checkpoint.families import (
 from deepseek_export.checkpoint.fields import MAX_DIM, Fields, parse_json, shown
 from deepseek_export.checkpoint.indexer_config import IndexerConfig, parse_indexer
 from deepseek_export.checkpoint.inert import INERT_KEYS, check_inert
+from deepseek_export.checkpoint.int4_config import Int4Config, parse_int4
 from deepseek_export.checkpoint.quantization import parse_quantization
 from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse_rope, yarn_mscale
 from deepseek_export.errors import DsxError
@@ -43,6 +44,7 @@ class ModelConfig:
     :class:`~deepseek_export.checkpoint.families.Family`，只有 A.X-K1 与众不同。
     ``indexer`` 是稀疏注意力的索引器，没有的家族为 ``None``。
     ``weight_block_size`` 是 FP8 检查点每个 scale 管的块（行、列）；不是 FP8 检查点则为 ``None``。
+    ``int4`` 是 4 位检查点的声明；不是 4 位的则为 ``None``。
     """
 
     family: str
@@ -85,6 +87,7 @@ class ModelConfig:
     router_bias: bool = True
     post_mlp_norm: bool = False
     indexer: IndexerConfig | None = None
+    int4: Int4Config | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -180,7 +183,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
 
     Raises:
         DsxError: ``DSX-E103`` model_type；``E104`` 未知字段；``E105`` 取值；``E106`` 缺字段；``E107`` rope；
-            ``E108`` 量化；``E109`` 路由；``E130`` 稀疏注意力。
+            ``E108`` / ``E650`` 量化；``E109`` 路由；``E130`` 稀疏注意力。
     """
     name = data.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -245,6 +248,7 @@ def parse_model_config(data: dict[str, Any], where: str) -> ModelConfig:
         router_bias=family.router_bias,
         post_mlp_norm=family.post_mlp_norm,
         indexer=parse_indexer(f, family, layers, rope_dim) if sparse else None,
+        int4=parse_int4(f),
         **(_parse_moe(f, family, layers) if family.has_moe else _DENSE | {"first_k_dense_replace": layers}),
         **(_parse_scales(f, hidden, layers) if "scale_emb" in family.extra_keys else {}),
     )

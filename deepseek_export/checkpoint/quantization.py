@@ -1,4 +1,4 @@
-"""config.json 的 ``quantization_config``：只认 DeepSeek 发布的 FP8 分块格式，其余一律拒绝。
+"""config.json 的 ``quantization_config``：DeepSeek 发布的 FP8 分块格式；4 位的另见 ``int4_config.py``，其余一律拒绝。
 
 格式：Linear 权重是 E4M3，旁边的 ``<名字>_scale_inv`` 是 float32，每个 scale 管 ``weight_block_size`` 那么大的一块
 （边上的块可以不满），``w = fp8 * scale_inv``。哪些张量是 FP8 由文件头说了算，见 ``Checkpoint.open``。
@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deepseek_export.checkpoint.fields import Fields, shown
+from deepseek_export.checkpoint.int4_config import INT4_METHODS
 from deepseek_export.errors import DsxError
 
 FP8_DTYPE = "F8_E4M3"
@@ -37,7 +38,7 @@ def parse_quantization(f: Fields) -> tuple[int, int] | None:
         f: 整个 config.json。
 
     Returns:
-        FP8 的块大小（行、列）；没有量化时为 ``None``。
+        FP8 的块大小（行、列）；没有量化、或是 4 位的为 ``None``。
 
     Raises:
         DsxError: ``DSX-E108``，不是认识的量化方式，或其中有不认识的字段、取值。
@@ -46,9 +47,14 @@ def parse_quantization(f: Fields) -> tuple[int, int] | None:
     if data is None:
         return None
     where = f"{f.where} 的 quantization_config"
+    if isinstance(data, dict) and data.get("quant_method") in INT4_METHODS:
+        return None
     if not isinstance(data, dict) or data.get("quant_method") not in _ALLOWED["quant_method"]:
         method = data.get("quant_method") if isinstance(data, dict) else data
-        todo = "换用 FP8 分块（quant_method: fp8）、BF16、FP16 或 FP32 的检查点，或先反量化再导出"
+        todo = (
+            f"换用 FP8 分块（quant_method: fp8）、4 位（{'、'.join(INT4_METHODS)}）、BF16、FP16 或 FP32 的检查点，"
+            "或先反量化再导出"
+        )
         raise DsxError(_CODE, f"{where}.quant_method 是 {shown(method)}", todo)
     q = Fields(data, where)
     q.refuse_unknown({*_ALLOWED, *_NAME_LISTS, "weight_block_size"}, _CODE)

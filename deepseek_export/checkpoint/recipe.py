@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 
 from deepseek_export.checkpoint import weight_only
-from deepseek_export.checkpoint.checkpoint import Checkpoint, expected_mtp_tensors, expected_tensors
+from deepseek_export.checkpoint.checkpoint import expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.config import ModelConfig
-from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
+from deepseek_export.checkpoint.fp8 import fp8_values
+from deepseek_export.checkpoint.int4_codes import (
+    Part,
+    exact_scales,
+    keeps_codes,
+    kept_codes,
+    kept_rows,
+    kept_scales,
+    kept_signed_codes,
+    rounding,
+)
+from deepseek_export.checkpoint.int4_config import Int4Layout
+from deepseek_export.checkpoint.int4_weights import Int4Weight, weight_shape
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.checkpoint.weight_only import (
     BlockFormat,
@@ -30,7 +42,7 @@ from deepseek_export.checkpoint.weight_only import (
     signed_codes,
     unpacked_int4,
 )
-from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
+from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 
 WeightDtype = Literal["float32", "float16", "bfloat16"]
@@ -38,9 +50,6 @@ InitializerDtype = Literal["float32", "float16", "bfloat16", "uint8", "int8", "i
 
 #: 一次读进内存的来源数据，按 float32 计的字节数。
 CHUNK_BYTES = 64 << 20
-
-#: E4M3 的 256 个码各是多少；查表比逐个转换快得多。
-E4M3_VALUES = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS[FP8_DTYPE].numpy).astype(np.float32)
 
 #: router 的权重与 bias 始终 float32（transformers 的 ``_keep_in_fp32_modules_strict``）；索引器各头的权重也是（transformers 只在
 #: float16 时如此，bfloat16 时不转；它决定选哪些 key，量很小，这里总是 float32）。
@@ -66,6 +75,7 @@ class Recipe(BaseModel):
         dtype: initializer 的 dtype；来源是 FP8 而它是 int8，又没有 ``of``，就是码的字节原样。
         groups: （每组行数，组末几行）：每组最后那几行由成对 (x0, x1) 改成前后两半，只有 ``deinterleave`` 有。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
+        int4: 来源是 4 位时怎么排，先还原；``None`` 表示来源不是 4 位。
         of: 量化之前的配方，只有 ``codes``、``scales``、``rows`` 有。
         form: 量化的格式，只有 ``codes``、``scales``、``rows`` 有。
     """
@@ -78,6 +88,7 @@ class Recipe(BaseModel):
     dtype: InitializerDtype
     groups: tuple[int, int] | None = None
     block_size: tuple[int, int] | None = None
+    int4: Int4Layout | None = None
     of: Recipe | None = None
     form: BlockFormat | None = None
 
@@ -206,41 +217,6 @@ def _recipes(
     return recipes
 
 
-def bind_recipes(recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[str, Recipe]:
-    """补上只有文件头才知道的事：来源是 FP8、要还原的配方写明块大小。
-
-    Args:
-        recipes: 由配置得出的配方。
-        checkpoint: 已核对的检查点。
-
-    Raises:
-        DsxError: ``DSX-E120``，叠在一起的来源有的是 FP8、有的不是。
-    """
-    block_size = checkpoint.config.weight_block_size
-    if block_size is None:
-        return dict(recipes)
-    bound = {}
-    for name, recipe in recipes.items():
-        kinds = {checkpoint.store[source].dtype == FP8_DTYPE for source in recipe.sources}
-        if len(kinds) > 1:
-            odd = next(s for s in recipe.sources if checkpoint.store[s].dtype != FP8_DTYPE)
-            raise DsxError(
-                "DSX-E120",
-                f"{name} 的来源有的是 FP8、有的不是：{odd} 是 {checkpoint.store[odd].dtype}",
-                "同一层的专家要么全是 FP8、要么都不是；重新下载或重新转换检查点",
-            )
-        widened = True in kinds and not recipe.keeps_bytes
-        bound[name] = _with_block_size(recipe, block_size) if widened else recipe
-    return bound
-
-
-def _with_block_size(recipe: Recipe, block_size: tuple[int, int]) -> Recipe:
-    """``codes``、``scales`` 自己不读来源，块大小写在量化之前的那个配方上。"""
-    if recipe.of is not None:
-        return recipe.model_copy(update={"of": _with_block_size(recipe.of, block_size)})
-    return recipe.model_copy(update={"block_size": block_size})
-
-
 def materialize(
     name: str, recipe: Recipe, store: TensorStore, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[np.ndarray]:
@@ -248,7 +224,7 @@ def materialize(
 
     Args:
         name: initializer 名，只用于报错。
-        recipe: 配方，已经过 :func:`bind_recipes`。
+        recipe: 配方，已经过 :func:`~deepseek_export.checkpoint.bind.bind_recipes`。
         store: 检查点张量。
         chunk_bytes: 一块的上限，按 float32 计；至少一行（FP8 至少一行块）。
 
@@ -256,24 +232,51 @@ def materialize(
         连续的 ndarray，dtype 为配方的 dtype，有符号的码则是 uint8 的字节；拼起来就是整个 initializer。
 
     Raises:
-        DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出，或 scale 溢出。
+        DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出，或 scale 溢出；``DSX-E652`` 4 位的来源
+            自相矛盾。
     """
-    if recipe.of is not None and recipe.form is not None:
+    if recipe.of is not None and recipe.form is not None and keeps_codes(recipe.of.int4, recipe.form):
+        yield from _arranged(recipe.of, lambda source: _published(source, recipe, store, chunk_bytes))
+    elif recipe.of is not None and recipe.form is not None:
         part = _part(recipe)
         for rows in materialize(name, recipe.of, store, chunk_bytes):
             _check_scales(name, rows, recipe.form)
             yield part(rows, recipe.form)
     elif recipe.op == "zeros":
         yield np.zeros(recipe.shape, DTYPES[recipe.dtype].numpy)
-    elif recipe.op == "stack_swiglu":
+    else:
+        yield from _arranged(recipe, lambda source: _converted(name, source, recipe, store, chunk_bytes))
+
+
+def _arranged(recipe: Recipe, pieces: Callable[[str], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
+    """各个来源的几行 → initializer 的几行。"""
+    if recipe.op == "stack_swiglu":
         for gate, up in zip(recipe.sources[::2], recipe.sources[1::2], strict=True):
-            pieces = (_converted(name, source, recipe, store, chunk_bytes) for source in (gate, up))
-            for pair in zip(*pieces, strict=True):
-                yield np.stack(pair, axis=1).reshape(-1, recipe.shape[-1])
+            for pair in zip(pieces(gate), pieces(up), strict=True):
+                yield np.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:])
     else:
         for source in recipe.sources:
-            for rows in _converted(name, source, recipe, store, chunk_bytes):
+            for rows in pieces(source):
                 yield rows if recipe.groups is None else _deinterleaved(rows, *recipe.groups)
+
+
+def _published(source: str, recipe: Recipe, store: TensorStore, chunk_bytes: int) -> Iterator[np.ndarray]:
+    """一个 4 位的来源，照原来的码。"""
+    assert recipe.of is not None
+    assert recipe.of.int4 is not None
+    assert recipe.form is not None
+    weight, part = Int4Weight(source, recipe.of.int4, store), _kept_part(recipe)
+    for start, stop in _chunks(weight.shape, recipe.of, chunk_bytes):
+        yield part(weight, recipe.form, start, stop)
+
+
+def _kept_part(recipe: Recipe) -> Part:
+    """:func:`_part` 的不重新量化的写法。"""
+    if recipe.op == "rows":
+        return kept_rows
+    if recipe.op == "scales":
+        return kept_scales
+    return kept_codes if recipe.dtype == "uint8" else kept_signed_codes
 
 
 def _part(recipe: Recipe) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
@@ -286,17 +289,48 @@ def _part(recipe: Recipe) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
 
 
 def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantError:
-    """``codes``、``rows`` 配方量化掉了多少；逐块读，参数、错误同 :func:`materialize`。"""
+    """``codes``、``rows`` 配方量化掉了多少；逐块读，照原来的码、scale 也放得下的不读码。参数、错误同 :func:`materialize`。"""
     assert recipe.of is not None
     assert recipe.form is not None
+    layout, form = recipe.of.int4, recipe.form
+    if layout is not None and keeps_codes(layout, form):
+        weights = (Int4Weight(source, layout, store) for source in recipe.sources)
+        if all(exact_scales(weight, form) for weight in weights):
+            return QuantError(relative=0.0, max_abs=0.0)
     error = norm = largest = 0.0
-    for rows in materialize(name, recipe.of, store):
-        rows = rows.astype(np.float32, copy=False)
-        gap = dequantized(rows, recipe.form) - rows
+    for rows, kept in _before_and_after(name, recipe, store):
+        gap = kept - rows
         error += float(np.square(gap, dtype=np.float64).sum())
         norm += float(np.square(rows, dtype=np.float64).sum())
         largest = max(largest, float(np.abs(gap).max(initial=0.0)))
     return QuantError(relative=math.sqrt(error / norm) if norm else 0.0, max_abs=largest)
+
+
+def _before_and_after(
+    name: str, recipe: Recipe, store: TensorStore
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """逐块的（量化之前的权重，之后的权重），float32。"""
+    assert recipe.of is not None
+    assert recipe.form is not None
+    if recipe.of.int4 is not None and keeps_codes(recipe.of.int4, recipe.form):
+        for source in recipe.sources:
+            weight = Int4Weight(source, recipe.of.int4, store)
+            for start, stop in _chunks(weight.shape, recipe.of, CHUNK_BYTES):
+                yield rounding(weight, recipe.form, start, stop)
+        return
+    for rows in materialize(name, recipe.of, store):
+        rows = rows.astype(np.float32, copy=False)
+        yield rows, dequantized(rows, recipe.form)
+
+
+def load_quantized(name: str, recipe: Recipe, form: BlockFormat, store: TensorStore) -> np.ndarray:
+    """浮点的配方 ``recipe`` 按 ``form`` 量化再还原：量化的 bundle 运行时实际用的权重；错误同 :func:`materialize`。"""
+    if not keeps_codes(recipe.int4, form):
+        return dequantized(load_array(name, recipe, store), form)
+    codes, scales = (load_array(name, part, store) for part in quantized_recipes(recipe, form, signed=True))
+    values = codes.astype(np.float32).reshape(*recipe.shape[:-1], -1, form.block)
+    values *= scales.astype(np.float32)[..., None]
+    return values.reshape(recipe.shape).astype(DTYPES[recipe.dtype].numpy, copy=False)
 
 
 def load_array(name: str, recipe: Recipe, store: TensorStore) -> np.ndarray:
@@ -313,19 +347,10 @@ def _converted(
     name: str, source: str, recipe: Recipe, store: TensorStore, chunk_bytes: int
 ) -> Iterator[np.ndarray]:
     """一个来源：逐块读出、反量化、查 NaN、转 dtype。"""
-    shape, dtype = store[source].shape, DTYPES[recipe.dtype].numpy
-    rows = max(chunk_bytes // (4 * math.prod(shape[1:]) or 1), 1)
-    # 一块从 FP8 的块、也从一组的边界开始。
-    unit = math.lcm(
-        recipe.block_size[0] if recipe.block_size else 1, recipe.groups[0] if recipe.groups else 1
-    )
-    rows = max(rows // unit, 1) * unit
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        if recipe.block_size is None:
-            array = store.read_rows(source, start, stop)
-        else:
-            array = _dequantized(source, start, stop, recipe.block_size, store)
+    dtype = DTYPES[recipe.dtype].numpy
+    shape, read = _reader(source, recipe, store)
+    for start, stop in _chunks(shape, recipe, chunk_bytes):
+        array = read(start, stop)
         finite = np.isfinite(array)
         if not finite.all():
             raise DsxError(
@@ -344,6 +369,28 @@ def _converted(
                 what = f"张量 {_first(source, array, finite, start)} 超出 {dtype.name} 的范围"
                 raise DsxError("DSX-E116", what, "改用 --dtype float32；TensorRT 的目标用 --dtype bfloat16")
         yield converted
+
+
+def _reader(
+    source: str, recipe: Recipe, store: TensorStore
+) -> tuple[tuple[int, ...], Callable[[int, int], np.ndarray]]:
+    """一个来源还原之后的形状，与读它的 [start, stop) 行的函数。"""
+    if recipe.int4 is not None:
+        return weight_shape(source, recipe.int4, store), Int4Weight(source, recipe.int4, store).values
+    if (block := recipe.block_size) is not None:
+        return store[source].shape, lambda start, stop: fp8_values(source, start, stop, block, store)
+    return store[source].shape, lambda start, stop: store.read_rows(source, start, stop)
+
+
+def _chunks(shape: tuple[int, ...], recipe: Recipe, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """每块是哪几行：从 FP8 的块、也从一组的边界开始。"""
+    rows = max(chunk_bytes // (4 * math.prod(shape[1:]) or 1), 1)
+    unit = math.lcm(
+        recipe.block_size[0] if recipe.block_size else 1, recipe.groups[0] if recipe.groups else 1
+    )
+    rows = max(rows // unit, 1) * unit
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
 
 
 def _check_scales(name: str, rows: np.ndarray, form: BlockFormat) -> None:
@@ -368,16 +415,3 @@ def _first(source: str, array: np.ndarray, finite: np.ndarray, start: int) -> st
     """第一个出问题的元素：``名字[坐标] = 值``；坐标是整个张量里的。"""
     row, *rest = (int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
     return f"{source}{[start + row, *rest]} = {array[(row, *rest)]}"
-
-
-def _dequantized(
-    source: str, start: int, stop: int, block_size: tuple[int, int], store: TensorStore
-) -> np.ndarray:
-    """FP8 矩阵的 ``[start, stop)`` 行 → float32；``start`` 在块的边界上，右边与下边的块可以不满。"""
-    height, width = block_size
-    values = E4M3_VALUES[store.read_rows(source, start, stop).view(np.uint8)]
-    scales = store.read_rows(source + SCALE_SUFFIX, start // height, -(-stop // height))
-    with np.errstate(over="ignore", invalid="ignore"):  # 溢出与 NaN 由调用方点名
-        for index, row in enumerate(scales):
-            values[index * height : (index + 1) * height] *= np.repeat(row, width)[: values.shape[1]]
-    return values

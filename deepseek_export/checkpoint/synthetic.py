@@ -1,13 +1,14 @@
 """造随机权重的 HF 格式检查点：给测试、演示和基准用，不依赖 torch 与 transformers。
 
 同样的参数总写出同样的字节：每个张量的随机数只由种子和它自己的名字决定，与分片数、先后顺序无关。config 里有
-``quantization_config`` 时，Linear 权重写成 FP8 分块，与 DeepSeek 发布的一样。
+``quantization_config`` 时，Linear 权重写成 FP8 分块，与 DeepSeek 发布的一样；或 compressed-tensors 的 4 位，与 Kimi-K2-Thinking 发布的一样。
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 
 from deepseek_export.checkpoint.checkpoint import expected_mtp_tensors, expected_tensors
 from deepseek_export.checkpoint.config import ModelConfig, parse_model_config
+from deepseek_export.checkpoint.int4_synthetic import is_shape, packed_block, packed_tensors
 from deepseek_export.checkpoint.quantization import FP8_DTYPE, SCALE_SUFFIX
 from deepseek_export.checkpoint.store import INDEX_NAME, SINGLE_NAME
 from deepseek_export.dtypes import BY_SAFETENSORS, DTYPES
@@ -118,12 +120,13 @@ DEMO_TEXT = (
 
 @dataclass(frozen=True)
 class _Contents:
-    """检查点里每个张量的 dtype 与形状，以及怎么造内容。"""
+    """检查点里每个张量的 dtype 与形状，以及怎么造内容；``packed`` 是 4 位权重的各个张量属于多大的权重。"""
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     block_size: tuple[int, int] | None
     seed: int
     tied: bool
+    packed: Mapping[str, tuple[int, ...]]
 
     def nbytes(self, name: str) -> int:
         tag, shape = self.tensors[name]
@@ -132,6 +135,9 @@ class _Contents:
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """按行主序逐块给出内容。"""
         tag, shape = self.tensors[name]
+        if name in self.packed:
+            yield packed_block(name, tag, shape, self.packed[name], self.seed)
+            return
         source = name.removesuffix(SCALE_SUFFIX)
         if self.block_size is None or FP8_DTYPE not in (tag, self.tensors[source][0]):
             for block in _random_blocks(name, shape, self.seed, self.tied):
@@ -158,12 +164,12 @@ def write_checkpoint(
 
     Args:
         out: 目标目录，不存在就新建；里面不能已有权重。
-        config: HF 风格的 ``config.json`` 内容；``torch_dtype`` 由 ``dtype`` 决定，有 ``quantization_config`` 则写成 FP8 分块。
+        config: HF 风格的 ``config.json`` 内容；``torch_dtype`` 由 ``dtype`` 决定，有 ``quantization_config`` 则写成 FP8 分块或 4 位。
         seed: 随机种子。
         dtype: 权重的 dtype；``e_score_correction_bias`` 总是 float32，与官方检查点相同。
         shards: 分成几个文件，按大小均分；大于 1 时另写索引。
         mtp: 是否写 MTP 层；层数取 ``num_nextn_predict_layers``，至少一层。
-        sparse: 只写文件头，数据区留成稀疏文件的洞（全零），几乎不占磁盘。
+        sparse: 只写文件头（与 4 位权重的形状），数据区留成稀疏文件的洞（全零），几乎不占磁盘。
         progress: 进度。
 
     Returns:
@@ -172,7 +178,7 @@ def write_checkpoint(
     Raises:
         DsxError: ``config`` 不受支持，见 ``parse_model_config``。
         FileExistsError: ``out`` 里已有 safetensors 文件。
-        ValueError: ``shards`` 小于 1，或多于张量个数。
+        ValueError: ``shards`` 小于 1，或多于张量个数；要造的 4 位不是对称的 compressed-tensors。
     """
     values = {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": dtype}
     if mtp:
@@ -187,7 +193,9 @@ def write_checkpoint(
     _write_json(out / "config.json", values)
     tokens = {"bos_token_id": parsed.bos_token_id, "eos_token_id": values.get("eos_token_id")}
     _write_json(out / "generation_config.json", {"_from_model_config": True, **tokens})
-    contents = _Contents(tensors, parsed.weight_block_size, seed, parsed.tie_word_embeddings)
+    contents = _Contents(
+        tensors, parsed.weight_block_size, seed, parsed.tie_word_embeddings, _packed(parsed, dtype, mtp)
+    )
     weight_map: dict[str, str] = {}
     progress = progress or Progress()
     progress.start("写权重", sum(map(contents.nbytes, tensors)), "bytes")
@@ -254,18 +262,37 @@ def tokenizer_settings(length: int) -> dict[str, Any]:
 
 def _tensors(config: ModelConfig, dtype: str, mtp: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """名字 → (safetensors 的 dtype, 形状)；scale 紧跟在它的权重后面。"""
-    shapes = expected_tensors(config)
-    for index in range(config.num_mtp_layers if mtp else 0):
-        shapes |= expected_mtp_tensors(config, index)
+    shapes = _shapes(config, mtp)
+    packed = packed_tensors(shapes, config.int4, dtype)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        if config.weight_block_size is not None and name.endswith(_FP8_LINEARS):
+        if name in packed:
+            tensors |= packed[name]
+        elif config.weight_block_size is not None and name.endswith(_FP8_LINEARS):
             blocks = (-(-dim // size) for dim, size in zip(shape, config.weight_block_size, strict=True))
             tensors |= {name: (FP8_DTYPE, shape), name + SCALE_SUFFIX: ("F32", tuple(blocks))}
         else:
             kept = "float32" if name.endswith("e_score_correction_bias") else dtype
             tensors[name] = (DTYPES[kept].safetensors, shape)
     return tensors
+
+
+def _shapes(config: ModelConfig, mtp: bool) -> dict[str, tuple[int, ...]]:
+    """没有量化时的名字与形状。"""
+    shapes = expected_tensors(config)
+    for index in range(config.num_mtp_layers if mtp else 0):
+        shapes |= expected_mtp_tensors(config, index)
+    return shapes
+
+
+def _packed(config: ModelConfig, dtype: str, mtp: bool) -> dict[str, tuple[int, ...]]:
+    """4 位权重的各个张量 → 权重的形状。"""
+    shapes = _shapes(config, mtp)
+    return {
+        part: shapes[name]
+        for name, parts in packed_tensors(shapes, config.int4, dtype).items()
+        for part in parts
+    }
 
 
 def _split(sizes: Mapping[str, int], parts: int) -> Iterator[list[str]]:
@@ -283,7 +310,8 @@ def _split(sizes: Mapping[str, int], parts: int) -> Iterator[list[str]]:
 def _write_shard(
     path: Path, names: Sequence[str], contents: _Contents, sparse: bool, progress: Progress
 ) -> None:
-    """写一个 safetensors 文件。"""
+    """写一个 safetensors 文件；4 位权重的形状放在末尾，稀疏文件里也照写。"""
+    names = sorted(names, key=is_shape)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -295,13 +323,15 @@ def _write_shard(
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
         if sparse:
+            written = [name for name in names if is_shape(name)]
             stream.truncate(stream.tell() + end)
+            stream.seek(-sum(map(contents.nbytes, written)), os.SEEK_END)
             progress.advance(end, path.name)
-            return
+            names = written
         for name in names:
             for block in contents.blocks(name):
                 stream.write(block.tobytes())
-                progress.advance(block.nbytes, name)
+                progress.advance(0 if sparse else block.nbytes, name)
 
 
 def _random_blocks(name: str, shape: tuple[int, ...], seed: int, tied: bool) -> Iterator[np.ndarray]:

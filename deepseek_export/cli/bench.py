@@ -21,9 +21,11 @@ from deepseek_export.cli.options import (
 from deepseek_export.cli.progress import open_progress
 from deepseek_export.errors import UnwrittenReport
 from deepseek_export.report.bench import bench_page, ratio_name, way_name
-from deepseek_export.units import size
+from deepseek_export.units import gigabytes, size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from deepseek_export.benchmark.bundle import BenchReport
     from deepseek_export.benchmark.spread import Spread
 
@@ -75,6 +77,7 @@ def command(
     """测 bundle OUT：prefill、解码、各上下文长度的一步，以及进程的内存。
 
     每个数是几遍的中位数与范围；要比的几种跑法在同一次运行里交替进行，机器变快变慢时一起变。内存是单独的进程实测的，与按形状算的缓存大小并列。
+    每个上下文另给出一步至少要读的字节（权重，专家只算命中的；看得见的缓存）、每秒读了多少，占这台机器当场测得的读速的几成：离 100% 还差的是能省的。
     带 MTP 的 bundle 同时测投机解码，接受率要用 -P 给真的文本才有意义。结果写进 OUT/reports/bench.json。
 
     \b
@@ -142,6 +145,7 @@ def _print(report: BenchReport) -> None:
     for depth in report.depths:
         made.add_row(str(depth.context), *(_milliseconds(depth.step_s[name]) for name in report.subjects))
     out.print(made)
+    out.print(_reads(report))
     columns = ("算出的缓存", "实测的缓存", "加载后", "解码时", "峰值")
     made = table(f"内存（上下文 {max(scenario.depths)}）", "", *columns, right=columns)
     for name, subject in report.subjects.items():
@@ -162,6 +166,25 @@ def _print(report: BenchReport) -> None:
     for name, way in report.ways.items():
         for line in way.notes:
             click.echo(f"注意：{way_name(name)}：{line}")
+
+
+def _reads(report: BenchReport) -> Table:
+    """一步至少要读的字节，除以一步的时间，对这台机器读得动的。"""
+    columns = ("权重", "缓存", "每秒读", "机器读得动", "占")
+    made = table("一步读多少", "上下文", "", *columns, right=columns)
+    for depth in report.depths:
+        machine = depth.machine_bytes_per_second
+        for name, read in depth.reads.items():
+            made.add_row(
+                str(depth.context),
+                way_name(name),
+                size(read.weight_bytes),
+                size(read.cache_bytes),
+                gigabytes(read.bytes_per_second.median),
+                "不知道" if machine is None else gigabytes(machine.median),
+                "-" if read.share is None else f"{read.share.median:.0%}",
+            )
+    return made
 
 
 def _milliseconds(spread: Spread) -> str:

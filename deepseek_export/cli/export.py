@@ -72,8 +72,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--quant",
-    type=click.Choice(["int8", "int4"]),
-    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用读码的插件（int4 的线性层用 DequantizeLinear）；缺省不量化。",
+    type=click.Choice(["int8", "int4", "checkpoint"]),
+    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用读码的插件（int4 的线性层用 DequantizeLinear）；"
+    "checkpoint 是 4 位的检查点（compressed-tensors、AWQ、GPTQ）照发布的码，其余保持浮点；缺省不量化。",
 )
 @click.option(
     "--quant-block",
@@ -104,7 +105,7 @@ def command(
     dtype: Literal["float32", "float16", "bfloat16"],
     weights: Literal["packed", "reference"],
     hash_weights: bool,
-    quant: Literal["int8", "int4"] | None,
+    quant: Literal["int8", "int4", "checkpoint"] | None,
     quant_block: str | None,
     keep: str | None,
     overrides: tuple[str, ...],
@@ -126,6 +127,7 @@ def command(
       dsx export CKPT -p mla -o OUT --set mla.form=absorb --check
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --dtype float16
       dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int8 --keep lm_head
+      dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant checkpoint
       dsx export CKPT -p full -o STAGES --stages 4
     """
     if balance is not None and stages is None:
@@ -181,7 +183,9 @@ def command(
         print_stages(made)
 
 
-def _quantization(quant: str | None, block: str | None, keep: str | None) -> Quantization | None:
+def _quantization(
+    quant: Literal["int8", "int4", "checkpoint"] | None, block: str | None, keep: str | None
+) -> Quantization | Literal["checkpoint"] | None:
     from deepseek_export.checkpoint.weight_only import Quantization
 
     if quant is None:
@@ -189,6 +193,15 @@ def _quantization(quant: str | None, block: str | None, keep: str | None) -> Qua
             given = "--quant-block" if block else "--keep"
             raise DsxError("DSX-E705", f"给了 {given}，却没有 --quant", "加 --quant int8 或 int4，或去掉它")
         return None
+    if quant == "checkpoint":
+        if block or keep is not None:
+            given = "--quant-block" if block else "--keep"
+            raise DsxError(
+                "DSX-E705",
+                f"给了 {given}，而 --quant checkpoint 的块与要保留的都由检查点决定",
+                "去掉它；要自己定就用 --quant int8 或 int4",
+            )
+        return quant
     names = () if keep is None else tuple(name.strip() for name in keep.split(","))
     if not all(names):
         raise DsxError(

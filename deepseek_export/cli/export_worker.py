@@ -103,12 +103,13 @@ def _export(options: dict[str, Any], progress: Progress) -> None:
     from deepseek_export.checkpoint.weight_only import Quantization
     from deepseek_export.profile import OptimizationProfile
 
-    quantization = options.pop("quantization")
+    asked = options.pop("quantization")
+    quantization = Quantization.model_validate(asked) if isinstance(asked, dict) else asked
     api.export(
         Path(options.pop("checkpoint")),
         Path(options.pop("out")),
         OptimizationProfile.model_validate(options.pop("profile")),
-        quantization=quantization and Quantization.model_validate(quantization),
+        quantization=quantization,
         progress=progress,
         **options,
     )

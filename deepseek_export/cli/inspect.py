@@ -56,6 +56,8 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
             f"{weights['count']} 个，{weights_size(weights['bytes'], weights['mode'])}（配方：{recipes}）",
         ),
     ]
+    if summary["int4"] is not None:
+        rows.append(("检查点的量化", summary["int4"]))
     if (quant := summary["quantization"]) is not None:
         kept = f"，保留 {'、'.join(quant['keep'])}" if quant["keep"] else ""
         rows.append(

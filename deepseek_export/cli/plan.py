@@ -113,6 +113,7 @@ def _print(plan: Plan) -> None:
                 ("方案", plan.profile),
                 ("参数", f"{plan.parameters:,}，每个 token 用到 {plan.active_parameters:,}"),
                 ("权重", stored),
+                *([("检查点的量化", plan.int4)] if plan.int4 else []),
                 ("换成", others),
                 (
                     "KV 缓存",

@@ -30,7 +30,7 @@ class ExportOptions:
     profile: str | None
     target: str | None
     dtype: ModelDtype | None
-    quant: Literal["int8", "int4"] | None
+    quant: Literal["int8", "int4", "checkpoint"] | None
     overrides: tuple[str, ...]
 
     @classmethod
@@ -53,7 +53,11 @@ def checkpoint_options(command: Command) -> Command:
         ),
         click.option("--target", help=f"CKPT 的编译目标；缺省 {TARGET}。"),
         click.option("--dtype", type=DtypeChoice(), help=f"CKPT 的权重与计算的 dtype；缺省 {DTYPE}。"),
-        click.option("--quant", type=click.Choice(["int8", "int4"]), help="CKPT 只量化权重；缺省不量化。"),
+        click.option(
+            "--quant",
+            type=click.Choice(["int8", "int4", "checkpoint"]),
+            help="CKPT 只量化权重；checkpoint 是 4 位的检查点照发布的码；缺省不量化。",
+        ),
         set_option,
     )
     for decorator in reversed(decorators):
@@ -89,14 +93,17 @@ def bundle_of(source: Path, options: ExportOptions, verify_weights: bool, progre
         return source
 
     profile = resolve_profile(options.profile or PROFILE, options.overrides)
-    quantization = None if options.quant is None else Quantization(kind=options.quant)
+    quant = options.quant
+    quantization = quant if quant is None or quant == "checkpoint" else Quantization(kind=quant)
     target, dtype = options.target or TARGET, options.dtype or DTYPE
 
     asked = {
         "profile": profile.model_dump(mode="json"),
         "target": target,
         "dtype": dtype,
-        "quantization": quantization and quantization.model_dump(mode="json"),
+        "quantization": quantization.model_dump(mode="json")
+        if isinstance(quantization, Quantization)
+        else quantization,
         "hash_weights": verify_weights,
         "weights": "reference",
     }

@@ -9,9 +9,11 @@ from __future__ import annotations
 import socket
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deepseek_export.errors import DsxError
+from deepseek_export.paths import open_regular
 
 #: 一次写进 TLS 的至多这么多字节：写不完的整段要重写，段小，等的时候才看得到进展。
 _SLICE = 1 << 16
@@ -78,6 +80,9 @@ def _context(files: TlsFiles, server_side: bool) -> ssl.SSLContext:
         context.num_tickets = 0  # 发的一方从不读：会话票据没有人收
     what = files.cert
     try:
+        for what in (files.cert, files.key, files.ca):
+            open_regular(Path(what)).close()  # OpenSSL 会等在管道上
+        what = files.cert
         context.load_cert_chain(files.cert, files.key, password=_encrypted)
         what = files.ca
         context.load_verify_locations(files.ca)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
-from deepseek_export.checkpoint.recipe import bind_recipes, mtp_recipes
+from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.recipe import mtp_recipes
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.compat import cache_name
 from deepseek_export.paths import path_kind

@@ -6,7 +6,8 @@
 见 :mod:`~deepseek_export.ops.int8_index`。两个正的常数
 （``head_dim**-0.5``、``n_heads**-0.5``）不影响名次，这里不乘。
 
-看得见的 key 不超过 ``topk`` 个的 query 不必排名：全部选中，结果只由位置决定。所以 T 不超过 ``topk`` 时一个分数也不算。
+看得见的 key 不超过 ``topk`` 个的 query 不必排名：全部选中，结果只由位置决定。所以 T 不超过 ``topk`` 时一个分数也不算，``q``、``w`` 也可以
+没有行：新 token 有几个看 ``k``。
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def lightning_indexer(
         indices [B, S, topk] int32：前 ``counts[b, s]`` 个是选中的位置，升序，其余是 -1；并列时取小的位置。
         counts [B, S] int32；index_cache_out：形状同 ``index_cache``。
     """
-    cache, S = update_index_cache(k, index_cache, past_lens), q.shape[1]
+    cache, S = update_index_cache(k, index_cache, past_lens), k.shape[1]
     if cache.shape[2] <= topk:
         indices = every_key(past_lens, S, topk)
     else:
@@ -136,6 +137,6 @@ def lightning_indexer(
 
 def fake(q, w, k, index_cache, past_lens, topk):
     """形状推导（meta）。"""
-    B, S = q.shape[:2]
+    B, S = k.shape[:2]
     indices = q.new_empty(B, S, topk, dtype=torch.int32)
     return indices, q.new_empty(B, S, dtype=torch.int32), torch.empty_like(index_cache)

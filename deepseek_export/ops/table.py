@@ -146,8 +146,8 @@ LIGHTNING_INDEXER = OpSpec(
     name="LightningIndexer",
     torch_name="lightning_indexer",
     inputs=(
-        Port("q", "T", ("B", "S", "Hi", "di")),
-        Port("w", "F32", ("B", "S", "Hi")),
+        Port("q", "T", ("B", "Sq", "Hi", "di")),
+        Port("w", "F32", ("B", "Sq", "Hi")),
         Port("k", "T", ("B", "S", "di")),
         Port("index_cache", "C", ("B", "1", "T", "iw")),
         Port("past_lens", "I64", ("B",)),
@@ -163,8 +163,9 @@ LIGHTNING_INDEXER = OpSpec(
         "normalised; the new keys are written at past_lens[b]..past_lens[b]+S-1 first. Query i ranks the keys "
         "j <= past_lens[b]+i; counts is their number, at most topk. The first counts entries of indices are the selected "
         "positions in ascending order, the rest is -1. Ties go to the smaller position; without more than topk visible keys "
-        "nothing is ranked. An int8 cache row holds di codes and one scale as the bytes of an MlaAttention scale; each query "
-        "head is then rounded to int8 the same way, and the products are exact integers."
+        "nothing is ranked: Sq is S, or 0 if that holds for every query. An int8 cache row holds di codes and one scale as "
+        "the bytes of an MlaAttention scale; each query head is then rounded to int8 the same way, and the products are "
+        "exact integers."
     ),
 )
 

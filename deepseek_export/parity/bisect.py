@@ -34,6 +34,7 @@ from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_comma
 from deepseek_export.parity.report import Case
 from deepseek_export.parity.subgraph import ModelGraph, feeds_for
 from deepseek_export.parity.tolerances import Key, tolerance
+from deepseek_export.passes import skip_index_queries
 from deepseek_export.reference import DraftModel, Forms, ReferenceModel
 from deepseek_export.reference.weights import torch_dtype
 
@@ -102,7 +103,9 @@ def bisect_block(
     values = _pytorch_values(place, module, block)
     nodes = graph.upstream([output.value for output in block.outputs], block.feeds)
     marked = [name for node in nodes for name in node.output if name in values and name in graph.values]
-    model = graph.cut(dict.fromkeys([*block.feeds, *marked]), marked)
+    asked = _every_query(graph, block)
+    known = {*block.feeds, *asked, *marked}
+    model = graph.cut(dict.fromkeys([*block.feeds, *asked, *marked]), marked)
     key: Key = ("op", bundle.manifest.dtype, bundle.manifest.quant)
     ranked = {output.value: output for output in block.outputs if output.ranking is not None}
     outputs = [
@@ -111,7 +114,7 @@ def bisect_block(
         else _output(name, widened(values[name]), key)
         for name in marked
     ]
-    feeds = feeds_for(model, {**block.feeds, **values})
+    feeds = feeds_for(model, {**block.feeds, **values, **asked})
     iteration = Iteration(feeds, {output.value: output.want for output in outputs})
     save_comparison(folder, model, graph, [iteration])
     culprit = Culprit(
@@ -126,7 +129,7 @@ def bisect_block(
         case = output.compare("op", f"{output.label} ({block.phase})", got[output.value])
         if case.passed:
             continue
-        guilty = graph.upstream([output.value], {*block.feeds, *marked})
+        guilty = graph.upstream([output.value], known)
         culprit.value, culprit.case = output.value, case
         culprit.nodes = [_entry(node) for node in guilty]
         for node in guilty:
@@ -134,6 +137,13 @@ def bisect_block(
         culprit.causes += _weight_changes(graph, bundle, checkpoint, guilty)
         break
     return culprit
+
+
+def _every_query(graph: ModelGraph, block: Block) -> dict[str, np.ndarray]:
+    """名额够的一步图里不算索引器的 query，PyTorch 的程序却算：给出行数，让它们都在。"""
+    names = [name for name in graph.values if name.endswith(skip_index_queries.ROWS)]
+    S = next((array.shape[1] for array in block.feeds.values() if array.ndim == 3), 0)
+    return {name: np.array([S]) for name in names}
 
 
 def _output(name: str, want: np.ndarray, key: Key) -> Output:
@@ -230,9 +240,17 @@ def _node_changes(graph: ModelGraph, place: Place, node: onnx.NodeProto) -> list
                 changes.append(f"{node.name} 的第 {position} 个输入（{name}）与捕获时的常量不同")
         elif own in place.weights or not own or (folded and position == 1):
             continue
-        elif name != place.value(own) and place.value(own) in graph.values:
+        elif _captured_name(graph, name) not in (place.value(own), None) and place.value(own) in graph.values:
             changes.append(f"{node.name} 的第 {position} 个输入接的是 {name}，捕获时是 {place.value(own)}")
     return changes
+
+
+def _captured_name(graph: ModelGraph, name: str) -> str | None:
+    """``name`` 在捕获的图里叫什么：只算要排名的 query 的那几行还是原来的值；随之改了的形状没有对应的，为 ``None``。"""
+    if skip_index_queries.SCOPE not in name:
+        return name
+    maker = graph.producers[name]
+    return maker.input[0] if maker.op_type == "Slice" else None
 
 
 def _text(value: Any) -> str:

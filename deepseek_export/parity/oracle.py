@@ -15,8 +15,9 @@ import torch
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.checkpoint import Checkpoint, expected_tensors
+from deepseek_export.checkpoint.bind import bind_recipes
 from deepseek_export.checkpoint.families import FAMILIES
-from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array
+from deepseek_export.checkpoint.recipe import Recipe, load_array
 from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.keys import index_int8, narrow_cache
@@ -42,7 +43,8 @@ class Oracle(Protocol):
 class TransformersOracle:
     """transformers 里实现这个家族的模型，直接读同一个检查点。
 
-    FP8 检查点例外：transformers 读它要另装 accelerate，而且在 CPU 上反量化成 bfloat16，比不出 float32 的误差；所以把权重反量化好再交给它。
+    FP8、4 位的检查点例外：transformers 读它们要另装 accelerate、compressed-tensors 等，FP8 在 CPU 上还反量化成 bfloat16，比不出 float32
+    的误差；所以把权重反量化好再交给它。
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
@@ -58,7 +60,7 @@ class TransformersOracle:
         }
         with _quiet(transformers):
             config = _transformers_config(transformers, checkpoint)
-            if checkpoint.config.weight_block_size is None:
+            if checkpoint.config.weight_block_size is None and checkpoint.config.int4 is None:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     checkpoint.path, config=config, **options
                 )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from deepseek_export.ops.lightning_indexer import index_scores, update_index_cache
 from deepseek_export.parity.tolerances import ROUTER_MARGIN, SELECTION_BAND, Dtype
-from deepseek_export.reference.model import DecoderLayer
+
+if TYPE_CHECKING:  # 参考模型要 pydantic，验收 GPU 的机器上没有
+    from deepseek_export.reference.model import DecoderLayer
 
 
 @dataclass(frozen=True)

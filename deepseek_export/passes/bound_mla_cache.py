@@ -16,7 +16,7 @@ from deepseek_export.records import PassResult
 _PORTS = {
     MLA_ATTENTION.name: ("kv_cache", "kv_cache_out", "q_nope"),
     SPARSE_MLA_ATTENTION.name: ("kv_cache", "kv_cache_out", "q_nope"),
-    LIGHTNING_INDEXER.name: ("index_cache", "index_cache_out", "q"),
+    LIGHTNING_INDEXER.name: ("index_cache", "index_cache_out", "k"),
 }
 
 

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from deepseek_export.capture.functions import constant, function_of
-from deepseek_export.checkpoint.recipe import E4M3_VALUES
+from deepseek_export.checkpoint.fp8 import E4M3_VALUES
 from deepseek_export.ops.table import (
     DOMAIN,
     MLA_ATTENTION,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from deepseek_export.checkpoint.fp8 import Fp8Sources
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.ops.table import MOE_EXPERTS
 from deepseek_export.passes.base import GraphModule, Pass
 from deepseek_export.passes.coded_nodes import (

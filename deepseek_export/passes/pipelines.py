@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from onnx import helper
 
 from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.checkpoint.fp8 import Fp8Sources
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError, did_you_mean
@@ -52,6 +53,7 @@ from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from deepseek_export.passes.quantize_weights_to_dequantize_linear import (
     QuantizeWeightsToDequantizeLinearPass,
 )
+from deepseek_export.passes.skip_index_queries import SkipIndexQueriesPass
 from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.passes.split_pairs import SplitPairsPass
 from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
@@ -59,6 +61,7 @@ from deepseek_export.passes.wrap_quant_kernels import WrapQuantKernelsPass
 from deepseek_export.profile import OptimizationProfile
 from deepseek_export.records import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, ModelDtype, PassResult
 
+_UNLIMITED = 1 << 62
 #: 图 → 个数。
 Count = Callable[[GraphModule], int]
 
@@ -104,6 +107,8 @@ def _portable(quantization: Quantization | None, oversized: bool, fp8: Fp8Source
     if oversized:
         # 太大的专家权重没有运行时装得下。
         yield Step(SplitExpertsPass(), oversized_experts)
+    # 名额够的一步不打分，只为打分的投影也不算。
+    yield Step(SkipIndexQueriesPass("capacity"), nodes(LIGHTNING_INDEXER.name), consumes=False)
 
 
 def _ort_cpu(quantization: Quantization | None, oversized: bool, fp8: Fp8Sources | None) -> Iterator[Step]:
@@ -139,6 +144,8 @@ def _ort_cpu(quantization: Quantization | None, oversized: bool, fp8: Fp8Sources
     yield Step(FoldReshapeShapesPass(), None)
     # 没有排进权重的 RoPE 重排，换成快的写法。
     yield Step(SplitPairsPass(), paired_ropes if quantization is None else biased_ropes, consumes=False)
+    # 名额够的一步不打分，只为打分的投影也不算；前面的 pass 按节点的样子认，所以排在最后。
+    yield Step(SkipIndexQueriesPass("length"), nodes(LIGHTNING_INDEXER.name), consumes=False)
 
 
 def _tensorrt(quantization: Quantization | None, oversized: bool, fp8: Fp8Sources | None) -> Iterator[Step]:
@@ -334,7 +341,7 @@ def lower(
         captured: 捕获的结果。
         config, profile, dtype: 捕获时用的那一份。
         target: 编译目标。
-        max_elements: 一个权重至多多少个元素，超过的专家权重先拆成几组。
+        max_elements: 一个浮点权重至多多少个元素，超过的专家权重先拆成几组；``ort-cpu`` 上换成码的不拆。
         quantization: 只量化权重；``None`` 不量化。
         fp8: 检查点里的 FP8 张量，见 :func:`pipeline`。
 
@@ -347,15 +354,29 @@ def lower(
     check_cache(target, profile)
     if quantization is not None:
         check_quantization(target, dtype)
-    module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, max_elements)
-    check_legality(module, "capture", target)
-    _check_captured(module, profile)
-    results: list[PassResult] = []
-    for step in pipeline(target, quantization, bool(module.oversized()), fp8):
-        results.append(step.run(module, target, [earlier.name for earlier in results]))
-    proto = module.to_proto()
-    helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
-    return LoweredModel(proto, module.weights, results, _fallbacks(results), module.quantized)
+
+    def run(limit: int) -> LoweredModel:
+        module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, limit)
+        check_legality(module, "capture", target)
+        _check_captured(module, profile)
+        results: list[PassResult] = []
+        for step in pipeline(target, quantization, bool(module.oversized()), fp8):
+            results.append(step.run(module, target, [earlier.name for earlier in results]))
+        proto = module.to_proto()
+        helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
+        return LoweredModel(proto, module.weights, results, _fallbacks(results), module.quantized)
+
+    if target == "ort-cpu" and quantization is not None:
+        # 拆成几组的专家换不成码。码由 kernel 按 64 位的下标读，多大都行：先不拆，还剩装不下的浮点权重才从头拆开。
+        whole = run(_UNLIMITED)
+        if not any(_large(recipe, max_elements) for recipe in whole.weights.values()):
+            return whole
+    return run(max_elements)
+
+
+def _large(recipe: Recipe, max_elements: int) -> bool:
+    """装不下的浮点权重。"""
+    return recipe.of is None and math.prod(recipe.shape) > max_elements
 
 
 def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:

@@ -98,9 +98,10 @@ def make_plan(
         parameters=shape.total,
         active_parameters=shape.active,
         stored=model.stored(),
+        int4=config.int4 and config.int4.title,
         weight_bytes=totals,
         cache=cache,
-        export=_exports(len(model.source.store), totals),
+        export=_exports(len(model.source.store), totals, model.as_published()),
         build=BuildPlan(
             disk_bytes=engine + _BUILD_CODE,
             peak_ram_bytes=_BUILD_BASE + int(_BUILD_COPIES * engine),
@@ -144,7 +145,7 @@ def _cache(shape: ModelShape, dtype: str, model_dtype: str, tokens: int) -> Cach
     )
 
 
-def _exports(tensors: int, totals: dict[WeightKind, int]) -> list[ExportPlan]:
+def _exports(tensors: int, totals: dict[WeightKind, int], published: int | None) -> list[ExportPlan]:
     base = _EXPORT_BASE + tensors * _PER_TENSOR
     streaming = base + int(_CHUNKS * CHUNK_BYTES)
     packed = [
@@ -157,6 +158,12 @@ def _exports(tensors: int, totals: dict[WeightKind, int]) -> list[ExportPlan]:
         for kind in WRITTEN
     ]
     reference = ExportPlan(mode="reference", dtype="float32", disk_bytes=HEADROOM, peak_ram_bytes=base)
+    if published is not None:
+        packed.append(
+            ExportPlan(
+                mode="packed", dtype="checkpoint", disk_bytes=published + HEADROOM, peak_ram_bytes=streaming
+            )
+        )
     return [*packed, reference]
 
 

@@ -37,10 +37,10 @@ class CachePlan(_Entry):
 
 
 class ExportPlan(_Entry):
-    """导出要多少磁盘与内存；``mode`` 同 ``dsx export --weights``，``dtype`` 的 int8、int4 是 ``--quant``（``ort-cpu``）。"""
+    """导出要多少磁盘与内存；``mode`` 同 ``dsx export --weights``，``dtype`` 的 int8、int4、checkpoint 是 ``--quant``（``ort-cpu``）。"""
 
     mode: Literal["packed", "reference"]
-    dtype: Literal["float32", "float16", "int8", "int4"]
+    dtype: Literal["float32", "float16", "int8", "int4", "checkpoint"]
     disk_bytes: int
     peak_ram_bytes: int
 
@@ -189,7 +189,7 @@ class ClusterPlan(_Entry):
 
 
 class Plan(_Entry):
-    """全部估算。"""
+    """全部估算；``int4`` 是 4 位的检查点的说明，不是 4 位的为 ``None``。"""
 
     checkpoint: str
     family: str
@@ -203,6 +203,7 @@ class Plan(_Entry):
     parameters: int
     active_parameters: int
     stored: list[StoredWeights]
+    int4: str | None
     weight_bytes: dict[WeightKind, int]
     cache: CachePlan
     export: list[ExportPlan]

@@ -178,9 +178,8 @@ class Estimate:
 
     def _read(self, held: Mapping[Part, float], tokens: float, cache: float) -> float:
         """放着 ``held`` 的卡解码 ``tokens`` 个 token 读多少字节：另有 lm_head 时词嵌入只查几行，路由专家只读命中的。"""
-        share = {"embed": 0.0 if self.parts["head"] else 1.0, "experts": self.shape.experts_read(tokens)}
-        weights = sum(self.parts[part] * held[part] * share.get(part, 1.0) for part in PARTS)
-        return weights + self.cache_bytes * cache
+        parts = {part: self.parts[part] * held[part] for part in PARTS}
+        return self.shape.weights_read(parts, tokens, tied=not self.parts["head"]) + self.cache_bytes * cache
 
     def _compute(
         self, gpu: Gpu, held: Mapping[Part, float], rows: float, tokens: float, work: float

@@ -73,6 +73,22 @@ class ModelShape:
             return 1.0
         return 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens
 
+    def weights_read(self, parts: Mapping[Part, float], tokens: float, *, tied: bool = False) -> float:
+        """解码 ``tokens`` 个 token 的一步读多少字节的权重：路由专家只读命中的，词嵌入只查几行，其余各读一遍。
+
+        Args:
+            parts: 各部分有多少字节。
+            tokens: 一步几个 token。
+            tied: 词嵌入也当 lm_head 读一遍。
+        """
+        share: dict[Part, float] = {"embed": float(tied), "experts": self.experts_read(tokens)}
+        return sum(parts[part] * share.get(part, 1.0) for part in PARTS)
+
+    def rows_read(self, context: int) -> int:
+        """注意力在 ``context`` 个 token 里看几个：稀疏注意力只看选中的。"""
+        topk = None if self.config.indexer is None else self.config.indexer.topk
+        return context if topk is None else min(context, topk)
+
     @property
     def active(self) -> int:
         """每个 token 参与矩阵乘的参数。"""
@@ -120,10 +136,9 @@ class ModelShape:
     def _attention_flops(self, context: int, absorb: bool) -> float:
         c = self.config
         width = c.latent_cache_values + c.kv_lora_rank if absorb else c.qk_head_dim + c.v_head_dim
-        seen, ranking = context, 0.0
-        if c.indexer is not None and context > c.indexer.topk:
+        seen, ranking = self.rows_read(context), 0.0
+        if c.indexer is not None and seen < context:
             # 索引器给每个 key 打分，注意力只看选中的。
-            seen = c.indexer.topk
             ranking = 2.0 * self.index_layers * c.indexer.n_heads * context * (c.indexer.head_dim + 1)
         return ranking + 2.0 * self.cached_layers * c.num_attention_heads * seen * width
 
@@ -132,7 +147,7 @@ def part_of(name: str, shape: tuple[int, ...]) -> Part:
     """一个检查点张量算在哪一部分。"""
     if name == "model.embed_tokens.weight":
         return "embed"
-    if name == "lm_head.weight":
+    if name.startswith("lm_head."):  # 4 位的存成几个张量
         return "head"
     if len(shape) == 1 or name.endswith((".mlp.gate.weight", ".indexer.weights_proj.weight")):
         return "small"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_export.checkpoint import Checkpoint, require_mtp
-from deepseek_export.checkpoint.fp8 import Fp8Sources
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
+from deepseek_export.checkpoint.int4_published import published_quantization
 from deepseek_export.checkpoint.recipe import WeightDtype
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.dtypes import DTYPES
@@ -96,6 +97,15 @@ class SizedModel:
         for name in self.used():
             spec = self.source.store[name]
             yield name, part_of(name, spec.shape), spec.nbytes
+
+    def as_published(self) -> int | None:
+        """``--quant checkpoint`` 打包写多少字节；不是 4 位的检查点、或照搬不了的为 ``None``。"""
+        int4 = self.source.config.int4
+        if int4 is None or int4.layout.act_order:
+            return None
+        quantization = published_quantization(self.source, self.modules)
+        written = written_tensors(self.source.config, self.profile, self.modules, "float32", quantization)
+        return sum(nbytes for _, _, nbytes in written)
 
     def parts(self, weights: WeightKind) -> dict[Part, float]:
         """各部分一共多少字节。"""

@@ -34,8 +34,7 @@ class StageCost:
         self, machine: Gpu, shape: ModelShape, parts: _Counts, fp8: Mapping[Part, float], cache: float
     ) -> None:
         self._machine, self._shape, self._cache = machine, shape, cache
-        self._experts = parts["experts"]
-        self._fixed = sum(parts[part] for part in PARTS if part not in ("embed", "experts"))
+        self._parts = parts
         wide = machine.fp8_flops or machine.flops
         each = {
             part: 2.0 * shape.active_in(part) * (fp8[part] / wide + (1 - fp8[part]) / machine.flops)
@@ -46,7 +45,7 @@ class StageCost:
 
     def memory(self, work: Work) -> float:
         """只看内存带宽：权重各读一遍（专家只读命中的），加已有的缓存。"""
-        read = self._fixed + self._experts * self._shape.experts_read(work.tokens) + self._cache * work.depth
+        read = self._shape.weights_read(self._parts, work.tokens) + self._cache * work.depth
         return read / self._machine.bandwidth
 
     def compute(self, work: Work) -> float:

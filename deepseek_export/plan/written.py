@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.checkpoint.fp8 import Fp8Sources
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.recipe import (
     Recipe,
     WeightDtype,

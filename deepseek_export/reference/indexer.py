@@ -34,7 +34,7 @@ class HeadWeights(nn.Module):
         """x [B, S, D] → [B, S, Hi] float32。"""
         # 与 router 一样先并成二维：量化的 pass 只认三维输入的线性层。
         B, S, D = x.shape
-        return F.linear(x.reshape(-1, D).float(), self.weight).view(B, S, -1)
+        return F.linear(x.reshape(-1, D).float(), self.weight).view(B, S, self.weight.shape[0])
 
 
 class Indexer(nn.Module):

@@ -10,8 +10,15 @@ import torch
 from torch import nn
 
 from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
-from deepseek_export.checkpoint.recipe import Recipe, bind_recipes, load_array, mtp_recipes, weight_recipes
-from deepseek_export.checkpoint.weight_only import BlockFormat, dequantized
+from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.recipe import (
+    Recipe,
+    load_array,
+    load_quantized,
+    mtp_recipes,
+    weight_recipes,
+)
+from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.dtypes import DTYPES, Dtype
 from deepseek_export.reference.model import Forms, ReferenceModel
 from deepseek_export.reference.mtp import DraftModel
@@ -127,9 +134,10 @@ def load_tensor(
     Raises:
         DsxError: 同 :func:`load_reference`。
     """
-    array = load_array(name, recipe, checkpoint.store)
-    if quantized is not None:
-        array = dequantized(array, quantized)
+    if quantized is None:
+        array = load_array(name, recipe, checkpoint.store)
+    else:
+        array = load_quantized(name, recipe, quantized, checkpoint.store)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
     return torch.from_numpy(array)

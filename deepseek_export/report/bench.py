@@ -8,10 +8,11 @@ from deepseek_export.report.bars import Bar, Group, bar_chart
 from deepseek_export.report.lines import Axis, Line, Point, line_chart
 from deepseek_export.report.page import Cell, Code, Number, Page, Section, Table, nbytes
 from deepseek_export.report.svg import Picture
-from deepseek_export.units import size
+from deepseek_export.units import gigabytes, size
 
 if TYPE_CHECKING:
-    from deepseek_export.benchmark.bundle import BenchReport, Depth
+    from deepseek_export.benchmark.bundle import BenchReport
+    from deepseek_export.benchmark.depth_steps import Depth
     from deepseek_export.benchmark.spread import Spread
 
 _NAMES = {"bundle": "被测", "against": "对照", "plain": "逐个 token", "speculative": "投机"}
@@ -109,7 +110,30 @@ def _depth_tables(report: BenchReport) -> list[Table]:
         for depth in report.depths
         for name, step in depth.step_s.items()
     ]
-    return [Table("各上下文的一步", ("上下文", "中位数", "最小", "最大", "每一遍"), rows)]
+    return [
+        Table("各上下文的一步", ("上下文", "中位数", "最小", "最大", "每一遍"), rows),
+        _read_table(report),
+    ]
+
+
+def _read_table(report: BenchReport) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            f"{depth.context}，{way_name(name)}",
+            nbytes(read.weight_bytes),
+            nbytes(read.cache_bytes),
+            _rate(read.bytes_per_second),
+            _rate(depth.machine_bytes_per_second),
+            "不知道" if read.share is None else Number(read.share.median, f"{read.share.median:.1%}"),
+        ]
+        for depth in report.depths
+        for name, read in depth.reads.items()
+    ]
+    return Table("一步读多少", ("上下文", "权重", "缓存", "每秒读", "这台机器每秒读得动", "占"), rows)
+
+
+def _rate(spread: Spread | None) -> Cell:
+    return "不知道" if spread is None else Number(spread.median, gigabytes(spread.median))
 
 
 def _ways(report: BenchReport) -> list[Picture]:

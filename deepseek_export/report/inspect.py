@@ -25,6 +25,8 @@ def inspect_page(path: str, summary: dict[str, Any]) -> Page:
         ("存法", "按引用，加载时从检查点生成" if weights["mode"] == "reference" else "打包在 bundle 里"),
         ("配方", _counts(weights["recipes"])),
     ]
+    if summary["int4"] is not None:
+        facts.append(("检查点的量化", summary["int4"]))
     if (quant := summary["quantization"]) is not None:
         facts.append(("量化", f"{quant['kind']}，每 {quant['block']} 个一块，{len(quant['tensors'])} 个权重"))
     facts += [

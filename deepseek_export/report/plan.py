@@ -169,7 +169,8 @@ def _weights(plan: Plan) -> Section:
         ("dtype", "张量", "字节"),
         [[entry.dtype, integer(entry.tensors), nbytes(entry.bytes)] for entry in plan.stored],
     )
-    return Section("权重", pictures=[picture], tables=[kinds, stored])
+    lead = [f"检查点是 4 位的：{plan.int4}。"] if plan.int4 else []
+    return Section("权重", lead, pictures=[picture], tables=[kinds, stored])
 
 
 def _cache(plan: Plan) -> Section:

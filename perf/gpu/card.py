@@ -41,11 +41,11 @@ class Runner:
         """哨兵没有被改写。"""
         return bool((self.workspace[-_GUARD:] == 0xFF).all())
 
-    def __call__(self, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
+    def __call__(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         self._launcher.enqueue(
             tuple(tuple(t.shape) for t in inputs),
             [t.data_ptr() for t in inputs],
-            [output.data_ptr()],
+            [t.data_ptr() for t in outputs],
             self.workspace.data_ptr(),
             torch.cuda.current_stream().cuda_stream,
         )

@@ -85,11 +85,11 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from perf.gpu.points import Source
+    from perf.gpu.sources import Source
 
     library = ctypes.CDLL(str(build_library(folder)))
     inputs = point.inputs(Source(card.device))
-    runner, outputs = card.runner(point.table(card.sm), inputs), [point.output(inputs) for _ in range(2)]
+    runner, outputs = card.runner(point.table(card.sm), inputs), [point.outputs(inputs) for _ in range(2)]
     runner(inputs, outputs[0])
     card.synchronize()
     runner.poison()
@@ -100,9 +100,9 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
         runner.program,
         shapes,
         addresses,
-        [outputs[1].data_ptr()],
+        [tensor.data_ptr() for tensor in outputs[1]],
         runner.workspace.data_ptr(),
         card.stream(),
     )
     card.synchronize()
-    return {"ok": torch.equal(*outputs)}
+    return {"ok": all(map(torch.equal, *outputs))}

@@ -1,11 +1,13 @@
-"""一个点：哪个算子、什么形状；它的输入、启动表、参考实现、至少要读写与运算多少。"""
+"""一个点：哪个算子、什么形状；它的输入、启动表、与参考实现差多少、至少要读写与运算多少。
+
+稀疏注意力的两个算子在 :mod:`perf.gpu.sparse_points`。
+"""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -15,30 +17,14 @@ from deepseek_export.kernels.program import LaunchTable
 from deepseek_export.kernels.table import KernelSpec
 from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_experts import moe_experts
+from deepseek_export.parity.measures import Measure
+from perf.gpu.sources import LATENT, ROPE, SCALE, DtypeName, Inputs, Outputs, Source, compared, unwritten
+from perf.gpu.sparse_points import Selection, SparseAttention, every_row
 
-LATENT, ROPE, SCALE = 512, 64, 0.1147
 #: 专家的形状：名字 → (E, k, D, I)。``tiny`` 只为在 sanitizer 下跑得完。
 EXPERTS = {"V3": (256, 8, 7168, 2048), "V2-Lite": (64, 6, 2048, 1408), "tiny": (8, 2, 128, 64)}
 #: 参考实现把缓存、权重与分数转成 float32，连同输入一共是输入的几倍。
 _REFERENCE = 4
-DtypeName = Literal["float16", "bfloat16"]
-Inputs = tuple[torch.Tensor, ...]
-
-
-class Source:
-    """随机输入；种子写进结果。"""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.seed = device, secrets.randbelow(2**31)
-        self._generator = torch.Generator(device).manual_seed(self.seed)
-
-    def randn(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        """标准正态乘 ``scale``。"""
-        return torch.randn(*shape, generator=self._generator, device=self.device, dtype=dtype).mul_(scale)
-
-    def rand(self, *shape: int) -> torch.Tensor:
-        """[0, 1) 均匀，float32。"""
-        return torch.rand(*shape, generator=self._generator, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -90,14 +76,14 @@ class Attention:
         q = source.randn(B, self.S, self.H, LATENT + ROPE, dtype=dtype)
         return q, cache, torch.tensor(self.past, device=source.device, dtype=torch.int64)
 
-    def output(self, inputs: Inputs) -> torch.Tensor:
-        """空的输出，[B, S, H, r]。"""
-        return torch.full_like(inputs[0][..., :LATENT], float("nan"))
+    def outputs(self, inputs: Inputs) -> Outputs:
+        """没有写过的输出：[B, S, H, r]。"""
+        return (unwritten(inputs[0][..., :LATENT]),)
 
-    def reference(self, inputs: Inputs) -> torch.Tensor:
-        """参考实现的结果。"""
+    def measure(self, inputs: Inputs, outputs: Outputs) -> Measure:
+        """与参考实现差多少。"""
         q, cache, past_lens = inputs
-        return latent_attention(q, cache.nan_to_num(0), past_lens, SCALE, LATENT)
+        return compared(outputs[0], latent_attention(q, cache.nan_to_num(0), past_lens, SCALE, LATENT))
 
     def work(self, inputs: Inputs) -> tuple[int, int]:
         """至少要读写的字节、浮点运算；看不见的行不算。"""
@@ -157,13 +143,13 @@ class Experts:
         ids = source.rand(self.N, self.used or E).topk(k, dim=-1).indices.to(torch.int32)
         return source.randn(self.N, D, dtype=dtype), ids, source.rand(self.N, k), *weights
 
-    def output(self, inputs: Inputs) -> torch.Tensor:
-        """空的输出，[N, D]。"""
-        return torch.full_like(inputs[0], float("nan"))
+    def outputs(self, inputs: Inputs) -> Outputs:
+        """没有写过的输出：[N, D]。"""
+        return (unwritten(inputs[0]),)
 
-    def reference(self, inputs: Inputs) -> torch.Tensor:
-        """参考实现的结果。"""
-        return moe_experts(*inputs)
+    def measure(self, inputs: Inputs, outputs: Outputs) -> Measure:
+        """与参考实现差多少。"""
+        return compared(outputs[0], moe_experts(*inputs))
 
     def work(self, inputs: Inputs) -> tuple[int, int]:
         """至少要读写的字节、浮点运算；没有 token 的专家不读。"""
@@ -177,9 +163,11 @@ class Experts:
         return [(self.N, D), (self.N, k), (self.N, k), (E, inner, D), (E, inner, D), (E, D, inner)]
 
 
-Point: TypeAlias = Attention | Experts
+Point: TypeAlias = Attention | Experts | Selection | SparseAttention
 #: 写进结果、由它还原出点：``{"op": 类名, 其余是字段}``。
-_POINTS: dict[str, Callable[..., Point]] = {"Attention": Attention, "Experts": Experts}
+_POINTS: dict[str, Callable[..., Point]] = {
+    kind.__name__: kind for kind in (Attention, Experts, Selection, SparseAttention)
+}
 
 
 def from_row(fields: dict[str, Any]) -> Point:
@@ -197,7 +185,7 @@ def to_row(point: Point) -> dict[str, Any]:
 
 def full(H: int, B: int, S: int, T: int) -> Attention:
     """每一行都填满缓存。"""
-    return Attention(H, S, T, (T - S,) * B)
+    return Attention(H, S, T, every_row(B, S, T))
 
 
 def ragged(H: int, B: int, T: int) -> Attention:
@@ -211,7 +199,12 @@ def dtyped(points: Sequence[Point], dtype: DtypeName) -> list[Point]:
     return [cast(Point, type(point)(**{**vars(point), "dtype": dtype})) for point in points]
 
 
-TINY: tuple[Point, ...] = (Attention(16, 1, 96, (0, 65, 95)), Experts("tiny", 5))
+TINY: tuple[Point, ...] = (
+    Attention(16, 1, 96, (0, 65, 95)),
+    Experts("tiny", 5),
+    Selection(1, 96, (0, 65, 95), topk=32),
+    SparseAttention(16, 1, 96, (0, 65, 95), topk=32),
+)
 CHECKED: tuple[Point, ...] = (
     *(
         Attention(H, S, T, past)
@@ -220,11 +213,19 @@ CHECKED: tuple[Point, ...] = (
     ),
     *(Experts("V2-Lite", N) for N in (1, 7, 300)),
     Experts("V3", 16),
+    *(Selection(S, T, past) for S, T, past in ((1, 8192, (0, 2047, 2048, 8191)), (300, 4096, (3700, 1900)))),
+    *(
+        SparseAttention(H, S, 8192, past)
+        for H in (16, 128)
+        for S, past in ((1, (0, 100, 2048, 8191)), (5, (4000, 2045)))
+    ),
 )
 HEADLINE: tuple[Point, ...] = (
     *(full(H, B, 1, T) for H in (16, 128) for B in (1, 16, 128) for T in (1024, 8192, 32768)),
     full(128, 16, 4, 8192),
     *(Experts(shape, N) for shape in ("V2-Lite", "V3") for N in (1, 16, 128, 1024, 4096)),
+    *(Selection(1, T, every_row(B, 1, T)) for B in (1, 16) for T in (8192, 32768, 131072)),
+    *(SparseAttention(128, 1, T, every_row(B, 1, T)) for B in (1, 16) for T in (8192, 131072)),
 )
 AWKWARD: tuple[Point, ...] = (
     *(full(H, B, 1, 8192) for H in (16, 128) for B in (33, 67, 100, 133)),

@@ -1,22 +1,22 @@
-"""被比的引擎，各住一个进程（``perf.isolate.Worker``），方法相同：
+"""被比的引擎，各住一个进程（``perf.isolate``），方法相同：
 
 - ``last_logits(tokens)``：空缓存上一次前向，最后一行的 logits。
 - ``prefill(tokens)``：同上，返回秒数。
 - ``go_to(depth)``：让缓存里正好有 ``depth`` 个 token，不计时。
 - ``decode(tokens)``：从那个深度起逐个喂 ``tokens``，每步都取 logits，走完退回原处；返回每个 token 的秒数。
+- ``open_rows(rows, context)``：换成 ``rows`` 个空的序列，不计时。
+- ``decode_rows(tokens)``：各行一起，从空的起逐个喂 ``tokens``，每步取每一行的 logits；返回每个 token（各行合计）的秒数。
+
+这里的是 Python 的；llama.cpp 与 ik_llama.cpp 是 ``llama_driver.cpp``，vLLM 是 ``vllm_worker.py``。
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-
-#: llama.cpp 填缓存时一块多少个 token。
-_FILL = 512
 
 
 class Dsx:
@@ -26,8 +26,9 @@ class Dsx:
         from deepseek_export import api
         from deepseek_export.benchmark.depth import fill_caches
 
+        self._bundle = bundle
         self._session = api.load(bundle, threads).session
-        self._caches = self._session.new_caches(1, context)
+        self._caches = self._rows = self._session.new_caches(1, context)
         fill_caches(self._caches, context, seed=0)
         self._depth = 0
 
@@ -47,6 +48,25 @@ class Dsx:
 
     def decode(self, tokens: list[int]) -> float:
         return _each(lambda index, token: self.logits([token], self._depth + index), tokens)
+
+    def step_bytes(self, depth: int) -> int:
+        """一步至少读多少字节。"""
+        from deepseek_export.benchmark.reading import step_bytes
+        from deepseek_export.bundle import Bundle
+
+        return step_bytes([Bundle.open(self._bundle).manifest], 1, depth + 1).total
+
+    def open_rows(self, rows: int, context: int) -> None:
+        self._rows = self._session.new_caches(rows, context)
+
+    def decode_rows(self, tokens: list[int]) -> float:
+        rows = self._rows.batch
+        last = np.zeros((rows, 1), np.int64)
+
+        def step(index: int, token: int) -> None:
+            self._session.run(np.full((rows, 1), token), np.full(rows, index), last, self._rows)
+
+        return _each(step, tokens) / rows
 
 
 class Transformers:
@@ -124,102 +144,6 @@ class Transformers:
         seconds = _each(lambda _, token: self.logits([token], cache), tokens)
         cache.crop(-len(tokens))
         return seconds
-
-
-class LlamaCpp:
-    """llama.cpp，经 ``llama-cpp-python`` 的底层接口：权重读进内存（不映射）。
-
-    ``exact`` 只用来核对文件：缓存 float32，flash attention 关着（它把 float32 的缓存也转成 float16）。
-    """
-
-    def __init__(self, model: str, threads: int, context: int, exact: bool = False) -> None:
-        import llama_cpp as llama
-        from gguf import GGMLQuantizationType
-
-        self._llama = llama
-        self._quiet = llama.llama_log_callback(lambda level, text, data: None)  # 库只借用，要留着
-        llama.llama_log_set(self._quiet, None)
-        llama.llama_backend_init()
-        settings = llama.llama_model_default_params()
-        settings.load_mode = llama.LLAMA_LOAD_MODE_NONE
-        self._model = llama.llama_model_load_from_file(model.encode(), settings)
-        if not self._model:
-            raise RuntimeError(f"llama.cpp 装载不了 {model}")
-        options = llama.llama_context_default_params()
-        options.n_ctx, options.n_seq_max, options.kv_unified = context, 2, True  # 两个序列只为 _fill
-        options.n_threads = options.n_threads_batch = threads
-        options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        if exact:
-            options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            options.type_k = options.type_v = GGMLQuantizationType.F32
-        self._context = llama.llama_init_from_model(self._model, options)
-        if not self._context:
-            raise RuntimeError(f"llama.cpp 建不了 {context} 个 token 的上下文")
-        self._vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
-        self._filled = self._depth = 0
-
-    def system(self) -> str:
-        """编译时打开了哪些指令集，llama.cpp 的原话。"""
-        return self._llama.llama_print_system_info().decode()
-
-    def logits(self, tokens: list[int], past: int) -> np.ndarray:
-        """退回到 ``past`` 个 token，再来 ``tokens``；最后一行的 logits，内存会被下一次覆盖。"""
-        llama = self._llama
-        llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), 0, past, -1)
-        self._run(tokens, range(past, past + len(tokens)))
-        self._filled = past + len(tokens)
-        row = llama.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(row, (self._vocab,))
-
-    def last_logits(self, tokens: list[int]) -> list[float]:
-        return self.logits(tokens, 0).tolist()
-
-    def prefill(self, tokens: list[int]) -> float:
-        return _seconds(lambda: self.logits(tokens, 0))
-
-    def go_to(self, depth: int) -> None:
-        if depth > self._filled:
-            self._fill(depth)
-        self._depth = depth
-
-    def _fill(self, length: int) -> None:
-        """让缓存里有 ``length`` 个 token：逐块在空缓存上 prefill（位置照旧，只是看不见前面的块），再用公开的状态接口拼成一个序列。
-
-        一块块接着 prefill 的话，8192 个 token 的注意力在这里要几分钟，而只测时间用不着块与块之间的注意力。
-        """
-        llama, memory = self._llama, self._llama.llama_get_memory(self._context)
-        rng, states = np.random.default_rng(0), [self._state()] if self._filled else []
-        for start in range(self._filled, length, _FILL):
-            llama.llama_memory_clear(memory, False)
-            positions = range(start, min(start + _FILL, length))
-            self._run(rng.integers(0, self._vocab, len(positions)).tolist(), positions)
-            states.append(self._state())
-        llama.llama_memory_clear(memory, False)
-        for state in states:
-            if not llama.llama_state_seq_set_data(self._context, state, len(state), 1):
-                raise RuntimeError("llama.cpp 放不回缓存")
-            llama.llama_memory_seq_cp(memory, 1, 0, -1, -1)
-            llama.llama_memory_seq_rm(memory, 1, -1, -1)
-        self._filled = length
-
-    def _state(self) -> ctypes.Array[ctypes.c_uint8]:
-        """序列 0 在缓存里的全部内容。"""
-        state = (ctypes.c_uint8 * self._llama.llama_state_seq_get_size(self._context, 0))()
-        self._llama.llama_state_seq_get_data(self._context, state, len(state), 0)
-        return state
-
-    def _run(self, tokens: list[int], positions: range) -> None:
-        """一次前向，只要最后一行的 logits。"""
-        llama, count = self._llama, len(tokens)
-        # 批只借用这两个数组，要留到算完。
-        ids, at = (llama.llama_token * count)(*tokens), (llama.llama_pos * count)(*positions)
-        batch = llama.llama_batch_get_one(ids, count)
-        batch.pos = at
-        if code := llama.llama_decode(self._context, batch):
-            raise RuntimeError(f"llama_decode 返回 {code}")
-
-    def decode(self, tokens: list[int]) -> float:
-        return _each(lambda index, token: self.logits([token], self._depth + index), tokens)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -1,6 +1,6 @@
-"""把检查点写成 llama.cpp 的 GGUF 文件（``deepseek2`` 架构，kv_b 拆成吸收式 MLA 要的两半），只为同权重地比较。
+"""把检查点写成 llama.cpp 的 GGUF 文件（``deepseek2``、``deepseek32`` 架构，kv_b 拆成吸收式 MLA 要的两半），只为同权重地比较。
 
-只收 perf 的形状用到的那些：deepseek_v3 的路由、不带 YaRN 的 RoPE、不带偏置的线性层；别的一律拒绝，不猜。缺省没有 tokenizer，
+只收 perf 的形状用到的那些：deepseek_v3 与带索引器的 deepseek_v32、不带 YaRN 的 RoPE、不带偏置的线性层；别的一律拒绝，不猜。缺省没有 tokenizer，
 两边都直接喂 token id；``llama-server`` 要把 token 变成文本，给它人造的词表。
 """
 
@@ -27,6 +27,17 @@ _LAYER = {
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.o_proj": "attn_output",
 }
+#: 家族 → llama.cpp 的架构。
+_ARCHITECTURES = {"deepseek_v3": "deepseek2", "deepseek_v32": "deepseek32"}
+_INDEXER = {
+    "wq_b.weight": "attn_q_b.weight",
+    "wk.weight": "attn_k.weight",
+    "k_norm.weight": "k_norm.weight",
+    "k_norm.bias": "k_norm.bias",
+    "weights_proj.weight": "proj.weight",
+}
+#: 这些矩阵保持 float32：dsx 一侧也是。
+_FLOAT32 = (".ffn_gate_inp.", ".indexer.proj.")
 _MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
@@ -53,7 +64,7 @@ def write_gguf(checkpoint: Path, out: Path, weights: WeightType, words: bool = F
     opened = Checkpoint.open(checkpoint)
     config = opened.config
     _check(config)
-    writer = gguf.GGUFWriter(out, "deepseek2")
+    writer = gguf.GGUFWriter(out, _ARCHITECTURES[config.family])
     _write_metadata(writer, config)
     if words:
         _write_words(writer, config.vocab_size)
@@ -76,7 +87,7 @@ def write_gguf(checkpoint: Path, out: Path, weights: WeightType, words: bool = F
 
 def _check(config: ModelConfig) -> None:
     problems = {
-        "family": config.family != "deepseek_v3",
+        "family": config.family not in _ARCHITECTURES,
         "rope": config.rope.rope_type != "default" or config.rope_layout == "half",
         "q_lora_rank": config.q_lora_rank is None,
         "attention_bias": config.attention_bias,
@@ -85,7 +96,7 @@ def _check(config: ModelConfig) -> None:
     }
     found = [name for name, bad in problems.items() if bad]
     if found:
-        raise ValueError(f"GGUF 只写 perf 的形状用到的那些 V3 检查点，这个的 {found} 不在其中")
+        raise ValueError(f"GGUF 只写 perf 的形状用到的那些 V3、V3.2 检查点，这个的 {found} 不在其中")
 
 
 def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
@@ -116,6 +127,10 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     writer.add_expert_weights_norm(config.norm_topk_prob)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
+    if config.indexer is not None:
+        writer.add_indexer_head_count(config.indexer.n_heads)
+        writer.add_indexer_key_length(config.indexer.head_dim)
+        writer.add_indexer_top_k(config.indexer.topk)
 
 
 def _write_words(writer: gguf.GGUFWriter, vocab_size: int) -> None:
@@ -138,6 +153,9 @@ def _tensors(store: TensorStore, config: ModelConfig) -> Iterator[_Tensor]:
         for name, renamed in _LAYER.items():
             yield _plain(store, f"{source}.{name}.weight", f"{block}.{renamed}.weight")
         yield from _kv_b(store, config, f"{source}.self_attn.kv_b_proj.weight", block)
+        if config.runs_indexer(layer):
+            for name, renamed in _INDEXER.items():
+                yield _plain(store, f"{source}.self_attn.indexer.{name}", f"{block}.indexer.{renamed}")
         if not config.is_moe_layer(layer):
             for name, renamed in _MLP.items():
                 yield _plain(store, f"{source}.mlp.{name}.weight", f"{block}.{renamed}.weight")
@@ -178,7 +196,7 @@ def _kv_b(store: TensorStore, config: ModelConfig, source: str, block: str) -> I
 
 
 def _type_of(tensor: _Tensor, weights: WeightType) -> gguf.GGMLQuantizationType:
-    """一维的（norm、偏置校正）与 router 保持 float32。"""
-    if len(tensor.shape) == 1 or ".ffn_gate_inp." in tensor.name:
+    """一维的（norm、偏置校正）、router 与索引器各头的权重保持 float32。"""
+    if len(tensor.shape) == 1 or any(part in tensor.name for part in _FLOAT32):
         return gguf.GGMLQuantizationType.F32
     return gguf.GGMLQuantizationType[weights]

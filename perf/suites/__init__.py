@@ -16,6 +16,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "moe-quality": "perf.suites.moe_quality",
         "compile": "perf.suites.compile",
         "peers": "perf.suites.peers",
+        "peers-torch": "perf.suites.peers_torch",
         "serve": "perf.suites.serve",
         "cluster": "perf.suites.cluster",
         "cluster-model": "perf.suites.cluster_model",

@@ -13,8 +13,8 @@ struct LightningIndexer {
     int64_t B, S, H, di, T, topk;
     Dtype dtype;               // q、k
     Dtype cache_dtype;         // 两个缓存；int8 的一行见 deepseek_export/ops/int8_index.py
-    const void* q;             // [B, S, H, di]
-    const float* w;            // [B, S, H]
+    const void* q;             // [B, S, H, di]；都不必排名时可以没有
+    const float* w;            // [B, S, H]，同上
     const void* k;             // [B, S, di]
     const void* index_cache;   // [B, 1, T, index_width(cache_dtype, di)]
     const int64_t* past_lens;  // [B]，已核对 0 <= past_lens[b] <= T - S

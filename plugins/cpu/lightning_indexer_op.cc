@@ -1,5 +1,6 @@
 #include "lightning_indexer_op.h"
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <memory>
@@ -34,11 +35,14 @@ private:
         inputs.check_ranks();
         LightningIndexer op{};
         const std::vector<int64_t>& query = inputs.shape(spec::q);
-        op.B = query[0], op.S = query[1], op.H = query[2], op.di = query[3], op.T = inputs.shape(spec::index_cache)[2];
+        op.B = query[0], op.S = inputs.shape(spec::k)[1], op.H = query[2], op.di = query[3], op.T = inputs.shape(spec::index_cache)[2];
         if (op.H < 1 || op.di < 1 || op.T > std::numeric_limits<int32_t>::max()) {
             inputs.refuse("头数与宽度要大于 0，T 要放得进 int32：" + inputs.shown(spec::q) + "，" + inputs.shown(spec::index_cache));
         }
-        inputs.check_shape(spec::w, {op.B, op.S, op.H});
+        // 都不必排名时 q、w 可以没有行。
+        const bool unasked = query[1] == 0;
+        inputs.check_shape(spec::q, {op.B, unasked ? 0 : op.S, op.H, op.di});
+        inputs.check_shape(spec::w, {op.B, unasked ? 0 : op.S, op.H});
         inputs.check_shape(spec::k, {op.B, op.S, op.di});
         inputs.check_shape(spec::index_cache, {op.B, 1, op.T, index_width(cache_dtype_, op.di)});
         inputs.check_shape(spec::past_lens, {op.B});
@@ -46,6 +50,9 @@ private:
         op.q = inputs.raw(spec::q), op.w = inputs.data<float>(spec::w), op.k = inputs.raw(spec::k);
         op.index_cache = inputs.raw(spec::index_cache), op.past_lens = inputs.data<int64_t>(spec::past_lens);
         check_past_lens(inputs, op.past_lens, op.B, op.S, op.T);
+        if (unasked && std::any_of(op.past_lens, op.past_lens + op.B, [&](int64_t past) { return past + op.S > topk_; })) {
+            inputs.refuse(inputs.shown(spec::q) + "，没有 query，而看得见的 key 超过 topk=" + std::to_string(topk_));
+        }
         const std::array<int64_t, 3> chosen{op.B, op.S, op.topk};
         const std::array<int64_t, 2> rows{op.B, op.S};
         op.indices = context.GetOutput(spec::indices, chosen.data(), chosen.size()).GetTensorMutableData<int32_t>();

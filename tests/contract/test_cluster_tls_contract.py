@@ -148,13 +148,16 @@ def test_files_that_cannot_be_used(files, tmp_path):
     check_tls(files[0])
     broken = tmp_path / "broken.pem"
     broken.write_text("not a certificate", encoding="utf-8")
-    none = str(tmp_path / "none")
+    none, pipe = str(tmp_path / "none"), tmp_path / "pipe.pem"
+    os.mkfifo(pipe)
     for bad in (
         {"cert": none},
         {"key": files[1].key},
         {"ca": none},
         {"ca": str(broken)},
         {"cert": str(broken)},
+        {"key": str(tmp_path)},
+        *({name: str(pipe)} for name in ("cert", "key", "ca")),
     ):
         refused("DSX-E756", check_tls, replace(files[0], **bad))
     refused("DSX-E756", lambda: ClusterSettings(tls=files[0]))

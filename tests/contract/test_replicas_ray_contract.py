@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 import deepseek_export
@@ -119,16 +120,15 @@ def test_batch_on_replicas_of_stages(address, bundle, tmp_path):
 
 
 def workers(kind: str = "_Actor") -> list[int]:
-    """Ray 的某种 actor 的进程号。"""
+    """这里的两个节点上，Ray 的某种 actor 的进程号；同一台机器上别的 Ray 的不算。"""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes().decode("utf-8", "replace")
-            except OSError:
-                continue
-            if title.startswith("ray::") and kind in title:
-                found.append(int(entry.name))
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if title.startswith("ray::") and kind in title:
+            found.append(process.pid)
     return found
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from deepseek_export.benchmark.bundle import Depth
 from deepseek_export.benchmark.spread import Spread
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
@@ -135,6 +134,9 @@ def test_bench_page_has_every_measurement(pages: dict[str, str]) -> None:
         for name, shown in (("bundle", "被测"), ("against", "对照")):
             step = depth.step_s[name]
             assert holds(found, f"{depth.context}，{shown}", [step.median, step.low, step.high])
+            read, machine = depth.reads[name], depth.machine_bytes_per_second
+            numbers = [read.weight_bytes, read.cache_bytes, read.bytes_per_second.median, read.share.median]
+            assert holds(found, f"{depth.context}，{shown}", [*numbers, machine.median])
     for name, way in report.ways.items():
         title = name.replace("bundle", "被测").replace("against", "对照").replace("/plain", " 逐个 token")
         numbers = [
@@ -239,7 +241,7 @@ def test_reports_with_nothing_in_a_place_still_make_a_page() -> None:
     assert "没有可比的" in "".join(parsed(page).itertext())
     bench = report_pages.bench_report(against=False)
     for step in (bench.depths[0].step_s["bundle"], Spread.of([0.0])):
-        one = bench.model_copy(update={"depths": [Depth(context=256, step_s={"bundle": step})]})
+        one = bench.model_copy(update={"depths": [report_pages.bench_depth(256, {"bundle": step})]})
         page = render(bench_page(one))
         assert holds(rows(page), "256，被测", [step.median])
         for picture in parsed(page).iter(f"{SVG}svg"):

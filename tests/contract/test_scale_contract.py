@@ -22,7 +22,8 @@ from deepseek_export.bundle.by_reference import BY_RECIPE_FILE
 from deepseek_export.bundle.graph import check_onnx
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
 from deepseek_export.checkpoint import Checkpoint, TensorStore
-from deepseek_export.checkpoint.recipe import bind_recipes, weight_recipes
+from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.recipe import weight_recipes
 from deepseek_export.cli import pack
 from deepseek_export.dtypes import BY_SAFETENSORS
 from deepseek_export.errors import DsxError

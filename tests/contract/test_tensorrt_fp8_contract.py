@@ -12,7 +12,7 @@ import deepseek_export
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.by_reference import BY_RECIPE_FILE
 from deepseek_export.checkpoint import Checkpoint
-from deepseek_export.checkpoint.fp8 import Fp8Sources
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.ops.table import QUANTIZED_LINEAR, QUANTIZED_MOE_EXPERTS
 from deepseek_export.plan.written import written_bytes

@@ -93,6 +93,21 @@ def test_indexer_body(dtype):
                 assert np.array_equal(got, want.numpy()), shape
 
 
+def test_nothing_to_rank_needs_no_queries():
+    """DSA-2：T 不超过名额时，没有 query 也选出同样的；eager 与函数体都是。"""
+    body = lightning_indexer_body(CONFIG, torch.float32, torch.float32)
+    outputs = {"indices": np.int32, "counts": np.int32, "index_cache_out": np.float32}
+    few = [shape for shape in SHAPES if shape[2] <= 24]
+    assert len(few) == 2
+    for run in runners(one_node_model(body, arrays(index_inputs(*few[0])), outputs, topk=24)):
+        for shape in few:
+            inputs = index_inputs(*shape)
+            without = inputs | {"q": inputs["q"][:, :0], "w": inputs["w"][:, :0]}
+            want = lightning_indexer(*inputs.values(), 24)
+            for got in (run(arrays(without)), lightning_indexer(*without.values(), 24)):
+                assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), shape
+
+
 def test_indexer_body_with_int8_keys():
     """DSA-13：int8 的索引 key：写好的字节逐位相同，选中的位置也是。"""
     outputs = {"indices": np.int32, "counts": np.int32, "index_cache_out": np.int8}

@@ -275,6 +275,7 @@ def test_demo_is_deterministic_and_its_tokenizer_round_trips(tmp_path: Path):
         ("deepseek-v3", 11, True),
         ("v2-lite", 1, False),
         ("kimi-k2", 4, False),
+        ("kimi-k2-thinking", 4, False),
         ("glm-4.7-flash", 4, True),
         ("deepseek-v3.2", 11, True),
         ("glm-5", 14, True),
@@ -295,8 +296,12 @@ def test_published_shapes_without_the_disk(tmp_path: Path, like: str, shards: in
     assert sum(file.stat().st_size for file in store.files) > 4e9
     assert sum(file.stat().st_blocks * 512 for file in store.files) < 10e6
     expert = f"model.layers.3.mlp.experts.{config.n_routed_experts - 1}.down_proj.weight"
-    assert store[expert].shape == (config.hidden_size, config.moe_intermediate_size)
-    assert store[expert].dtype == ("F8_E4M3" if config.weight_block_size else "BF16")
+    shape, dtype = (config.hidden_size, config.moe_intermediate_size), "BF16"
+    if config.weight_block_size is not None:
+        dtype = "F8_E4M3"
+    if config.int4 is not None:
+        expert, shape, dtype = f"{expert}_packed", (shape[0], shape[1] // 8), "I32"
+    assert (store[expert].shape, store[expert].dtype) == (shape, dtype)
     assert not store.read_rows(expert, 0, 2).any()
 
 

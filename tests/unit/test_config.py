@@ -443,7 +443,7 @@ def test_published_fp8_blocks_are_read():
 @pytest.mark.parametrize(
     "change",
     [
-        {"quant_method": "gptq"},
+        {"quant_method": "bitsandbytes"},
         {"quant_method": ["fp8"]},
         {"quant_method": None},
         {"fmt": "e5m2"},

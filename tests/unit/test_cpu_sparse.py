@@ -113,6 +113,19 @@ def test_ties_threads_and_chunks(library):
     assert np.array_equal(np.concatenate([first["indices"], second["indices"]], 1), want)
 
 
+def test_nothing_to_rank_needs_no_queries(library):
+    """CPU-14：看得见的都不超过名额时，没有 query 也选出同样的；有一行超过就拒绝。"""
+    for cache_dtype in ("float32", "int8"):
+        inputs = index_inputs("float32", cache_dtype, 4, 3000, (0, 20))
+        without = inputs | {name: np.ascontiguousarray(inputs[name][:, :0]) for name in "qw"}
+        want = select(library, inputs, 24)
+        for name, got in select(library, without, 24).items():
+            assert np.array_equal(got, want[name]), name
+        without["past_lens"] = np.array([0, 21], np.int64)
+        with pytest.raises(Exception, match="没有 query，而看得见的 key 超过 topk=24"):
+            select(library, without, 24)
+
+
 def check_attention(library: CpuLibrary, inputs: dict[str, np.ndarray], isa: str) -> None:
     """输出在容差之内，缓存逐位相同；没有选中的行填 NaN（int8 填任意字节），结果一位不变。"""
     o, cache = attend(library, inputs, isa)

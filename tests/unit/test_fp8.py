@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_export.checkpoint import Checkpoint, expected_mtp_tensors, expected_tensors
+from deepseek_export.checkpoint.bind import bind_recipes
 from deepseek_export.checkpoint.recipe import (
     Recipe,
-    bind_recipes,
     load_array,
     materialize,
     mtp_recipes,

@@ -124,6 +124,18 @@ def test_oversized_experts_are_split_in_the_whole_model(target, saved):
     assert distance(outs[0], outs[1]) < TOLERANCE[torch.float32]
 
 
+def test_experts_that_become_codes_are_not_split():
+    """MOE-20：``ort-cpu`` 上换成码的专家多大都不拆，不然换不成；要保持浮点的照常拆。"""
+    config = model_config("v3", hidden_size=64, moe_intermediate_size=32)
+    profile, layers = resolve_profile("mla+moe"), config.num_moe_layers
+    arguments = (capture_model(config, profile, "float32"), config, profile, "float32", "ort-cpu")
+    limit = 9 * config.hidden_size * config.moe_intermediate_size
+    for keep, coded, split in (((), layers, 0), (("mlp.experts",), 0, 2 * layers)):
+        found = lower(*arguments, limit, Quantization(kind="int4", keep=keep))
+        counts = [node.op_type for node in found.proto.graph.node]
+        assert (counts.count("Int4Experts"), counts.count("MoeExperts")) == (coded, split)
+
+
 def test_a_weight_too_big_to_split_is_refused_by_code():
     """MOE-20：baseline 的专家在一个普通 MatMul 里，拆不了：DSX-E410，点名权重与元素数。"""
     config, profile = model_config("v3"), resolve_profile("baseline")

@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from deepseek_export.ops.index_topk import index_topk
+from deepseek_export.parity.tolerances import TOLERANCES
 from perf import gates, results
 from perf.__main__ import cli
 from perf.gpu import accept, lines, phases, points, record
 from perf.gpu.engine import run_engine
+from perf.gpu.sources import Source
 
 pytestmark = pytest.mark.unit
 
@@ -106,7 +109,7 @@ def test_trouble_stays_where_it_is(tmp_path, monkeypatch):
     assert (details["ncu"], details["launcher"]) == ("没有 ncu", "没有 g++")
     assert details["headline"].startswith("SIGSEGV")
     assert (tools / "compute-sanitizer.log").read_text() == "memcheck\n"
-    assert [row["status"] for row in items(folder, "smoke")] == ["failed", "failed"]
+    assert [row["status"] for row in items(folder, "smoke")] == ["failed"] * len(points.TINY)
     assert any("OutOfMemoryError" in row.get("detail", "") for row in items(folder, "checks"))
     assert any(row["status"] == "skipped" and "GB 显存" in row["detail"] for row in items(folder, "checks"))
     # 出事之前的一项在，只是带着记号：smoke 里同一个程序的核对不过。
@@ -131,7 +134,7 @@ def test_a_later_slot_does_what_is_left(fine, tmp_path):
     assert outcomes(folder)["smoke"] == "skipped"
     assert accept.main(["--out", str(folder), "--phase", "smoke"], FAKE) == 0
     assert outcomes(folder)["smoke"] == "ok"
-    assert record.load(folder)["suites"][0]["cases"][0]["facts"]["checks"] == 2
+    assert record.load(folder)["suites"][0]["cases"][0]["facts"]["checks"] == len(points.TINY)
 
 
 def test_the_folder_becomes_a_row_of_the_history(fine, tmp_path, monkeypatch):
@@ -153,7 +156,7 @@ def test_the_folder_becomes_a_row_of_the_history(fine, tmp_path, monkeypatch):
     # 上限也由替身的 1 毫秒得来：拷贝 2 GiB，所以这个点至少要它的字节数那么一份。
     share = verified.facts["share"]
     point = points.full(16, 1, 1, 1024)
-    traffic, _ = point.work(point.inputs(points.Source("cpu")))
+    traffic, _ = point.work(point.inputs(Source("cpu")))
     assert share == pytest.approx(traffic / (2 << 30), rel=1e-6)
     assert verified.ratios["用时/目标"].median == pytest.approx(0.8 / share)
     assert 0 < verified.facts["estimated_share"] <= 1
@@ -198,11 +201,31 @@ def test_points_survive_the_file():
     for point in points.EVERY:
         assert points.from_row(json.loads(json.dumps(points.to_row(point)))) == point
         assert point.needs(reference=True) >= point.needs(reference=False) > 0
-    source = points.Source("cpu")
+    source = Source("cpu")
     for point in points.TINY:
         inputs = point.inputs(source)
         assert [tuple(tensor.shape) for tensor in inputs] == point.shapes()
-        assert point.reference(inputs).shape == point.output(inputs).shape
+        outputs = point.outputs(inputs)
+        assert [output.dtype.is_floating_point for output in outputs][:1] == [
+            not isinstance(point, points.Selection)
+        ]
+        assert point.measure(inputs, outputs).max_abs != 0
+        traffic, flops = point.work(inputs)
+        assert min(traffic, flops) > 0
+
+
+def test_a_wrong_selection_is_seen():
+    """KERNEL-8：换了一个分数差得远的 key、少选一个、个数不对，都与参考不同；选得对就一点不差。"""
+    point = points.Selection(2, 90, (60, 80), topk=16)
+    inputs = point.inputs(Source("cpu"))
+    indices, counts = index_topk(*inputs, 16)
+    exact = TOLERANCES["selection", "bfloat16"]
+    assert exact.accepts(point.measure(inputs, (indices, counts)))
+    outside = next(place for place in range(60) if place not in indices[0, 0])
+    swapped, fewer, miscounted = indices.clone(), indices.clone(), counts.clone()
+    swapped[0, 0, 0], fewer[1, 1, -1], miscounted[1, 0] = outside, -1, 15
+    for wrong in ((swapped, counts), (fewer, counts), (indices, miscounted), (indices + 1000, counts)):
+        assert not exact.accepts(point.measure(inputs, wrong))
 
 
 def test_an_engine_that_cannot_run_says_why(tmp_path):

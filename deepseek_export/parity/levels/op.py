@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from deepseek_export.capture.bodies import gate_attributes
-from deepseek_export.checkpoint.recipe import bind_recipes, load_array, mtp_recipes, weight_recipes
-from deepseek_export.checkpoint.weight_only import dequantized
+from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.recipe import load_array, load_quantized, mtp_recipes, weight_recipes
 from deepseek_export.ops.int8_cache import encode_rows
 from deepseek_export.ops.int8_index import encode_keys
 from deepseek_export.ops.lightning_indexer import lightning_indexer
@@ -57,8 +57,10 @@ def run(check: Check, context: Context) -> Iterator[Case]:
     recipes = bind_recipes(recipes, checkpoint)
 
     def weight(name: str) -> Tensor:
-        array = load_array(name, recipes[name], checkpoint.store)
-        return torch.from_numpy(dequantized(array, formats[name]) if name in formats else array)
+        recipe, store = recipes[name], checkpoint.store
+        if name in formats:
+            return torch.from_numpy(load_quantized(name, recipe, formats[name], store))
+        return torch.from_numpy(load_array(name, recipe, store))
 
     attention, rest = check.keys
     graph = context.graph(check.graph)
