@@ -317,6 +317,8 @@ _FACTS: Mapping[str, tuple[str, Callable[[Any], str]]] = MappingProxyType(
         "arch": ("SM", str),
         "tensorrt_rtx": ("TensorRT-RTX", str),
         "engine_layers": ("引擎的层", _any),
+        "parts": ("一步的各部分", _each(lambda seconds: f"{number(seconds * 1e3)} ms")),
+        "accounted": ("各部分加起来，占一步的", _percent),
         "host_share": ("主机循环至多", _percent),
         "operators": ("各算子一步的时间", _each(lambda seconds: f"{number(seconds * 1e3)} ms")),
         "mtp_layers": ("MTP 层", str),

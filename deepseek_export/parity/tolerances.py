@@ -78,7 +78,7 @@ TOLERANCES: Mapping[tuple[Quantity, Dtype], Tolerance] = MappingProxyType(
             2e-4,
             1e-8,
             1e-4,
-            "int8 缓存、float32 的模型：query 与概率各拆成两个 int8 平面（CPU-17），误差是段内最大值的 1/64516，分数放大几倍",
+            "float32 的模型，乘数拆成两个 int8 平面，约 15 位：int8 缓存的 query 与概率（CPU-17），int8 的 w_kv_b 展开的 latent（CPU-16）",
         ),
         **{
             ("selection", dtype): Tolerance(

@@ -10,7 +10,7 @@
 
 #include "int8_cache.h"
 #include "prefetch.h"
-#include "quant_gemm.h"
+#include "quant_rows.h"
 #include "soften.h"
 
 namespace {

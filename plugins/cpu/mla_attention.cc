@@ -1,103 +1,27 @@
-#include "mla_attention.h"
+#include "mla_shape.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
-#include "half.h"
 #include "int8_cache.h"
-#include "scratch.h"
 
 namespace dsx {
 namespace {
 
-constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+using namespace mla;
 
 // absorb 一次处理几行 query（batch 里合计）：工作区因此有上限，与 prompt 的长度无关。
 constexpr int64_t kSlabRows = 4096;
 // naive 一次处理一个头的几个 token；每一批要把缓存重新展开一次。
 constexpr int64_t kSlabTokens = 4096;
-// naive 一次展开几个 key。
-constexpr int64_t kExpandTile = 256;
 // 解码时沿缓存切成几段，每段至少几个 key：任务够多，各线程才分得匀；段数只由形状决定，结果因此与线程数无关。
 constexpr int64_t kTasks = 32;
 constexpr int64_t kShortestSplit = 128;
 // 稀疏的注意力一次收集几行；收集来的一块与 attend 的工作区一起留在 L2。
 constexpr int64_t kGatherRows = 2 * kTile;
 static_assert(kGatherRows % kInt8Tile == 0);
-
-thread_local Scratch call_scratch;  // 发起调用的线程：各阶段之间传递的结果
-thread_local Scratch task_scratch;  // 执行任务的线程；可能是同一个，所以另有一块
-
-const void* at(const void* base, Dtype dtype, int64_t i) { return static_cast<const char*>(base) + i * bytes_of(dtype); }
-void* at(void* base, Dtype dtype, int64_t i) { return static_cast<char*>(base) + i * bytes_of(dtype); }
-
-void narrow(const float* src, int64_t count, Dtype dtype, void* dst) {
-    switch (dtype) {
-    case Dtype::kFloat32: std::memcpy(dst, src, static_cast<size_t>(count) * sizeof(float)); return;
-    case Dtype::kFloat16: std::transform(src, src + count, static_cast<uint16_t*>(dst), f16_of_float); return;
-    case Dtype::kBfloat16: std::transform(src, src + count, static_cast<uint16_t*>(dst), bf16_of_float); return;
-    case Dtype::kInt8: return;  // 整行一起编码，见 encode_rows
-    }
-}
-
-// 一个任务里依次切出来的几块 float32。
-class Carver {
-public:
-    explicit Carver(float* base) : next_(base) {}
-    float* take(int64_t floats) {
-        float* taken = next_;
-        next_ += padded(floats);
-        return taken;
-    }
-
-private:
-    float* next_;
-};
-
-// 每个形状量只在这里算一次。
-struct Shape : MlaAttention {
-    Shape(const MlaAttention& op, const Kernels& k, const QuantKernels& q, const Parallel& p)
-        : MlaAttention(op), kernels(k), int8(q), parallel(p), width(r + dr), width_pad(padded(width)), r_pad(padded(r)), stride(cache_width(cache_dtype, r, dr)) {}
-
-    const Kernels& kernels;
-    const QuantKernels& int8;
-    const Parallel& parallel;
-    int64_t width, width_pad, r_pad;
-    int64_t stride;  // 缓存的行距，以元素计
-
-    const void* cache_row(int64_t b, int64_t t) const { return at(kv_cache_out, cache_dtype, (b * T + t) * stride); }
-
-    // 一块 query 对缓存的行（或收集来的行）：int8 的不展宽，直接做整数点积。
-    void attend(const Block& block, float* scratch) const {
-        (cache_dtype == Dtype::kInt8 ? int8.attend : kernels.attend)(block, scratch);
-    }
-    int64_t scratch() const { return cache_dtype == Dtype::kInt8 ? int8_attend_scratch(width, r) : attend_scratch(width); }
-
-    // 计算 dtype 的一行 → float32，补零到 dst_width。
-    void widen_row(const void* source, int64_t count, float* dst, int64_t dst_width) const {
-        kernels.widen(dtype, source, count, 1, count, dst, dst_width, dst_width);
-    }
-
-    // 第 h 个头的 W_UK（dn 行）或紧随其后的 W_UV（dv 行），[rows, r_pad] 的 float32；能原样用就不复制。
-    const float* weight(int64_t h, bool up_value, float* scratch) const {
-        const int64_t rows = up_value ? dv : dn;
-        const int64_t first = h * (dn + dv) + (up_value ? dn : 0);
-        if (weight_dtype == Dtype::kInt8) {
-            const auto* packed = static_cast<const int8_t*>(w_kv_b) + first * weight_row(r, weight_block);
-            kernels.widen_weights(packed, rows, r, weight_block, scratch, r_pad);
-            return scratch;
-        }
-        const void* source = at(w_kv_b, weight_dtype, first * r);
-        if (weight_dtype == Dtype::kFloat32 && r == r_pad) {
-            return static_cast<const float*>(source);
-        }
-        kernels.widen(weight_dtype, source, r, rows, r, scratch, r_pad, r_pad);
-        return scratch;
-    }
-};
 
 void copy_cache(const Shape& s) {
     if (s.kv_cache == s.kv_cache_out) {
@@ -152,12 +76,6 @@ void write_cache(const Shape& s) {
         convert_rows(s, c_kv, count, s.r, target);
         convert_rows(s, k_pe, count, s.dr, at(target, s.cache_dtype, s.r));
     });
-}
-
-void start_rows(int64_t rows, int64_t value_width, float* acc, float* max, float* sum) {
-    std::fill(acc, acc + rows * value_width, 0.0f);
-    std::fill(max, max + rows, kNegInf);
-    std::fill(sum, sum + rows, 0.0f);
 }
 
 // 缓存的一段对一块 query；结果留在工作区，由 finish 合并。
@@ -312,71 +230,6 @@ private:
     std::vector<size_t>& starts_ = kept_starts_;
 };
 
-// naive：一个头的 count 个 token；缓存一格一格展开成 K、V，每格给所有 query 用一遍。
-void attend_head(const Shape& s, int64_t b, int64_t h, int64_t first, int64_t count) {
-    const int64_t qk = s.dn + s.dr, qk_pad = padded(qk), dv_pad = padded(s.dv);
-    const int64_t weights = (s.dn + s.dv) * s.r_pad;
-    Carver carver(task_scratch.need(count * (qk_pad + dv_pad + 2) + weights + kExpandTile * (s.r_pad + qk_pad + dv_pad) +
-                                    attend_scratch(qk + s.dv) + 9 * kPad));
-    float* q = carver.take(count * qk_pad);
-    float* acc = carver.take(count * dv_pad);
-    float* max = carver.take(count);
-    float* sum = carver.take(count);
-    float* spare = carver.take(weights);
-    const float* w_uk = s.weight(h, false, spare);
-    const float* w_uv = s.weight(h, true, spare + s.dn * s.r_pad);
-    float* latent = carver.take(kExpandTile * s.r_pad);
-    float* k = carver.take(kExpandTile * qk_pad);
-    float* v = carver.take(kExpandTile * dv_pad);
-    float* scratch = carver.take(attend_scratch(qk + s.dv));
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = (b * s.S + first + i) * s.H + h;
-        float* to = q + i * qk_pad;
-        s.widen_row(at(s.q_nope, s.dtype, row * s.dn), s.dn, to, s.dn);
-        s.widen_row(at(s.q_pe, s.dtype, row * s.dr), s.dr, to + s.dn, qk_pad - s.dn);
-        std::transform(to, to + qk, to, [&](float x) { return x * s.scale; });
-    }
-    start_rows(count, dv_pad, acc, max, sum);
-    std::fill(v, v + kExpandTile * dv_pad, 0.0f);
-    const int64_t length = s.past_lens[b] + first + count;
-    for (int64_t t = 0; t < length; t += kExpandTile) {
-        const int64_t n = std::min(kExpandTile, length - t);
-        const void* source = s.cache_row(b, t);
-        const float* rows = static_cast<const float*>(source);
-        int64_t stride = s.stride;
-        if (s.cache_dtype != Dtype::kFloat32 || s.r != s.r_pad) {
-            rows = latent;
-            stride = s.r_pad;
-        }
-        if (s.cache_dtype == Dtype::kInt8) {
-            s.kernels.unpack(static_cast<const int8_t*>(source), n, s.r, s.dr, latent, s.r_pad, s.r_pad, k + s.dn,
-                qk_pad - s.dn, qk_pad);
-        } else {
-            if (rows == latent) {
-                s.kernels.widen(s.cache_dtype, source, s.stride, n, s.r, latent, s.r_pad, s.r_pad);
-            }
-            s.kernels.widen(
-                s.cache_dtype, at(source, s.cache_dtype, s.r), s.stride, n, s.dr, k + s.dn, qk_pad - s.dn, qk_pad);
-        }
-        s.kernels.multiply_transposed(rows, stride, w_uk, s.r_pad, n, s.dn, s.r_pad, k, qk_pad);
-        s.kernels.multiply_transposed(rows, stride, w_uv, s.r_pad, n, s.dv, s.r_pad, v, dv_pad);
-        for (int64_t row = 0; row < count; row += kBlockRows) {
-            const int64_t block_rows = std::min(kBlockRows, count - row);
-            const int64_t end = std::min(t + n, s.past_lens[b] + first + row + block_rows);
-            if (end > t) {
-                s.kernels.attend({q + row * qk_pad, block_rows, k, v, Dtype::kFloat32, qk_pad, dv_pad, qk_pad, dv_pad, t,
-                                     end, s.past_lens[b] + first, row, 1, acc + row * dv_pad, max + row, sum + row},
-                    scratch);
-            }
-        }
-    }
-    for (int64_t i = 0; i < count; ++i) {
-        float* row = acc + i * dv_pad;
-        std::transform(row, row + s.dv, row, [&](float x) { return x / sum[i]; });
-        narrow(row, s.dv, s.dtype, at(s.o, s.dtype, ((b * s.S + first + i) * s.H + h) * s.dv));
-    }
-}
-
 // 两种形式各要多少次乘加（每头，整个 batch），与 ops/mla_attention.py 的 auto 同一个代价模型，只是按实际长度算。
 bool prefers_naive(const MlaAttention& op) {
     const int64_t expand = op.r * (op.dn + op.dv);
@@ -416,7 +269,7 @@ void run(const MlaAttention& given, Form form, const Kernels& kernels, const Qua
     for (int64_t first = 0; first < s.S; first += slab) {
         const int64_t count = std::min(slab, s.S - first);
         if (naive) {
-            s.parallel(s.B * s.H, [&](int64_t i) { attend_head(s, i / s.H, i % s.H, first, count); });
+            attend_naive(s, first, count);
         } else {
             AbsorbSlab(s, first, count).run();
         }

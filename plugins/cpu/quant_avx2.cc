@@ -6,6 +6,8 @@
 #include "quant_gemm.h"
 
 namespace dsx {
-const QuantKernels kAvx2Int8{"avx2", Int8::kBits, kColumnTile, quantize<Int8>, multiply<Int8>, swiglu, rectified_dots, attend_int8};
-const QuantKernels kAvx2Int4{"avx2", Int4::kBits, kColumnTile, quantize<Int4>, multiply<Int4>, swiglu, rectified_dots, attend_int8};
+const QuantKernels kAvx2Int8{"avx2", Int8::kBits, kColumnTile, quantize<Int8>, multiply<Int8>, swiglu, rectified_dots, expand,
+    attend_int8};
+const QuantKernels kAvx2Int4{"avx2", Int4::kBits, kColumnTile, quantize<Int4>, multiply<Int4>, swiglu, rectified_dots, expand,
+    attend_int8};
 }  // namespace dsx

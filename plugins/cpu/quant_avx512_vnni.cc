@@ -7,6 +7,8 @@
 #include "quant_gemm.h"
 
 namespace dsx {
-const QuantKernels kAvx512VnniInt8{"avx512_vnni", Int8::kBits, kColumnTile, quantize<Int8>, multiply<Int8>, swiglu, rectified_dots, attend_int8};
-const QuantKernels kAvx512VnniInt4{"avx512_vnni", Int4::kBits, kColumnTile, quantize<Int4>, multiply<Int4>, swiglu, rectified_dots, attend_int8};
+const QuantKernels kAvx512VnniInt8{"avx512_vnni", Int8::kBits, kColumnTile, quantize<Int8>, multiply<Int8>, swiglu, rectified_dots, expand,
+    attend_int8};
+const QuantKernels kAvx512VnniInt4{"avx512_vnni", Int4::kBits, kColumnTile, quantize<Int4>, multiply<Int4>, swiglu, rectified_dots, expand,
+    attend_int8};
 }  // namespace dsx

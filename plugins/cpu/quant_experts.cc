@@ -11,7 +11,7 @@ namespace dsx {
 namespace {
 
 // 一个任务一次算几行：中间结果留在 L2。
-constexpr int64_t kSliceRows = 64;
+constexpr int64_t kSliceRows = 128;
 // 一片结果之后的内存从 64 字节的边界开始。
 constexpr int64_t kAlign = 16;
 

@@ -9,108 +9,19 @@
 #include <cstring>
 
 #include "prefetch.h"
-#include "quant_kernels.h"
+#include "quant_rows.h"
 
 namespace {
 
-using dsx::kPlanes;
-using dsx::QuantizedRows;
 using dsx::QuantizedWeights;
 
-constexpr int kLanes = Vector::kLanes;
-constexpr int kBytes = 4 * kLanes;  // 一个向量的字节
-constexpr int kColumnTile = kTileVectors * kLanes;
-// 一次读出几个权重。
-template <typename F>
-constexpr int64_t kValues = F::kVectors * kBytes;
 // 一次读出的权重里有几块；一块要读几次。两个总有一个是 1。
 template <typename F, int kBlock>
 constexpr int kShare = kValues<F> > kBlock ? kValues<F> / kBlock : 1;
 template <typename F, int kBlock>
 constexpr int kReads = kBlock > kValues<F> ? kBlock / kValues<F> : 1;
-// 一次算几行：每行每个向量两个平面各占一个累加器，AVX-512 时是 16 个；再多就放不下寄存器了（6 行慢三成）。
-constexpr int kTileRows = 4;
 // 少于这么多行时直接读权重的行；否则先把一组列重排成“一路一列”，省掉横向求和，各行共用。
 constexpr int64_t kPackRows = 4;
-
-// 一段激活的码换成权重读出来的次序：偶数个在前，奇数个在后。
-template <typename F>
-inline void order_like_weights(int8_t* codes, int64_t count) {
-    if constexpr (F::kVectors == 2) {
-        for (int64_t t = 0; t < count; t += kValues<F>) {
-            split_pairs(codes + t);
-        }
-    }
-}
-
-// 一块：两个平面的码，scale，两个平面累加的起点。x 之后到 end 不满一块的补零。
-template <typename F>
-void quantize_block(const float* x, int64_t count, int64_t block, int8_t* high, int8_t* low, float* scale, int32_t* starts,
-    int64_t start_step) {
-    Vector top = splat(0);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const Vector v = load(x + i);
-        top = max(top, max(v, sub(splat(0), v)));
-    }
-    float largest = horizontal_max(top);
-    for (; i < count; ++i) {
-        const float magnitude = x[i] < 0 ? -x[i] : x[i];
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    const float inverse = largest > 0 ? 127.0f / largest : 0;
-    *scale = largest / 127.0f;
-    const auto store_codes = [&](int64_t at, Vector v) {
-        const Vector scaled = mul(v, splat(inverse)), upper = nearest(scaled);
-        store_int8(high + at, upper);
-        store_int8(low + at, mul(sub(scaled, upper), splat(dsx::kLowSteps)));
-    };
-    for (i = 0; i + kLanes <= count; i += kLanes) {
-        store_codes(i, load(x + i));
-    }
-    if (i < count) {
-        float rest[kLanes] = {};
-        for (int64_t j = i; j < count; ++j) {
-            rest[j - i] = x[j];
-        }
-        store_codes(i, load(rest));
-        i += kLanes;
-    }
-    for (; i < block; ++i) {
-        high[i] = low[i] = 0;
-    }
-    int32_t sums[kPlanes] = {};
-    if constexpr (F::kFolded != 0) {
-        for (i = 0; i < block; ++i) {
-            sums[0] += high[i];
-            sums[1] += low[i];
-        }
-    }
-    for (int p = 0; p < kPlanes; ++p) {
-        starts[p * start_step] = -F::kFolded * sums[p];
-    }
-}
-
-template <typename F>
-void quantize(const float* x, int64_t x_stride, int64_t width, const QuantizedRows& rows) {
-    const int64_t total = rows.plane_stride(), count = rows.blocks * rows.block, stride = rows.scale_stride();
-    for (int64_t i = 0; i < rows.rows; ++i) {
-        const QuantizedRows to = rows.from(i, 1);
-        for (int64_t b = 0; b < to.blocks; ++b) {
-            const int64_t begin = b * to.block, left = width - begin;
-            quantize_block<F>(x + i * x_stride + begin, left < to.block ? left : to.block, to.block, to.codes + begin,
-                to.codes + total + begin, to.scales + b, to.starts + b, stride);
-        }
-        for (int64_t b = to.blocks; b < stride; ++b) {
-            to.scales[b] = 0;
-            to.starts[b] = to.starts[stride + b] = 0;
-        }
-        for (int p = 0; p < kPlanes; ++p) {
-            std::memset(to.codes + p * total + count, 0, static_cast<size_t>(total - count));
-            order_like_weights<F>(to.codes + p * total, total);
-        }
-    }
-}
 
 // 两个平面的整数和，合成以 scale 为单位的值。
 inline Vector join_planes(const Ints (&acc)[kPlanes]) {
@@ -246,27 +157,45 @@ void direct(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t
     }
 }
 
-// kColumnTile 列重排成 [K/4, kColumnTile, 4]，一列之内的次序同激活的码；不足的列重复最后一列，结果不写出去。
-template <typename F>
-void pack(const QuantizedWeights& w, int64_t column, int64_t blocks, int64_t width, uint8_t* codes, float* scales) {
+// kLanes 列的 scale 展宽，重排成 [blocks, kColumnTile] 里的 kLanes 列：一个 float 是一组 4 字节，借码的转置。
+inline void pack_scales(const uint16_t* const (&rows)[kLanes], int64_t blocks, float* to) {
+    int64_t b = 0;
+    for (; b + kLanes <= blocks; b += kLanes) {
+        Bytes lines[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+            alignas(64) float wide[kLanes];
+            store(wide, load_f16(rows[i] + b));
+            lines[i] = load_bytes(reinterpret_cast<const uint8_t*>(wide));
+        }
+        transpose(lines, reinterpret_cast<uint8_t*>(to + b * kColumnTile), kColumnTile * static_cast<int64_t>(sizeof(float)));
+    }
+    for (; b < blocks; ++b) {
+        for (int i = 0; i < kLanes; ++i) {
+            to[b * kColumnTile + i] = widen_f16(rows[i][b]);
+        }
+    }
+}
+
+// kColumnTile 列重排成 [K/4, kColumnTile, 4]，一列之内的次序同激活的码；不足的列重复最后一列，结果不写出去。kSigned：码是有符号的，加上零点。
+template <typename F, bool kSigned>
+void pack(const Cursor& w, int64_t last, int64_t column, int64_t blocks, int64_t width, uint8_t* codes, float* scales) {
     constexpr int64_t stride = 4 * kColumnTile;
     const int64_t row_bytes = width * F::kBits / 8;
     for (int group = 0; group < kTileVectors; ++group) {
         const uint8_t* rows[kLanes];
+        const uint16_t* row_scales[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-            const int64_t wanted = column + group * kLanes + i, last = w.columns - 1;
-            const int64_t source = wanted < last ? wanted : last;
-            rows[i] = w.codes + source * row_bytes;
-            for (int64_t b = 0; b < blocks; ++b) {
-                scales[b * kColumnTile + group * kLanes + i] = widen_f16(w.scales[source * blocks + b]);
-            }
+            const int64_t wanted = column + group * kLanes + i, source = wanted < last ? wanted : last;
+            rows[i] = w.codes + source * w.code_stride;
+            row_scales[i] = w.scales + source * w.scale_stride;
         }
+        pack_scales(row_scales, blocks, scales + group * kLanes);
         uint8_t* to = codes + group * kBytes;
         const auto put = [&](const Bytes (&raw)[kLanes]) {
             Bytes parts[F::kVectors][kLanes];
             for (int i = 0; i < kLanes; ++i) {
                 Bytes one[F::kVectors];
-                F::unpack(raw[i], one);
+                F::unpack(kSigned ? flip_sign(raw[i]) : raw[i], one);
                 for (int v = 0; v < F::kVectors; ++v) {
                     parts[v][i] = one[v];
                 }
@@ -280,7 +209,7 @@ void pack(const QuantizedWeights& w, int64_t column, int64_t blocks, int64_t wid
         for (; t + kBytes <= row_bytes; t += kBytes) {
             Bytes raw[kLanes];
             for (int i = 0; i < kLanes; ++i) {
-                prefetch(rows[i] + t + kColumnTile * row_bytes);
+                prefetch(rows[i] + t + kColumnTile * w.code_stride);
                 raw[i] = load_bytes(rows[i] + t);
             }
             put(raw);
@@ -374,14 +303,14 @@ inline int64_t packed_rows(const QuantizedRows& a, int64_t row, const uint8_t* c
     return row;
 }
 
-template <typename F>
-void multiply_packed(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64_t ldy, uint8_t* scratch) {
+template <typename F, bool kSigned>
+void multiply_packed(const QuantizedRows& a, const Cursor& w, int64_t total, float* y, int64_t ldy, uint8_t* scratch) {
     const int64_t width = a.blocks * a.block;
     float* scales = reinterpret_cast<float*>(scratch);
     uint8_t* codes = scratch + kColumnTile * a.blocks * static_cast<int64_t>(sizeof(float));
-    for (int64_t column = 0; column < w.columns; column += kColumnTile) {
-        const int64_t left = w.columns - column, columns = left < kColumnTile ? left : kColumnTile;
-        pack<F>(w, column, a.blocks, width, codes, scales);
+    for (int64_t column = 0; column < total; column += kColumnTile) {
+        const int64_t left = total - column, columns = left < kColumnTile ? left : kColumnTile;
+        pack<F, kSigned>(w, total - 1, column, a.blocks, width, codes, scales);
         const int64_t row = packed_rows<F, kTileRows>(a, 0, codes, scales, columns, y + column, ldy);
         packed_rows<F, 1>(a, row, codes, scales, columns, y + column, ldy);
     }
@@ -394,8 +323,19 @@ void multiply(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64
     case 1: direct<F, 1>(a, w, y, ldy); return;
     case 2: direct<F, 2>(a, w, y, ldy); return;
     case 3: direct<F, 3>(a, w, y, ldy); return;
-    default: static_assert(kPackRows == 4); multiply_packed<F>(a, w, y, ldy, scratch);
+    default: break;
     }
+    static_assert(kPackRows == 4);
+    const Cursor at{w.codes, a.blocks * a.block * F::kBits / 8, w.scales, a.blocks};
+    multiply_packed<F, false>(a, at, w.columns, y, ldy, scratch);
+}
+
+// w_kv_b 的若干行：一行是有符号的码，再是各块的 scale。
+void expand(const QuantizedRows& a, const int8_t* weights, int64_t columns, float* y, int64_t ldy, uint8_t* scratch) {
+    const int64_t width = a.blocks * a.block, stride = dsx::weight_row(width, a.block);
+    const Cursor at{reinterpret_cast<const uint8_t*>(weights), stride, reinterpret_cast<const uint16_t*>(weights + width),
+        stride / static_cast<int64_t>(sizeof(uint16_t))};
+    multiply_packed<Int8, true>(a, at, columns, y, ldy, scratch);
 }
 
 void swiglu(const float* x, int64_t count, float* y) {

@@ -110,8 +110,9 @@ inline Ints dot(Ints acc, Bytes w, Acts a) {
 inline Ints dot(Ints acc, const Bytes (&w)[2], const Acts (&a)[2]) { return dot(dot(acc, w[0], a[0]), w[1], a[1]); }
 inline Vector to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Vector nearest(Vector a) { return {_mm512_roundscale_ps(a.v, 0)}; }
-// 有符号的字节存成无符号的：加 128，与 Int8 的零点相同。
-inline Bytes stored_bytes(Bytes raw) { return {_mm512_xor_si512(raw.v, _mm512_set1_epi8(static_cast<char>(0x80)))}; }
+// 有符号的字节加 128 成为无符号的（Int8 的零点），或反过来。
+inline Bytes flip_sign(Bytes raw) { return {_mm512_xor_si512(raw.v, _mm512_set1_epi8(static_cast<char>(0x80)))}; }
+inline Bytes stored_bytes(Bytes raw) { return flip_sign(raw); }
 inline Int8::Codes stored_codes(Bytes stored) { return stored; }
 inline void store_int8(int8_t* p, Vector a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));

@@ -148,6 +148,13 @@ inline void transpose(const Bytes (&rows)[Vector::kLanes], uint8_t* out, int64_t
     }
 }
 
+// 有符号的字节加 128 成为无符号的（Int8 的零点），或反过来。
+inline Bytes flip_sign(Bytes raw) {
+    for (uint8_t& byte : raw.v) {
+        byte = static_cast<uint8_t>(byte ^ 0x80);
+    }
+    return raw;
+}
 inline Bytes stored_bytes(const Bytes& raw) { return raw; }
 // 4 行各 32 字节：out 的第 k 个向量是第 8k..8k+7 列，一路一列，4 行的字节相邻。
 inline void weave(const Bytes (&rows)[4], uint8_t* out, int64_t stride) {

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import deepseek_export
@@ -67,7 +67,7 @@ def check(
     o, cache = call(session, inputs)
     want, want_cache = reference(inputs)
     rounded = CpuLibrary(library.path, library.isas, isa).factors(cache_dtype)
-    limit = TOLERANCES["op", coarser(dtype, rounded)]
+    limit = TOLERANCES["op", coarser(coarser(dtype, rounded), "int8" if weight_dtype == "int8" else None)]
     assert limit.accepts(measure(o.astype(np.float32), want)), measure(o.astype(np.float32), want)
     assert np.array_equal(cache.astype(np.float32), want_cache)
     poisoned = inputs | {"kv_cache": inputs["kv_cache"].copy()}
@@ -105,6 +105,8 @@ def cases(draw):
         widths |= {"dr": 32 * draw(st.integers(1, 2)), "r": 32 * draw(st.integers(1, 3))}
     S, H, extra = draw(st.integers(1, 20)), draw(st.integers(1, 9)), draw(st.integers(0, 400))
     past = draw(st.lists(st.integers(0, extra), min_size=1, max_size=3))
+    # 只有几个数的输出可能是抵消剩下的零头，bfloat16 的参照自己就差几个末位，相对误差没有意义。
+    assume(len(past) * S * H * widths["dv"] >= 16)
     dtypes = draw(st.sampled_from(sorted(COMPUTES))), draw(st.sampled_from(sorted(CACHES)))
     return *dtypes, S, H, S + extra, past, widths, draw(st.sampled_from(["absorb", "naive", "auto"]))
 
@@ -123,7 +125,7 @@ def test_any_shape(library, case, data):
 @pytest.mark.parametrize("form", ["absorb", "naive"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_int8_weights(library, isa: str, form: str):
-    """CPU-16：int8 的 w_kv_b 与还原的同一份权重在容差之内，每种块、每种缓存；r 不是向量长度的倍数也行。"""
+    """CPU-16：int8 的 w_kv_b 与还原的同一份权重在容差之内，每种块、每种缓存；r 不是向量长度的倍数、行多得不整段留着也行。"""
     if isa not in library.isas:
         pytest.skip(f"这台机器没有 {isa}")
     for block, r in ((32, 96), (64, 64), (128, 128)):
@@ -131,6 +133,8 @@ def test_int8_weights(library, isa: str, form: str):
             given = {**WIDE, "dn": 6, "dv": 5, "r": r, "weight_dtype": "int8", "weight_block": block}
             inputs = make_inputs("float32", cache_dtype, 3, 2, 80, (0, 70), **given)
             check(library, isa, form, "float32", cache_dtype, inputs, "int8")
+    long = make_inputs("float32", "bfloat16", 2, 1, 17000, (16990,), **WIDE, weight_dtype="int8")
+    check(library, isa, form, "float32", "bfloat16", long, "int8")
 
 
 @pytest.mark.parametrize("width", [64, 65, 70, 72])
