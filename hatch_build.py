@@ -1,8 +1,12 @@
-"""安装时顺便构建 C++ 算子库；构建不了就装成纯 Python，说一行原因。"""
+"""安装时顺便构建 C++ 算子库；构建不了就装成纯 Python，说一行原因。
+
+环境变量 ``DSX_CPU_TARGET`` 给另一种处理器构建 wheel（见 ``plugins/cpu/build.py``）：构建不了就失败，不退成纯 Python。
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -25,6 +29,13 @@ class CpuLibraryHook(BuildHookInterface):
         assert spec.loader is not None
         builder = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(builder)
+        target = os.environ.get("DSX_CPU_TARGET", "")
+        if target:
+            library = builder.build(target=target)
+            build_data["force_include"][str(library)] = f"deepseek_export/_native/{library.name}"
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-linux_{target}"
+            return
         try:
             builder.build()
         except builder.Unavailable as reason:

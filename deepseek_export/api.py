@@ -31,6 +31,7 @@ from deepseek_export.runtime import BundleTokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from deepseek_export.bundle.description import ExportSettings
     from deepseek_export.engine.build import BuiltEngine
     from deepseek_export.engine.flavour import FlavourName
     from deepseek_export.engine.triton import TritonModel
@@ -48,6 +49,7 @@ def export(
     weights: WeightsMode = "packed",
     hash_weights: bool = True,
     quantization: Quantization | Literal["checkpoint"] | None = None,
+    calibrate: Path | str | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     check: bool = False,
@@ -67,6 +69,7 @@ def export(
         hash_weights: 见 :class:`~deepseek_export.bundle.description.ExportSettings`。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；``"checkpoint"``
             是 4 位的检查点照发布的码，其余保持浮点；缺省不量化，4 位的还原成浮点。
+        calibrate: 按这个文本文件校准 int4 的码（GPTQ），困惑度的损失更小；只用于 ``int4``、打包的权重，目录里要有 tokenizer。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
@@ -76,7 +79,7 @@ def export(
 
     Raises:
         DsxError: 见各层；``DSX-E605`` 校验不过；``DSX-E004`` 设了 ``fallback.on_drift=naive`` 而没有 ``check``；
-            ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出；``DSX-E501`` 目录里的 tokenizer 读不了。
+            ``DSX-E810`` 模型对象导出不了，或 ``tokenizer`` 与目录同时给出；``DSX-E501`` 目录里的 tokenizer 读不了；``DSX-E660`` 到 ``DSX-E663`` 校准不了。
     """
     require_export("导出")
     from deepseek_export.bundle.description import ExportSettings
@@ -91,11 +94,14 @@ def export(
             "加 --check（Python 里 check=True），或去掉 fallback.on_drift",
         )
     with _checkpoint_directory(checkpoint, out, weights, overwrite, tokenizer) as source:
+        found = None
         if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
-            BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
+            found = BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
         settings = ExportSettings(
             resolved, target, dtype, weights, hash_weights, as_published(quantization, source, resolved)
         )
+        if calibrate is not None:
+            settings = _with_calibration(settings, Path(source), Path(calibrate), found)
         write = partial(export_bundle, source, out, overwrite=overwrite, progress=progress)
         if not check:
             return write(settings)
@@ -112,6 +118,27 @@ def export(
         return write(replace(settings, profile=naive), accept=accept, notes=(note,))
 
 
+def _with_calibration(
+    settings: ExportSettings, checkpoint: Path, text: Path, tokenizer: BundleTokenizer | None
+) -> ExportSettings:
+    """读校准的文本；不能校准的，读之前就说。"""
+    from deepseek_export.bundle.calibrated import check_calibration
+    from deepseek_export.calibration import read_calibration
+    from deepseek_export.checkpoint import load_model_config
+
+    check_calibration(settings)
+    if tokenizer is None:
+        raise DsxError(
+            "DSX-E663",
+            f"{checkpoint} 里没有 tokenizer.json，编码不了 {text}",
+            "把模型的 tokenizer.json 放进检查点目录，或去掉 --calibrate",
+        )
+    config = load_model_config(checkpoint)
+    limits = (config.vocab_size, config.max_position_embeddings)
+    calibration = read_calibration(text, tokenizer.encode, tokenizer.bos_id, *limits)
+    return replace(settings, calibration=calibration)
+
+
 class ExportOptions(TypedDict, total=False):
     """:func:`export_stages` 原样交给 :func:`export` 的参数，意思与缺省都同那里。"""
 
@@ -120,6 +147,7 @@ class ExportOptions(TypedDict, total=False):
     weights: WeightsMode
     hash_weights: bool
     quantization: Quantization | Literal["checkpoint"] | None
+    calibrate: Path | str | None
     check: bool
 
 

@@ -78,7 +78,7 @@ def _mla_decode(suite: SuiteResult) -> dict[str, Picture]:
 
 
 def _sparse(suite: SuiteResult) -> dict[str, Picture]:
-    series = ((sparse.PEER, 0), (sparse.DENSE, 2), (sparse.DSA, 1), (sparse.DSA_INT8, 3))
+    series = ((sparse.PEER, 0), (sparse.DENSE, 2), (sparse.DSA, 1), (sparse.DSA_INT8, 3), (sparse.LLAMA, 4))
     cases = [case for case in suite.cases if "context" in case.facts]
     return {
         f"b{batch}": _by_context(

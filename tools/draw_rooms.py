@@ -35,7 +35,7 @@ GROUPS = {
         ),
     ),
     "run": ("证明与运行", ("parity", "runtime", "formats", "backend")),
-    "mid": ("编译", ("engine", "kernels", "bundle", "passes", "capture", "reference", "ops")),
+    "mid": ("编译", ("engine", "kernels", "bundle", "passes", "capture", "calibration", "reference", "ops")),
     "in": ("读检查点、定方案", ("plan", "checkpoint", "profile")),
     "any": ("谁都用得着的小件", ()),
 }

@@ -1,9 +1,9 @@
 """发布用的包：``dist/`` 里一个 sdist，一个带 C++ 算子库的 manylinux wheel。
 
-    python -m tools.make_wheel [--out dist]
+    python -m tools.make_wheel [--out dist] [--target aarch64]
 
 wheel 由 sdist 构建，所以 sdist 也是全的。头文件是钉住的那一版；auditwheel 核对库只用旧系统也有的符号，并写上平台标签。
-没有编译器时平常的安装会装成纯 Python，发布不行：这里算失败。
+没有编译器时平常的安装会装成纯 Python，发布不行：这里算失败。``--target`` 为另一种处理器交叉编译，缺省是本机的。
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILDER = ROOT / "plugins/cpu/build.py"
-#: 至少要能装在这么旧的 glibc 上：与 ONNX Runtime、PyTorch 自己的 wheel 相同。
-OLDEST = f"manylinux_2_28_{platform.machine()}"
+#: 至少要能装在这么旧的 glibc 上：与 ONNX Runtime、PyTorch 自己的 wheel 相同；后面是处理器。
+OLDEST = "manylinux_2_28"
 
 
 class Failed(Exception):
     """构建不成；文字是原因与怎么办。"""
 
 
-def make_wheel(out: Path) -> tuple[Path, Path]:
+def make_wheel(out: Path, target: str = "") -> tuple[Path, Path]:
     """构建，放进 ``out``，替换同名的。
 
     Args:
         out: 目标目录，没有就建。
+        target: 为哪种处理器交叉编译；缺省是本机。
 
     Returns:
         sdist 与 wheel 的路径。
@@ -44,16 +45,26 @@ def make_wheel(out: Path) -> tuple[Path, Path]:
     headers = _run(sys.executable, BUILDER, "--headers").strip()
     with tempfile.TemporaryDirectory(prefix="dsx-wheel-") as folder:
         built, repaired = Path(folder) / "built", Path(folder) / "repaired"
-        _run(sys.executable, "-m", "build", "--outdir", built, ROOT, ORT_INCLUDE_DIR=headers)
+        _run(
+            sys.executable,
+            "-m",
+            "build",
+            "--outdir",
+            built,
+            ROOT,
+            ORT_INCLUDE_DIR=headers,
+            DSX_CPU_TARGET=target,
+        )
         (sdist,), (plain,) = built.glob("*.tar.gz"), built.glob("*.whl")
         if plain.stem.endswith("-any"):
             raise Failed("wheel 里没有 C++ 算子库：先让 make plugins 成功")
-        _run(sys.executable, "-m", "auditwheel", "repair", "--plat", OLDEST, "-w", repaired, plain)
+        label = f"{OLDEST}_{target or platform.machine()}"
+        _run(sys.executable, "-m", "auditwheel", "repair", "--plat", label, "-w", repaired, plain)
         (wheel,) = repaired.glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         moved = [out / path.name for path in (sdist, wheel)]
-        for source, target in zip((sdist, wheel), moved, strict=True):
-            shutil.move(source, target)
+        for source, place in zip((sdist, wheel), moved, strict=True):
+            shutil.move(source, place)
     return moved[0], moved[1]
 
 
@@ -71,8 +82,10 @@ def main() -> int:
     """命令行入口。"""
     parser = argparse.ArgumentParser(description="构建发布用的 sdist 与 manylinux wheel。")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="放在哪里；缺省 dist/")
+    parser.add_argument("--target", default="", help="为哪种处理器交叉编译，例如 aarch64；缺省是本机的")
+    arguments = parser.parse_args()
     try:
-        made = make_wheel(parser.parse_args().out)
+        made = make_wheel(arguments.out, arguments.target)
     except Failed as reason:
         print(reason, file=sys.stderr)
         return 1

@@ -13,8 +13,11 @@ from deepseek_export import __version__
 from deepseek_export.machine import cores, cpu_flags, cpu_model, installed, memory_bytes
 
 _LIBRARIES = ("torch", "onnxruntime", "onnx", "transformers", "numpy")
-#: 决定矩阵乘快慢的那些标志。
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+#: 决定矩阵乘快慢的那些标志；后三个是 ARM 的。
+_FLAGS = (
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8"),
+    *("asimddp", "i8mm", "bf16"),
+)
 
 #: 测量自己写的：先量的一套写了，后量的一套并不因此是改过的源码。
 _WRITTEN = ("perf/history", "docs/perf")

@@ -23,6 +23,7 @@ from deepseek_export.bundle.manifest import (
     WeightsEntry,
     WeightsMode,
 )
+from deepseek_export.calibration import CalibrationText
 from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint import Checkpoint, ModelConfig
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -47,6 +48,7 @@ class ExportSettings:
         hash_weights: 按引用时也读一遍检查点，记下每个文件整个的 sha256；``False`` 不为此读它，记进 ``fallbacks``，以后证明不了它没有变。
             打包的写的时候就算好了，与此无关。
         quantization: 只量化权重；``None`` 不量化。
+        calibration: 按这段文本校准 int4 的码；``None`` 取最近的码。
     """
 
     profile: OptimizationProfile
@@ -55,6 +57,7 @@ class ExportSettings:
     weights: WeightsMode = "packed"
     hash_weights: bool = True
     quantization: Quantization | None = None
+    calibration: CalibrationText | None = None
 
 
 @dataclass

@@ -20,6 +20,12 @@ from deepseek_export.bundle.by_reference import (
     link_checkpoint,
     reference_slots,
 )
+from deepseek_export.bundle.calibrated import (
+    WeightSource,
+    check_calibration,
+    scratch_bytes,
+    weight_source,
+)
 from deepseek_export.bundle.description import ExportedGraph, ExportSettings, graph_label, manifest_of
 from deepseek_export.bundle.disk import (
     atomic_directory,
@@ -59,9 +65,9 @@ from deepseek_export.checkpoint.int4_published import int4_notes
 from deepseek_export.checkpoint.recipe import (
     Recipe,
     mtp_recipes,
-    quantization_error,
     weight_recipes,
 )
+from deepseek_export.checkpoint.restored import quantization_error
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import LIBRARY_TARGET, NO_LIBRARY, CpuLibrary, library_for
 from deepseek_export.errors import DsxError
@@ -136,13 +142,15 @@ def export_bundle(
 
     Raises:
         DsxError: 1xx 检查点、2xx 捕获、3xx pass、4xx 磁盘与路径、``DSX-E520`` / ``DSX-E521`` 算子库用不了；``DSX-E136`` 方案说了索引 key 怎么存，模型没有索引器；``DSX-E119`` 方案打开了 MTP 而检查点没有；
-            ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E322`` 目标不支持 int8 缓存。
+            ``DSX-E310`` / ``DSX-E311`` 不能量化；``DSX-E312`` ``keep`` 里有什么也没匹配到的；``DSX-E313`` 没有可量化的权重；``DSX-E660`` 不能校准；``DSX-E322`` 目标不支持 int8 缓存。
     """
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
     check_target(settings.target, settings.dtype)
     check_cache(settings.target, settings.profile)
     if settings.quantization is not None:
         check_quantization(settings.target, settings.dtype)
+    if settings.calibration is not None:
+        check_calibration(settings)
     out = output_path(out)
     check_replaceable(out, overwrite)
     with output_lock(out):
@@ -152,7 +160,7 @@ def export_bundle(
         export.compile(source)
         fallbacks = export.fallbacks(source, notes)
         if settings.weights == "packed":  # 有的权重没有换成：这时才知道真正要写多少
-            check_free_space(out, export.weight_bytes)
+            check_free_space(out, export.weight_bytes + export.scratch_bytes(source))
         with atomic_directory(out, overwrite) as directory:
             export.write(source, directory, fallbacks)
             accept(directory)
@@ -176,6 +184,10 @@ class _Export:
     def weight_bytes(self) -> int:
         """全部权重，按引用的也算。"""
         return sum(recipe.nbytes for recipe in self.recipes.values())
+
+    def scratch_bytes(self, source: Checkpoint) -> int:
+        """导出时另外临时占的磁盘。"""
+        return scratch_bytes(self.recipes, source) if self.settings.calibration is not None else 0
 
     @property
     def quantized(self) -> list[str]:
@@ -248,10 +260,20 @@ class _Export:
         return found
 
     def write(self, source: Checkpoint, directory: Path, fallbacks: list[str]) -> None:
-        """写满 ``directory``：权重、图、带着的文件、manifest、报告。"""
-        settings = self.settings
-        with self.watch("weights"):
-            slots, weight_files, hashed = self._write_weights(source, directory)
+        """写满 ``directory``：权重、图、带着的文件、manifest、报告；要校准的先校准。"""
+        settings, errors = self.settings, {}
+        calibration, modules = settings.calibration, self._modules
+        with weight_source(
+            source, self.recipes, calibration, modules, directory, self.progress, self.watch
+        ) as weights:
+            self.recipes = weights.recipes
+            for line in weights.fallbacks:
+                self.progress.note(line)
+            fallbacks = [*fallbacks, *weights.fallbacks]
+            with self.watch("weights"):
+                slots, weight_files, hashed = self._write_weights(source, weights, directory)
+            if settings.quantization is not None:
+                errors = _quantization_report(weights, self.progress)
         with self.watch("graph"):
             self._write_graphs(source, directory, slots)
         with disk_errors(directory):
@@ -271,9 +293,9 @@ class _Export:
             )
             report = self._report() | {"float32_islands": islands}
             if settings.quantization is not None:
-                quantized = QuantizationEntry.of(settings.quantization, self.quantized)
+                quantized = QuantizationEntry.of(settings.quantization, self.quantized, weights.entry)
                 manifest = manifest.model_copy(update={"quantization": quantized})
-                report["quantization"] = _quantization_report(self.recipes, source, self.progress)
+                report["quantization"] = errors
             write_json(directory / "manifest.json", manifest.model_dump(mode="json"))
             (directory / "reports").mkdir()
             write_json(directory / "reports/export.json", report)
@@ -288,11 +310,11 @@ class _Export:
         return capture_draft(config, profile, index, dtype, on_step)
 
     def _write_weights(
-        self, source: Checkpoint, directory: Path
+        self, source: Checkpoint, weights: WeightSource, directory: Path
     ) -> tuple[dict[str, Slot], list[str], dict[str, FileEntry]]:
         """各个权重在哪个文件的哪里；权重文件的名字；已经算好哈希的。"""
         if self.settings.weights == "packed":
-            packed = write_packed(directory, self.recipes, source.store, self.progress)
+            packed = write_packed(directory, weights.recipes, weights.store, self.progress)
             return packed.slots, [WEIGHTS_FILE], {WEIGHTS_FILE: packed.entry}
         self.progress.start("链接检查点")
         check_small(self.recipes, source.store)
@@ -367,15 +389,13 @@ def _check_keep(quantization: Quantization, config: ModelConfig, modules: int) -
         )
 
 
-def _quantization_report(
-    weights: dict[str, Recipe], source: Checkpoint, progress: Progress
-) -> dict[str, Any]:
+def _quantization_report(weights: WeightSource, progress: Progress) -> dict[str, Any]:
     """每个量化了的权重偏了多少，最敏感（相对误差最大）的几个点名；照检查点的 4 位码写的，一位不差的有几个，scale 舍入了的是哪些。"""
-    codes = {name: recipe for name, recipe in weights.items() if recipe.op in ("codes", "rows")}
+    codes = {name: recipe for name, recipe in weights.recipes.items() if recipe.op in ("codes", "rows")}
     progress.start("量化误差", len(codes))
     errors = {}
     for name, recipe in codes.items():
-        errors[name] = quantization_error(name, recipe, source.store)
+        errors[name] = quantization_error(name, recipe, weights.store)
         progress.advance(1, name)
     published = {
         name: not errors[name].max_abs

@@ -141,24 +141,55 @@ class CacheEntry(_Entry):
         )
 
 
+class CalibrationEntry(_Entry):
+    """int4 的码是怎么校准的。
+
+    Attributes:
+        method: ``gptq``，见 :mod:`deepseek_export.calibration`。
+        file, sha256: 校准的文本，文件名不带目录。
+        tokens, windows: 用了多少个 token，切成几窗。
+        damping: Gram 矩阵的阻尼。
+        tensors: 校准了多少个检查点张量。
+        nearest: 见过的 token 太少、照常取最近的码的。
+    """
+
+    method: Literal["gptq"]
+    file: str
+    sha256: str
+    tokens: int
+    windows: int
+    damping: float
+    tensors: int
+    nearest: list[str]
+
+
 class QuantizationEntry(_Entry):
     """只量化权重的 bundle：格式、用户要保留的，以及实际量化了哪些权重。
 
     Attributes:
         kind, block, keep: 见 :class:`~deepseek_export.checkpoint.weight_only.Quantization`。
         tensors: 量化了的权重，按量化之前的名字；与词嵌入共享的 lm_head 记作 ``lm_head.weight``。
+        calibration: int4 的码是校准得来的；``None`` 是最近的码。
     """
 
     kind: QuantKind
     block: QuantBlock
     keep: list[str]
     tensors: list[str]
+    calibration: CalibrationEntry | None = None
 
     @classmethod
-    def of(cls, quantization: Quantization, tensors: list[str]) -> QuantizationEntry:
-        """由导出时的选项与实际量化了的权重建立。"""
-        keep = list(quantization.keep)
-        return cls(kind=quantization.kind, block=quantization.block, keep=keep, tensors=tensors)
+    def of(
+        cls, quantization: Quantization, tensors: list[str], calibration: CalibrationEntry | None
+    ) -> QuantizationEntry:
+        """由导出时的选项、实际量化了的权重与校准建立。"""
+        return cls(
+            kind=quantization.kind,
+            block=quantization.block,
+            keep=list(quantization.keep),
+            tensors=tensors,
+            calibration=calibration,
+        )
 
     def formats(self, scale: ScaleDtype) -> dict[str, BlockFormat]:
         """权重名 → 格式，供参考模型换上同样的权重；``scale`` 是 scale 的 dtype。"""

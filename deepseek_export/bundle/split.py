@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -146,14 +147,21 @@ def _balanced(
     def weight(names: Iterable[str]) -> float:
         return sum(weigh(manifest, name) for name in names)
 
-    used = [set(cutter.weights(layer, layer + 1)) for layer in range(layers)]
+    # 沿用选择的层与前面排名的那一层之间还有别的要过（DSX-E746），总在一起；别的模型一层是一组。
+    starts = [layer for layer in range(layers) if manifest.model.chooser_of(layer) in (None, layer)]
+    groups = list(pairwise([*starts, layers]))
+    if wanted > len(groups):
+        what = f"{manifest.model.family} 的有些层沿用前面一层选的 key，要与那一层在一起，切不成 {wanted} 个 stage"
+        raise DsxError("DSX-E740", what, f"--stages 至多 {len(groups)}")
+    used = [set(cutter.weights(begin, end)) for begin, end in groups]
     # 首尾两层的图里还有词嵌入、输出头，它们不随那一层走。
     ends = {name for at in (0, -1) for name in used[at] if not _in_layers(name)}
     head = {name for name in used[-1] if name in ends}
     for model in drafts if balance == "bytes" else ():  # 草稿模块跑不跑、几个，由生成的时候定
         head |= {tensor.name for tensor in model.graph.initializer if external_location(tensor)}
     first = weight(name for name in used[0] if name in ends and not (balance == "time" and name == _EMBED))
-    return balanced([weight(names - ends) for names in used], first, weight(head), wanted)
+    spans = balanced([weight(names - ends) for names in used], first, weight(head), wanted)
+    return [(groups[begin][0], groups[end - 1][1]) for begin, end in spans]
 
 
 def _nbytes(manifest: Manifest, name: str) -> float:

@@ -21,25 +21,23 @@ from deepseek_export.checkpoint.config import ModelConfig
 from deepseek_export.checkpoint.fp8 import fp8_values
 from deepseek_export.checkpoint.int4_codes import (
     Part,
-    exact_scales,
     keeps_codes,
     kept_codes,
     kept_rows,
     kept_scales,
     kept_signed_codes,
-    rounding,
 )
 from deepseek_export.checkpoint.int4_config import Int4Layout
 from deepseek_export.checkpoint.int4_weights import Int4Weight, weight_shape
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.checkpoint.weight_only import (
     BlockFormat,
-    QuantError,
     block_codes,
     block_scales,
     dequantized,
     largest_weight,
     signed_codes,
+    stored_codes,
     unpacked_int4,
 )
 from deepseek_export.dtypes import DTYPES
@@ -78,6 +76,7 @@ class Recipe(BaseModel):
         int4: 来源是 4 位时怎么排，先还原；``None`` 表示来源不是 4 位。
         of: 量化之前的配方，只有 ``codes``、``scales``、``rows`` 有。
         form: 量化的格式，只有 ``codes``、``scales``、``rows`` 有。
+        calibrated: 码与 scale 是校准得来的，不能由检查点一步算出：导出时读 :func:`calibrated_name` 的张量，之后在 bundle 的权重文件里。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,6 +90,7 @@ class Recipe(BaseModel):
     int4: Int4Layout | None = None
     of: Recipe | None = None
     form: BlockFormat | None = None
+    calibrated: bool = False
 
     @field_serializer("sources")
     def _folded(self, sources: tuple[str, ...]) -> tuple[str, ...]:
@@ -164,6 +164,11 @@ def quantized_recipes(recipe: Recipe, form: BlockFormat, signed: bool = False) -
     return codes, part("scales", (*rows, blocks), form.scale)
 
 
+def calibrated_name(source: str, part: Literal["codes", "scales"]) -> str:
+    """检查点的张量 ``source`` 校准之后的码（[N, K] int8）或 scale（[N, ceil(K/block)]）叫什么。"""
+    return f"{source}.calibrated_{part}"
+
+
 def packed_rows(recipe: Recipe, form: BlockFormat) -> Recipe:
     """一个浮点矩阵 → 码与 scale 放在一起的行；宽度是 block 的倍数，scale 是 float16。"""
     *rows, width = recipe.shape
@@ -235,7 +240,9 @@ def materialize(
         DsxError: ``DSX-E115`` 来源有 NaN/Inf；``DSX-E116`` 转成目标 dtype 时溢出，或 scale 溢出；``DSX-E652`` 4 位的来源
             自相矛盾。
     """
-    if recipe.of is not None and recipe.form is not None and keeps_codes(recipe.of.int4, recipe.form):
+    if recipe.calibrated and recipe.of is not None:
+        yield from _arranged(recipe.of, lambda source: _calibrated(source, recipe, store, chunk_bytes))
+    elif recipe.of is not None and recipe.form is not None and keeps_codes(recipe.of.int4, recipe.form):
         yield from _arranged(recipe.of, lambda source: _published(source, recipe, store, chunk_bytes))
     elif recipe.of is not None and recipe.form is not None:
         part = _part(recipe)
@@ -257,7 +264,17 @@ def _arranged(recipe: Recipe, pieces: Callable[[str], Iterator[np.ndarray]]) -> 
     else:
         for source in recipe.sources:
             for rows in pieces(source):
-                yield rows if recipe.groups is None else _deinterleaved(rows, *recipe.groups)
+                yield rows if recipe.groups is None else deinterleaved(rows, *recipe.groups)
+
+
+def _calibrated(source: str, recipe: Recipe, store: TensorStore, chunk_bytes: int) -> Iterator[np.ndarray]:
+    """一个来源，校准得来的码或 scale。"""
+    assert recipe.of is not None
+    assert recipe.form is not None
+    name = calibrated_name(source, "scales" if recipe.op == "scales" else "codes")
+    for start, stop in chunks(store[name].shape, recipe.of, chunk_bytes):
+        rows = store.read_rows(name, start, stop)
+        yield rows if recipe.op == "scales" else stored_codes(rows, recipe.form, recipe.dtype != "uint8")
 
 
 def _published(source: str, recipe: Recipe, store: TensorStore, chunk_bytes: int) -> Iterator[np.ndarray]:
@@ -266,7 +283,7 @@ def _published(source: str, recipe: Recipe, store: TensorStore, chunk_bytes: int
     assert recipe.of.int4 is not None
     assert recipe.form is not None
     weight, part = Int4Weight(source, recipe.of.int4, store), _kept_part(recipe)
-    for start, stop in _chunks(weight.shape, recipe.of, chunk_bytes):
+    for start, stop in chunks(weight.shape, recipe.of, chunk_bytes):
         yield part(weight, recipe.form, start, stop)
 
 
@@ -286,41 +303,6 @@ def _part(recipe: Recipe) -> Callable[[np.ndarray, BlockFormat], np.ndarray]:
     if recipe.op == "scales":
         return block_scales
     return block_codes if recipe.dtype == "uint8" else signed_codes
-
-
-def quantization_error(name: str, recipe: Recipe, store: TensorStore) -> QuantError:
-    """``codes``、``rows`` 配方量化掉了多少；逐块读，照原来的码、scale 也放得下的不读码。参数、错误同 :func:`materialize`。"""
-    assert recipe.of is not None
-    assert recipe.form is not None
-    layout, form = recipe.of.int4, recipe.form
-    if layout is not None and keeps_codes(layout, form):
-        weights = (Int4Weight(source, layout, store) for source in recipe.sources)
-        if all(exact_scales(weight, form) for weight in weights):
-            return QuantError(relative=0.0, max_abs=0.0)
-    error = norm = largest = 0.0
-    for rows, kept in _before_and_after(name, recipe, store):
-        gap = kept - rows
-        error += float(np.square(gap, dtype=np.float64).sum())
-        norm += float(np.square(rows, dtype=np.float64).sum())
-        largest = max(largest, float(np.abs(gap).max(initial=0.0)))
-    return QuantError(relative=math.sqrt(error / norm) if norm else 0.0, max_abs=largest)
-
-
-def _before_and_after(
-    name: str, recipe: Recipe, store: TensorStore
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """逐块的（量化之前的权重，之后的权重），float32。"""
-    assert recipe.of is not None
-    assert recipe.form is not None
-    if recipe.of.int4 is not None and keeps_codes(recipe.of.int4, recipe.form):
-        for source in recipe.sources:
-            weight = Int4Weight(source, recipe.of.int4, store)
-            for start, stop in _chunks(weight.shape, recipe.of, CHUNK_BYTES):
-                yield rounding(weight, recipe.form, start, stop)
-        return
-    for rows in materialize(name, recipe.of, store):
-        rows = rows.astype(np.float32, copy=False)
-        yield rows, dequantized(rows, recipe.form)
 
 
 def load_quantized(name: str, recipe: Recipe, form: BlockFormat, store: TensorStore) -> np.ndarray:
@@ -348,8 +330,8 @@ def _converted(
 ) -> Iterator[np.ndarray]:
     """一个来源：逐块读出、反量化、查 NaN、转 dtype。"""
     dtype = DTYPES[recipe.dtype].numpy
-    shape, read = _reader(source, recipe, store)
-    for start, stop in _chunks(shape, recipe, chunk_bytes):
+    shape, read = reader(source, recipe, store)
+    for start, stop in chunks(shape, recipe, chunk_bytes):
         array = read(start, stop)
         finite = np.isfinite(array)
         if not finite.all():
@@ -371,7 +353,7 @@ def _converted(
         yield converted
 
 
-def _reader(
+def reader(
     source: str, recipe: Recipe, store: TensorStore
 ) -> tuple[tuple[int, ...], Callable[[int, int], np.ndarray]]:
     """一个来源还原之后的形状，与读它的 [start, stop) 行的函数。"""
@@ -382,7 +364,7 @@ def _reader(
     return store[source].shape, lambda start, stop: store.read_rows(source, start, stop)
 
 
-def _chunks(shape: tuple[int, ...], recipe: Recipe, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+def chunks(shape: tuple[int, ...], recipe: Recipe, chunk_bytes: int) -> Iterator[tuple[int, int]]:
     """每块是哪几行：从 FP8 的块、也从一组的边界开始。"""
     rows = max(chunk_bytes // (4 * math.prod(shape[1:]) or 1), 1)
     unit = math.lcm(
@@ -404,7 +386,7 @@ def _check_scales(name: str, rows: np.ndarray, form: BlockFormat) -> None:
         )
 
 
-def _deinterleaved(array: np.ndarray, rows: int, tail: int) -> np.ndarray:
+def deinterleaved(array: np.ndarray, rows: int, tail: int) -> np.ndarray:
     """``rows`` 行一组，每组最后 ``tail`` 行由 x0 y0 x1 y1 … 排成 x0 x1 … y0 y1 …。"""
     head = np.arange(rows - tail)
     order = np.concatenate([head, np.arange(rows - tail, rows).reshape(-1, 2).T.ravel()])

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -109,6 +109,22 @@ class TensorStore:
         if weight_map is not None:
             _check_index(index, weight_map, specs)
         return cls(directory, shards, MappingProxyType(_per_expert(specs)))
+
+    @classmethod
+    def of(cls, directory: Path, names: Iterable[str]) -> TensorStore:
+        """几个 safetensors 文件里的张量，名字原样；不是检查点。
+
+        Raises:
+            DsxError: ``DSX-E101`` / ``DSX-E110``，同 :meth:`open`。
+        """
+        shards = tuple(_read_shard(directory / name) for name in names)
+        specs = {name: spec for shard in shards for name, spec in shard.specs.items()}
+        return cls(directory, shards, MappingProxyType(specs))
+
+    def joined(self, other: TensorStore) -> TensorStore:
+        """连同另一处的张量；两边的名字不重复。"""
+        specs = MappingProxyType({**self._specs, **other._specs})
+        return TensorStore(self.directory, (*self._shards, *other._shards), specs)
 
     @property
     def names(self) -> tuple[str, ...]:

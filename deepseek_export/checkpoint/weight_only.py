@@ -119,6 +119,30 @@ def block_codes(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
     return codes if form.bits == 8 else codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
+def block_steps(weights: np.ndarray, scales: np.ndarray, form: BlockFormat) -> np.ndarray:
+    """[..., K] 与它的 scale → [..., K] int8，最近的码，有符号。"""
+    steps = _steps(_blocks(weights, form.block), scales.astype(np.float32), form)
+    return steps.reshape(*weights.shape[:-1], -1)[..., : weights.shape[-1]].astype(np.int8)
+
+
+def stored_codes(steps: np.ndarray, form: BlockFormat, signed: bool) -> np.ndarray:
+    """:func:`block_steps` 那样的码 → 存储的字节，写法同 :func:`block_codes`、:func:`signed_codes`。"""
+    short = -steps.shape[-1] % form.block
+    padded = np.pad(steps, [(0, 0)] * (steps.ndim - 1) + [(0, short)]).view(np.uint8)
+    wide = padded if signed else padded + np.uint8(form.zero)
+    codes = (wide[..., ::2] & 0xF) | (wide[..., 1::2] << 4) if form.bits == 4 else wide
+    return codes if signed else codes.reshape(*steps.shape[:-1], -1, form.block * form.bits // 8)
+
+
+def loaded_steps(codes: np.ndarray, form: BlockFormat, shape: tuple[int, ...], signed: bool) -> np.ndarray:
+    """:func:`stored_codes` 的逆：存储的字节 → ``shape`` 的 int8。"""
+    stored = codes.reshape(-1).view(np.uint8)
+    codes = np.stack([stored & 0xF, stored >> 4], axis=-1) if form.bits == 4 else stored
+    wide = codes.reshape(*shape[:-1], -1)[..., : shape[-1]].astype(np.int16)
+    half = 2 * form.zero
+    return (((wide + form.zero) % half - form.zero) if signed else wide - form.zero).astype(np.int8)
+
+
 def signed_codes(weights: np.ndarray, form: BlockFormat) -> np.ndarray:
     """[..., K] → [..., K*bits/8] uint8，有符号的写法的字节；K 是 block 的倍数。"""
     codes = block_codes(weights, form) ^ np.uint8(0x80 if form.bits == 8 else 0x88)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import re
 from collections import Counter
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import click
@@ -21,7 +23,10 @@ from deepseek_export.machine import cores, cpu_flags, installed, memory_bytes, n
 from deepseek_export.units import size
 from deepseek_export.version import __version__
 
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
+#: 处理器 → 列出的 CPU 标志，Linux 的名字；别的处理器一个也不列。
+CPU_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"x86_64": ("avx2", "avx512f", "avx512_bf16", "amx_tile"), "aarch64": ("asimddp", "i8mm", "bf16")}
+)
 
 
 #: 编译与校验要的一组；只跑 bundle 的人不必有，没有不算毛病，太旧才算。
@@ -128,7 +133,7 @@ def diagnose() -> dict[str, Any]:
         "dsx": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": {"cores": cores(), "flags": None if flags is None else {f: f in flags for f in CPU_FLAGS}},
+        "cpu": {"cores": cores(), "flags": None if flags is None else _shown_flags(flags)},
         "memory_bytes": memory_bytes(),
         "packages": packages,
         "gpu": {
@@ -140,6 +145,10 @@ def diagnose() -> dict[str, Any]:
         "cpu_library": _cpu_library(),
         "trace_cache": None if traces is None else str(traces),
     }
+
+
+def _shown_flags(flags: set[str]) -> dict[str, bool]:
+    return {flag: flag in flags for flag in CPU_FLAGS.get(platform.machine(), ())}
 
 
 def _does_without(package: dict[str, Any]) -> bool:
@@ -249,7 +258,7 @@ def _print(found: dict[str, Any]) -> None:
             [
                 ("Python", found["python"]),
                 ("平台", found["platform"]),
-                ("CPU", f"{found['cpu']['cores']} 核；{shown}"),
+                ("CPU", "；".join(filter(None, (f"{found['cpu']['cores']} 核", shown)))),
                 ("内存", "未知" if memory is None else size(memory)),
                 ("GPU", _gpu_line(found["gpu"])),
                 ("C++ 算子库", _library_line(found["cpu_library"])),

@@ -63,6 +63,9 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
         rows.append(
             ("量化", f"{quant['kind']}，每 {quant['block']} 个一块，{len(quant['tensors'])} 个权重{kept}")
         )
+        if (found := quant["calibration"]) is not None:
+            how = f"{found['method'].upper()}，按 {found['file']} 的 {found['tokens']:,} 个 token"
+            rows.append(("校准", how))
     if summary["dtype"] == "float16":
         rows.append(("float32 孤岛", islands or "没有"))
     if summary["target"] == LIBRARY_TARGET:

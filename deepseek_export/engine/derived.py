@@ -111,6 +111,12 @@ def buildable_bundle(
     if derived is not None:
         progress.note(note)
         return derived
+    if manifest.quantization is not None and manifest.quantization.calibration is not None:
+        raise DsxError(
+            "DSX-E660",
+            f"{bundle.path} {reason}，而它的 int4 是校准过的：由检查点另导出的一份没有校准",
+            f"自己导出再建：{_export_command(bundle, _dtype(manifest), True)} --calibrate FILE",
+        )
     progress.start(f"{bundle.path} 的图不能直接建引擎：由检查点另导出一份")
     try:
         return export_bundle(
@@ -165,6 +171,8 @@ def engine_bundle(bundle: Bundle) -> Bundle:
 def existing_derived(bundle: Bundle) -> Bundle | None:
     """已经另导出的那一份；没有、坏了，或不是由这个 bundle 的检查点、方案与量化来的，是 ``None``：再导出一次就好。"""
     manifest = bundle.manifest
+    if manifest.quantization is not None and manifest.quantization.calibration is not None:
+        return None  # 另导出的没有校准过
     try:
         derived = Bundle.open(derived_folder(bundle))
     except DsxError:

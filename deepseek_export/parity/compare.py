@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from deepseek_export.backend.base import Run
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.disk import atomic_directory, disk_errors, output_path, write_json
 from deepseek_export.bundle.manifest import GraphEntry
+from deepseek_export.bundle.roundings import roundings
 from deepseek_export.bundle.source import open_source
 from deepseek_export.capture import names
 from deepseek_export.checkpoint import Checkpoint
@@ -37,6 +38,7 @@ from deepseek_export.parity.subgraph import ModelGraph, attention_dtype, feeds_f
 from deepseek_export.parity.tolerances import Dtype, tolerance
 from deepseek_export.progress import Progress
 from deepseek_export.reference import DraftModel, Forms, ReferenceModel, load_draft, load_reference
+from deepseek_export.reference.weights import Rounding
 
 FOLDER = "reports/compare"
 REPORT, BISECT = "compare.json", "bisect"
@@ -146,9 +148,8 @@ def compare_bundle(
     checkpoint = open_source(bundle, against)
     out = output_path(folder) if folder is not None else bundle.path / FOLDER
     progress.start("加载参考模型")
-    model = load_reference(
-        checkpoint, Forms.for_reference(manifest.profile), manifest.dtype, manifest.formats
-    )
+    rounding = roundings(bundle)
+    model = load_reference(checkpoint, Forms.for_reference(manifest.profile), manifest.dtype, rounding)
     cases: list[BlockCase] = []
     commands: dict[str, str] = {}
     culprit = None
@@ -158,7 +159,7 @@ def compare_bundle(
             if not prefixes:
                 continue
             progress.start(f"PyTorch 参照：{entry.file}")
-            reference, found = _reference(bundle, checkpoint, model, entry, seed)
+            reference, found = _reference(bundle, checkpoint, model, rounding, entry, seed)
             progress.start(f"比较 {entry.file}")
             for name, runner in runners.items():
                 progress.advance(0, name)
@@ -224,7 +225,12 @@ def _prefixes(manifest: Manifest, blocks: Sequence[str]) -> list[tuple[str, str]
 
 
 def _reference(
-    bundle: Bundle, checkpoint: Checkpoint, model: ReferenceModel, entry: GraphEntry, seed: int
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    model: ReferenceModel,
+    rounding: Mapping[str, Rounding],
+    entry: GraphEntry,
+    seed: int,
 ) -> tuple[ReferenceModel | DraftModel, list[Block]]:
     """一张图的参考实现与它的全部块。"""
     manifest, rows = bundle.manifest, block_rows(bundle.manifest, seed)
@@ -232,7 +238,7 @@ def _reference(
     if entry.role == "main":
         return model, list(main_blocks(manifest, model, rows, keys))
     index = manifest.drafts.index(entry)
-    drafts = [load_draft(checkpoint, i, model, manifest.dtype, manifest.formats) for i in range(index + 1)]
+    drafts = [load_draft(checkpoint, i, model, manifest.dtype, rounding) for i in range(index + 1)]
     *_, run = draft_runs(manifest, model, drafts, rows)
     return run.draft, list(draft_blocks(manifest, run, keys))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ from deepseek_export.parity.report import ActivationRange, QuantLoss
 from deepseek_export.parity.subgraph import ModelGraph
 from deepseek_export.progress import Progress
 from deepseek_export.reference import ReferenceModel, load_draft
+from deepseek_export.reference.weights import Rounding
 from deepseek_export.runtime import (
     BundleTokenizer,
     DraftSession,
@@ -36,6 +37,7 @@ class Context:
         bundle: 被验证的 bundle。
         checkpoint: 对照的检查点。
         model: 同一个方案、同样权重的参考模型。
+        rounding: 权重名 → 检查点的值怎么变成 bundle 里的，见 :mod:`~deepseek_export.bundle.roundings`。
         tokenizer: bundle 的，没有就是 ``None``。
         backend: 整个模型在哪里运行。
         rows: 各条 prompt 的 token。
@@ -53,6 +55,7 @@ class Context:
     bundle: Bundle
     checkpoint: Checkpoint
     model: ReferenceModel
+    rounding: Mapping[str, Rounding]
     tokenizer: BundleTokenizer | None
     backend: Backend
     rows: Sequence[Sequence[int]]
@@ -100,7 +103,7 @@ class Context:
         """草稿模型的文件名 → 它的参考实现与输入。"""
         manifest = self.manifest
         drafts = [
-            load_draft(self.checkpoint, i, self.model, manifest.dtype, manifest.formats)
+            load_draft(self.checkpoint, i, self.model, manifest.dtype, self.rounding)
             for i in range(len(manifest.drafts))
         ]
         runs = draft_runs(manifest, self.model, drafts, self.block_rows)
@@ -146,7 +149,7 @@ class Context:
     @cached_property
     def rounded(self) -> Oracle:
         """权重与缓存同 bundle 一样舍入的参考模型。"""
-        return ReferenceOracle.for_bundle(self.checkpoint, self.manifest)
+        return ReferenceOracle.for_bundle(self.checkpoint, self.manifest, self.rounding)
 
     def want(self, check: Check) -> Oracle:
         """``check`` 与谁比；不直接与基准比的，报告也要写明基准是谁。"""

@@ -18,13 +18,12 @@ from deepseek_export.checkpoint import Checkpoint, expected_tensors
 from deepseek_export.checkpoint.bind import bind_recipes
 from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.checkpoint.recipe import Recipe, load_array
-from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.keys import index_int8, narrow_cache
 from deepseek_export.paths import read_text
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.reference.mla import AttentionForm
-from deepseek_export.reference.weights import torch_dtype
+from deepseek_export.reference.weights import Rounding, torch_dtype
 from deepseek_export.version import MIN_TRANSFORMERS
 
 
@@ -115,7 +114,7 @@ class ReferenceOracle:
         self,
         checkpoint: Checkpoint,
         dtype: str,
-        quantized: Mapping[str, BlockFormat] = MappingProxyType({}),
+        quantized: Mapping[str, Rounding] = MappingProxyType({}),
         attention: AttentionForm = "expanded",
         cache_dtype: str | None = None,
         index_int8: bool = False,
@@ -126,13 +125,15 @@ class ReferenceOracle:
         self._cache_dtype = torch_dtype(cache_dtype or dtype)
 
     @classmethod
-    def for_bundle(cls, checkpoint: Checkpoint, manifest: Manifest) -> ReferenceOracle:
+    def for_bundle(
+        cls, checkpoint: Checkpoint, manifest: Manifest, rounding: Mapping[str, Rounding]
+    ) -> ReferenceOracle:
         """与 bundle 同样的权重（含量化）与缓存 dtype；缓存窄的，舍入的是同样的 latent，注意力取另一种形式。"""
         narrow = narrow_cache(manifest)
         attention: AttentionForm = "expanded"
         if narrow is not None:
             attention = "absorb" if manifest.profile.mla.form == "naive" else "naive"
-        return cls(checkpoint, manifest.dtype, manifest.formats, attention, narrow, index_int8(manifest))
+        return cls(checkpoint, manifest.dtype, rounding, attention, narrow, index_int8(manifest))
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> np.ndarray:

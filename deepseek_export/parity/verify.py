@@ -11,6 +11,7 @@ from deepseek_export.backend import backend_named
 from deepseek_export.backend.base import Backend
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import keeping, write_report
+from deepseek_export.bundle.roundings import roundings
 from deepseek_export.bundle.source import open_source
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.errors import DsxError
@@ -85,8 +86,12 @@ def verify_bundle(
 
     progress.start("加载参考模型")
     forms = Forms.for_reference(manifest.profile)
-    model = load_reference(checkpoint, forms, manifest.dtype, manifest.formats)
-    context = Context(bundle, checkpoint, model, tokenizer, chosen, rows, passage, steps, seed, progress)
+    holders = () if stages is None else [Bundle.open(directory) for directory in stages.directories]
+    rounding = roundings(bundle, holders)
+    model = load_reference(checkpoint, forms, manifest.dtype, rounding)
+    context = Context(
+        bundle, checkpoint, model, rounding, tokenizer, chosen, rows, passage, steps, seed, progress
+    )
     lengths = [len(row) for row in rows]
     planned = checks(manifest, chosen.limits(bundle), levels, lengths, attention_dtype(manifest))
     if stages is not None:

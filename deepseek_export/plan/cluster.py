@@ -210,7 +210,8 @@ class _Planner:
             micro_batches=1,
             cuts=",".join(f"{begin}-{end - 1}" if end - begin > 1 else str(begin) for begin, end in spans),
             stage_plans=plans,
-            fits=all(one.weight_bytes + one.cache_bytes <= self.usable for one in plans),
+            fits=all(one.weight_bytes + one.cache_bytes <= self.usable for one in plans)
+            and all(map(self._starts, spans)),
             single_tokens_per_second=None,
             single_bound=None,
             full_tokens_per_second=None,
@@ -226,12 +227,17 @@ class _Planner:
         layers, head = self._model.seconds(work, self._cluster.machine)
 
         def fits(span: Span) -> bool:
-            return self._held(span, rows) <= self.usable
+            return self._starts(span) and self._held(span, rows) <= self.usable
 
         spans = balanced(layers, 0, head, stages, fits)
         if spans:
             return spans
-        return balanced([self._held((layer, layer + 1), rows) for layer in range(self._layers)], 0, 0, stages)
+        sizes = [self._held((layer, layer + 1), rows) for layer in range(self._layers)]
+        return balanced(sizes, 0, 0, stages, self._starts) or balanced(sizes, 0, 0, stages)
+
+    def _starts(self, span: Span) -> bool:
+        """``dsx split`` 从这里切得开吗：沿用选择的层要与前面排名的那一层在一起。"""
+        return self._model.shape.config.chooser_of(span[0]) in (None, span[0])
 
     def _stage(self, span: Span, rows: int) -> StagePlan:
         weights, cache = self._model.held(span)

@@ -6,22 +6,19 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from deepseek_export.checkpoint import Checkpoint, ModelConfig, require_mtp
+from deepseek_export.checkpoint import Checkpoint, ModelConfig, TensorStore, require_mtp
 from deepseek_export.checkpoint.bind import bind_recipes
-from deepseek_export.checkpoint.recipe import (
-    Recipe,
-    load_array,
-    load_quantized,
-    mtp_recipes,
-    weight_recipes,
-)
-from deepseek_export.checkpoint.weight_only import BlockFormat
+from deepseek_export.checkpoint.recipe import Recipe, load_array, mtp_recipes, weight_recipes
 from deepseek_export.dtypes import DTYPES, Dtype
 from deepseek_export.reference.model import Forms, ReferenceModel
 from deepseek_export.reference.mtp import DraftModel
+
+#: 权重名、浮点的配方、检查点张量 → bundle 里实际的值，形状、dtype 同配方。
+Rounding = Callable[[str, Recipe, TensorStore], np.ndarray]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -65,7 +62,7 @@ def load_reference(
     checkpoint: Checkpoint,
     forms: Forms,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-    quantized: Mapping[str, BlockFormat] = MappingProxyType({}),
+    quantized: Mapping[str, Rounding] = MappingProxyType({}),
 ) -> ReferenceModel:
     """从检查点建参考模型。
 
@@ -73,7 +70,7 @@ def load_reference(
         checkpoint: 已校验的检查点。
         forms: MLA 与 MoE 的算法。
         dtype: 计算 dtype；router 权重始终 float32。
-        quantized: 权重名 → 量化格式；这些权重换成量化再还原的值，与量化的 bundle 相同。
+        quantized: 权重名 → 怎么量化再还原；这些权重因此与量化的 bundle 相同。
 
     Returns:
         eval 模式、不求梯度的模型。
@@ -93,7 +90,7 @@ def load_draft(
     index: int,
     main: ReferenceModel,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-    quantized: Mapping[str, BlockFormat] = MappingProxyType({}),
+    quantized: Mapping[str, Rounding] = MappingProxyType({}),
 ) -> DraftModel:
     """从检查点建第 ``index`` 个 MTP 模块的草稿模型；词嵌入与 lm_head 与 ``main`` 共用同一块内存。
 
@@ -122,22 +119,19 @@ def load_draft(
 
 
 def load_tensor(
-    name: str, recipe: Recipe, checkpoint: Checkpoint, quantized: BlockFormat | None = None
+    name: str, recipe: Recipe, checkpoint: Checkpoint, quantized: Rounding | None = None
 ) -> torch.Tensor:
     """一个 initializer 的内容，转成 torch 张量；torch 不认 ml_dtypes 的 bfloat16，按位转。
 
     Args:
         name, recipe: initializer 与它的配方，已经过 ``bind_recipes``。
         checkpoint: 已校验的检查点。
-        quantized: 量化格式；给了就换成量化再还原的值。
+        quantized: 怎么量化再还原；``None`` 是原来的值。
 
     Raises:
         DsxError: 同 :func:`load_reference`。
     """
-    if quantized is None:
-        array = load_array(name, recipe, checkpoint.store)
-    else:
-        array = load_quantized(name, recipe, quantized, checkpoint.store)
+    array = (quantized or load_array)(name, recipe, checkpoint.store)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -149,7 +143,7 @@ def _fill(
     recipes: dict[str, Recipe],
     loaded: dict[str, torch.Tensor],
     checkpoint: Checkpoint,
-    quantized: Mapping[str, BlockFormat],
+    quantized: Mapping[str, Rounding],
 ) -> None:
     """每个参数设置一次；``loaded`` 里已有的直接共用。"""
     recipes, state = bind_recipes(recipes, checkpoint), {}
@@ -167,7 +161,7 @@ def _fill(
     model.eval().requires_grad_(False)
 
 
-def _stored_name(parameter: str, name: str, quantized: Mapping[str, BlockFormat]) -> str:
+def _stored_name(parameter: str, name: str, quantized: Mapping[str, Rounding]) -> str:
     """``loaded`` 里的键；与词嵌入共享的 lm_head，两者有一个量化了就成了两份权重。"""
     alone = parameter == "head.lm_head.weight" and ("lm_head.weight" in quantized or name in quantized)
     return "lm_head.weight" if alone else name

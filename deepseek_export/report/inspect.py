@@ -29,6 +29,10 @@ def inspect_page(path: str, summary: dict[str, Any]) -> Page:
         facts.append(("检查点的量化", summary["int4"]))
     if (quant := summary["quantization"]) is not None:
         facts.append(("量化", f"{quant['kind']}，每 {quant['block']} 个一块，{len(quant['tensors'])} 个权重"))
+        if (found := quant["calibration"]) is not None:
+            facts.append(
+                ("校准", f"{found['method'].upper()}，按 {found['file']} 的 {found['tokens']} 个 token")
+            )
     facts += [
         ("float32 孤岛", _counts(summary["float32_islands"]) or "没有"),
         ("导出时的 C++ 算子库", summary["cpu_library"] or "没有"),

@@ -3,7 +3,8 @@
 墙钟是没有打开剖析的会话走的，与打开的轮流；各部分：
 
 - kernel 与等线程来自 ONNX Runtime 自己的剖析：每个节点的用时，与线程池在其中分活、等别的线程的用时；
-- 每个节点的开销另用一串几乎不算什么的节点量：多一个节点多几微秒，减去剖析里那个节点自己的，乘节点数；
+- 每个节点的开销另用一串几乎不算什么的节点量，不打开剖析：多一个节点多几微秒，乘节点数。剖析让每个节点长得多：这样一个节点在剖析里多长，
+  就从每个 kernel 里减去多少；
 - 主机循环是剖析的一步里不在 ``model_run`` 之内的，会话是 ``model_run`` 里不在执行器之内的。
 
 没有门槛：只说明别的几套量到的时间由什么组成。
@@ -59,11 +60,18 @@ FULL = Scenario()
 QUICK = Scenario(shape="peers-2", kinds=("int8",), depths=(0,), steps=5)
 
 
+class NodeCost(NamedTuple):
+    """一个几乎不算什么的节点要几秒：不打开剖析时，与剖析里看到的。"""
+
+    plain: float
+    profiled: float
+
+
 class Account(NamedTuple):
     """剖析的几步，平均每步的秒数。
 
     Attributes:
-        operators: 算子 → kernel 的用时，等线程的不算。
+        operators: 算子 → kernel 的用时，等线程的、剖析自己的不算。
         waits: 分活、等别的线程。
         nodes: 每步几个节点。
         session: ``model_run`` 里不在执行器之内的。
@@ -81,7 +89,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     """剖析每一种位数、每一种深度。"""
     scenario = QUICK if quick else FULL
     checkpoint = workspace.checkpoint(scenario.shape, dtype="bfloat16")
-    each = node_seconds(threads, workspace.folder)
+    each = node_cost(threads, workspace.folder)
     cases = []
     for kind in scenario.kinds:
         quantization = Quantization(kind=kind, block=scenario.block)
@@ -118,8 +126,8 @@ def _runner(out: Path, threads: int, profile: Path | None = None) -> OrtRunner:
     )
 
 
-def node_seconds(threads: int, folder: Path) -> float:
-    """多一个节点，执行器多用几秒：两串长短不同的节点之差，减去剖析里一个这样的节点自己的。"""
+def node_cost(threads: int, folder: Path) -> NodeCost:
+    """不打开剖析的是两串长短不同的节点之差；都取最快的一遍：慢的几遍里是别的进程。"""
 
     def timed(length: int, profile: Path | None = None) -> tuple[float, list[dict[str, Any]]]:
         session = open_session(_chain(length), SessionSettings(threads=threads, profile=profile)).session
@@ -131,8 +139,10 @@ def node_seconds(threads: int, folder: Path) -> float:
         return min(seconds), [] if profile is None else _read_profile(session)
 
     short, long = (timed(length)[0] for length in _CHAINS)
-    own = [event["dur"] * _MICRO for event in _kernels(timed(_CHAINS[-1], folder / "chain")[1])]
-    return max((long - short) / (_CHAINS[-1] - _CHAINS[0]) - statistics.mean(own), 0.0)
+    own = [event["dur"] for event in _kernels(timed(_CHAINS[-1], folder / "chain")[1])]
+    fastest = min(sum(own[start : start + _CHAINS[-1]]) for start in range(0, len(own), _CHAINS[-1]))
+    plain = max(long - short, 0.0) / (_CHAINS[-1] - _CHAINS[0])
+    return NodeCost(plain, fastest * _MICRO / _CHAINS[-1])
 
 
 def _read_profile(session: Any) -> list[dict[str, Any]]:
@@ -156,7 +166,7 @@ def _chain(length: int) -> bytes:
     return model.SerializeToString()
 
 
-def profile(out: Path, name: str, depth: int, steps: int, threads: int, each: float, folder: Path) -> Case:
+def profile(out: Path, name: str, depth: int, steps: int, threads: int, each: NodeCost, folder: Path) -> Case:
     """一格：没有剖析的与剖析的轮流走同一步。"""
     profiled, events = open_profiled(out, threads, folder)
     sessions = {"dsx": ModelSession(_runner(out, threads)), "profiled": profiled}
@@ -173,11 +183,11 @@ def profile(out: Path, name: str, depth: int, steps: int, threads: int, each: fl
         return walk
 
     walls = interleaved({key: step(key) for key in sessions}, steps)
-    found = account(events(), steps)
+    found = account(events(), steps, each.profiled)
     parts = {
         KERNELS: sum(found.operators.values()),
         WAITS: found.waits,
-        NODES: each * found.nodes,
+        NODES: each.plain * found.nodes,
         SESSION: found.session,
         HOST: max(statistics.mean(walls["profiled"]) - found.run, 0.0),
     }
@@ -194,15 +204,16 @@ def profile(out: Path, name: str, depth: int, steps: int, threads: int, each: fl
     )
 
 
-def account(events: list[dict[str, Any]], steps: int) -> Account:
-    """剖析的最后 ``steps`` 步；之前的要分配、要把权重读进来，不算。"""
+def account(events: list[dict[str, Any]], steps: int, own: float) -> Account:
+    """剖析的最后 ``steps`` 步；之前的要分配、要把权重读进来，不算。``own`` 是剖析里每个节点自己的那几秒。"""
     runs = sorted((event for event in events if event["name"] == "model_run"), key=lambda event: event["ts"])
     first = runs[-steps]["ts"]
     late = [event for event in events if event["ts"] >= first]
     operators, waits, nodes = defaultdict[str, float](float), 0.0, 0
     for event in _outermost(_kernels(late)):
         waited = _waited(event["args"])
-        operators[event["args"]["op_name"]] += max(event["dur"] - waited, 0) * _MICRO / steps
+        seconds = max((event["dur"] - waited) * _MICRO - own, 0.0)
+        operators[event["args"]["op_name"]] += seconds / steps
         waits += min(waited, event["dur"]) * _MICRO / steps
         nodes += 1
     executors = (event for event in late if event["name"] == "SequentialExecutor::Execute")

@@ -233,6 +233,7 @@ class Workspace:
         dtype: ModelDtype = "float32",
         overrides: tuple[str, ...] = (),
         quantization: Quantization | None = None,
+        calibrate: Path | None = None,
     ) -> Path:
         """``ort-cpu`` 的 bundle。"""
         out = self.folder / "bundles" / f"{len(list((self.folder / 'bundles').glob('*')))}"
@@ -244,6 +245,7 @@ class Workspace:
             dtype=dtype,
             overrides=overrides,
             quantization=quantization,
+            calibrate=calibrate,
         )
         return out
 

@@ -21,6 +21,7 @@ using dsx::kInt8Part;
 using dsx::kInt8Tile;
 
 constexpr int64_t kQuads = kInt8Tile / 4;
+static_assert(kBytes % kPairStep == 0 && kQuads % (kPairStep / 4) == 0);
 static_assert(kInt8Part % kBytes == 0 && kInt8Tile % kColumnTile == 0);
 
 inline int64_t padded_bytes(int64_t n) { return (n + kBytes - 1) / kBytes * kBytes; }
@@ -129,10 +130,10 @@ inline void score_part(const Pairs& q, const uint8_t* keys, int64_t group, int64
             acc[i][j] = pair_start(q.row(i).starts);
         }
     }
-    for (int64_t t = 0; t < count; t += 4) {
-        decltype(pair_codes(Bytes{})) codes[J];
+    for (int64_t t = 0; t < count; t += kPairStep) {
+        PairCodes codes[J];
         for (int j = 0; j < J; ++j) {
-            codes[j] = pair_codes(load_bytes(keys + j * group + t * kLanes));
+            codes[j] = load_pair_codes(keys + j * group + t * kLanes);
         }
         for (int i = 0; i < R; ++i) {
             const PairActs x = splat_pair(q.planes + i * q.stride, count, t);
@@ -194,10 +195,10 @@ inline void mix_part(const Pairs& p, const uint8_t* values, int64_t quads, const
             acc[i][j] = pair_start(p.row(i).starts);
         }
     }
-    for (int64_t t = 0; t < quads; ++t) {
-        decltype(pair_codes(Bytes{})) codes[J];
+    for (int64_t t = 0; t < quads; t += kPairStep / 4) {
+        PairCodes codes[J];
         for (int j = 0; j < J; ++j) {
-            codes[j] = pair_codes(load_bytes(values + (j * kQuads + t) * kBytes));
+            codes[j] = load_pair_codes(values + (j * kQuads + t) * kBytes);
         }
         for (int i = 0; i < R; ++i) {
             const PairActs x = splat_pair(p.planes + i * p.stride, kInt8Tile, 4 * t);

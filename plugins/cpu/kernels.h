@@ -71,6 +71,9 @@ extern const Kernels kPlainKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;
+extern const Kernels kNeonBf16Kernels;
 #endif
 
 }  // namespace dsx

@@ -23,7 +23,7 @@ const OrtCustomOpDomain* domain() {
         add_mla_attention(domain);
         add_lightning_indexer(domain);
         // 只有普通循环可用的平台上不登记：ONNX Runtime 自己的 kernel 在那里快得多，走函数体。
-        if (available_kernels().size() > 1) {
+        if (available_isas().size() > 1) {
             add_quant_linear(domain);
             add_quant_experts(domain);
         }
@@ -50,8 +50,8 @@ DSX_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
 DSX_EXPORT const char* dsx_cpu_isas() {
     static const std::string names = [] {
         std::string out;
-        for (const dsx::Kernels* kernels : dsx::available_kernels()) {
-            out += out.empty() ? kernels->name : std::string(",") + kernels->name;
+        for (const std::string& isa : dsx::available_isas()) {
+            out += out.empty() ? isa : "," + isa;
         }
         return out;
     }();

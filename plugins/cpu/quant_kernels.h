@@ -93,6 +93,10 @@ extern const QuantKernels kPlainInt8, kPlainInt4;
 #if defined(__x86_64__)
 extern const QuantKernels kAvx2Int8, kAvx2Int4;
 extern const QuantKernels kAvx512VnniInt8, kAvx512VnniInt4;
+#elif defined(__aarch64__)
+extern const QuantKernels kNeonInt8, kNeonInt4;
+extern const QuantKernels kNeonDotprodInt8, kNeonDotprodInt4;
+extern const QuantKernels kNeonI8mmInt8, kNeonI8mmInt4;
 #endif
 
 }  // namespace dsx

@@ -162,7 +162,10 @@ struct PairSums {
     __m256i v;
 };
 
-inline PairCodes pair_codes(Bytes stored) {
+constexpr int64_t kPairStep = 4;
+
+inline PairCodes load_pair_codes(const uint8_t* from) {
+    const Bytes stored = load_bytes(from);
     return {_mm256_srai_epi16(_mm256_slli_epi16(stored.v, 8), 8), _mm256_srai_epi16(stored.v, 8)};
 }
 // 每 4 个数占 8 个字节：偶数个在前，奇数个在后。

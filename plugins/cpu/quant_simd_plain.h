@@ -175,9 +175,11 @@ struct PairActs {
 };
 using PairSums = Vector;
 
-inline PairCodes pair_codes(const Bytes& stored) {
+constexpr int64_t kPairStep = 4;
+
+inline PairCodes load_pair_codes(const uint8_t* stored) {
     int32_t words[Vector::kLanes];
-    std::memcpy(words, stored.v, sizeof words);
+    std::memcpy(words, stored, sizeof words);
     PairCodes out;
     for (int k = 0; k < 4; ++k) {
         for (int i = 0; i < Vector::kLanes; ++i) {

@@ -61,6 +61,20 @@ def test_index_keys_are_a_cache(exported):
     assert np.array_equal(step(whole, ids[50:], 50), want)
 
 
+def test_stages_keep_shared_layers_with_their_indexer(exported, tmp_path: Path):
+    """CLUSTER-2：沿用选择的层与排名的那一层总在一个 stage，token 不变；切不成那么多个就说至多几个。"""
+    bundle = exported("glm-dsa", "mla+moe")
+    made = deepseek_export.split(bundle.path, tmp_path / "two", 2)
+    assert [item.layers for item in made.record.stages] == [[0, 1], [2, 3]]
+    prompt = [tokens(40, seed=3)[0].tolist()]
+    want = deepseek_export.load(bundle.path, 1).generate(prompt, 8, ignore_eos=True).token_ids
+    with deepseek_export.load(made.path, 1) as model:
+        assert model.generate(prompt, 8, ignore_eos=True).token_ids == want
+    with pytest.raises(DsxError, match="DSX-E740") as caught:
+        deepseek_export.split(bundle.path, tmp_path / "three", 3)
+    assert caught.value.todo == "--stages 至多 2"
+
+
 @pytest.mark.parametrize(
     ("variant", "target"),
     [

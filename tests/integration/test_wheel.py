@@ -25,21 +25,27 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 #: 指令集写错时，只有真的要用库才会拒绝：证明走的是库的 kernel。
 NOT_AN_ISA = "sse9"
+#: ELF 文件头里 aarch64 的编号。
+EM_AARCH64 = 183
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``make wheel`` 的产物：后缀 → 路径。"""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("manylinux 的 wheel 只能在 Linux 上构建")
     if not (shutil.which("cmake") and shutil.which("c++")):
         pytest.skip("没有 cmake 或 C++ 编译器，构建不了 wheel")
+    return _packages(tmp_path_factory.mktemp("dist"))
+
+
+def _packages(out: Path, *arguments: str) -> dict[str, Path]:
+    """构建在 ``out`` 里的：后缀 → 路径；没有头文件就跳过。"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("manylinux 的 wheel 只能在 Linux 上构建")
     try:
         builder().pinned_header()
     except builder().Unavailable as reason:
         pytest.skip(str(reason))
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "tools.make_wheel", "--out", str(out)]
+    command = [sys.executable, "-m", "tools.make_wheel", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     paths = [Path(line) for line in done.stdout.splitlines()]
@@ -98,6 +104,26 @@ def test_what_is_inside(packages: dict[str, Path]) -> None:
         "tests/conftest.py",
         "LICENSE",
     } <= inside
+
+
+def test_aarch64_is_cross_compiled(tmp_path: Path) -> None:
+    """CPU-20、CPU-25：交叉编译的 wheel 标着 aarch64，里面的库是 aarch64 的；没有编译器就失败，不装成纯 Python。"""
+    _, compiler, package = builder().TARGETS["aarch64"]
+    if shutil.which("cmake") is None or shutil.which(compiler) is None:
+        pytest.skip(f"没有 {compiler}：apt-get install {package}")
+    wheel = _packages(tmp_path, "--target", "aarch64")[".whl"]
+    assert re.fullmatch(
+        rf"deepseek_export-{re.escape(__version__)}-py3-none-.*manylinux_2_28_aarch64\.whl", wheel.name
+    )
+    with zipfile.ZipFile(wheel) as opened:
+        (library,) = (name for name in opened.namelist() if name.endswith("libdsx_cpu.so"))
+        header = opened.read(library)[:20]
+    assert library == "deepseek_export/_native/libdsx_cpu.so"
+    assert (header[:4], int.from_bytes(header[18:20], "little")) == (b"\x7fELF", EM_AARCH64)
+    command = [sys.executable, "-m", "tools.make_wheel", "--out", str(tmp_path), "--target", "riscv64"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "不会为 riscv64 交叉编译" in refused.stderr
 
 
 def test_installs_and_runs_without_a_compiler(environment: Path, demo: Path, tmp_path: Path) -> None:

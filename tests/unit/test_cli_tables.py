@@ -223,6 +223,17 @@ def test_cpu_flags_are_read_and_may_be_absent(tmp_path):
     assert machine.cpu_flags(path) is None
 
 
+def test_doctor_lists_the_flags_of_this_processor(monkeypatch):
+    """CPU-25：ARM 上列的是 ARM 的标志；不认识的处理器一个也不列。"""
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: {"fp", "asimddp", "bf16"})
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    assert doctor.diagnose()["cpu"]["flags"] == {"asimddp": True, "i8mm": False, "bf16": True}
+    process = dsx("doctor")
+    assert re.search("核；asimddp 有 +i8mm 无 +bf16 有", process.stdout)
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "riscv64")
+    assert doctor.diagnose()["cpu"]["flags"] == {}
+
+
 def test_doctor_reports_missing_and_old_packages(monkeypatch):
     def version(name):
         if name.startswith("tensorrt") or name == "transformers":

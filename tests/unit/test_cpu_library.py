@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
@@ -64,23 +65,39 @@ def check(
 ) -> None:
     """结果在容差之内，缓存逐位相同；长度之外填 NaN（int8 填任意字节）、换成不原地，结果一位不变。"""
     session = session_for(library, dtype, cache_dtype, isa, form, 1, weight_dtype)
-    o, cache = call(session, inputs)
-    want, want_cache = reference(inputs)
     rounded = CpuLibrary(library.path, library.isas, isa).factors(cache_dtype)
-    limit = TOLERANCES["op", coarser(coarser(dtype, rounded), "int8" if weight_dtype == "int8" else None)]
-    assert limit.accepts(measure(o.astype(np.float32), want)), measure(o.astype(np.float32), want)
-    assert np.array_equal(cache.astype(np.float32), want_cache)
-    poisoned = inputs | {"kv_cache": inputs["kv_cache"].copy()}
+    got = call(session, inputs)
+    assert_attends(got, inputs, rounded)
+    assert_same_rows(call(session, poisoned(inputs), in_place=False), got, inputs)
+
+
+def assert_attends(got: Sequence[np.ndarray], inputs: dict[str, np.ndarray], rounded: str | None) -> None:
+    """``o`` 在容差之内，缓存逐位相同；``rounded`` 是乘数舍入成什么。"""
+    want, want_cache = reference(inputs)
+    weight = "int8" if inputs["w_kv_b"].dtype == np.int8 else None
+    limit = TOLERANCES["op", coarser(coarser(inputs["q_nope"].dtype.name, rounded), weight)]
+    found = measure(got[0].astype(np.float32), want)
+    assert limit.accepts(found), found
+    assert np.array_equal(got[1].astype(np.float32), want_cache)
+
+
+def poisoned(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``past_lens`` 之后的缓存填 NaN，int8 填任意字节。"""
+    cache = inputs["kv_cache"].copy()
     for b, past in enumerate(inputs["past_lens"]):
-        rows = poisoned["kv_cache"][b, :, past:]
+        rows = cache[b, :, past:]
         rows[...] = (
-            np.nan if cache_dtype != "int8" else np.random.default_rng(1).integers(-128, 128, rows.shape)
+            np.nan if cache.dtype != np.int8 else np.random.default_rng(1).integers(-128, 128, rows.shape)
         )
-    again, copied = call(session, poisoned, in_place=False)
-    assert again.tobytes() == o.tobytes()
+    return inputs | {"kv_cache": cache}
+
+
+def assert_same_rows(again: Sequence[np.ndarray], got: Sequence[np.ndarray], inputs) -> None:
+    """``o`` 逐位相同，缓存里有用的行也是。"""
+    assert again[0].tobytes() == got[0].tobytes()
     for b, past in enumerate(inputs["past_lens"]):
         end = past + inputs["q_nope"].shape[1]
-        assert copied[b, :, :end].tobytes() == cache[b, :, :end].tobytes()
+        assert again[1][b, :, :end].tobytes() == got[1][b, :, :end].tobytes()
 
 
 @pytest.mark.parametrize("form", ["absorb", "naive"])

@@ -70,7 +70,9 @@ def test_every_isa_matches_the_definition(library, isa: str, block: int, bits: i
 @settings(max_examples=60, deadline=None)
 def test_any_shape(library, data):
     """CPU-12：随机的位数、行数、宽度、块、指令集。"""
-    rows, K, N = (data.draw(st.integers(1, most)) for most in (40, 400, 150))
+    rows, K = (data.draw(st.integers(1, most)) for most in (40, 400))
+    # 只有一两个输出时，正负相消的那一个就是全部，差的平方对它的比没有意义；窄的在上面那张表里。
+    N = data.draw(st.integers(16, 150))
     block, bits = data.draw(st.sampled_from([32, 64, 128])), data.draw(st.sampled_from(BITS))
     check(library, bits, data.draw(st.sampled_from(library.isas)), (rows,), K, N, block)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
@@ -34,8 +35,15 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def check_selection(library: CpuLibrary, inputs: dict[str, np.ndarray], topk: int, isa: str) -> None:
-    """缓存逐位相同；选中的集合除了并列带之内的与参考实现相同，形式合乎契约；长度之外的行填 NaN（int8 填任意字节）也不变。"""
+    """选中的集合合乎契约；长度之外的行填 NaN（int8 填任意字节）也不变。"""
     got = select(library, inputs, topk, isa)
+    assert_selects(got, inputs, topk)
+    again = select(library, poisoned_index(inputs), topk, isa, in_place=False)
+    assert np.array_equal(again["indices"], got["indices"])
+
+
+def assert_selects(got: dict[str, np.ndarray], inputs: dict[str, np.ndarray], topk: int) -> None:
+    """缓存逐位相同；选中的集合除了并列带之内的与参考实现相同，形式合乎契约。"""
     indices, counts, cache = lightning_indexer(*map(tensor, inputs.values()), topk)
     assert np.array_equal(got["counts"], counts.numpy())
     assert np.array_equal(got["index_cache_out"].astype(np.float32), cache.float().numpy())
@@ -49,14 +57,17 @@ def check_selection(library: CpuLibrary, inputs: dict[str, np.ndarray], topk: in
     mine, want = mask_of(got["indices"], T), mask_of(indices.numpy(), T)
     kept, _ = Ranking(scores, topk).without_ties(mine, want, SELECTION_BAND["float32"])
     assert np.array_equal(kept, want)
-    poisoned = inputs | {"index_cache": inputs["index_cache"].copy()}
+
+
+def poisoned_index(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``past_lens`` 之后的索引 key 填 NaN，int8 填任意字节。"""
+    changed = inputs | {"index_cache": inputs["index_cache"].copy()}
     for b, past in enumerate(inputs["past_lens"]):
-        beyond = poisoned["index_cache"][b, :, past:]
+        beyond = changed["index_cache"][b, :, past:]
         beyond[:] = (
             np.nan if beyond.dtype != np.int8 else np.random.default_rng(b).integers(-128, 128, beyond.shape)
         )
-    again = select(library, poisoned, topk, isa, in_place=False)
-    assert np.array_equal(again["indices"], got["indices"])
+    return changed
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -128,23 +139,35 @@ def test_nothing_to_rank_needs_no_queries(library):
 
 def check_attention(library: CpuLibrary, inputs: dict[str, np.ndarray], isa: str) -> None:
     """输出在容差之内，缓存逐位相同；没有选中的行填 NaN（int8 填任意字节），结果一位不变。"""
-    o, cache = attend(library, inputs, isa)
-    want, written = sparse_mla_attention(*map(tensor, inputs.values()), SCALE, form="absorb")
     kind = inputs["kv_cache"].dtype.name
-    rounded = CpuLibrary(library.path, library.isas, isa).factors(kind)
-    limit = TOLERANCES["op", coarser(inputs["q_nope"].dtype.name, rounded)]
-    found = measure(o.astype(np.float32), want.float().numpy())
-    assert limit.accepts(found), found
-    assert np.array_equal(cache.astype(np.float32), written.float().numpy())
+    got = attend(library, inputs, isa)
+    assert_attends_to_the_chosen(got, inputs, CpuLibrary(library.path, library.isas, isa).factors(kind))
     if (inputs["past_lens"] + inputs["q_nope"].shape[1]).max() <= inputs["indices"].shape[2]:
         return
-    poisoned = inputs | {"kv_cache": inputs["kv_cache"].copy()}
-    rng = np.random.default_rng(1)
+    again = attend(library, unchosen_poisoned(inputs), isa, in_place=False)
+    assert again[0].tobytes() == got[0].tobytes()
+
+
+def assert_attends_to_the_chosen(
+    got: Sequence[np.ndarray], inputs: dict[str, np.ndarray], rounded: str | None
+) -> None:
+    """``o`` 在容差之内，缓存逐位相同；``rounded`` 是乘数舍入成什么。"""
+    want, written = sparse_mla_attention(*map(tensor, inputs.values()), SCALE, form="absorb")
+    limit = TOLERANCES["op", coarser(inputs["q_nope"].dtype.name, rounded)]
+    found = measure(got[0].astype(np.float32), want.float().numpy())
+    assert limit.accepts(found), found
+    assert np.array_equal(got[1].astype(np.float32), written.float().numpy())
+
+
+def unchosen_poisoned(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """没有选中的行填 NaN，int8 填任意字节。"""
+    changed = inputs | {"kv_cache": inputs["kv_cache"].copy()}
+    kind, rng = changed["kv_cache"].dtype, np.random.default_rng(1)
     for b, past in enumerate(inputs["past_lens"]):
         unread = np.setdiff1d(np.arange(past), inputs["indices"][b])
-        rows = poisoned["kv_cache"][b, 0]
-        rows[unread] = np.nan if kind != "int8" else rng.integers(-128, 128, rows[unread].shape)
-    assert attend(library, poisoned, isa, in_place=False)[0].tobytes() == o.tobytes()
+        rows = changed["kv_cache"][b, 0]
+        rows[unread] = np.nan if kind != np.int8 else rng.integers(-128, 128, rows[unread].shape)
+    return changed
 
 
 @pytest.mark.parametrize("isa", ISAS)

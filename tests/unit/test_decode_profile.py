@@ -30,9 +30,11 @@ def test_events_are_split_into_what_they_are():
     ]
     later = [one | {"ts": one["ts"] + 1000} for one in step]
     warm = [event("model_run", 1, 5000), event("z_kernel_time", 2, 4000, "Add")]
-    found = decode_profile.account([*warm, *later, *step], steps=2)
+    found = decode_profile.account([*warm, *later, *step], steps=2, own=0.0)
     assert found.nodes == 3
     assert found.operators == pytest.approx({"Int8Linear": 24e-6, "Add": 2e-6})
+    less = decode_profile.account([*warm, *later, *step], steps=2, own=3e-6)
+    assert less.operators == pytest.approx({"Int8Linear": 21e-6, "Add": 0})
     assert found.waits == pytest.approx(9e-6)
     assert found.session == pytest.approx(10e-6)
     assert found.run == pytest.approx(60e-6)
@@ -41,8 +43,8 @@ def test_events_are_split_into_what_they_are():
 def test_a_profiled_step_names_every_part(exported, tmp_path):
     """一格有全部五部分与每个算子；打开剖析的与没有打开的各有墙钟，印出来的表每行是一部分。"""
     bundle = exported("v3-yarn", "mla+moe")
-    each = decode_profile.node_seconds(1, tmp_path)
-    assert each >= 0
+    each = decode_profile.node_cost(1, tmp_path)
+    assert min(each) >= 0
     case = decode_profile.profile(bundle.path, "float32 depth 8", 8, 3, 1, each, tmp_path)
     assert set(case.values) == {"dsx.step_s", "profiled.step_s"}
     assert set(case.facts["parts"]) == {KERNELS, WAITS, NODES, SESSION, HOST}

@@ -23,10 +23,10 @@ from deepseek_export.checkpoint.recipe import (
     load_quantized,
     materialize,
     packed_rows,
-    quantization_error,
     quantized_recipes,
     weight_recipes,
 )
+from deepseek_export.checkpoint.restored import quantization_error
 from deepseek_export.checkpoint.weight_only import BlockFormat
 from deepseek_export.errors import DsxError
 from tests.int4_checkpoints import (

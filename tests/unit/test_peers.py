@@ -17,6 +17,7 @@ from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import QUANT_TOLERANCES, TOLERANCES
+from perf.gates import load_gates
 from perf.isolate import Answering, Worker
 from perf.peers.engines import Dsx, Transformers
 from perf.peers.field import RATE, Field, Pair, speeds
@@ -335,6 +336,18 @@ def test_a_case_reports_rates_and_time_ratios():
         f"dsx/{peers.LLAMA}": (0.5, 0.5),
         f"dsx 块 128/{peers.LLAMA}": (0.25, 0.25),
     }
+
+
+def test_optional_gates_name_ratios_that_the_suite_makes():
+    """没有量就不看的门槛，名字写错了也不会有人发现：每个比值都由要比的一对、或读速得来。"""
+    made = {f"{pair.name}/{pair.peer}" for pair in peers.PAIRS}
+    made |= {f"内存 {name}" for name in made}
+    made |= {f"{name}/{peers.READ}" for name in (peers.DSX, peers.DSX_COARSE, peers.DSX_INT4)}
+    cases = {"prefill", "depth 0", "depth 8192", "batch", "内存"}
+    found = [gate for gate in load_gates().gates if gate.suite == "peers"]
+    assert {gate.id for gate in found if gate.optional} == {f"CPU-{number}" for number in range(31, 36)}
+    assert {gate.ratio for gate in found} <= made
+    assert {gate.case for gate in found} <= cases
 
 
 def test_dsx_engine_decodes_rows(tmp_path, exported):

@@ -18,6 +18,7 @@ from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.reference import Forms, load_draft, load_reference
 from perf import gates, isolate, report, results
 from perf.__main__ import cli
+from perf.peers.llama_build import LLAMA_BUILD
 from perf.results import Case, Run, SuiteResult
 from perf.suites import SUITES, cpu_kernel, mla_memory, mtp, scale, sparse
 from perf.workload import engine_build
@@ -211,9 +212,11 @@ def test_the_arithmetic_of_a_sparse_step(tmp_path):
     assert case.ratios["dsa/算术"].low == pytest.approx(10 / 9)
     assert case.ratios["dsa/dense-mla"].samples == (1, 1)
     assert "dsa/transformers" not in case.ratios
-    beside = {"dsa": spread(30.0), "transformers": spread(60.0)}
+    beside = {"transformers": (spread(30.0), spread(60.0)), "llama.cpp": (spread(30.0), spread(40.0))}
     case = sparse.decode_case("x", ten | machine, beside, [sparse.Work(3, 5)], {})
     assert case.ratios["dsa/transformers"].samples == (0.5,)
+    assert case.ratios["dsa/llama.cpp"].samples == (0.75,)
+    assert case.values["llama.cpp.step_s"] == spread(40.0)
     assert case.values["dsa.step_s"] == ten["dsa"]
 
 
@@ -230,10 +233,15 @@ def test_the_nodes_of_a_whole_model():
     assert (dense["MlaAttention"], dense["SparseMlaAttention"], dense["LightningIndexer"]) == (3, 0, 0)
 
 
-def test_a_peer_that_cannot_run_is_told_in_its_own_words():
-    """transformers 在深处跑不动（内存、时限）时记下原话，不让整套失败。"""
+def test_a_peer_that_cannot_run_is_told_in_its_own_words(tmp_path, monkeypatch):
+    """transformers 在深处跑不动（内存、时限）、没有编译 llama.cpp 时记下原话，不让整套失败。"""
     worker = isolate.Worker("tests.isolated:Refuses")
     assert "填不下 7" in sparse.rehearse(worker, 8, 60)
+    monkeypatch.setattr(sparse.isolate, "Worker", lambda *_, **__: worker)
+    monkeypatch.delenv(LLAMA_BUILD, raising=False)
+    peers, failed = sparse.open_peers(tmp_path, sparse.QUICK, tmp_path, 1)
+    assert peers == {sparse.PEER: worker}
+    assert failed.keys() == {sparse.LLAMA}
     worker.close()
 
 

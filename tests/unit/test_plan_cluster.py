@@ -53,6 +53,27 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tied") / "ckpt", changes, sparse=True)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GLM-5 的宽度，八层，第 0、1、2、6 层自己排名，专家少一些。"""
+    changes = {
+        "num_hidden_layers": 8,
+        "index_topk_freq": 4,
+        "index_skip_topk_offset": 3,
+        "n_routed_experts": 8,
+    }
+    thin = {key: value for key, value in (PUBLISHED["GLM_5"] | changes).items() if key != "mlp_layer_types"}
+    return write_checkpoint(tmp_path_factory.mktemp("shared") / "ckpt", thin, sparse=True)
+
+
+def test_shared_layers_stay_with_their_indexer(shared: Path):
+    """CLUSTER-60：切法是 dsx split 收的：沿用选择的层不做一段的开头。"""
+    plan = clustered(shared, "4x cpu 2GB 100GB/s 1TFLOP/s, 10Gb/s", batch=1)
+    for layout in plan.layouts:
+        spans = parse_cuts(layout.cuts, 8)
+        assert {begin for begin, _ in spans} <= {0, 1, 2, 6}, layout.cuts
+
+
 def clustered(path: Path, text: str, profile: Any = ON, **settings: Any) -> ClusterPlan:
     found = make_plan(path, profile, cluster=text, **settings).cluster
     assert found is not None

@@ -19,9 +19,9 @@ from deepseek_export.checkpoint.recipe import (
     Recipe,
     load_array,
     materialize,
-    quantization_error,
     quantized_recipes,
 )
+from deepseek_export.checkpoint.restored import quantization_error
 from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.checkpoint.weight_only import (
     BlockFormat,

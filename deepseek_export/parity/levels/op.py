@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint.bind import bind_recipes
-from deepseek_export.checkpoint.recipe import load_array, load_quantized, mtp_recipes, weight_recipes
+from deepseek_export.checkpoint.recipe import load_array, mtp_recipes, weight_recipes
 from deepseek_export.ops.int8_cache import encode_rows
 from deepseek_export.ops.int8_index import encode_keys
 from deepseek_export.ops.lightning_indexer import lightning_indexer
@@ -49,7 +49,7 @@ def run(check: Check, context: Context) -> Iterator[Case]:
     manifest, checkpoint = context.manifest, context.checkpoint
     entry = next(entry for entry in manifest.graphs if entry.file == check.graph)
     rng = np.random.default_rng(context.seed)
-    config, dtype, formats = checkpoint.config, manifest.dtype, manifest.formats
+    config, dtype, rounding = checkpoint.config, manifest.dtype, context.rounding
     if entry.role == "main":
         recipes = weight_recipes(config, dtype)
     else:
@@ -57,10 +57,8 @@ def run(check: Check, context: Context) -> Iterator[Case]:
     recipes = bind_recipes(recipes, checkpoint)
 
     def weight(name: str) -> Tensor:
-        recipe, store = recipes[name], checkpoint.store
-        if name in formats:
-            return torch.from_numpy(load_quantized(name, recipe, formats[name], store))
-        return torch.from_numpy(load_array(name, recipe, store))
+        read = rounding.get(name, load_array)
+        return torch.from_numpy(read(name, recipes[name], checkpoint.store))
 
     attention, rest = check.keys
     graph = context.graph(check.graph)
