@@ -310,6 +310,7 @@ def test_every_step_is_counted(target, monkeypatch):
             in (
                 "lower-experts-to-ort-moe",
                 "lower-indexer-to-tensorrt",
+                "skip-index-queries",
                 "fuse-quantized-linears",
                 "fold-reshape-shapes",
             )
