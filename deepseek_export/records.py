@@ -19,6 +19,9 @@ QUANT_TARGETS = ("ort-cpu", *TENSORRT_TARGETS)
 #: 全部目标。
 TARGETS = ("portable", *QUANT_TARGETS)
 
+#: 引擎比 bundle 的图多的输出，都是 ``[B, L, 1]``：每个位置最大的 token（int64）与它的 logit（float32，logits 里有 NaN 就是无穷大）。
+BEST_ID, BEST_LOGIT = "best_id", "best_logit"
+
 
 @dataclass(frozen=True)
 class OpSite:

@@ -115,27 +115,6 @@ struct Device {
     CUstream stream = nullptr;
 };
 
-float to_float(const char* data, nvinfer1::DataType type) {
-    uint32_t bits = 0;
-    float value = 0;
-    if (type == nvinfer1::DataType::kFLOAT) {
-        std::memcpy(&value, data, 4);
-        return value;
-    }
-    uint16_t half = 0;
-    std::memcpy(&half, data, 2);
-    if (type == nvinfer1::DataType::kBF16) {
-        bits = static_cast<uint32_t>(half) << 16;
-    } else if ((half & 0x7c00) == 0) {  // float16 的零与非规格化数
-        return (half & 0x8000 ? -1.0f : 1.0f) * static_cast<float>(half & 0x3ff) / 16777216.0f;
-    } else {
-        const uint32_t exponent = (half & 0x7c00) == 0x7c00 ? 0xffu : ((half >> 10) & 0x1fu) + 112u;
-        bits = (half & 0x8000u) << 16 | exponent << 23 | (half & 0x3ffu) << 13;
-    }
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
 class Decoder {
 public:
     Decoder(Device& device, nvinfer1::ICudaEngine& engine) : device_(device), engine_(engine) {
@@ -151,14 +130,15 @@ public:
         }
     }
 
-    // 送进 ids，缓存里已有 past 个；返回最后一行 logits 里最大的编号，同样大取小的。
+    // 送进 ids，缓存里已有 past 个；返回最后一行 logit 最大的 token，同样大取小的。
     int64_t step(const Ids& ids, int64_t past) {
         const auto count = static_cast<int64_t>(ids.size());
         const int64_t last = count - 1;
         nvinfer1::IExecutionContext& context = *contexts_[profile_for(count)];
         feed(context, "input_ids", {2, {1, count}}, ids.data());
         feed(context, "past_lens", {1, {1}}, &past);
-        feed(context, "logits_positions", {2, {1, 1}}, &last);  // 只要最后一行的 logits
+        feed(context, "logits_positions", {2, {1, 1}}, &last);  // 只要最后一行的
+        feed_key_span(context, profile_for(count), past + count);
         bind_caches(context);
         for (int i = 0; i < engine_.getNbIOTensors(); ++i) {
             const char* name = engine_.getIOTensorName(i);
@@ -169,15 +149,10 @@ public:
             }
         }
         require(context.enqueueV3(device_.stream), "执行失败");
-        const auto type = engine_.getTensorDataType("logits");
-        std::vector<char> logits(bytes_of(context.getTensorShape("logits"), type));
-        cuda(cuMemcpyDtoHAsync(logits.data(), buffers_["logits"].address(), logits.size(), device_.stream), "取 logits");
+        int64_t best = 0;  // 引擎已经在设备上选好，不必取回 logits
+        cuda(cuMemcpyDtoHAsync(&best, buffers_["best_id"].address(), sizeof best, device_.stream), "取 best_id");
         cuda(cuStreamSynchronize(device_.stream), "等待");
-        size_t best = 0;
-        for (size_t at = 0; at < logits.size(); at += width(type)) {
-            best = to_float(&logits[at], type) > to_float(&logits[best], type) ? at : best;
-        }
-        return static_cast<int64_t>(best / width(type));
+        return best;
     }
 
 private:
@@ -200,6 +175,22 @@ private:
         void* address = buffers_[name].at_least(bytes);
         cuda(cuMemcpyHtoD(buffers_[name].address(), data, bytes), name);
         require(context.setInputShape(name, dims) && context.setTensorAddress(name, address), name);
+    }
+
+    // prefill 看缓存的前几行，只看形状，内容不读；mla.form=absorb 的引擎没有这个输入。
+    void feed_key_span(nvinfer1::IExecutionContext& context, int profile, int64_t length) {
+        for (int i = 0; i < engine_.getNbIOTensors(); ++i) {
+            const char* name = engine_.getIOTensorName(i);
+            if (std::strcmp(name, "key_span") == 0) {
+                const auto bound = [&](nvinfer1::OptProfileSelector which) {
+                    return engine_.getProfileShape(name, profile, which).d[1];
+                };
+                const int64_t most = bound(nvinfer1::OptProfileSelector::kMAX);
+                const nvinfer1::Dims dims{2, {1, std::min(length, most)}};
+                void* address = buffers_[name].at_least(static_cast<size_t>(dims.d[1]));
+                require(context.setInputShape(name, dims) && context.setTensorAddress(name, address), name);
+            }
+        }
     }
 
     // 缓存的输入与输出是同一块显存，引擎原地更新；容量在建引擎时已定成常数。

@@ -117,7 +117,7 @@ inline constexpr std::array<Port, 3> kInputs{{
 }};
 enum Output : size_t { context };
 inline constexpr std::array<Port, 1> kOutputs{{
-    {"context", &kT, 4},  // [B, S, H, r]
+    {"context", &kT, 3},  // [H, B*S, r]
 }};
 inline constexpr Attribute<float> scale{"scale"};
 inline constexpr Attribute<int64_t> kv_lora_rank{"kv_lora_rank"};
@@ -151,7 +151,7 @@ inline constexpr std::array<Port, 4> kInputs{{
 }};
 enum Output : size_t { context };
 inline constexpr std::array<Port, 1> kOutputs{{
-    {"context", &kT, 4},  // [B, S, H, r]
+    {"context", &kT, 3},  // [H, B*S, r]
 }};
 inline constexpr Attribute<float> scale{"scale"};
 inline constexpr Attribute<int64_t> kv_lora_rank{"kv_lora_rank"};

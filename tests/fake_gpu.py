@@ -29,9 +29,13 @@ from deepseek_export.engine import build
 from deepseek_export.engine.flavour import FLAVOURS, Flavour
 from deepseek_export.engine.graph import KEY_SPAN, KEY_SPAN_DIMS
 from deepseek_export.engine.shapes import ProfileShapes
+from deepseek_export.records import BEST_ID, BEST_LOGIT
 
 SM = 89
-_WORKSPACE = 4096
+#: 引擎选好的 token 与它的 logit。
+BEST = ((BEST_ID, "int64"), (BEST_LOGIT, "float32"))
+#: 一行缓存要多少中间值；录成 CUDA graph 的至多几行（解码的 P 是 1）。
+_WORKSPACE, _MOST_ROWS = 4096, 16
 
 
 class Status(enum.Enum):
@@ -50,7 +54,7 @@ class FakeDriver:
         pinned: 没有归还的锁页内存，地址 → 内存。
         graphs: 没有归还的 CUDA graph。
         version: 支持到哪一版 CUDA，13000 是 13.0。
-        counts: ``plain`` 照常执行、``capture`` 录制、``launch`` 重放的次数。
+        counts: ``plain`` 照常执行、``capture`` 录制、``launch`` 重放的次数；``upload``、``download`` 拷贝的次数，``fetched`` 取回的字节数。
     """
 
     CUresult = Status
@@ -143,6 +147,7 @@ class FakeDriver:
     def cuMemcpyDtoHAsync(self, host, address, nbytes, stream):
         ctypes.memmove(host, self.memory(address, nbytes), nbytes)
         self.counts["download"] += 1
+        self.counts["fetched"] += nbytes
         return self._outside_capture()
 
     def cuMemcpyDtoDAsync(self, target, source, nbytes, stream):
@@ -204,6 +209,9 @@ class FakeContext:
     def set_device_memory(self, address: int, nbytes: int) -> None:
         self._workspace = (address, nbytes)
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        return self._engine.workspace(self._shapes)
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._version += 1
         self._shapes[name] = shape
@@ -221,6 +229,7 @@ class FakeContext:
         driver, shapes, addresses = self._engine.gpu.driver, dict(self._shapes), dict(self._addresses)
         assert driver.entered, "这个线程没有当前上下文"
         assert self._workspace is not None
+        assert self._workspace[1] >= self._engine.workspace(shapes), "中间值的显存不够"
         driver.memory(*self._workspace)
         if driver.recording is None:
             driver.counts["plain"] += 1
@@ -244,14 +253,21 @@ class FakeContext:
 class FakeEngine:
     """``ICudaEngine``：在给定的地址上运行一个 ONNX。"""
 
-    device_memory_size_v2 = _WORKSPACE
-
     def __init__(self, gpu: FakeGpu, model: Path, nodes: dict[str, Port]) -> None:
         self.gpu, self._nodes = gpu, nodes
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
         self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+    @staticmethod
+    def workspace(shapes: dict[str, tuple[int, ...]]) -> int:
+        """中间值随看几行缓存变。"""
+        return _WORKSPACE * int(np.prod(shapes.get(KEY_SPAN, (1,))))
+
+    def get_device_memory_size_for_profile_v2(self, index: int) -> int:
+        assert index == 0, "只有解码的配置要录"
+        return _WORKSPACE * _MOST_ROWS
 
     def create_runtime_config(self) -> Any:
         config = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="lazy", strategy=None)
@@ -353,6 +369,8 @@ class FakeGpu:
             }
             if "P" in entry.profiles["decode"]:
                 nodes[KEY_SPAN] = Port(KEY_SPAN, "int8", KEY_SPAN_DIMS)
+            if entry.best:
+                nodes |= {name: Port(name, dtype, ("B", "L", 1)) for name, dtype in BEST}
             plan = (made.path / name).read_bytes()
             self._engines[plan] = ((run or made.path) / entry.graph, nodes)
         return made.path

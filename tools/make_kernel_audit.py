@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from deepseek_export.kernels.audit import CARDS, audits, balance, estimate
+from deepseek_export.kernels.audit import (
+    CARDS,
+    Instruction,
+    LoopAudit,
+    audit,
+    audits,
+    balance,
+    disassemble,
+    estimate,
+    main_loop,
+)
+from deepseek_export.kernels.compile import compile_kernel
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.table import SMS
 
@@ -21,9 +33,40 @@ _HEAD = """\
 才知道它们对不对。
 """
 _BALANCE = """\
-注意力的活由各个程序均分，至多差一块行看一块 key。下面是 B 从 1 到 256 里最差的一个，缓存 8192：从开始到最后一个程序结束，各 SM 空着的时间占几成。B 小的时候活不够分，
-差一格就显得多。由启动表的算式得出，没有在 GPU 上量过。
+注意力的活由各个程序均分：平均一个程序有 16 块 key 的，至多差一块；更少的，至多差一个 key。下面是 B 从 1 到 256 里最差的一个，缓存 8192：从开始到最后一个程序结束，各 SM 空着的时间
+占几成。算的是看几个 key；一段不是整块的，末尾那次迭代少搬几行，却照样是一次迭代。由启动表的算式得出，没有在 GPU 上量过。
 """
+
+
+_SLOTS = """\
+H=128 的主循环没有到张量核发射槽的八成。sm90 的 {tile} 一次迭代一个 warp 发 {total} 条指令，张量核算完这一块的时间里一个 warp 分得到 {tensor:.0f} 条，八成要求不多于 {most:.0f} 条；
+多出来的在下表：每条 `HGMMA` 要把两个操作数的描述符搬进统一寄存器，累加器每次迭代乘一遍新旧最大值之差。一次 64 个 key 能摊薄它们，可断开布局之后两段放不进共享内存。
+"""
+ATTENTION = "latent_attention_partial"
+#: 指令做什么 → 助记符。
+_KINDS = {
+    "张量核（`HGMMA`）": {"HGMMA"},
+    "操作数的描述符": {"R2UR", "UMOV", "UIADD3"},
+    "浮点：缩放累加器、softmax、舍入": {"FMUL", "FFMA", "FADD", "FMNMX", "FSEL", "FSETP", "MUFU", "F2FP"},
+    "地址、下标、条件": {
+        "IMAD",
+        "VIADD",
+        "IADD3",
+        "LEA",
+        "ISETP",
+        "SEL",
+        "LOP3",
+        "SHF",
+        "PLOP3",
+        "VIADDMNMX",
+        "MOV",
+        "UISETP",
+    },
+    "共享内存与跨线程的归约": {"LDS", "STS", "SHFL", "STSM", "LDSM"},
+    "异步拷贝": {"LDGSTS", "LDGDEPBAR", "DEPBAR"},
+    "读写本地内存": {"LDL", "STL"},
+}
+_REST = "同步、跳转与其余"
 
 
 def section() -> str:
@@ -45,14 +88,43 @@ def section() -> str:
             f"{guess.of_copy:.0%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        [_HEAD, *_wide(lines), "", f"Triton {version('triton')}。", "", _BALANCE, *_wide(_idle())]
-    )
+    slots, idle = ["", _slots_note(), *_wide(_slots())], ["", _BALANCE, *_wide(_idle())]
+    return "\n".join([_HEAD, *_wide(lines), "", f"Triton {version('triton')}。", *slots, *idle])
 
 
 def _wide(table: Iterable[str]) -> Iterator[str]:
     """一张表，格子里不折行，宽了横着滚（docs/assets/site.css）。"""
     yield from ('<div class="numbers" markdown>', "", *table, "", "</div>")
+
+
+def _hopper_loop() -> tuple[LoopAudit, list[Instruction]]:
+    """Hopper 64 行的块的主循环。"""
+    table = latent_attention_launch(90, 128, 512, 64, 0.1147, "bfloat16")
+    spec = next(one for one in table.variants[-1].launches if one.kernel.function == ATTENTION).kernel
+    found = audit(spec, 90)
+    assert found is not None
+    return found, main_loop(disassemble(compile_kernel(spec, 90).cubin))
+
+
+def _slots_note() -> str:
+    found, body = _hopper_loop()
+    tensor = estimate(found).tensor * 4 / (found.threads // 32)  # 张量核算完这一块，一个 warp 分得到几条
+    return _SLOTS.format(tile=found.tile, total=len(body), tensor=tensor, most=tensor / 0.8)
+
+
+def _slots() -> Iterator[str]:
+    """一次迭代的指令各做什么。"""
+    _, body = _hopper_loop()
+    kinds = (next((kind for kind, names in _KINDS.items() if _mnemonic(one) in names), _REST) for one in body)
+    counts = Counter(kinds)
+    yield "| 做什么 | 几条 |"
+    yield "|---|---|"
+    for kind in (*_KINDS, _REST):
+        yield f"| {kind} | {counts[kind]} |"
+
+
+def _mnemonic(one: Instruction) -> str:
+    return one.name.partition(".")[0]
 
 
 def _idle() -> Iterator[str]:

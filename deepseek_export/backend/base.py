@@ -192,7 +192,7 @@ class Runner(ABC):
             caches: 这个 ``Runner`` 分配的，或它的视图。
 
         Returns:
-            名字 → 数组，图里的 dtype。内存归后端，同一个 ``caches``、同一组 ``outputs`` 的下一次 ``run`` 会覆盖它。
+            名字 → 数组，图里的 dtype。内存归后端，同一个 ``caches`` 的下一次 ``run`` 会覆盖它。
 
         Raises:
             DsxError: 执行失败，附后端的原话。

@@ -16,6 +16,7 @@ import numpy as np
 
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
+from deepseek_export.records import BEST_ID, BEST_LOGIT
 
 TOKEN_INPUTS = ("input_ids", "past_lens", "logits_positions")
 
@@ -42,6 +43,8 @@ PORT_DIMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "hidden_in": ("B", "S", "D"),
         "hidden_out": ("B", "S", "D"),
         "logits": ("B", "L", "V"),
+        BEST_ID: ("B", "L", "1"),
+        BEST_LOGIT: ("B", "L", "1"),
         "hidden": ("B", "S", "D"),
         "draft_id": ("B",),
         "num_accepted": ("B",),

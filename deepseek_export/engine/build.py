@@ -40,6 +40,7 @@ from deepseek_export.engine.graph import engine_graph
 from deepseek_export.engine.interrupts import deferred_interrupts
 from deepseek_export.engine.layers import (
     EngineLayer,
+    activation_bytes,
     copied_caches,
     layer_counts,
     missing_plugins,
@@ -147,6 +148,8 @@ def build_engine(
                 fused_attention=len(graph.attentions) - len(unfused),
                 unfused_attention=unfused,
                 seconds=seconds,
+                workspace=activation_bytes(logger_for(trt).messages(), list(profiles)),
+                best=graph.best,
             )
         record = EngineRecord(
             schema_version=1,

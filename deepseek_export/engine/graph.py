@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from deepseek_export.ops.table import DOMAIN
 from deepseek_export.passes.lower_mla_to_tensorrt import KEY_COUNT, NATIVE_ATTENTION
+from deepseek_export.records import BEST_ID, BEST_LOGIT
 
 #: 引擎的输入 ``[B, P]`` int8：这一次 prefill 看缓存的前 P 行，P 不小于 ``max(past_lens) + S``。
 KEY_SPAN, KEY_SPAN_DIMS = "key_span", ("B", "P")
@@ -28,16 +30,18 @@ class EngineGraph:
         plugins: 插件节点名 → 算子名。
         attentions: prefill 路径上原生注意力的节点名，每层 MLA 一个；没有 prefill 路径时为空。
         key_span: 有没有 :data:`KEY_SPAN` 这个输入。
+        best: 有没有 ``best_id``、``best_logit`` 这两个输出。
     """
 
     model: onnx.ModelProto
     plugins: dict[str, str]
     attentions: list[str]
     key_span: bool
+    best: bool
 
 
 def engine_graph(path: Path, capacity: int) -> EngineGraph:
-    """读 bundle 的一张图，把缓存容量写死，看几行缓存改由输入给出。
+    """读 bundle 的一张图，把缓存容量写死，看几行缓存改由输入给出，另给出选好的 token。
 
     Args:
         path: 图的文件；它的 bundle 先过 :func:`~deepseek_export.engine.derived.check_buildable`。
@@ -45,12 +49,12 @@ def engine_graph(path: Path, capacity: int) -> EngineGraph:
     """
     model = onnx.load(path, load_external_data=False)
     fix_capacity(model, capacity)
-    key_span = take_key_span(model)
+    key_span, best = take_key_span(model), give_best(model)
     del model.graph.value_info[:]  # 中间值的形状由 TensorRT 重新推导
     nodes = model.graph.node
     plugins = {node.name: node.op_type for node in nodes if node.domain == DOMAIN}
     attentions = [node.name for node in nodes if node.op_type == NATIVE_ATTENTION]
-    return EngineGraph(model, plugins, attentions, key_span)
+    return EngineGraph(model, plugins, attentions, key_span, best)
 
 
 def fix_capacity(model: onnx.ModelProto, capacity: int) -> None:
@@ -79,4 +83,34 @@ def take_key_span(model: onnx.ModelProto) -> bool:
     del graph.node[:]
     graph.node.extend(kept)
     graph.input.append(helper.make_tensor_value_info(KEY_SPAN, TensorProto.INT8, list(KEY_SPAN_DIMS)))
+    return True
+
+
+def give_best(model: onnx.ModelProto) -> bool:
+    """主模型另给出每个位置最大的 token 与它的 logit，就地加：贪心的一步只取回这两个，不取 logits。
+
+    logits 里有 NaN 的，给出的 logit 是无穷大，会话照样拒绝：编译出来的 TopK 怎么排 NaN 没有说法。输出就是 TopK 的 ``[B, L, 1]`` 与 int64，不另起一层
+    改形状、改类型。草稿模型已有 ``draft_id``，流水线里不是最后的 stage 没有 logits，都不加。
+
+    Returns:
+        加了没有。
+    """
+    graph = model.graph
+    names = {value.name for value in graph.output}
+    if "logits" not in names or "draft_id" in names:
+        return False
+    constants = (("one", np.ones(1, np.int64)), ("infinity", np.array(np.inf, np.float32)))
+    graph.initializer.extend(numpy_helper.from_array(value, f"best/{name}") for name, value in constants)
+    steps: tuple[tuple[str, tuple[str, ...], tuple[str, ...], dict[str, int]], ...] = (
+        ("Cast", ("logits",), ("best/wide",), {"to": TensorProto.FLOAT}),
+        ("IsNaN", ("best/wide",), ("best/nan",), {}),
+        ("Where", ("best/nan", "best/infinity", "best/wide"), ("best/ranked",), {}),
+        ("TopK", ("best/ranked", "best/one"), (BEST_LOGIT, BEST_ID), {"axis": -1}),
+    )
+    for op, inputs, outputs, attributes in steps:
+        node = helper.make_node(op, inputs, outputs, name=outputs[0])
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+        graph.node.append(node)
+    for name, dtype in ((BEST_ID, TensorProto.INT64), (BEST_LOGIT, TensorProto.FLOAT)):
+        graph.output.append(helper.make_tensor_value_info(name, dtype, ["B", "L", 1]))
     return True

@@ -22,6 +22,7 @@ _FUSED_ATTENTION = "mha"
 #: 编译器的调度与形状计算，不是算子。
 _BOOKKEEPING = {"signal", "wait", "shape_call", "memset", "ShapeHostToDevice"}
 _COPY = "copy"
+_ACTIVATION = re.compile(r"^Total Activation Memory: (\d+) bytes")
 _DIMENSIONS = re.compile(r"Dimensions: \[([-\d,]*)\]")
 
 
@@ -78,6 +79,12 @@ def parse_layers(
         )
         found[profiles[graphs.get(graph_id, own) if graph_id else own]].append(layer)
     return found
+
+
+def activation_bytes(messages: Iterable[str], profiles: Sequence[str]) -> dict[str, int]:
+    """每个优化配置的中间值至多占几字节，取自构建的日志；日志里没有的是空的。"""
+    found = [int(match[1]) for text in messages if (match := _ACTIVATION.search(text))]
+    return dict(zip(profiles, found, strict=True)) if len(found) == len(profiles) else {}
 
 
 def copied_caches(text: str, caches: Iterable[Sequence[int]]) -> list[str]:

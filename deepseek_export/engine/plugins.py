@@ -292,7 +292,10 @@ def plugin_class(trt: Any, spec: OpSpec) -> type:
             for port in spec.outputs:
                 dims = trt.DimsExprs(len(port.dims))
                 for axis, name in enumerate(port.dims):
-                    dims[axis] = known[name]
+                    one, *more = (known[part] for part in name.split("*"))
+                    for other in more:
+                        one = builder.operation(trt.DimensionOperation.PROD, one, other)
+                    dims[axis] = one
                 made.append(dims)
             return made
 

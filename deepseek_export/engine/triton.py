@@ -18,6 +18,7 @@ from deepseek_export.engine.graph import KEY_SPAN, KEY_SPAN_DIMS
 from deepseek_export.engine.record import ENGINES, EngineRecord
 from deepseek_export.engine.shapes import Range
 from deepseek_export.errors import DsxError
+from deepseek_export.records import BEST_ID, BEST_LOGIT
 
 CONFIG_FILE = "config.pbtxt"
 #: 没有给容量时，一个序列至多这么长：缓存按容量分配。
@@ -34,6 +35,11 @@ _TYPES = {
 }
 #: 有 prefill 路径的引擎另要的输入，见 :mod:`~deepseek_export.engine.graph`。
 _KEY_SPAN = ValueEntry(name=KEY_SPAN, dtype="int8", shape=list(KEY_SPAN_DIMS))
+#: 引擎另给的输出，同上。
+_BEST = [
+    ValueEntry(name=BEST_ID, dtype="int64", shape=["B", "L", 1]),
+    ValueEntry(name=BEST_LOGIT, dtype="float32", shape=["B", "L", 1]),
+]
 _HEAD = """\
 # 由 dsx pack --triton 写成。一次请求是一个序列（sequence_id）的一步：
 #   input_ids [1, S]         这一步的新 token：先是整个提示词，以后每次一个
@@ -96,6 +102,7 @@ def write_triton(
     }
     platform, kind = "onnxruntime_onnx", "instance_group { kind: KIND_CPU count: 1 }"
     key_span: Range | None = None
+    best: list[ValueEntry] = []
     if engine is not None:
         plan, record = _find_engine(bundle, engine)
         if context is not None and context != record.shapes.capacity:
@@ -106,6 +113,7 @@ def write_triton(
         context, limit = record.shapes.capacity, record.shapes.capacity
         files = {plan.name: plan}
         key_span = record.plans[plan.name].profiles["decode"].get("P")
+        best = _BEST if record.plans[plan.name].best else []
         profiles = "".join(f' profile: "{number}"' for number in range(len(record.plans[plan.name].profiles)))
         platform, kind = "tensorrt_plan", f"instance_group {{ kind: KIND_GPU count: 1{profiles} }}"
     context = min(DEFAULT_CONTEXT, limit) if context is None else context
@@ -120,6 +128,7 @@ def write_triton(
         *_ports("input", [port for port in graph.inputs if not _is_cache(port)]),
         *_ports("input", [] if key_span is None else [_KEY_SPAN]),
         *_ports("output", [port for port in graph.outputs if not _is_cache(port)]),
+        *_ports("output", best),
         "sequence_batching {",
         f"  max_sequence_idle_microseconds: {_IDLE_US}",
         f"  oldest {{ max_candidate_sequences: {slots} }}",

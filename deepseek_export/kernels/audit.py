@@ -266,18 +266,22 @@ class Balance:
     """一次启动的各个程序摊在各 SM 上匀不匀；一个 SM 一个程序。
 
     Attributes:
-        programs: 程序数。
-        most: 活最多的程序有几格（一块行看一块 key）。
+        programs: 分到活的程序数。
+        unit: 一格几个 key。
+        most: 活最多的程序有几格（一块行看一格 key）。
         idle: 从开始到最后一个程序结束，各 SM 空着的时间占几成。
     """
 
     programs: int
+    unit: int
     most: int
     idle: float
 
 
 def balance(table: LaunchTable[KernelSpec], lens: Sequence[int], capacity: int, sm_count: int) -> Balance:
-    """``latent_attention_partial`` 解码一步（S=1）的各个程序匀不匀，由启动表自己的算式得出；格子怎么分见 kernel 的 ``span_start``。
+    """``latent_attention_partial`` 解码一步（S=1）的各个程序匀不匀，由启动表自己的算式得出；格子怎么分见 kernel 的 ``divide`` 与 ``span_start``。
+
+    算的是看几个 key：一段不是整块的，末尾那次迭代少搬几行，却照样是一次迭代。
 
     Args:
         table: ``dsx::LatentAttention`` 的启动表。
@@ -290,10 +294,16 @@ def balance(table: LaunchTable[KernelSpec], lens: Sequence[int], capacity: int, 
     launched = table.bind(shapes, sm_count)[0]
     block = dict(launched.kernel.constants)
     row_blocks = math.ceil(heads / block["BLOCK_M"])
-    cells = row_blocks * sum(math.ceil(min(past + 1, capacity) / block["BLOCK_N"]) for past in lens)
-    programs = launched.grid[0]
-    most = math.ceil(cells / programs)
-    return Balance(programs, most, 1 - cells / (sm_count * most))
+
+    def cells(unit: int) -> int:
+        return row_blocks * sum(math.ceil(min(past + 1, capacity) / unit) for past in lens)
+
+    unit, programs = block["BLOCK_N"], launched.grid[0]
+    if cells(unit) < block["PLENTY"] * programs:
+        unit = 1
+        programs = min(programs, math.ceil(cells(unit) / block["LEAST"]))
+    most = math.ceil(cells(unit) / programs)
+    return Balance(programs, unit, most, 1 - cells(unit) / (sm_count * most))
 
 
 def disassemble(cubin: bytes) -> list[tuple[str | None, Instruction]]:

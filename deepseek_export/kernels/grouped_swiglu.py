@@ -6,9 +6,9 @@
 
 四步，全在设备上，不需要主机知道每个专家有几个 token：
 
-1. ``sort_pairs``：(token, 槽位) 对按专家稳定地计数排序，给出每个专家的起点。
-2. ``gate_up``：一个程序处理一个专家的 ``BLOCK_M`` 行。行块按专家编号依次排列，没有 token 的专家没有行块，权重也就不会被读。
-3. ``down``：写到各对自己的行。
+1. ``sort_pairs``：(token, 槽位) 对按专家稳定地计数排序，给出每个专家的起点；至多 ``FEW`` 对时不启动，后两步的每个程序自己看一遍各对的专家（:func:`few_rows`）。
+2. ``gate_up``：一个程序处理一个专家的 ``BLOCK_M`` 行。没有 token 的专家没有行块，权重也就不会被读。
+3. ``down``：读写都在各对自己的行。
 4. ``combine``：每个 token 按槽位次序加权相加，所以结果与排序无关、可复现，不用原子加。
 
 权重是码时，第 2、3 步换成 :mod:`.quantized_swiglu` 的。
@@ -52,6 +52,45 @@ def expert_rows(tile, offsets, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
+def few_rows(tile, topk_ids, pairs, E: tl.constexpr, BLOCK_M: tl.constexpr, FEW: tl.constexpr):
+    """同 :func:`tile_rows`，至多 ``FEW`` 对，不排序：一对是同一专家里的第几个，与前面的各对比一遍就知道；第 0、``BLOCK_M``……个各开一个行块。"""
+    pair = tl.arange(0, FEW)
+    ids = tl.load(topk_ids + pair, mask=pair < pairs, other=-1)
+    earlier = (ids[None, :] == ids[:, None]) & (pair[None, :] < pair[:, None])
+    rank = tl.sum(earlier.to(tl.int32), 1)
+    opens = (ids >= 0) & (ids < E) & (rank % BLOCK_M == 0)
+    mine = opens & (tl.cumsum(opens.to(tl.int32), 0) == tile + 1)
+    first = tl.sum(tl.where(mine, rank, 0), 0)
+    expert = tl.where(tl.sum(mine.to(tl.int32), 0) > 0, tl.sum(tl.where(mine, ids, 0), 0), E)
+    row = first + tl.arange(0, BLOCK_M)
+    here = (ids[None, :] == expert) & (rank[None, :] == row[:, None])
+    return expert, tl.sum(tl.where(here, pair[None, :], 0), 1), tl.sum(here.to(tl.int32), 1) > 0
+
+
+@triton.jit
+def tile_rows(
+    tile,
+    topk_ids,
+    sorted_pairs,
+    offsets,
+    pairs,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """第 ``tile`` 个行块：(专家, 各行是第几对, 有没有这一行)；没有这么多行块时专家 >= E。"""
+    if pairs <= FEW:
+        expert, pair, live = few_rows(tile, topk_ids, pairs, E, BLOCK_M, FEW)
+    else:
+        expert, first, last = expert_rows(tile, offsets, E, BLOCK_E, BLOCK_M)
+        rows = first + tl.arange(0, BLOCK_M)
+        live = rows < last
+        pair = tl.load(sorted_pairs + rows, mask=live, other=0)
+    return expert, pair.to(tl.int64), live
+
+
+@triton.jit
 def tile_order(row_tiles, columns: tl.constexpr, GROUP: tl.constexpr):
     """一维程序号 → (行块, 列块)：每 ``GROUP`` 个行块一组，组内先走行，权重块留在 L2 里。"""
     pid = tl.program_id(0)
@@ -62,49 +101,34 @@ def tile_order(row_tiles, columns: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def expert_tile(
-    offsets,
-    row_tiles,
-    columns: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """这个程序做哪一块：(专家, 各行, 各行是不是它的, 各列)；没有活时专家 >= E。"""
-    tile, column = tile_order(row_tiles, columns, GROUP)
-    expert, first, last = expert_rows(tile, offsets, E, BLOCK_E, BLOCK_M)
-    rows = first + tl.arange(0, BLOCK_M)
-    return expert, rows, rows < last, column * BLOCK_N + tl.arange(0, BLOCK_N)
-
-
-@triton.jit
 def gate_up(
     x,
     w_gate,
     w_up,
+    topk_ids,
     sorted_pairs,
     offsets,
-    hidden,  # [N*k, I]，按排序后的次序
-    top_k,
+    hidden,  # [N*k, I]，按 (token, 槽位) 的次序
+    pairs,
     row_tiles,
+    TOP_K: tl.constexpr,
     D: tl.constexpr,
     INNER: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    FEW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """``hidden = silu(x w_gateᵀ) * (x w_upᵀ)``。"""
-    expert, rows, live, n = expert_tile(
-        offsets, row_tiles, tl.cdiv(INNER, BLOCK_N), E, BLOCK_E, BLOCK_M, BLOCK_N, GROUP
-    )
+    tile, column = tile_order(row_tiles, tl.cdiv(INNER, BLOCK_N), GROUP)
+    expert, pair, live = tile_rows(tile, topk_ids, sorted_pairs, offsets, pairs, E, BLOCK_E, BLOCK_M, FEW)
     if expert >= E:
         return
-    token = (tl.load(sorted_pairs + rows, mask=live, other=0) // top_k).to(tl.int64)
+    token = pair // TOP_K
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w = (expert.to(tl.int64) * INNER + n)[:, None] * D + k[None, :]
     x_rows = x + token[:, None] * D + k[None, :]
@@ -118,7 +142,7 @@ def gate_up(
         gate = tl.dot(a, tl.trans(g), acc=gate, out_dtype=tl.float32)
         up = tl.dot(a, tl.trans(u), acc=up, out_dtype=tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
-    out = hidden + rows.to(tl.int64)[:, None] * INNER + n[None, :]
+    out = hidden + pair[:, None] * INNER + n[None, :]
     tl.store(out, value.to(hidden.dtype.element_ty), mask=live[:, None] & (n < INNER)[None, :])
 
 
@@ -126,29 +150,31 @@ def gate_up(
 def down(
     hidden,
     w_down,
+    topk_ids,
     sorted_pairs,
     offsets,
-    expert_out,  # [N*k, D]，按 (token, 槽位) 的次序
+    expert_out,  # [N*k, D]，同 hidden 的次序
+    pairs,
     row_tiles,
     D: tl.constexpr,
     INNER: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    FEW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """``expert_out = hidden w_downᵀ``，尚未加权。"""
-    expert, rows, live, n = expert_tile(
-        offsets, row_tiles, tl.cdiv(D, BLOCK_N), E, BLOCK_E, BLOCK_M, BLOCK_N, GROUP
-    )
+    tile, column = tile_order(row_tiles, tl.cdiv(D, BLOCK_N), GROUP)
+    expert, pair, live = tile_rows(tile, topk_ids, sorted_pairs, offsets, pairs, E, BLOCK_E, BLOCK_M, FEW)
     if expert >= E:
         return
-    pair = tl.load(sorted_pairs + rows, mask=live, other=0).to(tl.int64)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w = w_down + (expert.to(tl.int64) * D + n)[:, None] * INNER + k[None, :]
-    hidden_rows = hidden + rows.to(tl.int64)[:, None] * INNER + k[None, :]
+    hidden_rows = hidden + pair[:, None] * INNER + k[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, INNER, BLOCK_K):
         inside = (start + k < INNER)[None, :]
@@ -161,14 +187,21 @@ def down(
 
 @triton.jit
 def combine(
-    expert_out, topk_ids, topk_weights, y, top_k, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr
+    expert_out,
+    topk_ids,
+    topk_weights,
+    y,
+    TOP_K: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """``y[t] = sum_j topk_weights[t, j] * expert_out[t, j]``，按 j 的次序。"""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for j in range(top_k):
-        pair = token * top_k + j
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
         expert = tl.load(topk_ids + pair)
         if (expert >= 0) & (expert < E):
             acc += tl.load(topk_weights + pair) * tl.load(

@@ -52,16 +52,17 @@ class Rows(NamedTuple):
     """两次矩阵乘要用的：workspace 里的各块，与有几个行块。
 
     Attributes:
-        sorted_pairs, offsets: 排好的对、各专家的起点。
+        places: 由它们找到各行：``topk_ids``、排好的对、各专家的起点。
         hidden: SwiGLU 的中间结果，[N*k, I]。
         expert_out: 各对的输出，[N*k, D]。
-        tiles: 至多几个行块；多出来的程序立即退出。
+        counts: 有几对，至多几个行块；多出来的程序立即退出。
+        tiles: 至多几个行块。
     """
 
-    sorted_pairs: Parameter
-    offsets: Parameter
+    places: tuple[Parameter, ...]
     hidden: Parameter
     expert_out: Parameter
+    counts: tuple[Parameter, ...]
     tiles: Expression
 
 
@@ -76,6 +77,8 @@ _EXPERTS_TILES: Mapping[int, tuple[ExpertsTile, ...]] = MappingProxyType(
     }
 )
 _SORT_BLOCK = 1024
+#: 至多这么多对时不排序，两次矩阵乘的每个程序自己看一遍：解码的几行省一次启动。
+FEW = 64
 #: 几个行块一组，组内先走行。
 GROUP = 8
 _COMBINE_BLOCK = 1024
@@ -103,12 +106,13 @@ def experts_table(
     expert_out_at = hidden_at + (pairs * DTYPES[dtype].nbytes(inner)).align(ALIGNMENT)
     workspace = expert_out_at + pairs * DTYPES[dtype].nbytes(D)
     sorted_pairs, offsets = scratch("sorted_pairs", "int32", 0), scratch("offsets", "int32", offsets_at)
+    places = (problem.port("topk_ids"), sorted_pairs, offsets)
     hidden, expert_out = scratch("hidden", dtype, hidden_at), scratch("expert_out", dtype, expert_out_at)
 
     sort = launch(
         "grouped_swiglu",
         "sort_pairs",
-        (E + 1, 1, 1),
+        (Expression.of(FEW + 1).at_most(pairs) * (E + 1), 1, 1),
         (problem.port("topk_ids"), sorted_pairs, offsets, int32("pairs", pairs), int32("E", E)),
         {"BLOCK": _SORT_BLOCK},
         4,
@@ -119,8 +123,8 @@ def experts_table(
         "grouped_swiglu",
         "combine",
         (N, Expression.of(D).ceil(combine_block), 1),
-        (expert_out, *map(problem.port, ("topk_ids", "topk_weights", "y")), int32("top_k", k)),
-        {"D": D, "E": E, "BLOCK_D": combine_block},
+        (expert_out, *map(problem.port, ("topk_ids", "topk_weights", "y"))),
+        {"TOP_K": k, "D": D, "E": E, "BLOCK_D": combine_block},
         4,
         1,
     )
@@ -129,7 +133,8 @@ def experts_table(
     for tile in tiles:
         # 每个有 token 的专家至多一个不满的行块，所以行块数有这个上界；多出来的程序立即退出。
         row_tiles = pairs // tile.rows + pairs.min(E)
-        gate_up, down = matmuls(tile, Rows(sorted_pairs, offsets, hidden, expert_out, row_tiles))
+        counts = (int32("pairs", pairs), int32("row_tiles", row_tiles))
+        gate_up, down = matmuls(tile, Rows(places, hidden, expert_out, counts, row_tiles))
         # 平均每个专家分到的 token 装不满一个大块时用小块：这时受限于读权重，大块只是空算。
         when = Expression.of(1) if tile is tiles[-1] else pairs.at_most(2 * tile.rows * E)
         variants.append(Variant(when, workspace, (sort, gate_up, down, combine)))
@@ -167,18 +172,17 @@ def grouped_swiglu_launch(
             "E": E,
             "BLOCK_E": block_size(E),
             "BLOCK_M": tile.rows,
+            "FEW": FEW,
             "GROUP": GROUP,
         }
         half = min(tile.columns // 2, block_size(inner))
         full = min(tile.columns, block_size(D))
-        places = (rows.sorted_pairs, rows.offsets)
-        row_tiles = int32("row_tiles", rows.tiles)
         gate_up = launch(
             "grouped_swiglu",
             "gate_up",
             (rows.tiles * math.ceil(inner / half), 1, 1),
-            (*map(problem.port, ("x", "w_gate", "w_up")), *places, rows.hidden, int32("top_k", k), row_tiles),
-            {**common, "BLOCK_N": half, "BLOCK_K": min(tile.inner, block_size(D))},
+            (*map(problem.port, ("x", "w_gate", "w_up")), *rows.places, rows.hidden, *rows.counts),
+            {"TOP_K": k, **common, "BLOCK_N": half, "BLOCK_K": min(tile.inner, block_size(D))},
             tile.num_warps,
             tile.num_stages,
         )
@@ -186,7 +190,7 @@ def grouped_swiglu_launch(
             "grouped_swiglu",
             "down",
             (rows.tiles * math.ceil(D / full), 1, 1),
-            (rows.hidden, problem.port("w_down"), *places, rows.expert_out, row_tiles),
+            (rows.hidden, problem.port("w_down"), *rows.places, rows.expert_out, *rows.counts),
             {**common, "BLOCK_N": full, "BLOCK_K": min(tile.inner, block_size(inner))},
             tile.num_warps,
             tile.num_stages,

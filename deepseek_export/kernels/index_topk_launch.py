@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.program import SM_COUNT, Launch, LaunchTable, Variant
 from deepseek_export.kernels.table import (
+    SMS,
     KernelDtype,
     KernelSpec,
-    Problem,
     block_size,
-    check_dtype,
-    check_sm,
+    cached_problem,
+    fewer_keys,
     int32,
     launch,
     scratch,
@@ -69,17 +68,14 @@ def index_topk_launch(
     Raises:
         DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持，或 Hi、di 太大。
     """
-    limits, cache_dtype = check_sm(sm), cache_dtype or dtype
-    check_dtype(INDEX_TOPK, "q", dtype, ("float16", "bfloat16"))
-    check_dtype(INDEX_TOPK, "index_cache", cache_dtype, ("float16", "bfloat16", "float32"))
+    sizes = {"Hi": num_heads, "di": head_dim, "ks": topk}
+    problem = cached_problem(INDEX_TOPK, "index_cache", sm, sizes, dtype, cache_dtype)
     if num_heads > _MAX_HEADS or head_dim > _MAX_WIDTH:
         what = f"index_n_heads={num_heads}、index_head_dim={head_dim}"
         raise DsxError("DSX-E903", what, f"kernel 支持到 {_MAX_HEADS} 与 {_MAX_WIDTH}")
-    sizes = {"Hi": num_heads, "di": head_dim, "ks": topk}
-    problem = Problem(INDEX_TOPK, sm, sizes, {"T": dtype, "F": cache_dtype})
+    limits = SMS[sm]
     tile = _TILES[limits.shared]
-    # float32 的缓存每个 key 占两倍共享内存，一次少读一半。
-    keys = tile.keys * 2 // DTYPES[cache_dtype].nbytes(1)
+    keys, _ = fewer_keys(tile.keys, tile.num_stages, problem.dtypes["F"])
     scoring = {
         "TOPK": topk,
         "D": head_dim,

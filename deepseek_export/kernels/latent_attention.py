@@ -4,8 +4,9 @@
 S 行，序列 b 的有效长度是 ``past_lens[b] + S``（超出 T 的部分不读）；key j 对第 i 个 query 可见当且仅当 ``j <= past_lens[b] + i``。
 同一行 latent 既是 K（全部列）又是 V（前 r 列），只从显存读一遍。一个 key 都看不见的 query 得到零，不是 NaN。
 
-(s, h) 合并成一维 ``row = s*H + h``，每 ``BLOCK_M`` 行一块。活是一格一格的：一块行看一块 key（``BLOCK_N`` 个），全部的格子按（序列、行块、key 块）排成一列，
-每个程序拿连着的一段，各段至多差一格（:func:`span_start`）。长度在设备上读，所以长短不一的 batch、任何 B 都摊得匀，容量 T 再大也不多算。
+(s, h) 合并成一维 ``row = s*H + h``，每 ``BLOCK_M`` 行一块。活是一格一格的：一块行看一格 key，全部的格子按（序列、行块、key）排成一列，
+每个程序拿连着的一段，各段至多差一格（:func:`span_start`）。一格几个 key 看活有多少（:func:`divide`）：多就是一块（``BLOCK_N`` 个），各段都从整块起；少就是一个，
+差一块也嫌多。长度在设备上读，所以长短不一的 batch、任何 B 都摊得匀，容量 T 再大也不多算。
 ``APART``：Triton 见一个 dot 的结果流进另一个 dot，就把它的各行分给全部的 warp；64 行只够一半的 warp 分，于是 QKᵀ 由两组 warp 各算一遍。总是成立、编译器却
 看不出来的两个条件把这条流断开，它就按块的形状分。哪些块要断开，由机器码的审计定。
 
@@ -14,6 +15,9 @@ S 行，序列 b 的有效长度是 ``past_lens[b] + S``（超出 T 的部分不
 
 import triton
 import triton.language as tl
+
+#: 比任何分数都小的有限的数。
+LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -30,23 +34,44 @@ def split_length(keys, num_splits, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def key_blocks(past_lens, b, B, S, T, BLOCK_N: tl.constexpr):
-    """序列 b 有几块 key；没有 key 的也算一块，它的结果是零，要有人写。b 不在 [0, B) 的没有。"""
-    return tl.where(b < B, tl.maximum(tl.cdiv(valid_keys(past_lens, b, B, S, T), BLOCK_N), 1), 0)
+def key_cells(past_lens, b, B, S, T, unit):
+    """序列 b 有几格，一格 ``unit`` 个 key；没有 key 的也算一格，它的结果是零，要有人写。b 不在 [0, B) 的没有。"""
+    return tl.where(b < B, tl.maximum(tl.cdiv(valid_keys(past_lens, b, B, S, T), unit), 1), 0)
 
 
 @triton.jit
-def find_block(block, past_lens, B, S, T, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr):
-    """各序列的 key 块首尾相接，第 ``block`` 块在哪个序列，那个序列之前有几块，一共几块。"""
+def find_cell(cell, past_lens, B, S, T, unit, BLOCK_B: tl.constexpr):
+    """各序列的格子首尾相接，第 ``cell`` 格在哪个序列，那个序列之前有几格，一共几格。"""
     sequence, before, total = 0, 0, 0
     for first in range(0, B, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        blocks = key_blocks(past_lens, b, B, S, T, BLOCK_N)
-        passed = (total + tl.cumsum(blocks, 0) <= block) & (b < B)
+        cells = key_cells(past_lens, b, B, S, T, unit)
+        passed = (total + tl.cumsum(cells, 0) <= cell) & (b < B)
         sequence += tl.sum(passed.to(tl.int32), 0)
-        before += tl.sum(tl.where(passed, blocks, 0), 0)
-        total += tl.sum(blocks, 0)
+        before += tl.sum(tl.where(passed, cells, 0), 0)
+        total += tl.sum(cells, 0)
     return sequence, before, total
+
+
+@triton.jit
+def divide(
+    past_lens,
+    B,
+    S,
+    T,
+    row_blocks,
+    programs,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PLENTY: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """一格几个 key，一共几格，分给前几个程序：平均一个程序有 ``PLENTY`` 块的，一格一块；不然一格一个 key，一个程序至少 ``LEAST`` 格。"""
+    blocks = find_cell(0, past_lens, B, S, T, BLOCK_N, BLOCK_B)[2] * row_blocks
+    keys = find_cell(0, past_lens, B, S, T, 1, BLOCK_B)[2] * row_blocks
+    plenty = blocks >= PLENTY * programs
+    used = tl.where(plenty, programs, tl.minimum(programs, tl.cdiv(keys, LEAST)))
+    return tl.where(plenty, BLOCK_N, 1), tl.where(plenty, blocks, keys), used
 
 
 @triton.jit
@@ -64,11 +89,17 @@ def owner(cell, total, programs):
 
 
 @triton.jit
+def context_row(row, b, B, S, H):
+    """序列 b 的第 ``row`` 行（``s*H + h``）在输出里是第几行；输出头在最前，后面逐头乘 W_UV 不必再转置。"""
+    return (row % H).to(tl.int64) * (B * S) + b * S + row // H
+
+
+@triton.jit
 def latent_attention_partial(
     q,  # [B, S, H, R+P]
     kv_cache,  # [B, 1, T, R+P]
     past_lens,  # [B] int64
-    context,  # [B, S, H, R]，一个程序看完的行直接写这里
+    context,  # [H, B*S, R]，一个程序看完的行直接写这里
     partial,  # [程序, 2, BLOCK_M, R] float32，没有看完的，已归一化；第 1 格是开了头的那一块行，第 0 格是接着别人看的
     lse,  # [程序, 2, BLOCK_M] float32，各自的 log2(sum(2^score))
     shared_rows,  # [程序, 2] int32：开了头、没有看完的是哪一块行，之后几个程序接着看；没有时后一个数是 0
@@ -84,16 +115,22 @@ def latent_attention_partial(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    PLENTY: tl.constexpr,
+    LEAST: tl.constexpr,
     APART: tl.constexpr,
 ):
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0)
+    scale *= 1.4426950408889634  # log2(e)：之后用 exp2
     row_blocks = tl.cdiv(S * H, BLOCK_M)
-    total = find_block(0, past_lens, B, S, T, BLOCK_N, BLOCK_B)[2] * row_blocks
-    cell, end = span_start(program, total, programs), span_start(program + 1, total, programs)
-    sequence, before, _ = find_block(cell // row_blocks, past_lens, B, S, T, BLOCK_N, BLOCK_B)
+    unit, total, programs = divide(
+        past_lens, B, S, T, row_blocks, tl.num_programs(0), BLOCK_N, BLOCK_B, PLENTY, LEAST
+    )
+    cell = tl.minimum(span_start(program, total, programs), total)
+    end = tl.minimum(span_start(program + 1, total, programs), total)
+    sequence, before, _ = find_cell(cell // row_blocks, past_lens, B, S, T, unit, BLOCK_B)
     inside = cell - before * row_blocks
-    blocks = tl.maximum(key_blocks(past_lens, sequence, B, S, T, BLOCK_N), 1)
-    row_block, first = inside // blocks, inside % blocks
+    cells = tl.maximum(key_cells(past_lens, sequence, B, S, T, unit), 1)
+    row_block, first = inside // cells, inside % cells
     unfinished, followers = 0, 0
 
     r, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
@@ -101,26 +138,27 @@ def latent_attention_partial(
     while cell < end:
         b = sequence.to(tl.int64)  # B*T*(R+P) 会超出 int32
         keys = valid_keys(past_lens, sequence, B, S, T)
-        blocks = key_blocks(past_lens, sequence, B, S, T, BLOCK_N)
-        last = tl.minimum(first + end - cell, blocks)
-        stop = tl.minimum(last * BLOCK_N, keys)
+        cells = key_cells(past_lens, sequence, B, S, T, unit)
+        last = tl.minimum(first + end - cell, cells)
+        stop = tl.minimum(last * unit, keys)
 
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         live = (rows < S * H)[:, None]
-        visible = tl.minimum(tl.load(past_lens + b).to(tl.int32) + rows // H + 1, keys)
+        visible = tl.minimum(tl.load(past_lens + b).to(tl.int32) + rows // H + 1, stop)
+        cache = kv_cache + b * T * (R + P)  # 之后的偏移在一行缓存之内，int32 够用：地址少占一半寄存器
         q_rows = q + (b * (S * H) + rows)[:, None] * (R + P)
         q_latent = tl.load(q_rows + r[None, :], mask=live & in_r, other=0.0)
         q_pe = tl.load(q_rows + R + p[None, :], mask=live & in_p, other=0.0)
 
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)  # 有限的：整段都看不见时没有 inf - inf
         sums = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for n in range(first * BLOCK_N, stop, BLOCK_N):
+        for n in range(first * unit, stop, BLOCK_N):
             key = n + tl.arange(0, BLOCK_N)
-            stored = (key < stop)[:, None]  # 之后的行可能是 NaN：不读，而不是读了再乘零
-            kv_rows = kv_cache + (b * T + key)[:, None] * (R + P)
-            latent = tl.load(kv_rows + r[None, :], mask=stored & in_r, other=0.0).to(q_latent.dtype)
-            k_pe = tl.load(kv_rows + R + p[None, :], mask=stored & in_p, other=0.0).to(q_latent.dtype)
+            # 之后的行可能是 NaN，读了再乘零还是 NaN：末尾凑不满一块的，多出来的格子再读一遍这一段的最后一行，权重是 0。
+            kv_rows = cache + tl.minimum(key, stop - 1)[:, None] * (R + P)
+            latent = tl.load(kv_rows + r[None, :], mask=in_r, other=0.0).to(q_latent.dtype)
+            k_pe = tl.load(kv_rows + R + p[None, :], mask=in_p, other=0.0).to(q_latent.dtype)
             if APART:
                 scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 if T > 0:
@@ -130,29 +168,27 @@ def latent_attention_partial(
             else:
                 scores = tl.dot(q_latent, tl.trans(latent), out_dtype=tl.float32)
                 scores = tl.dot(q_pe, tl.trans(k_pe), acc=scores, out_dtype=tl.float32)
-            scores *= scale * 1.4426950408889634  # log2(e)：之后用 exp2
             scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # 整段都看不见时避免 inf - inf
-            weights = tl.exp2(scores - base[:, None])
-            decay = tl.exp2(top - base)
+            new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+            weights = tl.exp2(scores * scale - new_top[:, None])
+            decay = tl.exp2(top - new_top)
             sums = sums * decay + tl.sum(weights, 1)
             acc = tl.dot(weights.to(latent.dtype), latent, acc=acc * decay[:, None], out_dtype=tl.float32)
             top = new_top
 
         divisor = tl.where(sums > 0.0, sums, 1.0)
         acc = acc / divisor[:, None]
-        if (first == 0) & (last == blocks):
-            out = context + (b * (S * H) + rows)[:, None] * R + r[None, :]
+        if (first == 0) & (last == cells):
+            out = context + context_row(rows, b, B, S, H)[:, None] * R + r[None, :]
             tl.store(out, acc.to(context.dtype.element_ty), mask=live & in_r)
         else:
             slot = program * 2 + (first == 0).to(tl.int32)
             slots = slot * BLOCK_M + tl.arange(0, BLOCK_M)
             tl.store(partial + slots[:, None] * R + r[None, :], acc, mask=live & in_r)
             tl.store(lse + slots, tl.where(sums > 0.0, top + tl.log2(divisor), float("-inf")))
-        if (first == 0) & (last < blocks):
+        if (first == 0) & (last < cells):
             unfinished = sequence * row_blocks + row_block
-            followers = owner(cell + blocks - 1, total, programs) - program
+            followers = owner(cell + cells - 1, total, programs) - program
         cell += last - first
         first = 0
         row_block += 1
@@ -168,6 +204,7 @@ def latent_attention_reduce(
     partial,
     lse,
     shared_rows,
+    B,
     S,
     H,
     programs,
@@ -195,7 +232,7 @@ def latent_attention_reduce(
     row = row_block % row_blocks * BLOCK_M + inside
     if row >= S * H:
         return
-    out = context + ((row_block // row_blocks).to(tl.int64) * (S * H) + row) * R
+    out = context + context_row(row, (row_block // row_blocks).to(tl.int64), B, S, H) * R
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     top = float("-inf")
     total = 0.0

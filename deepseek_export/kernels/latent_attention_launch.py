@@ -7,24 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.program import SM_COUNT, LaunchTable, Variant
 from deepseek_export.kernels.table import (
     ALIGNMENT,
+    SMS,
     KernelDtype,
     KernelSpec,
     Problem,
     block_size,
-    check_dtype,
-    check_sm,
+    cached_problem,
+    fewer_keys,
     float32,
     int32,
     launch,
     scratch,
 )
-from deepseek_export.ops.table import LATENT_ATTENTION
+from deepseek_export.ops.table import LATENT_ATTENTION, OpSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,33 @@ _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
 _HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True))
 #: 一次看几个序列的长度。
 _SEQUENCES = 128
+#: 平均一个程序有这么多块 key 的，按整块分，差一块不过一成的一半；更少的按一个一个的 key 分，一个程序至少分 16 个（tl.dot 的下限）。
+PLENTY, LEAST = 16, 16
 #: ``latent_attention_reduce`` 的块：一次几份、几列，几个 warp。
 _REDUCE_PARTS, _REDUCE_COLUMNS, _REDUCE_WARPS = 64, 128, 4
+
+
+def attention_problem(
+    op: OpSpec,
+    sm: int,
+    num_heads: int,
+    kv_lora_rank: int,
+    qk_rope_head_dim: int,
+    dtype: str,
+    cache_dtype: str | None,
+    **more: int,
+) -> Problem:
+    """latent 注意力的一个问题，稀疏的也是；参数同 :func:`latent_attention_launch`，``more`` 是另外的维。
+
+    Raises:
+        DsxError: 同 :func:`latent_attention_launch`。
+    """
+    r, dr = kv_lora_rank, qk_rope_head_dim
+    sizes = {"H": num_heads, "r": r, "r+dr": r + dr} | more
+    problem = cached_problem(op, "kv_cache", sm, sizes, dtype, cache_dtype)
+    if r > 512 or dr > 64:
+        raise DsxError("DSX-E903", f"kv_lora_rank={r}、qk_rope_head_dim={dr}", "kernel 支持到 512 与 64")
+    return problem
 
 
 def latent_attention_launch(
@@ -86,14 +111,9 @@ def latent_attention_launch(
     Raises:
         DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持，或 r、dr 太大。
     """
-    limits, cache_dtype = check_sm(sm), cache_dtype or dtype
-    check_dtype(LATENT_ATTENTION, "q", dtype, ("float16", "bfloat16"))
-    check_dtype(LATENT_ATTENTION, "kv_cache", cache_dtype, ("float16", "bfloat16", "float32"))
     r, dr = kv_lora_rank, qk_rope_head_dim
-    if r > 512 or dr > 64:
-        raise DsxError("DSX-E903", f"kv_lora_rank={r}、qk_rope_head_dim={dr}", "kernel 支持到 512 与 64")
-    sizes = {"H": num_heads, "r": r, "r+dr": r + dr}
-    problem = Problem(LATENT_ATTENTION, sm, sizes, {"T": dtype, "F": cache_dtype})
+    problem = attention_problem(LATENT_ATTENTION, sm, num_heads, r, dr, dtype, cache_dtype)
+    limits = SMS[sm]
     B, S, T = symbol("B"), symbol("S"), symbol("T")
     rows = S * num_heads
     blocks = {"R": r, "BLOCK_R": block_size(r)}
@@ -102,12 +122,10 @@ def latent_attention_launch(
     # 行数刚够一个小块时用小块，否则用最大的块，让同一段 KV 少读几遍。
     variants = []
     for tile in tiles:
-        # float32 的缓存每个 key 占两倍共享内存：一次少读一半的 key，已经只有 16 个（tl.dot 的下限）的就少一级流水。
-        fewer = tile.keys * 2 // DTYPES[cache_dtype].nbytes(1)
-        keys, num_stages = (fewer, tile.num_stages) if fewer >= 16 else (16, tile.num_stages - 1)
+        keys, num_stages = fewer_keys(tile.keys, tile.num_stages, problem.dtypes["F"])
         row_blocks = rows.ceil(tile.rows)
-        # 每个 SM 一个程序，一轮跑完；活少的时候不多于格子数。没有 key 的序列也有一格。
-        cells = B * row_blocks * T.ceil(keys).max(1)
+        # 每个 SM 一个程序，一轮跑完；活少的时候一个程序至少 LEAST 个 key。没有 key 的序列也有一格。
+        cells = B * row_blocks * T.ceil(LEAST).max(1)
         programs, most = symbol(SM_COUNT).min(limits.most).min(cells), Expression.of(limits.most).min(cells)
         lse_at, shared_at, _ = _layout(programs, tile.rows, r)
         results = (
@@ -116,7 +134,7 @@ def latent_attention_launch(
             scratch("lse", "float32", lse_at),
             scratch("shared_rows", "int32", shared_at),
         )
-        sizes_of_rows = (int32("S", S), int32("H", num_heads))
+        sizes_of_rows = (int32("B", B), int32("S", S), int32("H", num_heads))
         partial = launch(
             "latent_attention",
             "latent_attention_partial",
@@ -125,7 +143,6 @@ def latent_attention_launch(
                 *map(problem.port, ("q", "kv_cache", "past_lens")),
                 *results,
                 float32("scale", scale),
-                int32("B", B),
                 *sizes_of_rows,
                 int32("T", T),
             ),
@@ -136,6 +153,8 @@ def latent_attention_launch(
                 "BLOCK_M": tile.rows,
                 "BLOCK_N": keys,
                 "BLOCK_B": _SEQUENCES,
+                "PLENTY": PLENTY,
+                "LEAST": LEAST,
                 "APART": int(tile.apart),
             },
             tile.num_warps,

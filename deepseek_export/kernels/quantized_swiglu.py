@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deepseek_export.kernels.grouped_swiglu import expert_tile
+from deepseek_export.kernels.grouped_swiglu import tile_order, tile_rows
 from deepseek_export.kernels.widened import add_product
 
 
@@ -30,16 +30,19 @@ def quantized_gate_up(
     w_gate_scales,
     w_up,
     w_up_scales,
+    topk_ids,
     sorted_pairs,
     offsets,
-    hidden,  # [N*k, I]，按排序后的次序
-    top_k,
+    hidden,  # [N*k, I]，按 (token, 槽位) 的次序
+    pairs,
     row_tiles,
+    TOP_K: tl.constexpr,
     D: tl.constexpr,
     INNER: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    FEW: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     E4M3: tl.constexpr,
@@ -49,12 +52,12 @@ def quantized_gate_up(
     BLOCK_K: tl.constexpr,
 ):
     """``hidden = silu(x w_gateᵀ) * (x w_upᵀ)``。"""
-    expert, rows, live, n = expert_tile(
-        offsets, row_tiles, tl.cdiv(INNER, BLOCK_N), E, BLOCK_E, BLOCK_M, BLOCK_N, GROUP
-    )
+    tile, column = tile_order(row_tiles, tl.cdiv(INNER, BLOCK_N), GROUP)
+    expert, pair, live = tile_rows(tile, topk_ids, sorted_pairs, offsets, pairs, E, BLOCK_E, BLOCK_M, FEW)
     if expert >= E:
         return
-    token = (tl.load(sorted_pairs + rows, mask=live, other=0) // top_k).to(tl.int64)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = pair // TOP_K
     k = tl.arange(0, BLOCK_K)
     code, scale = code_rows(expert, n, INNER, D, BITS, SCALED, TALL)
     inner = (n < INNER)[:, None]
@@ -82,7 +85,7 @@ def quantized_gate_up(
             up, w_up + code, w_up_scales + scale, a, step, inner, D, BITS, E4M3, SCALED, BLOCK_N, BLOCK_K
         )
     value = tl.trans(gate / (1.0 + tl.exp(-gate)) * up)
-    out = hidden + rows.to(tl.int64)[:, None] * INNER + n[None, :]
+    out = hidden + pair[:, None] * INNER + n[None, :]
     tl.store(out, value.to(hidden.dtype.element_ty), mask=live[:, None] & (n < INNER)[None, :])
 
 
@@ -91,15 +94,18 @@ def quantized_down(
     hidden,
     w_down,
     w_down_scales,
+    topk_ids,
     sorted_pairs,
     offsets,
-    expert_out,  # [N*k, D]，按 (token, 槽位) 的次序
+    expert_out,  # [N*k, D]，同 hidden 的次序
+    pairs,
     row_tiles,
     D: tl.constexpr,
     INNER: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    FEW: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     E4M3: tl.constexpr,
@@ -109,16 +115,15 @@ def quantized_down(
     BLOCK_K: tl.constexpr,
 ):
     """``expert_out = hidden w_downᵀ``，尚未加权。"""
-    expert, rows, live, n = expert_tile(
-        offsets, row_tiles, tl.cdiv(D, BLOCK_N), E, BLOCK_E, BLOCK_M, BLOCK_N, GROUP
-    )
+    tile, column = tile_order(row_tiles, tl.cdiv(D, BLOCK_N), GROUP)
+    expert, pair, live = tile_rows(tile, topk_ids, sorted_pairs, offsets, pairs, E, BLOCK_E, BLOCK_M, FEW)
     if expert >= E:
         return
-    pair = tl.load(sorted_pairs + rows, mask=live, other=0).to(tl.int64)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     code, scale = code_rows(expert, n, D, INNER, BITS, SCALED, TALL)
     codes, scales, wide = w_down + code, w_down_scales + scale, (n < D)[:, None]
-    hidden_rows = hidden + rows.to(tl.int64)[:, None] * INNER + k[None, :]
+    hidden_rows = hidden + pair[:, None] * INNER + k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(0, tl.cdiv(INNER, BLOCK_K)):
         start = step * BLOCK_K

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from deepseek_export.kernels.codes import CodeFormat, check_format
 from deepseek_export.kernels.expression import Expression
-from deepseek_export.kernels.grouped_swiglu_launch import GROUP, ExpertsTile, Rows, experts_table
+from deepseek_export.kernels.grouped_swiglu_launch import FEW, GROUP, ExpertsTile, Rows, experts_table
 from deepseek_export.kernels.program import Launch, LaunchTable
 from deepseek_export.kernels.table import (
     KernelDtype,
@@ -17,7 +17,6 @@ from deepseek_export.kernels.table import (
     block_size,
     check_dtype,
     check_sm,
-    int32,
     launch,
 )
 from deepseek_export.ops.table import QUANTIZED_MOE_EXPERTS
@@ -71,27 +70,19 @@ def quantized_swiglu_launch(
             "E": E,
             "BLOCK_E": block_size(E),
             "BLOCK_M": tile.rows,
+            "FEW": FEW,
             "GROUP": GROUP,
             **form.constants(),
         }
         half = min(tile.columns // 2, block_size(inner))
         full = min(tile.columns, block_size(D))
-        places = (rows.sorted_pairs, rows.offsets)
-        row_tiles = int32("row_tiles", rows.tiles)
         weights = ("w_gate", "w_gate_scales", "w_up", "w_up_scales")
         gate_up = launch(
             "quantized_swiglu",
             "quantized_gate_up",
             (rows.tiles * math.ceil(inner / half), 1, 1),
-            (
-                problem.port("x"),
-                *map(problem.port, weights),
-                *places,
-                rows.hidden,
-                int32("top_k", k),
-                row_tiles,
-            ),
-            {**common, "BLOCK_N": half, "BLOCK_K": form.step(min(tile.inner, block_size(D)))},
+            (problem.port("x"), *map(problem.port, weights), *rows.places, rows.hidden, *rows.counts),
+            {"TOP_K": k, **common, "BLOCK_N": half, "BLOCK_K": form.step(min(tile.inner, block_size(D)))},
             tile.num_warps,
             tile.num_stages,
         )
@@ -102,9 +93,9 @@ def quantized_swiglu_launch(
             (
                 rows.hidden,
                 *map(problem.port, ("w_down", "w_down_scales")),
-                *places,
+                *rows.places,
                 rows.expert_out,
-                row_tiles,
+                *rows.counts,
             ),
             {**common, "BLOCK_N": full, "BLOCK_K": form.step(min(tile.inner, block_size(inner)))},
             tile.num_warps,

@@ -19,7 +19,7 @@ def sparse_latent_attention_partial(
     kv_cache,  # [B, 1, T, R+P]
     indices,  # [B, S, TOPK] int32
     counts,  # [B, S] int32
-    context,  # [B, S, H, R]，只用到一段的 query 直接写这里
+    context,  # [H, B*S, R]，只用到一段的 query 直接写这里
     partial,  # [B*S, num_splits, H, R] float32，各段已归一化的结果
     lse,  # [B*S, num_splits, H] float32，各段的 log2(sum(2^score))
     scale,
@@ -82,7 +82,8 @@ def sparse_latent_attention_partial(
     divisor = tl.where(total > 0.0, total, 1.0)
     acc = acc / divisor[:, None]
     if length >= chosen:
-        out = context + (query * H + head)[:, None] * R + r[None, :]
+        queries = tl.num_programs(0) // head_blocks
+        out = context + (head.to(tl.int64) * queries + query)[:, None] * R + r[None, :]
         tl.store(out, acc.to(context.dtype.element_ty), mask=live & in_r)
     else:
         slots = (query * num_splits + split) * H + head
@@ -121,5 +122,6 @@ def sparse_latent_attention_reduce(
     values = tl.load(
         partial + slots[:, None] * R + r[None, :], mask=stored[:, None] & (r < R)[None, :], other=0.0
     )
-    out = context + row.to(tl.int64) * R + r
+    queries = tl.num_programs(0) // H
+    out = context + ((row % H).to(tl.int64) * queries + query) * R + r
     tl.store(out, tl.sum(weights[:, None] * values, 0).to(context.dtype.element_ty), mask=r < R)

@@ -6,19 +6,16 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deepseek_export.dtypes import DTYPES
-from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, symbol
-from deepseek_export.kernels.latent_attention_launch import AttentionTile
+from deepseek_export.kernels.latent_attention_launch import AttentionTile, attention_problem
 from deepseek_export.kernels.program import SM_COUNT, LaunchTable, Variant
 from deepseek_export.kernels.table import (
     ALIGNMENT,
+    SMS,
     KernelDtype,
     KernelSpec,
-    Problem,
     block_size,
-    check_dtype,
-    check_sm,
+    fewer_keys,
     float32,
     int32,
     launch,
@@ -63,19 +60,12 @@ def sparse_latent_attention_launch(
     Raises:
         DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持，或 r、dr 太大。
     """
-    limits, cache_dtype = check_sm(sm), cache_dtype or dtype
-    check_dtype(SPARSE_LATENT_ATTENTION, "q", dtype, ("float16", "bfloat16"))
-    check_dtype(SPARSE_LATENT_ATTENTION, "kv_cache", cache_dtype, ("float16", "bfloat16", "float32"))
     r, dr = kv_lora_rank, qk_rope_head_dim
-    if r > 512 or dr > 64:
-        raise DsxError("DSX-E903", f"kv_lora_rank={r}、qk_rope_head_dim={dr}", "kernel 支持到 512 与 64")
-    sizes = {"H": num_heads, "r": r, "r+dr": r + dr, "ks": topk}
-    problem = Problem(SPARSE_LATENT_ATTENTION, sm, sizes, {"T": dtype, "F": cache_dtype})
+    problem = attention_problem(SPARSE_LATENT_ATTENTION, sm, num_heads, r, dr, dtype, cache_dtype, ks=topk)
+    limits = SMS[sm]
     small, large = _TILES[limits.shared]
     tile = small if num_heads <= small.rows else large
-    # float32 的缓存每一行占两倍共享内存：一次少读一半，已经只有 16 行（tl.dot 的下限）的就少一级流水。
-    fewer = tile.keys * 2 // DTYPES[cache_dtype].nbytes(1)
-    keys, num_stages = (fewer, tile.num_stages) if fewer >= 16 else (16, tile.num_stages - 1)
+    keys, num_stages = fewer_keys(tile.keys, tile.num_stages, problem.dtypes["F"])
     most_splits, blocks = math.ceil(topk / keys), math.ceil(num_heads / tile.rows)
     queries = symbol("B") * symbol("S")
     programs = queries * blocks

@@ -174,6 +174,33 @@ def check_dtype(op: OpSpec, port: str, dtype: str, allowed: tuple[str, ...]) -> 
         raise DsxError("DSX-E903", what, f"kernel 支持 {'、'.join(allowed)}；换一个 --dtype 导出")
 
 
+def cached_problem(
+    op: OpSpec, cache: str, sm: int, sizes: Mapping[str, int], dtype: str, cache_dtype: str | None
+) -> Problem:
+    """读一个缓存的算子：``q`` 是 16 位的，缓存另可以是 float32。
+
+    Args:
+        op, sm, sizes: 见 :class:`Problem`。
+        cache: 缓存那个输入的名字。
+        dtype: ``q`` 与输出的 dtype。
+        cache_dtype: 缓存的 dtype；``None`` 表示同 ``dtype``。
+
+    Raises:
+        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持。
+    """
+    check_sm(sm)
+    stored = cache_dtype or dtype
+    check_dtype(op, "q", dtype, ("float16", "bfloat16"))
+    check_dtype(op, cache, stored, ("float16", "bfloat16", "float32"))
+    return Problem(op, sm, sizes, {"T": dtype, "F": stored})
+
+
+def fewer_keys(keys: int, num_stages: int, cache_dtype: str) -> tuple[int, int]:
+    """一次几个 key、几级流水：float32 的缓存每个 key 占两倍共享内存，一次少读一半的 key，已经只有 16 个（tl.dot 的下限）的就少一级流水。"""
+    fewer = keys * 2 // DTYPES[cache_dtype].nbytes(1)
+    return (fewer, num_stages) if fewer >= 16 else (16, num_stages - 1)
+
+
 def block_size(size: int) -> int:
     """不小于 ``size`` 的 2 的幂；``tl.dot`` 的每一维至少 16。"""
     return max(16, 1 << (size - 1).bit_length())

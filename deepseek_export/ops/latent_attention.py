@@ -16,12 +16,13 @@ def latent_attention(
     """算子的 eager 参考实现；形状见 :data:`~deepseek_export.ops.table.LATENT_ATTENTION`。
 
     Returns:
-        context [B, S, H, r]，dtype 同 ``q``。
+        context [H, B*S, r]，dtype 同 ``q``。
     """
     context = attend_latent(q.transpose(1, 2), kv_cache, past_lens, scale, kv_lora_rank)
-    return context.transpose(1, 2).contiguous()
+    B, S, H, _ = q.shape
+    return context.transpose(0, 1).reshape(H, B * S, kv_lora_rank)
 
 
 def fake(q, kv_cache, past_lens, scale, kv_lora_rank):
     """形状推导（meta）。"""
-    return q.new_empty(*q.shape[:3], kv_lora_rank)
+    return q.new_empty(q.shape[2], q.shape[0] * q.shape[1], kv_lora_rank)

@@ -18,14 +18,14 @@ def sparse_latent_attention(
     """算子的 eager 参考实现；形状见 :data:`~deepseek_export.ops.table.SPARSE_LATENT_ATTENTION`。
 
     Returns:
-        context [B, S, H, r]，dtype 同 ``q``。
+        context [H, B*S, r]，dtype 同 ``q``。
     """
     B, S, H, width = q.shape
     rows, last = gather_rows(kv_cache, indices), counts.reshape(B * S).to(torch.int64) - 1
     context = attend_latent(q.reshape(B * S, H, 1, width), rows, last, scale, kv_lora_rank)
-    return context.reshape(B, S, H, kv_lora_rank)
+    return context.reshape(B * S, H, kv_lora_rank).transpose(0, 1).contiguous()
 
 
 def fake(q, kv_cache, indices, counts, scale, kv_lora_rank):
     """形状推导（meta）。"""
-    return q.new_empty(*q.shape[:3], kv_lora_rank)
+    return q.new_empty(q.shape[2], q.shape[0] * q.shape[1], kv_lora_rank)

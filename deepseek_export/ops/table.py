@@ -194,11 +194,12 @@ LATENT_ATTENTION = OpSpec(
         Port("kv_cache", "F", ("B", "1", "T", "r+dr")),
         Port("past_lens", "I64", ("B",)),
     ),
-    outputs=(Port("context", "T", ("B", "S", "H", "r")),),
+    outputs=(Port("context", "T", ("H", "B*S", "r")),),
     attributes=(Attribute("scale", "float"), Attribute("kv_lora_rank", "int")),
     doc=(
         "Multi-query attention of absorbed queries over the latent cache, which serves as K (all columns) and as V (the "
-        "first kv_lora_rank columns). Key j is visible to query i when j <= past_lens[b]+i. Accumulates in float32."
+        "first kv_lora_rank columns). Key j is visible to query i when j <= past_lens[b]+i. Accumulates in float32. context "
+        "is head-major, as the per-head product with W_UV reads it."
     ),
 )
 

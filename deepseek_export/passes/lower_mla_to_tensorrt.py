@@ -184,7 +184,7 @@ class _Rewrite:
         w_uk, w_uv = emit.split(heads, (self.dn, self.dv), ("mla/w_uk", "mla/w_uv"), axis=1)
         w_uv = emit("Transpose", [w_uv], "mla/w_uv_t", w_uv, [H, r, self.dv], perm=[0, 2, 1])
         outer = emit("Shape", [q_pe], "mla/decode_BS", np.int64, [2], start=0, end=2)
-        q_latent = self._per_head(q_nope, w_uk, outer, self.dn, r, "absorb_q")
+        q_latent = self._per_head(self._by_head(q_nope, "absorb_q"), w_uk, outer, r, "absorb_q")
         q = emit("Concat", [q_latent, q_pe], "mla/q", q_pe, ["B", "Sd", H, r + self.dr], axis=-1)
         core, keys = LATENT_ATTENTION.name, [self.past_lens]
         if selection is not None:
@@ -194,29 +194,32 @@ class _Rewrite:
             [q, self.cache_out, *keys],
             core,
             q_pe,
-            ["B", "Sd", H, r],
+            [H, "BSd", r],
             domain=DOMAIN,
             scale=self.scale,
             kv_lora_rank=r,
             plugin_namespace=PLUGIN_NAMESPACE,
             plugin_version=PLUGIN_VERSION,
         )
-        self._per_head(context, w_uv, outer, r, self.dv, "absorb_o", o)
+        self._per_head(context, w_uv, outer, self.dv, "absorb_o", o)
+
+    def _by_head(self, x: gs.Tensor, name: str) -> gs.Variable:
+        """``x [B, S, H, dn]`` → ``[H, B*S, dn]``。"""
+        emit = self.emit
+        flat = emit("Reshape", [x, emit.ints(-1, self.H, self.dn)], f"mla/{name}_flat", x)
+        return emit("Transpose", [flat], f"mla/{name}_by_head", x, perm=[1, 0, 2])
 
     def _per_head(
         self,
-        x: gs.Tensor,
+        by_head: gs.Tensor,
         weight: gs.Tensor,
         outer: gs.Tensor,
-        inner: int,
         width: int,
         name: str,
         out: gs.Variable | None = None,
     ) -> gs.Variable:
-        """``x [B, S, H, inner]`` 逐头乘 ``weight [H, inner, width]``。B、S 并成一维、批在头上，权重不必沿 B 复制。"""
-        emit = self.emit
-        flat = emit("Reshape", [x, emit.ints(-1, self.H, inner)], f"mla/{name}_flat", x)
-        by_head = emit("Transpose", [flat], f"mla/{name}_by_head", x, perm=[1, 0, 2])
+        """``by_head [H, B*S, inner]`` 逐头乘 ``weight [H, inner, width]``，得到 ``[B, S, H, width]``。批在头上，权重不必沿 B 复制。"""
+        emit, x = self.emit, by_head
         product = emit("MatMul", [by_head, weight], f"mla/{name}", x)
         product = emit("Transpose", [product], f"mla/{name}_by_token", x, perm=[1, 0, 2])
         shape = emit("Concat", [outer, emit.ints(self.H, width)], f"mla/{name}_shape", np.int64, [4], axis=0)

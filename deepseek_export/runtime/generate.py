@@ -17,6 +17,7 @@ from deepseek_export.runtime.processors import row_processors
 from deepseek_export.runtime.result import GenerationResult
 from deepseek_export.runtime.rows import OutputRows
 from deepseek_export.runtime.sampling import Sampler, SamplingParams, is_integer
+from deepseek_export.runtime.scores import Scores
 from deepseek_export.runtime.session import ModelSession
 from deepseek_export.runtime.speculation.stats import SpeculationStats
 from deepseek_export.runtime.stop import stopped_rows
@@ -160,14 +161,15 @@ class Generator:
                 found[row].append(hidden[row, :count].copy())
         return [np.concatenate(parts) for parts in found]
 
-    def _prefill(self, rows: list[np.ndarray], lens: np.ndarray, caches: Caches) -> np.ndarray:
-        """填好缓存，返回每行最后一个提示词 token 的 logits ``[B, V]`` float32。"""
-        last = np.empty((len(rows), self.session.vocab_size), np.float32)
+    def _prefill(self, rows: list[np.ndarray], lens: np.ndarray, caches: Caches, want_logits: bool) -> Scores:
+        """填好缓存，返回每行最后一个提示词 token 的分数，``[B, 1]`` 个位置。"""
+        last: Scores | None = None
         for part in right_padded_chunks(rows, self.prefill_chunk):
             positions = np.maximum(part.counts - 1, 0)[:, None]
-            logits = self.session.run(part.input_ids, part.past_lens, positions, caches)
-            ends_here = (part.counts > 0) & (part.start + part.counts == lens)
-            last[ends_here] = logits[ends_here, 0]
+            got = self.session.scores(part.input_ids, part.past_lens, positions, caches, want_logits)
+            last = got.each(np.copy) if last is None else last
+            last.put((part.counts > 0) & (part.start + part.counts == lens), got)
+        assert last is not None
         return last
 
     def _one_by_one(
@@ -177,7 +179,8 @@ class Generator:
         started = perf_counter()
         lens = lengths(prompts)
         caches = self.session.new_caches(len(prompts), int(lens.max()))
-        logits = self._prefill(prompts, lens, caches)  # [B, V]
+        want_logits = sampler.needs_logits
+        scores = self._prefill(prompts, lens, caches, want_logits)
         prefilled = perf_counter()
         rows = np.arange(len(lens))  # 批次里的第几行是原来的第几行
         newest = lens.copy()  # 要选的 token 在整条序列里的下标，也是缓存里已有的长度
@@ -187,11 +190,12 @@ class Generator:
 
         if (packing := Packing.of(out.active)) is not None:  # 提示词恰好占满的行没有余地
             caches = packing.caches(caches, newest)
-            rows, newest, logits = (packing.array(array) for array in (rows, newest, logits))
+            rows, newest = packing.array(rows), packing.array(newest)
+            scores = scores.each(packing.array)
         while rows.size:
-            picked = sampler.sample(logits, newest, rows, sequence)
+            picked, logits = sampler.choose(scores, newest, rows, sequence), scores.logits
             for slot in np.argsort(rows).tolist():
-                out.emit(int(rows[slot]), [int(picked[slot])], logits[slot : slot + 1])
+                out.emit(int(rows[slot]), [int(picked[slot])], None if logits is None else logits[slot])
             yield out.take()
             if (packing := Packing.of(out.active[rows])) is not None:
                 rows, picked = packing.array(rows), packing.array(picked)
@@ -200,7 +204,7 @@ class Generator:
             if rows.size:
                 caches.ensure(int(newest.max()) + 1)
                 first = np.zeros((len(rows), 1), np.int64)
-                logits = self.session.run(picked[:, None], newest, first, caches)[:, 0]
+                scores = self.session.scores(picked[:, None], newest, first, caches, want_logits)
                 newest += 1
         notes = (*self.session.notes, *out.notes(max_new_tokens, self.session.max_positions))
         return self._result(lens, out, (started, prefilled, perf_counter()), notes)

@@ -47,18 +47,18 @@ class OutputRows:
         self._top = logprobs
         self.logprobs: list[list[TokenLogprobs]] | None = None if logprobs is None else [[] for _ in budgets]
 
-    def emit(self, row: int, tokens: Iterable[int], logits: np.ndarray) -> int:
+    def emit(self, row: int, tokens: Iterable[int], logits: np.ndarray | None = None) -> int:
         """给还没结束的一行依次添上 ``tokens``，到它结束为止；返回收下了几个。
 
         Args:
             row: 第几行。
             tokens: 至多 n 个。
-            logits: ``[n, V]``，它们各从哪一行 logits 里选出来；只在要对数概率时用到。
+            logits: ``[n, V]``，它们各从哪一行 logits 里选出来；只在要对数概率时用到，不要就可以没有。
         """
         taken = 0
         for token in tokens:
             self.token_ids[row].append(token)
-            if self.logprobs is not None and self._top is not None:
+            if self.logprobs is not None and self._top is not None and logits is not None:
                 self.logprobs[row].append(token_logprobs(logits[taken], token, self._top))
             taken += 1
             self.remaining[row] -= 1

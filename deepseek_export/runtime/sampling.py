@@ -14,6 +14,7 @@ import numpy as np
 
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.randomness import RowStream, Use, row_streams
+from deepseek_export.runtime.scores import Scores
 
 #: OpenAI 的范围：存在、频率惩罚，偏置。
 MAX_PENALTY, MAX_BIAS = 2.0, 100.0
@@ -183,6 +184,11 @@ class RowSampler:
         """只取 logits 最大的那个：既不抽样，也没有处理器。"""
         return self.params.greedy and not self.processors
 
+    @property
+    def needs_logits(self) -> bool:
+        """要不要 logits：只取最大的那个、又不要对数概率的不要。"""
+        return not self.plain or self.params.logprobs is not None
+
     def pick(self, logits: np.ndarray, position: int, tokens: Sequence[int] = ()) -> int:
         """选一个 token。
 
@@ -255,6 +261,24 @@ class Sampler:
         each = [()] * batch if processors is None else processors
         streams = row_streams(params.seed, batch)
         self._rows = [RowSampler(params, *own) for own in zip(streams, each, strict=True)]
+
+    @property
+    def needs_logits(self) -> bool:
+        """有没有一行要 logits，见 :attr:`RowSampler.needs_logits`。"""
+        return any(row.needs_logits for row in self._rows)
+
+    def choose(
+        self,
+        scores: Scores,
+        positions: np.ndarray,
+        rows: np.ndarray,
+        history: Callable[[int], Sequence[int]] | None = None,
+    ) -> np.ndarray:
+        """同 :meth:`sample`，看的是 ``[n, 1]`` 个位置的分数；没有 logits 的就是各行最大的那个。"""
+        if scores.logits is not None:
+            return self.sample(scores.logits[:, 0], positions, rows, history)
+        check_peaks(scores.peaks[:, 0], rows)
+        return scores.ids[:, 0]
 
     def sample(
         self,

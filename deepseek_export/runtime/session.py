@@ -11,11 +11,12 @@ from deepseek_export.backend.base import Caches, Runner
 from deepseek_export.backend.contract import TOKEN_INPUTS, contract_broken
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime.graph import GraphSession
+from deepseek_export.runtime.scores import LOGITS, Scores, wanted_outputs
 
 VerifyMode = Literal["greedy", "rejection"]
 
 _CHANCE_INPUTS = ("draft_probs", "uniform", "temperature")
-_VERIFY_OUTPUTS = ("num_accepted", "next_id", "hidden", "logits")
+_VERIFY_OUTPUTS = ("num_accepted", "next_id", "hidden")
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Verified:
         num_accepted: ``[B]`` int64，每行接受了几个草稿。
         next_id: ``[B]`` int64，接受的草稿之后的那个 token。
         hidden: ``[B, S, D]``，这次调用各行过了末尾归一化的 hidden。
-        logits: ``[B, L, V]``，模型的 dtype，不做转换。
+        scores: ``[B, L]`` 个位置的分数，logits 是模型的 dtype，不做转换。
     """
 
     num_accepted: np.ndarray
     next_id: np.ndarray
     hidden: np.ndarray
-    logits: np.ndarray
+    scores: Scores
 
 
 class ModelSession(GraphSession):
@@ -70,7 +71,7 @@ class ModelSession(GraphSession):
             rejection = any(name in runner.contract.inputs for name in _CHANCE_INPUTS)
             self.verify_mode = "rejection" if rejection else "greedy"
             extra = ("draft_ids", *(_CHANCE_INPUTS if rejection else ()))
-        super().__init__(runner, extra, _VERIFY_OUTPUTS if extra else ("logits",))
+        super().__init__(runner, extra, (*_VERIFY_OUTPUTS, "logits") if extra else ("logits",))
         if extra and self.hidden_size is None:
             raise contract_broken("hidden 的形状不是 [B, S, 常数]")
 
@@ -101,6 +102,25 @@ class ModelSession(GraphSession):
         """
         inputs = self._inputs(input_ids, past_lens, logits_positions)
         return self.as_float32(self.call(("logits",), inputs, caches)["logits"], caches)
+
+    def scores(
+        self,
+        input_ids: np.ndarray,
+        past_lens: np.ndarray,
+        logits_positions: np.ndarray,
+        caches: Caches,
+        want_logits: bool,
+    ) -> Scores:
+        """同 :meth:`run`；``want_logits`` 为假而图自己选得出最大的，就不取 logits。"""
+        outputs = wanted_outputs(self.runner.contract, want_logits)
+        if LOGITS in outputs:
+            return Scores({LOGITS: self.run(input_ids, past_lens, logits_positions, caches)})
+        inputs = self._inputs(input_ids, past_lens, logits_positions)
+        return Scores.of(self.call(outputs, inputs, caches))
+
+    def widened(self, scores: Scores, caches: Caches) -> Scores:
+        """logits 换成 float32 的，见 :meth:`as_float32`。"""
+        return scores if scores.logits is None else scores.each(lambda array: self.as_float32(array, caches))
 
     def hidden(self, input_ids: np.ndarray, past_lens: np.ndarray, caches: Caches) -> np.ndarray:
         """同 :meth:`run`，取的是每个新位置过了末尾归一化的 hidden。
@@ -138,6 +158,7 @@ class ModelSession(GraphSession):
         draft_ids: np.ndarray,
         caches: Caches,
         chance: Chance | None = None,
+        want_logits: bool = True,
     ) -> Verified:
         """跑一次前向并在图内验证草稿。
 
@@ -148,6 +169,7 @@ class ModelSession(GraphSession):
             draft_ids: ``[B, K]`` 整数，K 可以为 0，此时 ``next_id`` 就是下一个 token。
             caches: 同 :meth:`run`。
             chance: ``rejection`` 模式必给，``greedy`` 模式不给。
+            want_logits: 要不要 logits；不要而图自己选得出最大的，就不取。
 
         Raises:
             DsxError: 同 :meth:`run`。
@@ -163,7 +185,9 @@ class ModelSession(GraphSession):
         inputs["draft_ids"] = draft_ids
         if chance is not None:
             inputs |= _chance_inputs(chance)
-        return Verified(**self.call(_VERIFY_OUTPUTS, inputs, caches))
+        scored = wanted_outputs(self.runner.contract, want_logits)
+        got = self.call((*_VERIFY_OUTPUTS, *scored), inputs, caches)
+        return Verified(got["num_accepted"], got["next_id"], got["hidden"], Scores.of(got))
 
 
 def _chance_inputs(chance: Chance) -> dict[str, np.ndarray]:

@@ -18,14 +18,19 @@ from deepseek_export.serving.request import Request
 
 
 def accepted(
-    request: Request, logits: np.ndarray, best: list[int], peaks: list[float], drafts: list[int], row: int
+    request: Request,
+    logits: np.ndarray | None,
+    best: list[int],
+    peaks: list[float],
+    drafts: list[int],
+    row: int,
 ) -> tuple[list[int], Exception | None]:
     """一行接下来的 token。
 
     Args:
         request: 这一行的请求。
-        logits: ``[K+1, V]`` float32。
-        best, peaks: 各 K+1 个，``logits`` 每个位置最大的 token 与它的值。
+        logits: ``[K+1, V]`` float32；只取最大的那个的请求可以没有。
+        best, peaks: 各 K+1 个，每个位置 logit 最大的 token 与它的值。
         drafts: 这一行的草稿，至多 K 个。
         row: 第几行，写进错误里。
 
@@ -39,7 +44,9 @@ def accepted(
         if not math.isfinite(peaks[at]):
             return taken, unusable_logits(row, peaks[at])
         try:
-            token = best[at] if sampler.plain else sampler.pick(logits[at], position + at, known)
+            token = best[at]
+            if not sampler.plain:
+                token = sampler.pick(_given(logits)[at], position + at, known)
         except Exception as error:  # 处理器可以是别人的代码；不能连累同批的请求
             return taken, error
         taken.append(token)
@@ -47,6 +54,12 @@ def accepted(
             break
         known.append(token)
     return taken, None
+
+
+def _given(logits: np.ndarray | None) -> np.ndarray:
+    if logits is None:
+        raise ValueError("要照采样参数选，却没有取 logits")
+    return logits
 
 
 def drafting(requests: Sequence[Request]) -> Callable[[int, np.ndarray], np.ndarray] | None:

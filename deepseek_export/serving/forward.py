@@ -1,6 +1,7 @@
 """引擎的模型调用：一块提示词，或者正在生成的各行各走一步；有草稿模型就先起草，一次验证几个。
 
-验证只要主模型在各个草稿处的 logits：接不接受由主机选（见 :mod:`.accept`），不用图里的判定，所以各行的采样参数可以各不相同。
+验证只要主模型在各个草稿处的分数：接不接受由主机选（见 :mod:`.accept`），不用图里的判定，所以各行的采样参数可以各不相同。各行都只取最大的那个时，
+后端选得出就不取 logits。
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from deepseek_export.backend.base import Caches
 from deepseek_export.runtime import DraftSession, ModelSession
+from deepseek_export.runtime.scores import Scores
 from deepseek_export.runtime.session import Chance
 from deepseek_export.runtime.speculation.row_drafter import Choose, RowDrafter
 from deepseek_export.serving.settings import FittedSettings
@@ -22,12 +24,12 @@ class Step:
     """一步的结果；数组是缓冲区的视图，下一次调用会覆盖它们。
 
     Attributes:
-        logits: ``[B, K+1, V]`` float32，第 i 个在最新的 token 与前 i 个草稿之后。
+        scores: ``[B, K+1]`` 个位置的分数，logits 是 float32，第 i 个在最新的 token 与前 i 个草稿之后。
         drafts: ``[B, K]`` int64，K 可以为 0。
         hidden: ``[B, K+1, D]``；没有草稿模型为 ``None``。
     """
 
-    logits: np.ndarray
+    scores: Scores
     drafts: np.ndarray
     hidden: np.ndarray | None = None
 
@@ -94,7 +96,7 @@ class Forward:
         """
         return self._most if int(newest.max()) + self._most + 1 <= self._context else 0
 
-    def prefill(self, row: int, begin: int, prompt: np.ndarray, size: int) -> np.ndarray:
+    def prefill(self, row: int, begin: int, prompt: np.ndarray, size: int, want_logits: bool) -> Scores:
         """算一行的一块提示词。
 
         Args:
@@ -102,9 +104,10 @@ class Forward:
             begin: 从提示词的第几个起。
             prompt: ``[n]``，整条提示词。
             size: 至多几个。
+            want_logits: 要不要 logits。
 
         Returns:
-            ``[1, 1, V]`` float32，这一块最后一个位置的。
+            这一块最后一个位置的分数，``[1, 1]`` 个位置。
 
         Raises:
             DsxError: 后端的错误。
@@ -113,12 +116,19 @@ class Forward:
         self.caches[0].ensure(begin + len(part))
         view, past = self.caches[0].rows(row, 1), np.array([begin])
         last = np.array([[len(part) - 1]])
-        step = self._call(part[None], past, last, self._none[:1], view)
+        step = self._call(part[None], past, last, self._none[:1], view, want_logits)
         if self.drafter is not None and step.hidden is not None:
             self.drafter.prefill(row, begin, prompt, step.hidden)
-        return step.logits
+        return step.scores
 
-    def decode(self, newest: np.ndarray, lengths: np.ndarray, num_drafts: int, choose: Choose | None) -> Step:
+    def decode(
+        self,
+        newest: np.ndarray,
+        lengths: np.ndarray,
+        num_drafts: int,
+        choose: Choose | None,
+        want_logits: bool,
+    ) -> Step:
         """前 B 行各走一步。
 
         Args:
@@ -126,6 +136,7 @@ class Forward:
             lengths: ``[B]``，各行的缓存里有几个位置。
             num_drafts: 起草几个 K，可以为 0。
             choose: 怎么选草稿，见 :meth:`RowDrafter.propose`。
+            want_logits: 有没有一行要 logits。
 
         Raises:
             DsxError: 后端的错误。
@@ -137,17 +148,23 @@ class Forward:
             ids = np.concatenate([ids, drafts], axis=1)
             positions = np.broadcast_to(np.arange(num_drafts + 1), ids.shape)
         self.caches[0].ensure(int(lengths.max()) + ids.shape[1])
-        return self._call(ids, lengths, positions, drafts, self.caches[0].first(count))
+        return self._call(ids, lengths, positions, drafts, self.caches[0].first(count), want_logits)
 
     def _call(
-        self, ids: np.ndarray, past: np.ndarray, positions: np.ndarray, drafts: np.ndarray, view: Caches
+        self,
+        ids: np.ndarray,
+        past: np.ndarray,
+        positions: np.ndarray,
+        drafts: np.ndarray,
+        view: Caches,
+        want_logits: bool,
     ) -> Step:
         session, (batch, count) = self._session, drafts.shape
         if self.drafter is None:
-            return Step(session.run(ids, past, positions, view), drafts)
+            return Step(session.scores(ids, past, positions, view, want_logits), drafts)
         chance = None
         if session.verify_mode == "rejection":  # 图里的判定没有人要，随机量填什么都行
             probs = np.broadcast_to(np.float32(0), (batch, count, session.vocab_size))
             chance = Chance(probs, np.zeros((batch, count + 1), np.float32), 1.0)
-        got = session.verify(ids, past, positions, drafts, view, chance)
-        return Step(session.as_float32(got.logits, view), drafts, got.hidden)
+        got = session.verify(ids, past, positions, drafts, view, chance, want_logits)
+        return Step(session.widened(got.scores, view), drafts, got.hidden)

@@ -251,7 +251,9 @@ class Scheduler:
         prompt, begin = request.work.prompt, int(table.lengths[row])
         size = min(self._settings.prefill_tokens, len(prompt) - begin)
         try:
-            logits = self._forward.prefill(row, begin, prompt, size)
+            last = begin + size == len(prompt)  # 只有最后一块选 token
+            want_logits = last and request.work.sampler.needs_logits
+            scores = self._forward.prefill(row, begin, prompt, size, want_logits)
         except DsxError as error:
             self.failure = error
             request.fail(error)
@@ -263,13 +265,13 @@ class Scheduler:
         self.counters.prefill_calls += 1
         self.counters.prefill_tokens += size
         table.lengths[row] += size
-        if begin + size < len(prompt):
+        if not last:
             return
         self._joining = None
         self._running.append(request)
         table.join(joining.held, prompt)
         start = len(self._running) - 1
-        self._take(Step(logits, np.empty((1, 0), np.int64)), np.zeros(1, np.int64), start)
+        self._take(Step(scores, np.empty((1, 0), np.int64)), np.zeros(1, np.int64), start)
         self._pack()
 
     def _decode(self) -> None:
@@ -279,7 +281,9 @@ class Scheduler:
         wanted = self._wanted(lengths)
         most, began = int(wanted.max()), perf_counter()
         try:
-            step = self._forward.decode(newest, lengths, most, drafting(requests) if most else None)
+            choose = drafting(requests) if most else None
+            want_logits = any(one.work.sampler.needs_logits for one in requests)
+            step = self._forward.decode(newest, lengths, most, choose, want_logits)
             given = self._take(step, wanted, 0)
             if self._forward.drafter is not None and step.hidden is not None:
                 self._forward.drafter.observe(lengths, step.hidden, given)
@@ -310,18 +314,20 @@ class Scheduler:
 
     def _take(self, step: Step, wanted: np.ndarray, start: int) -> np.ndarray:
         """给第 ``start`` 行起的各行选 token，交给它们的请求；返回各给出了几个 ``[n]``。"""
-        peaks, best = step.logits.max(axis=2).tolist(), step.logits.argmax(axis=2).tolist()
+        peaks, best = step.scores.peaks.tolist(), step.scores.ids.tolist()
+        every = step.scores.logits
         given = np.zeros(len(wanted), np.int64)
         for slot, drafts in enumerate(ragged(step, wanted)):
             request, row = self._running[start + slot], start + slot
             position = request.length
-            tokens, error = accepted(request, step.logits[slot], best[slot], peaks[slot], drafts, row)
+            logits = None if every is None else every[slot]
+            tokens, error = accepted(request, logits, best[slot], peaks[slot], drafts, row)
             if tokens:
                 given[slot], self._newest[row] = len(tokens), tokens[-1]
                 if self._forward.drafter is not None:
                     self._forward.drafter.learn(row, position, tokens)
                 self.counters.gave(tokens, drafts, request.ends_with(tokens[-1]))
-                request.emit(tokens, _logprobs(request, step.logits[slot], tokens))
+                request.emit(tokens, _logprobs(request, logits, tokens))
             if error is not None:
                 request.fail(error)
         return given
@@ -349,9 +355,9 @@ class Scheduler:
             packing.array(self._newest[: len(kept)])
 
 
-def _logprobs(request: Request, logits: np.ndarray, tokens: Sequence[int]) -> list[TokenLogprobs]:
+def _logprobs(request: Request, logits: np.ndarray | None, tokens: Sequence[int]) -> list[TokenLogprobs]:
     """要对数概率的请求，这一步每个 token 的；``logits`` ``[K+1, V]``。"""
     top = request.work.sampler.params.logprobs
-    if top is None:
+    if top is None or logits is None:
         return []
     return [token_logprobs(logits[at], token, top) for at, token in enumerate(tokens)]

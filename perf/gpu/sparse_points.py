@@ -161,8 +161,9 @@ class SparseAttention:
         return source.randn(B, self.S, self.H, LATENT + ROPE, dtype=dtype), cache, indices, counts
 
     def outputs(self, inputs: Inputs) -> Outputs:
-        """没有写过的输出：[B, S, H, r]。"""
-        return (unwritten(inputs[0][..., :LATENT]),)
+        """没有写过的输出：[H, B*S, r]。"""
+        shape = (self.H, len(self.past) * self.S, LATENT)
+        return (unwritten(inputs[0].new_empty(shape)),)
 
     def measure(self, inputs: Inputs, outputs: Outputs) -> Measure:
         """与参考实现差多少。"""

@@ -63,6 +63,18 @@ std::map<std::string, DataType> const& data_types() {
 
 std::vector<int64_t> shape(Dims const& dims) { return {dims.d, dims.d + dims.nbDims}; }
 
+// 输出的一维：常数、输入里的一维，或它们的积（B*S）。
+IDimensionExpr const* dimension(
+    std::string const& name, std::map<std::string, IDimensionExpr const*> const& symbols, IExprBuilder& builder) {
+    auto const star = name.find('*');
+    if (star == std::string::npos) {
+        return is_number(name) ? builder.constant(std::stoll(name)) : symbols.at(name);
+    }
+    auto const* left = dimension(name.substr(0, star), symbols, builder);
+    auto const* right = dimension(name.substr(star + 1), symbols, builder);
+    return builder.operation(DimensionOperation::kPROD, *left, *right);
+}
+
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
 public:
     Plugin(std::shared_ptr<std::string const> text, std::shared_ptr<std::string const> image)
@@ -122,7 +134,7 @@ public:
                 auto const& names = program_->outputs.at(static_cast<size_t>(i)).dims;
                 outputs[i].nbDims = static_cast<int32_t>(names.size());
                 for (size_t d = 0; d < names.size(); ++d) {
-                    outputs[i].d[d] = is_number(names[d]) ? builder.constant(std::stoll(names[d])) : symbols.at(names[d]);
+                    outputs[i].d[d] = dimension(names[d], symbols, builder);
                 }
             }
         });

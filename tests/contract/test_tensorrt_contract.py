@@ -32,7 +32,9 @@ from deepseek_export.cli.main import cli
 from deepseek_export.engine import plugins as plugin_module
 from deepseek_export.engine.build import build_engine, build_engine_bytes, check_plugins
 from deepseek_export.engine.flavour import choose, device_sm, load
-from deepseek_export.engine.layers import layer_counts, parse_layers
+from deepseek_export.engine.graph import engine_graph
+from deepseek_export.engine.layers import activation_bytes, layer_counts, parse_layers
+from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import building_for, registered_creators
 from deepseek_export.engine.record import EngineRecord
 from deepseek_export.errors import DsxError
@@ -94,6 +96,24 @@ def test_every_mla_and_moe_layer_is_one_plugin_layer(bundle, built):
 def test_layers_match_what_is_recorded(built):
     """TRT-3：引擎的层逐行记在 graphs/engines/。"""
     assert_listing("deepseek_v3", 89, built[0].layers)
+
+
+def test_the_workspace_follows_the_span_not_the_capacity(built, bundle, tmp_path):
+    """TRT-15：构建日志里中间值的字节数：prefill 看的行数相同，容量四倍，一个字节也不多；看的行数多了才多。解码的与容量无关。"""
+    flavour, shapes = choose("rtx"), built[0].record.shapes
+    trt, found = load(flavour), {}
+    folder = shutil.copytree(built[0].path, tmp_path / "engine")
+    for capacity, span in ((128, 128), (512, 128), (512, 512)):
+        graph = engine_graph(bundle.path / "model.onnx", capacity)
+        onnx.save(graph.model, folder / "model.onnx")
+        profiles = {name: dict(one) for name, one in shapes.profiles(bundle.manifest.profile, True).items()}
+        profiles["prefill"] |= {"S": (9, 16, 32), "L": (1, 1, 1), "P": (1, 32, span)}
+        build_engine_bytes(trt, flavour, folder / "model.onnx", 89, profiles, Progress())
+        found[capacity, span] = activation_bytes(logger_for(trt).messages(), list(profiles))
+    assert found[128, 128] == found[512, 128]
+    assert found[512, 512]["prefill"] > found[512, 128]["prefill"] > 0
+    assert found[512, 512]["decode"] == found[128, 128]["decode"] > 0
+    assert set(built[0].record.plans["model.plan"].workspace) == {"decode", "prefill"}
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch
 
 import deepseek_export
 from deepseek_export import DsxForCausalLM
+from deepseek_export.backend.tensorrt.runner import TensorRTRunner
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.manifest import QuantizationEntry
 from deepseek_export.checkpoint.synthetic import write_checkpoint
@@ -29,6 +30,7 @@ from deepseek_export.kernels.compile import toolkit_version
 from deepseek_export.parity.compare import compare_bundle
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.parity.verify import verify_bundle
+from deepseek_export.runtime import SamplingParams
 from tests.contract.test_mtp_contract import SMALL
 from tests.engines import refused
 from tests.fake_gpu import FakeEngine, FakeGpu
@@ -208,6 +210,81 @@ def test_a_step_sends_what_changed(bundles, gpu, counts):
     assert address not in gpu.driver.pinned
 
 
+def step_inputs(size: int) -> tuple[np.ndarray, ...]:
+    """两行各 ``size`` 个 token，每个位置都要。"""
+    return np.full((2, size), 3), np.array([0, 5]), np.broadcast_to(np.arange(size), (2, size))
+
+
+@pytest.mark.parametrize("name", ["mla+moe", "full"])
+def test_a_greedy_step_fetches_a_few_numbers(bundles, counts, name):
+    """TRT-16：贪心的一步，每个位置只取回 token（int64）与它的 logit（float32），选的与主机上由 logits 选的相同；要 logits 的照样给。"""
+    session = deepseek_export.load(bundles(name).path, backend="trt").session
+    caches, fetched = session.new_caches(2), []
+    for want in (True, False):
+        before = counts["fetched"]
+        scores = session.scores(*step_inputs(2), caches, want)
+        fetched.append(counts["fetched"] - before)
+        assert (scores.logits is None) == (not want)
+        if want:
+            kept = scores.ids.copy(), scores.peaks.copy()
+    assert fetched == [2 * 2 * session.vocab_size * 2, 2 * 2 * (8 + 4)]
+    assert np.array_equal(scores.ids, kept[0])
+    # 替身里的 ONNX Runtime 会略去中间那次舍入到 float16。
+    assert np.array_equal(scores.peaks.astype(np.float16), kept[1])
+
+
+def test_a_verified_step_fetches_no_logits(bundles, counts):
+    """TRT-16：验证草稿的一步，接受几个、下一个是什么都在设备上定好，取回的只有它们与 hidden。"""
+    session = deepseek_export.load(bundles("full").path, backend="trt").session
+    caches, drafts = session.new_caches(2), np.full((2, 1), 7)
+    got = session.verify(*step_inputs(2), drafts, caches, want_logits=False)
+    assert got.scores.logits is None
+    hidden = 2 * 2 * session.hidden_size * 2
+    assert counts["fetched"] == 2 * (8 + 8) + hidden + 2 * 2 * (8 + 4)
+    want = session.verify(*step_inputs(2), drafts, caches)
+    assert want.scores.logits is not None
+    assert np.array_equal(want.scores.ids, got.scores.ids)
+
+
+def test_what_is_fetched_does_not_change_the_call(bundles, counts):
+    """TRT-16：一步要 logits、一步不要，是同一次调用：录下的 CUDA graph 接着用。"""
+    session = deepseek_export.load(bundles("mla+moe").path, backend="trt").session
+    caches = session.new_caches(2)
+    for want in (False, False, True, False, True):
+        session.scores(*step_inputs(1), caches, want)
+    assert (counts["plain"], counts["capture"], counts["launch"]) == (2, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["mla+moe", "full"])
+def test_requests_that_take_the_largest_fetch_no_logits(bundles, gpu, monkeypatch, name):
+    """TRT-16：服务引擎里，同批都只取最大的就不取 logits；有一个要抽样的、要对数概率的，那几步照取，别的请求 token 不变。"""
+    path = bundles(name).path
+    wanted: list[bool] = []
+    run = TensorRTRunner.run
+
+    def recorded(runner, inputs, outputs, caches):
+        if "draft_id" not in runner.contract.outputs:
+            wanted.append("logits" in outputs)
+        return run(runner, inputs, outputs, caches)
+
+    monkeypatch.setattr(TensorRTRunner, "run", recorded)
+    want = deepseek_export.load(path).generate(list(PROMPTS), max_new_tokens=12, speculative=False).token_ids
+    with deepseek_export.load(path, backend="trt").engine() as engine:
+        greedy = [engine.submit(prompt, max_new_tokens=12) for prompt in PROMPTS]
+        assert [request.result().token_ids for request in greedy] == want
+        assert not any(wanted)
+        wanted.clear()
+        for other in (SamplingParams(temperature=1.0, seed=3), SamplingParams(logprobs=2)):
+            both = [
+                engine.submit(PROMPTS[0], max_new_tokens=12),
+                engine.submit(PROMPTS[1], other, max_new_tokens=4),
+            ]
+            assert both[0].result().token_ids == want[0]
+            assert len(both[1].result().token_ids) == 4
+            assert any(wanted)
+    assert len(both[1].result().logprobs or ()) == 4
+
+
 def test_prefill_is_bounded_by_the_length(bundles, gpu, monkeypatch):
     """TRT-15：会话按这一次的长度给 ``key_span``：解码是 1，prefill 够长而不到容量；token 与 ONNX Runtime 的相同由 TRT-9 的测试管。"""
     seen = []
@@ -224,6 +301,27 @@ def test_prefill_is_bounded_by_the_length(bundles, gpu, monkeypatch):
         ids = np.full((2, size), 3)
         session.run(ids, np.array(past), np.zeros((2, 1), np.int64), caches)
     assert seen == [(12, (2, 64)), (1, (2, 1)), (20, (2, 128))]
+
+
+def test_the_workspace_follows_the_length(bundles, gpu):
+    """TRT-15：中间值的显存按这一次的形状要，不按配置的上限（整个容量）；不够才换大的，短的接着用；录过的 CUDA graph 不受影响。"""
+    session = deepseek_export.load(bundles("full").path, backend="trt").session
+    caches = session.new_caches(1)
+
+    def blocks(size, past):
+        before = set(gpu.driver.live)
+        ids = np.full((1, size), 3)
+        session.run(ids, np.array([past]), np.zeros((1, 1), np.int64), caches)
+        return [len(gpu.driver.live[address]) for address in gpu.driver.live.keys() - before]
+
+    a_row = FakeEngine.workspace({KEY_SPAN: (1, 1)})
+    assert a_row * 64 in blocks(12, 0)
+    for _ in range(3):
+        blocks(1, 12)
+    assert a_row * 64 not in blocks(12, 20)
+    assert a_row * 128 in blocks(12, 90)
+    assert not {a_row * 64, a_row * 128} & set(blocks(12, 0))
+    blocks(1, 12)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def with_engine(bundle: Path, folder: Path, flavour: str) -> Path:
         fused_attention=0,
         unfused_attention=[],
         seconds=0,
+        best=True,
     )
     record = EngineRecord(
         schema_version=1,
@@ -173,6 +174,8 @@ def test_an_engine_instead_of_onnx(bundle: Path, tmp_path: Path):
     (span,) = (port for port in config.input if port.name == "key_span")
     assert (type_name(span.data_type), list(span.dims)) == ("TYPE_INT8", [-1])
     assert "key_span" in (model.path / "config.pbtxt").read_text(encoding="utf-8").partition("name:")[0]
+    added = {port.name: type_name(port.data_type) for port in config.output if port.name.startswith("best_")}
+    assert added == {"best_id": "TYPE_INT64", "best_logit": "TYPE_FP32"}
     states = config.sequence_batching.state
     assert all(state.use_same_buffer_for_input_output and state.dims[1] == 1024 for state in states)
     with pytest.raises(DsxError, match="DSX-E734"):

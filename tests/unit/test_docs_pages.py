@@ -9,7 +9,7 @@ import pytest
 import deepseek_export
 from deepseek_export.cli.main import COMMANDS
 from perf import pages, results
-from tools import make_cli_page
+from tools import make_cli_page, make_engine_steps
 
 pytestmark = pytest.mark.unit
 
@@ -20,6 +20,13 @@ def test_the_cli_page_is_generated():
     assert make_cli_page.PAGE.read_text(encoding="utf-8") == text
     assert re.findall(r"^## dsx (\w+)$", text, re.MULTILINE) == list(COMMANDS)
     assert "`-P, --prompt TEXT`" in text
+
+
+def test_the_page_counts_the_engine_listings():
+    """KERNEL-12：docs/gpu.md 里解码一步的层数与启动次数就是清单与启动表数出的；不一致就运行 ``python -m tools.make_engine_steps``。"""
+    page = make_engine_steps.PAGE.read_text(encoding="utf-8")
+    section = page.partition(make_engine_steps.BEGIN)[2].partition(make_engine_steps.END)[0]
+    assert section.strip() == make_engine_steps.section().strip()
 
 
 def test_the_api_page_names_everything_public():

@@ -250,13 +250,15 @@ def test_bind(programs):
     def shapes(n):
         return [(n, 32), (n, 2), (n, 2), *weights]
 
-    small, large = program.bind(shapes(4), 128), program.bind(shapes(4096), 128)
+    few, small, large = (program.bind(shapes(n), 128) for n in (4, 33, 4096))
+    assert [launch.kernel.entry for launch in few] == ["gate_up", "down", "combine"], "至多 64 对，不排序"
     assert [launch.kernel.entry for launch in small] == ["sort_pairs", "gate_up", "down", "combine"]
+    assert small[1].kernel == few[0].kernel
     assert small[1].kernel != large[1].kernel
     assert small[0].grid == (8 + 1, 1, 1)
-    assert small[1].grid == ((4 * 2 // 16 + 8) * 2, 1, 1)
+    assert few[0].grid == ((4 * 2 // 16 + 8) * 2, 1, 1)
     assert program.workspace(shapes(4)) < program.workspace(shapes(4096))
-    assert [launch.kernel.entry for launch in program.bind(shapes(0), 128)] == ["sort_pairs"]
+    assert program.bind(shapes(0), 128) == []
     with pytest.raises(ValueError, match="维 N 应为 4"):
         program.bind([(4, 32), (5, 2), (4, 2), *weights], 128)
     with pytest.raises(ValueError, match="个数或秩"):
@@ -312,7 +314,7 @@ def test_programs_follow_the_card():
         return variant.launches[0].grid[0].evaluate(sizes)
 
     assert programs(1, 1, 32768) == programs(128, 1, 32768) == 132
-    assert programs(1, 1, 1024) == 2 * 32, "128 个头是两块 64 行，一次 32 个 key"
+    assert programs(1, 1, 256) == 2 * 16, "128 个头是两块 64 行，一个程序至少 16 个 key"
     assert [programs(1, 1, 32768, sms) for sms in (114, 78, 1, 500)] == [114, 78, 1, 132], "H100 PCIe、H20"
     assert programs(1, 0, 1024) == 0, "没有新 token 就没有启动"
     large, larger = ({"B": B, "S": 8, "T": T} for B, T in ((16, 4096), (512, 131072)))

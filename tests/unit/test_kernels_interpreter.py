@@ -36,6 +36,7 @@ else:
     from deepseek_export.checkpoint.weight_only import BlockFormat, block_scales, dequantized, signed_codes
     from deepseek_export.dtypes import DTYPES
     from deepseek_export.kernels import grouped_swiglu as experts_kernels
+    from deepseek_export.kernels import grouped_swiglu_launch as experts_launch
     from deepseek_export.kernels import latent_attention as attention_kernels
     from deepseek_export.kernels import quantized_linear as linear_kernels
     from deepseek_export.kernels import quantized_swiglu as quantized_kernels
@@ -144,7 +145,7 @@ else:
         table = latent_attention_launch(
             sm, H, r, dr, scale, "float16", cache_dtype and by_torch(cache_dtype).name
         )
-        got = run(table, (q, cache, past_lens), poisoned(B, S, H, r, dtype=dtype), sms=sms)
+        got = run(table, (q, cache, past_lens), poisoned(H, B * S, r, dtype=dtype), sms=sms)
         want = latent_attention(q, cache.nan_to_num(0), past_lens, scale, r)
         assert_close(got, want)
 
@@ -174,6 +175,12 @@ else:
         reduce = next(v for v in table.variants if v.when.evaluate(sizes)).launches[1]
         assert 0 in [axis.evaluate(sizes) for axis in reduce.grid]
         check_attention(5, 1, 2, 16, 16, 64, [0, 63, 31, 32, 7], torch.float32, sms=1)
+
+    def test_attention_of_plenty_is_divided_by_blocks():
+        """活多的按整块分，活少的按一个一个的 key 分：同样的输入、不同的 SM 个数，两种都对。"""
+        sizes = (3, 2, 5, 16, 16, 700, [690, 3, 400], torch.float32)
+        for sms in (1, 2, 9, 140):
+            check_attention(*sizes, sms=sms)
 
     def test_attention_of_many_sequences():
         """序列多于一次看的 128 个，长短悬殊：每个程序都找得到自己的那一段。"""
@@ -210,17 +217,19 @@ else:
         q, cache, _ = attention_inputs(3, 2, 6, 40, 12, 96, [5, 5, 90], torch.float32)
         past_lens = torch.tensor([-2, -1, 90])
         table = latent_attention_launch(89, 6, 40, 12, 0.1, "float16")
-        got = run(table, (q, cache, past_lens), poisoned(3, 2, 6, 40, dtype=torch.float32))
+        got = run(table, (q, cache, past_lens), poisoned(6, 3 * 2, 40, dtype=torch.float32))
+        got = got.view(6, 3, 2, 40).permute(1, 2, 0, 3)
         assert not got[0].any()
         assert not got[1, 0].any()
         assert torch.equal(got[1, 1], cache[1, 0, 0, :40].expand(6, -1)), "只看得见一个 key"
-        assert_close(got[2:], latent_attention(q[2:], cache[2:].nan_to_num(0), past_lens[2:], 0.1, 40))
+        want = latent_attention(q[2:], cache[2:].nan_to_num(0), past_lens[2:], 0.1, 40)
+        assert_close(got[2], want.transpose(0, 1))
 
     def test_attention_of_nothing():
         """S 为 0 时什么也不启动。"""
         inputs = attention_inputs(2, 0, 6, 40, 12, 32, [3, 4], torch.float32)
         table = latent_attention_launch(89, 6, 40, 12, 0.1, "float16")
-        assert run(table, inputs, poisoned(2, 0, 6, 40, dtype=torch.float32)).shape == (2, 0, 6, 40)
+        assert run(table, inputs, poisoned(6, 0, 40, dtype=torch.float32)).shape == (6, 0, 40)
 
     @settings(max_examples=15, deadline=None)
     @given(st.data())
@@ -397,12 +406,31 @@ else:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize(
-        ("N", "D", "E", "inner", "k"), [(1, 48, 12, 28, 4), (9, 48, 12, 28, 4), (70, 40, 2, 20, 1)]
+        ("N", "D", "E", "inner", "k"),
+        [(1, 48, 12, 28, 4), (9, 48, 12, 28, 4), (30, 48, 12, 28, 4), (70, 40, 2, 20, 1)],
     )
     def test_experts(N, D, E, inner, k, dtype):
-        """一个 token、解码与 prefill 的变体；宽度不是 2 的幂。"""
+        """一个 token、解码（排序与不排序）与 prefill 的变体；宽度不是 2 的幂。"""
         inputs = experts_inputs(N, D, E, inner, k, dtype)
         assert_close(run_experts(inputs), moe_experts(*inputs))
+
+    @pytest.mark.parametrize("crowded", [False, True])
+    def test_few_pairs_need_no_sort(crowded, monkeypatch):
+        """对少时不启动排序，结果与排了序的逐位相同；挤在一个专家、一块装不下也是，编号不在范围内的不参与。"""
+        inputs = list(experts_inputs(14, 40, 9, 24, 4, torch.float32))
+        inputs[1][3, 1], inputs[1][5, 2] = -1, 9
+        if crowded:
+            inputs[1][:, 0] = 5
+            inputs[1][:, 1] = 5
+        got = run_experts(inputs)
+        assert_close(got, moe_experts(*inputs))
+        shapes = [tuple(one.shape) for one in inputs]
+        unsorted = ["gate_up", "down", "combine"]
+        for few, functions in ((64, unsorted), (16, ["sort_pairs", *unsorted])):
+            monkeypatch.setattr(experts_launch, "FEW", few)
+            table = grouped_swiglu_launch(89, 9, 4, 40, 24, "float16")
+            assert [one.kernel.function for one in table.bind(shapes, 128)] == functions
+        assert torch.equal(run_experts(inputs), got)
 
     def test_experts_wider_than_a_block():
         """小块的变体，内外两维都超过一块。"""
@@ -448,7 +476,7 @@ else:
         g = torch.Generator().manual_seed(0)
         rows, weights = torch.randn(6, 40, generator=g), torch.rand(2, 3, generator=g)
         ids, y = torch.zeros(2, 3, dtype=torch.int32), poisoned(2, 40, dtype=torch.float32)
-        experts_kernels.combine[(2, 3)](rows, ids, weights, y, 3, D=40, E=1, BLOCK_D=16)
+        experts_kernels.combine[(2, 3)](rows, ids, weights, y, TOP_K=3, D=40, E=1, BLOCK_D=16)
         assert_close(y, (rows.view(2, 3, 40) * weights.unsqueeze(-1)).sum(1))
 
     def test_sort_is_stable():

@@ -133,7 +133,7 @@ else:
         table = index_topk_launch(89, 4, 16, 8, "float16", "float32")
         assert run(table, (q, torch.zeros(2, 0, 4), cache, past), indices, counts).numel() == 0
         table = sparse_latent_attention_launch(89, 4, 8, 8, 8, 0.1, "float16", "float32")
-        assert run(table, (q, cache, indices, counts), torch.zeros(2, 0, 4, 8)).numel() == 0
+        assert run(table, (q, cache, indices, counts), torch.zeros(4, 0, 8)).numel() == 0
 
     # ------------------------------------------------------------ SparseLatentAttention
 
@@ -160,7 +160,7 @@ else:
         scale = scale or (r + dr) ** -0.5
         stored = cache_dtype and by_torch(cache_dtype).name
         table = sparse_latent_attention_launch(sm, H, r, dr, topk, scale, "float16", stored)
-        got = run(table, inputs, poisoned(B, S, H, r, dtype=dtype))
+        got = run(table, inputs, poisoned(H, B * S, r, dtype=dtype))
         q, cache, *selection = inputs
         assert_close(got, sparse_latent_attention(q, cache.nan_to_num(0), *selection, scale, r))
 
@@ -194,10 +194,12 @@ else:
         """KERNEL-2：一行也没有选中的 query 得到零而不是 NaN，不影响别的。"""
         q, cache, indices, counts = attention_inputs(2, 2, 6, 40, 12, 96, [0, 5, 40, 0], 40, torch.float32)
         table = sparse_latent_attention_launch(89, 6, 40, 12, 40, 0.1, "float16", "float32")
-        got = run(table, (q, cache, indices, counts), poisoned(2, 2, 6, 40, dtype=torch.float32))
+        got = run(table, (q, cache, indices, counts), poisoned(6, 2 * 2, 40, dtype=torch.float32))
+        got = got.view(6, 2, 2, 40).permute(1, 2, 0, 3)
         assert not got[0, 0].any()
         assert not got[1, 1].any()
         want = sparse_latent_attention(q, cache.nan_to_num(0), indices, counts.clamp(min=1), 0.1, 40)
+        want = want.view(6, 2, 2, 40).permute(1, 2, 0, 3)
         assert_close(got[0, 1], want[0, 1])
         assert_close(got[1, 0], want[1, 0])
 

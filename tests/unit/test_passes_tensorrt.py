@@ -12,11 +12,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 from deepseek_export.capture import capture_model
 from deepseek_export.capture.bodies import latent_attention_body
 from deepseek_export.checkpoint.recipe import load_array
-from deepseek_export.engine.graph import KEY_SPAN, take_key_span
+from deepseek_export.engine.graph import KEY_SPAN, give_best, take_key_span
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.table import LATENT_ATTENTION
@@ -61,7 +62,7 @@ def test_latent_attention_body_equals_the_reference(dtype):
             session = ort_session(model)
         (got,) = session.run(None, feeds)
         if S == 0:
-            assert got.shape == (B, 0, H, r)
+            assert got.shape == (H, 0, r)
             continue
         want = latent_attention(*map(torch.from_numpy, feeds.values()), SCALE, r)
         assert distance(got, want) < TOLERANCE[dtype]
@@ -153,6 +154,29 @@ def test_prefill_follows_the_length_not_the_capacity(form, saved, tmp_path):
     assert written[0] == written[1]
     assert not np.isnan(logits[0]).any()
     assert max(distance(one, logits[0]) for one in logits) < TOLERANCE[torch.float32]
+
+
+def test_the_best_of_the_logits():
+    """TRT-16：引擎的图另给出最大的 token 与它的 logit：并列取较小的，-inf 照算，有 NaN 的给出无穷大；草稿模型不加。"""
+    value = helper.make_tensor_value_info("logits", TensorProto.FLOAT16, ["B", "L", 5])
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["B", "L", 5])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["logits"])], "g", [given], [value])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    assert give_best(model)
+    rows = [
+        [1, 4, 2, 4, 3],
+        [-np.inf, -3, -np.inf, -9, -3],
+        [1, np.nan, 2, 7, 3],
+        [-np.inf] * 5,
+        [np.inf, 1, 2, 3, 4],
+    ]
+    _, ids, peaks = ort_session(model).run(None, {"x": np.array([rows], np.float16)})
+    assert (ids.dtype, peaks.dtype) == (np.int64, np.float32)
+    assert [ids[0, row, 0] for row in (0, 1, 4)] == [1, 1, 0]
+    assert peaks[0, :, 0].tolist() == [4, -3, np.inf, -np.inf, np.inf]
+    draft = helper.make_tensor_value_info("draft_id", TensorProto.INT64, ["B"])
+    model.graph.output.append(draft)
+    assert not give_best(model)
 
 
 def test_graphs_without_prefill_take_no_span():

@@ -165,7 +165,7 @@ def test_unusable_logits_after_some_drafts(
     def spoiled(ids, *rest):
         got = verify(ids, *rest)
         if ids.shape == (2, 4):
-            got.logits[1, 2:] = np.nan
+            got.scores.logits[1, 2:] = np.nan
         return got
 
     monkeypatch.setattr(model.session, "verify", spoiled)

@@ -157,35 +157,71 @@ class _Pinned:
             self._cuda.free_host(self._address)
 
 
+class Workspace:
+    """执行上下文的中间值用的一块显存；只换大，不换小。"""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self._address, self._nbytes = cuda, 0, 0
+
+    def grow(self, nbytes: int) -> None:
+        """至少 ``nbytes`` 字节；换的时候先等流上的事做完，内容不留。"""
+        if nbytes <= self._nbytes and self._address:
+            return
+        if self._address:
+            self._cuda.synchronize()
+            self._cuda.free(self._address)
+            self._address = self._nbytes = 0
+        self._address, self._nbytes = self._cuda.allocate(nbytes), nbytes
+
+    def give(self, context: Any) -> None:
+        """交给一个执行上下文。"""
+        context.set_device_memory(self._address, self._nbytes)
+
+    def __del__(self) -> None:
+        if self._address:
+            self._cuda.free(self._address)
+
+
 class Buffer:
-    """一个输入或输出：主机（锁页）与设备各一块，按见过的最大形状分配。"""
+    """一个输入或输出：设备上一块，主机上（锁页）要用才有一块，都按见过的最大形状分配。"""
 
     def __init__(self, cuda: Cuda, dtype: np.dtype) -> None:
         self._cuda, self._dtype = cuda, dtype
         self._flat = np.empty(0, dtype)
+        self._shape: tuple[int, ...] = (0,)
+        self._size = 0  # 设备上那块放得下几个
         self._sent = False
-        self.array = self._flat
         self.address = 0
+
+    @property
+    def array(self) -> np.ndarray:
+        """主机上的这一块，现在的形状。"""
+        count = math.prod(self._shape)
+        if count > self._flat.size:
+            self._flat = np.asarray(_Pinned(self._cuda, count * self._dtype.itemsize)).view(self._dtype)
+        return self._flat[:count].reshape(self._shape)
 
     def send(self, array: np.ndarray) -> None:
         """把 ``array`` 送到设备，形状先由 :meth:`reshape` 定好；小的、与上次送的一样的不再送：解码一步多半只有 token 与长度变了。"""
-        if self._sent and array.size <= _COMPARED and np.array_equal(self.array, array):
+        mine = self.array
+        if self._sent and array.size <= _COMPARED and np.array_equal(mine, array):
             return
-        np.copyto(self.array, array)
-        self._cuda.upload(self.address, self.array)
+        np.copyto(mine, array)
+        self._cuda.upload(self.address, mine)
         self._sent = True
 
+    def fetch(self) -> None:
+        """把设备上的取回 :attr:`array`；内容在 :meth:`Cuda.synchronize` 之后可读。"""
+        self._cuda.download(self.array, self.address)
+
     def reshape(self, shape: tuple[int, ...]) -> None:
-        """换成 ``shape``；装不下才重新分配。"""
-        size = math.prod(shape)
-        self._sent = self._sent and shape == self.array.shape
-        if size > self._flat.size or not self.address:
+        """换成 ``shape``；设备上装不下才重新分配。"""
+        self._sent = self._sent and shape == self._shape
+        self._shape, size = shape, math.prod(shape)
+        if size > self._size or not self.address:
             if self.address:
                 self._cuda.free(self.address)
-            nbytes = size * self._dtype.itemsize
-            self._flat = np.asarray(_Pinned(self._cuda, nbytes)).view(self._dtype)
-            self.address = self._cuda.allocate(nbytes)
-        self.array = self._flat[:size].reshape(shape)
+            self.address, self._size = self._cuda.allocate(size * self._dtype.itemsize), size
 
     def __del__(self) -> None:
         if self.address:

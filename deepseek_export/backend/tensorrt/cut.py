@@ -159,9 +159,10 @@ def _execute(engine: LoadedEngine, name: str, model: onnx.GraphProto, feed: Arra
             buffers[value.name].reshape(tuple(context.get_tensor_shape(value.name)))
     for port, buffer in buffers.items():
         context.set_tensor_address(port, buffer.address)
+    engine.ready(context)
     engine.execute(context, f"第 {name} 次前向")
     outputs = {value.name: buffers[value.name] for value in model.output}
     for buffer in outputs.values():
-        cuda.download(buffer.array, buffer.address)
+        buffer.fetch()
     cuda.synchronize()
     return {port: buffer.array for port, buffer in outputs.items()}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_export.backend.contract import GraphContract, Port
-from deepseek_export.backend.tensorrt.cuda import Cuda, driver_version, require_gpu
+from deepseek_export.backend.contract import PORT_DIMS, GraphContract, Port
+from deepseek_export.backend.tensorrt.cuda import Cuda, Workspace, driver_version, require_gpu
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import sha256_file
 from deepseek_export.bundle.manifest import GraphEntry
@@ -18,6 +18,7 @@ from deepseek_export.engine.plugins import BuildTarget, building_for, registered
 from deepseek_export.engine.record import ENGINES, EngineEntry, EngineRecord
 from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
+from deepseek_export.records import BEST_ID, BEST_LOGIT
 
 
 def find_engine(bundle: Bundle, sm: int) -> tuple[Path, EngineRecord]:
@@ -63,6 +64,8 @@ class Call:
 class LoadedEngine:
     """一个反序列化好的引擎：每个优化配置一个执行上下文，共用一块中间值的显存（都在一条流上，不会同时执行）。
 
+    那一块按这一次的形状要，不够再换大的：prefill 的中间值随看几行缓存变，配置的上限却是整个容量。录进 CUDA graph 的上下文另用一块，按配置的上限要，从不换。
+
     Args:
         flavour: 用哪种 TensorRT。
         sm: 当前 GPU。
@@ -86,15 +89,14 @@ class LoadedEngine:
         self._trt, self._profiles = load(flavour), list(profiles)
         self._logger = logger_for(self._trt)
         registered_creators(self._trt)
-        self._workspace = 0
+        self._workspace, self._fixed_workspace = Workspace(self.cuda), Workspace(self.cuda)
         self.contexts: dict[str, Any] = {}
+        self._fixed: list[Any] = []
         with building_for(sm) as target:
             self._runtime = self._trt.Runtime(self._logger)
             self.engine = self._runtime.deserialize_cuda_engine(content)
             if self.engine is None:
                 raise self._failure(target, f"加载 {what}")
-        self._workspace_bytes = self.engine.device_memory_size_v2
-        self._workspace = self.cuda.allocate(self._workspace_bytes)
         for name in self._profiles:
             self.contexts[name] = self.create_context(name)
 
@@ -103,7 +105,8 @@ class LoadedEngine:
 
         Args:
             profile: 优化配置名。
-            fixed_kernels: 为每组形状当场编译好专用的 kernel。TensorRT-RTX 缺省先用通用的、编译好了再换，录下的 CUDA graph 就过时了。
+            fixed_kernels: 要录成 CUDA graph 的：为每组形状当场编译好专用的 kernel（TensorRT-RTX 缺省先用通用的、编译好了再换，录下的就过时了），中间值的显存
+                从此不换。
 
         Raises:
             DsxError: ``DSX-E914`` / ``DSX-E916``。
@@ -125,7 +128,11 @@ class LoadedEngine:
                 or not context.set_optimization_profile_async(index, self.cuda.stream)
             ):
                 raise self._failure(target, f"{self._what} 的配置 {profile}")
-        context.set_device_memory(self._workspace, self._workspace_bytes)
+        if fixed_kernels:
+            # 一种配置的专用上下文共用一块；它们只由解码的配置来，要的一样多。
+            self._fixed_workspace.grow(self.engine.get_device_memory_size_for_profile_v2(index))
+            self._fixed_workspace.give(context)
+            self._fixed.append(context)
         return context
 
     def run(self, context: Any, call: Call) -> None:
@@ -141,7 +148,14 @@ class LoadedEngine:
             for name, value in values:
                 if not settle(name, value):
                     raise self._failure(None, f"设置 {call.profile} 的 {name} = {value}")
+        self.ready(context)
         self.execute(context, call.profile)
+
+    def ready(self, context: Any) -> None:
+        """``context`` 的形状设好了：给它这一次要的中间值的显存。"""
+        if not any(context is one for one in self._fixed):
+            self._workspace.grow(context.update_device_memory_size_for_shapes())
+            self._workspace.give(context)
 
     def execute(self, context: Any, name: str) -> None:
         """在流上执行一次，不等它做完。"""
@@ -165,10 +179,9 @@ class LoadedEngine:
         return self.cuda.capture(lambda: self.execute(context, name))
 
     def __del__(self) -> None:
-        if getattr(self, "_workspace", 0):
+        if getattr(self, "contexts", None):
             self.cuda.make_current()
             self.contexts.clear()
-            self.cuda.free(self._workspace)
 
     def _failure(self, target: BuildTarget | None, what: str) -> DsxError:
         if target is not None:
@@ -212,11 +225,11 @@ def open_engine(bundle: Bundle, path: Path) -> BundleEngine:
     entry = record.plans[path.name]
     graph = next(graph for graph in bundle.manifest.graphs if graph.file == entry.graph)
     loaded = LoadedEngine(flavour, sm, record.read_engine(path), entry.profiles, str(path))
-    return BundleEngine(loaded, record.shapes, entry, graph_contract(graph))
+    return BundleEngine(loaded, record.shapes, entry, graph_contract(graph, entry.best))
 
 
-def graph_contract(graph: GraphEntry) -> GraphContract:
-    """manifest 里一张图的约定。
+def graph_contract(graph: GraphEntry, best: bool) -> GraphContract:
+    """一个引擎的约定：manifest 里那张图的，``best`` 的另有引擎自己选出的 token。
 
     Raises:
         DsxError: ``DSX-E508``。
@@ -225,6 +238,9 @@ def graph_contract(graph: GraphEntry) -> GraphContract:
         [Port(value.name, value.dtype, tuple(value.shape)) for value in values]
         for values in (graph.inputs, graph.outputs)
     )
+    if best:
+        added = ((BEST_ID, "int64"), (BEST_LOGIT, "float32"))
+        outputs += [Port(name, dtype, PORT_DIMS[name]) for name, dtype in added]
     return GraphContract.of(inputs, outputs)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -39,7 +39,7 @@ class TensorRTRunner(Runner):
         self._engine = open_engine(bundle, path)
         self._replayer = Replayer(self._engine.loaded)
         self.contract, self.limits = self._engine.contract, limits
-        self._bindings: WeakKeyDictionary[Caches, dict[tuple[str, ...], _Binding]] = WeakKeyDictionary()
+        self._bindings: WeakKeyDictionary[Caches, _Binding] = WeakKeyDictionary()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -60,30 +60,31 @@ class TensorRTRunner(Runner):
         Raises:
             DsxError: ``DSX-E921`` 形状放不下；``DSX-E914`` / ``DSX-E916`` 执行失败。
         """
-        made = self._bindings.setdefault(caches, {})
-        if outputs not in made:
-            made[outputs] = _Binding(self._engine, self._replayer, outputs)
-        return made[outputs].run(inputs, cast(DeviceCaches, caches))
+        binding = self._bindings.get(caches)
+        if binding is None:
+            binding = self._bindings[caches] = _Binding(self._engine, self._replayer)
+        return binding.run(inputs, outputs, cast(DeviceCaches, caches))
 
 
 class _Binding:
-    """某个 :class:`DeviceCaches` 专用的缓冲区。
+    """某个 :class:`DeviceCaches` 专用的缓冲区；取回哪些输出不改变地址，录下的 CUDA graph 照样能用。
 
     Args:
         engine: 加载好的引擎。
         replayer: 由它执行。
-        wanted: 要取回主机的输出。
     """
 
-    def __init__(self, engine: BundleEngine, replayer: Replayer, wanted: Iterable[str]) -> None:
-        self._engine, self._replayer, self._wanted = engine, replayer, tuple(wanted)
+    def __init__(self, engine: BundleEngine, replayer: Replayer) -> None:
+        self._engine, self._replayer = engine, replayer
         self._cuda, contract = engine.loaded.cuda, engine.contract
         self._inputs = {port.name: Buffer(self._cuda, port.numpy) for port in contract.inputs.values()}
         # 引擎的每个输出都要有地址，不取回的也要。
         self._outputs = {port.name: Buffer(self._cuda, port.numpy) for port in contract.outputs.values()}
         self._key_span = Buffer(self._cuda, np.dtype(np.int8))
 
-    def run(self, inputs: Mapping[str, np.ndarray], caches: DeviceCaches) -> dict[str, np.ndarray]:
+    def run(
+        self, inputs: Mapping[str, np.ndarray], wanted: tuple[str, ...], caches: DeviceCaches
+    ) -> dict[str, np.ndarray]:
         sizes = self._engine.contract.sizes(inputs)
         profile = select_profile(self._engine.entry, {dim: sizes[dim] for dim in "BSLK" if dim in sizes})
         shapes = _input_shapes(self._engine.contract, sizes, caches.capacity)
@@ -100,10 +101,10 @@ class _Binding:
             buffers[KEY_SPAN] = self._key_span
         addresses = caches.addresses | {port: buffer.address for port, buffer in buffers.items()}
         self._replayer.run(Call(profile, tuple(shapes.items()), tuple(addresses.items())))
-        for port in self._wanted:
-            self._cuda.download(self._outputs[port].array, self._outputs[port].address)
+        for port in wanted:
+            self._outputs[port].fetch()
         self._cuda.synchronize()
-        return {port: self._outputs[port].array for port in self._wanted}
+        return {port: self._outputs[port].array for port in wanted}
 
 
 def _input_shapes(

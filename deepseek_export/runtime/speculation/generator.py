@@ -48,6 +48,11 @@ class _Run:
     chance: RowChance | None
     tally: Tally
 
+    @property
+    def wants_logits(self) -> bool:
+        """验证在图里，主机只在要对数概率时才看 logits。"""
+        return self.out.logprobs is not None
+
     def pack(self) -> None:
         """结束了的行离开批次。"""
         packing = Packing.of(self.out.active[self.rows])
@@ -175,17 +180,19 @@ class SpeculativeGenerator(Generator):
     def _prefill_ids(self, rows: list[np.ndarray], run: _Run) -> tuple[np.ndarray, np.ndarray]:
         """填好主模型与草稿模型的缓存，返回每行的第一个新 token ``[B]`` 与它的 logits ``[B, V]``；不要对数概率时后者是空的。"""
         first = np.zeros(len(rows), np.int64)
-        kept = np.empty((len(rows), 0 if run.out.logprobs is None else self.session.vocab_size), np.float32)
+        kept = np.empty((len(rows), self.session.vocab_size if run.wants_logits else 0), np.float32)
         none, no_drafts = np.empty((len(rows), 0), np.int64), np.zeros(len(rows), np.int64)
         for part in right_padded_chunks(rows, self.prefill_chunk):
             ends_here = (part.counts > 0) & (part.start + part.counts == run.newest)
             chance = None if run.chance is None else run.chance.draw(run.newest, no_drafts, 0, ends_here)
             positions = np.maximum(part.counts - 1, 0)[:, None]
-            got = self.session.verify(part.input_ids, part.past_lens, positions, none, run.caches, chance)
+            got = self.session.verify(
+                part.input_ids, part.past_lens, positions, none, run.caches, chance, run.wants_logits
+            )
             _check_used(got, ends_here & run.out.active, run.rows)
             first[ends_here] = got.next_id[ends_here]
-            if run.out.logprobs is not None:
-                kept[ends_here] = got.logits[ends_here, 0]
+            if got.scores.logits is not None and run.wants_logits:
+                kept[ends_here] = got.scores.logits[ends_here, 0]
             if run.drafter is not None:
                 run.drafter.prefill(part, got.hidden)
         return first, kept
@@ -207,7 +214,8 @@ class SpeculativeGenerator(Generator):
             for slot in np.argsort(run.rows).tolist():
                 row, count, proposed = int(run.rows[slot]), int(got.num_accepted[slot]), int(counts[slot])
                 new = [*drafts[slot, :count].tolist(), int(got.next_id[slot])]
-                taken = out.emit(row, new, got.logits[slot])
+                logits = got.scores.logits
+                taken = out.emit(row, new, None if logits is None else logits[slot])
                 begin = run.newest[slot] + 1
                 run.tokens[slot, begin : begin + len(new)] = new
                 run.newest[slot] += len(new)
@@ -260,7 +268,7 @@ class SpeculativeGenerator(Generator):
         chance = None
         if run.chance is not None:
             chance = run.chance.draw(run.newest + 1, counts, width - 1, every)
-        got = self.session.verify(input_ids, past, positions, drafts, run.caches, chance)
+        got = self.session.verify(input_ids, past, positions, drafts, run.caches, chance, run.wants_logits)
         # greedy 会连占位一起接受：头一个占位既然对了，它就是下一个 token。rejection 的占位必被拒绝。
         padded = np.concatenate([drafts, got.next_id[:, None]], axis=1)
         beyond = np.take_along_axis(padded, counts[:, None], axis=1)[:, 0]
@@ -312,7 +320,7 @@ class SpeculativeGenerator(Generator):
 
 def _check_used(got: Verified, wanted: np.ndarray, rows: np.ndarray) -> None:
     """与普通解码一样，用到的 logits 里没有有限的最大值就报错（``DSX-E505``）；只求最大值，不复制。"""
-    peaks = got.logits.max(axis=2)
+    peaks = got.scores.peaks
     used = wanted[:, None] & (np.arange(peaks.shape[1]) <= got.num_accepted[:, None])
     slots = np.nonzero(used)[0]
     check_peaks(peaks[used], rows[slots])
