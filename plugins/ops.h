@@ -36,6 +36,7 @@ inline constexpr Types kC{4, {1, 10, 16, 3}};  // float32、float16、bfloat16�
 inline constexpr Types kF{3, {1, 10, 16}};  // float32、float16、bfloat16
 inline constexpr Types kW{4, {1, 10, 16, 3}};  // float32、float16、bfloat16、int8
 inline constexpr Types kQ{2, {3, 22}};  // int8、int4
+inline constexpr Types kS{3, {1, 10, 16}};  // float32、float16、bfloat16
 inline constexpr Types kI64{1, {7}};  // int64
 inline constexpr Types kI32{1, {6}};  // int32
 inline constexpr Types kF32{1, {1}};  // float32
@@ -43,7 +44,7 @@ inline constexpr Types kF16{1, {10}};  // float16
 inline constexpr Types kU8{1, {2}};  // uint8
 
 // 有 TensorRT 插件的算子。
-inline constexpr std::array<char const*, 5> kPlugins{"LatentAttention", "IndexTopK", "SparseLatentAttention", "MoeExperts", "QuantizedMoeExperts"};
+inline constexpr std::array<char const*, 6> kPlugins{"LatentAttention", "IndexTopK", "SparseLatentAttention", "MoeExperts", "QuantizedMoeExperts", "QuantizedLinear"};
 
 namespace mla_attention {
 inline constexpr char const* kName = "MlaAttention";
@@ -202,18 +203,37 @@ inline constexpr std::array<Port, 9> kInputs{{
     {"topk_ids", &kI32, 2},  // [N, k]
     {"topk_weights", &kF32, 2},  // [N, k]
     {"w_gate", &kQ, 3},  // [E, I, D]
-    {"w_gate_scales", &kT, 3},  // [E, I, D/block_size]
+    {"w_gate_scales", &kS, 3},  // [E, I/block_rows, D/block_size]
     {"w_up", &kQ, 3},  // [E, I, D]
-    {"w_up_scales", &kT, 3},  // [E, I, D/block_size]
+    {"w_up_scales", &kS, 3},  // [E, I/block_rows, D/block_size]
     {"w_down", &kQ, 3},  // [E, D, I]
-    {"w_down_scales", &kT, 3},  // [E, D, I/block_size]
+    {"w_down_scales", &kS, 3},  // [E, D/block_rows, I/block_size]
 }};
 enum Output : size_t { y };
 inline constexpr std::array<Port, 1> kOutputs{{
     {"y", &kT, 2},  // [N, D]
 }};
 inline constexpr Attribute<int64_t> block_size{"block_size"};
+inline constexpr Attribute<int64_t> block_rows{"block_rows"};
+inline constexpr Attribute<int64_t> e4m3{"e4m3"};
 }  // namespace quantized_moe_experts
+
+namespace quantized_linear {
+inline constexpr char const* kName = "QuantizedLinear";
+enum Input : size_t { x, w, w_scales };
+inline constexpr std::array<Port, 3> kInputs{{
+    {"x", &kT, 3},  // [B, S, K]
+    {"w", &kQ, 2},  // [N, K]
+    {"w_scales", &kS, 2},  // [N/block_rows, K/block_size]
+}};
+enum Output : size_t { y };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"y", &kT, 3},  // [B, S, N]
+}};
+inline constexpr Attribute<int64_t> block_size{"block_size"};
+inline constexpr Attribute<int64_t> block_rows{"block_rows"};
+inline constexpr Attribute<int64_t> e4m3{"e4m3"};
+}  // namespace quantized_linear
 
 namespace spec_accept {
 inline constexpr char const* kName = "SpecAccept";

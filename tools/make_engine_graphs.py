@@ -32,6 +32,15 @@ WIDE = CONFIGS["deepseek_v3"] | {
     "q_lora_rank": 64,
     "v_head_dim": 32,
 }
+#: 同上，FP8 分块的检查点，块是发布的大小。
+WIDE_FP8 = WIDE | {
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+}
 
 
 class Case(NamedTuple):
@@ -41,16 +50,19 @@ class Case(NamedTuple):
         config: 随机权重的检查点的配置；``None`` 是随包附带的演示检查点，带 MTP。
         dtype: 模型 dtype。
         quant: 只量化权重。
+        linears: 几个线性层由插件读码。
     """
 
     config: Mapping[str, Any] | None
     dtype: ModelDtype = "float16"
     quant: QuantKind | None = None
+    linears: int = 0
 
     @property
     def experts(self) -> str:
         """专家的插件。"""
-        return (MOE_EXPERTS if self.quant is None else QUANTIZED_MOE_EXPERTS).name
+        coded = self.quant is not None or self.linears
+        return (QUANTIZED_MOE_EXPERTS if coded else MOE_EXPERTS).name
 
 
 #: 清单的名字 → 由什么来。
@@ -61,8 +73,10 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "glm_moe_dsa": Case(CONFIGS["glm_moe_dsa"]),
         "demo": Case(None),
         "wide.bfloat16": Case(WIDE, "bfloat16"),
-        "wide.int8": Case(WIDE, "bfloat16", "int8"),
+        # 两层各四个注意力的、三个 MLP 的；int8 的另有 lm_head，发布的 FP8 检查点里它不是 FP8。
+        "wide.int8": Case(WIDE, "bfloat16", "int8", linears=15),
         "wide.int4": Case(WIDE, "bfloat16", "int4"),
+        "wide.fp8": Case(WIDE_FP8, "bfloat16", linears=14),
     }
 )
 NAMES = tuple(CASES)

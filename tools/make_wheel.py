@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -58,14 +59,23 @@ def make_wheel(out: Path, target: str = "") -> tuple[Path, Path]:
         (sdist,), (plain,) = built.glob("*.tar.gz"), built.glob("*.whl")
         if plain.stem.endswith("-any"):
             raise Failed("wheel 里没有 C++ 算子库：先让 make plugins 成功")
-        label = f"{OLDEST}_{target or platform.machine()}"
+        # auditwheel 只认得本机处理器的标签；别的让它自己定，再核对够不够旧。
+        label = "auto" if target else f"{OLDEST}_{platform.machine()}"
         _run(sys.executable, "-m", "auditwheel", "repair", "--plat", label, "-w", repaired, plain)
         (wheel,) = repaired.glob("*.whl")
+        if target and not _old_enough(wheel.name):
+            raise Failed(f"{wheel.name}：库用了 {OLDEST} 没有的符号")
         out.mkdir(parents=True, exist_ok=True)
         moved = [out / path.name for path in (sdist, wheel)]
         for source, place in zip((sdist, wheel), moved, strict=True):
             shutil.move(source, place)
     return moved[0], moved[1]
+
+
+def _old_enough(name: str) -> bool:
+    """标签里最旧的 glibc 不比 ``OLDEST`` 新。"""
+    limit = int(OLDEST.rpartition("_")[2])
+    return any(int(minor) <= limit for minor in re.findall(r"manylinux_2_(\d+)_", name))
 
 
 def _run(*command: str | Path, **variables: str) -> str:

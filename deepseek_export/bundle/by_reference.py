@@ -17,6 +17,7 @@ from pathlib import Path
 from deepseek_export.bundle.disk import WEIGHTS_FOLDER
 from deepseek_export.bundle.graph import Slot
 from deepseek_export.checkpoint import TensorStore
+from deepseek_export.checkpoint.quantization import FP8_DTYPE
 from deepseek_export.checkpoint.recipe import Recipe, materialize
 from deepseek_export.checkpoint.store import INDEX_NAME
 from deepseek_export.dtypes import DTYPES
@@ -51,7 +52,8 @@ def reference_slots(recipes: Mapping[str, Recipe], store: TensorStore) -> dict[s
 def _slot(recipe: Recipe, store: TensorStore) -> Slot:
     if recipe.op == "copy" and recipe.int4 is None:
         spec = store[recipe.sources[0]]
-        if (spec.dtype, spec.shape) == (DTYPES[recipe.dtype].safetensors, recipe.shape):
+        dtype = FP8_DTYPE if recipe.keeps_bytes else DTYPES[recipe.dtype].safetensors
+        if (spec.dtype, spec.shape) == (dtype, recipe.shape):
             return Slot(f"{WEIGHTS_FOLDER}/{spec.file.name}", spec.offset, spec.nbytes)
     return Slot(BY_RECIPE_FILE, 0, recipe.nbytes)
 

@@ -59,6 +59,7 @@ from deepseek_export.checkpoint import (
     stop_token_ids,
 )
 from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.int4_codes import keeps_codes
 from deepseek_export.checkpoint.int4_published import int4_notes
 from deepseek_export.checkpoint.recipe import (
@@ -211,8 +212,9 @@ class _Export:
 
     def compile(self, source: Checkpoint) -> None:
         """主模型与各个 MTP 模块：捕获，下沉，权重绑到检查点的张量。"""
-        # 权重怎么存与图无关：FP8、4 位的检查点与它反量化后的孪生得到同一张图。
+        # 权重怎么存与捕获无关：FP8、4 位的检查点与它反量化后的孪生捕获到同一张图。
         architecture = replace(source.config, weight_block_size=None, int4=None)
+        fp8 = Fp8Sources.of(source) if self.settings.target in TENSORRT_TARGETS else None
         for index in range(-1, self._modules):
             with self.watch("capture"):
                 self.progress.start("捕获计算图" if index < 0 else f"捕获 MTP 模块 {index}")
@@ -226,6 +228,7 @@ class _Export:
                     dtype=self.settings.dtype,
                     target=self.settings.target,
                     quantization=self.settings.quantization,
+                    fp8=fp8,
                 )
             self.graphs.append(ExportedGraph(_file_name(index), captured, lowered))
         for graph in self.graphs:
@@ -346,7 +349,13 @@ def packed_bytes(source: Checkpoint, settings: ExportSettings) -> int:
     modules = require_mtp(source) if settings.profile.mtp.enabled else 0
     tensorrt = settings.target in TENSORRT_TARGETS
     parts = written_bytes(
-        source.config, settings.profile, modules, settings.dtype, settings.quantization, tensorrt
+        source.config,
+        settings.profile,
+        modules,
+        settings.dtype,
+        settings.quantization,
+        tensorrt,
+        Fp8Sources.of(source),
     )
     return sum(parts.values())
 

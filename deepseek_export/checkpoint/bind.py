@@ -16,7 +16,7 @@ from deepseek_export.errors import DsxError
 
 
 def bind_recipes(recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[str, Recipe]:
-    """来源是 FP8 的配方写明块大小，是 4 位的写明怎么排。
+    """来源是 FP8、要还原的配方写明块大小，是 4 位的写明怎么排。
 
     Args:
         recipes: 由配置得出的配方。
@@ -60,7 +60,8 @@ def _bound(
                 f"{name} 的来源有的是 {what}、有的不是：{odd} 不是",
                 f"同一层的专家要么全是 {what}、要么都不是；重新下载或重新转换检查点",
             )
-        bound[name] = _updated(recipe, stored(recipe)) if True in kinds else recipe
+        widened = True in kinds and not recipe.keeps_bytes
+        bound[name] = _updated(recipe, stored(recipe)) if widened else recipe
     return bound
 
 

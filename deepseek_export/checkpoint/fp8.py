@@ -9,7 +9,7 @@ from deepseek_export.checkpoint.store import TensorStore
 from deepseek_export.dtypes import BY_SAFETENSORS
 
 #: E4M3 的 256 个码各是多少；查表比逐个转换快得多。
-_E4M3_VALUES = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS[FP8_DTYPE].numpy).astype(np.float32)
+E4M3_VALUES = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS[FP8_DTYPE].numpy).astype(np.float32)
 
 
 def fp8_values(
@@ -17,7 +17,7 @@ def fp8_values(
 ) -> np.ndarray:
     """FP8 矩阵的 ``[start, stop)`` 行 → float32；``start`` 在块的边界上，右边与下边的块可以不满。"""
     height, width = block_size
-    values = _E4M3_VALUES[store.read_rows(source, start, stop).view(np.uint8)]
+    values = E4M3_VALUES[store.read_rows(source, start, stop).view(np.uint8)]
     scales = store.read_rows(source + SCALE_SUFFIX, start // height, -(-stop // height))
     with np.errstate(over="ignore", invalid="ignore"):  # 溢出与 NaN 由调用方点名
         for index, row in enumerate(scales):

@@ -70,7 +70,7 @@ class Recipe(BaseModel):
         sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
             ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
-        dtype: initializer 的 dtype。
+        dtype: initializer 的 dtype；来源是 FP8 而它是 int8，又没有 ``of``，就是码的字节原样。
         groups: （每组行数，组末几行）：每组最后那几行由成对 (x0, x1) 改成前后两半，只有 ``deinterleave`` 有。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
         int4: 来源是 4 位时怎么排，先还原；``None`` 表示来源不是 4 位。
@@ -100,6 +100,11 @@ class Recipe(BaseModel):
     @classmethod
     def _unfolded(cls, value: Any) -> Any:
         return _unfold(value) if isinstance(value, list | tuple) else value
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """来源是 FP8，字节原样，不还原。"""
+        return self.dtype == "int8" and self.of is None
 
     @property
     def nbytes(self) -> int:
@@ -335,6 +340,9 @@ def _converted(
                 f"张量 {_first(source, array, finite, start)}（用于 {name}）",
                 "检查点坏了：重新下载，或回到产生它的训练、转换步骤查 NaN",
             )
+        if recipe.keeps_bytes:
+            yield array.view(dtype)
+            continue
         with np.errstate(over="ignore"):
             converted = array.astype(dtype, copy=False)
         if dtype.itemsize < array.dtype.itemsize or (dtype == np.float16 and array.dtype != np.float16):

@@ -81,7 +81,8 @@ class TensorStore:
                 ``DSX-E118`` 索引与分片不一致。
         """
         index = directory / INDEX_NAME
-        if _is_file(index):
+        # 在那里就读它：不是普通文件的由 read_text 拒绝，不当作没有。
+        if os.path.lexists(index):
             weight_map = _read_index(index)
             names = sorted(set(weight_map.values()))
         elif _is_file(directory / SINGLE_NAME):

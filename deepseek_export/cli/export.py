@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 @click.option(
     "--quant",
     type=click.Choice(["int8", "int4", "checkpoint"]),
-    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用 DequantizeLinear；"
+    help="只量化权重（对称、分块）：ort-cpu 用 C++ 算子库的 kernel（没有库时是 MatMulNBits 与 QMoE），tensorrt、tensorrt-rtx 用读码的插件（int4 的线性层用 DequantizeLinear）；"
     "checkpoint 是 4 位的检查点（compressed-tensors、AWQ、GPTQ）照发布的码，其余保持浮点；缺省不量化。",
 )
 @click.option(

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from deepseek_export.errors import DsxError
+from deepseek_export.kernels.codes import E4M3, CodeFormat
 from deepseek_export.kernels.compile import compile_table
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.index_topk_launch import index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.launcher import Launcher
 from deepseek_export.kernels.program import IMAGE_FIELD, PROGRAM_FIELD, LaunchTable, Program
+from deepseek_export.kernels.quantized_linear_launch import quantized_linear_launch
 from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
 from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import KernelSpec
@@ -32,6 +34,7 @@ from deepseek_export.ops.table import (
     MOE_EXPERTS,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    QUANTIZED_LINEAR,
     QUANTIZED_MOE_EXPERTS,
     SPARSE_LATENT_ATTENTION,
     TYPE_CONSTRAINTS,
@@ -70,9 +73,18 @@ def _moe_experts(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
     return grouped_swiglu_launch(sm, dims["E"], dims["k"], dims["D"], dims["I"], dtypes["T"])
 
 
+def _code_format(dtypes, attributes) -> CodeFormat:
+    codes = E4M3 if attributes["e4m3"] else dtypes["Q"]
+    return CodeFormat(codes, attributes["block_size"], attributes["block_rows"])
+
+
 def _quantized_moe_experts(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
     shape = (dims["E"], dims["k"], dims["D"], dims["I"])
-    return quantized_swiglu_launch(sm, *shape, dtypes["T"], dtypes["Q"], attributes["block_size"])
+    return quantized_swiglu_launch(sm, *shape, dtypes["T"], _code_format(dtypes, attributes))
+
+
+def _quantized_linear(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
+    return quantized_linear_launch(sm, dims["N"], dims["K"], dtypes["T"], _code_format(dtypes, attributes))
 
 
 #: 插件核 → 由静态的具名维、类型变量与属性得到启动表。
@@ -83,6 +95,7 @@ LAUNCH_TABLES: Mapping[str, Tabulate] = MappingProxyType(
         SPARSE_LATENT_ATTENTION.name: _sparse_latent_attention,
         MOE_EXPERTS.name: _moe_experts,
         QUANTIZED_MOE_EXPERTS.name: _quantized_moe_experts,
+        QUANTIZED_LINEAR.name: _quantized_linear,
     }
 )
 #: 有插件的算子。
@@ -92,6 +105,7 @@ PLUGIN_OPS: tuple[OpSpec, ...] = (
     SPARSE_LATENT_ATTENTION,
     MOE_EXPERTS,
     QUANTIZED_MOE_EXPERTS,
+    QUANTIZED_LINEAR,
 )
 
 

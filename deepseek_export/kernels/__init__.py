@@ -1,7 +1,7 @@
 """插件背后的 Triton kernel。
 
 - :mod:`~deepseek_export.kernels.latent_attention`、:mod:`~deepseek_export.kernels.index_topk`、:mod:`~deepseek_export.kernels.sparse_latent_attention`、
-  :mod:`~deepseek_export.kernels.grouped_swiglu`：kernel 本身，需要 Triton；同名的 ``*_launch`` 是它们的启动表；
+  :mod:`~deepseek_export.kernels.grouped_swiglu`、:mod:`~deepseek_export.kernels.quantized_swiglu`、:mod:`~deepseek_export.kernels.quantized_linear`：kernel 本身，需要 Triton；同名的 ``*_launch`` 是它们的启动表；
 - :mod:`~deepseek_export.kernels.table`：启动表由什么组成，有哪些 SM；
 - :mod:`~deepseek_export.kernels.compile`：提前编译；
 - :mod:`~deepseek_export.kernels.program`：编译结果，插件序列化的就是它；

@@ -22,18 +22,20 @@ from pathlib import Path
 from types import MappingProxyType
 
 from deepseek_export.errors import DsxError
+from deepseek_export.kernels.codes import E4M3, CodeFormat
 from deepseek_export.kernels.compile import compile_kernel
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.index_topk_launch import index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import LaunchTable
-from deepseek_export.kernels.quantized_swiglu_launch import CodeDtype, quantized_swiglu_launch
+from deepseek_export.kernels.quantized_linear_launch import quantized_linear_launch
+from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
 from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import SMS, KernelSpec
 
 _WARP, _WARPGROUP = 32, 4
-#: 量化的专家各按哪种码审计；block 是缺省的 32。
-CODES: tuple[CodeDtype, ...] = ("int8", "int4")
+#: 权重是码的各按哪种码审计：整数的 block 是缺省的 32，e4m3 的是发布的检查点的。
+FORMATS = (CodeFormat("int8", 32), CodeFormat("int4", 32), CodeFormat(E4M3, 128, 128))
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)$")
 _LABEL = re.compile(r"^(\.L\w+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
@@ -94,7 +96,7 @@ class LoopAudit:
     """主循环的一次迭代。
 
     Attributes:
-        function, tile: kernel 的函数名与块，例如 ``16x32``；权重是码的写明是哪种，例如 ``16x64 int4``。
+        function, tile: kernel 的函数名与块，例如 ``16x32``；权重是码的写明是哪种，例如 ``16x64 int4``、``16x64 e4m3``。
         sm: 计算能力。
         threads, shared: 线程块的线程数、共享内存字节数。
         work: 乘加的次数除以该有的；``None`` 是数不出来（sm100 的 ``UTCHMMA`` 不写形状）。
@@ -196,8 +198,7 @@ def audit(spec: KernelSpec, sm: int) -> LoopAudit | None:
     constants = dict(spec.constants)
     return LoopAudit(
         function=spec.function,
-        tile=f"{constants['BLOCK_M']}x{constants['BLOCK_N']}"
-        + (f" int{constants['BITS']}" if "BITS" in constants else ""),
+        tile=f"{constants['BLOCK_M']}x{constants['BLOCK_N']}{_code_name(constants)}",
         sm=sm,
         threads=kernel.threads,
         shared=kernel.shared,
@@ -212,6 +213,13 @@ def audit(spec: KernelSpec, sm: int) -> LoopAudit | None:
     )
 
 
+def _code_name(constants: Mapping[str, int]) -> str:
+    """权重是哪种码，空格开头；不是码为空。"""
+    if "BITS" not in constants:
+        return ""
+    return " e4m3" if constants["E4M3"] else f" int{constants['BITS']}"
+
+
 def estimate(found: LoopAudit) -> Estimate:
     """由一次迭代的指令数估计周期；见 :class:`Estimate`。"""
     card = CARDS[found.sm]
@@ -223,12 +231,12 @@ def estimate(found: LoopAudit) -> Estimate:
     return Estimate(tensor, issue, memory, found.fmas / card.fmas / busy, memory / whole)
 
 
-def audits(sms: Iterable[int] = SMS, codes: Sequence[CodeDtype] = CODES) -> Iterator[LoopAudit]:
+def audits(sms: Iterable[int] = SMS, formats: Sequence[CodeFormat] = FORMATS) -> Iterator[LoopAudit]:
     """每种 SM 上每个有张量核指令的 kernel，形状是 DeepSeek-V3 的，索引器是 V3.2 的（块只由 SM 定，与头数、专家数无关）。
 
     Args:
         sms: 哪几种 SM。
-        codes: 量化的专家审计哪几种码。
+        formats: 权重是码的审计哪几种码。
 
     Raises:
         DsxError: 见 :func:`audit`。
@@ -239,7 +247,13 @@ def audits(sms: Iterable[int] = SMS, codes: Sequence[CodeDtype] = CODES) -> Iter
             index_topk_launch(sm, 64, 128, 2048, "bfloat16"),
             sparse_latent_attention_launch(sm, 128, 512, 64, 2048, 0.1147, "bfloat16"),
             grouped_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16"),
-            *(quantized_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16", one, 32) for one in codes),
+            *(quantized_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16", one) for one in formats),
+            # int4 的线性层由编译器自己融，不用这个 kernel。
+            *(
+                quantized_linear_launch(sm, 7168, 16384, "bfloat16", one)
+                for one in formats
+                if one.codes != "int4"
+            ),
         )
         for spec in dict.fromkeys(kernel for table in tables for kernel in table.kernels):
             found = audit(spec, sm)
@@ -369,8 +383,9 @@ def _down(c: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _codes(c: Mapping[str, int]) -> int:
-    """一块码与它的 scale 有几个字节。"""
-    return c["BLOCK_N"] * (c["BLOCK_K"] * c["BITS"] // 8 + c["BLOCK_K"] // c["SCALED"] * 2)
+    """一块码与它的 scale 有几个字节；e4m3 的 scale 是 float32，一行一次读一个。"""
+    scales = 4 if c["E4M3"] else c["BLOCK_K"] // c["SCALED"] * 2
+    return c["BLOCK_N"] * (c["BLOCK_K"] * c["BITS"] // 8 + scales)
 
 
 def _quantized_gate_up(c: Mapping[str, int]) -> tuple[int, int]:
@@ -392,5 +407,6 @@ _WANTED: Mapping[str, Callable[[Mapping[str, int]], tuple[int, int]]] = MappingP
         "down": _down,
         "quantized_gate_up": _quantized_gate_up,
         "quantized_down": _quantized_down,
+        "quantized_linear": _quantized_down,
     }
 )

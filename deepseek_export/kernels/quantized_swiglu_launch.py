@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
 
-from deepseek_export.dtypes import DTYPES
+from deepseek_export.kernels.codes import CodeFormat, check_format
 from deepseek_export.kernels.expression import Expression
 from deepseek_export.kernels.grouped_swiglu_launch import FEW, GROUP, ExpertsTile, Rows, experts_table
 from deepseek_export.kernels.program import Launch, LaunchTable
@@ -21,8 +20,6 @@ from deepseek_export.kernels.table import (
     launch,
 )
 from deepseek_export.ops.table import QUANTIZED_MOE_EXPERTS
-
-CodeDtype = Literal["int8", "int4"]
 
 #: 共享内存上限 → 各变体的块，行数升序；码只有一两成大，所以比浮点的多留一级。
 _TILES: Mapping[int, tuple[ExpertsTile, ...]] = MappingProxyType(
@@ -41,28 +38,28 @@ def quantized_swiglu_launch(
     hidden_size: int,
     moe_intermediate_size: int,
     dtype: KernelDtype,
-    codes: CodeDtype,
-    block: int,
+    form: CodeFormat,
 ) -> LaunchTable[KernelSpec]:
     """``dsx::QuantizedMoeExperts`` 的启动表。
 
     Args:
         sm: 计算能力。
         num_experts, top_k: E、k。
-        hidden_size, moe_intermediate_size: D、I，都是 ``block`` 的倍数。
-        dtype: ``x``、scale 与输出的 dtype。
-        codes: 码的 dtype；int4 的两个一字节，低位在前。
-        block: 沿输入维每多少个码共用一个 scale。
+        hidden_size, moe_intermediate_size: D、I；码是整数的都是 ``form.columns`` 的倍数。
+        dtype: ``x`` 与输出的 dtype。
+        form: 码的写法。
 
     Raises:
         DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持。
     """
     limits = check_sm(sm)
     check_dtype(QUANTIZED_MOE_EXPERTS, "x", dtype, ("float16", "bfloat16"))
-    check_dtype(QUANTIZED_MOE_EXPERTS, "w_gate", codes, ("int8", "int4"))
+    check_format(form)
     E, k, D, inner = num_experts, top_k, hidden_size, moe_intermediate_size
-    sizes = {"E": E, "k": k, "D": D, "I": inner, "D/block_size": D // block, "I/block_size": inner // block}
-    problem = Problem(QUANTIZED_MOE_EXPERTS, sm, sizes, {"T": dtype, "Q": codes})
+    sizes = {"E": E, "k": k, "D": D, "I": inner}
+    for dim, size in (("D", D), ("I", inner)):
+        sizes |= {f"{dim}/block_size": -(-size // form.columns), f"{dim}/block_rows": -(-size // form.rows)}
+    problem = Problem(QUANTIZED_MOE_EXPERTS, sm, sizes, {"T": dtype, **form.dtypes(dtype)})
 
     def matmuls(
         tile: ExpertsTile, rows: Rows
@@ -75,23 +72,22 @@ def quantized_swiglu_launch(
             "BLOCK_M": tile.rows,
             "FEW": FEW,
             "GROUP": GROUP,
-            "BITS": DTYPES[codes].bits,
-            "SCALED": block,
+            **form.constants(),
         }
         half = min(tile.columns // 2, block_size(inner))
         full = min(tile.columns, block_size(D))
         weights = ("w_gate", "w_gate_scales", "w_up", "w_up_scales")
         gate_up = launch(
-            "grouped_swiglu",
+            "quantized_swiglu",
             "quantized_gate_up",
             (rows.tiles * math.ceil(inner / half), 1, 1),
             (problem.port("x"), *map(problem.port, weights), *rows.places, rows.hidden, *rows.counts),
-            {"TOP_K": k, **common, "BLOCK_N": half, "BLOCK_K": min(tile.inner, block_size(D))},
+            {"TOP_K": k, **common, "BLOCK_N": half, "BLOCK_K": form.step(min(tile.inner, block_size(D)))},
             tile.num_warps,
             tile.num_stages,
         )
         down = launch(
-            "grouped_swiglu",
+            "quantized_swiglu",
             "quantized_down",
             (rows.tiles * math.ceil(D / full), 1, 1),
             (
@@ -101,7 +97,7 @@ def quantized_swiglu_launch(
                 rows.expert_out,
                 *rows.counts,
             ),
-            {**common, "BLOCK_N": full, "BLOCK_K": min(tile.inner, block_size(inner))},
+            {**common, "BLOCK_N": full, "BLOCK_K": form.step(min(tile.inner, block_size(inner)))},
             tile.num_warps,
             tile.num_stages,
         )

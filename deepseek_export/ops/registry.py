@@ -18,6 +18,7 @@ from deepseek_export.ops import index_topk, moe_experts, moe_gate, quant_experts
 from deepseek_export.ops import latent_attention as latent
 from deepseek_export.ops import lightning_indexer as indexer
 from deepseek_export.ops import mla_attention as mla
+from deepseek_export.ops import quantized_linear as linear
 from deepseek_export.ops import quantized_moe_experts as quantized
 from deepseek_export.ops import sparse_latent_attention as sparse_latent
 from deepseek_export.ops import sparse_mla_attention as sparse
@@ -37,6 +38,7 @@ from deepseek_export.ops.table import (
     OPSET_VERSION,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
+    QUANTIZED_LINEAR,
     QUANTIZED_MOE_EXPERTS,
     SPARSE_LATENT_ATTENTION,
     SPARSE_MLA_ATTENTION,
@@ -56,6 +58,7 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),
     MOE_EXPERTS.name: (moe_experts.moe_experts, moe_experts.fake),
     QUANTIZED_MOE_EXPERTS.name: (quantized.quantized_moe_experts, quantized.fake),
+    QUANTIZED_LINEAR.name: (linear.quantized_linear, linear.fake),
     SPEC_ACCEPT.name: (spec_accept.spec_accept, spec_accept.fake),
     SPEC_ACCEPT_REJECTION.name: (spec_accept.spec_accept_rejection, spec_accept.fake),
     INT8_LINEAR.name: (quant_linear.int8_linear, quant_linear.fake),

@@ -7,7 +7,7 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
 ``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``kw`` w_kv_b 一行的宽度（浮点是 ``r``，int8 是 ``r+2*r/block``，见
 ``ops/weight_rows.py``），``Hi``/``di`` 索引器的头数与头宽
-（``index_n_heads``/``index_head_dim``），``iw`` 索引缓存一行的宽度（浮点是 ``di``，int8 是 ``di+3``，见 ``ops/int8_index.py``），``ks`` 每个 query 选几个 key（``index_topk``），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
+（``index_n_heads``/``index_head_dim``），``iw`` 索引缓存一行的宽度（浮点是 ``di``，int8 是 ``di+3``，见 ``ops/int8_index.py``），``ks`` 每个 query 选几个 key（``index_topk``），``block_rows``/``block_size`` 一个 scale 管码的几行几列（除不尽的向上取整），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "dsx"
 PLUGIN_VERSION = "1"
 
-TypeVar = Literal["T", "C", "F", "W", "Q", "I64", "I32", "F32", "F16", "U8"]
+TypeVar = Literal["T", "C", "F", "W", "Q", "S", "I64", "I32", "F32", "F16", "U8"]
 
 #: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``、``dsa.index_cache_dtype``）；
-#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16；``Q`` 是有符号的码。
+#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16；``Q`` 是有符号的码，或 FP8 的字节；
+#: ``S`` 是码的 scale：整数的码与 ``T`` 相同，FP8 的是 float32。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
         "T": ("float32", "float16", "bfloat16"),
@@ -33,6 +34,7 @@ TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
         "F": ("float32", "float16", "bfloat16"),
         "W": ("float32", "float16", "bfloat16", "int8"),
         "Q": ("int8", "int4"),
+        "S": ("float32", "float16", "bfloat16"),
         "I64": ("int64",),
         "I32": ("int32",),
         "F32": ("float32",),
@@ -277,7 +279,23 @@ MOE_EXPERTS = OpSpec(
     ),
 )
 
-#: 权重是码的 ``MoeExperts``。只由 TensorRT 的量化产生，函数体是三个 ``DequantizeLinear`` 加一个 ``MoeExperts``。D、I 是 block_size 的倍数。
+#: 码与 scale 怎么写，几个算子共用。``e4m3`` 是 1 的，码的每个字节是一个 e4m3，类型仍是 int8：TensorRT 为 sm80、sm86 建的引擎里不许有 FP8。
+_CODE_ATTRIBUTES = (Attribute("block_size", "int"), Attribute("block_rows", "int"), Attribute("e4m3", "int"))
+_CODES_DOC = (
+    "weight = code * scale, one scale for block_rows x block_size codes (the last blocks may be short for e4m3), "
+    "rounded to the type of x. Codes are symmetric int8 or int4 with the scale in the type of x, or, when e4m3 is 1, "
+    "int8 whose bits are an e4m3 number, with a float32 scale. A kernel may skip that rounding."
+)
+
+
+def _coded(name: str, *dims: str) -> tuple[Port, Port]:
+    """一个权重的码与 scale。"""
+    *stacked, rows, columns = dims
+    scales = (*stacked, f"{rows}/block_rows", f"{columns}/block_size")
+    return Port(name, "Q", dims), Port(f"{name}_scales", "S", scales)
+
+
+#: 权重是码的 ``MoeExperts``。只由 TensorRT 的下沉产生，函数体是还原三个权重加一个 ``MoeExperts``。码是整数的，D、I 是 block_size 的倍数。
 QUANTIZED_MOE_EXPERTS = OpSpec(
     name="QuantizedMoeExperts",
     torch_name="quantized_moe_experts",
@@ -285,19 +303,23 @@ QUANTIZED_MOE_EXPERTS = OpSpec(
         Port("x", "T", ("N", "D")),
         Port("topk_ids", "I32", ("N", "k")),
         Port("topk_weights", "F32", ("N", "k")),
-        Port("w_gate", "Q", ("E", "I", "D")),
-        Port("w_gate_scales", "T", ("E", "I", "D/block_size")),
-        Port("w_up", "Q", ("E", "I", "D")),
-        Port("w_up_scales", "T", ("E", "I", "D/block_size")),
-        Port("w_down", "Q", ("E", "D", "I")),
-        Port("w_down_scales", "T", ("E", "D", "I/block_size")),
+        *_coded("w_gate", "E", "I", "D"),
+        *_coded("w_up", "E", "I", "D"),
+        *_coded("w_down", "E", "D", "I"),
     ),
     outputs=(Port("y", "T", ("N", "D")),),
-    attributes=(Attribute("block_size", "int"),),
-    doc=(
-        "MoeExperts with blockwise symmetric int8 or int4 weights: weight = code * scale, rounded to the type of x. "
-        "A kernel may skip that rounding."
-    ),
+    attributes=_CODE_ATTRIBUTES,
+    doc=f"MoeExperts with coded weights: {_CODES_DOC}",
+)
+
+#: 权重是码的线性层。只由 TensorRT 的下沉产生，函数体是还原加一个 ``MatMul``。
+QUANTIZED_LINEAR = OpSpec(
+    name="QuantizedLinear",
+    torch_name="quantized_linear",
+    inputs=(Port("x", "T", ("B", "S", "K")), *_coded("w", "N", "K")),
+    outputs=(Port("y", "T", ("B", "S", "N")),),
+    attributes=_CODE_ATTRIBUTES,
+    doc=f"Linear layer y = x wT with a coded weight: {_CODES_DOC}",
 )
 
 SPEC_ACCEPT = OpSpec(
@@ -401,6 +423,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             MOE_GATE,
             MOE_EXPERTS,
             QUANTIZED_MOE_EXPERTS,
+            QUANTIZED_LINEAR,
             SPEC_ACCEPT,
             SPEC_ACCEPT_REJECTION,
             INT8_LINEAR,

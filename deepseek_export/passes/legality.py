@@ -17,7 +17,7 @@ from deepseek_export.passes.emitter import dtype_of
 _EXTRA_DOMAINS = {"ort-cpu": MICROSOFT}
 
 #: 函数体里通过属性引用取值、允许各节点不同的属性；其余属性已固化在函数体的结构里。
-_FREE_ATTRIBUTES = frozenset({"scale", "K", "N"})
+_FREE_ATTRIBUTES = frozenset({"scale", "K", "N", "block_size", "block_rows"})
 
 _PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeAlias
 
 import onnx
 from onnx import helper
 
 from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError, did_you_mean
@@ -31,11 +33,13 @@ from deepseek_export.passes.base import MAX_ELEMENTS, MICROSOFT, GraphModule, Pa
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
 from deepseek_export.passes.fuse_quantized_experts import FuseQuantizedExpertsPass
+from deepseek_export.passes.fuse_quantized_linears import FuseQuantizedLinearsPass, int8_linears
 from deepseek_export.passes.inline_bodies import (
     InlineMoeGatePass,
     InlineSpecAcceptPass,
     InlineSpecAcceptRejectionPass,
 )
+from deepseek_export.passes.keep_fp8_weights import KeepFp8WeightsPass, fp8_weights
 from deepseek_export.passes.legality import check_legality
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
@@ -98,7 +102,7 @@ class Step:
         return result
 
 
-def _portable(quantization: Quantization | None, oversized: bool) -> Iterator[Step]:
+def _portable(quantization: Quantization | None, oversized: bool, fp8: Fp8Sources | None) -> Iterator[Step]:
     # 不下沉：每个 dsx 算子走自己的函数体，任何 ONNX 运行时都能跑。
     if oversized:
         # 太大的专家权重没有运行时装得下。
@@ -107,7 +111,7 @@ def _portable(quantization: Quantization | None, oversized: bool) -> Iterator[St
     yield Step(SkipIndexQueriesPass("capacity"), nodes(LIGHTNING_INDEXER.name), consumes=False)
 
 
-def _ort_cpu(quantization: Quantization | None, oversized: bool) -> Iterator[Step]:
+def _ort_cpu(quantization: Quantization | None, oversized: bool, fp8: Fp8Sources | None) -> Iterator[Step]:
     if oversized:
         # 太大的专家权重没有运行时装得下；下沉时要知道哪些拆过，所以排在最前。
         yield Step(SplitExpertsPass(), oversized_experts)
@@ -144,7 +148,7 @@ def _ort_cpu(quantization: Quantization | None, oversized: bool) -> Iterator[Ste
     yield Step(SkipIndexQueriesPass("length"), nodes(LIGHTNING_INDEXER.name), consumes=False)
 
 
-def _tensorrt(quantization: Quantization | None, oversized: bool) -> Iterator[Step]:
+def _tensorrt(quantization: Quantization | None, oversized: bool, fp8: Fp8Sources | None) -> Iterator[Step]:
     # 两种 TensorRT 用同一条流水线：差别只在建引擎时（``engine/flavour.py``）。
     if oversized:
         # TensorRT 的张量至多 2^31-1 个元素。
@@ -162,24 +166,36 @@ def _tensorrt(quantization: Quantization | None, oversized: bool) -> Iterator[St
     if quantization is not None:
         # 线性层与专家一样：TensorRT 自己决定哪些 DequantizeLinear 融进矩阵乘。
         yield Step(QuantizeWeightsToDequantizeLinearPass(quantization), linears_and_experts, consumes=False)
-        # 融不进插件的那几个，换成自己读码的插件核。
+        # 专家的还原融不进插件，换成自己读码的插件核。
         yield Step(FuseQuantizedExpertsPass(), nodes(MOE_EXPERTS.name))
+        # int8 的线性层同样：还原是单独一层，每步把整个权重写一遍、再读一遍。
+        yield Step(FuseQuantizedLinearsPass(), lambda module: len(int8_linears(module)))
+    elif fp8 is not None:
+        # 来源是 FP8 的，字节原样留着；另要量化的就不留：一张图里只有一种码。
+        yield Step(KeepFp8WeightsPass(fp8), lambda module: len(fp8_weights(module, fp8)))
 
 
-_PIPELINES: Mapping[str, Callable[[Quantization | None, bool], Iterator[Step]]] = MappingProxyType(
+_Pipeline: TypeAlias = Callable[[Quantization | None, bool, Fp8Sources | None], Iterator[Step]]
+_PIPELINES: Mapping[str, _Pipeline] = MappingProxyType(
     {"portable": _portable, "ort-cpu": _ort_cpu, "tensorrt": _tensorrt, "tensorrt-rtx": _tensorrt}
 )
 
 
-def pipeline(target: str, quantization: Quantization | None = None, oversized: bool = False) -> list[Step]:
+def pipeline(
+    target: str,
+    quantization: Quantization | None = None,
+    oversized: bool = False,
+    fp8: Fp8Sources | None = None,
+) -> list[Step]:
     """一个目标的流水线，从上到下就是执行次序。
 
     Args:
         target: 编译目标，先过 :func:`check_target`。
         quantization: 只量化权重；``None`` 不量化。先过 :func:`check_quantization`。
         oversized: 有没有一个张量装不下的权重。
+        fp8: 检查点里的 FP8 张量；``None`` 是没有。只有 TensorRT 的目标把它们原样留着。
     """
-    return list(_PIPELINES[target](quantization, oversized))
+    return list(_PIPELINES[target](quantization, oversized, fp8))
 
 
 def nodes(*ops: str, domain: str = DOMAIN) -> Count:
@@ -317,6 +333,7 @@ def lower(
     target: str,
     max_elements: int = MAX_ELEMENTS,
     quantization: Quantization | None = None,
+    fp8: Fp8Sources | None = None,
 ) -> LoweredModel:
     """把捕获的模型下沉到一个目标；``captured`` 不变，可以接着下沉到别的目标。
 
@@ -326,6 +343,7 @@ def lower(
         target: 编译目标。
         max_elements: 一个浮点权重至多多少个元素，超过的专家权重先拆成几组；``ort-cpu`` 上换成码的不拆。
         quantization: 只量化权重；``None`` 不量化。
+        fp8: 检查点里的 FP8 张量，见 :func:`pipeline`。
 
     Raises:
         DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E310`` /
@@ -342,7 +360,7 @@ def lower(
         check_legality(module, "capture", target)
         _check_captured(module, profile)
         results: list[PassResult] = []
-        for step in pipeline(target, quantization, bool(module.oversized())):
+        for step in pipeline(target, quantization, bool(module.oversized()), fp8):
             results.append(step.run(module, target, [earlier.name for earlier in results]))
         proto = module.to_proto()
         helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})

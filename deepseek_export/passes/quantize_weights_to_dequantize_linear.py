@@ -8,11 +8,10 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.ops.table import MLA_ATTENTION
 from deepseek_export.passes.base import GraphModule, Pass, PassError
+from deepseek_export.passes.coded_nodes import plain_linears
 from deepseek_export.passes.ort_moe import scope
 from deepseek_export.passes.ort_quant import quantized_weight
-from deepseek_export.passes.quantize_linears_to_matmul_nbits import linears
 from deepseek_export.records import PassResult, Refusal
 
 _GROUP = re.compile(r"\.experts\.\{\d+\.\.\d+\}\.")
@@ -38,8 +37,9 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
 
     数值：码乘 scale 精确到模型 dtype 的一次舍入，之后与没有量化时相同；激活不舍入。
 
-    引擎（TensorRT-RTX 1.7，sm80 / 89 / 120 实测的层）：int4 与矩阵乘融成一层；int8 分块是一层还原加一层矩阵乘，省的是显存，不是每步
-    的时间；专家的由 :class:`~deepseek_export.passes.fuse_quantized_experts.FuseQuantizedExpertsPass` 接着交给插件。
+    引擎（TensorRT-RTX 1.7，sm80 / 86 / 89 / 120 的层）：int4 的线性层与矩阵乘融成一层；int8 分块的融不了，由
+    :class:`~deepseek_export.passes.fuse_quantized_linears.FuseQuantizedLinearsPass` 接着交给插件，专家的由
+    :class:`~deepseek_export.passes.fuse_quantized_experts.FuseQuantizedExpertsPass`。
     """
 
     name: ClassVar[str] = "quantize-weights-to-dequantize-linear"
@@ -97,13 +97,7 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
 def _uses(module: GraphModule) -> list[tuple[gs.Node, int, str]]:
     """用到可以量化的权重之处：(节点, 第几个输入, 所在模块)；线性层是它的 ``Transpose``。"""
     # 情形 5。
-    w_kv_b = MLA_ATTENTION.find("w_kv_b")[1]
-    absorbed = {site.inputs[w_kv_b] for site in module.sites if site.op == MLA_ATTENTION.name}
-    scopes = {
-        id(transpose): scope(matmul)
-        for matmul, transpose in linears(module)
-        if transpose.inputs[0].name not in absorbed
-    }
+    scopes = {id(transpose): scope(matmul) for matmul, transpose in plain_linears(module)}
     found = []
     for node in module.graph.nodes:
         if id(node) in scopes:

@@ -84,6 +84,7 @@ def make_plan(
         ask = Ask(batch, context, prompt, model.hidden_bytes(weights), stages)
         planned = plan_cluster(machines, model.layered(weights), estimate, ask)
     totals = {kind: round(sum(parts.values())) for kind, parts in kinds.items()}
+    engine = model.engine_bytes()
     return Plan(
         checkpoint=str(checkpoint),
         family=config.family,
@@ -102,8 +103,8 @@ def make_plan(
         cache=cache,
         export=_exports(len(model.source.store), totals, model.as_published()),
         build=BuildPlan(
-            disk_bytes=totals["float16"] + _BUILD_CODE,
-            peak_ram_bytes=_BUILD_BASE + int(_BUILD_COPIES * totals["float16"]),
+            disk_bytes=engine + _BUILD_CODE,
+            peak_ram_bytes=_BUILD_BASE + int(_BUILD_COPIES * engine),
         ),
         gpus=[estimate.on(name, GPUS[name], count) for name in map(str.lower, gpus)],
         cluster=planned,
@@ -169,5 +170,5 @@ def _exports(tensors: int, totals: dict[WeightKind, int], published: int | None)
 _ASSUMPTIONS = [
     "导出的内存是上界：捕获的底数、每个张量 2 KiB 的记账，打包另加几个 64 MiB 的块；与模型大小几乎无关（40 亿参数实测 0.6 GB）",
     "int8、int4 按块 32、float16 的 scale 计；absorb 用的 kv_b 总是 int8，词嵌入是 bfloat16（int4 的是 int8），norm、router 不量化，按 float32 计",
-    "建引擎：float16，TensorRT-RTX，内存按 0.7 GiB 加权重的 4.4 倍，由 0.8 GiB 以内的权重实测得来，更大的没有量过",
+    "建引擎：float16（FP8 的检查点，码按原样），TensorRT-RTX，内存按 0.7 GiB 加权重的 4.4 倍，由 0.8 GiB 以内的权重实测得来，更大的没有量过",
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_export.checkpoint import Checkpoint, require_mtp
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.int4_published import published_quantization
 from deepseek_export.checkpoint.recipe import WeightDtype
 from deepseek_export.checkpoint.weight_only import Quantization
@@ -16,7 +17,7 @@ from deepseek_export.dtypes import DTYPES
 from deepseek_export.plan.result import StoredWeights, WeightKind
 from deepseek_export.plan.shape import PARTS, ModelShape, Part, part_of
 from deepseek_export.plan.stages import LayeredModel, layer_of
-from deepseek_export.plan.written import written_tensors
+from deepseek_export.plan.written import written_bytes, written_tensors
 from deepseek_export.profile import OptimizationProfile
 
 #: 每种权重写成什么：模型 dtype 与量化；检查点里的原样不写。
@@ -112,6 +113,14 @@ class SizedModel:
         for _, part, nbytes in self.tensors(weights):
             found[part] += nbytes
         return found
+
+    def engine_bytes(self) -> int:
+        """TensorRT 的 float16 引擎里的权重；FP8 的检查点字节原样留着，不还原成两倍大的。"""
+        fp8 = Fp8Sources.of(self.source)
+        parts = written_bytes(
+            self.source.config, self.profile, self.modules, "float16", tensorrt=True, fp8=fp8
+        )
+        return sum(parts.values())
 
     def fp8(self, weights: WeightKind) -> dict[Part, float]:
         """各部分有几分之几的参数是 FP8；换成别的 dtype 就没有。"""

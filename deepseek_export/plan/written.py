@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.recipe import (
     Recipe,
     WeightDtype,
@@ -28,6 +29,7 @@ def written_bytes(
     dtype: WeightDtype,
     quantization: Quantization | None = None,
     tensorrt: bool = False,
+    fp8: Fp8Sources | None = None,
 ) -> Mapping[Part, int]:
     """各部分的权重写出来多少字节。
 
@@ -40,10 +42,11 @@ def written_bytes(
         modules: 一并导出的 MTP 模块数。
         dtype: 模型 dtype。
         quantization: 只量化权重；``None`` 不量化。与词嵌入共享的 lm_head 与它写法不同，另存一份，算在 ``head``。
-        tensorrt: 目标是 TensorRT；只在量化时有区别。
+        tensorrt: 目标是 TensorRT；量化时、检查点是 FP8 时有区别。
+        fp8: 检查点里的 FP8 张量；``None`` 是没有。
     """
     total: dict[Part, int] = dict.fromkeys(PARTS, 0)
-    for _, part, nbytes in written_tensors(config, profile, modules, dtype, quantization, tensorrt):
+    for _, part, nbytes in written_tensors(config, profile, modules, dtype, quantization, tensorrt, fp8):
         total[part] += nbytes
     return total
 
@@ -55,15 +58,20 @@ def written_tensors(
     dtype: WeightDtype,
     quantization: Quantization | None = None,
     tensorrt: bool = False,
+    fp8: Fp8Sources | None = None,
 ) -> Iterator[tuple[str, Part, int]]:
     """同 :func:`written_bytes`，一个一个地：名字、在哪一部分、多少字节。"""
     scale = dtype if tensorrt else KERNEL_SCALE
     graphs = [weight_recipes(config, dtype), *(mtp_recipes(config, index, dtype) for index in range(modules))]
     for recipes in graphs:
         own = {} if quantization is None or tensorrt else _own_forms(recipes, profile, quantization)
+        stored = fp8 if tensorrt and quantization is None else None
+        kept = {} if stored is None else _kept_fp8(recipes, profile, stored)
         for name, recipe in recipes.items():
             part = part_of(name, recipe.shape)
-            if quantization is None or part == "small" or (tensorrt and part == "embed"):
+            if name in kept:
+                yield name, part, kept[name]
+            elif quantization is None or part == "small" or (tensorrt and part == "embed"):
                 yield name, part, recipe.nbytes
             elif name in own:
                 yield name, part, sum(one.nbytes for one in quantized_recipes(recipe, own[name]))
@@ -86,6 +94,16 @@ def written_tensors(
             yield _HEAD, "head", _quantized(embed, quantization, scale) if whole else 0
         elif not tensorrt and not quantization.keeps(_EMBED):
             yield _HEAD, "head", embed.nbytes
+
+
+def _kept_fp8(recipes: Mapping[str, Recipe], profile: OptimizationProfile, fp8: Fp8Sources) -> dict[str, int]:
+    """字节原样留着的 FP8 权重 → 码与 scale 的字节数；吸收进注意力的、没有插件的除外。"""
+    wide = {"kv_b": profile.mla.enabled, "experts": not profile.moe.enabled}
+    return {
+        name: sum(one.nbytes for one in fp8.recipes(recipe))
+        for name, recipe in recipes.items()
+        if fp8.readable and fp8.holds(recipe) and not wide.get(part_of(name, recipe.shape), False)
+    }
 
 
 def _own_forms(

@@ -10,7 +10,7 @@ from deepseek_export.errors import DsxError
 from deepseek_export.kernels import audit as module
 from deepseek_export.kernels.audit import (
     CARDS,
-    CODES,
+    FORMATS,
     Instruction,
     LoopAudit,
     audits,
@@ -54,7 +54,20 @@ def problems(found: LoopAudit) -> set[str]:
 
 
 #: 权重是码的：scale 一行只有几个字节，一条拷贝不到 128 位；它们的块、码、``narrow`` 之外做不到的另列。
-QUANTIZED = ("quantized_gate_up", "quantized_down")
+QUANTIZED = ("quantized_gate_up", "quantized_down", "quantized_linear")
+NAMES = ("int8", "int4", "e4m3")
+#: 函数 → 各变体的块，哪几种码。
+QUANTIZED_TILES = {
+    "quantized_gate_up": (("16x64", "64x64"), NAMES),
+    "quantized_down": (("16x128", "64x128"), NAMES),
+    "quantized_linear": (("16x64", "64x64", "64x128"), ("int8", "e4m3")),
+}
+QUANTIZED_ROWS = {
+    (function, f"{tile} {name}")
+    for function, (tiles, names) in QUANTIZED_TILES.items()
+    for tile in tiles
+    for name in names
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +93,7 @@ def test_main_loops_do_nothing_twice(sm: int, found: dict[int, list[LoopAudit]])
 def test_quantized_loops_widen_in_registers(sm: int) -> None:
     """KERNEL-9：权重是码的，乘加恰好，不溢出，等拷贝时下一组在路上；搬的就是码与 scale。sm100 的还没有做到。"""
     found = [one for one in audits([sm]) if one.function in QUANTIZED]
-    assert {(one.function, one.tile) for one in found} == {
-        (function, f"{rows}x{64 if function == QUANTIZED[0] else 128} {codes}")
-        for function in QUANTIZED
-        for rows in (16, 64)
-        for codes in CODES
-    }
+    assert {(one.function, one.tile) for one in found} == QUANTIZED_ROWS
     for one in found:
         assert one.unrolled == 1, one
         if sm != 100:
@@ -193,7 +201,8 @@ def test_the_page_lists_what_is_compiled(found: dict[int, list[LoopAudit]]) -> N
     page = PAGE.read_text(encoding="utf-8")
     listed = [line.split(" | ") for line in page.splitlines() if line.startswith("| sm")]
     rows = [row for row in listed if row[1].strip("`") not in QUANTIZED]
-    assert len(listed) - len(rows) == 4 * len(CODES) * len(SMS)
+    assert len(NAMES) == len(FORMATS)
+    assert len(listed) - len(rows) == len(QUANTIZED_ROWS) * len(SMS)
     assert [(row[0].split("（")[0][2:], row[1], row[2]) for row in rows] == [
         (f"sm{one.sm}", f"`{one.function}`", one.tile) for some in found.values() for one in some
     ]

@@ -119,7 +119,7 @@ def test_the_workspace_follows_the_span_not_the_capacity(built, bundle, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_of_every_arch_match_what_is_recorded(name, tmp_path):
-    """TRT-3、TRT-13：SM80、SM86、SM89、SM120；V2、V3、GLM-5，带 MTP 的演示检查点，以及 bfloat16、int8、int4 的。"""
+    """TRT-3、TRT-13：SM80、SM86、SM89、SM120；V2、V3、GLM-5，带 MTP 的演示检查点，以及 bfloat16、int8、int4、FP8 的。"""
     bundle = make_bundle(name, tmp_path)
     config = bundle.manifest.model
     for sm in ARCHES:
@@ -127,7 +127,8 @@ def test_layers_of_every_arch_match_what_is_recorded(name, tmp_path):
         assert_listing(name, sm, engine.layers)
         indexers = sum(map(config.runs_indexer, range(config.num_hidden_layers)))
         counts = (config.num_hidden_layers, config.num_moe_layers, indexers)
-        assert_plugin_layers(engine.layers["model.plan"], *counts, CASES[name].experts)
+        case = CASES[name]
+        assert_plugin_layers(engine.layers["model.plan"], *counts, case.experts, case.linears)
         if name == "demo":
             assert_plugin_layers(engine.layers["mtp.plan"], 1, 1)
 

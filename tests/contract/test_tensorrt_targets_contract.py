@@ -11,7 +11,7 @@ import deepseek_export
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.checkpoint.weight_only import packed_int4
-from tests.engines import assert_plugin_layers, refused
+from tests.engines import assert_plugin_layers, refused, weight_bytes, widening_layers
 from tools.make_engine_graphs import WIDE, build_for, make_checkpoint
 
 pytestmark = pytest.mark.contract
@@ -62,19 +62,20 @@ def test_bfloat16_is_lowered_and_built_but_not_run_on_onnxruntime(checkpoint, tm
     assert_plugin_layers(layers, config.num_hidden_layers, config.num_moe_layers)
 
 
+def wide_bundle(kind: str | None, folder: Path) -> Bundle:
+    """宽度都是 32 的倍数的小模型，按引用。"""
+    checkpoint = write_checkpoint(folder / "checkpoint", WIDE, dtype="bfloat16")
+    quantization = kind and deepseek_export.Quantization.model_validate({"kind": kind})
+    options = {"target": "tensorrt-rtx", "dtype": "bfloat16", "weights": "reference"}
+    return deepseek_export.export(
+        checkpoint, folder / "out", "mla+moe", quantization=quantization or None, **options
+    )
+
+
 @pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
-    """TRT-13：码原样在 plan 里；int4 的还原与矩阵乘融成一层，int8 的各是一层，专家的由插件自己读。"""
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", WIDE, dtype="float16")
-    bundle = deepseek_export.export(
-        checkpoint,
-        tmp_path / "out",
-        "mla+moe",
-        target="tensorrt-rtx",
-        dtype="float16",
-        weights="reference",
-        quantization=deepseek_export.Quantization.model_validate({"kind": kind}),
-    )
+    """TRT-13：码原样在 plan 里；没有一层只还原不相乘：int4 的还原与矩阵乘融成一层，int8 的与专家的由插件自己读。"""
+    bundle = wide_bundle(kind, tmp_path)
     assert bundle.manifest.fallbacks == []
     engine = build_for(bundle, 89)
     plan = (engine.path / "model.plan").read_bytes()
@@ -82,18 +83,23 @@ def test_quantised_weights_stay_quantised_in_the_engine(kind: str, tmp_path):
     codes = {name: array for name, array in arrays.items() if name.endswith(kind)}
     assert len(codes) == len(bundle.manifest.quantization.tensors)
     for name, array in codes.items():
-        # 编译器按自己的需要转置 int8 的线性层。
-        ways = (packed_int4(array),) if kind == "int4" else (array, array.swapaxes(-1, -2))
-        assert any(way.tobytes() in plan for way in ways), name
+        assert (packed_int4(array) if kind == "int4" else array).tobytes() in plan, name
     config, layers = bundle.manifest.model, engine.layers["model.plan"]
     linears = len(codes) - 3 * config.num_moe_layers
     for found in layers.values():
+        assert widening_layers(found) == []
         restored = [layer for layer in found if any("/DequantizeLinear" in name for name in layer.onnx)]
-        assert len(restored) == linears
-        assert not any("MoeExperts" in name for layer in restored for name in layer.onnx)
-    restored = [one for one in layers["decode"] if any("/DequantizeLinear" in name for name in one.onnx)]
-    fused = [layer for layer in restored if any("/MatMul" in name for name in layer.onnx)]
-    assert len(fused) == (linears if kind == "int4" else 0)
-    assert_plugin_layers(
-        layers, config.num_hidden_layers, config.num_moe_layers, experts="QuantizedMoeExperts"
-    )
+        assert len(restored) == (linears if kind == "int4" else 0)
+    counts = (config.num_hidden_layers, config.num_moe_layers, 0, "QuantizedMoeExperts")
+    assert_plugin_layers(layers, *counts, linears if kind == "int8" else 0)
+
+
+@pytest.mark.slow
+def test_quantised_engines_move_fewer_bytes(tmp_path):
+    """TRT-13：由层的清单算，解码一步搬的权重：int4 少于 int8，int8 少于没有量化的。"""
+    moved = {}
+    for kind in (None, "int8", "int4"):
+        (folder := tmp_path / str(kind)).mkdir()
+        engine = build_for(wide_bundle(kind, folder), 89)
+        moved[kind] = weight_bytes(engine, "decode")
+    assert moved["int4"] < moved["int8"] < 0.7 * moved[None]

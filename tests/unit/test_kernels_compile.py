@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels import compile as module
+from deepseek_export.kernels.codes import E4M3, CodeFormat
 from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_table
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.index_topk_launch import SPLIT_QUERIES, index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import SM_COUNT, Program
+from deepseek_export.kernels.quantized_linear_launch import quantized_linear_launch
 from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
 from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import SMS
@@ -27,6 +29,7 @@ from deepseek_export.ops.table import (
     INDEX_TOPK,
     LATENT_ATTENTION,
     MOE_EXPERTS,
+    QUANTIZED_LINEAR,
     QUANTIZED_MOE_EXPERTS,
     SPARSE_LATENT_ATTENTION,
 )
@@ -36,7 +39,14 @@ pytestmark = pytest.mark.unit
 #: DeepSeek-V3 的形状。
 ATTENTION = {"num_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "scale": 0.1147}
 EXPERTS = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "moe_intermediate_size": 2048}
-QUANTIZED = (("int8", 32), ("int4", 32), ("int4", 128))
+FORMATS = (
+    CodeFormat("int8", 32),
+    CodeFormat("int4", 32),
+    CodeFormat("int4", 128),
+    CodeFormat(E4M3, 128, 128),
+)
+#: 输出宽的与输入宽的：K 切段的与不切的都有。
+LINEARS = ((129280, 7168), (7168, 16384))
 #: DeepSeek-V3.2 的索引器。
 INDEX = {"num_heads": 64, "head_dim": 128, "topk": 2048}
 
@@ -55,10 +65,8 @@ def tables(sm: int, dtype: str = "bfloat16"):
         grouped_swiglu_launch(sm, **EXPERTS, dtype=dtype),
         index_topk_launch(sm, **INDEX, dtype=dtype),
         sparse_latent_attention_launch(sm, **ATTENTION, topk=INDEX["topk"], dtype=dtype),
-        *(
-            quantized_swiglu_launch(sm, **EXPERTS, dtype=dtype, codes=codes, block=block)
-            for codes, block in QUANTIZED
-        ),
+        *(quantized_swiglu_launch(sm, **EXPERTS, dtype=dtype, form=form) for form in FORMATS),
+        *(quantized_linear_launch(sm, *shape, dtype, form) for form in FORMATS for shape in LINEARS),
     )
 
 
@@ -173,7 +181,14 @@ def test_corrupt_cache_entry_is_rebuilt(empty_cache):
 
 @pytest.mark.parametrize(
     "spec",
-    [LATENT_ATTENTION, MOE_EXPERTS, QUANTIZED_MOE_EXPERTS, INDEX_TOPK, SPARSE_LATENT_ATTENTION],
+    [
+        LATENT_ATTENTION,
+        MOE_EXPERTS,
+        QUANTIZED_MOE_EXPERTS,
+        QUANTIZED_LINEAR,
+        INDEX_TOPK,
+        SPARSE_LATENT_ATTENTION,
+    ],
     ids=lambda spec: spec.name,
 )
 def test_launch_tables_follow_the_op_table(spec):
@@ -266,7 +281,9 @@ def test_workspace_is_monotonic_and_sufficient(data):
             for argument in launch.arguments
             if argument.kind == "workspace"
         ]
-        # 最后一块是合看的记录（注意力，一个程序 8 字节）、lse（稀疏的，4 字节一行；只有一段时不用）、分数（索引器）或各对的输出（专家）。
+        if not offsets:
+            continue  # 没有切段的线性层
+        # 最后一块是合看的记录（注意力，一个程序 8 字节）、lse（稀疏的，4 字节一行；只有一段时不用）、分数（索引器）、部分和（线性层）或各对的输出（专家）。
         grid = variant.launches[0].grid
         if table.op == "LatentAttention":
             tail = grid[0].evaluate(small) * 8
@@ -277,6 +294,11 @@ def test_workspace_is_monotonic_and_sufficient(data):
             if not variant.when.evaluate(small):
                 continue
             tail = grid[0].evaluate(small) * small["T"] * 4
+        elif table.op == "QuantizedLinear":
+            if not variant.when.evaluate(small):
+                continue
+            (N,) = (int(dim) for dim in table.outputs[0].dims if dim.isdigit())
+            tail = grid[1].evaluate(small) * small["B"] * small["S"] * N * 4
         else:
             tail = small["N"] * EXPERTS["top_k"] * EXPERTS["hidden_size"] * 2
         assert max(offsets) + tail <= have

@@ -32,23 +32,35 @@ else:
     import triton
     import triton.language as tl
 
+    from deepseek_export.checkpoint.synthetic import quantize_fp8
     from deepseek_export.checkpoint.weight_only import BlockFormat, block_scales, dequantized, signed_codes
     from deepseek_export.dtypes import DTYPES
     from deepseek_export.kernels import grouped_swiglu as experts_kernels
     from deepseek_export.kernels import grouped_swiglu_launch as experts_launch
     from deepseek_export.kernels import latent_attention as attention_kernels
+    from deepseek_export.kernels import quantized_linear as linear_kernels
+    from deepseek_export.kernels import quantized_swiglu as quantized_kernels
+    from deepseek_export.kernels.codes import E4M3, CodeFormat
     from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
     from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
     from deepseek_export.kernels.program import SM_COUNT, LaunchTable
+    from deepseek_export.kernels.quantized_linear_launch import quantized_linear_launch
     from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
     from deepseek_export.kernels.table import SMS
+    from deepseek_export.kernels.widened import BFLOAT16_FACTOR, BFLOAT16_SHIFT, e4m3, moved
+    from deepseek_export.ops.coded_weights import widened
     from deepseek_export.ops.latent_attention import latent_attention
     from deepseek_export.ops.moe_experts import moe_experts
     from deepseek_export.parity.measures import measure
     from deepseek_export.parity.tolerances import TOLERANCES
     from deepseek_export.reference.weights import by_torch, torch_dtype
 
-    MODULES = {"latent_attention": attention_kernels, "grouped_swiglu": experts_kernels}
+    MODULES = {
+        "latent_attention": attention_kernels,
+        "grouped_swiglu": experts_kernels,
+        "quantized_swiglu": quantized_kernels,
+        "quantized_linear": linear_kernels,
+    }
     #: 参数类型 → 张量 dtype；``*fp16`` 换成正在测试的 dtype（编译只收两字节的，解释器里也测 float32）。
     POINTEES = {DTYPES[name].triton: torch_dtype(name) for name in ("float32", "int32", "int64")}
     CANARY = 64
@@ -77,7 +89,7 @@ else:
             for (_, kind), argument in zip(launch.kernel.signature, launch.arguments, strict=True):
                 if argument.kind == "workspace":
                     regions[argument.value.evaluate(sizes)] = kind
-        ends = [*sorted(regions)[1:], variant.workspace.evaluate(sizes)]
+        ends = [*sorted(regions), variant.workspace.evaluate(sizes)][1:]
         workspace = {}
         for start, end in zip(sorted(regions), ends, strict=True):
             kind = regions[start]
@@ -253,54 +265,144 @@ else:
         table = grouped_swiglu_launch(sm, E, ids.shape[1], D, inner, "float16")
         return run(table, inputs, poisoned(*x.shape, dtype=x.dtype))
 
-    def check_quantized(N, D, E, inner, k, dtype, kind, block, sm=89, seed=0, idle=None):
-        """与 ``ort-cpu`` 同样的码与 scale；没有 token 的专家 ``idle`` 的 scale 是 NaN，读到就会露馅。"""
+    def coded(weights, form, dtype):
+        """浮点权重 [..., N, K] → 码、scale、还原的值；整数的与 ``ort-cpu`` 同样的码与 scale，e4m3 的与造检查点的相同。"""
+        array = weights.numpy()
+        if form.codes != E4M3:
+            made = BlockFormat(kind=form.codes, block=form.columns, scale=str(dtype).removeprefix("torch."))
+            codes, scales = signed_codes(array, made).view(np.int8), block_scales(array, made)
+            return tuple(map(torch.from_numpy, (codes, scales, dequantized(array, made))))
+        matrices = array.astype(np.float32).reshape(-1, *array.shape[-2:])
+        pairs = [quantize_fp8(one, (form.rows, form.columns)) for one in matrices]
+        codes, scales = (np.stack(one) for one in zip(*pairs, strict=True))
+        codes, scales = (
+            one.reshape(*array.shape[:-2], *one.shape[1:]) for one in (codes.view(np.int8), scales)
+        )
+        codes, scales = torch.from_numpy(codes), torch.from_numpy(scales)
+        return codes, scales, widened(codes, scales, form.columns, form.rows, 1, dtype)
+
+    def check_quantized(N, D, E, inner, k, dtype, form, sm=89, seed=0, idle=None):
+        """没有 token 的专家 ``idle`` 的 scale 是 NaN，读到就会露馅。"""
         x, ids, weights, *floating = experts_inputs(N, D, E, inner, k, dtype, seed)
         if idle is not None:
             ids = torch.where(ids == idle, (idle + 1) % E, ids)
-        form = BlockFormat(kind=kind, block=block, scale=str(dtype).removeprefix("torch."))
-        arrays = [one.numpy() for one in floating]
-        codes = [torch.from_numpy(signed_codes(one, form).view(np.int8)) for one in arrays]
-        scales = [torch.from_numpy(block_scales(one, form)) for one in arrays]
-        for one in scales if idle is not None else ():
-            one[idle] = float("nan")
-        pairs = (tensor for pair in zip(codes, scales, strict=True) for tensor in pair)
-        table = quantized_swiglu_launch(sm, E, k, D, inner, "float16", kind, block)
+        made = [coded(one, form, dtype) for one in floating]
+        for _, scales, _ in made if idle is not None else ():
+            scales[idle] = float("nan")
+        pairs = (tensor for codes, scales, _ in made for tensor in (codes, scales))
+        table = quantized_swiglu_launch(sm, E, k, D, inner, "float16", form)
         got = run(table, (x, ids, weights, *pairs), poisoned(N, D, dtype=dtype))
-        restored = (torch.from_numpy(dequantized(one, form)) for one in arrays)
-        assert_close(got, moe_experts(x, ids, weights, *restored))
+        assert_close(got, moe_experts(x, ids, weights, *(restored for *_, restored in made)))
 
-    @pytest.mark.parametrize("kind", ["int8", "int4"])
+    def formats(block, rows=1):
+        """三种码；e4m3 的 scale 管 ``rows`` 行。"""
+        return [CodeFormat("int8", block), CodeFormat("int4", block), CodeFormat(E4M3, block, rows)]
+
+    @pytest.mark.parametrize("kind", range(3), ids=["int8", "int4", "e4m3"])
     @pytest.mark.parametrize(
-        ("N", "D", "E", "inner", "k", "block", "dtype"),
+        ("N", "D", "E", "inner", "k", "block", "rows", "dtype"),
         [
-            (1, 96, 12, 64, 4, 32, torch.float32),
-            (9, 64, 12, 96, 4, 32, torch.float16),
-            (5, 192, 3, 192, 2, 64, torch.float32),
-            (3, 128, 2, 256, 1, 128, torch.float16),
-            (150, 96, 2, 160, 2, 32, torch.float32),
-            (140, 256, 1, 128, 1, 128, torch.float16),
+            (1, 96, 12, 64, 4, 32, 32, torch.float32),
+            (9, 64, 12, 96, 4, 32, 128, torch.float16),
+            (5, 192, 3, 192, 2, 64, 48, torch.float32),
+            (3, 128, 2, 256, 1, 128, 128, torch.float16),
+            (150, 96, 2, 160, 2, 32, 20, torch.float32),
+            (140, 256, 1, 128, 1, 128, 128, torch.float16),
         ],
     )
-    def test_quantized_experts(N, D, E, inner, k, block, dtype, kind):
-        """两种码、三种 block、解码与 prefill 的变体；宽度超过一块也不满一块。"""
-        check_quantized(N, D, E, inner, k, dtype, kind, block)
+    def test_quantized_experts(N, D, E, inner, k, block, rows, dtype, kind):
+        """三种码、三种 block、解码与 prefill 的变体；宽度超过一块也不满一块。"""
+        check_quantized(N, D, E, inner, k, dtype, formats(block, rows)[kind])
 
-    @pytest.mark.parametrize("kind", ["int8", "int4"])
-    def test_quantized_experts_without_tokens_are_not_read(kind):
+    @pytest.mark.parametrize("form", formats(32, 32), ids=lambda form: form.codes)
+    def test_quantized_experts_without_tokens_are_not_read(form):
         """没有 token 的专家的 scale 是 NaN，结果不变；一个 token 也没有时不写。"""
-        check_quantized(7, 64, 5, 32, 2, torch.float32, kind, 32, idle=3)
-        check_quantized(0, 64, 5, 32, 2, torch.float32, kind, 32)
+        check_quantized(7, 64, 5, 32, 2, torch.float32, form, idle=3)
+        check_quantized(0, 64, 5, 32, 2, torch.float32, form)
+
+    @pytest.mark.parametrize(("N", "k"), [(1, 2), (9, 3), (140, 2)])
+    def test_fp8_blocks_that_are_not_full(N, k):
+        """FP8 检查点边上的块可以不满：两个宽度都不是块的倍数，scale 也向上取整。"""
+        check_quantized(N, 200, 3, 72, k, torch.float32, CodeFormat(E4M3, 128, 128))
+        check_quantized(N, 40, 3, 104, k, torch.float16, CodeFormat(E4M3, 16, 24), sm=90)
 
     @settings(max_examples=5, deadline=None)
     @given(st.data())
     def test_quantized_experts_any_shape(data):
-        """任意小形状、任意 SM 的块；宽度是 block 的倍数。"""
+        """任意小形状、任意 SM 的块；整数的宽度是 block 的倍数。"""
         draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-        kind, block = data.draw(st.sampled_from(["int8", "int4"])), data.draw(st.sampled_from([32, 64]))
-        N, D, E, inner = draw(0, 20), block * draw(1, 3), draw(1, 8), block * draw(1, 3)
+        block = data.draw(st.sampled_from([32, 64]))
+        form = data.draw(st.sampled_from(formats(block, draw(1, 70))))
+        whole = block if form.codes != E4M3 else 1
+        N, E = draw(0, 20), draw(1, 8)
+        D, inner = (whole * draw(1, 3 if whole > 1 else 150) for _ in range(2))
         sm, seed = data.draw(st.sampled_from([80, 90, 120])), draw(0, 99)
-        check_quantized(N, D, E, inner, draw(1, E), torch.float32, kind, block, sm, seed)
+        check_quantized(N, D, E, inner, draw(1, E), torch.float32, form, sm, seed)
+
+    # ------------------------------------------------------------ QuantizedLinear
+
+    def check_linear(B, S, N, K, dtype, form, sm=89, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(B, S, K, generator=g).to(dtype)
+        codes, scales, restored = coded((torch.randn(N, K, generator=g) * K**-0.5).to(dtype), form, dtype)
+        table = quantized_linear_launch(sm, N, K, "float16", form)
+        got = run(table, (x, codes, scales), poisoned(B, S, N, dtype=dtype))
+        assert_close(got, torch.nn.functional.linear(x, restored))
+
+    @pytest.mark.parametrize("form", formats(32, 24), ids=lambda form: form.codes)
+    @pytest.mark.parametrize(
+        ("B", "S", "N", "K", "dtype"),
+        [
+            (1, 1, 96, 1280, torch.float32),
+            (3, 5, 40, 96, torch.float16),
+            (7, 3, 200, 1088, torch.float16),
+            (1, 70, 136, 160, torch.float32),
+            (2, 0, 40, 64, torch.float32),
+        ],
+    )
+    def test_quantized_linear(B, S, N, K, dtype, form):
+        """一行、一块之内、几十行、不切段的；K 切成几段，最后一段不满；一行也没有就不写。"""
+        check_linear(B, S, N, K, dtype, form)
+
+    def test_quantized_linear_of_published_blocks():
+        """FP8 的 128×128 块，宽度不是块的倍数；int8、int4 的 block 128。"""
+        for form in formats(128, 128):
+            check_linear(1, 4, 300, 640 if form.codes != E4M3 else 700, torch.float32, form, sm=90)
+
+    def test_splits_are_summed_in_order():
+        """切段的结果可复现：与逐段 float32 相加逐位相同。"""
+        g = torch.Generator().manual_seed(0)
+        partial, y = torch.randn(5, 1300, generator=g), poisoned(1300, dtype=torch.float16)
+        linear_kernels.sum_splits[(2,)](partial, y, 1300, SPLITS=5, BLOCK=1024)
+        want = torch.zeros(1300)
+        for one in partial:
+            want += one
+        assert torch.equal(y, want.half())
+
+    @triton.jit
+    def every_code(bits, out, SHIFT: tl.constexpr):
+        i = tl.arange(0, 256)
+        code = tl.load(bits + i)
+        tl.store(out + i, moved(code, SHIFT) if SHIFT else e4m3(code, out.dtype.element_ty))
+
+    @pytest.mark.parametrize(
+        ("dtype", "shift", "factor"),
+        [
+            (torch.float16, 0, 1.0),
+            (torch.float32, 0, 1.0),
+            # 解释器的 bfloat16 乘法也是错的：只看移好的位，乘 2 的幂交给 torch。
+            (torch.bfloat16, BFLOAT16_SHIFT.value, BFLOAT16_FACTOR.value),
+        ],
+    )
+    def test_every_e4m3_code_is_exact(dtype, shift, factor):
+        """254 个有限的码放进 16 位浮点都准，含次正规数与负零。"""
+        bits = torch.arange(256, dtype=torch.uint8)
+        got = torch.empty(256, dtype=torch.int16 if shift else dtype)
+        every_code[(1,)](bits.view(torch.int8), got, SHIFT=shift)
+        value = (got.view(dtype) * factor).float()
+        want, finite = bits.view(torch.float8_e4m3fn).float(), (bits & 0x7F) != 0x7F
+        assert torch.equal(value[finite], want[finite])
+        assert torch.equal(torch.signbit(value)[finite], torch.signbit(want)[finite])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from deepseek_export.checkpoint.weight_only import (
 )
 from deepseek_export.ops import moe_experts as module
 from deepseek_export.ops import registry as _registry  # noqa: F401  登记 torch.ops.dsx
+from deepseek_export.ops.coded_weights import widened
 from deepseek_export.ops.moe_experts import active_experts, expert_step, experts_dense, fake, moe_experts
 from tests.models import TOLERANCE, distance
 
@@ -155,6 +156,22 @@ def test_quantized_experts_restore_then_multiply(kind):
         for tensor in (torch.from_numpy(code), scale)
     ]
     want = moe_experts(x, ids, weights, *(torch.from_numpy(dequantized(w.numpy(), form)) for w in floating))
-    inputs = (x, ids, weights, *pairs, 32)
+    inputs = (x, ids, weights, *pairs, 32, 1, 0)
     assert torch.equal(torch.ops.dsx.quantized_moe_experts(*inputs), want)
     torch.library.opcheck(torch.ops.dsx.quantized_moe_experts.default, inputs)
+
+
+@pytest.mark.parametrize(("N", "K"), [(5, 40), (40, 33)])
+def test_fp8_codes_restore_by_definition(N, K):
+    """FP8 的码：每个 scale 管一块，边上的不满。线性层同样。"""
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randn(2, N, K, generator=g).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, -(-N // 12), -(-K // 16), generator=g)
+    rows, columns = torch.arange(N) // 12, torch.arange(K) // 16
+    want = codes.float() * scales[:, rows][:, :, columns]
+    codes = codes.view(torch.int8)
+    assert torch.equal(widened(codes, scales, 16, 12, 1, torch.float32), want)
+    x = torch.randn(1, 3, K, generator=g)
+    inputs = (x, codes[0], scales[0], 16, 12, 1)
+    assert torch.equal(torch.ops.dsx.quantized_linear(*inputs), torch.nn.functional.linear(x, want[0]))
+    torch.library.opcheck(torch.ops.dsx.quantized_linear.default, inputs)

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from deepseek_export.checkpoint import TensorStore
 from deepseek_export.checkpoint.fingerprint import Fingerprint
 from deepseek_export.errors import DsxError
+from tests.odd_files import KINDS, make_odd
 from tests.permissions import permissions_apply
 
 pytestmark = pytest.mark.unit
@@ -255,6 +256,17 @@ def test_bad_index(tmp_path: Path, weight_map):
 def test_unreadable_index(tmp_path: Path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     refused("DSX-E118", tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_that_is_no_file_is_not_taken_for_absent(tmp_path: Path, kind):
+    """旁边有完整的 model.safetensors 也不当作没有索引：它多半是别的分片没有下完。"""
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    make_odd(tmp_path / "model.safetensors.index.json", kind)
+    with pytest.raises(DsxError) as error:
+        TensorStore.open(tmp_path)
+    assert error.value.code in ("DSX-E101", "DSX-E118")
+    assert "index.json" in error.value.what
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)

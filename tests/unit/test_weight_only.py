@@ -38,6 +38,7 @@ from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.passes.base import MICROSOFT, GraphModule
 from deepseek_export.passes.fuse_quantized_experts import FuseQuantizedExpertsPass
+from deepseek_export.passes.fuse_quantized_linears import FuseQuantizedLinearsPass, int8_linears
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
 from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
@@ -353,6 +354,36 @@ def test_experts_with_a_floating_weight_are_not_fused():
     assert ops(partly).count("DequantizeLinear") == 2
     result = FuseQuantizedExpertsPass()(_quantized_experts("int8", ("mlp.experts",)))
     assert (result.count, result.kept, result.refused) == (0, 1, ())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_int8_linears_read_their_codes(kind):
+    """EXPORT-33：int8 的线性层连同还原换成 QuantizedLinear，函数体与原来逐位相同；int4 的不动，编译器自己融；再跑一遍不变。"""
+    before, module = linear_module(64), linear_module(64)
+    for one in (before, module):
+        QuantizeWeightsToDequantizeLinearPass(Quantization(kind=kind))(one)
+    count = len(int8_linears(module))
+    result = FuseQuantizedLinearsPass()(module)
+    assert (result.count, result.changed, result.refused) == (count, kind == "int8", ())
+    assert count == (kind == "int8")
+    assert not FuseQuantizedLinearsPass()(module).changed
+    if kind == "int4":
+        assert "DequantizeLinear" in ops(module)
+        return
+    assert ops(module) == ["QuantizedLinear", "Transpose", "MatMul"]
+    assert module.weights == before.weights
+    (node,) = module.find("QuantizedLinear")
+    assert node.name == "layers.0.self_attn.o_proj/QuantizedLinear"
+    proto = module.to_proto()
+    onnx.checker.check_model(proto, full_check=True)
+    rng, name = np.random.default_rng(0), "model.layers.0.self_attn.o_proj.weight.int8"
+    feeds = {
+        "x": rng.standard_normal((2, 3, 64)).astype(np.float32),
+        name: rng.integers(-127, 128, (24, 64)).astype(np.int8),
+        f"{name}.scales": rng.random((24, 2)).astype(np.float32),
+    }
+    want, got = (ort_session(one).run(["y"], feeds)[0] for one in (before.to_proto(), proto))
+    assert got.tobytes() == want.tobytes()
 
 
 def test_linear_without_the_kernel_is_refused():
