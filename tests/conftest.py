@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from deepseek_export.errors import ERRORS
 from tests.raised_codes import RaisedCodes
+from tests.threads import engine_threads, left_behind
 
 # 测试里的矩阵都很小，多线程只会互相等待：test_reference 从 77 秒降到 17 秒。须在导入 torch 之前设置。
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +48,14 @@ def _torch_export_is_not_covered():
         patch.setattr(torch.export, "export", uncovered(torch.export.export))
         patch.setattr(torch.onnx, "export", uncovered(torch.onnx.export))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engines_are_closed() -> Iterator[None]:
+    """一个文件里的测试做完，它开的服务引擎都停了。"""
+    before = engine_threads()
+    yield
+    assert not left_behind(before), "有没有关的服务引擎"
 
 
 @pytest.fixture(scope="session")

@@ -227,14 +227,19 @@ def tensorrt_bundles(tmp_path_factory) -> dict[str, Bundle]:
 
 @pytest.mark.parametrize(("kind", "ratio"), [("int8", 0.61), ("int4", 0.37)])
 def test_what_tensorrt_gets(tensorrt_bundles, bundles, kind: str, ratio: float):
-    """EXPORT-33：量化的权重与 ort-cpu 的相同（那里另有 w_kv_b 与词嵌入），专家的由插件读，线性层的由 DequantizeLinear 还原；其余仍是浮点，连同误差进报告。"""
+    """EXPORT-33：量化的权重与 ort-cpu 的相同（那里另有 w_kv_b 与词嵌入），专家的由插件读，线性层 int8 的也是，int4 的由 DequantizeLinear 还原（与矩阵乘融成一层）；其余
+    仍是浮点，连同误差进报告。"""
     bundle = tensorrt_bundles[kind]
     recipes = bundle.manifest.weights.recipes
     codes = [name for name, recipe in recipes.items() if recipe.op == "codes"]
     assert {recipes[name].dtype for name in codes} == {kind}
     assert {recipes[f"{name}.scales"].dtype for name in codes} == {"float16"}
     counts, experts = bundle.manifest.main.op_counts, bundle.manifest.model.num_moe_layers
-    assert counts["ai.onnx::DequantizeLinear"] == len(codes) - 3 * experts
+    linears = {"int8": "dsx::QuantizedLinear", "int4": "ai.onnx::DequantizeLinear"}
+    reads = linears.pop(kind)
+    (other,) = linears.values()
+    assert counts[reads] == len(codes) - 3 * experts
+    assert other not in counts
     assert counts["dsx::QuantizedMoeExperts"] == experts
     assert "dsx::MoeExperts" not in counts
     own = {

@@ -394,6 +394,23 @@ def test_one_model_that_cannot_load_stops_all(trained_bundle: Path):
     assert not loaded[0].engine.healthy
 
 
+@pytest.mark.parametrize("late", [0.0, 0.2])
+def test_stopped_as_it_gets_ready(trained_bundle: Path, late: float):
+    """SERVE-27：正在加载、恰好加载完的时候停下，引擎也关掉。"""
+    loaded: list[ServedModel] = []
+
+    def load() -> ServedModel:
+        loaded.append(opened(deepseek_export.load(trained_bundle, threads=1)))
+        server.should_exit = True
+        time.sleep(late)
+        return loaded[0]
+
+    server = Server([load])
+    with listen("127.0.0.1", 0) as listening:
+        serve(server, listening)
+    until(lambda: not loaded[0].engine.healthy)
+
+
 # SERVE-26
 
 

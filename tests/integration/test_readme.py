@@ -50,9 +50,10 @@ def run_page(name: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
-    """CKPT 是演示检查点的副本（按引用导出要硬链接，得在同一个文件系统上），OUT 由“上手”的命令产生。"""
+    """CKPT 是演示检查点的副本（按引用导出要硬链接，得在同一个文件系统上），TEXT 是一段文本，OUT 由“上手”的命令产生。"""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(CHECKPOINT, folder / "CKPT")
+    shutil.copyfile(ROOT / "README.md", folder / "TEXT")
     run_page(PAGES[0], folder)
     return folder
 

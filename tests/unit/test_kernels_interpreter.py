@@ -20,9 +20,11 @@ pytestmark = pytest.mark.unit
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
-    def test_in_interpreter():
-        """子进程里的全部测试通过。"""
+    @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+    def test_in_interpreter(chosen):
+        """子进程里的全部测试通过；随机形状的慢，另跑。"""
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+        command += ["-m", chosen]
         done = subprocess.run(
             command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
         )
@@ -231,6 +233,7 @@ else:
         table = latent_attention_launch(89, 6, 40, 12, 0.1, "float16")
         assert run(table, inputs, poisoned(6, 0, 40, dtype=torch.float32)).shape == (6, 0, 40)
 
+    @pytest.mark.slow
     @settings(max_examples=15, deadline=None)
     @given(st.data())
     def test_attention_any_shape(data):
@@ -326,6 +329,7 @@ else:
         check_quantized(N, 200, 3, 72, k, torch.float32, CodeFormat(E4M3, 128, 128))
         check_quantized(N, 40, 3, 104, k, torch.float16, CodeFormat(E4M3, 16, 24), sm=90)
 
+    @pytest.mark.slow
     @settings(max_examples=5, deadline=None)
     @given(st.data())
     def test_quantized_experts_any_shape(data):
@@ -491,6 +495,7 @@ else:
         assert (order[total:] == -7).all()
         assert offsets.tolist() == [int((valid < e).sum()) for e in range(8)]
 
+    @pytest.mark.slow
     @settings(max_examples=8, deadline=None)
     @given(st.data())
     def test_experts_any_shape(data):

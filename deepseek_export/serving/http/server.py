@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -117,6 +117,7 @@ class Server(uvicorn.Server):
         finally:
             if not loaded.done():
                 loaded.cancel()
+                _drop(loading)
             self.service.close()
             if loaded.done() and not loaded.cancelled():
                 loaded.result()
@@ -172,10 +173,16 @@ def _settle(loading: Future[list[ServedModel]], loads: Sequence[Callable[[], Ser
         if not loading.cancelled():
             loading.set_exception(error)
         return
-    if loading.cancelled():
-        _close(models)
-    else:
+    try:
         loading.set_result(models)
+    except InvalidStateError:  # 这期间不要了
+        _close(models)
+
+
+def _drop(loading: Future[list[ServedModel]]) -> None:
+    """不要了：还在加载的由 :func:`_settle` 关掉；恰好加载完、还没有交给服务的，在这里关。"""
+    if not loading.cancel() and loading.exception() is None:
+        _close(loading.result())
 
 
 def _close(models: Sequence[ServedModel]) -> None:
