@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter, sleep
 from types import MappingProxyType
+from typing import Self
 
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.local import LocalLauncher
@@ -41,7 +42,7 @@ class _Wait:
 
 
 class Faulted:
-    """一套 stage 上的引擎，两个槽；出一次事，等它好，再出下一次。
+    """一套 stage 上的引擎，两个槽；出一次事，等它好，再出下一次。用完要关，可以写成 ``with``。
 
     Args:
         path: 一套 stage。
@@ -54,6 +55,17 @@ class Faulted:
         launcher = LocalLauncher(StageSet.open(path).directories, threads=1, link=self._edges.link)
         self._runner = open_stages(path, ClusterSettings(), launcher)
         self._engine = Engine(ModelSession(self._runner), (), EngineSettings(slots=2))
+
+    def close(self) -> None:
+        """停下引擎与各个 stage。"""
+        self._engine.close(drain=False)
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def suffer(self, name: str) -> dict[str, float]:
         """出一次 :data:`FAULTS` 里的事，直到又好了。

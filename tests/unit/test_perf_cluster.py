@@ -46,10 +46,10 @@ def test_both_sides_take_the_same_step(stages: Path) -> None:
 
 
 def test_faults_really_happen(stages: Path) -> None:
-    faulted = Faulted(str(stages), clients=3, new_tokens=6)
-    slow = faulted.suffer("递得慢")
-    assert set(slow) == {"longest_s"}
-    killed = faulted.suffer("SIGKILL")
+    with Faulted(str(stages), clients=3, new_tokens=6) as faulted:
+        slow = faulted.suffer("递得慢")
+        assert set(slow) == {"longest_s"}
+        killed = faulted.suffer("SIGKILL")
     assert killed["restart_s"] > 0
     assert killed["longest_s"] > 0
 
