@@ -76,6 +76,8 @@ def test_a_full_replica_is_passed_over():
     tried = Hint(hint.key, (best,))
     assert all(best not in group for group in choose(tried, names, lambda _: False))
     assert choose(Hint(hint.key, tuple(names)), names, lambda _: False)[0] == [best]
+    turns = [choose(Hint(hint.key, lost=lost), names, lambda _: True)[0] for lost in (1, 2, 3)]
+    assert turns == [[one] for one in (*ranked(hint.key, names)[1:], best)]
     (anyone,) = choose(Hint(), names, lambda _: False)
     assert len(anyone) == 2
     assert choose(Hint(), {"a": "a"}, lambda _: True) == [["a"]]

@@ -26,10 +26,12 @@ class Hint:
     Attributes:
         key: 见 :func:`affinity_key`；空的随便。
         tried: 试过而不行的副本。
+        lost: 没有收下、也不知道是谁的，有几次。
     """
 
     key: str = ""
     tried: tuple[str, ...] = ()
+    lost: int = 0
 
 
 def choose(
@@ -38,8 +40,9 @@ def choose(
     """依次的几组候选，前一组都不收才看后一组。
 
     1. 试过不行的不要，除非都试过了；
-    2. 有键而它该去的那个没有满：就是它；
-    3. 其余：随便取两个，由调用的人挑排队短的。
+    2. 有过没有收下而不知道是谁的：照排的次序轮着来，转一圈就一定到得了还在的那个，随便挑的话可能次次挑中没有了的；
+    3. 有键而它该去的那个没有满：就是它；
+    4. 其余：随便取两个，由调用的人挑排队短的。
 
     Args:
         hint: 请求的。
@@ -48,7 +51,9 @@ def choose(
     """
     fresh = {name: one for name, one in replicas.items() if name not in hint.tried} or replicas
     groups = []
-    if hint.key and fresh and not is_full(first := ranked(hint.key, fresh)[0]):
+    if hint.lost and fresh:
+        groups.append([ranked(hint.key, fresh)[hint.lost % len(fresh)]])
+    elif hint.key and fresh and not is_full(first := ranked(hint.key, fresh)[0]):
         groups.append([first])
     everyone = list(fresh.values())
     return [*groups, random.sample(everyone, min(2, len(everyone)))]

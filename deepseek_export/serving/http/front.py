@@ -87,15 +87,16 @@ class Front:
         look = partial(affinity_key, body)
         key = await asyncio.to_thread(look) if len(body) > _LARGE else look()
         tried: tuple[str, ...] = ()
+        lost = 0
         held: list[Message] = []
         for _ in range(_MOST_TRIES):
-            attempt = _Attempt(self._replicas, Hint(key, tried), scope, body)
+            attempt = _Attempt(self._replicas, Hint(key, tried, lost), scope, body)
             refusal = await attempt.run(tried, send)
             if attempt.answered:
                 return
             held = refusal or held
             if attempt.name is None:
-                key = ""  # 该去的那个没有收下，是哪一个也不知道：不认它了
+                lost += 1  # 没有收下，是哪一个也不知道：下一次轮到别的
             elif attempt.name in tried:
                 break  # 都试过了
             else:
@@ -106,16 +107,18 @@ class Front:
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         """每个副本的都问到，合在一起，多一个 ``replica`` 标签。"""
         found: dict[str, bytes] = {}
+        lost = 0
         for _ in range(_MOST_TRIES):
             said: list[Message] = []
 
             async def keep(message: Any, said: list[Message] = said) -> None:
                 said.append(message)
 
-            attempt = _Attempt(self._replicas, Hint("", tuple(found)), scope, b"")
+            attempt = _Attempt(self._replicas, Hint("", tuple(found), lost), scope, b"")
             await attempt.run(tuple(found), keep)
             if attempt.name in found:
                 break
+            lost += attempt.name is None
             if attempt.name is not None and attempt.answered:
                 found[attempt.name] = b"".join(one.get("body", b"") for one in said[1:])
         kind = "text/plain; version=0.0.4; charset=utf-8"
