@@ -10,11 +10,17 @@ S 行，序列 b 的有效长度是 ``past_lens[b] + S``（超出 T 的部分不
 ``APART``：Triton 见一个 dot 的结果流进另一个 dot，就把它的各行分给全部的 warp；64 行只够一半的 warp 分，于是 QKᵀ 由两组 warp 各算一遍。总是成立、编译器却
 看不出来的两个条件把这条流断开，它就按块的形状分。哪些块要断开，由机器码的审计定。
 
+``INT8``：缓存的一行是码（:mod:`~deepseek_export.ops.int8_cache`，末尾补过零，:func:`.int8_rows.row_scales`）。码放进 q 的 dtype 是准的，在寄存器里展宽；
+latent 的 scale 乘在分数与概率上，不乘在码上。概率乘的是 scale 与至今最大的那个 scale 之比，不超过 1，16 位浮点里才不会下溢；累加器以它为单位，最后乘回来。
+旋转部分是高、低两段字节，一次点积：query 写两遍，低字节对着的那一遍除以 256。
+
 一段里整块行都看完的，partial 直接写结果；头尾各有至多一块行与别的程序合看，写进程序自己的两个格位，谁合看记在 ``shared_rows``，由 reduce 合起来。
 """
 
 import triton
 import triton.language as tl
+
+from deepseek_export.kernels.int8_rows import LEAST_SCALE, row_scales
 
 #: 比任何分数都小的有限的数。
 LOWEST = tl.constexpr(-1e30)
@@ -97,7 +103,7 @@ def context_row(row, b, B, S, H):
 @triton.jit
 def latent_attention_partial(
     q,  # [B, S, H, R+P]
-    kv_cache,  # [B, 1, T, R+P]
+    kv_cache,  # [B, 1, T, WIDTH]
     past_lens,  # [B] int64
     context,  # [H, B*S, R]，一个程序看完的行直接写这里
     partial,  # [程序, 2, BLOCK_M, R] float32，没有看完的，已归一化；第 1 格是开了头的那一块行，第 0 格是接着别人看的
@@ -110,6 +116,8 @@ def latent_attention_partial(
     T,
     R: tl.constexpr,
     P: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INT8: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -134,9 +142,10 @@ def latent_attention_partial(
     unfinished, followers = 0, 0
 
     r, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
-    in_r, in_p = (r < R)[None, :], (p < P)[None, :]
+    PARTS: tl.constexpr = 2 if INT8 else 1  # 旋转部分的一个数占几列
+    in_r, in_p = (r < R)[None, :], (p < P * PARTS)[None, :]
     while cell < end:
-        b = sequence.to(tl.int64)  # B*T*(R+P) 会超出 int32
+        b = sequence.to(tl.int64)  # B*T*WIDTH 会超出 int32
         keys = valid_keys(past_lens, sequence, B, S, T)
         cells = key_cells(past_lens, sequence, B, S, T, unit)
         last = tl.minimum(first + end - cell, cells)
@@ -145,21 +154,29 @@ def latent_attention_partial(
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         live = (rows < S * H)[:, None]
         visible = tl.minimum(tl.load(past_lens + b).to(tl.int32) + rows // H + 1, stop)
-        cache = kv_cache + b * T * (R + P)  # 之后的偏移在一行缓存之内，int32 够用：地址少占一半寄存器
+        cache = kv_cache + b * T * WIDTH  # 之后的偏移在一行缓存之内，int32 够用：地址少占一半寄存器
         q_rows = q + (b * (S * H) + rows)[:, None] * (R + P)
         q_latent = tl.load(q_rows + r[None, :], mask=live & in_r, other=0.0)
-        q_pe = tl.load(q_rows + R + p[None, :], mask=live & in_p, other=0.0)
+        q_pe = tl.load(q_rows + R + p[None, :] % P, mask=live & in_p, other=0.0)
+        if INT8:  # 低字节的那一半除以 256
+            q_pe = (q_pe * tl.where(p < P, 1.0, 1.0 / 256)[None, :]).to(q_latent.dtype)
 
         top = tl.full([BLOCK_M], LOWEST, tl.float32)  # 有限的：整段都看不见时没有 inf - inf
         sums = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        measure = LEAST_SCALE  # INT8：至今最大的 scale，acc 以它为单位
         for n in range(first * unit, stop, BLOCK_N):
             key = n + tl.arange(0, BLOCK_N)
             # 之后的行可能是 NaN，读了再乘零还是 NaN：末尾凑不满一块的，多出来的格子再读一遍这一段的最后一行，权重是 0。
-            kv_rows = cache + tl.minimum(key, stop - 1)[:, None] * (R + P)
-            latent = tl.load(kv_rows + r[None, :], mask=in_r, other=0.0).to(q_latent.dtype)
-            k_pe = tl.load(kv_rows + R + p[None, :], mask=in_p, other=0.0).to(q_latent.dtype)
-            if APART:
+            kv_rows = cache + tl.minimum(key, stop - 1)[:, None] * WIDTH
+            latent = tl.load(kv_rows + r[None, :], mask=in_r, other=0).to(q_latent.dtype)
+            k_pe = tl.load(kv_rows + R + p[None, :], mask=in_p, other=0).to(q_latent.dtype)
+            if INT8:
+                latent_scale, rope_scale = row_scales(kv_rows + R + 2 * P, WIDTH - R - 2 * P)
+                scores = tl.dot(q_latent, tl.trans(latent), out_dtype=tl.float32) * latent_scale[None, :]
+                rope = tl.dot(q_pe, tl.trans(k_pe), out_dtype=tl.float32)
+                scores += rope * (rope_scale * 256.0)[None, :]
+            elif APART:
                 scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 if T > 0:
                     scores = tl.dot(q_latent, tl.trans(latent), acc=scores, out_dtype=tl.float32)
@@ -173,11 +190,18 @@ def latent_attention_partial(
             weights = tl.exp2(scores * scale - new_top[:, None])
             decay = tl.exp2(top - new_top)
             sums = sums * decay + tl.sum(weights, 1)
+            if INT8:
+                largest = tl.maximum(measure, tl.max(latent_scale, 0))
+                weights *= (latent_scale / largest)[None, :]
+                decay *= measure / largest
+                measure = largest
             acc = tl.dot(weights.to(latent.dtype), latent, acc=acc * decay[:, None], out_dtype=tl.float32)
             top = new_top
 
         divisor = tl.where(sums > 0.0, sums, 1.0)
         acc = acc / divisor[:, None]
+        if INT8:
+            acc *= measure
         if (first == 0) & (last == cells):
             out = context + context_row(rows, b, B, S, H)[:, None] * R + r[None, :]
             tl.store(out, acc.to(context.dtype.element_ty), mask=live & in_r)

@@ -5,7 +5,7 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
-``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``kw`` w_kv_b 一行的宽度（浮点是 ``r``，int8 是 ``r+2*r/block``，见
+``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，TensorRT 的目标上末尾补零到 16 的倍数，见 ``ops/int8_cache.py``），``kw`` w_kv_b 一行的宽度（浮点是 ``r``，int8 是 ``r+2*r/block``，见
 ``ops/weight_rows.py``），``Hi``/``di`` 索引器的头数与头宽
 （``index_n_heads``/``index_head_dim``），``iw`` 索引缓存一行的宽度（浮点是 ``di``，int8 是 ``di+3``，见 ``ops/int8_index.py``），``ks`` 每个 query 选几个 key（``index_topk``），``block_rows``/``block_size`` 一个 scale 管码的几行几列（除不尽的向上取整），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
@@ -22,10 +22,10 @@ OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "dsx"
 PLUGIN_VERSION = "1"
 
-TypeVar = Literal["T", "C", "F", "W", "Q", "S", "I64", "I32", "F32", "F16", "U8"]
+TypeVar = Literal["T", "C", "F", "W", "Q", "S", "I64", "I32", "F32", "F16", "U8", "I8"]
 
 #: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``、``dsa.index_cache_dtype``）；
-#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16；``Q`` 是有符号的码，或 FP8 的字节；
+#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的索引器与稀疏注意力）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16；``Q`` 是有符号的码，或 FP8 的字节；
 #: ``S`` 是码的 scale：整数的码与 ``T`` 相同，FP8 的是 float32。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
@@ -40,6 +40,7 @@ TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
         "F32": ("float32",),
         "F16": ("float16",),
         "U8": ("uint8",),
+        "I8": ("int8",),
     }
 )
 
@@ -72,6 +73,7 @@ class OpSpec:
         outputs: 次序与个数固定。
         attributes: 次序固定。
         doc: 一句话语义，写进 ``OpSchema``。
+        aliases: 就地改写的：输出名 → 它与哪个输入是同一块内存。只有插件这样做，函数体给出新的值。
     """
 
     name: str
@@ -80,6 +82,7 @@ class OpSpec:
     outputs: tuple[Port, ...]
     attributes: tuple[Attribute, ...]
     doc: str
+    aliases: tuple[tuple[str, str], ...] = ()
 
     @property
     def torch_schema(self) -> str:
@@ -114,6 +117,10 @@ class OpSpec:
     def types(self, values: Sequence[Any]) -> dict[TypeVar, Any]:
         """各输入的类型 → 类型变量的值；几个输入同一个变量的取最先的。"""
         return {port.type: value for port, value in reversed(list(zip(self.inputs, values, strict=True)))}
+
+    def aliased(self) -> tuple[tuple[int, int], ...]:
+        """:attr:`aliases` 的序号：第几个输出、第几个输入。"""
+        return tuple((self.find(output)[1], self.find(given)[1]) for output, given in self.aliases)
 
 
 MLA_ATTENTION = OpSpec(
@@ -191,7 +198,7 @@ LATENT_ATTENTION = OpSpec(
     torch_name="latent_attention",
     inputs=(
         Port("q", "T", ("B", "S", "H", "r+dr")),
-        Port("kv_cache", "F", ("B", "1", "T", "r+dr")),
+        Port("kv_cache", "C", ("B", "1", "T", "cw")),
         Port("past_lens", "I64", ("B",)),
     ),
     outputs=(Port("context", "T", ("H", "B*S", "r")),),
@@ -199,8 +206,28 @@ LATENT_ATTENTION = OpSpec(
     doc=(
         "Multi-query attention of absorbed queries over the latent cache, which serves as K (all columns) and as V (the "
         "first kv_lora_rank columns). Key j is visible to query i when j <= past_lens[b]+i. Accumulates in float32. context "
-        "is head-major, as the per-head product with W_UV reads it."
+        "is head-major, as the per-head product with W_UV reads it. An int8 cache row is that of LatentCacheUpdate."
     ),
+)
+
+#: int8 缓存的写入：量化新的 S 行，就地写。浮点的缓存由 ``TensorScatter`` 写。只由 TensorRT 的下沉产生。
+LATENT_CACHE_UPDATE = OpSpec(
+    name="LatentCacheUpdate",
+    torch_name="latent_cache_update",
+    inputs=(
+        Port("c_kv", "T", ("B", "S", "r")),
+        Port("k_pe", "T", ("B", "S", "dr")),
+        Port("kv_cache", "I8", ("B", "1", "T", "cw")),
+        Port("past_lens", "I64", ("B",)),
+    ),
+    outputs=(Port("kv_cache_out", "I8", ("B", "1", "T", "cw")),),
+    attributes=(),
+    doc=(
+        "Rounds the new rows to int8 and writes them at past_lens[b]..past_lens[b]+S-1 of the latent cache. The first "
+        "r+2*dr+6 bytes of a row are an int8 row of MlaAttention, the rest is zero. As a plugin it writes in place: "
+        "kv_cache_out is kv_cache."
+    ),
+    aliases=(("kv_cache_out", "kv_cache"),),
 )
 
 #: 索引器的打分与挑选。``index_cache`` 已写入本次的 S 行。只由 TensorRT 的下沉产生。
@@ -418,6 +445,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             LIGHTNING_INDEXER,
             SPARSE_MLA_ATTENTION,
             LATENT_ATTENTION,
+            LATENT_CACHE_UPDATE,
             INDEX_TOPK,
             SPARSE_LATENT_ATTENTION,
             MOE_GATE,
