@@ -95,6 +95,18 @@ def owner(cell, total, programs):
 
 
 @triton.jit
+def product(a, b, always, APART: tl.constexpr):
+    """``a b``，累加在 float32；``always`` 总是正的，``APART`` 见模块说明。"""
+    out = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    if APART:
+        if always > 0:
+            out = tl.dot(a, b, acc=out, out_dtype=tl.float32)
+    else:
+        out = tl.dot(a, b, acc=out, out_dtype=tl.float32)
+    return out
+
+
+@triton.jit
 def context_row(row, b, B, S, H):
     """序列 b 的第 ``row`` 行（``s*H + h``）在输出里是第几行；输出头在最前，后面逐头乘 W_UV 不必再转置。"""
     return (row % H).to(tl.int64) * (B * S) + b * S + row // H
@@ -173,9 +185,8 @@ def latent_attention_partial(
             k_pe = tl.load(kv_rows + R + p[None, :], mask=in_p, other=0).to(q_latent.dtype)
             if INT8:
                 latent_scale, rope_scale = row_scales(kv_rows + R + 2 * P, WIDTH - R - 2 * P)
-                scores = tl.dot(q_latent, tl.trans(latent), out_dtype=tl.float32) * latent_scale[None, :]
-                rope = tl.dot(q_pe, tl.trans(k_pe), out_dtype=tl.float32)
-                scores += rope * (rope_scale * 256.0)[None, :]
+                scores = product(q_latent, tl.trans(latent), T, APART) * latent_scale[None, :]
+                scores += product(q_pe, tl.trans(k_pe), S, APART) * (rope_scale * 256.0)[None, :]
             elif APART:
                 scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 if T > 0:

@@ -59,14 +59,15 @@ _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
 )
 #: Hopper 自己的：64 行的块断开两个 dot 之后 QKᵀ 只算一遍；一次 32 个 key，放得下三段，拷贝与计算才重叠。Blackwell 断开反而不重叠，不用。
 _HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True))
-#: int8 的缓存：一个 key 的字节少一半，展宽要寄存器与共享内存，所以另有一份。
+#: int8 的缓存：一个 key 的字节少四成多，展宽的码占寄存器，所以用 8 个 warp，另有一份；99 KiB 的卡上放不下两段 64 个 key，宁可重复一些 QKᵀ 也要重叠。
 _INT8_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
     {
         99 << 10: (AttentionTile(16, 32, 8, 3), AttentionTile(32, 32, 8, 3)),
         163 << 10: (AttentionTile(16, 64, 8, 3), AttentionTile(32, 64, 8, 3)),
-        227 << 10: (AttentionTile(16, 64, 8, 3), AttentionTile(32, 64, 8, 3)),
+        227 << 10: (AttentionTile(16, 64, 8, 3), AttentionTile(64, 32, 8, 4)),
     }
 )
+_INT8_HOPPER_TILES = (AttentionTile(16, 64, 8, 3), AttentionTile(64, 32, 8, 4, apart=True))
 #: 一次看几个序列的长度。
 _SEQUENCES = 128
 #: 平均一个程序有这么多块 key 的，按整块分，差一块不过一成的一半；更少的按一个一个的 key 分，一个程序至少分 16 个（tl.dot 的下限）。
@@ -201,7 +202,7 @@ def _tiles(sm: int, cache_dtype: str) -> tuple[AttentionTile, ...]:
     """各变体的块，行数升序。"""
     shared = SMS[sm].shared
     if cache_dtype == "int8":
-        return _INT8_TILES[shared]
+        return _INT8_HOPPER_TILES if sm == 90 else _INT8_TILES[shared]
     return _HOPPER_TILES if sm == 90 else _ATTENTION_TILES[shared]
 
 
