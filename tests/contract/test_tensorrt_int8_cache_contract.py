@@ -76,6 +76,7 @@ def test_the_cache_takes_as_many_bytes_as_its_rows(bundle: Bundle, built):
     assert shared == {f"kv_cache_out.{i}": f"kv_cache.{i}" for i in range(layers)}
 
 
+@pytest.mark.slow
 def test_lowered_bundle_passes_parity_on_onnxruntime(checkpoint, tmp_path):
     """TRT-18、TRT-2：下沉之后的图在 ONNX Runtime 上过 op、block、model 三级校验。"""
     options = {"target": "tensorrt-rtx", "dtype": "float16", "overrides": INT8}
