@@ -146,7 +146,8 @@ class QuantizedExperts:
     def shapes(self) -> list[tuple[int, ...]]:
         """契约里各输入的形状。"""
         E, k, D, inner = EXPERTS[self.shape]
-        form, found = CODES[self.codes], [(self.N, D), (self.N, k), (self.N, k)]
+        form = CODES[self.codes]
+        found: list[tuple[int, ...]] = [(self.N, D), (self.N, k), (self.N, k)]
         for N, K in ((inner, D), (inner, D), (D, inner)):
             found += [(E, N, K), (E, math.ceil(N / form.rows), math.ceil(K / form.columns))]
         return found
