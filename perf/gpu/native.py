@@ -85,7 +85,7 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from perf.gpu.sources import Source, scribble
+    from perf.gpu.sources import Source, scribble, shapes_of
 
     library = ctypes.CDLL(str(build_library(folder)))
     inputs = point.inputs(Source(card.device))
@@ -96,7 +96,7 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
     found = [output.clone() for output in outputs[0]]  # 就地改写的，两次的输出是同一块
     for output in outputs[1]:
         scribble(output)
-    shapes = [tuple(tensor.shape) for tensor in inputs]
+    shapes = shapes_of(runner.program, inputs)
     addresses = [tensor.data_ptr() for tensor in inputs]
     launch(
         library,
