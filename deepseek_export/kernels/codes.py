@@ -8,7 +8,7 @@ from typing import Literal
 
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
-from deepseek_export.ops.table import TypeVar
+from deepseek_export.ops.spec import TypeVar
 
 CodeDtype = Literal["int8", "int4", "float8_e4m3fn"]
 
