@@ -84,6 +84,7 @@ class Scenario:
         (64, DOCUMENTS),
         (128, DOCUMENTS),
         (32, SAMPLES),
+        (128, SAMPLES),
     )
     window: int = 512
     windows: tuple[int, int] = (13, 39)
