@@ -92,7 +92,7 @@ class LazyGroup(Group):
 @click.group("dsx", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dsx", message="%(prog)s %(version)s", help="显示版本并退出。")
 def cli() -> None:
-    """把 DeepSeek-V2 / V3 检查点编译成 ONNX，并证明与 PyTorch 相等。
+    """把 DeepSeek 系检查点（V2、V3、R1、V3.2，同样架构的 Kimi-K2、GLM-5 等）编译成 ONNX / TensorRT，并证明与 PyTorch 相等。
 
     \b
     第一次用：

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.model import CompiledModel
 from deepseek_export.runtime import MeasuredFloor, SpeculativeFloor
 from tests.bundles import tampered
 from tests.contract.test_mtp_contract import SMALL
