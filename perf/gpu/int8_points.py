@@ -76,8 +76,9 @@ class Update:
         return compared(outputs[0], want)
 
     def work(self, inputs: Inputs) -> tuple[int, int]:
-        """至少要读写的字节；没有张量核的运算。"""
-        return len(self.past) * (self.S * (2 * (LATENT + ROPE) + ROW) + 8), 0
+        """至少要读写的字节、浮点运算：每个数找一次最大、除一次、舍入一次。"""
+        tokens, values = len(self.past) * self.S, LATENT + ROPE
+        return tokens * (2 * values + ROW) + len(self.past) * 8, 3 * tokens * values
 
     def shapes(self) -> list[tuple[int, ...]]:
         """各输入的形状。"""
