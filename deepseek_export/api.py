@@ -17,6 +17,7 @@ from deepseek_export.bundle.stages import STAGES_FILE, StageSet, is_stage_set, r
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cluster.backend import PipelineBackend
 from deepseek_export.cluster.settings import ClusterSettings
+from deepseek_export.cpu_library import LIBRARY_TARGET
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_export
 from deepseek_export.model import CompiledModel
@@ -98,7 +99,12 @@ def export(
         if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
             found = BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
         settings = ExportSettings(
-            resolved, target, dtype, weights, hash_weights, as_published(quantization, source, resolved)
+            resolved,
+            target,
+            dtype,
+            weights,
+            hash_weights,
+            as_published(quantization, source, resolved, affine=target == LIBRARY_TARGET),
         )
         if calibrate is not None:
             settings = _with_calibration(settings, Path(source), Path(calibrate), found)
@@ -200,9 +206,9 @@ def export_stages(
             with _checkpoint_directory(checkpoint, whole, settings.weights, True, tokenizer) as source:
                 opened = Checkpoint.open(source)
                 requested_cuts(stages, opened.config.num_hidden_layers)
-                settings = replace(
-                    settings, quantization=as_published(options.get("quantization"), source, resolved)
-                )
+                affine = settings.target == LIBRARY_TARGET
+                chosen = as_published(options.get("quantization"), source, resolved, affine)
+                settings = replace(settings, quantization=chosen)
                 if settings.weights == "packed":
                     check_free_space(out, 2 * packed_bytes(opened, settings))
                 bundle = export(source, whole, resolved, overwrite=True, progress=progress, **options)

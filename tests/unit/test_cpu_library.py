@@ -22,6 +22,7 @@ import deepseek_export
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
 from deepseek_export.errors import DsxError
+from deepseek_export.machine import cpu_flags
 from deepseek_export.ops.mla_attention import mla_attention, read_weight
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES, coarser
@@ -32,7 +33,7 @@ from tools.cpu_node import CACHES, COMPUTES, ODD, SCALE, WIDE, call, make_inputs
 
 pytestmark = pytest.mark.unit
 
-ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
+ISAS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_bf16")
 #: (S, H, T, past_lens)：空缓存、长度悬殊的解码（分段合并）、多 token 验证、跨多块的 prefill。
 SHAPES = ((1, 4, 8, (0,)), (1, 4, 300, (299, 17)), (5, 4, 40, (0, 1, 35)), (70, 3, 200, (100,)))
 
@@ -112,6 +113,17 @@ def test_every_isa_and_dtype_matches_the_reference(library, isa: str, form: str)
                 for widths in (ODD, WIDE):
                     inputs = make_inputs(dtype, cache_dtype, S, H, T, past, **widths)
                     check(library, isa, form, dtype, cache_dtype, inputs)
+
+
+def test_the_integer_instructions_of_client_cores_are_listed(library):
+    """CPU-1、CPU-12：处理器有 AVX-VNNI 的，库列得出 ``avx_vnni``，排在 ``avx2`` 前面、AVX-512 后面；没有的不列。"""
+    flags = cpu_flags() or set()
+    if "avx_vnni" not in library.isas:
+        assert "avx_vnni" not in flags, "编译器太旧，没有 -mavxvnni，或检测错了"
+        return
+    assert "avx_vnni" in flags
+    order = [isa for isa in library.isas if isa in ("avx512", "avx_vnni", "avx2")]
+    assert order == [isa for isa in ("avx512", "avx_vnni", "avx2") if isa in order]
 
 
 @st.composite
