@@ -9,6 +9,7 @@ enum class Dtype { kFloat32, kFloat16, kBfloat16, kInt8 };
 
 constexpr int64_t kPad = 16;      // 各指令集向量长度的公倍数：内部矩阵的宽度都补零到它的倍数
 constexpr int64_t kBlockRows = 64;  // attend 一次最多几行 query
+constexpr int64_t kFewRows = 3;   // 至多这么几行时直接乘 int8 权重的行；再多，先展宽一份各行共用
 constexpr int64_t kTile = 64;     // attend 一次看几个 key：64 行 576 个 float32 是 144 KiB，与 query、累加器一起留在 L2
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -55,6 +56,12 @@ struct Kernels {
     // c[m, n] = a[m, k] · b[n, k]ᵀ；k 是 kPad 的倍数。
     void (*multiply_transposed)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n,
         int64_t k, float* c, int64_t ldc);
+    // c[m, r] = a[m, k] · w[k, r]，w 是 int8 权重的行，不先展宽；m 是 1..kFewRows，c 的每行写 r 个。
+    void (*multiply_weights)(const float* a, int64_t lda, int64_t m, const int8_t* w, int64_t k, int64_t r, int64_t block,
+        float* c, int64_t ldc);
+    // c[m, n] = a[m, r] · w[n, r]ᵀ，同上。
+    void (*multiply_weights_transposed)(const float* a, int64_t lda, int64_t m, const int8_t* w, int64_t n, int64_t r,
+        int64_t block, float* c, int64_t ldc);
     // x[count] = max(x, 0)，就地；count 是 kPad 的倍数。
     void (*rectify)(float* x, int64_t count);
     // scratch 至少 attend_scratch(width) 个 float，64 字节对齐。

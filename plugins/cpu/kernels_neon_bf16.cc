@@ -46,5 +46,6 @@ inline void interleave_rows(const uint16_t* first, const uint16_t* second, int64
 #include "attend_bf16.h"
 
 namespace dsx {
-const Kernels kNeonBf16Kernels{"neon_bf16", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend_bf16};
+const Kernels kNeonBf16Kernels{"neon_bf16", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
+    multiply_weights_transposed, rectify, attend_bf16};
 }

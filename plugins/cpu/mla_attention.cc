@@ -132,12 +132,16 @@ private:
         const int64_t dn_pad = padded(s.dn);
         Carver carver(task_scratch.need(rows * dn_pad + s.dn * s.r_pad + 2 * kPad));
         float* q_nope = carver.take(rows * dn_pad);
-        const float* w_uk = s.weight(h, false, carver.take(s.dn * s.r_pad));
         for (int64_t i = 0; i < rows; ++i) {
             s.widen_row(at(s.q_nope, s.dtype, input_row(i, h) * s.dn), s.dn, q_nope + i * dn_pad, dn_pad);
         }
         float* q = q_ + h * s.width_pad;
-        s.kernels.multiply(q_nope, dn_pad, w_uk, s.r_pad, rows, s.r_pad, s.dn, q, stride);
+        if (s.reads_packed(rows)) {
+            s.kernels.multiply_weights(q_nope, dn_pad, rows, s.packed(h, false), s.dn, s.r, s.weight_block, q, stride);
+        } else {
+            const float* w_uk = s.weight(h, false, carver.take(s.dn * s.r_pad));
+            s.kernels.multiply(q_nope, dn_pad, w_uk, s.r_pad, rows, s.r_pad, s.dn, q, stride);
+        }
         for (int64_t i = 0; i < rows; ++i) {
             float* row = q + i * stride;
             s.widen_row(at(s.q_pe, s.dtype, input_row(i, h) * s.dr), s.dr, row + s.r, s.width_pad - s.r);
@@ -185,11 +189,16 @@ private:
         Carver carver(task_scratch.need(rows * (s.r_pad + dv_pad) + s.dv * s.r_pad + 3 * kPad));
         float* context = carver.take(rows * s.r_pad);
         float* out = carver.take(rows * dv_pad);
-        const float* w_uv = s.weight(h, true, carver.take(s.dv * s.r_pad));
         for (int64_t i = 0; i < rows; ++i) {
             merge(i / count_, i % count_ * s.H + h, context + i * s.r_pad);
         }
-        s.kernels.multiply_transposed(context, s.r_pad, w_uv, s.r_pad, rows, s.dv, s.r_pad, out, dv_pad);
+        if (s.reads_packed(rows)) {
+            s.kernels.multiply_weights_transposed(
+                context, s.r_pad, rows, s.packed(h, true), s.dv, s.r, s.weight_block, out, dv_pad);
+        } else {
+            const float* w_uv = s.weight(h, true, carver.take(s.dv * s.r_pad));
+            s.kernels.multiply_transposed(context, s.r_pad, w_uv, s.r_pad, rows, s.dv, s.r_pad, out, dv_pad);
+        }
         for (int64_t i = 0; i < rows; ++i) {
             narrow(out + i * dv_pad, s.dv, s.dtype, at(s.o, s.dtype, input_row(i, h) * s.dv));
         }

@@ -71,13 +71,20 @@ struct Shape : MlaAttention {
         kernels.widen(dtype, source, count, 1, count, dst, dst_width, dst_width);
     }
 
+    // 第 h 个头的 W_UK 或 W_UV 的 int8 的行。
+    const int8_t* packed(int64_t h, bool up_value) const {
+        const int64_t first = h * (dn + dv) + (up_value ? dn : 0);
+        return static_cast<const int8_t*>(w_kv_b) + first * weight_row(r, weight_block);
+    }
+    // rows 行激活少得不值得先展宽一份权重。
+    bool reads_packed(int64_t rows) const { return weight_dtype == Dtype::kInt8 && rows <= kFewRows; }
+
     // 第 h 个头的 W_UK（dn 行）或紧随其后的 W_UV（dv 行），[rows, r_pad] 的 float32；能原样用就不复制。
     const float* weight(int64_t h, bool up_value, float* scratch) const {
         const int64_t rows = up_value ? dv : dn;
         const int64_t first = h * (dn + dv) + (up_value ? dn : 0);
         if (weight_dtype == Dtype::kInt8) {
-            const auto* packed = static_cast<const int8_t*>(w_kv_b) + first * weight_row(r, weight_block);
-            kernels.widen_weights(packed, rows, r, weight_block, scratch, r_pad);
+            kernels.widen_weights(packed(h, up_value), rows, r, weight_block, scratch, r_pad);
             return scratch;
         }
         const void* source = at(w_kv_b, weight_dtype, first * r);
