@@ -283,6 +283,8 @@ def _gpu(suite: SuiteResult) -> dict[str, Picture]:
         "experts": "MoeExperts",
         "selection": "IndexTopK",
         "sparse": "SparseLatentAttention",
+        "coded-experts": "QuantizedMoeExperts",
+        "coded-linear": "QuantizedLinear",
     }
     for name, operator in operators.items():
         groups = [

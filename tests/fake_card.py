@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,11 @@ import torch
 from deepseek_export.ops.index_topk import index_topk
 from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_experts import moe_experts
+from deepseek_export.ops.quantized_linear import quantized_linear
+from deepseek_export.ops.quantized_moe_experts import quantized_moe_experts
 from deepseek_export.ops.sparse_latent_attention import sparse_latent_attention
 from perf.gpu import card, native, phase
+from perf.gpu.coded_points import CODES, unpacked
 from perf.gpu.sources import LATENT, SCALE
 
 _FREE = 64 << 20
@@ -45,11 +49,21 @@ def _experts(table, *inputs):
     return (moe_experts(*inputs),)
 
 
+def _coded(op, table, *inputs):
+    """参考实现由启动表自己的常数得知码怎么写；int4 的码拆成一字节一个。"""
+    constants = next(dict(one.constants) for one in table.kernels if "BITS" in dict(one.constants))
+    form = next(one for one in CODES.values() if dict(one.constants()).items() <= constants.items())
+    inputs = [unpacked(one, form) if one.dtype == torch.int8 else one for one in inputs]
+    return (op(*inputs, constants["SCALED"], constants["TALL"], constants["E4M3"]),)
+
+
 _REFERENCES = {
     "LatentAttention": _latent,
     "SparseLatentAttention": _sparse,
     "IndexTopK": _select,
     "MoeExperts": _experts,
+    "QuantizedMoeExperts": partial(_coded, quantized_moe_experts),
+    "QuantizedLinear": partial(_coded, quantized_linear),
 }
 
 

@@ -7,19 +7,10 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from deepseek_export.kernels.audit import (
-    CARDS,
-    Instruction,
-    LoopAudit,
-    audit,
-    audits,
-    balance,
-    disassemble,
-    estimate,
-    main_loop,
-)
+from deepseek_export.kernels.audit import CARDS, LoopAudit, audit, audits, balance, estimate
 from deepseek_export.kernels.compile import compile_kernel
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
+from deepseek_export.kernels.machine_code import Instruction, disassemble, main_loop
 from deepseek_export.kernels.table import SMS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/gpu.md"

@@ -51,6 +51,7 @@ from deepseek_export.bundle.manifest import (
     WeightsEntry,
 )
 from deepseek_export.bundle.packed import WEIGHTS_FILE, write_packed
+from deepseek_export.bundle.quantization import check_keep, quantization_report
 from deepseek_export.capture import CapturedModel, capture_draft, capture_model
 from deepseek_export.checkpoint import (
     Checkpoint,
@@ -61,15 +62,10 @@ from deepseek_export.checkpoint import (
 )
 from deepseek_export.checkpoint.bind import bind_recipes, int4_layout
 from deepseek_export.checkpoint.fp8_sources import Fp8Sources
-from deepseek_export.checkpoint.int4_codes import keeps_codes
 from deepseek_export.checkpoint.int4_published import int4_notes
 from deepseek_export.checkpoint.recipe import (
     Recipe,
-    mtp_recipes,
-    weight_recipes,
 )
-from deepseek_export.checkpoint.restored import quantization_error
-from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import LIBRARY_TARGET, NO_LIBRARY, CpuLibrary, library_for
 from deepseek_export.errors import DsxError
 from deepseek_export.passes import (
@@ -84,7 +80,6 @@ from deepseek_export.progress import Progress
 from deepseek_export.records import TENSORRT_TARGETS
 
 MODEL_FILE = "model.onnx"
-_MOST_SENSITIVE = 5
 
 #: 原样带进 bundle 的文件（存在才带）。
 CARRIED_FILES = (
@@ -208,7 +203,7 @@ class _Export:
             needed = packed_bytes(source, settings) if settings.weights == "packed" else 0
             check_free_space(out, needed)
             if settings.quantization is not None:
-                _check_keep(settings.quantization, source.config, self._modules)
+                check_keep(settings.quantization, source.config, self._modules)
         return source
 
     def compile(self, source: Checkpoint) -> None:
@@ -275,7 +270,7 @@ class _Export:
             with self.watch("weights"):
                 slots, weight_files, hashed = self._write_weights(source, weights, directory)
             if settings.quantization is not None:
-                errors = _quantization_report(weights, self.progress)
+                errors = quantization_report(weights, self.progress)
         with self.watch("graph"):
             self._write_graphs(source, directory, slots)
         with disk_errors(directory):
@@ -377,41 +372,3 @@ def _carried_files(directory: Path) -> list[Path]:
 def _file_name(index: int) -> str:
     """-1 是主模型；第 0 个 MTP 模块是 ``mtp.onnx``，其后 ``mtp.1.onnx``……"""
     return MODEL_FILE if index < 0 else "mtp.onnx" if index == 0 else f"mtp.{index}.onnx"
-
-
-def _check_keep(quantization: Quantization, config: ModelConfig, modules: int) -> None:
-    names = [*weight_recipes(config, "float32"), "lm_head"]
-    for index in range(modules):
-        names += mtp_recipes(config, index, "float32")
-    if unmatched := quantization.unmatched(names):
-        raise DsxError(
-            "DSX-E312",
-            f"--keep 的 {unmatched[0]!r} 什么也没有匹配到",
-            "按点分的整段写，例如 lm_head、o_proj、layers.0、layers.3.mlp；叠在一起的专家写成 mlp.experts",
-        )
-
-
-def _quantization_report(weights: WeightSource, progress: Progress) -> dict[str, Any]:
-    """每个量化了的权重偏了多少，最敏感（相对误差最大）的几个点名；照检查点的 4 位码写的，一位不差的有几个，scale 舍入了的是哪些。"""
-    codes = {name: recipe for name, recipe in weights.recipes.items() if recipe.op in ("codes", "rows")}
-    progress.start("量化误差", len(codes))
-    errors = {}
-    for name, recipe in codes.items():
-        errors[name] = quantization_error(name, recipe, weights.store)
-        progress.advance(1, name)
-    published = {
-        name: not errors[name].max_abs
-        for name, recipe in codes.items()
-        if recipe.of is not None and recipe.form is not None and keeps_codes(recipe.of.int4, recipe.form)
-    }
-    rounded = [name for name, exact in published.items() if not exact]
-    if rounded:
-        progress.note(
-            f"{len(rounded)} 个 4 位权重的 scale 放不进目标的 dtype，舍入了，例如 {rounded[0]}；码照旧"
-        )
-    ranked = sorted(errors, key=lambda name: errors[name].relative, reverse=True)
-    return {
-        "most_sensitive": ranked[:_MOST_SENSITIVE],
-        "published": {"exact": len(published) - len(rounded), "rounded": rounded},
-        "tensors": {name: errors[name].model_dump() for name in ranked},
-    }

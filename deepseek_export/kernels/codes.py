@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
-from deepseek_export.ops.table import TypeVar
+from deepseek_export.kernels.table import KernelDtype, Problem, check_dtype, check_sm
+from deepseek_export.ops.spec import OpSpec, TypeVar
 
 CodeDtype = Literal["int8", "int4", "float8_e4m3fn"]
 
@@ -46,12 +47,30 @@ class CodeFormat:
         return min(inner, self.columns) if self.codes == E4M3 else inner
 
 
-def check_format(form: CodeFormat) -> None:
-    """这种码有没有 kernel。
+def coded_problem(
+    op: OpSpec,
+    sm: int,
+    sizes: Mapping[str, int],
+    blocked: Sequence[str],
+    dtype: KernelDtype,
+    form: CodeFormat,
+) -> Problem:
+    """权重是码的算子的一个问题：``x`` 与输出是 16 位的，码与 scale 照 ``form``。
+
+    Args:
+        op, sm, sizes: 见 :class:`~deepseek_export.kernels.table.Problem`。
+        blocked: 其中哪几维分块；scale 的各维由它们得出。
+        dtype: ``x`` 与输出的 dtype。
+        form: 码的写法。
 
     Raises:
-        DsxError: ``DSX-E903``。
+        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 或码不支持。
     """
+    check_sm(sm)
+    check_dtype(op, "x", dtype, ("float16", "bfloat16"))
     known = ("int8", "int4", E4M3)
     if form.codes not in known:
         raise DsxError("DSX-E903", f"权重的码是 {form.codes}", f"kernel 支持 {'、'.join(known)}")
+    blocks = {f"{dim}/block_size": -(-sizes[dim] // form.columns) for dim in blocked}
+    blocks |= {f"{dim}/block_rows": -(-sizes[dim] // form.rows) for dim in blocked}
+    return Problem(op, sm, {**sizes, **blocks}, {"T": dtype, **form.dtypes(dtype)})

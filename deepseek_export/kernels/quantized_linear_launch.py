@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from deepseek_export.kernels.codes import CodeFormat, check_format
+from deepseek_export.kernels.codes import CodeFormat, coded_problem
 from deepseek_export.kernels.expression import Expression, symbol
 from deepseek_export.kernels.grouped_swiglu_launch import GROUP
 from deepseek_export.kernels.program import LaunchTable, Variant
 from deepseek_export.kernels.table import (
+    SMS,
     KernelDtype,
     KernelSpec,
     Problem,
     block_size,
-    check_dtype,
-    check_sm,
     int32,
     launch,
     scratch,
@@ -71,14 +70,11 @@ def quantized_linear_launch(
         form: 码的写法。
 
     Raises:
-        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持。
+        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 或码不支持。
     """
-    limits = check_sm(sm)
-    check_dtype(QUANTIZED_LINEAR, "x", dtype, ("float16", "bfloat16"))
-    check_format(form)
-    N, K = out_features, in_features
-    sizes = {"N": N, "K": K, "N/block_rows": -(-N // form.rows), "K/block_size": -(-K // form.columns)}
-    problem = Problem(QUANTIZED_LINEAR, sm, sizes, {"T": dtype, **form.dtypes(dtype)})
+    sizes = {"N": out_features, "K": in_features}
+    problem = coded_problem(QUANTIZED_LINEAR, sm, sizes, ("N", "K"), dtype, form)
+    limits = SMS[sm]
     rows = symbol("B") * symbol("S")
     return problem.table([_variant(problem, tile, form, rows, limits.most) for tile in _TILES[limits.shared]])
 

@@ -6,17 +6,15 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deepseek_export.kernels.codes import CodeFormat, check_format
+from deepseek_export.kernels.codes import CodeFormat, coded_problem
 from deepseek_export.kernels.expression import Expression
 from deepseek_export.kernels.grouped_swiglu_launch import FEW, GROUP, ExpertsTile, Rows, experts_table
 from deepseek_export.kernels.program import Launch, LaunchTable
 from deepseek_export.kernels.table import (
+    SMS,
     KernelDtype,
     KernelSpec,
-    Problem,
     block_size,
-    check_dtype,
-    check_sm,
     launch,
 )
 from deepseek_export.ops.table import QUANTIZED_MOE_EXPERTS
@@ -50,16 +48,11 @@ def quantized_swiglu_launch(
         form: 码的写法。
 
     Raises:
-        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持。
+        DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 或码不支持。
     """
-    limits = check_sm(sm)
-    check_dtype(QUANTIZED_MOE_EXPERTS, "x", dtype, ("float16", "bfloat16"))
-    check_format(form)
     E, k, D, inner = num_experts, top_k, hidden_size, moe_intermediate_size
     sizes = {"E": E, "k": k, "D": D, "I": inner}
-    for dim, size in (("D", D), ("I", inner)):
-        sizes |= {f"{dim}/block_size": -(-size // form.columns), f"{dim}/block_rows": -(-size // form.rows)}
-    problem = Problem(QUANTIZED_MOE_EXPERTS, sm, sizes, {"T": dtype, **form.dtypes(dtype)})
+    problem = coded_problem(QUANTIZED_MOE_EXPERTS, sm, sizes, ("D", "I"), dtype, form)
 
     def matmuls(
         tile: ExpertsTile, rows: Rows
@@ -103,4 +96,4 @@ def quantized_swiglu_launch(
         )
         return gate_up, down
 
-    return experts_table(problem, _TILES[limits.shared], matmuls)
+    return experts_table(problem, _TILES[SMS[sm].shared], matmuls)

@@ -18,6 +18,7 @@ from deepseek_export.kernels.compile import compile_kernel, compile_table
 from deepseek_export.kernels.launcher import Launcher
 from deepseek_export.kernels.program import LaunchTable, Program
 from deepseek_export.kernels.table import KernelSpec
+from perf.gpu.sources import shapes_of
 
 _GUARD = 256
 _SECONDS_PER_POINT = 0.25
@@ -30,7 +31,7 @@ class Runner:
     def __init__(self, program: Program, inputs: Sequence[torch.Tensor]) -> None:
         self.program = program
         self._launcher = Launcher(program)
-        size = program.workspace([tuple(t.shape) for t in inputs])
+        size = program.workspace(shapes_of(program, inputs))
         self.workspace = torch.empty(size + _GUARD, dtype=torch.uint8, device="cuda")
 
     def poison(self) -> None:
@@ -43,7 +44,7 @@ class Runner:
 
     def __call__(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         self._launcher.enqueue(
-            tuple(tuple(t.shape) for t in inputs),
+            tuple(shapes_of(self.program, inputs)),
             [t.data_ptr() for t in inputs],
             [t.data_ptr() for t in outputs],
             self.workspace.data_ptr(),

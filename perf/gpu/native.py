@@ -85,7 +85,7 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from perf.gpu.sources import Source
+    from perf.gpu.sources import Source, shapes_of
 
     library = ctypes.CDLL(str(build_library(folder)))
     inputs = point.inputs(Source(card.device))
@@ -93,7 +93,7 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
     runner(inputs, outputs[0])
     card.synchronize()
     runner.poison()
-    shapes = [tuple(tensor.shape) for tensor in inputs]
+    shapes = shapes_of(runner.program, inputs)
     addresses = [tensor.data_ptr() for tensor in inputs]
     launch(
         library,

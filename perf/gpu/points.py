@@ -1,6 +1,6 @@
 """一个点：哪个算子、什么形状；它的输入、启动表、与参考实现差多少、至少要读写与运算多少。
 
-稀疏注意力的两个算子在 :mod:`perf.gpu.sparse_points`。
+稀疏注意力的两个算子在 :mod:`perf.gpu.sparse_points`，权重是码的在 :mod:`perf.gpu.coded_points`。
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
+from deepseek_export.kernels.codes import E4M3
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
 from deepseek_export.kernels.program import LaunchTable
@@ -18,11 +19,23 @@ from deepseek_export.kernels.table import KernelSpec
 from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.parity.measures import Measure
-from perf.gpu.sources import LATENT, ROPE, SCALE, DtypeName, Inputs, Outputs, Source, compared, unwritten
+from perf.gpu.coded_points import CODES, QuantizedExperts, QuantizedLinear
+from perf.gpu.sources import (
+    EXPERTS,
+    LATENT,
+    ROPE,
+    SCALE,
+    DtypeName,
+    Inputs,
+    Outputs,
+    Source,
+    compared,
+    latent_bytes,
+    latent_context,
+    unwritten,
+)
 from perf.gpu.sparse_points import Selection, SparseAttention, every_row
 
-#: 专家的形状：名字 → (E, k, D, I)。``tiny`` 只为在 sanitizer 下跑得完。
-EXPERTS = {"V3": (256, 8, 7168, 2048), "V2-Lite": (64, 6, 2048, 1408), "tiny": (8, 2, 128, 64)}
 #: 参考实现把缓存、权重与分数转成 float32，连同输入一共是输入的几倍。
 _REFERENCE = 4
 
@@ -69,17 +82,12 @@ class Attention:
     def inputs(self, source: Source) -> Inputs:
         """(q, kv_cache, past_lens)；看不见的缓存行是 NaN。"""
         dtype = getattr(torch, self.dtype)
-        B = len(self.past)
-        cache = source.randn(B, 1, self.T, LATENT + ROPE, dtype=dtype)
-        for b, length in enumerate(self.past):
-            cache[b, :, max(length, 0) + self.S :] = float("nan")
-        q = source.randn(B, self.S, self.H, LATENT + ROPE, dtype=dtype)
-        return q, cache, torch.tensor(self.past, device=source.device, dtype=torch.int64)
+        cache = source.cache(self.past, self.S, self.T, LATENT + ROPE, dtype)
+        return source.latent_queries(len(self.past), self.S, self.H, dtype), cache, source.lens(self.past)
 
     def outputs(self, inputs: Inputs) -> Outputs:
         """没有写过的输出：[H, B*S, r]。"""
-        shape = (self.H, len(self.past) * self.S, LATENT)
-        return (unwritten(inputs[0].new_empty(shape)),)
+        return (latent_context(inputs[0]),)
 
     def measure(self, inputs: Inputs, outputs: Outputs) -> Measure:
         """与参考实现差多少。"""
@@ -90,8 +98,8 @@ class Attention:
         """至少要读写的字节、浮点运算；看不见的行不算。"""
         q, _, past_lens = inputs
         keys = sum(min(length + self.S, self.T) for length in self.past)
-        traffic = 2 * keys * (LATENT + ROPE) + 2 * q.numel() * (2 * LATENT + ROPE) // (LATENT + ROPE)
-        return traffic + past_lens.numel() * 8, 2 * self.S * self.H * keys * (2 * LATENT + ROPE)
+        traffic = 2 * keys * (LATENT + ROPE) + latent_bytes(q) + past_lens.numel() * 8
+        return traffic, 2 * self.S * self.H * keys * (2 * LATENT + ROPE)
 
     def shapes(self) -> list[tuple[int, ...]]:
         """各输入的形状。"""
@@ -104,7 +112,7 @@ class Experts:
     """``MoeExperts`` 的一个点。
 
     Attributes:
-        shape: :data:`EXPERTS` 的名字。
+        shape: :data:`~perf.gpu.sources.EXPERTS` 的名字。
         N: token 数。
         used: 只路由到前几个专家；``None`` 是全部。
         dtype: 计算 dtype。
@@ -141,8 +149,7 @@ class Experts:
         dtype = getattr(torch, self.dtype)
         sizes = ((inner, D), (inner, D), (D, inner))
         weights = tuple(source.randn(E, *s, dtype=dtype, scale=s[1] ** -0.5) for s in sizes)
-        ids = source.rand(self.N, self.used or E).topk(k, dim=-1).indices.to(torch.int32)
-        return source.randn(self.N, D, dtype=dtype), ids, source.rand(self.N, k), *weights
+        return *source.routed(self.N, E, k, D, self.used, dtype), *weights
 
     def outputs(self, inputs: Inputs) -> Outputs:
         """没有写过的输出：[N, D]。"""
@@ -164,11 +171,10 @@ class Experts:
         return [(self.N, D), (self.N, k), (self.N, k), (E, inner, D), (E, inner, D), (E, D, inner)]
 
 
-Point: TypeAlias = Attention | Experts | Selection | SparseAttention
+Point: TypeAlias = Attention | Experts | QuantizedExperts | QuantizedLinear | Selection | SparseAttention
+_KINDS = (Attention, Experts, QuantizedExperts, QuantizedLinear, Selection, SparseAttention)
 #: 写进结果、由它还原出点：``{"op": 类名, 其余是字段}``。
-_POINTS: dict[str, Callable[..., Point]] = {
-    kind.__name__: kind for kind in (Attention, Experts, Selection, SparseAttention)
-}
+_POINTS: dict[str, Callable[..., Point]] = {kind.__name__: kind for kind in _KINDS}
 
 
 def from_row(fields: dict[str, Any]) -> Point:
@@ -205,6 +211,8 @@ TINY: tuple[Point, ...] = (
     Experts("tiny", 5),
     Selection(1, 96, (0, 65, 95), topk=32),
     SparseAttention(16, 1, 96, (0, 65, 95), topk=32),
+    *(QuantizedExperts("tiny", 5, codes) for codes in CODES),
+    *(QuantizedLinear("tiny", 5, codes) for codes in CODES),
 )
 CHECKED: tuple[Point, ...] = (
     *(
@@ -220,6 +228,9 @@ CHECKED: tuple[Point, ...] = (
         for H in (16, 128)
         for S, past in ((1, (0, 100, 2048, 8191)), (5, (4000, 2045)))
     ),
+    *(QuantizedExperts("V2-Lite", N, codes) for codes in CODES for N in (1, 300)),
+    *(QuantizedExperts("V3", 16, codes) for codes in CODES),
+    *(QuantizedLinear("V3 o_proj", rows, codes) for codes in CODES for rows in (1, 40, 300)),
 )
 HEADLINE: tuple[Point, ...] = (
     *(full(H, B, 1, T) for H in (16, 128) for B in (1, 16, 128) for T in (1024, 8192, 32768)),
@@ -227,6 +238,14 @@ HEADLINE: tuple[Point, ...] = (
     *(Experts(shape, N) for shape in ("V2-Lite", "V3") for N in (1, 16, 128, 1024, 4096)),
     *(Selection(1, T, every_row(B, 1, T)) for B in (1, 16) for T in (8192, 32768, 131072)),
     *(SparseAttention(128, 1, T, every_row(B, 1, T)) for B in (1, 16) for T in (8192, 131072)),
+    *(
+        QuantizedExperts(shape, N, codes)
+        for codes in CODES
+        for shape in ("V2-Lite", "V3")
+        for N in (1, 16, 128, 1024)
+    ),
+    # int4 的线性层由 TensorRT 自己融，引擎里没有这个 kernel，只核对。
+    *(QuantizedLinear("V3 o_proj", rows, codes) for codes in ("int8", E4M3) for rows in (1, 16, 256)),
 )
 AWKWARD: tuple[Point, ...] = (
     *(full(H, B, 1, 8192) for H in (16, 128) for B in (33, 67, 100, 133)),
@@ -249,6 +268,8 @@ _OTHERS: tuple[Point, ...] = (
     # 最后两种把 token 挤到少数专家上：小块与大块的变体都走到，其余专家没有 token。
     *(Experts("V2-Lite", N, used) for N, used in ((64, 6), (3000, 7))),
     *(Experts("V3", N, used) for N, used in ((1, None), (7, None), (300, None), (64, 8), (3000, 9))),
+    *(QuantizedExperts("V2-Lite", N, codes, 7) for codes in CODES for N in (64, 3000)),
+    *(QuantizedLinear("V2-Lite gate_proj", rows, codes) for codes in CODES for rows in (1, 17, 3000)),
 )
 REST: tuple[Point, ...] = (*_OTHERS, *dtyped((*CHECKED, *_OTHERS), "float16"))
 EVERY: tuple[Point, ...] = (*TINY, *CHECKED, *HEADLINE, *AWKWARD, *PROFILED, *REST)

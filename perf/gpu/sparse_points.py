@@ -17,7 +17,19 @@ from deepseek_export.ops.sparse_mla_attention import chosen_keys
 from deepseek_export.parity.measures import Measure
 from deepseek_export.parity.selection import Ranking
 from deepseek_export.parity.tolerances import SELECTION_BAND
-from perf.gpu.sources import LATENT, ROPE, SCALE, DtypeName, Inputs, Outputs, Source, compared, unwritten
+from perf.gpu.sources import (
+    LATENT,
+    ROPE,
+    SCALE,
+    DtypeName,
+    Inputs,
+    Outputs,
+    Source,
+    compared,
+    latent_bytes,
+    latent_context,
+    unwritten,
+)
 
 INDEX_HEADS, INDEX_WIDTH, TOPK = 64, 128, 2048
 #: 参考实现的分数转成 float32，遮罩、排名各一份。
@@ -65,12 +77,10 @@ class Selection:
     def inputs(self, source: Source) -> Inputs:
         """(q, w, index_cache, past_lens)；看不见的缓存行是 NaN。"""
         dtype, B = getattr(torch, self.dtype), len(self.past)
-        cache = source.randn(B, 1, self.T, INDEX_WIDTH, dtype=dtype)
-        for b, length in enumerate(self.past):
-            cache[b, :, length + self.S :] = float("nan")
+        cache = source.cache(self.past, self.S, self.T, INDEX_WIDTH, dtype)
         q = source.randn(B, self.S, INDEX_HEADS, INDEX_WIDTH, dtype=dtype)
         w = source.randn(B, self.S, INDEX_HEADS, dtype=torch.float32)
-        return q, w, cache, torch.tensor(self.past, device=source.device, dtype=torch.int64)
+        return q, w, cache, source.lens(self.past)
 
     def outputs(self, inputs: Inputs) -> Outputs:
         """没有写过的输出：indices、counts。"""
@@ -146,7 +156,7 @@ class SparseAttention:
     def inputs(self, source: Source) -> Inputs:
         """(q, kv_cache, indices, counts)；没有选中的缓存行是 NaN。"""
         dtype, B = getattr(torch, self.dtype), len(self.past)
-        past = torch.tensor(self.past, device=source.device, dtype=torch.int64)
+        past = source.lens(self.past)
         counts = key_counts(past, self.S, self.topk)
         lots = source.rand(B, self.S, self.T)
         last = past[:, None] + torch.arange(self.S, device=source.device)
@@ -158,12 +168,11 @@ class SparseAttention:
         indices = indices.masked_fill(indices == self.T, -1)
         cache = source.randn(B, 1, self.T, LATENT + ROPE, dtype=dtype)
         cache[:, 0][~chosen_keys(indices, self.T).any(1)] = float("nan")
-        return source.randn(B, self.S, self.H, LATENT + ROPE, dtype=dtype), cache, indices, counts
+        return source.latent_queries(B, self.S, self.H, dtype), cache, indices, counts
 
     def outputs(self, inputs: Inputs) -> Outputs:
         """没有写过的输出：[H, B*S, r]。"""
-        shape = (self.H, len(self.past) * self.S, LATENT)
-        return (unwritten(inputs[0].new_empty(shape)),)
+        return (latent_context(inputs[0]),)
 
     def measure(self, inputs: Inputs, outputs: Outputs) -> Measure:
         """与参考实现差多少。"""
@@ -175,8 +184,7 @@ class SparseAttention:
         """至少要读写的字节、浮点运算；一个 query 收集它自己的行。"""
         q, _, indices, counts = inputs
         rows = sum(min(seen, self.topk) for seen in _seen(self.past, self.S))
-        queries = 2 * q.numel() * (2 * LATENT + ROPE) // (LATENT + ROPE)
-        traffic = 2 * rows * (LATENT + ROPE) + queries + 4 * (indices.numel() + counts.numel())
+        traffic = 2 * rows * (LATENT + ROPE) + latent_bytes(q) + 4 * (indices.numel() + counts.numel())
         return traffic, 2 * self.H * rows * (2 * LATENT + ROPE)
 
     def shapes(self) -> list[tuple[int, ...]]:

@@ -50,12 +50,13 @@ struct QuantizedWeights {
     const uint8_t* codes;    // [columns, blocks * block * bits / 8]
     const uint16_t* scales;  // [columns, blocks] float16
     int64_t columns;         // 输出的列数
-    const uint8_t* zeros;    // [columns, zero_row(blocks)]；空的就是 2^(位数-1)
+    const uint8_t* zeros = nullptr;  // [columns, zero_row(blocks)]；空的就是 2^(位数-1)
+    int64_t next = 0;        // 这些之后接着读的离第一列几列，0 是紧接着的；只用来预取
 
     // 从第 column 列起的 count 列；一列 row_bytes 字节的码，blocks 块。
     QuantizedWeights from(int64_t column, int64_t count, int64_t row_bytes, int64_t blocks) const {
         return {codes + column * row_bytes, scales + column * blocks, count,
-            zeros == nullptr ? nullptr : zeros + column * zero_row(blocks)};
+            zeros == nullptr ? nullptr : zeros + column * zero_row(blocks), 0};
     }
 };
 

@@ -7,19 +7,10 @@ import os
 import pytest
 
 from deepseek_export.errors import DsxError
-from deepseek_export.kernels import audit as module
-from deepseek_export.kernels.audit import (
-    CARDS,
-    FORMATS,
-    Instruction,
-    LoopAudit,
-    audits,
-    balance,
-    disassemble,
-    estimate,
-    main_loop,
-)
+from deepseek_export.kernels import machine_code
+from deepseek_export.kernels.audit import CARDS, FORMATS, LoopAudit, audits, balance, estimate
 from deepseek_export.kernels.latent_attention_launch import LEAST, latent_attention_launch
+from deepseek_export.kernels.machine_code import Instruction, disassemble, main_loop
 from deepseek_export.kernels.table import SMS
 from tests.integration.cli import dsx, last_json
 from tools.make_kernel_audit import PAGE, ragged_lens
@@ -176,7 +167,7 @@ def test_no_processor_idles(sm: int, heads: int) -> None:
 def test_machine_code_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DsxError, match="DSX-E902"):
         disassemble(b"not a cubin")
-    monkeypatch.setattr(module, "_nvdisasm", lambda: "/bin/false")
+    monkeypatch.setattr(machine_code, "_nvdisasm", lambda: "/bin/false")
     with pytest.raises(DsxError, match="nvdisasm"):
         disassemble(b"")
 

@@ -154,7 +154,7 @@ def test_any_shape(library, case, data):
 @pytest.mark.parametrize("form", ["absorb", "naive"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_int8_weights(library, isa: str, form: str):
-    """CPU-16：int8 的 w_kv_b 与还原的同一份权重在容差之内，每种块、每种缓存；r 不是向量长度的倍数、行多得不整段留着也行。"""
+    """CPU-16：int8 的 w_kv_b 与还原的同一份权重在容差之内，每种块、每种缓存，一到三行（不展宽）与更多行；r 不是向量长度的倍数、行多得不整段留着也行。"""
     if isa not in library.isas:
         pytest.skip(f"这台机器没有 {isa}")
     for block, r in ((32, 96), (64, 64), (128, 128)):
@@ -162,6 +162,9 @@ def test_int8_weights(library, isa: str, form: str):
             given = {**WIDE, "dn": 6, "dv": 5, "r": r, "weight_dtype": "int8", "weight_block": block}
             inputs = make_inputs("float32", cache_dtype, 3, 2, 80, (0, 70), **given)
             check(library, isa, form, "float32", cache_dtype, inputs, "int8")
+        for S, past in ((1, (70,)), (1, (0, 70)), (3, (70,))):
+            inputs = make_inputs("float32", "bfloat16", S, 2, 80, past, **given)
+            check(library, isa, form, "float32", "bfloat16", inputs, "int8")
     long = make_inputs("float32", "bfloat16", 2, 1, 17000, (16990,), **WIDE, weight_dtype="int8")
     check(library, isa, form, "float32", "bfloat16", long, "int8")
 

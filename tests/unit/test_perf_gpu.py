@@ -15,15 +15,28 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from deepseek_export.kernels.codes import E4M3
 from deepseek_export.ops.index_topk import index_topk
+from deepseek_export.ops.quantized_linear import quantized_linear
+from deepseek_export.ops.quantized_moe_experts import quantized_moe_experts
 from deepseek_export.parity.tolerances import TOLERANCES
 from perf import gates, results
 from perf.__main__ import cli
 from perf.gpu import accept, lines, phases, points, record
+from perf.gpu.coded_points import (
+    CODES,
+    QuantizedExperts,
+    QuantizedLinear,
+    code_bytes,
+    coded,
+    restored,
+    unpacked,
+)
 from perf.gpu.engine import run_engine
-from perf.gpu.sources import Source
+from perf.gpu.sources import Source, shapes_of
 
 pytestmark = pytest.mark.unit
 
@@ -204,7 +217,7 @@ def test_points_survive_the_file():
     source = Source("cpu")
     for point in points.TINY:
         inputs = point.inputs(source)
-        assert [tuple(tensor.shape) for tensor in inputs] == point.shapes()
+        assert shapes_of(point.table(89), inputs) == point.shapes()
         outputs = point.outputs(inputs)
         assert [output.dtype.is_floating_point for output in outputs][:1] == [
             not isinstance(point, points.Selection)
@@ -226,6 +239,42 @@ def test_a_wrong_selection_is_seen():
     swapped[0, 0, 0], fewer[1, 1, -1], miscounted[1, 0] = outside, -1, 15
     for wrong in ((swapped, counts), (fewer, counts), (indices, miscounted), (indices + 1000, counts)):
         assert not exact.accepts(point.measure(inputs, wrong))
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("kind", [QuantizedExperts, QuantizedLinear])
+def test_a_wrong_code_is_seen(kind, codes):
+    """KERNEL-8：同一份码由算子的参考实现算，与点自己的参考相等；错一个码、用了隔壁的 scale，看得出来。"""
+    point = kind("tiny", 5, codes)
+    form = CODES[codes]
+    x, *rest = point.inputs(Source("cpu"))
+    op = quantized_moe_experts if kind is QuantizedExperts else quantized_linear
+    about = (form.columns, form.rows, int(codes == E4M3))
+
+    def result(*changed):
+        wide = [unpacked(one, form) if one.dtype == torch.int8 else one for one in (x, *changed)]
+        return (op(*wide, *about),)
+
+    tolerance = TOLERANCES["op", "bfloat16"]
+    assert tolerance.accepts(point.measure((x, *rest), result(*rest)))
+    scales = [one.roll(1, -1) if one.is_floating_point() and one.shape[-1] > 1 else one for one in rest]
+    if form.columns < 128:
+        assert not tolerance.accepts(point.measure((x, *rest), result(*scales)))
+    low = [one ^ 0x48 if one.dtype == torch.int8 else one for one in rest]
+    assert not tolerance.accepts(point.measure((x, *rest), result(*low)))
+
+
+def test_random_codes_are_all_finite_and_of_the_right_size():
+    """e4m3 的两个 NaN 码不出现，别的都出现；三种码还原之后都约 1/sqrt(K)，所以容差的尺度相同。"""
+    source = Source("cpu")
+    for form in CODES.values():
+        codes, scales = coded(source, form, 256, 512, dtype=torch.bfloat16)
+        found = restored(codes, scales, form, torch.float32)
+        assert found.isfinite().all()
+        assert 0.5 < float(found.square().mean().sqrt()) * 512**0.5 < 2
+        assert len(unpacked(codes, form).unique()) == {"int8": 256, "int4": 16, E4M3: 254}[form.codes]
+        nbytes = sum(one.numel() * one.element_size() for one in (codes, scales))
+        assert nbytes == code_bytes(form, 256, 512)
 
 
 def test_an_engine_that_cannot_run_says_why(tmp_path):
