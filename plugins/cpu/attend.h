@@ -5,10 +5,10 @@
 #include <cstdint>
 
 #include "int8_cache.h"
+#include "int8_weights.h"
 #include "kernels.h"
 #include "prefetch.h"
 #include "soften.h"
-#include "weight_rows.h"
 
 namespace {
 
