@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,3 +180,36 @@ def test_without_a_generation_config_the_model_config_decides(v3_bundle: Bundle,
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def test_what_a_long_prompt_used_goes_back(trained_bundle):
+    """RUNTIME-16：一段长提示词之后，进程的匿名内存比它算的时候少得多。"""
+    script = """
+import sys
+from pathlib import Path
+import numpy as np
+from deepseek_export import api
+
+def anonymous(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+session = api.load(sys.argv[1], 1).session
+caches = session.new_caches(1, 2048)
+run = lambda tokens: session.run(np.zeros((1, tokens), np.int64), np.array([0]), np.array([[0]]), caches)
+run(8)
+before, mapped = anonymous("RssAnon"), anonymous("RssFile")
+run(2000)
+print(anonymous("RssAnon") - before, anonymous("VmHWM") - mapped - before)
+"""
+    environment = os.environ | {"DSX_CPU_LIBRARY": "off"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(trained_bundle)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    kept, peak = map(int, done.stdout.split())
+    assert peak > 1 << 24, "这段提示词用不了多少，看不出来"
+    assert kept < peak / 2

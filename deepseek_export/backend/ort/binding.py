@@ -14,6 +14,9 @@ from deepseek_export.backend.ort.session import run_options
 from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.errors import DsxError
 
+#: 一次算这么多个 token，就把它用过的工作内存还给系统：一段长提示词要几百 MB，之后逐个 token 的解码用不着。短的留着，再分配要花时间。
+_LARGE_TOKENS = 512
+
 
 class _Slot:
     """一个输入或输出的内存：按见过的最大形状分配，别的形状借用它的前一段。"""
@@ -54,7 +57,7 @@ class CallBinding:
         self._inputs = {port.name: _Slot(port.numpy) for port in inputs}
         self._outputs = {port.name: _Slot(port.numpy) for port in outputs}
         self._bound_version: int | None = None
-        self._options = run_options()
+        self._options, self._shrinking = run_options(), run_options(shrink=True)
 
     def run(
         self, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int], caches: OrtCaches
@@ -84,8 +87,9 @@ class CallBinding:
         if self._bound_version != caches.version:
             caches.bind(self._io)
             self._bound_version = caches.version
+        large = sizes["B"] * sizes["S"] >= _LARGE_TOKENS
         try:
-            self._session.run_with_iobinding(self._io, self._options)
+            self._session.run_with_iobinding(self._io, self._shrinking if large else self._options)
         except Exception as error:  # ORT 抛的类型不止一种，run_with_iobinding 还会抛裸的 RuntimeError
             raise DsxError(
                 "DSX-E513", f"ONNX Runtime：{error}", "核对 bundle 是否完整（dsx verify），内存是否够用"

@@ -96,12 +96,18 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> OpenSession:
         raise DsxError("DSX-E507", f"{what}：{error}", _load_advice(str(error))) from error
 
 
-def run_options() -> ort.RunOptions:
-    """每次执行的选项：不打日志。"""
+def run_options(shrink: bool = False) -> ort.RunOptions:
+    """每次执行的选项：不打日志。
+
+    Args:
+        shrink: 执行完把空闲的工作内存还给系统；缺省由 ONNX Runtime 留着，下一次再用。
+    """
     options = ort.RunOptions()
     options.log_severity_level = 4
     # 没有这一项时，onnxruntime 的 Python 层每次 run 都要接住一个 C++ 异常才知道，几十微秒；0 就是缺省。
     options.add_run_config_entry("gpu_graph_id", "0")
+    if shrink:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
 
