@@ -46,7 +46,7 @@ def call(function: str, environment: Mapping[str, str] = _NOTHING, /, **argument
         text=True,
         check=False,
         cwd=ROOT,
-        env=os.environ | {"DSX_NO_CACHE": "1"} | environment,
+        env={**os.environ, "DSX_NO_CACHE": "1", **environment},
     )
     if done.returncode != 0:
         raise RuntimeError(f"{function}：{_last_line(done.stderr) or f'退出码 {done.returncode}'}")

@@ -158,7 +158,10 @@ void run(const QuantExperts& op, const QuantKernels& kernels, const Parallel& pa
         }
         for (int64_t a = 0; a < active; ++a) {
             const int64_t first = routing.active[a] * op.D + column;
-            const QuantizedWeights weights{op.down + first * inner_bytes, op.down_scales + first * inner.blocks, columns};
+            QuantizedWeights weights{op.down + first * inner_bytes, op.down_scales + first * inner.blocks, columns};
+            // 接着读下一个专家的同几列，或（多半由同一个线程）第一个专家的后几列。
+            weights.next = a + 1 < active ? (routing.active[a + 1] - routing.active[a]) * op.D
+                                          : (routing.active[0] - routing.active[a]) * op.D + columns;
             multiply_slices(inner, routing.begin[a], routing.begin[a + 1], weights, kernels,
                 [&](int64_t row, int64_t count, const float* y) {
                     for (int64_t i = 0; i < count; ++i) {

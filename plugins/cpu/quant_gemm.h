@@ -10,6 +10,7 @@
 
 #include "prefetch.h"
 #include "quant_rows.h"
+#include "swiglu.h"
 
 namespace {
 
@@ -191,25 +192,28 @@ void pack(const Cursor& w, int64_t last, int64_t column, int64_t blocks, int64_t
         }
         pack_scales(row_scales, blocks, scales + group * kLanes);
         uint8_t* to = codes + group * kBytes;
-        const auto put = [&](const Bytes (&raw)[kLanes]) {
-            Bytes parts[F::kVectors][kLanes];
-            for (int i = 0; i < kLanes; ++i) {
-                Bytes one[F::kVectors];
-                F::unpack(kSigned ? flip_sign(raw[i]) : raw[i], one);
-                for (int v = 0; v < F::kVectors; ++v) {
-                    parts[v][i] = one[v];
+        const auto put = [&](Bytes (&raw)[kLanes]) {
+            if constexpr (kSigned) {
+                for (Bytes& one : raw) {
+                    one = flip_sign(one);
                 }
             }
-            for (int v = 0; v < F::kVectors; ++v) {
-                transpose(parts[v], to, stride);
-                to += kLanes * stride;
+            transpose(raw, to, stride);
+            if constexpr (F::kVectors == 2) {
+                // 拆成低 4 位与高 4 位是逐字节的，重排之后再拆，只重排一次。
+                for (int q = 0; q < kLanes; ++q, to += stride) {
+                    Bytes parts[F::kVectors];
+                    F::unpack(load_bytes(to), parts);
+                    store_bytes(to, parts[0]);
+                    store_bytes(to + kLanes * stride, parts[1]);
+                }
             }
+            to += kLanes * stride;
         };
         int64_t t = 0;
         for (; t + kBytes <= row_bytes; t += kBytes) {
             Bytes raw[kLanes];
             for (int i = 0; i < kLanes; ++i) {
-                prefetch(rows[i] + t + kColumnTile * w.code_stride);
                 raw[i] = load_bytes(rows[i] + t);
             }
             put(raw);
@@ -225,6 +229,32 @@ void pack(const Cursor& w, int64_t last, int64_t column, int64_t blocks, int64_t
         }
     }
 }
+
+// 一边算一边把下一组列的权重取进 L2，分摊到各步里：读内存的时间因此藏在计算后面。
+class Fetch {
+public:
+    // 从 w 的开头起的 kColumnTile 列，steps 步取完。
+    Fetch(const Cursor& w, int64_t steps)
+        : codes_(w.codes), bytes_(kColumnTile * w.code_stride),
+          per_step_(((bytes_ + kLine - 1) / kLine + steps - 1) / steps * kLine) {
+        const int64_t scale_bytes = kColumnTile * w.scale_stride * static_cast<int64_t>(sizeof(uint16_t));
+        for (int64_t i = 0; i < scale_bytes; i += kLine) {
+            prefetch(ahead(w.scales, i));
+        }
+    }
+
+    void step() {
+        const int64_t end = at_ + per_step_ < bytes_ ? at_ + per_step_ : bytes_;
+        for (; at_ < end; at_ += kLine) {
+            prefetch(ahead(codes_, at_));
+        }
+    }
+
+private:
+    static constexpr int64_t kLine = 64;
+    const uint8_t* codes_;
+    int64_t bytes_, per_step_, at_ = 0;
+};
 
 // 一块的码分成几段：一次读出的权重比一块多时，偶数个与奇数个不相邻。
 template <typename F>
@@ -244,15 +274,16 @@ struct Segments {
     int64_t block;
 };
 
-// R 行激活对重排好的 kColumnTile 列：一路一列，激活每 4 个一组广播。
-template <typename F, int R>
-inline void packed_block(const QuantizedRows& a, const uint8_t* codes, const float* scales, float* out) {
+// R 行激活对重排好的 kColumnTile 列：一路一列，激活每 4 个一组广播。kBlock 是 0 时块多大运行时才知道。
+template <typename F, int R, int kBlock>
+inline void packed_block(const QuantizedRows& a, const uint8_t* codes, const float* scales, Fetch& fetch, float* out) {
     const int64_t stride = a.code_stride(), plane = a.plane_stride();
-    const Segments<F> segments(a.block);
+    const Segments<F> segments(kBlock != 0 ? kBlock : a.block);
     for (int i = 0; i < R * kTileVectors; ++i) {
         store(out + i * kLanes, splat(0));
     }
     for (int64_t b = 0; b < a.blocks; ++b) {
+        fetch.step();
         Ints acc[R][kTileVectors][kPlanes];
         for (int i = 0; i < R; ++i) {
             for (int p = 0; p < kPlanes; ++p) {
@@ -264,6 +295,9 @@ inline void packed_block(const QuantizedRows& a, const uint8_t* codes, const flo
         }
         for (int64_t s = 0; s < segments.count(); ++s) {
             const int64_t begin = segments.begin(b, s), end = begin + segments.length();
+#if defined(__GNUC__)
+#pragma GCC unroll 8
+#endif
             for (int64_t t = begin; t < end; t += 4) {
                 typename F::Codes row[kTileVectors];
                 for (int j = 0; j < kTileVectors; ++j) {
@@ -290,29 +324,50 @@ inline void packed_block(const QuantizedRows& a, const uint8_t* codes, const flo
     }
 }
 
-template <typename F, int R>
-inline int64_t packed_rows(const QuantizedRows& a, int64_t row, const uint8_t* codes, const float* scales,
+// 从第 row 行起每次 R 行，做到不够 R 行为止。
+template <typename F, int R, int kBlock>
+inline int64_t packed_rows(const QuantizedRows& a, int64_t row, const uint8_t* codes, const float* scales, Fetch& fetch,
     int64_t columns, float* y, int64_t ldy) {
     alignas(64) float out[R * kColumnTile];
     for (; row + R <= a.rows; row += R) {
-        packed_block<F, R>(a.from(row, R), codes, scales, out);
+        packed_block<F, R, kBlock>(a.from(row, R), codes, scales, fetch, out);
         for (int i = 0; i < R; ++i) {
-            std::memcpy(y + (row + i) * ldy, out + i * kColumnTile, static_cast<size_t>(columns) * sizeof(float));
+            float* const to = y + (row + i) * ldy;
+            if (columns == kColumnTile) {
+                std::memcpy(to, out + i * kColumnTile, kColumnTile * sizeof(float));  // 大小是常数的快得多
+            } else {
+                std::memcpy(to, out + i * kColumnTile, static_cast<size_t>(columns) * sizeof(float));
+            }
         }
     }
     return row;
 }
 
+// 不足 kTileRows 的余下几行一次做完。
+template <typename F, int R>
+inline void packed_rest(const QuantizedRows& a, int64_t row, const uint8_t* codes, const float* scales, Fetch& fetch,
+    int64_t columns, float* y, int64_t ldy) {
+    if constexpr (R > 0) {
+        row = packed_rows<F, R, 0>(a, row, codes, scales, fetch, columns, y, ldy);
+        packed_rest<F, R - 1>(a, row, codes, scales, fetch, columns, y, ldy);
+    }
+}
+
 template <typename F, bool kSigned>
-void multiply_packed(const QuantizedRows& a, const Cursor& w, int64_t total, float* y, int64_t ldy, uint8_t* scratch) {
-    const int64_t width = a.blocks * a.block;
+void multiply_packed(
+    const QuantizedRows& a, const Cursor& w, int64_t total, int64_t next, float* y, int64_t ldy, uint8_t* scratch) {
+    const int64_t width = a.blocks * a.block, steps = (a.rows + kTileRows - 1) / kTileRows * a.blocks;
     float* scales = reinterpret_cast<float*>(scratch);
     uint8_t* codes = scratch + kColumnTile * a.blocks * static_cast<int64_t>(sizeof(float));
     for (int64_t column = 0; column < total; column += kColumnTile) {
         const int64_t left = total - column, columns = left < kColumnTile ? left : kColumnTile;
         pack<F, kSigned>(w, total - 1, column, a.blocks, width, codes, scales);
-        const int64_t row = packed_rows<F, kTileRows>(a, 0, codes, scales, columns, y + column, ldy);
-        packed_rows<F, 1>(a, row, codes, scales, columns, y + column, ldy);
+        const int64_t then = left > kColumnTile ? column + kColumnTile : next;
+        Fetch fetch({w.codes + then * w.code_stride, w.code_stride, w.scales + then * w.scale_stride, w.scale_stride}, steps);
+        const int64_t row = a.block == 32
+                                ? packed_rows<F, kTileRows, 32>(a, 0, codes, scales, fetch, columns, y + column, ldy)
+                                : packed_rows<F, kTileRows, 0>(a, 0, codes, scales, fetch, columns, y + column, ldy);
+        packed_rest<F, kTileRows - 1>(a, row, codes, scales, fetch, columns, y + column, ldy);
     }
 }
 
@@ -327,7 +382,7 @@ void multiply(const QuantizedRows& a, const QuantizedWeights& w, float* y, int64
     }
     static_assert(kPackRows == 4);
     const Cursor at{w.codes, a.blocks * a.block * F::kBits / 8, w.scales, a.blocks};
-    multiply_packed<F, false>(a, at, w.columns, y, ldy, scratch);
+    multiply_packed<F, false>(a, at, w.columns, w.next != 0 ? w.next : w.columns, y, ldy, scratch);
 }
 
 // w_kv_b 的若干行：一行是有符号的码，再是各块的 scale。
@@ -335,26 +390,7 @@ void expand(const QuantizedRows& a, const int8_t* weights, int64_t columns, floa
     const int64_t width = a.blocks * a.block, stride = dsx::weight_row(width, a.block);
     const Cursor at{reinterpret_cast<const uint8_t*>(weights), stride, reinterpret_cast<const uint16_t*>(weights + width),
         stride / static_cast<int64_t>(sizeof(uint16_t))};
-    multiply_packed<Int8, true>(a, at, columns, y, ldy, scratch);
-}
-
-void swiglu(const float* x, int64_t count, float* y) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const int64_t n = count - i < kLanes ? count - i : kLanes;
-        float gate[kLanes] = {}, up[kLanes] = {}, out[kLanes];
-        for (int64_t j = 0; j < n; ++j) {
-            gate[j] = x[2 * (i + j)];
-            up[j] = x[2 * (i + j) + 1];
-        }
-        // exp 只用于不大于 0 的数：silu(g) = g / (1 + e^-g) = g·e^min(g,0) / (1 + e^-|g|)。
-        const Vector g = load(gate), negative = sub(splat(0), max(g, sub(splat(0), g)));
-        const Vector numerator = exp(sub(splat(0), max(sub(splat(0), g), splat(0))));
-        const Vector sigmoid = divide(numerator, add(splat(1), exp(negative)));
-        store(out, mul(mul(g, sigmoid), load(up)));
-        for (int64_t j = 0; j < n; ++j) {
-            y[i + j] = out[j];
-        }
-    }
+    multiply_packed<Int8, true>(a, at, columns, columns, y, ldy, scratch);
 }
 
 }  // namespace

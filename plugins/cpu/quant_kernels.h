@@ -47,6 +47,7 @@ struct QuantizedWeights {
     const uint8_t* codes;    // [columns, blocks * block * bits / 8]
     const uint16_t* scales;  // [columns, blocks] float16
     int64_t columns;         // 输出的列数
+    int64_t next = 0;        // 这些之后接着读的离第一列几列，0 是紧接着的；只用来预取
 };
 
 struct QuantKernels {

@@ -68,22 +68,70 @@ void quantize_block(const float* x, int64_t count, int64_t block, int8_t* high, 
     }
     int32_t sums[kPlanes] = {};
     if constexpr (F::kFolded != 0) {
-        for (i = 0; i < block; ++i) {
-            sums[0] += high[i];
-            sums[1] += low[i];
-        }
+        sums[0] = sum_codes(high, block);
+        sums[1] = sum_codes(low, block);
     }
     for (int p = 0; p < kPlanes; ++p) {
         starts[p * start_step] = -F::kFolded * sums[p];
     }
 }
 
+// 一块里最大的绝对值，还分在各路里。
+inline Vector largest_lanes(const float* x, int64_t block) {
+    Vector top = splat(0);
+    for (int64_t i = 0; i < block; i += kLanes) {
+        const Vector v = load(x + i);
+        top = max(top, max(v, sub(splat(0), v)));
+    }
+    return top;
+}
+
+// 一行里相邻的 count 个整块，至多 kLanes 个，从第 b 块起：同 quantize_block，最大值、除法与码之和几块一起算。
+template <typename F>
+void quantize_blocks(const float* x, int64_t count, const QuantizedRows& to, int64_t b) {
+    constexpr int64_t kTogether = 4;
+    const int64_t block = to.block, plane = to.plane_stride(), stride = to.scale_stride();
+    float largest[kLanes] = {}, scales[kLanes], inverses[kLanes];
+    for (int64_t j = 0; j < count; j += kTogether) {
+        Vector tops[kTogether];
+        for (int64_t k = 0; k < kTogether; ++k) {
+            tops[k] = j + k < count ? largest_lanes(x + (j + k) * block, block) : splat(0);
+        }
+        max4(tops, largest + j);
+    }
+    store(scales, divide(load(largest), splat(127)));
+    store(inverses, divide(splat(127), load(largest)));
+    for (int64_t j = 0; j < count; ++j) {
+        const Vector inverse = splat(largest[j] > 0 ? inverses[j] : 0);
+        int8_t* const high = to.codes + (b + j) * block;
+        for (int64_t i = 0; i < block; i += kLanes) {
+            const Vector scaled = mul(load(x + j * block + i), inverse), upper = nearest(scaled);
+            store_int8(high + i, upper);
+            store_int8(high + plane + i, mul(sub(scaled, upper), splat(dsx::kLowSteps)));
+        }
+        to.scales[b + j] = scales[j];
+    }
+    for (int p = 0; p < kPlanes; ++p) {
+        for (int64_t j = 0; j < count; ++j) {
+            int32_t sum = 0;
+            if constexpr (F::kFolded != 0) {
+                sum = sum_codes(to.codes + p * plane + (b + j) * block, block);
+            }
+            to.starts[p * stride + b + j] = -F::kFolded * sum;
+        }
+    }
+}
+
 template <typename F>
 void quantize(const float* x, int64_t x_stride, int64_t width, const QuantizedRows& rows) {
     const int64_t total = rows.plane_stride(), count = rows.blocks * rows.block, stride = rows.scale_stride();
+    const int64_t whole = width / rows.block;
     for (int64_t i = 0; i < rows.rows; ++i) {
         const QuantizedRows to = rows.from(i, 1);
-        for (int64_t b = 0; b < to.blocks; ++b) {
+        for (int64_t b = 0; b < whole; b += kLanes) {
+            quantize_blocks<F>(x + i * x_stride + b * to.block, whole - b < kLanes ? whole - b : kLanes, to, b);
+        }
+        for (int64_t b = whole; b < to.blocks; ++b) {
             const int64_t begin = b * to.block, left = width - begin;
             quantize_block<F>(x + i * x_stride + begin, left < to.block ? left : to.block, to.block, to.codes + begin,
                 to.codes + total + begin, to.scales + b, to.starts + b, stride);

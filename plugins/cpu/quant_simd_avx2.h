@@ -52,6 +52,7 @@ struct Int4 {
 };
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline void store_bytes(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 inline Ints splat_ints(int32_t x) { return {_mm256_set1_epi32(x)}; }
 // 一个向量里 kShare 块，各占相邻的几路。
 template <int kShare>
@@ -108,6 +109,41 @@ inline void store_int8(int8_t* p, Vector a) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
 }
 inline Vector divide(Vector a, Vector b) { return {_mm256_div_ps(a.v, b.v)}; }
+// out[i] = a[i] 各路的最大值。
+inline void max4(const Vector (&a)[4], float* out) {
+    const __m256 x = _mm256_max_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
+    const __m256 y = _mm256_max_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
+    const __m256 low = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
+    const __m256 high = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
+    const __m256 tops = _mm256_max_ps(low, high);
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(tops), _mm256_extractf128_ps(tops, 1)));
+}
+// count 个码之和；count 是 32 的倍数。
+inline int32_t sum_codes(const int8_t* codes, int64_t count) {
+    __m256i sums = _mm256_setzero_si256();
+    for (int64_t i = 0; i < count; i += 32) {
+        const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), four);
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    const __m128i pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
+}
+// 两个向量连起来，偶数个与奇数个。
+struct Halves {
+    Vector even, odd;
+};
+inline Halves deinterleave(Vector a, Vector b) {
+    // shuffle 在每 128 位里各自挑，再把中间两段换回来。
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
+    const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0xDD));
+    return {{_mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xD8))}, {_mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8))}};
+}
+// 符号位是 1 的取前一个，否则取后一个。
+inline Vector choose_by_sign(Vector sign, Vector negative, Vector other) {
+    return {_mm256_blendv_ps(other.v, negative.v, sign.v)};
+}
 
 // 8 行各 32 字节：out 的第 q 个向量是各行的第 q 组 4 字节。
 inline void transpose(const Bytes (&rows)[8], uint8_t* out, int64_t stride) {

@@ -41,6 +41,7 @@ struct Int4 {
 };
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
 inline Ints splat_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 // 一个向量里 kShare 块，各占相邻的几路。
 template <int kShare>
@@ -118,6 +119,39 @@ inline void store_int8(int8_t* p, Vector a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 inline Vector divide(Vector a, Vector b) { return {_mm512_div_ps(a.v, b.v)}; }
+// out[i] = a[i] 各路的最大值，做法同 sum4。
+inline void max4(const Vector (&a)[4], float* out) {
+    const __m512 x = _mm512_max_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
+    const __m512 y = _mm512_max_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
+    const __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+    const __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+    const __m512 tops = _mm512_max_ps(low, high);
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(tops), _mm512_extractf32x8_ps(tops, 1));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+// count 个码之和；count 是 32 的倍数。
+inline int32_t sum_codes(const int8_t* codes, int64_t count) {
+    __m256i sums = _mm256_setzero_si256();
+    for (int64_t i = 0; i < count; i += 32) {
+        sums = _mm256_dpbusd_epi32(sums, _mm256_set1_epi8(1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
+    }
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    const __m128i pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
+}
+// 两个向量连起来，偶数个与奇数个。
+struct Halves {
+    Vector even, odd;
+};
+inline Halves deinterleave(Vector a, Vector b) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {{_mm512_permutex2var_ps(a.v, even, b.v)}, {_mm512_permutex2var_ps(a.v, odd, b.v)}};
+}
+// 符号位是 1 的取前一个，否则取后一个。
+inline Vector choose_by_sign(Vector sign, Vector negative, Vector other) {
+    return {_mm512_mask_mov_ps(other.v, _mm512_movepi32_mask(_mm512_castps_si512(sign.v)), negative.v)};
+}
 
 // 16 行各 64 字节：out 的第 q 个向量是各行的第 q 组 4 字节。
 inline void transpose(const Bytes (&rows)[16], uint8_t* out, int64_t stride) {

@@ -48,6 +48,10 @@ struct Int4 {
 };
 
 inline Bytes load_bytes(const uint8_t* p) { return {vld1q_u8(p), vld1q_u8(p + 16)}; }
+inline void store_bytes(uint8_t* p, Bytes a) {
+    vst1q_u8(p, a.lo);
+    vst1q_u8(p + 16, a.hi);
+}
 inline Ints splat_ints(int32_t x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
 // 一个向量里 kShare 块，各占相邻的几路。
 template <int kShare>
@@ -118,6 +122,34 @@ inline void store_int8(int8_t* p, Vector a) {
     vst1_s8(p, vqmovn_s16(half));
 }
 inline Vector divide(Vector a, Vector b) { return {vdivq_f32(a.lo, b.lo), vdivq_f32(a.hi, b.hi)}; }
+// out[i] = a[i] 各路的最大值。
+inline void max4(const Vector (&a)[4], float* out) {
+    const float32x4_t first = vpmaxq_f32(vmaxq_f32(a[0].lo, a[0].hi), vmaxq_f32(a[1].lo, a[1].hi));
+    const float32x4_t last = vpmaxq_f32(vmaxq_f32(a[2].lo, a[2].hi), vmaxq_f32(a[3].lo, a[3].hi));
+    vst1q_f32(out, vpmaxq_f32(first, last));
+}
+// count 个码之和；count 是 32 的倍数。
+inline int32_t sum_codes(const int8_t* codes, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; i += 16) {
+        sum += vaddlvq_s8(vld1q_s8(codes + i));
+    }
+    return sum;
+}
+// 两个向量连起来，偶数个与奇数个。
+struct Halves {
+    Vector even, odd;
+};
+inline Halves deinterleave(Vector a, Vector b) {
+    return {{vuzp1q_f32(a.lo, a.hi), vuzp1q_f32(b.lo, b.hi)}, {vuzp2q_f32(a.lo, a.hi), vuzp2q_f32(b.lo, b.hi)}};
+}
+// 符号位是 1 的取前一个，否则取后一个。
+inline float32x4_t choose4(float32x4_t sign, float32x4_t negative, float32x4_t other) {
+    return vbslq_f32(vcltzq_s32(vreinterpretq_s32_f32(sign)), negative, other);
+}
+inline Vector choose_by_sign(Vector sign, Vector negative, Vector other) {
+    return {choose4(sign.lo, negative.lo, other.lo), choose4(sign.hi, negative.hi, other.hi)};
+}
 
 // 四行各 4 组 4 字节：out[q] 是各行的第 q 组。
 inline void transpose4(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d, uint8x16_t (&out)[4]) {

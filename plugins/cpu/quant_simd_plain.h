@@ -65,6 +65,7 @@ inline Bytes load_bytes(const uint8_t* p) {
     std::memcpy(out.v, p, sizeof out.v);
     return out;
 }
+inline void store_bytes(uint8_t* p, const Bytes& a) { std::memcpy(p, a.v, sizeof a.v); }
 inline Ints splat_ints(int32_t x) {
     Ints out;
     std::fill_n(out.v, Vector::kLanes, x);
@@ -138,6 +139,32 @@ inline void store_int8(int8_t* p, const Vector& a) {
 }
 inline Vector divide(const Vector& a, const Vector& b) {
     return each([&](int i) { return a.v[i] / b.v[i]; });
+}
+// out[i] = a[i] 各路的最大值。
+inline void max4(const Vector (&a)[4], float* out) {
+    for (int i = 0; i < 4; ++i) {
+        out[i] = horizontal_max(a[i]);
+    }
+}
+inline int32_t sum_codes(const int8_t* codes, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        sum += codes[i];
+    }
+    return sum;
+}
+// 两个向量连起来，偶数个与奇数个。
+struct Halves {
+    Vector even, odd;
+};
+inline Halves deinterleave(const Vector& a, const Vector& b) {
+    constexpr int half = Vector::kLanes / 2;
+    const auto pick = [&](int i, int odd) { return i < half ? a.v[2 * i + odd] : b.v[2 * (i - half) + odd]; };
+    return {each([&](int i) { return pick(i, 0); }), each([&](int i) { return pick(i, 1); })};
+}
+// 符号位是 1 的取前一个，否则取后一个。
+inline Vector choose_by_sign(const Vector& sign, const Vector& negative, const Vector& other) {
+    return each([&](int i) { return std::signbit(sign.v[i]) ? negative.v[i] : other.v[i]; });
 }
 // 8 行各 32 字节：out 的第 q 个向量是各行的第 q 组 4 字节。
 inline void transpose(const Bytes (&rows)[Vector::kLanes], uint8_t* out, int64_t stride) {

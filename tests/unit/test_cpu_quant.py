@@ -30,8 +30,11 @@ pytestmark = pytest.mark.unit
 #: 各有一份 kernel；``avx512`` 的机器没有 VNNI 时用 ``avx2`` 的。
 ISAS = ("plain", "avx2", "avx512")
 #: (行, K, N)：一行、直接读的几行、重排的、跨块的；N、K 都不是向量长度的倍数。
-#: int4 一次读 128 个权重，320、96 因此留下不满的一截。
-SHAPES = (((1,), 256, 70), ((2,), 320, 9), ((3,), 96, 33), ((2, 3), 70, 5), ((23,), 160, 67), ((0,), 64, 4))
+#: int4 一次读 128 个权重，320、96 因此留下不满的一截；1100 是激活几块一起拆的好几批，另加不满的一块。
+SHAPES = (
+    *(((1,), 256, 70), ((2,), 320, 9), ((3,), 96, 33), ((2, 3), 70, 5)),
+    *(((23,), 160, 67), ((6,), 1100, 40), ((0,), 64, 4)),
+)
 BITS = (8, 4)
 
 
@@ -64,6 +67,21 @@ def test_every_isa_matches_the_definition(library, isa: str, block: int, bits: i
         pytest.skip(f"这台机器没有 {isa}")
     for rows, K, N in SHAPES:
         check(library, bits, isa, rows, K, N, block)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_blocks_of_zeros(library, isa: str, bits: int):
+    """CPU-12：整块是 0 的激活 scale 是 0，结果与没有那些列时的定义相同；全是 0 的行得 0。"""
+    if isa not in library.isas:
+        pytest.skip(f"这台机器没有 {isa}")
+    inputs = linear_inputs(bits, (6,), 640, 40, 32)
+    inputs["x"][:, 64:160] = 0
+    inputs["x"][4] = 0
+    got = call(linear_session(library, bits, 640, 40, 32, isa), inputs)
+    want = quantized(inputs["x"], 32) @ weights(inputs["codes"], inputs["scales"], bits, 640).T
+    assert TOLERANCES["op", "float32"].accepts(measure(got, want.astype(np.float32)))
+    assert not got[4].any()
 
 
 @given(data=st.data())
