@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 
 from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.dtypes import DTYPES
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec
 from deepseek_export.ops.table import (
     DOMAIN,
     INT4_EXPERTS,
@@ -23,8 +24,6 @@ from deepseek_export.ops.table import (
     INT8_EXPERTS,
     INT8_LINEAR,
     OPSET_VERSION,
-    TYPE_CONSTRAINTS,
-    OpSpec,
 )
 from deepseek_export.passes.base import MICROSOFT
 from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, SENTINEL

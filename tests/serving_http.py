@@ -13,7 +13,7 @@ from typing import Any, Self
 import httpx
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
+from deepseek_export.model import CompiledModel
 from deepseek_export.serving import Engine, EngineSettings
 from deepseek_export.serving.http.server import Server, listen, serve, url_of
 from deepseek_export.serving.http.service import ServedModel

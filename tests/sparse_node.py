@@ -11,7 +11,8 @@ import onnxruntime as ort
 from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.cpu_library import CpuLibrary
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.ops.table import LIGHTNING_INDEXER, SPARSE_MLA_ATTENTION, OpSpec
+from deepseek_export.ops.spec import OpSpec
+from deepseek_export.ops.table import LIGHTNING_INDEXER, SPARSE_MLA_ATTENTION
 from tools.cpu_node import SCALE, make_inputs, op_session
 
 #: (S, T, past_lens)：不到、刚过、远过名额；解码、多 token、跨几段与几批的 prefill。

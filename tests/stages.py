@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cluster.gang import Started
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.stage import StageSpec, run_stage
 from deepseek_export.cluster.wire import Channel
+from deepseek_export.model import CompiledModel
 from tests.contract.test_mtp_contract import SMALL
 
 #: 五层、一个草稿模块。

@@ -15,7 +15,8 @@ from deepseek_export.backend.ort.values import ort_value
 from deepseek_export.benchmark.depth import random_rows
 from deepseek_export.checkpoint.weight_only import BlockFormat, QuantBlock, packed_rows
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION, TYPE_CONSTRAINTS, OpSpec
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec
+from deepseek_export.ops.table import DOMAIN, MLA_ATTENTION, OPSET_VERSION
 
 #: 算子收的计算 dtype 与缓存 dtype。
 COMPUTES, CACHES = TYPE_CONSTRAINTS["T"], TYPE_CONSTRAINTS["C"]

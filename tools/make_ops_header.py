@@ -10,15 +10,8 @@ from pathlib import Path
 
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.engine.plugins import PLUGIN_OPS
-from deepseek_export.ops.table import (
-    DOMAIN,
-    OPS,
-    PLUGIN_NAMESPACE,
-    PLUGIN_VERSION,
-    TYPE_CONSTRAINTS,
-    OpSpec,
-    Port,
-)
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec, Port
+from deepseek_export.ops.table import DOMAIN, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 HEADER = Path(__file__).resolve().parent.parent / "plugins/ops.h"
 

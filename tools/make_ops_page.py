@@ -6,16 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deepseek_export.engine.plugins import PLUGIN_OPS
-from deepseek_export.ops.table import (
-    DOMAIN,
-    OPS,
-    OPSET_VERSION,
-    PLUGIN_NAMESPACE,
-    PLUGIN_VERSION,
-    TYPE_CONSTRAINTS,
-    OpSpec,
-    Port,
-)
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec, Port
+from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/operators.md"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deepseek_export.backend.capacity import bucket_capacity
 from deepseek_export.backend.contract import CacheSpec, GraphContract
 from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.bundle.manifest import GraphEntry
@@ -44,6 +45,7 @@ class Limits:
         max_batch: 一次调用至多几行；``None`` 不限。
         dtypes: 能执行哪些模型 dtype。
         block_outputs: 图的中间值取不取得到；取不到的只能整个模型地比。
+        grows: 缓存随长度逐档变大；不会的一开始就有 ``max_positions`` 个位置。
     """
 
     max_positions: int
@@ -52,6 +54,15 @@ class Limits:
     max_batch: int | None = None
     dtypes: tuple[str, ...] = ("float32", "float16")
     block_outputs: bool = True
+    grows: bool = False
+
+    def capacity(self, needed: int) -> int:
+        """放得下 ``needed`` 个位置的缓存，每行实际有几个位置。
+
+        Raises:
+            DsxError: ``DSX-E506``，``needed`` 超过 ``max_positions``。
+        """
+        return bucket_capacity(needed, self.max_positions) if self.grows else self.max_positions
 
 
 class Caches(ABC):

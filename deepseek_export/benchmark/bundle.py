@@ -22,6 +22,7 @@ from deepseek_export.bundle.disk import keeping, write_report
 from deepseek_export.bundle.manifest import Manifest
 from deepseek_export.bundle.stages import StageSet, is_stage_set
 from deepseek_export.errors import DsxError
+from deepseek_export.model import CompiledModel
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import GenerationResult
 from deepseek_export.runtime.generate import check_positive
@@ -288,7 +289,7 @@ def _fitted(bundle: Bundle, scenario: Scenario, random_prompt: bool) -> Scenario
     return scenario.model_copy(update={"depths": depths})
 
 
-def _rows(model: api.CompiledModel, scenario: Scenario, prompts: Sequence[str] | None) -> list[list[int]]:
+def _rows(model: CompiledModel, scenario: Scenario, prompts: Sequence[str] | None) -> list[list[int]]:
     """每条的 token；文本不够一批就轮着用。"""
     if prompts:
         encoded = [model.encode(text) for text in prompts]
@@ -298,13 +299,13 @@ def _rows(model: api.CompiledModel, scenario: Scenario, prompts: Sequence[str] |
     return [row.tolist() for row in rng.integers(0, model.session.vocab_size, shape)]
 
 
-def _ways(name: str, model: api.CompiledModel) -> list[tuple[str, bool]]:
+def _ways(name: str, model: CompiledModel) -> list[tuple[str, bool]]:
     ways = [(f"{name}/plain", False)]
     return ways if model.speculative is None else [*ways, (f"{name}/speculative", True)]
 
 
 def _runner(
-    model: api.CompiledModel, rows: list[list[int]], new_tokens: int, speculative: bool
+    model: CompiledModel, rows: list[list[int]], new_tokens: int, speculative: bool
 ) -> Callable[[], _Run]:
     def run() -> _Run:
         result = model.generate(rows, new_tokens, speculative=speculative, ignore_eos=True)

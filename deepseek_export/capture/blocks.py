@@ -13,13 +13,8 @@ from torch import nn
 
 from deepseek_export.capture.trace import Spec, TracedGraph, trace
 from deepseek_export.checkpoint import ModelConfig
-from deepseek_export.ops.table import (
-    SPEC_ACCEPT,
-    SPEC_ACCEPT_REJECTION,
-    TYPE_CONSTRAINTS,
-    OpSpec,
-    Port,
-)
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec, Port
+from deepseek_export.ops.table import SPEC_ACCEPT, SPEC_ACCEPT_REJECTION
 from deepseek_export.reference.indexer import HeadWeights
 from deepseek_export.reference.model import CacheTensor, DecoderLayer, Embed, Forms, Head, cache_tensors
 from deepseek_export.reference.moe import Gate

@@ -11,7 +11,8 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from deepseek_export.capture.trace import OPSET, Spec, TracedGraph, trace
-from deepseek_export.ops.table import DOMAIN, OPSET_VERSION, OpSpec
+from deepseek_export.ops.spec import OpSpec
+from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
 
 
 def trace_function(

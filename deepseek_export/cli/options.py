@@ -13,6 +13,7 @@ import click
 from deepseek_export.backend import BACKENDS
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import MAX_TEXT, read_text
+from deepseek_export.units import parse_size
 
 if TYPE_CHECKING:
     from deepseek_export.cluster.settings import ClusterSettings
@@ -30,6 +31,19 @@ class DtypeChoice(click.Choice[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """总是给出全名。"""
         return super().convert(_SHORT_DTYPES.get(value, value), param, ctx)
+
+
+class ByteSize(click.ParamType):
+    """字节数：``2GiB``、``500MB``，没有单位的就是字节。"""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """总是给出字节数，1 到 :data:`MAX_BYTES`。"""
+        count = value if isinstance(value, int) else parse_size(value)
+        if count is None or not 1 <= count <= MAX_BYTES:
+            self.fail(f"{value!r} 不是大小：写成 2GiB、500MB 或字节数，至少 1 字节、至多 1024TiB", param, ctx)
+        return count
 
 
 def wants_json(ctx: click.Context) -> bool:
@@ -58,6 +72,8 @@ set_option = click.option(
     multiple=True,
     help="覆盖方案里的一个键，例如 mla.form=absorb；可重复。",
 )
+#: 字节数；再大就是写错了。
+MAX_BYTES = 1 << 50
 #: 个数与长度；再大的算起来没有意义，64 位、浮点数也放不下。
 MAX_COUNT = 1 << 40
 

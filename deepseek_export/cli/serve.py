@@ -18,6 +18,7 @@ import click
 
 from deepseek_export.cli.formatting import Command
 from deepseek_export.cli.options import (
+    ByteSize,
     backend_option,
     cluster_settings,
     counts,
@@ -90,6 +91,17 @@ logger = logging.getLogger("dsx.serve")
     show_default=True,
     help="每个模型至多几个请求排队，多的答 503。",
 )
+@click.option(
+    "--context",
+    type=counts(),
+    help="一个请求（提示词加回答）至多几个 token；缺省由模型与引擎决定。",
+)
+@click.option(
+    "--cache-bytes",
+    metavar="SIZE",
+    type=ByteSize(),
+    help="每个模型的缓存至多占多少，例如 2GiB：放得下几行就开几行，多于 --slots 的留着用过的前缀；缺省只开 --slots 行。",
+)
 @click.option("--log-prompts", is_flag=True, help="日志里写上提示词；缺省不写。")
 @click.option("--no-speculative", is_flag=True, help="bundle 带 MTP 时也逐个 token 解码；回答相同。")
 @click.option(
@@ -128,6 +140,8 @@ def command(
     cors_origins: tuple[str, ...],
     slots: int,
     max_queue: int,
+    context: int | None,
+    cache_bytes: int | None,
     tool_parser: str | None,
     log_prompts: bool,
     no_speculative: bool,
@@ -167,7 +181,13 @@ def command(
 
     exporting = ExportOptions.taken(options)
     sources = served(source, name, more)
-    settings = EngineSettings(slots=slots, queue=max_queue, speculation=not no_speculative)
+    settings = EngineSettings(
+        slots=slots,
+        queue=max_queue,
+        context=context,
+        cache_bytes=cache_bytes,
+        speculation=not no_speculative,
+    )
     keys = read_keys(api_key_file)
     cluster = cluster_settings(micro_batches, ray, strategy, (tls_cert, tls_key, tls_ca))
     check_replicas(replicas, ray, stages, sources.values())

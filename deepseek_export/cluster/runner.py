@@ -90,6 +90,7 @@ def narrowest(limits: Sequence[Limits]) -> Limits:
         logits_rows=least([one.logits_rows for one in limits]),
         max_batch=least([one.max_batch for one in limits]),
         dtypes=tuple(limits[0].dtypes),
+        grows=all(one.grows for one in limits),
         block_outputs=False,
     )
 

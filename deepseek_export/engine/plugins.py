@@ -28,6 +28,7 @@ from deepseek_export.kernels.quantized_linear_launch import quantized_linear_lau
 from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
 from deepseek_export.kernels.sparse_latent_attention_launch import sparse_latent_attention_launch
 from deepseek_export.kernels.table import KernelSpec
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec, TypeVar
 from deepseek_export.ops.table import (
     INDEX_TOPK,
     LATENT_ATTENTION,
@@ -37,9 +38,6 @@ from deepseek_export.ops.table import (
     QUANTIZED_LINEAR,
     QUANTIZED_MOE_EXPERTS,
     SPARSE_LATENT_ATTENTION,
-    TYPE_CONSTRAINTS,
-    OpSpec,
-    TypeVar,
 )
 
 #: 契约里的输出维 → 给出它的属性；其余的维都能从输入里找到。

@@ -9,7 +9,7 @@ from typing import Literal
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.table import KernelDtype, Problem, check_dtype, check_sm
-from deepseek_export.ops.table import OpSpec, TypeVar
+from deepseek_export.ops.spec import OpSpec, TypeVar
 
 CodeDtype = Literal["int8", "int4", "float8_e4m3fn"]
 

@@ -24,7 +24,8 @@ from deepseek_export.kernels.table import (
     launch,
     scratch,
 )
-from deepseek_export.ops.table import LATENT_ATTENTION, OpSpec
+from deepseek_export.ops.spec import OpSpec
+from deepseek_export.ops.table import LATENT_ATTENTION
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, Size
 from deepseek_export.kernels.program import Argument, Launch, LaunchTable, Tensor, Variant
-from deepseek_export.ops.table import TYPE_CONSTRAINTS, OpSpec, Port, TypeVar
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec, Port, TypeVar
 
 KernelDtype = Literal["float16", "bfloat16"]
 

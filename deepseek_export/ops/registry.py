@@ -22,6 +22,7 @@ from deepseek_export.ops import quantized_linear as linear
 from deepseek_export.ops import quantized_moe_experts as quantized
 from deepseek_export.ops import sparse_latent_attention as sparse_latent
 from deepseek_export.ops import sparse_mla_attention as sparse
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec
 from deepseek_export.ops.table import (
     DOMAIN,
     INDEX_TOPK,
@@ -44,8 +45,6 @@ from deepseek_export.ops.table import (
     SPARSE_MLA_ATTENTION,
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
-    TYPE_CONSTRAINTS,
-    OpSpec,
 )
 
 _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -2,14 +2,14 @@
 
 from deepseek_export.passes.base import GraphModule, Pass, PassError
 from deepseek_export.passes.listing import graph_listing
-from deepseek_export.passes.pipelines import (
+from deepseek_export.passes.lowering import (
     LoweredModel,
     check_cache,
     check_quantization,
     check_target,
     lower,
-    pipeline,
 )
+from deepseek_export.passes.pipelines import pipeline
 
 __all__ = [
     "GraphModule",

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from deepseek_export.capture.functions import constant, function_of
 from deepseek_export.checkpoint.fp8 import E4M3_VALUES
+from deepseek_export.ops.spec import OpSpec
 from deepseek_export.ops.table import (
     DOMAIN,
     MLA_ATTENTION,
@@ -22,7 +23,6 @@ from deepseek_export.ops.table import (
     QUANTIZED_LINEAR,
     QUANTIZED_MOE_EXPERTS,
     SPARSE_MLA_ATTENTION,
-    OpSpec,
 )
 from deepseek_export.passes.base import GraphModule
 from deepseek_export.passes.ort_moe import port, scope

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
 
-import onnx
-from onnx import helper
-
-from deepseek_export.capture import CapturedModel
-from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.fp8_sources import Fp8Sources
-from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.errors import DsxError, did_you_mean
+from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import (
-    DOMAIN,
     LIGHTNING_INDEXER,
     MLA_ATTENTION,
     MOE_EXPERTS,
     MOE_GATE,
-    OPS,
     SPARSE_MLA_ATTENTION,
     SPEC_ACCEPT,
     SPEC_ACCEPT_REJECTION,
 )
 from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
-from deepseek_export.passes.base import MAX_ELEMENTS, MICROSOFT, GraphModule, Pass
+from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
+from deepseek_export.passes.expected import (
+    Count,
+    absorbable_ropes,
+    biased_ropes,
+    linear_layers,
+    linears_and_experts,
+    nodes,
+    oversized_experts,
+    paired_ropes,
+)
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
 from deepseek_export.passes.fuse_quantized_experts import FuseQuantizedExpertsPass
 from deepseek_export.passes.fuse_quantized_linears import FuseQuantizedLinearsPass, int8_linears
@@ -58,12 +59,7 @@ from deepseek_export.passes.split_experts import SplitExpertsPass
 from deepseek_export.passes.split_pairs import SplitPairsPass
 from deepseek_export.passes.use_dense_experts_body import UseDenseExpertsBodyPass
 from deepseek_export.passes.wrap_quant_kernels import WrapQuantKernelsPass
-from deepseek_export.profile import OptimizationProfile
-from deepseek_export.records import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, ModelDtype, PassResult
-
-_UNLIMITED = 1 << 62
-#: 图 → 个数。
-Count = Callable[[GraphModule], int]
+from deepseek_export.records import PassResult
 
 
 @dataclass(frozen=True)
@@ -190,229 +186,9 @@ def pipeline(
     """一个目标的流水线，从上到下就是执行次序。
 
     Args:
-        target: 编译目标，先过 :func:`check_target`。
-        quantization: 只量化权重；``None`` 不量化。先过 :func:`check_quantization`。
+        target: 编译目标，先过 :func:`~deepseek_export.passes.lowering.check_target`。
+        quantization: 只量化权重；``None`` 不量化。先过 :func:`~deepseek_export.passes.lowering.check_quantization`。
         oversized: 有没有一个张量装不下的权重。
         fp8: 检查点里的 FP8 张量；``None`` 是没有。只有 TensorRT 的目标把它们原样留着。
     """
     return list(_PIPELINES[target](quantization, oversized, fp8))
-
-
-def nodes(*ops: str, domain: str = DOMAIN) -> Count:
-    """这几种节点的个数；捕获之后每个 dsx 算子有几个已按方案核对过。"""
-    return lambda module: sum(len(module.find(op, domain)) for op in ops)
-
-
-def oversized_experts(module: GraphModule) -> int:
-    """有权重太大的 ``MoeExperts``。"""
-    large = set(module.oversized())
-    return sum(any(t.name in large for t in node.inputs) for node in module.find(MOE_EXPERTS.name))
-
-
-def paired_ropes(module: GraphModule) -> int:
-    """要把成对的通道改成前后两半的 RoPE。"""
-    return _main_ropes(module) + _index_ropes(module)
-
-
-def biased_ropes(module: GraphModule) -> int:
-    """其中重排排不进权重的：线性层带 bias 的每层的 k_pe；索引器的，它们旋转的是前一段。"""
-    return (_main_ropes(module) // 2 if module.config.attention_bias else 0) + _index_ropes(module)
-
-
-def absorbable_ropes(module: GraphModule) -> int:
-    """其余的。"""
-    return paired_ropes(module) - biased_ropes(module)
-
-
-def _main_ropes(module: GraphModule) -> int:
-    """每层的 q_pe 与 k_pe。"""
-    return 2 * len(module.layers) if module.config.rope_layout == "deinterleaved" else 0
-
-
-def _index_ropes(module: GraphModule) -> int:
-    """每个索引器的 q 与 k。"""
-    indexer = module.config.indexer
-    paired = indexer is not None and indexer.rope_layout == "deinterleaved"
-    return 2 * sum(map(module.config.runs_indexer, module.layers)) if paired else 0
-
-
-def linear_layers(module: GraphModule) -> int:
-    """每层的 q（一个或两个）、kv_a、o，MLA 关闭时还有 kv_b；索引器的 wq_b 与 wk；MLP 或共享专家的三个；lm_head，草稿模型的 eh_proj。"""
-    config, layers = module.config, module.layers
-    absorbing = (MLA_ATTENTION.name, SPARSE_MLA_ATTENTION.name)
-    latent = any(site.op in absorbing for site in module.sites)
-    attention = 4 + (config.q_lora_rank is not None) - latent
-    mlps = sum(bool(config.n_shared_experts) or not config.is_moe_layer(layer) for layer in layers)
-    indexers = sum(map(config.runs_indexer, layers))
-    return attention * len(layers) + 2 * indexers + 3 * mlps + 1 + (module.role == "draft")
-
-
-def linears_and_experts(module: GraphModule) -> int:
-    """线性层，与每层专家（MoE 打开时每个 ``MoeExperts``）叠放的三个权重。"""
-    experts = len(module.find(MOE_EXPERTS.name)) or sum(map(module.config.is_moe_layer, module.layers))
-    return linear_layers(module) + 3 * experts
-
-
-@dataclass
-class LoweredModel:
-    """下沉的结果。
-
-    Attributes:
-        proto: 整个模型，带用得到的函数体；权重仍是输入，排在 I/O 契约的输入之后。
-        weights: 权重输入名 → 配方，与 ``proto`` 的权重输入一一对应、次序相同。
-        results: 每个 pass 的报告，按执行次序。
-        fallbacks: 没有改写的地方，同一原因一行，供打印和写进 manifest。
-        quantized: 见 :class:`~deepseek_export.passes.base.GraphModule`。
-    """
-
-    proto: onnx.ModelProto
-    weights: dict[str, Recipe]
-    results: list[PassResult]
-    fallbacks: list[str]
-    quantized: set[str]
-
-
-def check_target(target: str, dtype: ModelDtype) -> None:
-    """目标存在吗，支持这种 dtype 吗。
-
-    Raises:
-        DsxError: ``DSX-E301`` 没有这个目标；``DSX-E321`` 目标不支持 bfloat16。
-    """
-    if target not in TARGETS:
-        todo = f"{did_you_mean(target, TARGETS)}可用的目标：{'、'.join(TARGETS)}"
-        raise DsxError("DSX-E301", f"目标 {target!r} 不存在", todo)
-    if dtype == "bfloat16" and target not in TENSORRT_TARGETS:
-        what = f"目标 {target} 在 ONNX Runtime 的 CPU 上运行，它没有 bfloat16 的算子"
-        raise DsxError("DSX-E321", what, f"用 --dtype float16，或 --target {' / '.join(TENSORRT_TARGETS)}")
-
-
-def check_cache(target: str, profile: OptimizationProfile) -> None:
-    """这个目标能不能用方案里的缓存 dtype。
-
-    Raises:
-        DsxError: ``DSX-E322``，目标不支持 int8 缓存。
-    """
-    if profile.dsa.index_cache_dtype == "int8" and target in TENSORRT_TARGETS:
-        raise DsxError(
-            "DSX-E322",
-            f"目标 {target} 不支持 dsa.index_cache_dtype=int8：TensorRT 的索引器只读浮点的缓存",
-            "换 --target ort-cpu 或 portable；或去掉 dsa.index_cache_dtype",
-        )
-    if profile.mla.cache_dtype == "int8" and target in TENSORRT_TARGETS:
-        raise DsxError(
-            "DSX-E322",
-            f"目标 {target} 不支持 mla.cache_dtype=int8：TensorRT 的注意力核只读浮点的缓存",
-            "换 --target ort-cpu 或 portable；或 --set mla.cache_dtype=float16",
-        )
-
-
-def check_quantization(target: str, dtype: ModelDtype) -> None:
-    """这个目标、这个 dtype 能不能量化权重。
-
-    Raises:
-        DsxError: ``DSX-E310`` 目标不支持；``DSX-E311`` dtype 不支持。
-    """
-    if target not in QUANT_TARGETS:
-        supported = "、".join(QUANT_TARGETS)
-        raise DsxError(
-            "DSX-E310", f"目标 {target} 不支持 --quant", f"可以量化的目标：{supported}；或去掉 --quant"
-        )
-    if target == "ort-cpu" and dtype != "float32":
-        raise DsxError(
-            "DSX-E311",
-            f"目标 {target} 的 --quant 与 --dtype {dtype} 不能同时用",
-            "用 --dtype float32：码之外的计算保持 float32",
-        )
-
-
-def lower(
-    captured: CapturedModel,
-    config: ModelConfig,
-    profile: OptimizationProfile,
-    dtype: ModelDtype,
-    target: str,
-    max_elements: int = MAX_ELEMENTS,
-    quantization: Quantization | None = None,
-    fp8: Fp8Sources | None = None,
-) -> LoweredModel:
-    """把捕获的模型下沉到一个目标；``captured`` 不变，可以接着下沉到别的目标。
-
-    Args:
-        captured: 捕获的结果。
-        config, profile, dtype: 捕获时用的那一份。
-        target: 编译目标。
-        max_elements: 一个浮点权重至多多少个元素，超过的专家权重先拆成几组；``ort-cpu`` 上换成码的不拆。
-        quantization: 只量化权重；``None`` 不量化。
-        fp8: 检查点里的 FP8 张量，见 :func:`pipeline`。
-
-    Raises:
-        DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E310`` /
-            ``DSX-E311`` 不能量化；``DSX-E410`` 有权重太大又拆不了。
-        PassError: pass 自身的缺陷。
-    """
-    check_target(target, dtype)
-    check_cache(target, profile)
-    if quantization is not None:
-        check_quantization(target, dtype)
-
-    def run(limit: int) -> LoweredModel:
-        module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, limit)
-        check_legality(module, "capture", target)
-        _check_captured(module, profile)
-        results: list[PassResult] = []
-        for step in pipeline(target, quantization, bool(module.oversized()), fp8):
-            results.append(step.run(module, target, [earlier.name for earlier in results]))
-        proto = module.to_proto()
-        helper.set_model_props(proto, {"dsx.target": target, "dsx.profile": profile.name})
-        return LoweredModel(proto, module.weights, results, _fallbacks(results), module.quantized)
-
-    if target == "ort-cpu" and quantization is not None:
-        # 拆成几组的专家换不成码。码由 kernel 按 64 位的下标读，多大都行：先不拆，还剩装不下的浮点权重才从头拆开。
-        whole = run(_UNLIMITED)
-        if not any(_large(recipe, max_elements) for recipe in whole.weights.values()):
-            return whole
-    return run(max_elements)
-
-
-def _large(recipe: Recipe, max_elements: int) -> bool:
-    """装不下的浮点权重。"""
-    return recipe.of is None and math.prod(recipe.shape) > max_elements
-
-
-def _check_captured(module: GraphModule, profile: OptimizationProfile) -> None:
-    """捕获之后：打开 MLA 则每层一个 MlaAttention（稀疏注意力的是 SparseMlaAttention），自己挑 key 的层一个 LightningIndexer，打开 MoE 则每个 MoE 层一对 MoeGate / MoeExperts；打开 MTP 的主模型另有一个
-    草稿验证。
-    """
-    moe = sum(map(module.config.is_moe_layer, module.layers)) if profile.moe.enabled else 0
-    main_mtp = module.role == "main" and profile.mtp.enabled
-    latent, sparse = len(module.layers) if profile.mla.enabled else 0, module.config.indexer is not None
-    expected = {
-        MLA_ATTENTION.name: 0 if sparse else latent,
-        SPARSE_MLA_ATTENTION.name: latent if sparse else 0,
-        LIGHTNING_INDEXER.name: sum(map(module.config.runs_indexer, module.layers)),
-        MOE_GATE.name: moe,
-        MOE_EXPERTS.name: moe,
-        SPEC_ACCEPT.name: int(main_mtp and profile.mtp.verify == "greedy"),
-        SPEC_ACCEPT_REJECTION.name: int(main_mtp and profile.mtp.verify == "rejection"),
-    }
-    for op in OPS:
-        wanted = expected.get(op, 0)  # 其余的只由下沉产生
-        if (got := len(module.find(op))) != wanted:
-            what = f"capture 之后有 {got} 个 {DOMAIN}::{op}，方案 {profile.name} 应有 {wanted} 个"
-            raise DsxError("DSX-E302", what, "核对传给 lower 的配置、方案是否就是捕获时用的那一份")
-
-
-def _fallbacks(results: Sequence[PassResult]) -> list[str]:
-    # 几十层因同一个原因被拒绝，只说一次；逐处的值在 results 里。
-    grouped: dict[str, tuple[dict[str, None], dict[str, str]]] = {}
-    for result in results:
-        for refusal in result.refused:
-            passes, values = grouped.setdefault(refusal.reason, ({}, {}))
-            passes[result.name] = None
-            values.setdefault(refusal.node, refusal.value)
-    lines = []
-    for reason, (passes, values) in grouped.items():
-        node, value = next(iter(values.items()))
-        where = node.rpartition("/")[0] + (f" 等 {len(values)} 处" if len(values) > 1 else "")
-        lines.append(f"{'、'.join(passes)} 没有改写 {where}：{reason}（{value}）")
-    return lines + [note for result in results for note in result.notes]

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import KERNEL_SCALE
+from deepseek_export.ops.spec import OpSpec
 from deepseek_export.ops.table import (
     DOMAIN,
     INT4_EXPERTS,
@@ -20,7 +21,6 @@ from deepseek_export.ops.table import (
     OPSET_VERSION,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
-    OpSpec,
 )
 from deepseek_export.passes.base import DOMAIN_VERSIONS, MICROSOFT, GraphModule, Pass
 from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, scope

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from deepseek_export.errors import DsxError
 from deepseek_export.runtime import DraftSession, ModelSession
 from deepseek_export.runtime.speculation.generator import MAX_DRAFT_TOKENS
+from deepseek_export.units import size
+
+#: 由 ``cache_bytes`` 定的行数至多这么多。
+MAX_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,13 @@ class EngineSettings:
 
     Args:
         slots: 至多几个请求同时生成。
-        rows: 缓存一共几行，不小于 ``slots``；多出来的只用来留住结束了的前缀。``None`` 与 ``slots`` 相同。
+        rows: 缓存一共几行，不小于 ``slots``；多出来的只用来留住结束了的前缀。``None`` 与 ``slots`` 相同，给了 ``cache_bytes`` 就是放得下几行
+            有几行，至多 :data:`MAX_ROWS` 行。
         context: 一行（提示词加新 token）至多几个 token；``None`` 由模型与后端决定。
         queue: 至多几个请求排队，还没开始的都算。
         prefill_tokens: 一步里至多算几个提示词的 token；别人的两个 token 之间至多插进这么多。后端一块取不了这么多就取它的。
         prefix_reuse: 用不用别的行里现成的前缀。
-        cache_bytes: 缓存（草稿模型的也算）至多占多少字节，按每行都到 ``context`` 算；``None`` 不限。
+        cache_bytes: 缓存（草稿模型的也算）至多占多少字节，按每行都长到 ``context`` 所在的那一档算；``None`` 不限。
         speculation: 有草稿模型时一步至多验证几个草稿，1 到 8；``True`` 照 bundle 的，``False`` 不投机。后端一次验证不了这么多就取它的。投机不投机，
             token 都一样。
         speculation_floor: 实测投机不比普通解码快的批大小，先不投机；``False`` 一直投机。
@@ -68,7 +73,7 @@ class EngineSettings:
         most = num_draft_tokens or len(drafts)
         most = most if self.speculation is True else int(self.speculation)
         used = drafts[: most if drafts else 0]
-        graphs, rows = (session, *used), self.rows or self.slots
+        graphs = (session, *used)
         largest = min(
             (one.limits.max_batch for one in graphs if one.limits.max_batch is not None), default=None
         )
@@ -78,10 +83,10 @@ class EngineSettings:
         context = self.context or positions
         if context > positions:
             raise refused("context", context, f"不超过 {positions} 的整数：模型只有这么长")
-        per_row = context * sum(one.runner.contract.caches.bytes_per_token for one in graphs)
-        if self.cache_bytes is not None and rows * per_row > self.cache_bytes:
-            what = f"不小于 {rows * per_row} 的整数：{rows} 行，每行 {context} 个 token，各 {per_row} 字节；或减小 rows、context"
-            raise refused("cache_bytes", self.cache_bytes, what)
+        per_row = sum(
+            one.limits.capacity(context) * one.runner.contract.caches.bytes_per_token for one in graphs
+        )
+        rows = self._rows(context, per_row)
         widest = min(one.limits.prefill_chunk for one in graphs)
         chunk = min(self.prefill_tokens, widest)
         if used:
@@ -98,6 +103,19 @@ class EngineSettings:
             num_drafts,
             self.speculation_floor,
         )
+
+    def _rows(self, context: int, per_row: int) -> int:
+        """缓存开几行；一行到头是 ``context`` 个位置、``per_row`` 字节。"""
+        rows = self.rows or self.slots
+        if self.cache_bytes is None:
+            return rows
+        if rows * per_row > self.cache_bytes:
+            what = (
+                f"不小于 {rows * per_row}（{size(rows * per_row)}）的整数：{rows} 行，每行放得下 {context} 个 token，"
+                f"各 {per_row} 字节；或减小 slots（rows）、context"
+            )
+            raise refused("cache_bytes", self.cache_bytes, what)
+        return self.rows or min(self.cache_bytes // per_row, max(rows, MAX_ROWS))
 
 
 @dataclass(frozen=True)

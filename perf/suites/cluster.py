@@ -15,6 +15,7 @@ from typing import Any
 
 from deepseek_export import api
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
+from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from perf.isolate import Worker
@@ -225,4 +226,4 @@ def _steps(step: Mapping[str, Spread]) -> dict[str, Spread]:
 
 
 def _weight_bytes(bundle: Path) -> int:
-    return sum(recipe.nbytes for recipe in api.Bundle.open(bundle).manifest.weights.recipes.values())
+    return sum(recipe.nbytes for recipe in Bundle.open(bundle).manifest.weights.recipes.values())

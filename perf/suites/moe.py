@@ -8,6 +8,7 @@ import numpy as np
 
 from deepseek_export import api
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
+from deepseek_export.model import CompiledModel
 from perf.results import Case, SuiteResult
 from perf.workload.workspace import Workspace, parameter_count
 
@@ -43,7 +44,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         rng = np.random.default_rng(0)
         rows = rng.integers(0, models["moe"].session.vocab_size, (batch, scenario.prompt_len)).tolist()
 
-        def runner(model: api.CompiledModel, rows: list[list[int]] = rows):
+        def runner(model: CompiledModel, rows: list[list[int]] = rows):
             return lambda: model.generate(rows, scenario.new_tokens, ignore_eos=True)
 
         runs = interleaved({name: runner(model) for name, model in models.items()}, scenario.runs)

@@ -9,6 +9,7 @@ from pathlib import Path
 from deepseek_export import api
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.model import CompiledModel
 from deepseek_export.runtime import GenerationResult
 from perf.results import Case, SuiteResult
 from perf.workload.padded import write_padded
@@ -61,7 +62,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
 
 
 def _case(
-    model: api.CompiledModel, name: str, batch: int, draft_tokens: int, new_tokens: int, repeats: int
+    model: CompiledModel, name: str, batch: int, draft_tokens: int, new_tokens: int, repeats: int
 ) -> Case:
     rows = _rows(model, batch)
     assert model.speculative is not None
@@ -97,7 +98,7 @@ def _case(
     return Case(name=name, values=values, ratios=ratios, facts=facts)
 
 
-def _rows(model: api.CompiledModel, batch: int) -> list[list[int]]:
+def _rows(model: CompiledModel, batch: int) -> list[list[int]]:
     """留出集的开头，均匀地取，中英文各半。"""
     texts = json.loads(Path(PROMPTS).read_text(encoding="utf-8"))
     return [model.encode(texts[i * len(texts) // batch % len(texts)]) for i in range(batch)]

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.backend import backend_named
 from deepseek_export.backend.base import CachesLost
 from deepseek_export.bundle.stages import StageSet
@@ -28,6 +27,7 @@ from deepseek_export.cluster.local import LocalLauncher
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.wire import Frame
 from deepseek_export.errors import DsxError
+from deepseek_export.model import CompiledModel
 from deepseek_export.serving import Engine, EngineSettings, Request
 from perf.workload.faulty import FaultyEdges
 from tests.engines import refused
@@ -218,7 +218,7 @@ def test_a_generator_says_it_too(stages, want):
 DRIVER = """
 import sys, threading
 import deepseek_export as dsx
-from deepseek_export.api import CompiledModel
+from deepseek_export.model import CompiledModel
 from deepseek_export.backend import backend_named
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.backend import PipelineBackend

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.status import ray_status
 from deepseek_export.errors import DsxError
+from deepseek_export.model import CompiledModel
 from tests.contract.test_cluster_tls_contract import issued
 from tests.engines import refused
 from tests.serving_http import until

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.errors import DsxError
+from deepseek_export.model import CompiledModel
 from deepseek_export.runtime import SamplingParams
 from deepseek_export.serving import Conversation, Engine, EngineSettings
 

@@ -21,7 +21,7 @@ from deepseek_export.parity.report import ParityReport
 from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.plan.written import HEADROOM, written_bytes
 from deepseek_export.profile import resolve_profile
-from tests.contract.test_parity_contract import edit_weight, tampered
+from tests.bundles import edit_weight, tampered
 from tests.integration.cli import TINY
 
 pytestmark = pytest.mark.contract

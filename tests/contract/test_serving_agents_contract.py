@@ -13,10 +13,10 @@ import pytest
 from openai.types.responses import Response
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.errors import DsxError
 from deepseek_export.formats.calls import ToolCall
 from deepseek_export.formats.chat import TOOL_FORMATS
+from deepseek_export.model import CompiledModel
 from deepseek_export.serving.http.keys import KeyRing
 from tests.serving_http import NAME, Running, Scripted, alone, loader, opened
 

@@ -257,6 +257,20 @@ def test_the_oldest_prefix_leaves_first(toy, touched, fresh):
         assert engine.stats.resident_rows == 4
 
 
+@pytest.mark.parametrize(("context", "capacity"), [(200, 256), (256, 256), (258, 512), (514, LIMIT)])
+def test_the_budget_decides_the_rows(toy, context: int, capacity: int):
+    """SERVE-6：``cache_bytes`` 放得下几行就有几行，不到 ``slots`` 行就拒绝；长到 ``context`` 时占的正是这么多。"""
+    row = capacity * toy.runner.contract.caches.bytes_per_token
+    with Engine(toy, (), EngineSettings(slots=2, context=context, cache_bytes=4 * row - 1)) as engine:
+        assert len(engine.slots()) == 3
+        ask(engine, (BASE * 2)[: context - 1], 1)
+        assert engine.stats.cache_bytes == 3 * row
+    narrow = EngineSettings(slots=2, context=context, cache_bytes=2 * row - 1)
+    assert str(2 * row) in refused("DSX-E532", narrow.fitted, toy).todo
+    fixed = EngineSettings(slots=2, rows=3, context=context, cache_bytes=9 * row)
+    assert fixed.fitted(toy).rows == 3
+
+
 def test_being_copied_from_counts_as_use(toy):
     """SERVE-6：公共前缀被别人复制过，也算用到。"""
     with Engine(toy, (), EngineSettings(slots=1, rows=3)) as engine:

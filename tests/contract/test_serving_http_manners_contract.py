@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.errors import DsxError
+from deepseek_export.model import CompiledModel
 from deepseek_export.serving import EngineSettings
 from deepseek_export.serving.http.health import Pulse
 from deepseek_export.serving.http.keys import KeyRing

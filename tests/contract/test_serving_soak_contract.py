@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.model import CompiledModel
 from deepseek_export.serving import Request
 from tests.serving_http import Running, events, loader
 

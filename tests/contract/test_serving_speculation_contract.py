@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import deepseek_export
-from deepseek_export.api import CompiledModel
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cli.demo import CHECKPOINT
+from deepseek_export.model import CompiledModel
 from deepseek_export.runtime import SpeculativeGenerator
 from deepseek_export.runtime.speculation.batch_floor import BatchFloor
 from deepseek_export.serving import EngineSettings, scheduler

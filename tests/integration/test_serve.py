@@ -207,6 +207,22 @@ def test_several_models_from_the_command_line(trained_bundle: Path):
         assert "model=two" in stopped(process)
 
 
+def test_the_memory_of_the_cache_is_bounded(trained_bundle: Path, tmp_path: Path):
+    """SERVE-6：``--cache-bytes`` 放得下几行就有几行，多于 ``--slots`` 的留着前缀；一行多长由 ``--context`` 定。"""
+    options = ("--slots", "2", "--context", "256", "--cache-bytes", "8MiB", "--slot-save-path", str(tmp_path))
+    with serving(trained_bundle, *options) as (process, url):
+        slots = httpx.get(f"{url}/slots").json()
+        (line,) = re.findall(
+            r"^dsx:kv_cache_bytes\{.*\} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE
+        )
+        assert len(slots) > 2
+        assert float(line) <= 8 << 20 < float(line) * (len(slots) + 1) / len(slots)
+        body = {"prompt": "月" * 300, "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 400
+        process.send_signal(signal.SIGTERM)
+        stopped(process)
+
+
 def test_a_checkpoint_is_served(tmp_path: Path):
     """SERVE-52：一条命令从检查点到服务；名字是检查点的目录名。"""
     checkpoint = tmp_path / "CKPT"
@@ -256,6 +272,12 @@ def test_refusals(trained_bundle: Path, tiny_bundle: Path, tmp_path: Path, monke
     assert_refused(dsx("serve", trained_bundle, "--api-key-file", tmp_path / "none"), "DSX-E730")
     assert_refused(dsx("serve", tmp_path / "none", "--port", 0), "DSX-E402")
     assert_refused(dsx("serve", tiny_bundle, "--port", 0), "DSX-E514")
+    assert_refused(dsx("serve", trained_bundle, "--port", 0, "--cache-bytes", "1KiB"), "DSX-E532")
+    assert_refused(dsx("serve", trained_bundle, "--port", 0, "--context", 1 << 30), "DSX-E532")
+    for wrong in ("2XiB", "", "-1", "0", "2000TiB"):
+        refused = dsx("serve", trained_bundle, "--port", 0, "--cache-bytes", wrong)
+        assert refused.returncode != 0
+        assert "2GiB、500MB" in refused.stderr
     for wrong in (
         (),
         ("--model", "x"),

@@ -10,6 +10,7 @@ import torch
 
 from deepseek_export import api
 from deepseek_export.errors import DsxError
+from deepseek_export.model import CompiledModel
 
 pytestmark = pytest.mark.unit
 
@@ -17,7 +18,7 @@ MESSAGES = [{"role": "user", "content": "你好"}]
 
 
 @pytest.fixture(scope="module")
-def model(v3_bundle) -> api.CompiledModel:
+def model(v3_bundle) -> CompiledModel:
     return api.load(v3_bundle.path)
 
 

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from deepseek_export.cli.formatting import HelpFormatter, described, wrap
 from deepseek_export.cli.generate import parse_ids
 from deepseek_export.errors import DsxError
-from deepseek_export.units import size
+from deepseek_export.units import parse_size, size
 
 pytestmark = pytest.mark.unit
 
@@ -86,3 +86,25 @@ def test_bad_ids_are_refused_by_position(text):
 def test_what_click_adds_to_an_option_is_chinese():
     assert described("线程数。  [default: 4; 1<=x<=9; required]") == "线程数。  [缺省 4; 1<=x<=9; 必填]"
     assert described("写成 [default: 3] 的不在末尾") == "写成 [default: 3] 的不在末尾"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1", 1),
+        ("1048576", 1 << 20),
+        ("2GiB", 2 << 30),
+        (" 1.5 gib ", 3 << 29),
+        ("500MB", 500_000_000),
+        ("0.0000001KB", 0),
+        ("7b", 7),
+        ("1TiB", 1 << 40),
+        *(
+            (wrong, None)
+            for wrong in ("", "GiB", "2G", "2Gi", "-1", "1e9", "1,000", "2 GiB 1", "٢GiB", "9" * 19)
+        ),
+    ],
+)
+def test_sizes_are_read(text: str, count: int | None):
+    """二进制与十进制的单位；看不懂的不猜。"""
+    assert parse_size(text) == count

@@ -13,7 +13,8 @@ from onnx import defs
 import deepseek_export
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops import registry
-from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION, TYPE_CONSTRAINTS
+from deepseek_export.ops.spec import TYPE_CONSTRAINTS
+from deepseek_export.ops.table import DOMAIN, OPS, OPSET_VERSION
 from tools.make_ops_header import HEADER, header
 from tools.make_ops_page import PAGE, page
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import onnx
 import pytest
 
-from deepseek_export.capture import capture_model
-from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.ops.table import LIGHTNING_INDEXER
 from deepseek_export.passes.base import GraphModule
 from deepseek_export.passes.bound_mla_cache import BoundMlaCachePass
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
 from deepseek_export.passes.skip_index_queries import SkipIndexQueriesPass
 from deepseek_export.passes.split_pairs import SplitPairsPass
-from deepseek_export.profile import resolve_profile
-from tests.models import model_config, ort_session
+from tests.captured import captured_graph, model_feeds
+from tests.models import ort_session
 
 pytestmark = pytest.mark.unit
 
@@ -26,29 +22,13 @@ INDEXERS = {"v32": 3, "glm-dsa": 2}
 TOPK = 24
 
 
-@pytest.fixture(scope="module")
-def captured():
-    found = {}
-
-    def module(variant: str, profile: str = "mla+moe") -> GraphModule:
-        config = model_config(variant)
-        if (variant, profile) not in found:
-            found[variant, profile] = capture_model(config, resolve_profile(profile))
-        return GraphModule.from_captured(copy.deepcopy(found[variant, profile]), config, "float32")
-
-    return module
-
-
 def run(module: GraphModule, checkpoint, S: int, past: list[int], T: int) -> dict[str, np.ndarray]:
     """全部输出，另有各个索引器的 ``q``、``w``（名字换成 ``q.0`` 之类）。"""
-    rng, config, B = np.random.default_rng(S), module.config, len(past)
-    feeds = {name: load_array(name, recipe, checkpoint.store) for name, recipe in module.weights.items()}
-    feeds["input_ids"] = rng.integers(0, config.vocab_size, (B, S))
-    feeds["past_lens"], feeds["logits_positions"] = np.array(past), np.tile(np.arange(S), (B, 1))
-    for tensor in module.graph.inputs:
-        if "_cache." in tensor.name:
-            shape = [{"B": B, "T": T}.get(dim, dim) for dim in tensor.shape]
-            feeds[tensor.name] = rng.standard_normal(shape, dtype=np.float32)
+    rng, vocab = np.random.default_rng(S), module.config.vocab_size
+    ids = rng.integers(0, vocab, (len(past), S))
+    feeds = model_feeds(
+        module, checkpoint, ids, past, T, lambda shape: rng.standard_normal(shape, dtype=np.float32)
+    )
     proto, shown = module.to_proto(), {}
     for i, node in enumerate(module.find(LIGHTNING_INDEXER.name)):
         for port, tensor in zip("qw", node.inputs, strict=False):
@@ -71,9 +51,9 @@ def run(module: GraphModule, checkpoint, S: int, past: list[int], T: int) -> dic
         ("capacity", 3, [0, 3], 25, True),
     ],
 )
-def test_queries_are_computed_only_to_rank(captured, saved, variant, by, S, past, T, ranks):
+def test_queries_are_computed_only_to_rank(saved, variant, by, S, past, T, ranks):
     """DSA-2：名额够时 ``q``、``w`` 没有行，不够时都在；logits 与缓存都一位不变。两种流水线里的样子都试。"""
-    module, checkpoint = captured(variant), saved(variant)[1]
+    module, checkpoint = captured_graph(variant), saved(variant)[1]
     if by == "length":
         for rewrite in (BoundMlaCachePass(), FoldReshapeShapesPass(), SplitPairsPass()):
             rewrite(module)
@@ -89,7 +69,7 @@ def test_queries_are_computed_only_to_rank(captured, saved, variant, by, S, past
     assert not SkipIndexQueriesPass(by)(module).changed
 
 
-def test_models_without_an_indexer_are_left_alone(captured):
+def test_models_without_an_indexer_are_left_alone():
     """情形 2：没有索引器。"""
-    module = captured("v3")
+    module = captured_graph("v3")
     assert not SkipIndexQueriesPass("length")(module).changed

@@ -18,9 +18,10 @@ from deepseek_export.capture import capture_draft, capture_model
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError
-from deepseek_export.passes import GraphModule, Pass, PassError, graph_listing, lower, pipeline, pipelines
+from deepseek_export.passes import GraphModule, Pass, PassError, graph_listing, lower, lowering, pipeline
+from deepseek_export.passes.expected import nodes
 from deepseek_export.passes.legality import check_legality
-from deepseek_export.passes.pipelines import Step, nodes
+from deepseek_export.passes.pipelines import Step
 from deepseek_export.profile import resolve_profile
 from deepseek_export.records import QUANT_TARGETS, TARGETS, TENSORRT_TARGETS, PassResult
 from tests.models import TOLERANCE, distance, model_config, ort_session
@@ -290,7 +291,7 @@ def _breaking(does, tally=1):
 def test_untruthful_count_names_the_pass(says, monkeypatch):
     """什么也没改：少报一处、报了两处而节点都还在，都点名。"""
     idle = _breaking(lambda module: None, says) if says else _SkipPass
-    monkeypatch.setattr(pipelines, "pipeline", lambda *_: [Step(idle(), nodes("MoeExperts"))])
+    monkeypatch.setattr(lowering, "pipeline", lambda *_: [Step(idle(), nodes("MoeExperts"))])
     with pytest.raises(DsxError, match=rf"pass (skip|break) 报告改写 {says} 处.*之后还有 2 处") as caught:
         lowered("v3", "mla+moe", "ort-cpu")
     assert caught.value.code == "DSX-E302"
@@ -303,7 +304,7 @@ def test_every_step_is_counted(target, monkeypatch):
     steps = pipeline(target, quantization)
     for index, step in enumerate(steps):
         idle = [*steps[:index], dataclasses.replace(step, rewrite=_SkipPass()), *steps[index + 1 :]]
-        monkeypatch.setattr(pipelines, "pipeline", lambda *_, idle=idle: idle)
+        monkeypatch.setattr(lowering, "pipeline", lambda *_, idle=idle: idle)
         # 专家已随前一步融合；没有 MTP 就没有草稿验证，没有稀疏注意力就没有索引器；宽度 48 量化不了；折叠形状的不核对。
         if (
             step.rewrite.name
@@ -329,7 +330,7 @@ def test_illegal_graph_names_the_pass(monkeypatch):
     def action(module):
         module.graph.nodes[0].domain = "elsewhere"
 
-    monkeypatch.setattr(pipelines, "pipeline", lambda *_: [Step(_breaking(action)(), nodes("MoeExperts"))])
+    monkeypatch.setattr(lowering, "pipeline", lambda *_: [Step(_breaking(action)(), nodes("MoeExperts"))])
     with pytest.raises(DsxError, match="break 之后（目标 ort-cpu）") as caught:
         lowered("v3", "mla+moe", "ort-cpu")
     assert caught.value.code == "DSX-E303"

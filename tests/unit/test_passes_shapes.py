@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 
 import numpy as np
@@ -10,13 +9,11 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from deepseek_export.capture import capture_model
-from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.passes.absorb_rope_layout import AbsorbRopeLayoutPass
 from deepseek_export.passes.base import GraphModule
 from deepseek_export.passes.fold_reshape_shapes import FoldReshapeShapesPass
 from deepseek_export.passes.split_pairs import SplitPairsPass
-from deepseek_export.profile import resolve_profile
+from tests.captured import captured_graph, model_feeds
 from tests.models import TOLERANCE, distance, model_config, ort_session
 
 pytestmark = pytest.mark.unit
@@ -24,29 +21,10 @@ pytestmark = pytest.mark.unit
 LAYERS = 3
 
 
-@pytest.fixture(scope="module")
-def captured():
-    found = {}
-
-    def module(variant: str, profile: str = "mla+moe") -> GraphModule:
-        config = model_config(variant)
-        if (variant, profile) not in found:
-            found[variant, profile] = capture_model(config, resolve_profile(profile))
-        return GraphModule.from_captured(copy.deepcopy(found[variant, profile]), config, "float32")
-
-    return module
-
-
 def outputs(module: GraphModule, checkpoint) -> list[np.ndarray]:
     """两行、40 个 token 的 logits 与第一层的缓存。"""
-    config = module.config
-    feeds = {name: load_array(name, recipe, checkpoint.store) for name, recipe in module.weights.items()}
-    feeds["input_ids"] = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
-    feeds["past_lens"], feeds["logits_positions"] = np.array([0, 5]), np.tile(np.arange(40), (2, 1))
-    sizes = {"B": 2, "T": 48}
-    for tensor in module.graph.inputs:
-        if "_cache." in tensor.name:
-            feeds[tensor.name] = np.ones([sizes.get(dim, dim) for dim in tensor.shape], np.float32)
+    ids = np.random.default_rng(0).integers(0, module.config.vocab_size, (2, 40))
+    feeds = model_feeds(module, checkpoint, ids, [0, 5], 48, lambda shape: np.ones(shape, np.float32))
     wanted = [t.name for t in module.graph.outputs if t.name == "logits" or t.name.endswith("_cache_out.0")]
     return ort_session(module.to_proto()).run(wanted, feeds)
 
@@ -63,9 +41,9 @@ def operators(module: GraphModule) -> Counter[str]:
         ("v2-lite", 0),
     ],
 )
-def test_the_channel_order_moves_into_the_weights(captured, saved, variant, count):
+def test_the_channel_order_moves_into_the_weights(saved, variant, count):
     """EXPORT-34：两个投影的行序变了，转置没有了，logits 与缓存不变；别的布局、带 bias 的不动。"""
-    module, checkpoint = captured(variant), saved(variant)[1]
+    module, checkpoint = captured_graph(variant), saved(variant)[1]
     want, before = outputs(module, checkpoint), operators(module)
     assert AbsorbRopeLayoutPass()(module).count == count
     changed = {name for name, recipe in module.weights.items() if recipe.op == "deinterleave"}
@@ -79,9 +57,9 @@ def test_the_channel_order_moves_into_the_weights(captured, saved, variant, coun
 
 @pytest.mark.parametrize("variant", ["v3", "v2-lite"])
 @pytest.mark.parametrize("absorbed", [False, True])
-def test_shapes_are_constants(captured, saved, variant, absorbed):
+def test_shapes_are_constants(saved, variant, absorbed):
     """EXPORT-34：形状不再逐层拼，结果一位不变。"""
-    module, checkpoint = captured(variant), saved(variant)[1]
+    module, checkpoint = captured_graph(variant), saved(variant)[1]
     if absorbed:
         AbsorbRopeLayoutPass()(module)
     want = outputs(module, checkpoint)
@@ -103,9 +81,9 @@ def test_shapes_are_constants(captured, saved, variant, absorbed):
     ],
 )
 @pytest.mark.parametrize("folded", [False, True])
-def test_pairs_become_halves_without_a_transpose(captured, saved, variant, profile, count, folded):
+def test_pairs_become_halves_without_a_transpose(saved, variant, profile, count, folded):
     """EXPORT-34：成对改成前后两半，不用转置，一位不变；别的布局没有这样的转置。"""
-    module, checkpoint = captured(variant, profile), saved(variant)[1]
+    module, checkpoint = captured_graph(variant, profile), saved(variant)[1]
     if folded:
         FoldReshapeShapesPass()(module)
     want, before = outputs(module, checkpoint), operators(module)
@@ -116,9 +94,9 @@ def test_pairs_become_halves_without_a_transpose(captured, saved, variant, profi
     assert not SplitPairsPass()(module).changed
 
 
-def test_after_the_order_moved_into_the_weights_only_the_rest_is_split(captured):
+def test_after_the_order_moved_into_the_weights_only_the_rest_is_split():
     """EXPORT-34：量化时行序已经排进权重的，没有转置可换；带 bias 的那一半照换。"""
-    module = captured("v3-bias-tied")
+    module = captured_graph("v3-bias-tied")
     AbsorbRopeLayoutPass()(module)
     assert SplitPairsPass()(module).count == LAYERS
 
@@ -156,7 +134,7 @@ def test_what_can_be_known_ahead(before, after, target):
         assert shape.values.tolist() == target
 
 
-def test_a_round_trip_disappears(captured):
+def test_a_round_trip_disappears():
     """[B, S, dr] 展成 [B, 1, S, dr] 又压回去：直接用起点。"""
     module = reshaped(["B", 12], ["B", 12])
     assert FoldReshapeShapesPass()(module).changed
@@ -165,9 +143,9 @@ def test_a_round_trip_disappears(captured):
 
 
 @pytest.mark.parametrize("variant", ["v3", "v2-lite"])
-def test_ports_of_dsx_nodes_keep_their_names(captured, variant):
+def test_ports_of_dsx_nodes_keep_their_names(variant):
     """逐算子校验按名字找每个 dsx 节点的输入与输出。"""
-    module = captured(variant)
+    module = captured_graph(variant)
     AbsorbRopeLayoutPass()(module)
     FoldReshapeShapesPass()(module)
     known = {tensor.name for node in module.graph.nodes for tensor in (*node.inputs, *node.outputs)}

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from deepseek_export.backend.capacity import bucket_capacity
 from deepseek_export.backend.contract import CacheSpec, CacheTensor
-from deepseek_export.backend.ort.caches import OrtCaches, bucket_capacity
+from deepseek_export.backend.ort.caches import OrtCaches
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.backend.ort.values import port_of
 from deepseek_export.errors import DsxError

@@ -18,6 +18,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.cli.main import main
 from deepseek_export.errors import DsxError
+from deepseek_export.model import CompiledModel
 from deepseek_export.runtime import (
     MeasuredFloor,
     ModelSession,
@@ -93,7 +94,7 @@ def test_unusable_logits_are_refused(tmp_path: Path) -> None:
         SpeculativeGenerator(session, generator.drafts, None, (), 1, "greedy").generate([[1]], 4)
 
 
-def _compiled(folder: Path, with_drafts: bool = True, **options: Any) -> api.CompiledModel:
+def _compiled(folder: Path, with_drafts: bool = True, **options: Any) -> CompiledModel:
     """不经导出，直接拼一个 bundle 的样子。"""
     save_main(TOY, folder / "model.onnx")
     save_draft(make_drafts(TOY, 1)[0], folder / "mtp.onnx")
@@ -113,7 +114,7 @@ def _compiled(folder: Path, with_drafts: bool = True, **options: Any) -> api.Com
         main=SimpleNamespace(file="model.onnx", by_recipe=[]),
         drafts=[SimpleNamespace(file="mtp.onnx", by_recipe=[])] if with_drafts else [],
     )
-    return api.CompiledModel(Bundle(folder, manifest), **options)
+    return CompiledModel(Bundle(folder, manifest), **options)
 
 
 def test_compiled_model_chooses(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""pytest 插件：transformers 自己的测试里建起来的每个 DeepSeek 模型，都先 ``apply`` 再交给测试。
+"""pytest 插件：transformers 自己的测试里建起来的每个支持的模型，都先 ``apply`` 再交给测试。
 
 ``nox -s transformers_tests`` 用它；方案由环境变量 ``DSX_APPLY`` 给（``dsx`` 的方案名，可带 ``mla.form=absorb`` 之类，用空格隔开）。
-装不上的模型原样交给测试，结束时按错误码数出来，所以“全部通过”不会是因为一个都没装。
+装不上的模型原样交给测试，结束时按模型类与错误码数出来；哪个类建过却一个都没装上，就是失败。
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import deepseek_export as dsx
 from deepseek_export.integration.compat import model_classes
 from deepseek_export.profile import resolve_profile
 
-OUTCOMES: Counter[str] = Counter()
+#: （模型类，装上了或是什么码）→ 几个。
+OUTCOMES: Counter[tuple[str, str]] = Counter()
+_APPLIED = "apply"
 
 
 def pytest_configure(config: Any) -> None:
@@ -31,13 +33,14 @@ def pytest_configure(config: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """装了几个，没装的是什么码。"""
     terminalreporter.section("dsx apply")
-    for outcome, count in sorted(OUTCOMES.items()):
-        terminalreporter.write_line(f"{outcome}：{count} 个模型")
+    for (kind, outcome), count in sorted(OUTCOMES.items()):
+        terminalreporter.write_line(f"{kind} {outcome}：{count} 个模型")
 
 
 def pytest_sessionfinish(session: Any) -> None:
-    """一个都没装上就是失败。"""
-    if session.testscollected and not OUTCOMES["apply"]:
+    """哪个类一个都没装上，或根本没有建过模型，就是失败。"""
+    built = {kind for kind, _ in OUTCOMES}
+    if session.testscollected and (not built or any(not OUTCOMES[kind, _APPLIED] for kind in built)):
         session.exitstatus = 1
 
 
@@ -52,8 +55,8 @@ def _wrap(kind: Any, profile: dsx.OptimizationProfile) -> None:
         try:
             dsx.apply(self, profile)
         except dsx.DsxError as error:
-            OUTCOMES[f"{error.code} {error.what}"] += 1
+            OUTCOMES[kind.__name__, f"{error.code} {error.what}"] += 1
         else:
-            OUTCOMES["apply"] += 1
+            OUTCOMES[kind.__name__, _APPLIED] += 1
 
     kind.__init__ = init

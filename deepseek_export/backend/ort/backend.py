@@ -31,7 +31,7 @@ class OrtBackend(Backend):
         return bundle
 
     def limits(self, bundle: Bundle, graph: GraphEntry | None = None) -> Limits:
-        return Limits(bundle.manifest.model.max_position_embeddings)
+        return Limits(bundle.manifest.model.max_position_embeddings, grows=True)
 
     def open(
         self, bundle: Bundle, graph: GraphEntry, weights: BundleWeights, threads: int | None = None

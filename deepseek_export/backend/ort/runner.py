@@ -55,7 +55,7 @@ class OrtRunner(Runner):
         self.contract = GraphContract.of(
             map(port_of, session.get_inputs()), map(port_of, session.get_outputs())
         )
-        self.limits = Limits(max_positions)
+        self.limits = Limits(max_positions, grows=True)
         self._bindings: WeakKeyDictionary[OrtCaches, dict[tuple[str, ...], CallBinding]] = WeakKeyDictionary()
 
     def new_caches(self, batch: int, needed: int = 1) -> OrtCaches:
