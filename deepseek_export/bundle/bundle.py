@@ -194,7 +194,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, _Identity]:
             raise DsxError(
                 "DSX-E748",
                 f"{path} 是一套 stage，这里要的是一个 bundle",
-                "用切开之前的 bundle；一套 stage 可以 generate、serve、bench、verify、build、pack、inspect",
+                "用切开之前的 bundle；一套 stage 可以 generate、chat、serve、batch、bench、verify、build、pack、inspect",
             )
         raise DsxError("DSX-E402", f"{path} 里没有 manifest.json", "确认路径；bundle 由 dsx export 产生")
     try:

@@ -51,7 +51,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             what = f"写 {path} 时：{error.strerror}"
             raise DsxError("DSX-E404", what, "清理磁盘，或换到空间足够的位置") from error
         where = error.filename if isinstance(error.filename, str) else path
-        what = f"{where}：{error.strerror}"
+        what = f"{where}：{error.strerror or error}"  # numpy、shutil 抛的有的没有错误号
         raise DsxError("DSX-E405", what, "检查路径与权限，或换到可写的位置") from error
 
 
@@ -92,13 +92,14 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
     """硬链接；跨文件系统才复制。两边的内容以后都不就地改写，才能这样用。
 
     Raises:
-        DsxError: ``DSX-E404``，要复制而空间不够。
+        DsxError: ``DSX-E404`` / ``DSX-E405``，要复制而空间不够、写不了；``shutil.copytree`` 里也原样抛出来。
     """
     try:
         os.link(source, target)
     except OSError:
         check_free_space(Path(target).parent, Path(source).stat().st_size)
-        shutil.copyfile(source, target)
+        with disk_errors(Path(target)):
+            shutil.copyfile(source, target)
 
 
 def check_output(out: Path, overwrite: bool, marker: str = "manifest.json") -> None:

@@ -30,24 +30,30 @@ def locked(out: Path) -> Iterator[None]:
     """占住 ``out``；别人占着就立即拒绝，不等。同一个进程的另一个线程也是别人。
 
     Args:
-        out: 绝对路径，可以还不存在；上级目录没有就建，退出时还空着就删。
+        out: 绝对路径，可以还不存在；上级目录没有就建，退出时还空着就删，没有占成也一样。
 
     Raises:
         DsxError: ``DSX-E411`` 别人正在写，附是谁；``DSX-E405`` 文件系统没有锁。
-        OSError: 上级目录不可写。
+        OSError: 上级目录不可写，或磁盘满了。
     """
     made = [folder for folder in out.parents if not folder.exists()]
-    file = _acquire(out)
     try:
-        yield
+        file = _acquire(out)
+        try:
+            yield
+        finally:
+            _release(file, out)
     finally:
-        # 先删再放开：反过来的话，删掉的可能是下一个人刚锁上的。
-        if _is_at(file, lock_file(out)):
-            lock_file(out).unlink()
-        os.close(file)
         with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()
+
+
+def _release(file: int, out: Path) -> None:
+    """先删再放开：反过来的话，删掉的可能是下一个人刚锁上的。"""
+    if _is_at(file, lock_file(out)):
+        lock_file(out).unlink()
+    os.close(file)
 
 
 def _acquire(out: Path) -> int:
@@ -61,8 +67,7 @@ def _acquire(out: Path) -> int:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file, path):
-                os.truncate(file, 0)
-                os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+                _sign(file, path)
                 return file
         except BlockingIOError as error:
             holder = _holder(file)
@@ -80,6 +85,16 @@ def _acquire(out: Path) -> int:
                 "先写到有 flock 的文件系统（本地磁盘），再整个目录移过去",
             ) from error
         os.close(file)  # 锁上的是前一个人已经删掉的文件：重来
+
+
+def _sign(file: int, path: Path) -> None:
+    """写上谁占着；磁盘满了写不下，就不留下空的锁文件（锁还在手上，删得）。"""
+    try:
+        os.truncate(file, 0)
+        os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _is_at(file: int, path: Path) -> bool:

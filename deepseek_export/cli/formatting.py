@@ -115,6 +115,14 @@ class Command(click.Command):
 
     context_class = Context
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """解析参数；用法不对的错误都带着是哪个命令，click 有几种不带。"""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         """``-h`` / ``--help``。"""
         return _chinese_help(super().get_help_option(ctx))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -66,7 +67,7 @@ class LazyGroup(Group):
     def invoke(self, ctx: click.Context) -> Any:
         """执行命令。"""
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except DsxError as error:
             sys.stdout.flush()
             click.echo(str(error), err=True)
@@ -74,6 +75,18 @@ class LazyGroup(Group):
                 fields = {"code": error.code, "title": error.title, "what": error.what, "todo": error.todo}
                 click.echo(json.dumps({"error": fields}, ensure_ascii=False))
             ctx.exit(1)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        """执行命令；torch 一导入就要临时目录，没有一处写得了时说清楚。"""
+        try:
+            return super().invoke(ctx)
+        except FileNotFoundError as error:
+            try:
+                tempfile.gettempdir()
+            except FileNotFoundError as missing:
+                todo = "清理磁盘，或把 TMPDIR 设成一个写得了的目录"
+                raise DsxError("DSX-E405", f"没有一处放得了临时文件：{missing.strerror}", todo) from error
+            raise
 
 
 @click.group("dsx", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -69,7 +69,8 @@ def _pack_weights(model: onnx.ModelProto, graph: ModelGraph, folder: Path) -> No
     with (folder / WEIGHTS).open("wb") as packed:
         for tensor in external:
             offset = packed.tell()
-            graph.array(tensor.name).tofile(packed)
+            # 不用 tofile：写不下时它抛的没有错误号
+            packed.write(np.ascontiguousarray(graph.array(tensor.name)).reshape(-1).view(np.uint8).data)
             packed.flush()
             point_at(tensor, Slot(WEIGHTS, offset, packed.tell() - offset))
 

@@ -421,6 +421,31 @@ def test_a_file_size_limit_is_reported_as_disk_full(wide, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_comparison_that_does_not_fit(tiny_bundle, tmp_path):
+    """compare 截下的图连同权重写到一半写不下：说磁盘满了，不留半个。"""
+    shutil.copytree(tiny_bundle, tmp_path / "out")
+    limit = 2000
+    process = dsx_process(
+        *("compare", tmp_path / "out"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert_refused(process, "DSX-E404")
+    assert "None" not in process.stderr
+    assert not list((tmp_path / "out/reports").glob("*compare*"))
+
+
+def test_no_room_for_temporary_files(tiny_bundle, tmp_path):
+    """哪里都写不了一个字节：torch 连导入都要临时目录，说得清。"""
+    process = dsx_process(
+        *("verify", tiny_bundle),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+        cwd=tmp_path,
+    )
+    assert_refused(process, "DSX-E405")
+    assert "临时文件" in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def _can_mount() -> bool:
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         return False

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.disk import atomic_directory, output_lock
+from deepseek_export.bundle.disk import atomic_directory, disk_errors, link_or_copy, output_lock
 from deepseek_export.bundle.foreign import check_replaceable, foreign_files
 from deepseek_export.errors import DsxError
 
@@ -181,6 +182,48 @@ def test_no_folders_are_left_behind_by_a_lock(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
     write(tmp_path / "a/b/out", "new")
     assert content(tmp_path / "a/b/out") == {"new"}
+
+
+def test_a_folder_whose_copy_does_not_fit_is_a_full_disk(tmp_path: Path, monkeypatch):
+    """硬链接不了、复制到一半磁盘满了：copytree 把错误攒成一串，说的仍是磁盘满了。"""
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines/model.plan").touch()
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(shutil, "copyfile", full)
+
+    def copy() -> None:
+        with disk_errors(tmp_path):
+            shutil.copytree(tmp_path / "engines", tmp_path / "again", copy_function=link_or_copy)
+
+    assert "model.plan" in refused("DSX-E404", copy).what
+
+
+def test_an_error_without_a_number_still_says_what(tmp_path: Path):
+    """numpy 写不下时抛的 OSError 没有错误号：原话照印，不印 None。"""
+
+    def write_short() -> None:
+        with disk_errors(tmp_path):
+            raise OSError("8 requested and 4 written")
+
+    assert "8 requested and 4 written" in refused("DSX-E405", write_short).what
+
+
+def test_a_lock_that_cannot_be_signed_is_not_left_behind(tmp_path: Path, monkeypatch):
+    """磁盘满得连谁占着也写不下：锁文件与为它建的上级目录都不留下。"""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    refused("DSX-E404", lambda: write(tmp_path / "a/b/out", "new"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
