@@ -31,6 +31,12 @@ def main(path: Path) -> None:
     for isa in isas:  # 跨几段、各段都不满
         session = make_session(library, "float32", "int8", isa, "absorb", threads=2)
         call(session, make_inputs("float32", "int8", 3, 3, 150, (140, 0), dn=5, dr=270, dv=7, r=590))
+    for isa, (S, past) in itertools.product(
+        isas, ((1, (30,)), (3, (29, 0, 7)))
+    ):  # int8 的 w_kv_b，行少与行多
+        session = make_session(library, "float32", "bfloat16", isa, "absorb", 2, "int8")
+        given = WIDE | {"dn": 19, "dv": 6, "r": 96, "weight_dtype": "int8"}
+        call(session, make_inputs("float32", "bfloat16", S, 3, 40, past, **given))
     for isa, bits, block, (rows, K, N) in itertools.product(isas, (8, 4), (32, 64, 128), QUANT_SHAPES):
         session = linear_session(library, bits, K, N, block, isa, threads=2)
         call_quant(session, linear_inputs(bits, rows, K, N, block))

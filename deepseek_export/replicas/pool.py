@@ -1,7 +1,7 @@
 """批量用的一池副本：每个是一个 Ray actor，死了、停住了的重起；请求交给手上最少的那个。
 
-记账的（:mod:`~deepseek_export.serving.batch`）在发起的一端，只有它写答案：副本怎么死、请求重做几次，都不会丢一行、多一行。所以不用 Ray Data：它自己重做失败的块，
-一块里做了几行、写没写下，发起的一端不知道。
+记账的（:mod:`~deepseek_export.serving.batch`）在发起的一端，只有它写答案：副本怎么死、请求重做几次，都不会丢一行、多一行。不用 Ray Data：它没有一件活的时限，
+停住的 actor 就一直等（specs/cluster 的 CLUSTER-51）。
 """
 
 from __future__ import annotations

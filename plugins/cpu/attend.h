@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "int8_cache.h"
+#include "int8_weights.h"
 #include "kernels.h"
 #include "prefetch.h"
 #include "soften.h"
@@ -116,29 +117,6 @@ void unpack(const int8_t* src, int64_t rows, int64_t r, int64_t dr, float* laten
             to[i] = rope_scale * static_cast<float>(256 * high[i] + low[i]);
         }
         for (; i < rope_width; ++i) {
-            to[i] = 0;
-        }
-    }
-}
-
-void widen_weights(const int8_t* src, int64_t rows, int64_t r, int64_t block, float* dst, int64_t dst_stride) {
-    constexpr int L = Vector::kLanes;
-    constexpr int64_t kAhead = 2048;
-    const int64_t stride = dsx::weight_row(r, block);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int8_t* codes = src + row * stride;
-        const char* scales = reinterpret_cast<const char*>(codes + r);
-        float* to = dst + row * dst_stride;
-        for (int64_t begin = 0; begin < r; begin += block) {
-            uint16_t half;
-            std::memcpy(&half, scales + 2 * (begin / block), sizeof half);
-            const Vector scale = splat(float_of_f16(half));
-            prefetch(reinterpret_cast<const char*>(codes + begin) + kAhead);
-            for (int64_t i = begin; i < begin + block; i += L) {
-                store(to + i, mul(scale, load_i8(codes + i)));
-            }
-        }
-        for (int64_t i = r; i < dst_stride; ++i) {
             to[i] = 0;
         }
     }

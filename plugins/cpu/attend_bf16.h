@@ -1,5 +1,8 @@
 // bfloat16 的 latent 缓存直接相乘的注意力：一条指令乘加相邻的一对 bfloat16，累加成 float32。写在 Pairs 之上；编译单元先给出 Pairs、
-// load_pairs、splat_pair、dot_pairs、narrow、interleave_rows 与两个块的大小，再包含本文件。
+// load_pairs、splat_pair、dot_pairs、dot_splat、narrow、store_pairs、interleave_rows 与两个块的大小，再包含本文件。
+//
+// 分数一路一行 query（kLanes 行一组）：key 的一对广播给各路，所以不必横向求和，softmax 也逐路做。一格 key 的 value 一次交错几列，
+// 趁还在 L1 里就给所有的行用掉。
 #pragma once
 
 #include "attend.h"
@@ -9,59 +12,64 @@ namespace {
 constexpr int64_t kPairValues = 2 * Vector::kLanes;  // 一个向量里的 bfloat16
 constexpr int kMixVectors = 2;
 constexpr int64_t kMixColumns = kMixVectors * Vector::kLanes;
+constexpr int64_t kScoreKeys = 4 * kScoreFours;
+static_assert(kTile % kScoreKeys == 0 && kBlockRows % Vector::kLanes == 0 && Vector::kLanes % kMixRowsBf16 == 0);
 
-template <int M, int N>
-inline void dot_block_bf16(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int64_t k, float* c) {
-    Vector acc[M][N];
-    for (int i = 0; i < M; ++i) {
-        for (int j = 0; j < N; ++j) {
-            acc[i][j] = splat(0);
-        }
-    }
-    for (int64_t t = 0; t < k; t += kPairValues) {
-        Pairs rows[M];
-        for (int i = 0; i < M; ++i) {
-            rows[i] = load_pairs(a + i * lda + t);
-        }
-        for (int j = 0; j < N; ++j) {
-            const Pairs y = load_pairs(b + j * ldb + t);
-            for (int i = 0; i < M; ++i) {
-                acc[i][j] = dot_pairs(acc[i][j], rows[i], y);
+// kLanes 行 query → [width / 2, kLanes] 对；不足的行补零。
+inline void pack_queries(const float* q, int64_t rows, int64_t width, uint16_t* to) {
+    constexpr int L = Vector::kLanes;
+    alignas(64) uint16_t line[kPairValues];
+    for (int64_t t = 0; t < width; t += kPairValues) {
+        Vector lines[L];
+        for (int i = 0; i < L; ++i) {
+            lines[i] = splat(0);
+            if (i < rows) {
+                narrow(q + i * width + t, kPairValues, line);
+                lines[i] = load(reinterpret_cast<const float*>(line));
             }
         }
+        transpose(lines, reinterpret_cast<float*>(to + t * L), L);
     }
-    for (int i = 0; i < M; ++i) {
-        if constexpr (N == 4) {
-            sum4(acc[i], c + i * kTile);
-        } else {
-            c[i * kTile] = horizontal_sum(acc[i][0]);
+}
+
+// 一组 query 对 G·K 个 key：scores[key, kLanes]。每一步顺手从 ahead 取一行 cache line 进 L2。
+// 写明要展开：累加器否则留在内存里（GCC 12）。
+template <int G, int K>
+inline void score_keys(
+    const uint16_t* q, const uint16_t* keys, int64_t stride, int64_t width, const uint16_t* ahead, float* scores) {
+    constexpr int L = Vector::kLanes;
+    Vector acc[G * K];
+    const uint16_t* from[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+        from[g] = keys + g * K * stride;
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < G * K; ++j) {
+        acc[j] = splat(0);
+    }
+    for (int64_t t = 0; t < width; t += 2) {
+        prefetch(ahead + G * K * t);
+        const Pairs rows = load_pairs(q + t * L);
+#pragma GCC unroll 16
+        for (int j = 0; j < G * K; ++j) {
+            acc[j] = dot_splat(acc[j], rows, from[j / K] + j % K * stride);
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) {
+            from[g] += 2;
         }
     }
-}
-
-template <int N>
-inline void dot_rows_bf16(const uint16_t* q, const uint16_t* keys, const Block& block, float* scores) {
-    const int64_t width = block.width;
-    int64_t i = 0;
-    for (; i + kDotRowsBf16 <= block.rows; i += kDotRowsBf16) {
-        dot_block_bf16<kDotRowsBf16, N>(q + i * width, width, keys, block.key_stride, width, scores + i * kTile);
-    }
-    for (; i < block.rows; ++i) {
-        dot_block_bf16<1, N>(q + i * width, width, keys, block.key_stride, width, scores + i * kTile);
+#pragma GCC unroll 16
+    for (int j = 0; j < G * K; ++j) {
+        store(scores + j * L, acc[j]);
     }
 }
 
-// 相邻两行逐个交错：一次吃掉两个 key。count 是奇数时最后一行与 0 配对。
-void interleave(const uint16_t* values, int64_t stride, int64_t count, int64_t width, uint16_t* pairs) {
-    for (int64_t t = 0; t < count; t += 2) {
-        const uint16_t* first = values + t * stride;
-        interleave_rows(first, t + 1 < count ? first + stride : nullptr, width, pairs + t * width);
-    }
-}
-
+// p 是 [key / 2, kLanes] 对概率，从要的那一行起；pairs 是 [key / 2, kMixColumns] 对 value。
 template <int M>
 inline void mix_block_bf16(
-    const uint16_t* p, const uint16_t* pairs, int64_t width, int64_t count, const float* alpha, float* c, int64_t ldc) {
+    const uint16_t* p, const uint16_t* pairs, int64_t count, const float* alpha, float* c, int64_t ldc) {
     constexpr int L = Vector::kLanes;
     Vector acc[M][kMixVectors];
     for (int i = 0; i < M; ++i) {
@@ -72,10 +80,10 @@ inline void mix_block_bf16(
     for (int64_t t = 0; t < count; t += 2) {
         Pairs row[kMixVectors];
         for (int j = 0; j < kMixVectors; ++j) {
-            row[j] = load_pairs(pairs + t * width + j * kPairValues);
+            row[j] = load_pairs(pairs + t * kMixColumns + j * kPairValues);
         }
         for (int i = 0; i < M; ++i) {
-            const Pairs x = splat_pair(p + i * kTile + t);
+            const Pairs x = splat_pair(p + t * L + 2 * i);
             for (int j = 0; j < kMixVectors; ++j) {
                 acc[i][j] = dot_pairs(acc[i][j], x, row[j]);
             }
@@ -88,44 +96,94 @@ inline void mix_block_bf16(
     }
 }
 
-void attend_bf16(const Block& block, float* scratch) {
-    const bool latent = block.keys == block.values;
-    if (block.dtype != Dtype::kBfloat16 || !latent || block.width % kPairValues != 0 || block.value_width % kMixColumns != 0) {
-        attend(block, scratch);
-        return;
+// 一次 attend 用的内存，与它的几步。
+class Bf16Attention {
+public:
+    static bool suits(const Block& block) {
+        return block.dtype == Dtype::kBfloat16 && block.keys == block.values && block.width % kPairValues == 0 &&
+               block.value_width % kMixColumns == 0;
     }
-    float* scores = scratch;
-    float* alpha = scores + kBlockRows * kTile;
-    uint16_t* q = reinterpret_cast<uint16_t*>(alpha + kBlockRows);
-    uint16_t* p = q + kBlockRows * block.width;
-    uint16_t* pairs = p + kBlockRows * kTile;
-    narrow(block.q, block.rows * block.width, q);
-    for (int64_t t = block.begin; t < block.end; t += kTile) {
-        const int64_t count = block.end - t < kTile ? block.end - t : kTile;
-        const uint16_t* keys = static_cast<const uint16_t*>(block.keys) + (t - block.begin) * block.key_stride;
+
+    Bf16Attention(const Block& block, float* scratch) : block_(block), running_(block, scratch) {
+        scores_ = scratch + Running::kFloats;
+        q_ = reinterpret_cast<uint16_t*>(scores_ + kTile * kGroup);
+        p_ = q_ + kBlockRows * block.width;
+        pairs_ = p_ + kBlockRows * kTile;
+    }
+
+    void run() {
+        for (int64_t i = 0; i < block_.rows; i += kGroup) {
+            pack_queries(block_.q + i * block_.width, block_.rows - i, block_.width, q_ + i * block_.width);
+        }
+        for (int64_t t = block_.begin; t < block_.end; t += kTile) {
+            const int64_t count = block_.end - t < kTile ? block_.end - t : kTile;
+            keys_ = static_cast<const uint16_t*>(block_.keys) + (t - block_.begin) * block_.key_stride;
+            for (int64_t i = 0; i < block_.rows; i += kGroup) {
+                score(i, t, count);
+                uint16_t* p = p_ + i * kTile;
+                soften_lanes(block_, running_, i, t, count, scores_,
+                    [p](int64_t key, Vector a, Vector b) { store_pairs(a, b, p + key * kGroup); });
+            }
+            mix(count);
+        }
+        running_.finish(block_);
+    }
+
+private:
+    static constexpr int64_t kGroup = Vector::kLanes;
+
+    void score(int64_t i, int64_t t, int64_t count) {
+        const int64_t stride = block_.key_stride, width = block_.width;
+        const uint16_t* q = q_ + i * width;
         int64_t j = 0;
+        for (; j + kScoreKeys <= count; j += kScoreKeys) {
+            const uint16_t* keys = keys_ + j * stride;
+            // 往后两组；没有了，或者不是头一遍看这一格，就再取这一组自己。
+            const bool more = i == 0 && t + j + 3 * kScoreKeys <= block_.end;
+            score_keys<kScoreFours, 4>(q, keys, stride, width, more ? keys + 2 * kScoreKeys * stride : keys, scores_ + j * kGroup);
+        }
         for (; j + 4 <= count; j += 4) {
-            dot_rows_bf16<4>(q, keys + j * block.key_stride, block, scores + j);
+            score_keys<1, 4>(q, keys_ + j * stride, stride, width, keys_ + j * stride, scores_ + j * kGroup);
         }
         for (; j < count; ++j) {
-            dot_rows_bf16<1>(q, keys + j * block.key_stride, block, scores + j);
+            score_keys<1, 1>(q, keys_ + j * stride, stride, width, keys_ + j * stride, scores_ + j * kGroup);
         }
-        soften(block, t, count, kTile, scores, alpha);
-        narrow(scores, block.rows * kTile, p);
-        interleave(keys, block.key_stride, count, block.value_width, pairs);
-        for (int64_t column = 0; column < block.value_width; column += kMixColumns) {
-            const uint16_t* slice = pairs + 2 * column;
-            float* acc = block.acc + column;
+    }
+
+    void mix(int64_t count) {
+        const int64_t width = block_.value_width, stride = block_.key_stride;
+        for (int64_t column = 0; column < width; column += kMixColumns) {
+            // 相邻两个 key 逐个交错：一次吃掉两个。count 是奇数时最后一个与 0 配对。
+            for (int64_t j = 0; j < count; j += 2) {
+                const uint16_t* first = keys_ + j * stride + column;
+                interleave_rows(first, j + 1 < count ? first + stride : nullptr, kMixColumns, pairs_ + j * kMixColumns);
+            }
+            float* acc = block_.acc + column;
             int64_t i = 0;
-            for (; i + kMixRowsBf16 <= block.rows; i += kMixRowsBf16) {
-                mix_block_bf16<kMixRowsBf16>(p + i * kTile, slice, block.value_width, count, alpha + i,
-                    acc + i * block.value_width, block.value_width);
+            for (; i + kMixRowsBf16 <= block_.rows; i += kMixRowsBf16) {
+                mix_block_bf16<kMixRowsBf16>(probabilities(i), pairs_, count, running_.alpha + i, acc + i * width, width);
             }
-            for (; i < block.rows; ++i) {
-                mix_block_bf16<1>(p + i * kTile, slice, block.value_width, count, alpha + i,
-                    acc + i * block.value_width, block.value_width);
+            for (; i < block_.rows; ++i) {
+                mix_block_bf16<1>(probabilities(i), pairs_, count, running_.alpha + i, acc + i * width, width);
             }
         }
+    }
+
+    // 第 i 行的概率：所在的组，组里的第几路。
+    const uint16_t* probabilities(int64_t i) const { return p_ + i / kGroup * kGroup * kTile + 2 * (i % kGroup); }
+
+    const Block& block_;
+    Running running_;
+    float* scores_;
+    uint16_t *q_, *p_, *pairs_;
+    const uint16_t* keys_ = nullptr;
+};
+
+void attend_bf16(const Block& block, float* scratch) {
+    if (Bf16Attention::suits(block)) {
+        Bf16Attention(block, scratch).run();
+    } else {
+        attend(block, scratch);
     }
 }
 

@@ -39,6 +39,12 @@ struct Block {
     float* sum;              // [rows]，初值 0
 };
 
+// int8 权重的若干行：一行是 r 个码，再是每 block 个一个 float16 的 scale；r 是 block 的倍数，block 是 32、64 或 128。
+struct Int8Rows {
+    const int8_t* codes;
+    int64_t rows, r, block;
+};
+
 struct Kernels {
     const char* name;
     // dst[rows, dst_width] = src[rows, width]，多出的列填 0。
@@ -47,14 +53,18 @@ struct Kernels {
     // int8 缓存的行 → latent[rows, latent_width] 与 rope[rows, rope_width]，多出的列填 0；先写 latent，后写 rope。
     void (*unpack)(const int8_t* src, int64_t rows, int64_t r, int64_t dr, float* latent, int64_t latent_width,
         int64_t latent_stride, float* rope, int64_t rope_width, int64_t rope_stride);
-    // int8 权重的行（r 个码，再是每 block 个一个 float16 的 scale）→ dst[rows, dst_stride]，多出的列填 0；r 是 block 的倍数。
-    void (*widen_weights)(const int8_t* src, int64_t rows, int64_t r, int64_t block, float* dst, int64_t dst_stride);
+    // int8 权重的行 → dst[rows, dst_stride]，多出的列填 0。
+    void (*widen_weights)(const Int8Rows& w, float* dst, int64_t dst_stride);
     // c[m, n] = a[m, k] · b[k, n]；n 是 kPad 的倍数。
     void (*multiply)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
         float* c, int64_t ldc);
     // c[m, n] = a[m, k] · b[n, k]ᵀ；k 是 kPad 的倍数。
     void (*multiply_transposed)(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m, int64_t n,
         int64_t k, float* c, int64_t ldc);
+    // c[m, r] = a[m, rows] · w，与展宽之后的 multiply 逐位相同，只是边读边展宽：行少时省去写一遍、读一遍。scales 放得下 rows * r / block 个。
+    void (*multiply_weights)(const float* a, int64_t lda, int64_t m, const Int8Rows& w, float* c, int64_t ldc, float* scales);
+    // c[m, rows] = a[m, r] · wᵀ，同上，与 multiply_transposed 逐位相同。
+    void (*multiply_transposed_weights)(const float* a, int64_t lda, int64_t m, const Int8Rows& w, float* c, int64_t ldc, float* scales);
     // x[count] = max(x, 0)，就地；count 是 kPad 的倍数。
     void (*rectify)(float* x, int64_t count);
     // scratch 至少 attend_scratch(width) 个 float，64 字节对齐。

@@ -6,5 +6,6 @@
 #include "attend.h"
 
 namespace dsx {
-const Kernels kAvx2Kernels{"avx2", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend};
+const Kernels kAvx2Kernels{"avx2", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
+    multiply_transposed_weights, rectify, attend};
 }

@@ -6,7 +6,10 @@
 #include "attend.h"
 
 namespace dsx {
-const Kernels kNeonKernels{"neon", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend};
-const Kernels kNeonDotprodKernels{"neon_dotprod", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend};
-const Kernels kNeonI8mmKernels{"neon_i8mm", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend};
+const Kernels kNeonKernels{"neon", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
+    multiply_transposed_weights, rectify, attend};
+const Kernels kNeonDotprodKernels{"neon_dotprod", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
+    multiply_transposed_weights, rectify, attend};
+const Kernels kNeonI8mmKernels{"neon_i8mm", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
+    multiply_transposed_weights, rectify, attend};
 }  // namespace dsx

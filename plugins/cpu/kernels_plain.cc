@@ -4,5 +4,6 @@
 #include "attend.h"
 
 namespace dsx {
-const Kernels kPlainKernels{"plain", widen, unpack, widen_weights, multiply, multiply_transposed, rectify, attend};
+const Kernels kPlainKernels{"plain", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
+    multiply_transposed_weights, rectify, attend};
 }

@@ -132,12 +132,16 @@ private:
         const int64_t dn_pad = padded(s.dn);
         Carver carver(task_scratch.need(rows * dn_pad + s.dn * s.r_pad + 2 * kPad));
         float* q_nope = carver.take(rows * dn_pad);
-        const float* w_uk = s.weight(h, false, carver.take(s.dn * s.r_pad));
+        float* const wide = carver.take(s.dn * s.r_pad);
         for (int64_t i = 0; i < rows; ++i) {
             s.widen_row(at(s.q_nope, s.dtype, input_row(i, h) * s.dn), s.dn, q_nope + i * dn_pad, dn_pad);
         }
         float* q = q_ + h * s.width_pad;
-        s.kernels.multiply(q_nope, dn_pad, w_uk, s.r_pad, rows, s.r_pad, s.dn, q, stride);
+        if (s.multiplies_int8(rows)) {
+            s.kernels.multiply_weights(q_nope, dn_pad, rows, s.int8_weight(h, false), q, stride, wide);
+        } else {
+            s.kernels.multiply(q_nope, dn_pad, s.weight(h, false, wide), s.r_pad, rows, s.r_pad, s.dn, q, stride);
+        }
         for (int64_t i = 0; i < rows; ++i) {
             float* row = q + i * stride;
             s.widen_row(at(s.q_pe, s.dtype, input_row(i, h) * s.dr), s.dr, row + s.r, s.width_pad - s.r);
@@ -185,11 +189,16 @@ private:
         Carver carver(task_scratch.need(rows * (s.r_pad + dv_pad) + s.dv * s.r_pad + 3 * kPad));
         float* context = carver.take(rows * s.r_pad);
         float* out = carver.take(rows * dv_pad);
-        const float* w_uv = s.weight(h, true, carver.take(s.dv * s.r_pad));
+        float* const wide = carver.take(s.dv * s.r_pad);
         for (int64_t i = 0; i < rows; ++i) {
             merge(i / count_, i % count_ * s.H + h, context + i * s.r_pad);
         }
-        s.kernels.multiply_transposed(context, s.r_pad, w_uv, s.r_pad, rows, s.dv, s.r_pad, out, dv_pad);
+        if (s.multiplies_int8(rows)) {
+            s.kernels.multiply_transposed_weights(context, s.r_pad, rows, s.int8_weight(h, true), out, dv_pad, wide);
+        } else {
+            const float* w_uv = s.weight(h, true, wide);
+            s.kernels.multiply_transposed(context, s.r_pad, w_uv, s.r_pad, rows, s.dv, s.r_pad, out, dv_pad);
+        }
         for (int64_t i = 0; i < rows; ++i) {
             narrow(out + i * dv_pad, s.dv, s.dtype, at(s.o, s.dtype, input_row(i, h) * s.dv));
         }
@@ -203,18 +212,14 @@ private:
         for (size_t i = begin; i < end; ++i) {
             top = std::max(top, max_[slot(i)]);
         }
-        std::fill(context, context + s.r_pad, 0.0f);
+        float weights[kTasks];
         for (size_t i = begin; i < end; ++i) {
-            const float weight = std::exp(max_[slot(i)] - top);
-            const float* acc = acc_ + slot(i) * s.r_pad;
-            total += weight * sum_[slot(i)];
-            for (int64_t j = 0; j < s.r; ++j) {
-                context[j] += weight * acc[j];
-            }
+            weights[i - begin] = std::exp(max_[slot(i)] - top);
+            total += weights[i - begin] * sum_[slot(i)];
         }
-        for (int64_t j = 0; j < s.r; ++j) {
-            context[j] /= total;
-        }
+        std::transform(weights, weights + (end - begin), weights, [total](float x) { return x / total; });
+        s.kernels.multiply(weights, kTasks, acc_ + slot(begin) * s.r_pad, kBlockRows * s.r_pad, 1, s.r_pad,
+            static_cast<int64_t>(end - begin), context, s.r_pad);
     }
 
     // 这一批的第 i 行（先 batch 后 token）、第 h 个头，在 [B, S, H] 里的下标。

@@ -13,7 +13,7 @@ struct MlaAttention {
     int64_t B, S, H, dn, dr, dv, r, T;
     float scale;
     Dtype dtype;        // q、c_kv、k_pe、o
-    Dtype weight_dtype; // w_kv_b；int8 的一行是码与 scale，见 Kernels::widen_weights
+    Dtype weight_dtype; // w_kv_b；int8 的一行是码与 scale，见 Int8Rows
     int64_t weight_block; // int8 的 w_kv_b 每几个码一个 scale
     Dtype cache_dtype;  // 两个缓存；int8 的一行见 int8_cache.h
     const void* q_nope;         // [B, S, H, dn]

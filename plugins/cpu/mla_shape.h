@@ -33,6 +33,9 @@ inline void narrow(const float* src, int64_t count, Dtype dtype, void* dst) {
 
 }  // namespace
 
+// 行数至多是它时，int8 的 w_kv_b 边读边乘；再多就先展宽一遍，各行共用。
+constexpr int64_t kFewRows = 8;
+
 // 一个任务里依次切出来的几块 float32。
 class Carver {
 public:
@@ -71,13 +74,22 @@ struct Shape : MlaAttention {
         kernels.widen(dtype, source, count, 1, count, dst, dst_width, dst_width);
     }
 
-    // 第 h 个头的 W_UK（dn 行）或紧随其后的 W_UV（dv 行），[rows, r_pad] 的 float32；能原样用就不复制。
+    // 第 h 个头的 W_UK（dn 行）或紧随其后的 W_UV（dv 行）里的第一行是第几行，一共几行。
+    int64_t weight_first(int64_t h, bool up_value) const { return h * (dn + dv) + (up_value ? dn : 0); }
+    int64_t weight_rows(bool up_value) const { return up_value ? dv : dn; }
+    // 同上，int8 的。
+    Int8Rows int8_weight(int64_t h, bool up_value) const {
+        const auto* codes = static_cast<const int8_t*>(w_kv_b) + weight_first(h, up_value) * weight_row(r, weight_block);
+        return {codes, weight_rows(up_value), r, weight_block};
+    }
+    // 乘它的行这么少时，边读边展宽，不先写一份。
+    bool multiplies_int8(int64_t count) const { return weight_dtype == Dtype::kInt8 && count <= kFewRows; }
+
+    // 第 h 个头的 W_UK 或 W_UV，[rows, r_pad] 的 float32；能原样用就不复制。
     const float* weight(int64_t h, bool up_value, float* scratch) const {
-        const int64_t rows = up_value ? dv : dn;
-        const int64_t first = h * (dn + dv) + (up_value ? dn : 0);
+        const int64_t rows = weight_rows(up_value), first = weight_first(h, up_value);
         if (weight_dtype == Dtype::kInt8) {
-            const auto* packed = static_cast<const int8_t*>(w_kv_b) + first * weight_row(r, weight_block);
-            kernels.widen_weights(packed, rows, r, weight_block, scratch, r_pad);
+            kernels.widen_weights(int8_weight(h, up_value), scratch, r_pad);
             return scratch;
         }
         const void* source = at(w_kv_b, weight_dtype, first * r);

@@ -64,7 +64,7 @@ struct QuantKernels {
     // 倍数，补的列是 0（key 是 kZeroPoint）。starts[i] = -kZeroPoint * Σ q[i]。packed 有 kTile * width 字节，64 字节对齐。与位数无关。
     void (*rectified_dots)(const int8_t* q, const int32_t* starts, int64_t rows, const uint8_t* keys, int64_t width,
         float* out, uint8_t* packed);
-    // y[rows, columns] = 激活 · 权重ᵀ，权重是 int8 的 w_kv_b 的若干行（见 Kernels::widen_weights），块同激活。scratch 同 multiply。与位数无关。
+    // y[rows, columns] = 激活 · 权重ᵀ，权重是 int8 的 w_kv_b 的若干行（见 Int8Rows），块同激活。scratch 同 multiply。与位数无关。
     void (*expand)(const QuantizedRows& rows, const int8_t* weights, int64_t columns, float* y, int64_t ldy, uint8_t* scratch);
     // 同 Kernels::attend，keys 与 values 是 int8 缓存的行；scratch 至少 int8_attend_scratch(width, value_width) 个 float。与位数无关。
     void (*attend)(const Block& block, float* scratch);

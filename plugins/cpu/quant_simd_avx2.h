@@ -147,24 +147,11 @@ inline Vector choose_by_sign(Vector sign, Vector negative, Vector other) {
 
 // 8 行各 32 字节：out 的第 q 个向量是各行的第 q 组 4 字节。
 inline void transpose(const Bytes (&rows)[8], uint8_t* out, int64_t stride) {
-    __m256i b[8];
-    for (int i = 0; i < 4; ++i) {
-        b[i] = _mm256_unpacklo_epi32(rows[2 * i].v, rows[2 * i + 1].v);
-        b[4 + i] = _mm256_unpackhi_epi32(rows[2 * i].v, rows[2 * i + 1].v);
+    __m256i words[8];
+    for (int i = 0; i < 8; ++i) {
+        words[i] = rows[i].v;
     }
-    // b[0..3]：每 128 位的第 0、1 组；b[4..7]：第 2、3 组。
-    for (int half = 0; half < 2; ++half) {
-        const __m256i* c = b + 4 * half;
-        const __m256i d[4] = {_mm256_unpacklo_epi64(c[0], c[1]), _mm256_unpackhi_epi64(c[0], c[1]),
-            _mm256_unpacklo_epi64(c[2], c[3]), _mm256_unpackhi_epi64(c[2], c[3])};
-        for (int i = 0; i < 2; ++i) {
-            const int q = 2 * half + i;
-            const __m256i low = _mm256_permute2x128_si256(d[i], d[2 + i], 0x20);
-            const __m256i high = _mm256_permute2x128_si256(d[i], d[2 + i], 0x31);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + q * stride), low);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (q + 4) * stride), high);
-        }
-    }
+    transpose_words(words, out, stride);
 }
 
 // 有符号的字节加 128 成为无符号的（Int8 的零点），或反过来。

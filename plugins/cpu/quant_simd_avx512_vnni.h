@@ -155,27 +155,11 @@ inline Vector choose_by_sign(Vector sign, Vector negative, Vector other) {
 
 // 16 行各 64 字节：out 的第 q 个向量是各行的第 q 组 4 字节。
 inline void transpose(const Bytes (&rows)[16], uint8_t* out, int64_t stride) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(rows[i].v, rows[i + 1].v);
-        b[i + 1] = _mm512_unpackhi_epi32(rows[i].v, rows[i + 1].v);
+    __m512i words[16];
+    for (int i = 0; i < 16; ++i) {
+        words[i] = rows[i].v;
     }
-    // a[4i + j]：第 4i..4i+3 行，每 128 位里的第 j 组。
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int j = 0; j < 4; ++j) {
-        const __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44), high = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xEE);
-        const __m512i low2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
-        const __m512i high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xEE);
-        _mm512_storeu_si512(out + j * stride, _mm512_shuffle_i32x4(low, low2, 0x88));
-        _mm512_storeu_si512(out + (4 + j) * stride, _mm512_shuffle_i32x4(low, low2, 0xDD));
-        _mm512_storeu_si512(out + (8 + j) * stride, _mm512_shuffle_i32x4(high, high2, 0x88));
-        _mm512_storeu_si512(out + (12 + j) * stride, _mm512_shuffle_i32x4(high, high2, 0xDD));
-    }
+    transpose_words(words, out, stride);
 }
 
 // 4 行各 64 字节：out 的第 k 个向量是第 16k..16k+15 列，一路一列，4 行的字节相邻。

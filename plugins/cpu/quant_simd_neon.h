@@ -151,31 +151,14 @@ inline Vector choose_by_sign(Vector sign, Vector negative, Vector other) {
     return {choose4(sign.lo, negative.lo, other.lo), choose4(sign.hi, negative.hi, other.hi)};
 }
 
-// 四行各 4 组 4 字节：out[q] 是各行的第 q 组。
-inline void transpose4(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d, uint8x16_t (&out)[4]) {
-    const uint32x4_t rows[4] = {
-        vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b), vreinterpretq_u32_u8(c), vreinterpretq_u32_u8(d)};
-    const uint64x2_t even[2] = {vreinterpretq_u64_u32(vtrn1q_u32(rows[0], rows[1])),
-        vreinterpretq_u64_u32(vtrn1q_u32(rows[2], rows[3]))};
-    const uint64x2_t odd[2] = {vreinterpretq_u64_u32(vtrn2q_u32(rows[0], rows[1])),
-        vreinterpretq_u64_u32(vtrn2q_u32(rows[2], rows[3]))};
-    out[0] = vreinterpretq_u8_u64(vtrn1q_u64(even[0], even[1]));
-    out[1] = vreinterpretq_u8_u64(vtrn1q_u64(odd[0], odd[1]));
-    out[2] = vreinterpretq_u8_u64(vtrn2q_u64(even[0], even[1]));
-    out[3] = vreinterpretq_u8_u64(vtrn2q_u64(odd[0], odd[1]));
-}
 // 8 行各 32 字节：out 的第 q 个向量是各行的第 q 组 4 字节。
 inline void transpose(const Bytes (&rows)[8], uint8_t* out, int64_t stride) {
-    for (int half = 0; half < 2; ++half) {
-        const Bytes* r = rows + 4 * half;
-        uint8x16_t low[4], high[4];
-        transpose4(r[0].lo, r[1].lo, r[2].lo, r[3].lo, low);
-        transpose4(r[0].hi, r[1].hi, r[2].hi, r[3].hi, high);
-        for (int q = 0; q < 4; ++q) {
-            vst1q_u8(out + q * stride + 16 * half, low[q]);
-            vst1q_u8(out + (4 + q) * stride + 16 * half, high[q]);
-        }
+    uint32x4_t words[8][2];
+    for (int i = 0; i < 8; ++i) {
+        words[i][0] = vreinterpretq_u32_u8(rows[i].lo);
+        words[i][1] = vreinterpretq_u32_u8(rows[i].hi);
     }
+    transpose_words(words, out, stride);
 }
 
 // 4 行各 32 字节：out 的第 k 个向量是第 8k..8k+7 列，一路一列，4 行的字节相邻。

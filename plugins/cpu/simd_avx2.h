@@ -66,4 +66,34 @@ inline void sum4(const Vector (&a)[4], float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 
+// 8 行各 8 个 32 位的字：第 q 个字的一列写在 out + q * stride，stride 以字节计。
+inline void transpose_words(const __m256i (&rows)[8], void* out, int64_t stride) {
+    __m256i b[8];
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        b[4 + i] = _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // b[0..3]：每 128 位的第 0、1 组；b[4..7]：第 2、3 组。
+    char* const to = static_cast<char*>(out);
+    for (int half = 0; half < 2; ++half) {
+        const __m256i* c = b + 4 * half;
+        const __m256i d[4] = {_mm256_unpacklo_epi64(c[0], c[1]), _mm256_unpackhi_epi64(c[0], c[1]),
+            _mm256_unpacklo_epi64(c[2], c[3]), _mm256_unpackhi_epi64(c[2], c[3])};
+        for (int i = 0; i < 2; ++i) {
+            const int q = 2 * half + i;
+            const __m256i low = _mm256_permute2x128_si256(d[i], d[2 + i], 0x20);
+            const __m256i high = _mm256_permute2x128_si256(d[i], d[2 + i], 0x31);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + q * stride), low);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (q + 4) * stride), high);
+        }
+    }
+}
+inline void transpose(const Vector (&rows)[8], float* out, int64_t stride) {
+    __m256i words[8];
+    for (int i = 0; i < 8; ++i) {
+        words[i] = _mm256_castps_si256(rows[i].v);
+    }
+    transpose_words(words, out, stride * static_cast<int64_t>(sizeof(float)));
+}
+
 }  // namespace

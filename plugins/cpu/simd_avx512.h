@@ -60,4 +60,37 @@ inline void sum4(const Vector (&a)[4], float* out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
+// 16 行各 16 个 32 位的字：第 q 个字的一列写在 out + q * stride，stride 以字节计。
+inline void transpose_words(const __m512i (&rows)[16], void* out, int64_t stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    // a[4i + j]：第 4i..4i+3 行，每 128 位里的第 j 组。
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    char* const to = static_cast<char*>(out);
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44), high = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xEE);
+        const __m512i low2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+        const __m512i high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xEE);
+        _mm512_storeu_si512(to + j * stride, _mm512_shuffle_i32x4(low, low2, 0x88));
+        _mm512_storeu_si512(to + (4 + j) * stride, _mm512_shuffle_i32x4(low, low2, 0xDD));
+        _mm512_storeu_si512(to + (8 + j) * stride, _mm512_shuffle_i32x4(high, high2, 0x88));
+        _mm512_storeu_si512(to + (12 + j) * stride, _mm512_shuffle_i32x4(high, high2, 0xDD));
+    }
+}
+inline void transpose(const Vector (&rows)[16], float* out, int64_t stride) {
+    __m512i words[16];
+    for (int i = 0; i < 16; ++i) {
+        words[i] = _mm512_castps_si512(rows[i].v);
+    }
+    transpose_words(words, out, stride * static_cast<int64_t>(sizeof(float)));
+}
+
 }  // namespace

@@ -63,4 +63,36 @@ inline void sum4(const Vector (&a)[4], float* out) {
     vst1q_f32(out, vpaddq_f32(first, last));
 }
 
+// 四行各 4 个字：out[q] 是各行的第 q 个。
+inline void transpose4(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d, uint32x4_t (&out)[4]) {
+    const uint64x2_t even[2] = {vreinterpretq_u64_u32(vtrn1q_u32(a, b)), vreinterpretq_u64_u32(vtrn1q_u32(c, d))};
+    const uint64x2_t odd[2] = {vreinterpretq_u64_u32(vtrn2q_u32(a, b)), vreinterpretq_u64_u32(vtrn2q_u32(c, d))};
+    out[0] = vreinterpretq_u32_u64(vtrn1q_u64(even[0], even[1]));
+    out[1] = vreinterpretq_u32_u64(vtrn1q_u64(odd[0], odd[1]));
+    out[2] = vreinterpretq_u32_u64(vtrn2q_u64(even[0], even[1]));
+    out[3] = vreinterpretq_u32_u64(vtrn2q_u64(odd[0], odd[1]));
+}
+// 8 行各 8 个 32 位的字：第 q 个字的一列写在 out + q * stride，stride 以字节计。
+inline void transpose_words(const uint32x4_t (&rows)[8][2], void* out, int64_t stride) {
+    uint8_t* const to = static_cast<uint8_t*>(out);
+    for (int half = 0; half < 2; ++half) {
+        for (int part = 0; part < 2; ++part) {
+            const auto* r = rows + 4 * half;
+            uint32x4_t columns[4];
+            transpose4(r[0][part], r[1][part], r[2][part], r[3][part], columns);
+            for (int q = 0; q < 4; ++q) {
+                vst1q_u8(to + (4 * part + q) * stride + 16 * half, vreinterpretq_u8_u32(columns[q]));
+            }
+        }
+    }
+}
+inline void transpose(const Vector (&rows)[8], float* out, int64_t stride) {
+    uint32x4_t words[8][2];
+    for (int i = 0; i < 8; ++i) {
+        words[i][0] = vreinterpretq_u32_f32(rows[i].lo);
+        words[i][1] = vreinterpretq_u32_f32(rows[i].hi);
+    }
+    transpose_words(words, out, stride * static_cast<int64_t>(sizeof(float)));
+}
+
 }  // namespace

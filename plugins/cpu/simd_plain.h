@@ -77,4 +77,13 @@ inline void sum4(const Vector (&a)[4], float* out) {
     }
 }
 
+// 8 行：第 q 个的一列写在 out + q * stride。
+inline void transpose(const Vector (&rows)[Vector::kLanes], float* out, int64_t stride) {
+    for (int q = 0; q < Vector::kLanes; ++q) {
+        for (int i = 0; i < Vector::kLanes; ++i) {
+            out[q * stride + i] = rows[i].v[q];
+        }
+    }
+}
+
 }  // namespace

@@ -154,6 +154,19 @@ def test_int8_weights(library, isa: str, form: str):
     check(library, isa, form, "float32", "bfloat16", long, "int8")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_few_rows_read_int8_weights_as_they_multiply(library, isa: str):
+    """CPU-16：行少时边读边展宽，行多时先展宽一遍：同一个序列在 1 行与 9 行的 batch 里逐位相同。"""
+    if isa not in library.isas:
+        pytest.skip(f"这台机器没有 {isa}")
+    session = session_for(library, "float32", "bfloat16", isa, "absorb", 1, "int8")
+    for block, widths in ((32, {"dn": 21, "dv": 6, "r": 96}), (64, {"dn": 5, "dv": 9, "r": 576})):
+        given = {**WIDE, **widths, "weight_dtype": "int8", "weight_block": block}
+        many = make_inputs("float32", "bfloat16", 1, 3, 60, (59, *range(8)), **given)
+        few = {name: array if name == "w_kv_b" else array[:1] for name, array in many.items()}
+        assert call(session, few)[0].tobytes() == call(session, many)[0][:1].tobytes()
+
+
 @pytest.mark.parametrize("width", [64, 65, 70, 72])
 def test_int8_weights_of_another_width_are_refused(library, width: int):
     """CPU-4、CPU-16：int8 的 w_kv_b 的一行是码与 scale，宽度不符就拒绝。"""
