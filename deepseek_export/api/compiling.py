@@ -60,7 +60,7 @@ def export(
         hash_weights: 见 :class:`~deepseek_export.bundle.description.ExportSettings`。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；``"checkpoint"``
             是 4 位的检查点照发布的码，其余保持浮点；缺省不量化，4 位的还原成浮点。
-        calibrate: 按这个文本文件校准 int4 的码（GPTQ），困惑度的损失更小；只用于 ``int4``、打包的权重，目录里要有 tokenizer。
+        calibrate: 按这个文本文件校准 int4 的码（GPTQ），预测离没有量化的更近；只用于 ``int4``、打包的权重，目录里要有 tokenizer。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive

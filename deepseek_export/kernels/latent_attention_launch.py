@@ -37,6 +37,7 @@ class AttentionTile:
         keys: ``BLOCK_N``。
         num_warps, num_stages: 见 :class:`KernelSpec`。
         apart: ``APART``，QKᵀ 的布局不随 PV 的。
+        clear: ``CLEAR``，每一行都看得见的整块另走一个循环。
     """
 
     rows: int
@@ -44,6 +45,7 @@ class AttentionTile:
     num_warps: int
     num_stages: int
     apart: bool = False
+    clear: bool = False
 
 
 #: 共享内存上限 → 各变体的块，行数升序；按 r=512、dr=64、两字节的缓存定的，编译测试核对每个都放得下。Hopper 起的 64 行是
@@ -54,11 +56,12 @@ _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
     {
         99 << 10: (AttentionTile(16, 32, 4, 3), AttentionTile(32, 16, 4, 3)),
         163 << 10: (AttentionTile(16, 32, 4, 4), AttentionTile(32, 32, 4, 4)),
-        227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 8, 2)),
+        227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 4)),
     }
 )
-#: Hopper 自己的：64 行的块断开两个 dot 之后 QKᵀ 只算一遍；一次 32 个 key，放得下三段，拷贝与计算才重叠。Blackwell 断开反而不重叠，不用。
-_HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True))
+#: Hopper 自己的：64 行的块断开两个 dot 之后 QKᵀ 只算一遍；一次 32 个 key，放得下三段，拷贝与计算才重叠；不遮的另走一个循环，指令才少到张量核发射槽的八成。
+#: Blackwell 断开反而多同步几次，不用。
+_HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True, clear=True))
 #: 一次看几个序列的长度。
 _SEQUENCES = 128
 #: 平均一个程序有这么多块 key 的，按整块分，差一块不过一成的一半；更少的按一个一个的 key 分，一个程序至少分 16 个（tl.dot 的下限）。
@@ -157,6 +160,7 @@ def latent_attention_launch(
                 "PLENTY": PLENTY,
                 "LEAST": LEAST,
                 "APART": int(tile.apart),
+                "CLEAR": int(tile.clear),
             },
             tile.num_warps,
             num_stages,

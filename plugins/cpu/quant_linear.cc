@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kTaskBytes = 64 * 1024;
 constexpr int64_t kMaxTasks = 128;
 // 一个任务至多几行激活：量化之后留在 L2，权重的重排仍分摊得掉。
-constexpr int64_t kTaskRows = 256;
+constexpr int64_t kTaskRows = 128;
 // 量化这么多个数以内，不值得分给别的线程。
 constexpr int64_t kSerialValues = 64 * 1024;
 
