@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -46,6 +46,7 @@ from deepseek_export.engine.layers import (
     missing_plugins,
     parse_layers,
     unfused_attention,
+    weight_bytes,
 )
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
@@ -64,6 +65,8 @@ from deepseek_export.progress import Progress
 from deepseek_export.version import __version__
 
 NO_INITIALIZERS: Mapping[str, np.ndarray] = MappingProxyType({})
+#: (builder, network, config) → plan；``None`` 是 TensorRT 报错。
+Serializer: TypeAlias = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def build_engine(
                 unfused_attention=unfused,
                 seconds=seconds,
                 workspace=activation_bytes(logger_for(trt).messages(), list(profiles)),
+                weights=weight_bytes(logger_for(trt).messages()),
                 best=graph.best,
             )
         record = EngineRecord(
@@ -180,6 +184,11 @@ def build_engine(
     return BuiltEngine(bundle, out, record, layers)
 
 
+def whole_plan(builder: Any, network: Any, config: Any) -> Any:
+    """整个 plan，在 TensorRT 自己的内存里。"""
+    return builder.build_serialized_network(network, config)
+
+
 def build_engine_bytes(
     trt: Any,
     flavour: Flavour,
@@ -188,6 +197,7 @@ def build_engine_bytes(
     profiles: Mapping[str, Mapping[str, Range]],
     progress: Progress,
     initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
+    serialize: Serializer = whole_plan,
 ) -> tuple[memoryview, str]:
     """一个 ONNX 文件 → 引擎与各层的文本。
 
@@ -201,6 +211,7 @@ def build_engine_bytes(
         profiles: 每个优化配置里各具名维的范围。
         progress: 进度。
         initializers: 代替文件里内容的权重，按引用的 bundle 里按配方生成的那些；引擎建好之前数组不能释放。
+        serialize: 建，交出 plan；只测量的（:mod:`perf.workload.engine_memory`）边建边收，不留整个的。
 
     Raises:
         DsxError: ``DSX-E914`` TensorRT 报错；``DSX-E916`` 插件内部出错。
@@ -230,7 +241,7 @@ def build_engine_bytes(
         )
         for ranges in profiles.values():
             config.add_optimization_profile(_optimization_profile(builder, network, ranges))
-        content = builder.build_serialized_network(network, config)
+        content = serialize(builder, network, config)
         if content is None or target.failures:
             raise _failure(target, model, logger.errors())
         content = memoryview(content).cast("B")

@@ -38,6 +38,7 @@ class AttentionTile:
         keys: ``BLOCK_N``。
         num_warps, num_stages: 见 :class:`KernelSpec`。
         apart: ``APART``，QKᵀ 的布局不随 PV 的。
+        clear: ``CLEAR``，每一行都看得见的整块另走一个循环。
     """
 
     rows: int
@@ -45,6 +46,7 @@ class AttentionTile:
     num_warps: int
     num_stages: int
     apart: bool = False
+    clear: bool = False
 
 
 #: 共享内存上限 → 各变体的块，行数升序；按 r=512、dr=64、两字节的缓存定的，编译测试核对每个都放得下。Hopper 起的 64 行是
@@ -55,11 +57,12 @@ _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
     {
         99 << 10: (AttentionTile(16, 32, 4, 3), AttentionTile(32, 16, 4, 3)),
         163 << 10: (AttentionTile(16, 32, 4, 4), AttentionTile(32, 32, 4, 4)),
-        227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 8, 2)),
+        227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 4)),
     }
 )
-#: Hopper 自己的：64 行的块断开两个 dot 之后 QKᵀ 只算一遍；一次 32 个 key，放得下三段，拷贝与计算才重叠。Blackwell 断开反而不重叠，不用。
-_HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True))
+#: Hopper 自己的：64 行的块断开两个 dot 之后 QKᵀ 只算一遍；一次 32 个 key，放得下三段，拷贝与计算才重叠；不遮的另走一个循环，指令才少到张量核发射槽的八成。
+#: Blackwell 断开反而多同步几次，不用。
+_HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True, clear=True))
 #: int8 的缓存：一个 key 的字节少四成多，展宽的码占寄存器，所以用 8 个 warp，另有一份；99 KiB 的卡上放不下两段 64 个 key，宁可重复一些 QKᵀ 也要重叠。
 _INT8_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
     {
@@ -170,6 +173,7 @@ def latent_attention_launch(
                 "PLENTY": PLENTY,
                 "LEAST": LEAST,
                 "APART": int(tile.apart),
+                "CLEAR": int(tile.clear),
             },
             tile.num_warps,
             num_stages,

@@ -30,7 +30,7 @@ from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import load_array
 from deepseek_export.ops.int8_cache import padded_rows
 from deepseek_export.parity.arrays import to_numpy, to_torch, widened
-from deepseek_export.parity.blocks import Block, Output
+from deepseek_export.parity.block import Block, Output
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
 from deepseek_export.parity.report import Case

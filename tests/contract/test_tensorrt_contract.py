@@ -99,7 +99,7 @@ def test_layers_match_what_is_recorded(built):
 
 
 def test_the_workspace_follows_the_span_not_the_capacity(built, bundle, tmp_path):
-    """TRT-15：构建日志里中间值的字节数：prefill 看的行数相同，容量四倍，一个字节也不多；看的行数多了才多。解码的与容量无关。"""
+    """TRT-15、TRT-18：构建日志里权重与中间值的字节数：prefill 看的行数相同，容量四倍，一个字节也不多；看的行数多了才多。解码的与容量无关。"""
     flavour, shapes = choose("rtx"), built[0].record.shapes
     trt, found = load(flavour), {}
     folder = shutil.copytree(built[0].path, tmp_path / "engine")
@@ -113,7 +113,10 @@ def test_the_workspace_follows_the_span_not_the_capacity(built, bundle, tmp_path
     assert found[128, 128] == found[512, 128]
     assert found[512, 512]["prefill"] > found[512, 128]["prefill"] > 0
     assert found[512, 512]["decode"] == found[128, 128]["decode"] > 0
-    assert set(built[0].record.plans["model.plan"].workspace) == {"decode", "prefill"}
+    plan = built[0].record.plans["model.plan"]
+    assert set(plan.workspace) == {"decode", "prefill"}
+    assert plan.weights is not None
+    assert 0.9 * (bundle.path / "weights/model.safetensors").stat().st_size < plan.weights < plan.bytes
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.sparse_mla_attention import sparse_mla_attention
 from deepseek_export.ops.table import LIGHTNING_INDEXER, MLA_ATTENTION, MOE_GATE, OPS, SPARSE_MLA_ATTENTION
 from deepseek_export.parity.arrays import to_numpy, to_torch
-from deepseek_export.parity.blocks import Output
+from deepseek_export.parity.block import Output
 from deepseek_export.parity.checks import Check
 from deepseek_export.parity.context import Context
 from deepseek_export.parity.keys import index_int8
