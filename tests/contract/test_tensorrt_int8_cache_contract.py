@@ -1,4 +1,4 @@
-"""specs/tensorrt 的 TRT-18：``mla.cache_dtype=int8`` 的引擎。没有 GPU 时能证明的：图、层、缓存的字节数、会话的地址与别名。"""
+"""specs/tensorrt 的 TRT-19：``mla.cache_dtype=int8`` 的引擎。没有 GPU 时能证明的：图、层、缓存的字节数、会话的地址与别名。"""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_the_cache_is_written_and_read_by_plugins(bundle: Bundle, built):
-    """TRT-18：两个配置里每层恰好一个写入的插件，没有一层把缓存抄一遍（否则建不出来）；解码由插件读码，prefill 融成原生注意力。"""
+    """TRT-19：两个配置里每层恰好一个写入的插件，没有一层把缓存抄一遍（否则建不出来）；解码由插件读码，prefill 融成原生注意力。"""
     config, layers = bundle.manifest.model, built.layers["model.plan"]
     counts = (config.num_hidden_layers, config.num_moe_layers)
     assert_plugin_layers(layers, *counts, updates=config.num_hidden_layers)
@@ -52,12 +52,12 @@ def test_the_cache_is_written_and_read_by_plugins(bundle: Bundle, built):
 
 
 def test_layers_match_what_is_recorded(built):
-    """TRT-18：引擎的层逐行记在 graphs/engines/。"""
+    """TRT-19：引擎的层逐行记在 graphs/engines/。"""
     assert_listing(NAME, 89, built.layers)
 
 
 def test_the_cache_takes_as_many_bytes_as_its_rows(bundle: Bundle, built):
-    """TRT-18：引擎的缓存输入输出是 int8，一个 token 一层是 16 的倍数个字节；会话按它分配，比 bfloat16 的少。"""
+    """TRT-19：引擎的缓存输入输出是 int8，一个 token 一层是 16 的倍数个字节；会话按它分配，比 bfloat16 的少。"""
     config, layers = bundle.manifest.model, bundle.manifest.model.num_hidden_layers
     width = config.latent_cache_width(True, aligned=True)
     assert width % 16 == 0
@@ -78,7 +78,7 @@ def test_the_cache_takes_as_many_bytes_as_its_rows(bundle: Bundle, built):
 
 @pytest.mark.slow
 def test_lowered_bundle_passes_parity_on_onnxruntime(checkpoint, tmp_path):
-    """TRT-18、TRT-2：下沉之后的图在 ONNX Runtime 上过 op、block、model 三级校验。"""
+    """TRT-19、TRT-2：下沉之后的图在 ONNX Runtime 上过 op、block、model 三级校验。"""
     options = {"target": "tensorrt-rtx", "dtype": "float16", "overrides": INT8}
     made = deepseek_export.export(checkpoint, tmp_path / "out", "mla+moe", **options)
     assert made.manifest.cache.dtype == "int8"
@@ -89,7 +89,7 @@ def test_lowered_bundle_passes_parity_on_onnxruntime(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_sessions_write_the_cache_in_place(checkpoint, tmp_path, monkeypatch):
-    """TRT-18：会话里 int8 的缓存原地更新、回滚：投机与否、一批、长短不齐，与 ONNX Runtime 上逐个相同（替身见 tests/fake_gpu.py）；由 portable 的 bundle 另导出的也是 int8。"""
+    """TRT-19：会话里 int8 的缓存原地更新、回滚：投机与否、一批、长短不齐，与 ONNX Runtime 上逐个相同（替身见 tests/fake_gpu.py）；由 portable 的 bundle 另导出的也是 int8。"""
     options = {"profile": "full", "dtype": "float16", "overrides": INT8}
     portable = deepseek_export.export(checkpoint, tmp_path / "portable", **options)
     made = buildable_bundle(portable, FLAVOURS["rtx"])

@@ -86,7 +86,7 @@ def test_attention_body_equals_the_reference(dtype):
 
 
 def test_whole_model_is_equal_on_both_sides_of_the_split(saved):
-    """TRT-18：下沉之后的图在 ONNX Runtime 上与 portable 相等，S 在分界两侧都比，长度不等；缓存里的字节前面相同、末尾是零；没有写过的行是任意的字节也一样。"""
+    """TRT-19：下沉之后的图在 ONNX Runtime 上与 portable 相等，S 在分界两侧都比，长度不等；缓存里的字节前面相同、末尾是零；没有写过的行是任意的字节也一样。"""
     config, store = model_config("v3"), saved("v3")[1].store
     profile = resolve_profile("mla", INT8)
     models = [
@@ -142,7 +142,7 @@ def test_whole_model_is_equal_on_both_sides_of_the_split(saved):
     [("auto", {"LatentAttention", "Attention"}), ("absorb", {"LatentAttention"}), ("naive", {"Attention"})],
 )
 def test_each_form_writes_through_the_plugin(form, present):
-    """TRT-18：每层一个 ``LatentCacheUpdate``，没有 ``TensorScatter``；解码、prefill 的路径同浮点的缓存。"""
+    """TRT-19：每层一个 ``LatentCacheUpdate``，没有 ``TensorScatter``；解码、prefill 的路径同浮点的缓存。"""
     module = GraphModule.from_captured(captured("v3", form), model_config("v3"), "float32", form)
     assert LowerMlaToTensorrtPass()(module).changed
     layers = module.config.num_hidden_layers
