@@ -338,4 +338,43 @@ inline constexpr Attribute<int64_t> k{"k"};
 inline constexpr Attribute<int64_t> block_size{"block_size"};
 }  // namespace int4_experts
 
+namespace int4_affine_linear {
+inline constexpr char const* kName = "Int4AffineLinear";
+enum Input : size_t { x, codes, scales, zero_points };
+inline constexpr std::array<Port, 4> kInputs{{
+    {"x", &kF32, 0},  // [..., K]
+    {"codes", &kU8, 3},  // [N, K/block_size, block_size/2]
+    {"scales", &kF16, 2},  // [N, K/block_size]
+    {"zero_points", &kU8, 2},  // [N, K/block_size/2]
+}};
+enum Output : size_t { y };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"y", &kF32, 0},  // [..., N]
+}};
+inline constexpr Attribute<int64_t> K{"K"};
+inline constexpr Attribute<int64_t> N{"N"};
+inline constexpr Attribute<int64_t> block_size{"block_size"};
+}  // namespace int4_affine_linear
+
+namespace int4_affine_experts {
+inline constexpr char const* kName = "Int4AffineExperts";
+enum Input : size_t { x, log_weights, gate_up, gate_up_scales, down, down_scales, gate_up_zero_points, down_zero_points };
+inline constexpr std::array<Port, 8> kInputs{{
+    {"x", &kF32, 2},  // [N, D]
+    {"log_weights", &kF32, 2},  // [N, E]
+    {"gate_up", &kU8, 3},  // [E, 2*I, D/2]
+    {"gate_up_scales", &kF16, 3},  // [E, 2*I, D/block_size]
+    {"down", &kU8, 3},  // [E, D, I/2]
+    {"down_scales", &kF16, 3},  // [E, D, I/block_size]
+    {"gate_up_zero_points", &kU8, 3},  // [E, 2*I, D/block_size/2]
+    {"down_zero_points", &kU8, 3},  // [E, D, I/block_size/2]
+}};
+enum Output : size_t { y };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"y", &kF32, 2},  // [N, D]
+}};
+inline constexpr Attribute<int64_t> k{"k"};
+inline constexpr Attribute<int64_t> block_size{"block_size"};
+}  // namespace int4_affine_experts
+
 }  // namespace dsx::ops

@@ -14,6 +14,7 @@ from deepseek_export.bundle import Bundle, WeightsMode
 from deepseek_export.bundle.disk import check_free_space, check_output, output_lock, output_path
 from deepseek_export.bundle.stages import STAGES_FILE, StageSet, requested_cuts
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.cpu_library import LIBRARY_TARGET
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_export
 from deepseek_export.paths import path_kind
@@ -88,7 +89,12 @@ def export(
         if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
             found = BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
         settings = ExportSettings(
-            resolved, target, dtype, weights, hash_weights, as_published(quantization, source, resolved)
+            resolved,
+            target,
+            dtype,
+            weights,
+            hash_weights,
+            as_published(quantization, source, resolved, affine=target == LIBRARY_TARGET),
         )
         if calibrate is not None:
             settings = _with_calibration(settings, Path(source), Path(calibrate), found)
@@ -190,9 +196,9 @@ def export_stages(
             with _checkpoint_directory(checkpoint, whole, settings.weights, True, tokenizer) as source:
                 opened = Checkpoint.open(source)
                 requested_cuts(stages, opened.config.num_hidden_layers)
-                settings = replace(
-                    settings, quantization=as_published(options.get("quantization"), source, resolved)
-                )
+                affine = settings.target == LIBRARY_TARGET
+                chosen = as_published(options.get("quantization"), source, resolved, affine)
+                settings = replace(settings, quantization=chosen)
                 if settings.weights == "packed":
                     check_free_space(out, 2 * packed_bytes(opened, settings))
                 bundle = export(source, whole, resolved, overwrite=True, progress=progress, **options)

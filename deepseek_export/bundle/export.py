@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from deepseek_export.checkpoint import (
     require_mtp,
     stop_token_ids,
 )
-from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.bind import bind_recipes, int4_layout
 from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.int4_published import int4_notes
 from deepseek_export.checkpoint.recipe import (
@@ -224,6 +225,7 @@ class _Export:
                     target=self.settings.target,
                     quantization=self.settings.quantization,
                     fp8=fp8,
+                    int4=partial(int4_layout, source),
                 )
             self.graphs.append(ExportedGraph(_file_name(index), captured, lowered))
         for graph in self.graphs:

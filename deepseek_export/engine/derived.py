@@ -208,7 +208,9 @@ def _dtype(manifest: Manifest) -> ModelDtype:
 def _quantization(manifest: Manifest) -> Quantization | None:
     if (entry := manifest.quantization) is None:
         return None
-    return Quantization(kind=entry.kind, block=entry.block, keep=tuple(entry.keep))
+    # TensorRT 的 int4 放不下零点：照发布的码写的、有零点的，那里精确地成为 int8。
+    kind = "int8" if any(form.zeros for form in manifest.formats.values()) else entry.kind
+    return Quantization(kind=kind, block=entry.block, keep=tuple(entry.keep))
 
 
 def _export_command(bundle: Bundle, dtype: ModelDtype, quantize: bool) -> str:

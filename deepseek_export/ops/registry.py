@@ -26,6 +26,8 @@ from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec
 from deepseek_export.ops.table import (
     DOMAIN,
     INDEX_TOPK,
+    INT4_AFFINE_EXPERTS,
+    INT4_AFFINE_LINEAR,
     INT4_EXPERTS,
     INT4_LINEAR,
     INT8_EXPERTS,
@@ -64,6 +66,8 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     INT4_LINEAR.name: (quant_linear.int4_linear, quant_linear.fake),
     INT8_EXPERTS.name: (quant_experts.int8_experts, quant_experts.fake),
     INT4_EXPERTS.name: (quant_experts.int4_experts, quant_experts.fake),
+    INT4_AFFINE_LINEAR.name: (quant_linear.int4_affine_linear, quant_linear.fake_affine),
+    INT4_AFFINE_EXPERTS.name: (quant_experts.int4_affine_experts, quant_experts.fake_affine),
 }
 _ATTRIBUTE_TYPES = {
     "int": defs.OpSchema.AttrType.INT,

@@ -261,31 +261,39 @@ SPEC_ACCEPT_REJECTION = OpSpec(
 )
 
 
-def _quantized_linear(bits: Literal[4, 8]) -> OpSpec:
-    """只量化权重的线性层：码减零点乘 scale 就是权重。只由 ``ort-cpu`` 的量化产生，函数体是一个 ``MatMulNBits``。"""
+def _quantized_linear(bits: Literal[4, 8], affine: bool = False) -> OpSpec:
+    """只量化权重的线性层：码减零点乘 scale 就是权重。只由 ``ort-cpu`` 的量化产生，函数体是一个 ``MatMulNBits``。
+
+    零点逐块给出的（``affine``，只有 4 位）是另一个算子：输入个数固定。
+    """
+    zeros = (Port("zero_points", "U8", ("N", "K/block_size/2")),) if affine else ()
     return OpSpec(
-        name=f"Int{bits}Linear",
-        torch_name=f"int{bits}_linear",
+        name=f"Int{bits}{_AFFINE[affine]}Linear",
+        torch_name=f"int{bits}_{_AFFINE[affine].lower()}{'_' if affine else ''}linear",
         inputs=(
             Port("x", "F32", ("...", "K")),
             Port("codes", "U8", ("N", "K/block_size", _packed("block_size", bits))),
             Port("scales", "F16", ("N", "K/block_size")),
+            *zeros,
         ),
         outputs=(Port("y", "F32", ("...", "N")),),
         attributes=(Attribute("K", "int"), Attribute("N", "int"), Attribute("block_size", "int")),
         doc=(
-            f"Linear layer with blockwise symmetric int{bits} weights: weight = (code - {1 << (bits - 1)}) * scale, the last "
-            f"block padded{_PAIRS[bits]}. "
+            f"Linear layer with blockwise {_weights(bits, affine)}; the last block is padded. "
             "A kernel may round each block of x, to about 15 bits at best (ours) or to int8 (MatMulNBits)."
         ),
     )
 
 
-def _quantized_experts(bits: Literal[4, 8]) -> OpSpec:
+def _quantized_experts(bits: Literal[4, 8], affine: bool = False) -> OpSpec:
     """只量化权重的路由专家，路由权重以对数给出；函数体是一个 ``QMoE``。D、I 是 block_size 的倍数。"""
+    zeros = (
+        Port("gate_up_zero_points", "U8", ("E", "2*I", "D/block_size/2")),
+        Port("down_zero_points", "U8", ("E", "D", "I/block_size/2")),
+    )
     return OpSpec(
-        name=f"Int{bits}Experts",
-        torch_name=f"int{bits}_experts",
+        name=f"Int{bits}{_AFFINE[affine]}Experts",
+        torch_name=f"int{bits}_{_AFFINE[affine].lower()}{'_' if affine else ''}experts",
         inputs=(
             Port("x", "F32", ("N", "D")),
             Port("log_weights", "F32", ("N", "E")),
@@ -293,20 +301,31 @@ def _quantized_experts(bits: Literal[4, 8]) -> OpSpec:
             Port("gate_up_scales", "F16", ("E", "2*I", "D/block_size")),
             Port("down", "U8", ("E", "D", _packed("I", bits))),
             Port("down_scales", "F16", ("E", "D", "I/block_size")),
+            *(zeros if affine else ()),
         ),
         outputs=(Port("y", "F32", ("N", "D")),),
         attributes=(Attribute("k", "int"), Attribute("block_size", "int")),
         doc=(
-            f"Routed SwiGLU experts with blockwise symmetric int{bits} weights, weight = (code - {1 << (bits - 1)}) * scale"
-            f"{_PAIRS[bits]}; gate and up rows alternate. Each token uses the k experts of largest log_weights, weighted by "
+            f"Routed SwiGLU experts with blockwise {_weights(bits, affine)}; gate and up rows alternate. "
+            "Each token uses the k experts of largest log_weights, weighted by "
             "the softmax over those k. "
             "A kernel may round each block of the activations, to about 15 bits at best (ours) or to int8 (QMoE)."
         ),
     )
 
 
-#: 契约里怎么说码的写法。
-_PAIRS: Mapping[int, str] = MappingProxyType({8: "", 4: ", two codes a byte, the lower half first"})
+#: 零点逐块给出的算子名里多一个词。
+_AFFINE = ("", "Affine")
+
+
+def _weights(bits: int, affine: bool) -> str:
+    """契约里怎么说码的写法。"""
+    pairs = (
+        "" if bits == 8 else f", two codes{' or zero points' if affine else ''} a byte, the lower half first"
+    )
+    if affine:
+        return f"int{bits} weights: weight = (code - zero point) * scale{pairs}"
+    return f"symmetric int{bits} weights: weight = (code - {1 << (bits - 1)}) * scale{pairs}"
 
 
 def _packed(dim: str, bits: int) -> str:
@@ -316,6 +335,10 @@ def _packed(dim: str, bits: int) -> str:
 
 INT8_LINEAR, INT4_LINEAR = _quantized_linear(8), _quantized_linear(4)
 INT8_EXPERTS, INT4_EXPERTS = _quantized_experts(8), _quantized_experts(4)
+INT4_AFFINE_LINEAR, INT4_AFFINE_EXPERTS = (
+    _quantized_linear(4, affine=True),
+    _quantized_experts(4, affine=True),
+)
 
 OPS: Mapping[str, OpSpec] = MappingProxyType(
     {
@@ -337,6 +360,8 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             INT4_LINEAR,
             INT8_EXPERTS,
             INT4_EXPERTS,
+            INT4_AFFINE_LINEAR,
+            INT4_AFFINE_EXPERTS,
         )
     }
 )
