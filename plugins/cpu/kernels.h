@@ -67,6 +67,8 @@ struct Kernels {
     void (*multiply_transposed_weights)(const float* a, int64_t lda, int64_t m, const Int8Rows& w, float* c, int64_t ldc, float* scales);
     // x[count] = max(x, 0)，就地；count 是 kPad 的倍数。
     void (*rectify)(float* x, int64_t count);
+    // dst[count] = src[count] 舍入到 bfloat16；count 是 kPad 的倍数。只有直接乘 bfloat16 的指令集有，别的是空。
+    void (*narrow)(const float* src, int64_t count, uint16_t* dst);
     // scratch 至少 attend_scratch(width) 个 float，64 字节对齐。
     void (*attend)(const Block& block, float* scratch);
 };
