@@ -13,6 +13,7 @@ constexpr int64_t kPairValues = 2 * Vector::kLanes;  // 一个向量里的 bfloa
 constexpr int kMixVectors = 2;
 constexpr int64_t kMixColumns = kMixVectors * Vector::kLanes;
 constexpr int64_t kScoreKeys = 4 * kScoreFours;
+static_assert(dsx::kBf16Pad % kPairValues == 0 && dsx::kBf16Pad % kMixColumns == 0);
 static_assert(kTile % kScoreKeys == 0 && kBlockRows % Vector::kLanes == 0 && Vector::kLanes % kMixRowsBf16 == 0);
 
 // kLanes 行 query → [width / 2, kLanes] 对；不足的行补零。

@@ -136,7 +136,8 @@ public:
     Expanded(const Shape& shape, float* memory)
         : s(shape), k_width(padded(s.dn + s.dr)), v_width(padded(s.dv)), k(memory), v(k + kExpandTile * k_width),
           narrow_k_(reinterpret_cast<uint16_t*>(v + kExpandTile * v_width)), narrow_v_(narrow_k_ + kExpandTile * k_width),
-          narrow_(s.cache_dtype == Dtype::kBfloat16 && s.kernels.narrow != nullptr) {
+          narrow_(s.cache_dtype == Dtype::kBfloat16 && s.kernels.narrow != nullptr && k_width % kBf16Pad == 0 &&
+                  v_width % kBf16Pad == 0) {
         std::fill(k, k + kExpandTile * (k_width + v_width), 0.0f);
     }
 
