@@ -111,6 +111,8 @@ _SCENARIO: Mapping[str, str] = MappingProxyType(
         "shape": "形状",
         "shapes": "形状",
         "models": "模型",
+        "model": "模型",
+        "kind": "权重的码",
         "batch": "batch",
         "batches": "batch",
         "dtypes": "dtype",

@@ -142,7 +142,6 @@ def export_bundle(
     """
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
     check_target(settings.target, settings.dtype)
-    check_cache(settings.target, settings.profile)
     if settings.quantization is not None:
         check_quantization(settings.target, settings.dtype)
     if settings.calibration is not None:
@@ -196,7 +195,9 @@ class _Export:
         self.progress.start("读检查点")
         with self.watch("checkpoint"):
             source = Checkpoint.open(checkpoint)
-            settings.profile.check_model(source.config.family, source.config.indexer is not None)
+            sparse = source.config.indexer is not None
+            settings.profile.check_model(source.config.family, sparse)
+            check_cache(settings.target, settings.profile, sparse)
             stop_token_ids(source.path, source.config)
             _carried_files(source.path)
             self._modules = require_mtp(source) if settings.profile.mtp.enabled else 0

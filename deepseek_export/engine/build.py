@@ -54,7 +54,13 @@ from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, Eng
 from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import toolkit_version
-from deepseek_export.ops.table import INDEX_TOPK, MOE_EXPERTS, QUANTIZED_LINEAR, QUANTIZED_MOE_EXPERTS
+from deepseek_export.ops.table import (
+    INDEX_TOPK,
+    LATENT_CACHE_UPDATE,
+    MOE_EXPERTS,
+    QUANTIZED_LINEAR,
+    QUANTIZED_MOE_EXPERTS,
+)
 from deepseek_export.progress import Progress
 from deepseek_export.version import __version__
 
@@ -261,10 +267,10 @@ def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> 
 
 
 def expected_plugins(profile: str, plugins: Mapping[str, str]) -> Mapping[str, str]:
-    """一个优化配置里一定要有的插件：解码是全部；prefill 的注意力走原生融合核，走不到的插件可以整条删掉，索引器、专家与线性层总要经过。"""
+    """一个优化配置里一定要有的插件：解码是全部；prefill 的注意力走原生融合核，走不到的插件可以整条删掉，缓存的写入、索引器、专家与线性层总要经过。"""
     if profile == "decode":
         return plugins
-    always = (INDEX_TOPK, MOE_EXPERTS, QUANTIZED_MOE_EXPERTS, QUANTIZED_LINEAR)
+    always = (LATENT_CACHE_UPDATE, INDEX_TOPK, MOE_EXPERTS, QUANTIZED_MOE_EXPERTS, QUANTIZED_LINEAR)
     return {node: op for node, op in plugins.items() if op in {spec.name for spec in always}}
 
 

@@ -16,6 +16,7 @@ from onnxscript import values
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops import index_topk, moe_experts, moe_gate, quant_experts, quant_linear, spec_accept
 from deepseek_export.ops import latent_attention as latent
+from deepseek_export.ops import latent_cache_update as update
 from deepseek_export.ops import lightning_indexer as indexer
 from deepseek_export.ops import mla_attention as mla
 from deepseek_export.ops import quantized_linear as linear
@@ -33,6 +34,7 @@ from deepseek_export.ops.table import (
     INT8_EXPERTS,
     INT8_LINEAR,
     LATENT_ATTENTION,
+    LATENT_CACHE_UPDATE,
     LIGHTNING_INDEXER,
     MLA_ATTENTION,
     MOE_EXPERTS,
@@ -54,6 +56,7 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     LIGHTNING_INDEXER.name: (indexer.lightning_indexer, indexer.fake),
     SPARSE_MLA_ATTENTION.name: (sparse.sparse_mla_attention, sparse.fake),
     LATENT_ATTENTION.name: (latent.latent_attention, latent.fake),
+    LATENT_CACHE_UPDATE.name: (update.latent_cache_update, update.fake),
     INDEX_TOPK.name: (index_topk.index_topk, index_topk.fake),
     SPARSE_LATENT_ATTENTION.name: (sparse_latent.sparse_latent_attention, sparse_latent.fake),
     MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),

@@ -5,7 +5,7 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
-``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``kw`` w_kv_b 一行的宽度（浮点是 ``r``，int8 是 ``r+2*r/block``，见
+``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，TensorRT 的目标上末尾补零到 16 的倍数，见 ``ops/int8_cache.py``），``kw`` w_kv_b 一行的宽度（浮点是 ``r``，int8 是 ``r+2*r/block``，见
 ``ops/weight_rows.py``），``Hi``/``di`` 索引器的头数与头宽
 （``index_n_heads``/``index_head_dim``），``iw`` 索引缓存一行的宽度（浮点是 ``di``，int8 是 ``di+3``，见 ``ops/int8_index.py``），``ks`` 每个 query 选几个 key（``index_topk``），``block_rows``/``block_size`` 一个 scale 管码的几行几列（除不尽的向上取整），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
@@ -98,7 +98,7 @@ LATENT_ATTENTION = OpSpec(
     torch_name="latent_attention",
     inputs=(
         Port("q", "T", ("B", "S", "H", "r+dr")),
-        Port("kv_cache", "F", ("B", "1", "T", "r+dr")),
+        Port("kv_cache", "C", ("B", "1", "T", "cw")),
         Port("past_lens", "I64", ("B",)),
     ),
     outputs=(Port("context", "T", ("H", "B*S", "r")),),
@@ -106,8 +106,28 @@ LATENT_ATTENTION = OpSpec(
     doc=(
         "Multi-query attention of absorbed queries over the latent cache, which serves as K (all columns) and as V (the "
         "first kv_lora_rank columns). Key j is visible to query i when j <= past_lens[b]+i. Accumulates in float32. context "
-        "is head-major, as the per-head product with W_UV reads it."
+        "is head-major, as the per-head product with W_UV reads it. An int8 cache row is that of LatentCacheUpdate."
     ),
+)
+
+#: int8 缓存的写入：量化新的 S 行，就地写。浮点的缓存由 ``TensorScatter`` 写。只由 TensorRT 的下沉产生。
+LATENT_CACHE_UPDATE = OpSpec(
+    name="LatentCacheUpdate",
+    torch_name="latent_cache_update",
+    inputs=(
+        Port("c_kv", "T", ("B", "S", "r")),
+        Port("k_pe", "T", ("B", "S", "dr")),
+        Port("kv_cache", "I8", ("B", "1", "T", "cw")),
+        Port("past_lens", "I64", ("B",)),
+    ),
+    outputs=(Port("kv_cache_out", "I8", ("B", "1", "T", "cw")),),
+    attributes=(),
+    doc=(
+        "Rounds the new rows to int8 and writes them at past_lens[b]..past_lens[b]+S-1 of the latent cache. The first "
+        "r+2*dr+6 bytes of a row are an int8 row of MlaAttention, the rest is zero. As a plugin it writes in place: "
+        "kv_cache_out is kv_cache."
+    ),
+    aliases=(("kv_cache_out", "kv_cache"),),
 )
 
 #: 索引器的打分与挑选。``index_cache`` 已写入本次的 S 行。只由 TensorRT 的下沉产生。
@@ -348,6 +368,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             LIGHTNING_INDEXER,
             SPARSE_MLA_ATTENTION,
             LATENT_ATTENTION,
+            LATENT_CACHE_UPDATE,
             INDEX_TOPK,
             SPARSE_LATENT_ATTENTION,
             MOE_GATE,

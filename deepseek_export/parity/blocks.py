@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
-from deepseek_export.ops.int8_cache import decode_rows
+from deepseek_export.ops.int8_cache import decode_rows, padded_rows
 from deepseek_export.ops.int8_index import decode_keys
 from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.parity.block import Block, Output
@@ -158,7 +158,8 @@ def attention_block(
     for tensor, new in zip(manifest.cache.of_layer(layer), updated, strict=True):
         value = names.cache_output(tensor.name, index)
         decode = _decoder(tensor.name, manifest) if new.dtype == torch.int8 else None
-        outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key, decode))
+        want = to_numpy(padded_rows(new, tensor.width))
+        outputs.append(Output(f"{prefix}{tensor.name}_out", value, want, key, decode))
     return Block(f"{prefix}self_attn", phase, feeds, tuple(outputs))
 
 
@@ -166,7 +167,8 @@ def _decoder(cache: str, manifest: Manifest) -> Callable[[Tensor], Tensor]:
     """int8 的缓存 ``cache`` 的一行怎么还原。"""
     if cache == INDEX_CACHE:
         return decode_keys
-    return partial(decode_rows, kv_lora_rank=manifest.model.kv_lora_rank)
+    config = manifest.model
+    return partial(decode_rows, kv_lora_rank=config.kv_lora_rank, dr=config.qk_rope_head_dim)
 
 
 def with_selection(

@@ -69,8 +69,8 @@ def check_target(target: str, dtype: ModelDtype) -> None:
         raise DsxError("DSX-E321", what, f"用 --dtype float16，或 --target {' / '.join(TENSORRT_TARGETS)}")
 
 
-def check_cache(target: str, profile: OptimizationProfile) -> None:
-    """这个目标能不能用方案里的缓存 dtype。
+def check_cache(target: str, profile: OptimizationProfile, sparse: bool) -> None:
+    """这个目标能不能用方案里的缓存 dtype；``sparse`` 是模型有没有稀疏注意力。
 
     Raises:
         DsxError: ``DSX-E322``，目标不支持 int8 缓存。
@@ -81,10 +81,10 @@ def check_cache(target: str, profile: OptimizationProfile) -> None:
             f"目标 {target} 不支持 dsa.index_cache_dtype=int8：TensorRT 的索引器只读浮点的缓存",
             "换 --target ort-cpu 或 portable；或去掉 dsa.index_cache_dtype",
         )
-    if profile.mla.cache_dtype == "int8" and target in TENSORRT_TARGETS:
+    if profile.mla.cache_dtype == "int8" and sparse and target in TENSORRT_TARGETS:
         raise DsxError(
             "DSX-E322",
-            f"目标 {target} 不支持 mla.cache_dtype=int8：TensorRT 的注意力核只读浮点的缓存",
+            f"目标 {target} 不支持稀疏注意力的 mla.cache_dtype=int8：TensorRT 的稀疏注意力核只读浮点的缓存",
             "换 --target ort-cpu 或 portable；或 --set mla.cache_dtype=float16",
         )
 
@@ -136,7 +136,7 @@ def lower(
         PassError: pass 自身的缺陷。
     """
     check_target(target, dtype)
-    check_cache(target, profile)
+    check_cache(target, profile, config.indexer is not None)
     if quantization is not None:
         check_quantization(target, dtype)
 

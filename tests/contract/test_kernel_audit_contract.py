@@ -59,9 +59,16 @@ QUANTIZED_ROWS = {
 }
 
 
+def int8_cache_tiles(sm: int) -> list[str]:
+    """int8 缓存的注意力各变体的块。"""
+    table = latent_attention_launch(sm, 128, 512, 64, 0.1147, "bfloat16", "int8")
+    found = [dict(one.constants) for one in table.kernels if one.function == "latent_attention_partial"]
+    return [f"{one['BLOCK_M']}x{one['BLOCK_N']}" for one in found]
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[int, list[LoopAudit]]:
-    return {sm: list(audits([sm], ())) for sm in SMS}
+    return {sm: list(audits([sm], (), ("bfloat16",))) for sm in SMS}
 
 
 @pytest.mark.parametrize("sm", sorted(SMS))
@@ -93,6 +100,32 @@ def test_quantized_loops_widen_in_registers(sm: int) -> None:
         assert one.unrolled == 1, one
         if sm != 100:
             assert problems(one) <= {"narrow"}, one
+
+
+#: int8 缓存的注意力做不到的：块 → 哪几种 SM 上、哪几条。
+#: 99 KiB 的卡：同浮点的 32x16，8 个 warp 里一半重算 QKᵀ，换来两段在路上、不溢出。
+#: 一次 64 个 key 的：scale 的那一段只有 1 KiB，摊到 256 个线程一条不到 128 位。
+#: Hopper、Blackwell：展宽的码与累加器占满寄存器，循环里要读回几个；Blackwell 64 行的块没有第二段缓冲，同浮点的。
+KNOWN_INT8: dict[str, dict[int, set[str]]] = {
+    "16x32": {sm: {"work"} for sm in (86, 89, 120, 121)},
+    "32x32": {sm: {"work"} for sm in (86, 89, 120, 121)},
+    "16x64": {80: {"narrow"}, 90: {"narrow", "spills"}, 100: {"narrow", "spills"}},
+    "32x64": {80: {"narrow"}},
+    "64x32": {90: {"spills"}, 100: {"overlap", "spills"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", sorted(SMS))
+def test_int8_cache_is_widened_in_registers(sm: int) -> None:
+    """KERNEL-13：int8 缓存的注意力：搬的恰好是这几行的字节，都是 128 位；乘加恰好，不溢出，等拷贝时下一组在路上。列着的做不到。"""
+    found = [one for one in audits([sm], (), ("int8",)) if one.tile.endswith(" int8")]
+    assert [one.tile.removesuffix(" int8") for one in found] == int8_cache_tiles(sm)
+    for one in found:
+        want = KNOWN_INT8.get(one.tile.removesuffix(" int8"), {}).get(sm, set())
+        assert problems(one) == want, one
+        assert one.copied == int(one.tile.split()[0].split("x")[1]) * 656
+        assert one.unrolled == 1 or "overlap" in want, one
 
 
 def test_the_known_list_names_tiles_that_exist(found: dict[int, list[LoopAudit]]) -> None:
@@ -198,6 +231,11 @@ def test_the_page_lists_what_is_compiled(found: dict[int, list[LoopAudit]]) -> N
     """docs/gpu.md 的那张表列着每一个，权重是码的在每种 SM 的末尾；数字随 Triton 的版本变，不核对。"""
     page = PAGE.read_text(encoding="utf-8")
     listed = [line.split(" | ") for line in page.splitlines() if line.startswith("| sm")]
+    coded = [row for row in listed if row[1] == "`latent_attention_partial`" and row[2].endswith(" int8")]
+    assert [row[2].removesuffix(" int8") for row in coded] == [
+        tile for sm in SMS for tile in int8_cache_tiles(sm)
+    ]
+    listed = [row for row in listed if row not in coded]
     rows = [row for row in listed if row[1].strip("`") not in QUANTIZED]
     assert len(NAMES) == len(FORMATS)
     assert len(listed) - len(rows) == len(QUANTIZED_ROWS) * len(SMS)
