@@ -66,6 +66,8 @@ class CompiledModel:
         backend: str | Backend = "ort",
         speculative_floor: bool = True,
     ) -> None:
+        if threads is not None:
+            check_positive("threads", threads)
         chosen = backend_named(backend) if isinstance(backend, str) else backend
         self.bundle = bundle = chosen.prepared(bundle)
         self._backend, self._engines = chosen.name, WeakSet[Engine]()

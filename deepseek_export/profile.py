@@ -179,6 +179,8 @@ def resolve_profile(
     else:
         values = _compose(spec)
     touched: list[tuple[str, str]] = []
+    if isinstance(overrides, str):
+        raise DsxError("DSX-E002", f"overrides 是字符串 {overrides!r}，要的是列表", f'写成 ["{overrides}"]')
     for item in overrides:
         section, key, value = _parse_override(item)
         values.setdefault(section, {})[key] = value

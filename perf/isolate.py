@@ -26,8 +26,13 @@ _SERVE = "--serve"
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-def call(function: str, **arguments: Any) -> dict[str, Any]:
+def call(function: str, environment: Mapping[str, str] = _NOTHING, /, **arguments: Any) -> dict[str, Any]:
     """在新进程里调用 ``模块:函数``，捕获的磁盘缓存关着。
+
+    Args:
+        function: ``模块:函数``。
+        environment: 子进程另加的环境变量。
+        **arguments: 函数的参数。
 
     Returns:
         ``seconds``（不含导入）、``peak``（整个进程，字节）与函数自己返回的字典。
@@ -41,7 +46,7 @@ def call(function: str, **arguments: Any) -> dict[str, Any]:
         text=True,
         check=False,
         cwd=ROOT,
-        env=os.environ | {"DSX_NO_CACHE": "1"},
+        env={**os.environ, "DSX_NO_CACHE": "1", **environment},
     )
     if done.returncode != 0:
         raise RuntimeError(f"{function}：{_last_line(done.stderr) or f'退出码 {done.returncode}'}")

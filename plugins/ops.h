@@ -42,9 +42,10 @@ inline constexpr Types kI32{1, {6}};  // int32
 inline constexpr Types kF32{1, {1}};  // float32
 inline constexpr Types kF16{1, {10}};  // float16
 inline constexpr Types kU8{1, {2}};  // uint8
+inline constexpr Types kI8{1, {3}};  // int8
 
 // 有 TensorRT 插件的算子。
-inline constexpr std::array<char const*, 6> kPlugins{"LatentAttention", "IndexTopK", "SparseLatentAttention", "MoeExperts", "QuantizedMoeExperts", "QuantizedLinear"};
+inline constexpr std::array<char const*, 7> kPlugins{"LatentAttention", "LatentCacheUpdate", "IndexTopK", "SparseLatentAttention", "MoeExperts", "QuantizedMoeExperts", "QuantizedLinear"};
 
 namespace mla_attention {
 inline constexpr char const* kName = "MlaAttention";
@@ -112,7 +113,7 @@ inline constexpr char const* kName = "LatentAttention";
 enum Input : size_t { q, kv_cache, past_lens };
 inline constexpr std::array<Port, 3> kInputs{{
     {"q", &kT, 4},  // [B, S, H, r+dr]
-    {"kv_cache", &kF, 4},  // [B, 1, T, r+dr]
+    {"kv_cache", &kC, 4},  // [B, 1, T, cw]
     {"past_lens", &kI64, 1},  // [B]
 }};
 enum Output : size_t { context };
@@ -122,6 +123,21 @@ inline constexpr std::array<Port, 1> kOutputs{{
 inline constexpr Attribute<float> scale{"scale"};
 inline constexpr Attribute<int64_t> kv_lora_rank{"kv_lora_rank"};
 }  // namespace latent_attention
+
+namespace latent_cache_update {
+inline constexpr char const* kName = "LatentCacheUpdate";
+enum Input : size_t { c_kv, k_pe, kv_cache, past_lens };
+inline constexpr std::array<Port, 4> kInputs{{
+    {"c_kv", &kT, 3},  // [B, S, r]
+    {"k_pe", &kT, 3},  // [B, S, dr]
+    {"kv_cache", &kI8, 4},  // [B, 1, T, cw]
+    {"past_lens", &kI64, 1},  // [B]
+}};
+enum Output : size_t { kv_cache_out };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"kv_cache_out", &kI8, 4},  // [B, 1, T, cw]
+}};
+}  // namespace latent_cache_update
 
 namespace index_topk {
 inline constexpr char const* kName = "IndexTopK";
@@ -337,5 +353,44 @@ inline constexpr std::array<Port, 1> kOutputs{{
 inline constexpr Attribute<int64_t> k{"k"};
 inline constexpr Attribute<int64_t> block_size{"block_size"};
 }  // namespace int4_experts
+
+namespace int4_affine_linear {
+inline constexpr char const* kName = "Int4AffineLinear";
+enum Input : size_t { x, codes, scales, zero_points };
+inline constexpr std::array<Port, 4> kInputs{{
+    {"x", &kF32, 0},  // [..., K]
+    {"codes", &kU8, 3},  // [N, K/block_size, block_size/2]
+    {"scales", &kF16, 2},  // [N, K/block_size]
+    {"zero_points", &kU8, 2},  // [N, K/block_size/2]
+}};
+enum Output : size_t { y };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"y", &kF32, 0},  // [..., N]
+}};
+inline constexpr Attribute<int64_t> K{"K"};
+inline constexpr Attribute<int64_t> N{"N"};
+inline constexpr Attribute<int64_t> block_size{"block_size"};
+}  // namespace int4_affine_linear
+
+namespace int4_affine_experts {
+inline constexpr char const* kName = "Int4AffineExperts";
+enum Input : size_t { x, log_weights, gate_up, gate_up_scales, down, down_scales, gate_up_zero_points, down_zero_points };
+inline constexpr std::array<Port, 8> kInputs{{
+    {"x", &kF32, 2},  // [N, D]
+    {"log_weights", &kF32, 2},  // [N, E]
+    {"gate_up", &kU8, 3},  // [E, 2*I, D/2]
+    {"gate_up_scales", &kF16, 3},  // [E, 2*I, D/block_size]
+    {"down", &kU8, 3},  // [E, D, I/2]
+    {"down_scales", &kF16, 3},  // [E, D, I/block_size]
+    {"gate_up_zero_points", &kU8, 3},  // [E, 2*I, D/block_size/2]
+    {"down_zero_points", &kU8, 3},  // [E, D, I/block_size/2]
+}};
+enum Output : size_t { y };
+inline constexpr std::array<Port, 1> kOutputs{{
+    {"y", &kF32, 2},  // [N, D]
+}};
+inline constexpr Attribute<int64_t> k{"k"};
+inline constexpr Attribute<int64_t> block_size{"block_size"};
+}  // namespace int4_affine_experts
 
 }  // namespace dsx::ops

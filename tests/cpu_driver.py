@@ -165,7 +165,7 @@ def linear(inputs: Mapping[str, np.ndarray], bits: int, block: int) -> Request:
     """``tests.quant_node.linear_inputs`` 的输入。"""
     *rows, K = inputs["x"].shape
     N = len(inputs["codes"])
-    arrays = tuple(inputs[name] for name in ("x", "codes", "scales"))
+    arrays = tuple(inputs.values())
     outputs = (((*rows, N), np.dtype(np.float32)),)
     return Request(_LINEAR, (bits, math.prod(rows), K, N, block), arrays, outputs)
 
@@ -174,9 +174,8 @@ def experts(inputs: Mapping[str, np.ndarray], bits: int, k: int, block: int) -> 
     """``tests.quant_node.experts_inputs`` 的输入。"""
     N, D = inputs["x"].shape
     E, inner = inputs["log_weights"].shape[1], inputs["down"].shape[2] * 8 // bits
-    names = ("x", "log_weights", "gate_up", "gate_up_scales", "down", "down_scales")
     outputs = (((N, D), np.dtype(np.float32)),)
-    return Request(_EXPERTS, (bits, N, D, inner, E, k, block), tuple(inputs[name] for name in names), outputs)
+    return Request(_EXPERTS, (bits, N, D, inner, E, k, block), tuple(inputs.values()), outputs)
 
 
 def indexer(inputs: Mapping[str, np.ndarray], topk: int, in_place: bool = True) -> Request:

@@ -37,12 +37,15 @@ def main(path: Path) -> None:
         session = make_session(library, "float32", "bfloat16", isa, "absorb", 2, "int8")
         given = WIDE | {"dn": 19, "dv": 6, "r": 96, "weight_dtype": "int8"}
         call(session, make_inputs("float32", "bfloat16", S, 3, 40, past, **given))
-    for isa, bits, block, (rows, K, N) in itertools.product(isas, (8, 4), (32, 64, 128), QUANT_SHAPES):
-        session = linear_session(library, bits, K, N, block, isa, threads=2)
-        call_quant(session, linear_inputs(bits, rows, K, N, block))
-    for isa, bits, block, N in itertools.product(isas, (8, 4), (32, 64, 128), (1, 30)):
-        inputs = experts_inputs(bits, N, 256, 128, 5, 2, block)
-        call_quant(experts_session(library, bits, 2, block, isa, threads=2), inputs)
+    formats = ((8, False), (4, False), (4, True))
+    for isa, (bits, affine), block, (rows, K, N) in itertools.product(
+        isas, formats, (32, 64, 128), QUANT_SHAPES
+    ):
+        session = linear_session(library, bits, K, N, block, isa, 2, affine)
+        call_quant(session, linear_inputs(bits, rows, K, N, block, affine=affine))
+    for isa, (bits, affine), block, N in itertools.product(isas, formats, (32, 64, 128), (1, 30)):
+        inputs = experts_inputs(bits, N, 256, 128, 5, 2, block, affine=affine)
+        call_quant(experts_session(library, bits, 2, block, isa, 2, affine), inputs)
     for isa, dtype, (S, T, past), in_place in itertools.product(
         isas, COMPUTES, SPARSE_SHAPES[1:4], (True, False)
     ):

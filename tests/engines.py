@@ -44,12 +44,13 @@ def assert_plugin_layers(
     num_indexers: int = 0,
     experts: str = "MoeExperts",
     linears: int = 0,
+    updates: int = 0,
 ) -> None:
-    """每层的插件一个不多、一个不少；``num_indexers`` 是自己排名的层数，0 是没有稀疏注意力的模型；``experts`` 是专家的插件，``linears`` 是读码的线性层。"""
+    """每层的插件一个不多、一个不少；``num_indexers`` 是自己排名的层数，0 是没有稀疏注意力的模型；``experts`` 是专家的插件，``linears`` 是读码的线性层，``updates`` 是写 int8 缓存的层。"""
     ops = Counter(layer.op for layer in layers["decode"] if layer.op)
     attention = "SparseLatentAttention" if num_indexers else "LatentAttention"
     wanted = {attention: num_layers, experts: num_moe_layers, "IndexTopK": num_indexers}
-    assert ops == Counter({**wanted, "QuantizedLinear": linears})
+    assert ops == Counter({**wanted, "QuantizedLinear": linears, "LatentCacheUpdate": updates})
     assert all(len(layer.onnx) == 1 for layer in layers["decode"] if layer.op)
     fused = [layer for layer in layers["prefill"] if "mha" in layer.name]
     assert [len(layer.onnx) for layer in fused] == [1] * num_layers

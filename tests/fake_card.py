@@ -20,6 +20,7 @@ import torch
 
 from deepseek_export.ops.index_topk import index_topk
 from deepseek_export.ops.latent_attention import latent_attention
+from deepseek_export.ops.latent_cache_update import latent_cache_update
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.ops.quantized_linear import quantized_linear
 from deepseek_export.ops.quantized_moe_experts import quantized_moe_experts
@@ -34,6 +35,10 @@ _ENOUGH = 8 << 30
 
 def _latent(table, q, cache, past):
     return (latent_attention(q, cache.nan_to_num(0), past, SCALE, LATENT),)
+
+
+def _update(table, *inputs):
+    return (latent_cache_update(*inputs),)
 
 
 def _sparse(table, q, cache, indices, counts):
@@ -59,6 +64,7 @@ def _coded(op, table, *inputs):
 
 _REFERENCES = {
     "LatentAttention": _latent,
+    "LatentCacheUpdate": _update,
     "SparseLatentAttention": _sparse,
     "IndexTopK": _select,
     "MoeExperts": _experts,

@@ -141,6 +141,7 @@ def every_suite() -> list[SuiteResult]:
                 "int8-cache",
                 "quant",
                 "scale",
+                "engine-memory",
             )
         ),
         suite(

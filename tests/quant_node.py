@@ -19,6 +19,8 @@ from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec
 from deepseek_export.ops.table import (
     DOMAIN,
+    INT4_AFFINE_EXPERTS,
+    INT4_AFFINE_LINEAR,
     INT4_EXPERTS,
     INT4_LINEAR,
     INT8_EXPERTS,
@@ -30,6 +32,16 @@ from deepseek_export.passes.ort_moe import MOE_ATTRIBUTES, SENTINEL
 
 LINEAR: Mapping[int, OpSpec] = MappingProxyType({8: INT8_LINEAR, 4: INT4_LINEAR})
 EXPERTS: Mapping[int, OpSpec] = MappingProxyType({8: INT8_EXPERTS, 4: INT4_EXPERTS})
+
+
+def linear_spec(bits: int, affine: bool) -> OpSpec:
+    """零点逐块给出的只有 4 位。"""
+    return INT4_AFFINE_LINEAR if affine else LINEAR[bits]
+
+
+def experts_spec(bits: int, affine: bool) -> OpSpec:
+    """同 :func:`linear_spec`。"""
+    return INT4_AFFINE_EXPERTS if affine else EXPERTS[bits]
 
 
 def op_session(library, spec: OpSpec, attributes: dict, isa: str = "", threads: int = 1):
@@ -46,28 +58,36 @@ def op_session(library, spec: OpSpec, attributes: dict, isa: str = "", threads: 
     return _session(node, spec, library, isa, threads)
 
 
-def linear_session(library, bits: int, K: int, N: int, block: int, isa: str = "", threads: int = 1):
-    """``dsx::Int8Linear``、``dsx::Int4Linear``。"""
-    return op_session(library, LINEAR[bits], {"K": K, "N": N, "block_size": block}, isa, threads)
+def linear_session(
+    library, bits: int, K: int, N: int, block: int, isa: str = "", threads: int = 1, affine: bool = False
+):
+    """``dsx::Int8Linear``、``dsx::Int4Linear``、``dsx::Int4AffineLinear``。"""
+    attributes = {"K": K, "N": N, "block_size": block}
+    return op_session(library, linear_spec(bits, affine), attributes, isa, threads)
 
 
 def onnxruntime_linear(inputs: dict[str, np.ndarray], bits: int, block: int) -> np.ndarray:
     """``MatMulNBits``，函数体里的那个节点，的输出。"""
     K, N = inputs["x"].shape[-1], len(inputs["codes"])
     attributes = {"K": K, "N": N, "block_size": block, "bits": bits, "accuracy_level": 4}
-    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain=MICROSOFT, **attributes)
-    constants = {"codes": inputs["codes"], "scales": inputs["scales"].astype(np.float32)}
-    return call(_session(node, LINEAR[bits], constants=constants), {"x": inputs["x"]})
+    node = helper.make_node("MatMulNBits", list(inputs), ["y"], domain=MICROSOFT, **attributes)
+    constants = inputs | {"scales": inputs["scales"].astype(np.float32)}
+    del constants["x"]
+    spec = linear_spec(bits, "zero_points" in inputs)
+    return call(_session(node, spec, constants=constants), {"x": inputs["x"]})
 
 
-def experts_session(library, bits: int, k: int, block: int, isa: str = "", threads: int = 1):
-    """``dsx::Int8Experts``、``dsx::Int4Experts``。"""
-    return op_session(library, EXPERTS[bits], {"k": k, "block_size": block}, isa, threads)
+def experts_session(
+    library, bits: int, k: int, block: int, isa: str = "", threads: int = 1, affine: bool = False
+):
+    """``dsx::Int8Experts``、``dsx::Int4Experts``、``dsx::Int4AffineExperts``。"""
+    return op_session(library, experts_spec(bits, affine), {"k": k, "block_size": block}, isa, threads)
 
 
 def onnxruntime_experts(inputs: dict[str, np.ndarray], bits: int, k: int, block: int) -> np.ndarray:
     """``QMoE``，函数体里的那个节点，的输出。"""
-    names = [port.name for port in EXPERTS[bits].inputs]
+    spec = experts_spec(bits, "down_zero_points" in inputs)
+    names = [port.name for port in spec.inputs]
     own = {
         "k": k,
         "block_size": block,
@@ -75,14 +95,16 @@ def onnxruntime_experts(inputs: dict[str, np.ndarray], bits: int, k: int, block:
         "accuracy_level": 4,
         "weights_prepacked": 0,
     }
-    ports = [*names[:4], "", *names[4:]]
+    ports = [*names[:4], "", *names[4:6]]
+    if names[6:]:
+        ports += [*[""] * (11 - len(ports)), *names[6:]]
     node = helper.make_node("QMoE", ports, ["y"], domain=MICROSOFT, **MOE_ATTRIBUTES, **own)
     constants = {
         name: inputs[name].astype(np.float32) if name.endswith("scales") else inputs[name]
         for name in names[2:]
     }
     feeds = {name: inputs[name] for name in names[:2]}
-    return call(_session(node, EXPERTS[bits], constants=constants), feeds)
+    return call(_session(node, spec, constants=constants), feeds)
 
 
 def _session(
@@ -116,20 +138,23 @@ def _session(
 
 
 def linear_inputs(
-    bits: int, rows: tuple[int, ...], K: int, N: int, block: int, seed: int = 0
+    bits: int, rows: tuple[int, ...], K: int, N: int, block: int, seed: int = 0, affine: bool = False
 ) -> dict[str, np.ndarray]:
-    """随机的 x [*rows, K]、码与 scale；补满最后一块的码也是随机的，不该影响结果。"""
+    """随机的 x [*rows, K]、码与 scale，``affine`` 时另有零点；补满最后一块的码、多出来的零点也是随机的，不该影响结果。"""
     rng = np.random.default_rng(seed)
     blocks = -(-K // block)
     x = rng.standard_normal((*rows, K), dtype=np.float32)
     x[..., K // 2 :] *= 30  # 各块的 scale 不同
     if x.size:
         x.reshape(-1, K)[0, : min(K, block)] = 0  # 全零的块
-    return {
+    made = {
         "x": x,
         "codes": rng.integers(0, 256, (N, blocks, block * bits // 8), dtype=np.uint8),
         "scales": (rng.uniform(0.5, 1.5, (N, blocks)) / (_SPREAD[bits] * K**0.5)).astype(np.float16),
     }
+    if affine:
+        made["zero_points"] = rng.integers(0, 256, (N, -(-blocks // 2)), dtype=np.uint8)
+    return made
 
 
 #: 均匀的码的标准差：还原的权重因此约为 1/√K。
@@ -137,9 +162,9 @@ _SPREAD = {8: 74, 4: 4.6}
 
 
 def experts_inputs(
-    bits: int, N: int, D: int, inner: int, E: int, k: int, block: int, seed: int = 0
+    bits: int, N: int, D: int, inner: int, E: int, k: int, block: int, seed: int = 0, affine: bool = False
 ) -> dict[str, np.ndarray]:
-    """随机的 x、码与 scale；每个 token 有 k 个专家的 log 权重，其余是哨兵。"""
+    """随机的 x、码与 scale，``affine`` 时另有零点；每个 token 有 k 个专家的 log 权重，其余是哨兵。"""
     rng = np.random.default_rng(seed)
     log_weights = np.full((N, E), SENTINEL, np.float32)
     for row in log_weights:
@@ -149,6 +174,10 @@ def experts_inputs(
         made[name] = rng.integers(0, 256, (E, rows, width * bits // 8), dtype=np.uint8)
         scales = rng.uniform(0.5, 1.5, (E, rows, width // block))
         made[f"{name}_scales"] = (scales / (_SPREAD[bits] * width**0.5)).astype(np.float16)
+    if affine:
+        for name, rows, width in (("gate_up", 2 * inner, D), ("down", D, inner)):
+            shape = (E, rows, -(-(width // block) // 2))
+            made[f"{name}_zero_points"] = rng.integers(0, 256, shape, dtype=np.uint8)
     return made
 
 
@@ -163,7 +192,9 @@ def experts_reference(
     def widened(name, e):
         codes = inputs[name][e]
         blocks = codes.reshape(len(codes), -1, block * bits // 8)
-        return weights(blocks, inputs[f"{name}_scales"][e], bits, codes.shape[-1] * 8 // bits)
+        zeros = inputs.get(f"{name}_zero_points")
+        own = None if zeros is None else zeros[e]
+        return weights(blocks, inputs[f"{name}_scales"][e], bits, codes.shape[-1] * 8 // bits, own)
 
     y = np.zeros(inputs["x"].shape, np.float64)
     for n, row in enumerate(inputs["log_weights"].astype(np.float64)):
@@ -190,12 +221,22 @@ def quantized(x: np.ndarray, block: int) -> np.ndarray:
     return (steps * (top / np.float32(127))).reshape(padded.shape)[..., :width]
 
 
-def weights(codes: np.ndarray, scales: np.ndarray, bits: int, width: int) -> np.ndarray:
-    """还原的权重 [..., width]，float64。"""
+def weights(
+    codes: np.ndarray, scales: np.ndarray, bits: int, width: int, zero_points: np.ndarray | None = None
+) -> np.ndarray:
+    """还原的权重 [..., width]，float64；没有零点的是 2^(bits-1)。"""
     if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
-    values = (codes.astype(np.float64) - (1 << (bits - 1))) * scales.astype(np.float64)[..., None]
+        codes = nibbles(codes)
+    zeros = np.float64(1 << (bits - 1))
+    if zero_points is not None:
+        zeros = nibbles(zero_points)[..., : scales.shape[-1], None].astype(np.float64)
+    values = (codes.astype(np.float64) - zeros) * scales.astype(np.float64)[..., None]
     return values.reshape(*scales.shape[:-1], -1)[..., :width]
+
+
+def nibbles(packed: np.ndarray) -> np.ndarray:
+    """最后一维一字节两个 4 位数，低位在前。"""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def call(session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> np.ndarray:

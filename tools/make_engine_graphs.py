@@ -32,6 +32,8 @@ WIDE = CONFIGS["deepseek_v3"] | {
     "q_lora_rank": 64,
     "v_head_dim": 32,
 }
+#: latent 宽一些，int8 的一行补零之后也比 bfloat16 的短。
+WIDE_LATENT = WIDE | {"kv_lora_rank": 64, "qk_rope_head_dim": 16}
 #: 同上，FP8 分块的检查点，块是发布的大小。
 WIDE_FP8 = WIDE | {
     "quantization_config": {
@@ -51,12 +53,14 @@ class Case(NamedTuple):
         dtype: 模型 dtype。
         quant: 只量化权重。
         linears: 几个线性层由插件读码。
+        overrides: 方案里另设的。
     """
 
     config: Mapping[str, Any] | None
     dtype: ModelDtype = "float16"
     quant: QuantKind | None = None
     linears: int = 0
+    overrides: tuple[str, ...] = ()
 
     @property
     def experts(self) -> str:
@@ -77,6 +81,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "wide.int8": Case(WIDE, "bfloat16", "int8", linears=15),
         "wide.int4": Case(WIDE, "bfloat16", "int4"),
         "wide.fp8": Case(WIDE_FP8, "bfloat16", linears=14),
+        "wide.int8-cache": Case(WIDE_LATENT, "bfloat16", overrides=("mla.cache_dtype=int8",)),
     }
 )
 NAMES = tuple(CASES)
@@ -101,7 +106,13 @@ def make_bundle(name: str, directory: Path) -> Bundle:
     checkpoint, out = make_checkpoint(name, directory), directory / f"{name}-out"
     quantization = None if case.quant is None else Quantization(kind=case.quant)
     return deepseek_export.export(
-        checkpoint, out, profile, target="tensorrt-rtx", dtype=case.dtype, quantization=quantization
+        checkpoint,
+        out,
+        profile,
+        target="tensorrt-rtx",
+        dtype=case.dtype,
+        quantization=quantization,
+        overrides=list(case.overrides),
     )
 
 

@@ -12,6 +12,8 @@ import click
 from deepseek_export.capture import CapturedModel, capture_draft, capture_model
 from deepseek_export.checkpoint import ModelConfig, parse_model_config
 from deepseek_export.checkpoint.families import FAMILIES, MOE_KEYS
+from deepseek_export.checkpoint.int4_config import Int4Layout
+from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.passes import graph_listing, lower
 from deepseek_export.profile import OptimizationProfile, resolve_profile
@@ -34,6 +36,9 @@ MTP_FAMILIES = ("deepseek_v3",)
 QUANTIZED: dict[str, tuple[str, Quantization]] = {
     "deepseek_v3": ("mla+moe", Quantization(kind="int4", block=32, keep=("lm_head",)))
 }
+
+#: 量化的清单之一：同样的格式，检查点里宽度除得尽的权重是 AWQ 的 4 位，零点照搬；只有 ``ort-cpu`` 放得下。
+AFFINE, AFFINE_TARGET = "int4-affine", "ort-cpu"
 
 #: 节点的写法由它们决定，记在每份清单的第一行。
 TOOLCHAIN = ("torch", "onnxscript", "onnx")
@@ -169,6 +174,11 @@ def golden_listings(family: str) -> Iterator[tuple[str, str]]:
             proto = lower(captured, config, profile, "float32", target, quantization=quantization).proto
             name = f"{family}.{profile.name}.{quantization.kind}.{target}.txt"
             yield name, f"{toolchain_line()}\n{graph_listing(proto)}"
+        lowered = lower(
+            captured, config, profile, "float32", AFFINE_TARGET, quantization=quantization, int4=_awq
+        )
+        name = f"{family}.{profile.name}.{AFFINE}.{AFFINE_TARGET}.txt"
+        yield name, f"{toolchain_line()}\n{graph_listing(lowered.proto)}"
     if family in MTP_FAMILIES:
         profile = resolve_profile("full")
         yield from _listings(f"{family}.full", capture_model(config, profile), config, profile)
@@ -182,7 +192,12 @@ def golden_names(family: str) -> set[str]:
     if family in QUANTIZED:
         profile, quantization = QUANTIZED[family]
         names |= {f"{family}.{profile}.{quantization.kind}.{target}.txt" for target in QUANT_TARGETS}
+        names.add(f"{family}.{profile}.{AFFINE}.{AFFINE_TARGET}.txt")
     return names
+
+
+def _awq(recipe: Recipe) -> Int4Layout | None:
+    return None if recipe.shape[-1] % 32 else Int4Layout("awq", 32, symmetric=False)
 
 
 def _listings(

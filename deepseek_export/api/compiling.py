@@ -14,6 +14,7 @@ from deepseek_export.bundle import Bundle, WeightsMode
 from deepseek_export.bundle.disk import check_free_space, check_output, output_lock, output_path
 from deepseek_export.bundle.stages import STAGES_FILE, StageSet, requested_cuts
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.cpu_library import LIBRARY_TARGET
 from deepseek_export.errors import DsxError
 from deepseek_export.extras import require_export
 from deepseek_export.paths import path_kind
@@ -59,7 +60,7 @@ def export(
         hash_weights: 见 :class:`~deepseek_export.bundle.description.ExportSettings`。
         quantization: 只量化权重（``Quantization(kind="int8", block=32)``），目标是 ``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``；``"checkpoint"``
             是 4 位的检查点照发布的码，其余保持浮点；缺省不量化，4 位的还原成浮点。
-        calibrate: 按这个文本文件校准 int4 的码（GPTQ），困惑度的损失更小；只用于 ``int4``、打包的权重，目录里要有 tokenizer。
+        calibrate: 按这个文本文件校准 int4 的码（GPTQ），预测离没有量化的更近；只用于 ``int4``、打包的权重，目录里要有 tokenizer。
         overrides: ``mla.form=absorb`` 形式的覆盖。
         overwrite: 允许替换已有的 bundle。
         check: 改名之前先校验（全部层级）。不过时按 ``fallback.on_drift``：``refuse`` 不产生 bundle；``naive`` 改用 naive
@@ -88,7 +89,12 @@ def export(
         if path_kind(Path(source) / "tokenizer.json", "DSX-E101") == "file":
             found = BundleTokenizer.load(source)  # 坏的当场说：bundle 的文件有哈希，导出之后换不了
         settings = ExportSettings(
-            resolved, target, dtype, weights, hash_weights, as_published(quantization, source, resolved)
+            resolved,
+            target,
+            dtype,
+            weights,
+            hash_weights,
+            as_published(quantization, source, resolved, affine=target == LIBRARY_TARGET),
         )
         if calibrate is not None:
             settings = _with_calibration(settings, Path(source), Path(calibrate), found)
@@ -190,9 +196,9 @@ def export_stages(
             with _checkpoint_directory(checkpoint, whole, settings.weights, True, tokenizer) as source:
                 opened = Checkpoint.open(source)
                 requested_cuts(stages, opened.config.num_hidden_layers)
-                settings = replace(
-                    settings, quantization=as_published(options.get("quantization"), source, resolved)
-                )
+                affine = settings.target == LIBRARY_TARGET
+                chosen = as_published(options.get("quantization"), source, resolved, affine)
+                settings = replace(settings, quantization=chosen)
                 if settings.weights == "packed":
                     check_free_space(out, 2 * packed_bytes(opened, settings))
                 bundle = export(source, whole, resolved, overwrite=True, progress=progress, **options)

@@ -30,7 +30,7 @@ def load(
 
     Args:
         bundle: ``export`` 的输出目录，或 ``split`` 的。
-        threads: 线程数；缺省由 ONNX Runtime 决定。
+        threads: 线程数，正整数；缺省由 ONNX Runtime 决定。
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
         speculative_floor: 投机解码不划算时退回普通解码；``False`` 一直投机。没有草稿模型时不起作用。
         verify_weights: 先读一遍全部权重，核对 sha256；缺省不读，只核对其余的文件（按引用的另抽查每个张量的几处）。
@@ -38,7 +38,7 @@ def load(
         cluster: 流水线的参数；只对一套 stage 起作用。
 
     Raises:
-        DsxError: 4xx bundle 有问题，其中 ``DSX-E412`` 是接连几次读到一半被换掉；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
+        DsxError: 4xx bundle 有问题，其中 ``DSX-E412`` 是接连几次读到一半被换掉；``DSX-E121`` 结束生成的 token 不能用；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E512`` ``threads`` 不是正整数；``DSX-E917`` / ``DSX-E918`` / ``DSX-E920``
             引擎用不了；一套 stage 另有 ``DSX-E741``，不完整，``DSX-E744``，进程起不来。
     """
     if is_stage_set(bundle):

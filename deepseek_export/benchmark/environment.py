@@ -15,7 +15,7 @@ from deepseek_export.machine import cores, cpu_flags, cpu_model, installed, memo
 _LIBRARIES = ("torch", "onnxruntime", "onnx", "transformers", "numpy")
 #: 决定矩阵乘快慢的那些标志；后三个是 ARM 的。
 _FLAGS = (
-    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8"),
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8"),
     *("asimddp", "i8mm", "bf16"),
 )
 

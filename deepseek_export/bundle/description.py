@@ -30,7 +30,7 @@ from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cpu_library import CpuLibrary
 from deepseek_export.passes import LoweredModel
 from deepseek_export.profile import OptimizationProfile
-from deepseek_export.records import ModelDtype
+from deepseek_export.records import TENSORRT_TARGETS, ModelDtype
 from deepseek_export.reference.model import INDEX_CACHE, CacheTensor, Forms, cache_tensors
 from deepseek_export.reference.weights import by_torch, torch_dtype
 from deepseek_export.version import __version__
@@ -120,7 +120,12 @@ def manifest_of(
         ),
         graphs=[_graph_entry(graph) for graph in graphs],
         cache=_cache_entry(
-            config, profile, dtype, cache_dtype, [i for graph in graphs for i in graph.captured.layers]
+            config,
+            profile,
+            dtype,
+            cache_dtype,
+            [i for graph in graphs for i in graph.captured.layers],
+            settings.target in TENSORRT_TARGETS,
         ),
         weights=weights,
         fallbacks=fallbacks,
@@ -136,12 +141,14 @@ def _cache_entry(
     dtype: ModelDtype,
     cache_dtype: CacheDtype,
     layers: list[int],
+    aligned: bool,
 ) -> CacheEntry:
-    """各层的缓存归成几种；不是每一层都有的写明哪些层，与 ``cache_dtype`` 不同的写明 dtype。"""
+    """各层的缓存归成几种；不是每一层都有的写明哪些层，与 ``cache_dtype`` 不同的写明 dtype。``aligned`` 见 :meth:`ModelConfig.latent_cache_width`。"""
     found: dict[CacheTensor, list[int]] = {}
     forms = Forms.for_capture(profile)
     for layer in layers:
-        for tensor in cache_tensors(config, forms, torch_dtype(cache_dtype), torch_dtype(dtype), layer):
+        stored, compute = torch_dtype(cache_dtype), torch_dtype(dtype)
+        for tensor in cache_tensors(config, forms, stored, compute, layer, aligned):
             found.setdefault(tensor, []).append(layer)
     return CacheEntry(
         tensors=[

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from deepseek_export.checkpoint import (
     require_mtp,
     stop_token_ids,
 )
-from deepseek_export.checkpoint.bind import bind_recipes
+from deepseek_export.checkpoint.bind import bind_recipes, int4_layout
 from deepseek_export.checkpoint.fp8_sources import Fp8Sources
 from deepseek_export.checkpoint.int4_published import int4_notes
 from deepseek_export.checkpoint.recipe import (
@@ -141,7 +142,6 @@ def export_bundle(
     """
     # 便宜的检查先做：捕获要好几秒，不该跑完才说目标不存在或目录已占用。
     check_target(settings.target, settings.dtype)
-    check_cache(settings.target, settings.profile)
     if settings.quantization is not None:
         check_quantization(settings.target, settings.dtype)
     if settings.calibration is not None:
@@ -195,7 +195,9 @@ class _Export:
         self.progress.start("读检查点")
         with self.watch("checkpoint"):
             source = Checkpoint.open(checkpoint)
-            settings.profile.check_model(source.config.family, source.config.indexer is not None)
+            sparse = source.config.indexer is not None
+            settings.profile.check_model(source.config.family, sparse)
+            check_cache(settings.target, settings.profile, sparse)
             stop_token_ids(source.path, source.config)
             _carried_files(source.path)
             self._modules = require_mtp(source) if settings.profile.mtp.enabled else 0
@@ -224,6 +226,7 @@ class _Export:
                     target=self.settings.target,
                     quantization=self.settings.quantization,
                     fp8=fp8,
+                    int4=partial(int4_layout, source),
                 )
             self.graphs.append(ExportedGraph(_file_name(index), captured, lowered))
         for graph in self.graphs:

@@ -191,9 +191,10 @@ class QuantizationEntry(_Entry):
             calibration=calibration,
         )
 
-    def formats(self, scale: ScaleDtype) -> dict[str, BlockFormat]:
-        """权重名 → 格式，供参考模型换上同样的权重；``scale`` 是 scale 的 dtype。"""
-        return dict.fromkeys(self.tensors, BlockFormat(kind=self.kind, block=self.block, scale=scale))
+    def formats(self, scale: ScaleDtype, zeros: bool) -> dict[str, BlockFormat]:
+        """权重名 → 格式，供参考模型换上同样的权重；``scale`` 是 scale 的 dtype，``zeros`` 是有没有零点。"""
+        form = BlockFormat(kind=self.kind, block=self.block, scale=scale, zeros=zeros)
+        return dict.fromkeys(self.tensors, form)
 
 
 class WeightsEntry(_Entry):
@@ -273,7 +274,8 @@ class Manifest(_Entry):
             return {}
         recipes = self.weights.recipes
         scales = (recipe.form.scale for recipe in recipes.values() if recipe.form is not None)
-        formats = self.quantization.formats(next(scales, self.dtype))
+        zeros = any(recipe.op == "zero_points" for recipe in recipes.values())
+        formats = self.quantization.formats(next(scales, self.dtype), zeros)
         # 词嵌入与 w_kv_b 有自己的格式：int4 的 bundle 里也是 int8。
         for name in formats:
             own = recipes.get(f"{name}.rows", recipes.get(f"{name}.lookup"))

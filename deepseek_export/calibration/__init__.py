@@ -1,4 +1,4 @@
-"""int4 的校准：让文本流过模型，按每个矩阵真实的输入取码，困惑度的损失比取最近的码小。"""
+"""int4 的校准：让文本流过模型，按每个矩阵真实的输入取码，预测比取最近的码离没有量化的近。"""
 
 from deepseek_export.calibration.gptq import DAMPING
 from deepseek_export.calibration.model import Calibrated, calibrate

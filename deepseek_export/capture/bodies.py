@@ -29,7 +29,13 @@ from deepseek_export.ops import moe_experts as experts
 from deepseek_export.ops import spec_accept as accept
 from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_gate import moe_gate
-from deepseek_export.ops.table import LATENT_ATTENTION, MLA_ATTENTION, MOE_EXPERTS, MOE_GATE
+from deepseek_export.ops.table import (
+    LATENT_ATTENTION,
+    LATENT_CACHE_UPDATE,
+    MLA_ATTENTION,
+    MOE_EXPERTS,
+    MOE_GATE,
+)
 from deepseek_export.reference.weights import by_torch
 
 
@@ -102,15 +108,25 @@ def latent_attention_body(
     config: ModelConfig, dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> onnx.FunctionProto:
     """``LatentAttention`` 的函数体；参数同 :func:`mla_attention_body`。"""
-    width = config.latent_cache_values
+    width = config.latent_cache_width(cache_dtype == torch.int8, aligned=True)
     inputs = {
-        "q": Spec(("B", "S", config.num_attention_heads, width), dtype),
+        "q": Spec(("B", "S", config.num_attention_heads, config.latent_cache_values), dtype),
         "kv_cache": Spec(("B", 1, "T", width), cache_dtype),
         "past_lens": Spec(("B",), torch.int64),
         "scale": Spec((), torch.float32),
     }
     traced = trace_function(latent_attention, inputs, ["context"], kv_lora_rank=config.kv_lora_rank)
     return function_of(LATENT_ATTENTION, [scale_node(), *nodes_of(traced, "latent")])
+
+
+@functools.lru_cache(maxsize=16)
+def latent_cache_update_body(config: ModelConfig, dtype: torch.dtype) -> onnx.FunctionProto:
+    """``LatentCacheUpdate`` 的函数体。"""
+    new, _ = mla_specs(config, dtype, torch.int8)
+    width = config.latent_cache_width(True, aligned=True)
+    inputs = new | {"kv_cache": Spec(("B", 1, "T", width), torch.int8)}
+    traced = trace_function(mla.update_cache, inputs, ["kv_cache_out"])
+    return function_of(LATENT_CACHE_UPDATE, nodes_of(traced, "cache"))
 
 
 @functools.lru_cache(maxsize=16)

@@ -43,6 +43,11 @@ def bind_recipes(recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> dict[
     return dict(recipes)
 
 
+def int4_layout(checkpoint: Checkpoint, recipe: Recipe) -> Int4Layout | None:
+    """一个浮点权重在检查点里怎么排；不是 4 位的为 ``None``。错误同 :func:`bind_recipes`。"""
+    return bind_recipes({"": recipe}, checkpoint)[""].int4
+
+
 def _bound(
     recipes: Mapping[str, Recipe],
     special: Callable[[str], bool],

@@ -32,6 +32,9 @@ from deepseek_export.checkpoint.rope_config import MAX_LENGTH, RopeConfig, parse
 from deepseek_export.errors import DsxError
 from deepseek_export.paths import read_text
 
+#: TensorRT 的目标上 int8 缓存的一行凑整到几个字节：128 位的拷贝。
+ROW_ALIGNMENT = 16
+
 _MAX_LAYERS, _MAX_EXPERTS = 1024, 4096
 
 
@@ -132,9 +135,17 @@ class ModelConfig:
         """潜缓存每 token 每层有几个数。"""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def latent_cache_width(self, int8: bool) -> int:
-        """潜缓存的一行有几个元素；int8 的行里 latent 各一个码、旋转部分各两个字节、两个 scale 共六个字节。"""
-        return self.kv_lora_rank + 2 * self.qk_rope_head_dim + 6 if int8 else self.latent_cache_values
+    def latent_cache_width(self, int8: bool, aligned: bool = False) -> int:
+        """潜缓存的一行有几个元素；int8 的行里 latent 各一个码、旋转部分各两个字节、两个 scale 共六个字节。
+
+        Args:
+            int8: 缓存是 int8 的。
+            aligned: TensorRT 的目标：int8 的行末尾补零到 16 个字节的倍数，见 ``ops/int8_cache.py``。
+        """
+        if not int8:
+            return self.latent_cache_values
+        width = self.kv_lora_rank + 2 * self.qk_rope_head_dim + 6
+        return math.ceil(width / ROW_ALIGNMENT) * ROW_ALIGNMENT if aligned else width
 
     def index_cache_width(self, int8: bool) -> int:
         """索引 key 的一行有几个元素：浮点就是 ``index_head_dim``，int8 见 ``ops/int8_index.py``；没有稀疏注意力是 0。"""

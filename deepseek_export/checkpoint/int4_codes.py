@@ -1,7 +1,8 @@
 """已发布的 4 位权重照原来的码写成 dsx 的码，不重新量化。
 
-对称的是 int4：同样的 4 位，同样的 scale。有零点的（AWQ、GPTQ 的 sym=false）dsx 的 int4 算子没有地方放零点，而码减去零点在 -16 到 15
-之间，int8 放得下，所以精确地写成 int8，大一倍。scale 换成算子要的 dtype：放得下的（float16 的总是，bfloat16 的不小于 2^-17 的总是）一位不差，
+对称的是 int4：同样的 4 位，同样的 scale。有零点的（AWQ、GPTQ 的 sym=false）在 ``ort-cpu`` 上也是同样的 4 位，零点每块 4 位另存
+（``dsx::Int4AffineLinear``、``dsx::Int4AffineExperts``）；TensorRT 的 int4 没有地方放零点，而码减去零点在 -16 到 15 之间，int8 放得下，
+所以精确地写成 int8，大一倍。scale 换成算子要的 dtype：放得下的（float16 的总是，bfloat16 的不小于 2^-17 的总是）一位不差，
 放不下的舍入，由 :func:`rounding` 算出差多少；超出范围的拒绝。
 """
 
@@ -25,7 +26,14 @@ def keeps_codes(layout: Int4Layout | None, form: BlockFormat) -> bool:
     """照原来的码写得出来吗：组依次排列，是块的倍数，码放得下。"""
     if layout is None or layout.act_order or layout.group % form.block:
         return False
-    return form.kind == "int8" or layout.symmetric
+    return form.kind == "int8" or layout.symmetric or form.zeros
+
+
+def with_zeros(layout: Int4Layout | None, form: BlockFormat) -> BlockFormat:
+    """``form``，来源的码有零点而照写成 int4 时带上零点；只用于放得下零点的算子。"""
+    affine = form.model_copy(update={"zeros": True})
+    asymmetric = layout is not None and not layout.symmetric and form.kind == "int4"
+    return affine if asymmetric and keeps_codes(layout, affine) else form
 
 
 def kept_scales(weight: Int4Weight, form: BlockFormat, start: int, stop: int) -> np.ndarray:
@@ -49,9 +57,23 @@ def kept_scales(weight: Int4Weight, form: BlockFormat, start: int, stop: int) ->
 
 def kept_codes(weight: Int4Weight, form: BlockFormat, start: int, stop: int) -> np.ndarray:
     """[行, K/block, block*bits/8] uint8，无符号的写法。"""
-    codes = (weight.steps(start, stop).astype(np.int16) + form.zero).astype(np.uint8)
+    if form.zeros:
+        codes = weight.codes(start, stop)
+    else:
+        codes = (weight.steps(start, stop).astype(np.int16) + form.zero).astype(np.uint8)
     codes = codes.reshape(stop - start, -1, form.block)
-    return codes if form.bits == 8 else codes[..., ::2] | (codes[..., 1::2] << 4)
+    return codes if form.bits == 8 else _paired(codes)
+
+
+def kept_zeros(weight: Int4Weight, form: BlockFormat, start: int, stop: int) -> np.ndarray:
+    """[行, ceil(K/block/2)] uint8，每块一个 4 位的零点，低位在前；一组里的几块相同。"""
+    zeros = np.repeat(weight.zeros[start:stop].astype(np.uint8), weight.layout.group // form.block, axis=-1)
+    return _paired(np.pad(zeros, ((0, 0), (0, zeros.shape[-1] % 2))))
+
+
+def _paired(nibbles: np.ndarray) -> np.ndarray:
+    """相邻两个 4 位数一字节，低位在前。"""
+    return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
 
 
 def kept_signed_codes(weight: Int4Weight, form: BlockFormat, start: int, stop: int) -> np.ndarray:

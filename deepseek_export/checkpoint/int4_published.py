@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from deepseek_export.checkpoint.bind import bind_recipes
 from deepseek_export.checkpoint.checkpoint import Checkpoint, require_mtp
-from deepseek_export.checkpoint.int4_codes import keeps_codes
+from deepseek_export.checkpoint.int4_codes import keeps_codes, with_zeros
 from deepseek_export.checkpoint.recipe import Recipe, mtp_recipes, weight_recipes
 from deepseek_export.checkpoint.weight_only import QuantBlock, Quantization
 from deepseek_export.errors import DsxError
@@ -19,7 +19,10 @@ AS_PUBLISHED: Literal["checkpoint"] = "checkpoint"
 
 
 def as_published(
-    quantization: Quantization | Literal["checkpoint"] | None, path: Path | str, profile: OptimizationProfile
+    quantization: Quantization | Literal["checkpoint"] | None,
+    path: Path | str,
+    profile: OptimizationProfile,
+    affine: bool,
 ) -> Quantization | None:
     """``"checkpoint"`` 换成由检查点得出的，其余原样。
 
@@ -27,6 +30,7 @@ def as_published(
         quantization: 用户要的。
         path: 检查点目录。
         profile: 方案，决定要不要 MTP 层。
+        affine: 见 :func:`published_quantization`。
 
     Raises:
         DsxError: 见 :func:`published_quantization`；1xx 检查点。
@@ -34,17 +38,19 @@ def as_published(
     if quantization != AS_PUBLISHED:
         return quantization
     checkpoint = Checkpoint.open(path)
-    return published_quantization(checkpoint, require_mtp(checkpoint) if profile.mtp.enabled else 0)
+    return published_quantization(checkpoint, require_mtp(checkpoint) if profile.mtp.enabled else 0, affine)
 
 
-def published_quantization(checkpoint: Checkpoint, modules: int) -> Quantization:
+def published_quantization(checkpoint: Checkpoint, modules: int, affine: bool) -> Quantization:
     """由检查点得出怎么量化。
 
-    对称的是 int4，有零点的是 int8（见 :mod:`~deepseek_export.checkpoint.int4_codes`），块就是检查点的组；检查点里不是 4 位的都在 ``keep`` 里。
+    是 int4；有零点而目标的 int4 放不下零点的是 int8（见 :mod:`~deepseek_export.checkpoint.int4_codes`）。块就是检查点的组；检查点里不是 4 位的
+    都在 ``keep`` 里。
 
     Args:
         checkpoint: 已核对的检查点。
         modules: 要用几个 MTP 模块。
+        affine: 目标的 int4 放得下零点。
 
     Raises:
         DsxError: ``DSX-E653``，检查点不是 4 位的，或组的次序任意，照原来的码写不出来；其余见 ``bind_recipes``。
@@ -57,14 +63,15 @@ def published_quantization(checkpoint: Checkpoint, modules: int) -> Quantization
             "用 --quant int8 或 int4 量化，或去掉 --quant",
         )
     layout = config.int4.layout
-    kind: Literal["int8", "int4"] = "int4" if layout.symmetric else "int8"
+    kind: Literal["int8", "int4"] = "int4" if layout.symmetric or affine else "int8"
     recipes = weight_recipes(config, "float16")
     for index in range(modules):
         recipes |= mtp_recipes(config, index, "float16")
     bound = bind_recipes(recipes, checkpoint)
     quantization = Quantization(kind=kind, block=cast(QuantBlock, layout.group), keep=tuple(_floating(bound)))
+    form = quantization.format("float16")
     for name, recipe in bound.items():
-        if recipe.int4 is not None and not keeps_codes(recipe.int4, quantization):
+        if recipe.int4 is not None and not keeps_codes(recipe.int4, with_zeros(recipe.int4, form)):
             raise DsxError(
                 "DSX-E653",
                 f"{name} 的组次序任意（act-order，g_idx 不是依次排列的），照原来的码写不出来",
@@ -84,7 +91,7 @@ def int4_notes(recipes: Mapping[str, Recipe]) -> list[str]:
         )
     if changed:
         lines.append(
-            f"{len(changed)} 个权重在检查点里是 4 位，重新量化了，例如 {changed[0]}：块除不尽检查点的组、有零点而要 int4，或组的次序任意"
+            f"{len(changed)} 个权重在检查点里是 4 位，重新量化了，例如 {changed[0]}：块除不尽检查点的组、有零点而目标的 int4 放不下，或组的次序任意"
         )
     return lines
 

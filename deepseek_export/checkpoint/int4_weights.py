@@ -176,7 +176,7 @@ class Int4Weight:
         return scales
 
     def _read_zeros(self) -> np.ndarray:
-        """[N, G] int8，0 到 16。"""
+        """[N, G] int8，0 到 15。"""
         layout, rows = self.layout, self.shape[0]
         if layout.method == "compressed-tensors":
             if layout.symmetric:

@@ -26,6 +26,7 @@ from deepseek_export.checkpoint.int4_codes import (
     kept_rows,
     kept_scales,
     kept_signed_codes,
+    kept_zeros,
 )
 from deepseek_export.checkpoint.int4_config import Int4Layout
 from deepseek_export.checkpoint.int4_weights import Int4Weight, weight_shape
@@ -66,7 +67,7 @@ class Recipe(BaseModel):
             gate 行与 up 行交错（``[E, 2I, D]``，ONNX Runtime ``MoE`` 的 ``swiglu_fusion=1``）；``deinterleave`` 按 ``groups``
             重排行；``zeros`` 全零；
             ``codes``、``scales`` 是 ``of`` 按 ``form`` 量化之后的码与 scale；码的 dtype 是 ``uint8`` 则是无符号的写法，是
-            ``int8``、``int4`` 则是有符号的；``rows`` 是一行的码与 scale 放在一起，见 :mod:`deepseek_export.ops.weight_rows`。
+            ``int8``、``int4`` 则是有符号的；``zero_points`` 是照写的码的零点；``rows`` 是一行的码与 scale 放在一起，见 :mod:`deepseek_export.ops.weight_rows`。
         sources: 检查点张量名。写成 JSON 时，编号连续的专家折成一个：``…experts.{0..255}.gate_proj.weight``、
             ``…experts.{0..255}.{gate_proj,up_proj}.weight``，含义同 shell 的花括号。
         shape: initializer 的形状。
@@ -74,14 +75,16 @@ class Recipe(BaseModel):
         groups: （每组行数，组末几行）：每组最后那几行由成对 (x0, x1) 改成前后两半，只有 ``deinterleave`` 有。
         block_size: 来源是 FP8 时每个 scale 管的块（行、列），先按 ``来源名_scale_inv`` 反量化；``None`` 表示来源不是 FP8。
         int4: 来源是 4 位时怎么排，先还原；``None`` 表示来源不是 4 位。
-        of: 量化之前的配方，只有 ``codes``、``scales``、``rows`` 有。
-        form: 量化的格式，只有 ``codes``、``scales``、``rows`` 有。
+        of: 量化之前的配方，只有 ``codes``、``scales``、``zero_points``、``rows`` 有。
+        form: 量化的格式，有 ``of`` 的才有。
         calibrated: 码与 scale 是校准得来的，不能由检查点一步算出：导出时读 :func:`calibrated_name` 的张量，之后在 bundle 的权重文件里。
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    op: Literal["copy", "stack", "stack_swiglu", "deinterleave", "zeros", "codes", "scales", "rows"]
+    op: Literal[
+        "copy", "stack", "stack_swiglu", "deinterleave", "zeros", "codes", "scales", "zero_points", "rows"
+    ]
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: InitializerDtype
@@ -162,6 +165,13 @@ def quantized_recipes(recipe: Recipe, form: BlockFormat, signed: bool = False) -
     else:
         codes = part("codes", (*rows, blocks, form.block * form.bits // 8), "uint8")
     return codes, part("scales", (*rows, blocks), form.scale)
+
+
+def zero_points(recipe: Recipe, form: BlockFormat) -> Recipe:
+    """:func:`quantized_recipes` 的码的零点，[..., ceil(块数/2)]；``form`` 带着零点。"""
+    *rows, width = recipe.shape
+    shape = (*rows, (width // form.block + 1) // 2)
+    return Recipe(op="zero_points", sources=recipe.sources, shape=shape, dtype="uint8", of=recipe, form=form)
 
 
 def calibrated_name(source: str, part: Literal["codes", "scales"]) -> str:
@@ -293,6 +303,8 @@ def _kept_part(recipe: Recipe) -> Part:
         return kept_rows
     if recipe.op == "scales":
         return kept_scales
+    if recipe.op == "zero_points":
+        return kept_zeros
     return kept_codes if recipe.dtype == "uint8" else kept_signed_codes
 
 
@@ -309,6 +321,8 @@ def load_quantized(name: str, recipe: Recipe, form: BlockFormat, store: TensorSt
     """浮点的配方 ``recipe`` 按 ``form`` 量化再还原：量化的 bundle 运行时实际用的权重；错误同 :func:`materialize`。"""
     if not keeps_codes(recipe.int4, form):
         return dequantized(load_array(name, recipe, store), form)
+    if form.zeros:
+        form = form.model_copy(update={"kind": "int8", "zeros": False})  # 码减去零点，有符号的 4 位放不下
     codes, scales = (load_array(name, part, store) for part in quantized_recipes(recipe, form, signed=True))
     values = codes.astype(np.float32).reshape(*recipe.shape[:-1], -1, form.block)
     values *= scales.astype(np.float32)[..., None]

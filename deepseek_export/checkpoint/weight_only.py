@@ -1,7 +1,8 @@
 """只量化权重：int8 / int4，沿输入维分块，对称，每块一个 scale。
 
 码有两种写法，值相同：无符号的（``MatMulNBits``、``QMoE``），零点 ``2^(bits-1)`` 不写出来，最后不满一块的补零；有符号的
-（``DequantizeLinear``），没有零点。int4 都是两个码一字节，低位在前。
+（``DequantizeLinear``），没有零点。int4 都是两个码一字节，低位在前。只有已发布的 4 位权重会另有逐块的零点，见
+:mod:`~deepseek_export.checkpoint.int4_codes`。
 
 scale 逐块在几个候选里取平方误差最小的，候选见 :data:`_SHRINK`；超出码的范围的就截断。scale 先舍入到它的 dtype，码再按舍入之后的取；
 float16 的 scale 小于 2^-25 时是 0，那一块也就是 0。
@@ -28,8 +29,8 @@ KERNEL_SCALE: ScaleDtype = "float16"
 _SHRINK: dict[QuantKind, tuple[float, ...]] = {"int8": (1.0, 127 / 128), "int4": (1.0, 0.95, 0.9, 0.85, 0.8)}
 
 
-class BlockFormat(BaseModel):
-    """一种分块量化的格式。
+class Blocks(BaseModel):
+    """怎么分块量化。
 
     Attributes:
         kind: ``int8`` 或 ``int4``。
@@ -54,7 +55,17 @@ class BlockFormat(BaseModel):
         return 1 << (self.bits - 1)
 
 
-class Quantization(BlockFormat):
+class BlockFormat(Blocks):
+    """一个权重量化的格式。
+
+    Attributes:
+        zeros: 零点逐块给出，另存一个张量；只有照发布的码写成 int4、而那些码有零点的。
+    """
+
+    zeros: bool = False
+
+
+class Quantization(Blocks):
     """一次导出怎么量化。
 
     Attributes:

@@ -25,7 +25,10 @@ from deepseek_export.version import __version__
 
 #: 处理器 → 列出的 CPU 标志，Linux 的名字；别的处理器一个也不列。
 CPU_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"x86_64": ("avx2", "avx512f", "avx512_bf16", "amx_tile"), "aarch64": ("asimddp", "i8mm", "bf16")}
+    {
+        "x86_64": ("avx2", "avx_vnni", "avx512f", "avx512_bf16", "amx_tile"),
+        "aarch64": ("asimddp", "i8mm", "bf16"),
+    }
 )
 
 

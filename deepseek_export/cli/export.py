@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     "--calibrate",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="按这个 UTF-8 文本校准 int4 的码（GPTQ），困惑度的损失更小；给与用途相近的文本，几万个 token 为好。",
+    help="按这个 UTF-8 文本校准 int4 的码（GPTQ），预测离没有量化的更近；给与用途相近的文本，几万个 token 为好。",
 )
 @set_option
 @click.option(

@@ -222,7 +222,10 @@ class _Ring:
         """杀掉全部进程，关掉信道；正在收的人先出来，它的文件描述符不能被别人重新用上。"""
         self.broken.set()
         for member in self._started.members:
-            member.kill()
+            try:
+                member.kill()
+            except Exception:  # 一个停不下（Ray 没有了……），别的照样停，之后照样重起
+                logger.exception("停不下一个 stage")
         with self._receiving:
             self._started.to_first.close()
             self._started.from_last.close()
@@ -257,7 +260,7 @@ class _Ring:
 
     def _ended(self) -> str | None:
         """已经结束的进程里，说得最清楚的那个：先说被杀的。"""
-        told = [how for member in self._started.members if (how := member.ended) is not None]
+        told = [how for member in self._started.members if (how := _how(member)) is not None]
         return next((how for how in told if "信号" in how), told[0] if told else None)
 
     def _last_words(self) -> str | None:
@@ -370,6 +373,14 @@ class _Keeper:
             raise
         self._ring, self._down, self._starting = ring, None, None
         return ring
+
+
+def _how(member: Member) -> str | None:
+    """怎么结束的；问都问不了（Ray 没有了……）也算结束了：看着的线程不能随它一起没有。"""
+    try:
+        return member.ended
+    except Exception as error:
+        return f"问不了一个 stage 怎样了：{error!r}"
 
 
 def _lost(what: str) -> _RingError:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -46,6 +46,7 @@ from deepseek_export.engine.layers import (
     missing_plugins,
     parse_layers,
     unfused_attention,
+    weight_bytes,
 )
 from deepseek_export.engine.logger import logger_for
 from deepseek_export.engine.plugins import BuildTarget, building_for, registered_creators
@@ -53,11 +54,19 @@ from deepseek_export.engine.record import ENGINES, LAYERS_FILE, RECORD_FILE, Eng
 from deepseek_export.engine.shapes import ProfileShapes, Range
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.compile import toolkit_version
-from deepseek_export.ops.table import INDEX_TOPK, MOE_EXPERTS, QUANTIZED_LINEAR, QUANTIZED_MOE_EXPERTS
+from deepseek_export.ops.table import (
+    INDEX_TOPK,
+    LATENT_CACHE_UPDATE,
+    MOE_EXPERTS,
+    QUANTIZED_LINEAR,
+    QUANTIZED_MOE_EXPERTS,
+)
 from deepseek_export.progress import Progress
 from deepseek_export.version import __version__
 
 NO_INITIALIZERS: Mapping[str, np.ndarray] = MappingProxyType({})
+#: (builder, network, config) → plan；``None`` 是 TensorRT 报错。
+Serializer: TypeAlias = Callable[[Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,7 @@ def build_engine(
                 unfused_attention=unfused,
                 seconds=seconds,
                 workspace=activation_bytes(logger_for(trt).messages(), list(profiles)),
+                weights=weight_bytes(logger_for(trt).messages()),
                 best=graph.best,
             )
         record = EngineRecord(
@@ -174,6 +184,11 @@ def build_engine(
     return BuiltEngine(bundle, out, record, layers)
 
 
+def whole_plan(builder: Any, network: Any, config: Any) -> Any:
+    """整个 plan，在 TensorRT 自己的内存里。"""
+    return builder.build_serialized_network(network, config)
+
+
 def build_engine_bytes(
     trt: Any,
     flavour: Flavour,
@@ -182,6 +197,7 @@ def build_engine_bytes(
     profiles: Mapping[str, Mapping[str, Range]],
     progress: Progress,
     initializers: Mapping[str, np.ndarray] = NO_INITIALIZERS,
+    serialize: Serializer = whole_plan,
 ) -> tuple[memoryview, str]:
     """一个 ONNX 文件 → 引擎与各层的文本。
 
@@ -195,6 +211,7 @@ def build_engine_bytes(
         profiles: 每个优化配置里各具名维的范围。
         progress: 进度。
         initializers: 代替文件里内容的权重，按引用的 bundle 里按配方生成的那些；引擎建好之前数组不能释放。
+        serialize: 建，交出 plan；只测量的（:mod:`perf.workload.engine_memory`）边建边收，不留整个的。
 
     Raises:
         DsxError: ``DSX-E914`` TensorRT 报错；``DSX-E916`` 插件内部出错。
@@ -224,7 +241,7 @@ def build_engine_bytes(
         )
         for ranges in profiles.values():
             config.add_optimization_profile(_optimization_profile(builder, network, ranges))
-        content = builder.build_serialized_network(network, config)
+        content = serialize(builder, network, config)
         if content is None or target.failures:
             raise _failure(target, model, logger.errors())
         content = memoryview(content).cast("B")
@@ -250,10 +267,10 @@ def _parse(parser: Any, model: Path, initializers: Mapping[str, np.ndarray]) -> 
 
 
 def expected_plugins(profile: str, plugins: Mapping[str, str]) -> Mapping[str, str]:
-    """一个优化配置里一定要有的插件：解码是全部；prefill 的注意力走原生融合核，走不到的插件可以整条删掉，索引器、专家与线性层总要经过。"""
+    """一个优化配置里一定要有的插件：解码是全部；prefill 的注意力走原生融合核，走不到的插件可以整条删掉，缓存的写入、索引器、专家与线性层总要经过。"""
     if profile == "decode":
         return plugins
-    always = (INDEX_TOPK, MOE_EXPERTS, QUANTIZED_MOE_EXPERTS, QUANTIZED_LINEAR)
+    always = (LATENT_CACHE_UPDATE, INDEX_TOPK, MOE_EXPERTS, QUANTIZED_MOE_EXPERTS, QUANTIZED_LINEAR)
     return {node: op for node, op in plugins.items() if op in {spec.name for spec in always}}
 
 

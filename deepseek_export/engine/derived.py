@@ -31,8 +31,6 @@ def unbuildable_reason(manifest: Manifest) -> str | None:
         reasons.append(f"目标是 {manifest.target}（图没有下沉到 TensorRT）")
     if manifest.dtype == "float32":
         reasons.append("是 float32（插件核与融合注意力都没有 float32 的实现）")
-    if manifest.cache.dtype == "int8":
-        reasons.append("缓存是 int8（TensorRT 的注意力核只读浮点的缓存）")
     return "，".join(reasons) or None
 
 
@@ -78,7 +76,7 @@ def buildable_bundle(
 ) -> Bundle:
     """建得了引擎的原样返回；否则由检查点、以同样的方案与量化另导出一份，已有而没有过时的直接用。
 
-    另导出的那一份：目标是这种发行的（两种发行的图相同，已有的不分发行），float32 改成检查点的 dtype（也是 float32 的改成 float16），int8 缓存改成与模型相同的 dtype，权重打包还是按引用随原来的。
+    另导出的那一份：目标是这种发行的（两种发行的图相同，已有的不分发行），float32 改成检查点的 dtype（也是 float32 的改成 float16），稀疏注意力的 int8 缓存改成与模型相同的 dtype，权重打包还是按引用随原来的。
 
     Args:
         bundle: 任意一个 bundle。
@@ -190,7 +188,7 @@ def existing_derived(bundle: Bundle) -> Bundle | None:
 
 def _profile(manifest: Manifest) -> OptimizationProfile:
     profile = manifest.profile
-    if profile.mla.cache_dtype == "int8":
+    if profile.mla.cache_dtype == "int8" and manifest.model.indexer is not None:
         profile = profile.model_copy(update={"mla": profile.mla.model_copy(update={"cache_dtype": "model"})})
     return profile.model_copy(update={"dsa": DsaSection()})
 
@@ -208,7 +206,9 @@ def _dtype(manifest: Manifest) -> ModelDtype:
 def _quantization(manifest: Manifest) -> Quantization | None:
     if (entry := manifest.quantization) is None:
         return None
-    return Quantization(kind=entry.kind, block=entry.block, keep=tuple(entry.keep))
+    # TensorRT 的 int4 放不下零点：照发布的码写的、有零点的，那里精确地成为 int8。
+    kind = "int8" if any(form.zeros for form in manifest.formats.values()) else entry.kind
+    return Quantization(kind=kind, block=entry.block, keep=tuple(entry.keep))
 
 
 def _export_command(bundle: Bundle, dtype: ModelDtype, quantize: bool) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from deepseek_export.ops.table import DOMAIN
+from deepseek_export.ops.table import DOMAIN, OPS
 from deepseek_export.passes.lower_mla_to_tensorrt import KEY_COUNT, NATIVE_ATTENTION
 from deepseek_export.records import BEST_ID, BEST_LOGIT
 
@@ -55,6 +55,17 @@ def engine_graph(path: Path, capacity: int) -> EngineGraph:
     plugins = {node.name: node.op_type for node in nodes if node.domain == DOMAIN}
     attentions = [node.name for node in nodes if node.op_type == NATIVE_ATTENTION]
     return EngineGraph(model, plugins, attentions, key_span, best)
+
+
+def shared_outputs(graph: onnx.GraphProto) -> dict[str, str]:
+    """就地改写的输出 → 与它同一块内存的输入：缓存的写入，原生的与插件的。"""
+    found = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
+    for node in graph.node:
+        spec = OPS.get(node.op_type) if node.domain == DOMAIN else None
+        found |= {
+            node.output[output]: node.input[given] for output, given in (spec.aliased() if spec else ())
+        }
+    return found
 
 
 def fix_capacity(model: onnx.ModelProto, capacity: int) -> None:

@@ -23,6 +23,7 @@ _FUSED_ATTENTION = "mha"
 _BOOKKEEPING = {"signal", "wait", "shape_call", "memset", "ShapeHostToDevice"}
 _COPY = "copy"
 _ACTIVATION = re.compile(r"^Total Activation Memory: (\d+) bytes")
+_WEIGHTS = re.compile(r"^Total Weights Memory: (\d+) bytes")
 _DIMENSIONS = re.compile(r"Dimensions: \[([-\d,]*)\]")
 
 
@@ -85,6 +86,11 @@ def activation_bytes(messages: Iterable[str], profiles: Sequence[str]) -> dict[s
     """每个优化配置的中间值至多占几字节，取自构建的日志；日志里没有的是空的。"""
     found = [int(match[1]) for text in messages if (match := _ACTIVATION.search(text))]
     return dict(zip(profiles, found, strict=True)) if len(found) == len(profiles) else {}
+
+
+def weight_bytes(messages: Iterable[str]) -> int | None:
+    """引擎的权重占几字节显存，取自构建的日志；几个优化配置共用一份。日志里没有的是 ``None``。"""
+    return next((int(match[1]) for text in messages if (match := _WEIGHTS.search(text))), None)
 
 
 def copied_caches(text: str, caches: Iterable[Sequence[int]]) -> list[str]:

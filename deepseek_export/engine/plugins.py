@@ -22,6 +22,7 @@ from deepseek_export.kernels.compile import compile_table
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.index_topk_launch import index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
+from deepseek_export.kernels.latent_cache_update_launch import latent_cache_update_launch
 from deepseek_export.kernels.launcher import Launcher
 from deepseek_export.kernels.program import IMAGE_FIELD, PROGRAM_FIELD, LaunchTable, Program
 from deepseek_export.kernels.quantized_linear_launch import quantized_linear_launch
@@ -32,6 +33,7 @@ from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec, TypeVar
 from deepseek_export.ops.table import (
     INDEX_TOPK,
     LATENT_ATTENTION,
+    LATENT_CACHE_UPDATE,
     MOE_EXPERTS,
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
@@ -53,7 +55,11 @@ Tabulate = Callable[
 
 def _latent_attention(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
     r, scale = attributes["kv_lora_rank"], attributes["scale"]
-    return latent_attention_launch(sm, dims["H"], r, dims["r+dr"] - r, scale, dtypes["T"], dtypes["F"])
+    return latent_attention_launch(sm, dims["H"], r, dims["r+dr"] - r, scale, dtypes["T"], dtypes["C"])
+
+
+def _latent_cache_update(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
+    return latent_cache_update_launch(sm, dims["r"], dims["dr"], dtypes["T"])
 
 
 def _index_topk(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
@@ -89,6 +95,7 @@ def _quantized_linear(sm, dims, dtypes, attributes) -> LaunchTable[KernelSpec]:
 LAUNCH_TABLES: Mapping[str, Tabulate] = MappingProxyType(
     {
         LATENT_ATTENTION.name: _latent_attention,
+        LATENT_CACHE_UPDATE.name: _latent_cache_update,
         INDEX_TOPK.name: _index_topk,
         SPARSE_LATENT_ATTENTION.name: _sparse_latent_attention,
         MOE_EXPERTS.name: _moe_experts,
@@ -99,6 +106,7 @@ LAUNCH_TABLES: Mapping[str, Tabulate] = MappingProxyType(
 #: 有插件的算子。
 PLUGIN_OPS: tuple[OpSpec, ...] = (
     LATENT_ATTENTION,
+    LATENT_CACHE_UPDATE,
     INDEX_TOPK,
     SPARSE_LATENT_ATTENTION,
     MOE_EXPERTS,

@@ -32,6 +32,7 @@ class EngineEntry(BaseModel):
         unfused_attention: 没有融合的，ONNX 节点名；结果一样对，但慢，缓存展开后的中间值也大。
         seconds: 解析与构建的用时。
         workspace: 优化配置名 → 中间值至多占几字节，按配置的上限，取自构建的日志；运行时按实际的形状要。日志里没有的、从前建的是空的。
+        weights: 权重占几字节显存，取自构建的日志，几个配置共用；日志里没有的、从前建的没有。
         best: 另有输出选出每个位置最大的 token，见 :func:`~deepseek_export.engine.graph.give_best`；从前建的没有。
     """
 
@@ -47,6 +48,7 @@ class EngineEntry(BaseModel):
     unfused_attention: list[str]
     seconds: float
     workspace: dict[str, int] = {}
+    weights: int | None = None
     best: bool = False
 
 

@@ -32,6 +32,8 @@ from deepseek_export.kernels.table import SMS, KernelSpec
 _WARP = 32
 #: 权重是码的各按哪种码审计：整数的 block 是缺省的 32，e4m3 的是发布的检查点的。
 FORMATS = (CodeFormat("int8", 32), CodeFormat("int4", 32), CodeFormat(E4M3, 128, 128))
+#: 潜缓存审计哪几种 dtype。
+CACHES = ("bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class LoopAudit:
     """主循环的一次迭代。
 
     Attributes:
-        function, tile: kernel 的函数名与块，例如 ``16x32``；权重是码的写明是哪种，例如 ``16x64 int4``、``16x64 e4m3``。
+        function, tile: kernel 的函数名与块，例如 ``16x32``；权重、缓存是码的写明是哪种，例如 ``16x64 int4``、``16x64 e4m3``。
         sm: 计算能力。
         threads, shared: 线程块的线程数、共享内存字节数。
         work: 乘加的次数除以该有的；``None`` 是数不出来（sm100 的 ``UTCHMMA`` 不写形状）。
@@ -157,7 +159,9 @@ def audit(spec: KernelSpec, sm: int) -> LoopAudit | None:
 
 
 def _code_name(constants: Mapping[str, int]) -> str:
-    """权重是哪种码，空格开头；不是码为空。"""
+    """权重或缓存是哪种码，空格开头；不是码为空。"""
+    if constants.get("INT8"):
+        return " int8"
     if "BITS" not in constants:
         return ""
     return " e4m3" if constants["E4M3"] else f" int{constants['BITS']}"
@@ -174,19 +178,22 @@ def estimate(found: LoopAudit) -> Estimate:
     return Estimate(tensor, issue, memory, found.fmas / card.fmas / busy, memory / whole)
 
 
-def audits(sms: Iterable[int] = SMS, formats: Sequence[CodeFormat] = FORMATS) -> Iterator[LoopAudit]:
+def audits(
+    sms: Iterable[int] = SMS, formats: Sequence[CodeFormat] = FORMATS, caches: Sequence[str] = CACHES
+) -> Iterator[LoopAudit]:
     """每种 SM 上每个有张量核指令的 kernel，形状是 DeepSeek-V3 的，索引器是 V3.2 的（块只由 SM 定，与头数、专家数无关）。
 
     Args:
         sms: 哪几种 SM。
         formats: 权重是码的审计哪几种码。
+        caches: 潜缓存审计哪几种 dtype；稀疏注意力的只有浮点的。
 
     Raises:
         DsxError: 见 :func:`audit`。
     """
     for sm in sms:
         tables = (
-            latent_attention_launch(sm, 128, 512, 64, 0.1147, "bfloat16"),
+            *(latent_attention_launch(sm, 128, 512, 64, 0.1147, "bfloat16", one) for one in caches),
             index_topk_launch(sm, 64, 128, 2048, "bfloat16"),
             sparse_latent_attention_launch(sm, 128, 512, 64, 2048, 0.1147, "bfloat16"),
             grouped_swiglu_launch(sm, 256, 8, 7168, 2048, "bfloat16"),
@@ -250,9 +257,10 @@ def balance(table: LaunchTable[KernelSpec], lens: Sequence[int], capacity: int, 
 
 
 def _attention(c: Mapping[str, int]) -> tuple[int, int]:
-    """QKᵀ 是 M·N·(r+dr)，PV 是 M·r·N；搬一段 KV（两字节的缓存）。"""
+    """QKᵀ 是 M·N·(r+dr)，PV 是 M·r·N；搬一段 KV（两字节的缓存）。int8 的旋转部分是两段字节，搬的是整行。"""
     width = c["BLOCK_R"] + c["BLOCK_P"]
-    return c["BLOCK_M"] * c["BLOCK_N"] * (width + c["BLOCK_R"]), c["BLOCK_N"] * width * 2
+    row = c["WIDTH"] if c.get("INT8") else width * 2
+    return c["BLOCK_M"] * c["BLOCK_N"] * (width + c["BLOCK_R"]), c["BLOCK_N"] * row
 
 
 def _index_scores(c: Mapping[str, int]) -> tuple[int, int]:

@@ -8,13 +8,20 @@ S 行，序列 b 的有效长度是 ``past_lens[b] + S``（超出 T 的部分不
 每个程序拿连着的一段，各段至多差一格（:func:`span_start`）。一格几个 key 看活有多少（:func:`divide`）：多就是一块（``BLOCK_N`` 个），各段都从整块起；少就是一个，
 差一块也嫌多。长度在设备上读，所以长短不一的 batch、任何 B 都摊得匀，容量 T 再大也不多算。
 ``APART``：Triton 见一个 dot 的结果流进另一个 dot，就把它的各行分给全部的 warp；64 行只够一半的 warp 分，于是 QKᵀ 由两组 warp 各算一遍。总是成立、编译器却
-看不出来的两个条件把这条流断开，它就按块的形状分。哪些块要断开，由机器码的审计定。
+看不出来的两个条件把这条流断开，它就按块的形状分。``CLEAR``：每一行都看得见的整块 key 另走一个循环，不算遮罩，地址也不必逐个限制在末尾之内。哪些块要断开、
+要另走，由机器码的审计定。
+
+``INT8``：缓存的一行是码（:mod:`~deepseek_export.ops.int8_cache`，末尾补过零，:func:`.int8_rows.row_scales`）。码放进 q 的 dtype 是准的，在寄存器里展宽；
+latent 的 scale 乘在分数与概率上，不乘在码上。概率乘的是 scale 与至今最大的那个 scale 之比，不超过 1，16 位浮点里才不会下溢；累加器以它为单位，最后乘回来。
+旋转部分是高、低两段字节，一次点积：query 写两遍，低字节对着的那一遍除以 256。
 
 一段里整块行都看完的，partial 直接写结果；头尾各有至多一块行与别的程序合看，写进程序自己的两个格位，谁合看记在 ``shared_rows``，由 reduce 合起来。
 """
 
 import triton
 import triton.language as tl
+
+from deepseek_export.kernels.int8_rows import LEAST_SCALE, row_scales
 
 #: 比任何分数都小的有限的数。
 LOWEST = tl.constexpr(-1e30)
@@ -89,6 +96,18 @@ def owner(cell, total, programs):
 
 
 @triton.jit
+def product(a, b, always, APART: tl.constexpr):
+    """``a b``，累加在 float32；``always`` 总是正的，``APART`` 见模块说明。"""
+    out = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    if APART:
+        if always > 0:
+            out = tl.dot(a, b, acc=out, out_dtype=tl.float32)
+    else:
+        out = tl.dot(a, b, acc=out, out_dtype=tl.float32)
+    return out
+
+
+@triton.jit
 def context_row(row, b, B, S, H):
     """序列 b 的第 ``row`` 行（``s*H + h``）在输出里是第几行；输出头在最前，后面逐头乘 W_UV 不必再转置。"""
     return (row % H).to(tl.int64) * (B * S) + b * S + row // H
@@ -97,7 +116,7 @@ def context_row(row, b, B, S, H):
 @triton.jit
 def latent_attention_partial(
     q,  # [B, S, H, R+P]
-    kv_cache,  # [B, 1, T, R+P]
+    kv_cache,  # [B, 1, T, WIDTH]
     past_lens,  # [B] int64
     context,  # [H, B*S, R]，一个程序看完的行直接写这里
     partial,  # [程序, 2, BLOCK_M, R] float32，没有看完的，已归一化；第 1 格是开了头的那一块行，第 0 格是接着别人看的
@@ -110,6 +129,8 @@ def latent_attention_partial(
     T,
     R: tl.constexpr,
     P: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INT8: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -118,6 +139,7 @@ def latent_attention_partial(
     PLENTY: tl.constexpr,
     LEAST: tl.constexpr,
     APART: tl.constexpr,
+    CLEAR: tl.constexpr,
 ):
     program = tl.program_id(0)
     scale *= 1.4426950408889634  # log2(e)：之后用 exp2
@@ -134,9 +156,10 @@ def latent_attention_partial(
     unfinished, followers = 0, 0
 
     r, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
-    in_r, in_p = (r < R)[None, :], (p < P)[None, :]
+    PARTS: tl.constexpr = 2 if INT8 else 1  # 旋转部分的一个数占几列
+    in_r, in_p = (r < R)[None, :], (p < P * PARTS)[None, :]
     while cell < end:
-        b = sequence.to(tl.int64)  # B*T*(R+P) 会超出 int32
+        b = sequence.to(tl.int64)  # B*T*WIDTH 会超出 int32
         keys = valid_keys(past_lens, sequence, B, S, T)
         cells = key_cells(past_lens, sequence, B, S, T, unit)
         last = tl.minimum(first + end - cell, cells)
@@ -144,40 +167,63 @@ def latent_attention_partial(
 
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         live = (rows < S * H)[:, None]
-        visible = tl.minimum(tl.load(past_lens + b).to(tl.int32) + rows // H + 1, stop)
-        cache = kv_cache + b * T * (R + P)  # 之后的偏移在一行缓存之内，int32 够用：地址少占一半寄存器
+        past = tl.load(past_lens + b).to(tl.int32)
+        visible = tl.minimum(past + rows // H + 1, stop)
+        cache = kv_cache + b * T * WIDTH  # 之后的偏移在一行缓存之内，int32 够用：地址少占一半寄存器
         q_rows = q + (b * (S * H) + rows)[:, None] * (R + P)
         q_latent = tl.load(q_rows + r[None, :], mask=live & in_r, other=0.0)
-        q_pe = tl.load(q_rows + R + p[None, :], mask=live & in_p, other=0.0)
+        column = p % P if INT8 else p
+        q_pe = tl.load(q_rows + R + column[None, :], mask=live & in_p, other=0.0)
+        if INT8:  # 低字节的那一半除以 256
+            q_pe = (q_pe * tl.where(p < P, 1.0, 1.0 / 256)[None, :]).to(q_latent.dtype)
 
         top = tl.full([BLOCK_M], LOWEST, tl.float32)  # 有限的：整段都看不见时没有 inf - inf
         sums = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for n in range(first * unit, stop, BLOCK_N):
-            key = n + tl.arange(0, BLOCK_N)
-            # 之后的行可能是 NaN，读了再乘零还是 NaN：末尾凑不满一块的，多出来的格子再读一遍这一段的最后一行，权重是 0。
-            kv_rows = cache + tl.minimum(key, stop - 1)[:, None] * (R + P)
-            latent = tl.load(kv_rows + r[None, :], mask=in_r, other=0.0).to(q_latent.dtype)
-            k_pe = tl.load(kv_rows + R + p[None, :], mask=in_p, other=0.0).to(q_latent.dtype)
-            if APART:
-                scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                if T > 0:
-                    scores = tl.dot(q_latent, tl.trans(latent), acc=scores, out_dtype=tl.float32)
-                if S > 0:
+        measure = LEAST_SCALE  # INT8：至今最大的 scale，acc 以它为单位
+        # CLEAR：先是每一行都看得见的整块，不必遮，也读不到末尾之后；再是其余的，至多几块。
+        begin, clear = first * unit, tl.minimum(past + row_block * BLOCK_M // H + 1, stop)
+        for rest in tl.static_range(1 - CLEAR, 2):
+            until = stop if rest else begin + tl.maximum(clear - begin, 0) // BLOCK_N * BLOCK_N
+            for n in range(begin, until, BLOCK_N):
+                key = n + tl.arange(0, BLOCK_N)
+                # 之后的行可能是 NaN，读了再乘零还是 NaN：末尾凑不满一块的，多出来的格子再读一遍这一段的最后一行，权重是 0。
+                row = tl.minimum(key, stop - 1) if rest else key
+                kv_rows = cache + row[:, None] * WIDTH
+                latent = tl.load(kv_rows + r[None, :], mask=in_r, other=0).to(q_latent.dtype)
+                k_pe = tl.load(kv_rows + R + p[None, :], mask=in_p, other=0).to(q_latent.dtype)
+                if INT8:
+                    latent_scale, rope_scale = row_scales(kv_rows + R + 2 * P, WIDTH - R - 2 * P)
+                    scores = product(q_latent, tl.trans(latent), T, APART) * latent_scale[None, :]
+                    scores += product(q_pe, tl.trans(k_pe), S, APART) * (rope_scale * 256.0)[None, :]
+                elif APART:
+                    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                    if T > 0:
+                        scores = tl.dot(q_latent, tl.trans(latent), acc=scores, out_dtype=tl.float32)
+                    if S > 0:
+                        scores = tl.dot(q_pe, tl.trans(k_pe), acc=scores, out_dtype=tl.float32)
+                else:
+                    scores = tl.dot(q_latent, tl.trans(latent), out_dtype=tl.float32)
                     scores = tl.dot(q_pe, tl.trans(k_pe), acc=scores, out_dtype=tl.float32)
-            else:
-                scores = tl.dot(q_latent, tl.trans(latent), out_dtype=tl.float32)
-                scores = tl.dot(q_pe, tl.trans(k_pe), acc=scores, out_dtype=tl.float32)
-            scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-            weights = tl.exp2(scores * scale - new_top[:, None])
-            decay = tl.exp2(top - new_top)
-            sums = sums * decay + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(latent.dtype), latent, acc=acc * decay[:, None], out_dtype=tl.float32)
-            top = new_top
+                if rest:
+                    scores = tl.where(key[None, :] < visible[:, None], scores, float("-inf"))
+                new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+                weights = tl.exp2(scores * scale - new_top[:, None])
+                decay = tl.exp2(top - new_top)
+                sums = sums * decay + tl.sum(weights, 1)
+                if INT8:
+                    largest = tl.maximum(measure, tl.max(latent_scale, 0))
+                    weights *= (latent_scale / largest)[None, :]
+                    decay *= measure / largest
+                    measure = largest
+                acc = tl.dot(weights.to(latent.dtype), latent, acc=acc * decay[:, None], out_dtype=tl.float32)
+                top = new_top
+            begin = until
 
         divisor = tl.where(sums > 0.0, sums, 1.0)
         acc = acc / divisor[:, None]
+        if INT8:
+            acc *= measure
         if (first == 0) & (last == cells):
             out = context + context_row(rows, b, B, S, H)[:, None] * R + r[None, :]
             tl.store(out, acc.to(context.dtype.element_ty), mask=live & in_r)

@@ -22,6 +22,7 @@ from deepseek_export.kernels.table import (
     float32,
     int32,
     launch,
+    row_width,
     scratch,
 )
 from deepseek_export.ops.spec import OpSpec
@@ -37,6 +38,7 @@ class AttentionTile:
         keys: ``BLOCK_N``。
         num_warps, num_stages: 见 :class:`KernelSpec`。
         apart: ``APART``，QKᵀ 的布局不随 PV 的。
+        clear: ``CLEAR``，每一行都看得见的整块另走一个循环。
     """
 
     rows: int
@@ -44,6 +46,7 @@ class AttentionTile:
     num_warps: int
     num_stages: int
     apart: bool = False
+    clear: bool = False
 
 
 #: 共享内存上限 → 各变体的块，行数升序；按 r=512、dr=64、两字节的缓存定的，编译测试核对每个都放得下。Hopper 起的 64 行是
@@ -54,11 +57,21 @@ _ATTENTION_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
     {
         99 << 10: (AttentionTile(16, 32, 4, 3), AttentionTile(32, 16, 4, 3)),
         163 << 10: (AttentionTile(16, 32, 4, 4), AttentionTile(32, 32, 4, 4)),
-        227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 64, 8, 2)),
+        227 << 10: (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 4)),
     }
 )
-#: Hopper 自己的：64 行的块断开两个 dot 之后 QKᵀ 只算一遍；一次 32 个 key，放得下三段，拷贝与计算才重叠。Blackwell 断开反而不重叠，不用。
-_HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True))
+#: Hopper 自己的：64 行的块断开两个 dot 之后 QKᵀ 只算一遍；一次 32 个 key，放得下三段，拷贝与计算才重叠；不遮的另走一个循环，指令才少到张量核发射槽的八成。
+#: Blackwell 断开反而多同步几次，不用。
+_HOPPER_TILES = (AttentionTile(16, 64, 4, 3), AttentionTile(64, 32, 8, 3, apart=True, clear=True))
+#: int8 的缓存：一个 key 的字节少四成多，展宽的码占寄存器，所以用 8 个 warp，另有一份；99 KiB 的卡上放不下两段 64 个 key，宁可重复一些 QKᵀ 也要重叠。
+_INT8_TILES: Mapping[int, tuple[AttentionTile, ...]] = MappingProxyType(
+    {
+        99 << 10: (AttentionTile(16, 32, 8, 3), AttentionTile(32, 32, 8, 3)),
+        163 << 10: (AttentionTile(16, 64, 8, 3), AttentionTile(32, 64, 8, 3)),
+        227 << 10: (AttentionTile(16, 64, 8, 3), AttentionTile(64, 32, 8, 4)),
+    }
+)
+_INT8_HOPPER_TILES = (AttentionTile(16, 64, 8, 3), AttentionTile(64, 32, 8, 4, apart=True))
 #: 一次看几个序列的长度。
 _SEQUENCES = 128
 #: 平均一个程序有这么多块 key 的，按整块分，差一块不过一成的一半；更少的按一个一个的 key 分，一个程序至少分 16 个（tl.dot 的下限）。
@@ -83,7 +96,7 @@ def attention_problem(
         DsxError: 同 :func:`latent_attention_launch`。
     """
     r, dr = kv_lora_rank, qk_rope_head_dim
-    sizes = {"H": num_heads, "r": r, "r+dr": r + dr} | more
+    sizes = {"H": num_heads, "r": r, "r+dr": r + dr, "cw": row_width(r, dr, cache_dtype or dtype)} | more
     problem = cached_problem(op, "kv_cache", sm, sizes, dtype, cache_dtype)
     if r > 512 or dr > 64:
         raise DsxError("DSX-E903", f"kv_lora_rank={r}、qk_rope_head_dim={dr}", "kernel 支持到 512 与 64")
@@ -107,7 +120,7 @@ def latent_attention_launch(
         kv_lora_rank, qk_rope_head_dim: r、dr。
         scale: softmax 缩放。
         dtype: ``q`` 与输出的 dtype。
-        cache_dtype: 缓存的 dtype；``None`` 表示同 ``dtype``。
+        cache_dtype: 缓存的 dtype；``None`` 表示同 ``dtype``。``int8`` 的一行见 :mod:`~deepseek_export.ops.int8_cache`。
 
     Raises:
         DsxError: ``DSX-E901`` 没有这种 SM；``DSX-E903`` dtype 不支持，或 r、dr 太大。
@@ -117,13 +130,14 @@ def latent_attention_launch(
     limits = SMS[sm]
     B, S, T = symbol("B"), symbol("S"), symbol("T")
     rows = S * num_heads
+    stored = problem.dtypes["C"]
     blocks = {"R": r, "BLOCK_R": block_size(r)}
-    tiles = _HOPPER_TILES if sm == 90 else _ATTENTION_TILES[limits.shared]
+    tiles = _tiles(sm, stored)
     columns = min(block_size(r), _REDUCE_COLUMNS)
     # 行数刚够一个小块时用小块，否则用最大的块，让同一段 KV 少读几遍。
     variants = []
     for tile in tiles:
-        keys, num_stages = fewer_keys(tile.keys, tile.num_stages, problem.dtypes["F"])
+        keys, num_stages = fewer_keys(tile.keys, tile.num_stages, stored)
         row_blocks = rows.ceil(tile.rows)
         # 每个 SM 一个程序，一轮跑完；活少的时候一个程序至少 LEAST 个 key。没有 key 的序列也有一格。
         cells = B * row_blocks * T.ceil(LEAST).max(1)
@@ -150,13 +164,16 @@ def latent_attention_launch(
             {
                 **blocks,
                 "P": dr,
-                "BLOCK_P": block_size(dr),
+                "WIDTH": problem.sizes["cw"],
+                "INT8": int(stored == "int8"),
+                "BLOCK_P": block_size(2 * dr if stored == "int8" else dr),
                 "BLOCK_M": tile.rows,
                 "BLOCK_N": keys,
                 "BLOCK_B": _SEQUENCES,
                 "PLENTY": PLENTY,
                 "LEAST": LEAST,
                 "APART": int(tile.apart),
+                "CLEAR": int(tile.clear),
             },
             tile.num_warps,
             num_stages,
@@ -184,6 +201,14 @@ def latent_attention_launch(
         when = Expression.of(1) if tile is tiles[-1] else rows.at_most(tile.rows)
         variants.append(Variant(when, _layout(most, tile.rows, r)[2], (partial, reduce)))
     return problem.table(variants)
+
+
+def _tiles(sm: int, cache_dtype: str) -> tuple[AttentionTile, ...]:
+    """各变体的块，行数升序。"""
+    shared = SMS[sm].shared
+    if cache_dtype == "int8":
+        return _INT8_HOPPER_TILES if sm == 90 else _INT8_TILES[shared]
+    return _HOPPER_TILES if sm == 90 else _ATTENTION_TILES[shared]
 
 
 def _layout(programs: Expression, rows: int, r: int) -> tuple[Expression, Expression, Expression]:

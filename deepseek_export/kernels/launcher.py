@@ -56,11 +56,12 @@ class Launcher:
             stream: ``CUstream``。
 
         Raises:
-            RuntimeError: 有地址没有对齐，或驱动报错。
+            RuntimeError: 有地址没有对齐，就地改写的输出与输入不是同一块，或驱动报错。
         """
         self._check_aligned("输入", inputs)
         self._check_aligned("输出", outputs)
         self._check_aligned("workspace", [workspace])
+        check_aliases(self.program, inputs, outputs)
         for launch in self._bind(shapes):
             kernel = launch.kernel
             self._check(
@@ -99,6 +100,19 @@ class Launcher:
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{self.program.op}（sm{self.program.sm}）：CUDA 驱动报告 {status.name}")
         return tuple(values)
+
+
+def check_aliases(program: Program, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+    """就地改写的输出就是那个输入的地址：不是的话，没有改写的行在输出里是别的内容。
+
+    Raises:
+        RuntimeError: 有一个不是。
+    """
+    for output, given in program.aliases:
+        if outputs[output] != inputs[given]:
+            raise RuntimeError(
+                f"{program.op} 的输出 {output} 在 {outputs[output]:#x}，应与输入 {given} 同在 {inputs[given]:#x}"
+            )
 
 
 def pack_arguments(

@@ -1,4 +1,4 @@
-"""编译好的机器码 → 指令：用 Triton 自带的 ``nvdisasm`` 反汇编，找出主循环（含张量核指令最多的那个向后跳转）。不需要 GPU。"""
+"""编译好的机器码 → 指令：用 Triton 自带的 ``nvdisasm`` 反汇编，找出主循环（最里层的、张量核指令最多的那个向后跳转）。不需要 GPU。"""
 
 from __future__ import annotations
 
@@ -86,15 +86,23 @@ def disassemble(cubin: bytes) -> list[tuple[str | None, Instruction]]:
 
 
 def main_loop(code: Sequence[tuple[str | None, Instruction]]) -> list[Instruction]:
-    """向后跳转围成的各个循环里，张量核乘加最多的那个的循环体；一样多取短的。没有循环就是全部。"""
+    """向后跳转围成的各个循环里，有张量核指令的最里层、乘加最多的那个的循环体；一样多取短的。没有这样的循环就是全部。
+
+    外层的不算：流水线的头尾在里层之外，也有张量核指令，加在一起就不是一次迭代了。
+    """
     places = {label: index for index, (label, _) in enumerate(code) if label is not None}
-    bodies = []
+    loops: list[tuple[int, int]] = []
     for index, (_, one) in enumerate(code):
         target = _TARGET.search(one.operands) if one.name.startswith("BRA") else None
-        if target is not None and places.get(target[1], index + 1) < index:
-            bodies.append([inner for _, inner in code[places[target[1]] : index + 1]])
-    if not bodies:
-        return [one for _, one in code]
+        start = places.get(target[1], index + 1) if target is not None else index + 1
+        if start < index and any(_tensor_weight(inner) for _, inner in code[start : index + 1]):
+            loops.append((start, index + 1))
+    inside = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= low and high <= end for low, high in loops if (low, high) != (start, end))
+    ]
+    bodies = [[one for _, one in code[start:end]] for start, end in inside] or [[one for _, one in code]]
     return max(bodies, key=lambda body: (sum(map(_tensor_weight, body)), -len(body)))
 
 

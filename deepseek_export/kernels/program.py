@@ -12,6 +12,7 @@ cubin 首尾相接）。Python 插件用 :meth:`LaunchTable.bind` 得到每次�
     op <算子> <sm>
     input <dtype> <维> ...        维是整数（必须相等）或符号（首次出现时取值，之后必须相等）
     output <dtype> <维> ...
+    alias <输出> <输入>           序号；两者的地址必须相同
     variant <算式>                非零则选用；依次看，取第一个
     workspace <算式>              字节数，随每个尺寸单调不减
     launch <入口> <线程数> <动态共享内存> <scratch 指针数> <偏移> <长度>
@@ -53,7 +54,7 @@ class Tensor:
     """插件的一个输入或输出。
 
     Attributes:
-        dtype: ``float16``、``bfloat16``、``float32``、``int32``、``int64``。
+        dtype: ``float16``、``bfloat16``、``float32``、``int32``、``int64``、``int8``、``int4``。
         dims: 每维一个记号：十进制整数，或符号名。
     """
 
@@ -134,6 +135,7 @@ class LaunchTable(Generic[K]):
         sm: 计算能力，例如 90。
         inputs, outputs: 次序同算子契约。
         variants: 按次序取第一个适用的；最后一个总适用。
+        aliases: 就地改写的：第几个输出与第几个输入是同一块内存。
     """
 
     op: str
@@ -141,6 +143,7 @@ class LaunchTable(Generic[K]):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     variants: tuple[Variant[K], ...]
+    aliases: tuple[tuple[int, int], ...] = ()
 
     @property
     def kernels(self) -> list[K]:
@@ -158,7 +161,7 @@ class LaunchTable(Generic[K]):
             )
             for v in self.variants
         )
-        return LaunchTable(self.op, self.sm, self.inputs, self.outputs, tuple(variants))
+        return LaunchTable(self.op, self.sm, self.inputs, self.outputs, tuple(variants), self.aliases)
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
         """由输入的形状得到符号的值。
@@ -214,6 +217,7 @@ class LaunchTable(Generic[K]):
         lines = [_HEADER, f"op {self.op} {self.sm}"]
         for word, tensors in (("input", self.inputs), ("output", self.outputs)):
             lines += [f"{word} {tensor.dtype} {' '.join(tensor.dims)}" for tensor in tensors]
+        lines += [f"alias {output} {given}" for output, given in self.aliases]
         for variant in self.variants:
             lines += [f"variant {variant.when}", f"workspace {variant.workspace}"]
             for launch in variant.launches:
@@ -257,6 +261,7 @@ class _Reader:
         self._op, self._sm = "", 0
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
+        self._aliases: list[tuple[int, int]] = []
         self._variants: list[Variant[CompiledKernel]] = []
 
     def read(self, line: str) -> None:
@@ -269,6 +274,9 @@ class _Reader:
             case "input" | "output":
                 dtype, *dims = rest.split()
                 (self._inputs if word == "input" else self._outputs).append(Tensor(dtype, tuple(dims)))
+            case "alias":
+                output, given = map(int, rest.split())
+                self._aliases.append((output, given))
             case "variant":
                 self._variants.append(Variant(Expression.parse(rest), Expression.of(0), ()))
             case "workspace":
@@ -290,7 +298,7 @@ class _Reader:
     def finish(self) -> Program:
         """全部读完之后的程序。"""
         inputs, outputs = tuple(self._inputs), tuple(self._outputs)
-        return Program(self._op, self._sm, inputs, outputs, tuple(self._variants))
+        return Program(self._op, self._sm, inputs, outputs, tuple(self._variants), tuple(self._aliases))
 
     def _kernel(self, entry: str, *numbers: str) -> CompiledKernel:
         threads, shared, scratch, offset, length = map(int, numbers)

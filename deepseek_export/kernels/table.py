@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from typing import Literal
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
 from deepseek_export.kernels.expression import Expression, Size
-from deepseek_export.kernels.program import Argument, Launch, LaunchTable, Tensor, Variant
+from deepseek_export.kernels.program import POINTER_ALIGNMENT, Argument, Launch, LaunchTable, Tensor, Variant
 from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec, Port, TypeVar
 
 KernelDtype = Literal["float16", "bfloat16"]
@@ -138,7 +139,7 @@ class Problem:
     def table(self, variants: Sequence[Variant[KernelSpec]]) -> LaunchTable[KernelSpec]:
         """这些变体组成的启动表。"""
         inputs, outputs = (tuple(map(self._tensor, ports)) for ports in (self.op.inputs, self.op.outputs))
-        return LaunchTable(self.op.name, self.sm, inputs, outputs, tuple(variants))
+        return LaunchTable(self.op.name, self.sm, inputs, outputs, tuple(variants), self.op.aliased())
 
     def _dtype(self, port: Port) -> str:
         return self.dtypes.get(port.type) or TYPE_CONSTRAINTS[port.type][0]
@@ -177,7 +178,7 @@ def check_dtype(op: OpSpec, port: str, dtype: str, allowed: tuple[str, ...]) -> 
 def cached_problem(
     op: OpSpec, cache: str, sm: int, sizes: Mapping[str, int], dtype: str, cache_dtype: str | None
 ) -> Problem:
-    """读一个缓存的算子：``q`` 是 16 位的，缓存另可以是 float32。
+    """读一个缓存的算子：``q`` 是 16 位的，缓存另可以是 float32；契约容 int8 的也可以是 int8。
 
     Args:
         op, sm, sizes: 见 :class:`Problem`。
@@ -191,13 +192,22 @@ def cached_problem(
     check_sm(sm)
     stored = cache_dtype or dtype
     check_dtype(op, "q", dtype, ("float16", "bfloat16"))
-    check_dtype(op, cache, stored, ("float16", "bfloat16", "float32"))
-    return Problem(op, sm, sizes, {"T": dtype, "F": stored})
+    kind = op.find(cache)[2].type
+    allowed = ("float16", "bfloat16", "float32", "int8")
+    check_dtype(op, cache, stored, tuple(one for one in allowed if one in TYPE_CONSTRAINTS[kind]))
+    return Problem(op, sm, sizes, {"T": dtype, kind: stored})
+
+
+def row_width(kv_lora_rank: int, qk_rope_head_dim: int, cache_dtype: str) -> int:
+    """潜缓存的一行有几个元素；int8 的末尾补零到 128 位的倍数，见 :mod:`~deepseek_export.ops.int8_cache`。"""
+    if cache_dtype != "int8":
+        return kv_lora_rank + qk_rope_head_dim
+    return math.ceil((kv_lora_rank + 2 * qk_rope_head_dim + 6) / POINTER_ALIGNMENT) * POINTER_ALIGNMENT
 
 
 def fewer_keys(keys: int, num_stages: int, cache_dtype: str) -> tuple[int, int]:
     """一次几个 key、几级流水：float32 的缓存每个 key 占两倍共享内存，一次少读一半的 key，已经只有 16 个（tl.dot 的下限）的就少一级流水。"""
-    fewer = keys * 2 // DTYPES[cache_dtype].nbytes(1)
+    fewer = keys * 2 // max(DTYPES[cache_dtype].nbytes(1), 2)
     return (fewer, num_stages) if fewer >= 16 else (16, num_stages - 1)
 
 

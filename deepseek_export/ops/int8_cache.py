@@ -9,6 +9,9 @@ latent 是 ``q · s``，q 在 [-127, 127]；旋转部分对误差敏感得多，
 ``k · 2^e``，``k = 256 · 高 + 低`` 在 1..32512，向上取整，码因此不会超界。k 也要 16 位：行内最大的那个数要几乎没有误差，只用 8 位时演示
 检查点的误差大一成半。全零的行还原成零，任何字节都还原成有限的数。
 
+TensorRT 的目标上一行末尾补零到 16 个字节的倍数（:func:`padded_rows`），前面的字节相同：V2、V3 是 656 个，每一段都从 16 的倍数起，kernel 用
+128 位的拷贝。
+
 两侧都只有精确的运算与 IEEE 754 的除法、乘法各一次舍入，没有对数与幂，所以各个实现写出的字节、还原的值逐位相同。
 
 e 在 [-112, 92]：latent 的绝对值超过 127 · 32512 · 2^92（约 2e34）的饱和（含无穷），小于 2^-113 的得零。NaN 存不下，写进去的值不作约定。
@@ -17,6 +20,7 @@ e 在 [-112, 92]：latent 的绝对值超过 127 · 32512 · 2^92（约 2e34）�
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: 每行末尾两个 scale 的字节数。
@@ -41,21 +45,31 @@ def encode_rows(c_kv: Tensor, k_pe: Tensor) -> Tensor:
     return torch.cat([latent, *_bytes(rope), latent_scale, rope_scale], dim=-1).to(torch.int8)
 
 
-def decode_rows(rows: Tensor, kv_lora_rank: int) -> Tensor:
+def decode_rows(rows: Tensor, kv_lora_rank: int, dr: int | None = None) -> Tensor:
     """:func:`encode_rows` 的逆。
 
     Args:
-        rows: [..., r+2*dr+6] int8。
+        rows: [..., r+2*dr+6] int8，末尾可以补过零。
         kv_lora_rank: r。
+        dr: 补过零的要给；缺省由宽度得出。
 
     Returns:
         [..., r+dr] float32。
     """
-    dr = (rows.shape[-1] - SCALE_BYTES - kv_lora_rank) // 2
+    if dr is None:
+        dr = (rows.shape[-1] - SCALE_BYTES - kv_lora_rank) // 2
+    elif rows.shape[-1] > (width := kv_lora_rank + 2 * dr + SCALE_BYTES):
+        rows = rows[..., :width]
     latent, high, low, scales = rows.split([kv_lora_rank, dr, dr, SCALE_BYTES], dim=-1)
     factors = read_scale(scales)
     rope = high.float() * 256 + low.float()
     return torch.cat([latent.float() * factors[..., :1], rope * factors[..., 1:]], dim=-1)
+
+
+def padded_rows(rows: Tensor, width: int) -> Tensor:
+    """一行末尾补零到 ``width`` 个字节；已经那么宽的原样。"""
+    missing = width - rows.shape[-1]
+    return F.pad(rows, (0, missing)) if missing else rows
 
 
 def read_scale(scales: Tensor) -> Tensor:
@@ -83,7 +97,10 @@ def _bytes(codes: Tensor) -> tuple[Tensor, Tensor]:
     return high, codes - 256 * high
 
 
-def _powers(device: torch.device) -> Tensor:
+def exponent_powers() -> list[float]:
     """下标 e+128 处是 2^e，e 限制在可用的范围里；字节因此可以直接当下标。"""
-    exponents = (min(max(e, _LEAST_EXPONENT), _LARGEST_EXPONENT) for e in range(-128, 128))
-    return torch.tensor([2.0**e for e in exponents], device=device)
+    return [2.0 ** min(max(e, _LEAST_EXPONENT), _LARGEST_EXPONENT) for e in range(-128, 128)]
+
+
+def _powers(device: torch.device) -> Tensor:
+    return torch.tensor(exponent_powers(), device=device)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deepseek_export.ops.int8_cache import decode_rows, encode_rows
+from deepseek_export.ops.int8_cache import decode_rows, encode_rows, padded_rows
 from deepseek_export.ops.standard import tensor_scatter
 from deepseek_export.ops.weight_rows import decode_weight_rows
 
@@ -31,23 +31,23 @@ def update_cache(c_kv: Tensor, k_pe: Tensor, kv_cache: Tensor, past_lens: Tensor
         c_kv: [B, S, r]，已过 ``kv_a_layernorm``。
         k_pe: [B, S, dr]，已旋转。
         kv_cache: [B, 1, T, r+dr]，dtype 可与 ``c_kv`` 不同（``mla.cache_dtype``）；int8 的一行见
-            :mod:`~deepseek_export.ops.int8_cache`。
+            :mod:`~deepseek_export.ops.int8_cache`，末尾可以补过零。
         past_lens: [B] int64。
 
     Returns:
         形状同 ``kv_cache``，第 ``past_lens[b] .. past_lens[b]+S-1`` 行是新值。
     """
     if kv_cache.dtype == torch.int8:
-        new = encode_rows(c_kv, k_pe)
+        new = padded_rows(encode_rows(c_kv, k_pe), kv_cache.shape[-1])
     else:
         new = torch.cat([c_kv, k_pe], dim=-1).to(kv_cache.dtype)
     return tensor_scatter(kv_cache, new.unsqueeze(1), past_lens)
 
 
-def read_cache(kv_cache: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
+def read_cache(kv_cache: Tensor, kv_lora_rank: int, dr: int, dtype: torch.dtype) -> Tensor:
     """缓存里的值：[B, T, r+dr]，转成 ``dtype``。"""
     rows = kv_cache.squeeze(1)
-    return (decode_rows(rows, kv_lora_rank) if rows.dtype == torch.int8 else rows).to(dtype)
+    return (decode_rows(rows, kv_lora_rank, dr) if rows.dtype == torch.int8 else rows).to(dtype)
 
 
 def read_weight(w_kv_b: Tensor, kv_lora_rank: int) -> Tensor:
@@ -111,7 +111,8 @@ def attend_latent(
     B, H, S, _ = q.shape
     T = kv_cache.shape[2]
     # QK、softmax、PV 是 float32 孤岛：fp16 下 576 项点积会溢出或丢精度。
-    query, latent = q.float() * scale, read_cache(kv_cache, kv_lora_rank, torch.float32)
+    latent = read_cache(kv_cache, kv_lora_rank, q.shape[-1] - kv_lora_rank, torch.float32)
+    query = q.float() * scale
     # 把 H 并进行维，一次 GEMM 只读一遍缓存，而不是每个头读一遍。
     scores = torch.matmul(query.reshape(B, H * S, -1), latent.transpose(1, 2)).view(B, H, S, T)
     if mask is None:
@@ -130,7 +131,8 @@ def attend_naive(
     """naive 形式：展开整个缓存再做普通注意力。参数与返回同 :func:`attend_absorb`。"""
     B, _S, H, dn = q_nope.shape
     r, T = w_kv_b.shape[1], kv_cache.shape[2]
-    c_kv, k_pe = read_cache(kv_cache, r, q_nope.dtype).split([r, q_pe.shape[-1]], dim=-1)
+    dr = q_pe.shape[-1]
+    c_kv, k_pe = read_cache(kv_cache, r, dr, q_nope.dtype).split([r, dr], dim=-1)
     kv = torch.matmul(c_kv, w_kv_b.transpose(0, 1)).view(B, T, H, -1).transpose(1, 2)
     k = torch.cat([kv[..., :dn], k_pe.unsqueeze(1).expand(-1, H, -1, -1)], dim=-1)
     return attend_expanded(torch.cat([q_nope, q_pe], dim=-1), k, kv[..., dn:], past_lens, scale)

@@ -16,6 +16,7 @@ from onnxscript import values
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.ops import index_topk, moe_experts, moe_gate, quant_experts, quant_linear, spec_accept
 from deepseek_export.ops import latent_attention as latent
+from deepseek_export.ops import latent_cache_update as update
 from deepseek_export.ops import lightning_indexer as indexer
 from deepseek_export.ops import mla_attention as mla
 from deepseek_export.ops import quantized_linear as linear
@@ -26,11 +27,14 @@ from deepseek_export.ops.spec import TYPE_CONSTRAINTS, OpSpec
 from deepseek_export.ops.table import (
     DOMAIN,
     INDEX_TOPK,
+    INT4_AFFINE_EXPERTS,
+    INT4_AFFINE_LINEAR,
     INT4_EXPERTS,
     INT4_LINEAR,
     INT8_EXPERTS,
     INT8_LINEAR,
     LATENT_ATTENTION,
+    LATENT_CACHE_UPDATE,
     LIGHTNING_INDEXER,
     MLA_ATTENTION,
     MOE_EXPERTS,
@@ -52,6 +56,7 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     LIGHTNING_INDEXER.name: (indexer.lightning_indexer, indexer.fake),
     SPARSE_MLA_ATTENTION.name: (sparse.sparse_mla_attention, sparse.fake),
     LATENT_ATTENTION.name: (latent.latent_attention, latent.fake),
+    LATENT_CACHE_UPDATE.name: (update.latent_cache_update, update.fake),
     INDEX_TOPK.name: (index_topk.index_topk, index_topk.fake),
     SPARSE_LATENT_ATTENTION.name: (sparse_latent.sparse_latent_attention, sparse_latent.fake),
     MOE_GATE.name: (moe_gate.moe_gate, moe_gate.fake),
@@ -64,6 +69,8 @@ _EAGER: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     INT4_LINEAR.name: (quant_linear.int4_linear, quant_linear.fake),
     INT8_EXPERTS.name: (quant_experts.int8_experts, quant_experts.fake),
     INT4_EXPERTS.name: (quant_experts.int4_experts, quant_experts.fake),
+    INT4_AFFINE_LINEAR.name: (quant_linear.int4_affine_linear, quant_linear.fake_affine),
+    INT4_AFFINE_EXPERTS.name: (quant_experts.int4_affine_experts, quant_experts.fake_affine),
 }
 _ATTRIBUTE_TYPES = {
     "int": defs.OpSchema.AttrType.INT,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-TypeVar = Literal["T", "C", "F", "W", "Q", "S", "I64", "I32", "F32", "F16", "U8"]
+TypeVar = Literal["T", "C", "F", "W", "Q", "S", "I64", "I32", "F32", "F16", "U8", "I8"]
 
 #: 类型变量 → 允许的 dtype。``C`` 是缓存 dtype，允许与计算 dtype ``T`` 不同（``mla.cache_dtype``、``dsa.index_cache_dtype``）；
-#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16；``Q`` 是有符号的码，或 FP8 的字节；
+#: ``F`` 是只有浮点的缓存（下沉到 TensorRT 之后的索引器与稀疏注意力）；``W`` 是权重的，``ort-cpu`` 的量化 bundle 里存成 int8 或 bfloat16；``Q`` 是有符号的码，或 FP8 的字节；
 #: ``S`` 是码的 scale：整数的码与 ``T`` 相同，FP8 的是 float32。
 TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
     {
@@ -25,6 +25,7 @@ TYPE_CONSTRAINTS: Mapping[TypeVar, tuple[str, ...]] = MappingProxyType(
         "F32": ("float32",),
         "F16": ("float16",),
         "U8": ("uint8",),
+        "I8": ("int8",),
     }
 )
 
@@ -57,6 +58,7 @@ class OpSpec:
         outputs: 次序与个数固定。
         attributes: 次序固定。
         doc: 一句话语义，写进 ``OpSchema``。
+        aliases: 就地改写的：输出名 → 它与哪个输入是同一块内存。只有插件这样做，函数体给出新的值。
     """
 
     name: str
@@ -65,6 +67,7 @@ class OpSpec:
     outputs: tuple[Port, ...]
     attributes: tuple[Attribute, ...]
     doc: str
+    aliases: tuple[tuple[str, str], ...] = ()
 
     @property
     def torch_schema(self) -> str:
@@ -99,3 +102,7 @@ class OpSpec:
     def types(self, values: Sequence[Any]) -> dict[TypeVar, Any]:
         """各输入的类型 → 类型变量的值；几个输入同一个变量的取最先的。"""
         return {port.type: value for port, value in reversed(list(zip(self.inputs, values, strict=True)))}
+
+    def aliased(self) -> tuple[tuple[int, int], ...]:
+        """:attr:`aliases` 的序号：第几个输出、第几个输入。"""
+        return tuple((self.find(output)[1], self.find(given)[1]) for output, given in self.aliases)

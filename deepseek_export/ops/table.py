@@ -5,7 +5,7 @@ torch 自定义算子的签名、ONNX ``OpSchema``、函数体、TensorRT creato
 
 维度记号：``B`` batch，``S`` 本次新 token 数，``T`` 缓存容量，``H`` 头数，``dn``/``dr``/``dv`` 即
 ``qk_nope_head_dim``/``qk_rope_head_dim``/``v_head_dim``，``r`` 即 ``kv_lora_rank``，``N`` = B*S，``D`` 即 ``hidden_size``，
-``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，见 ``ops/int8_cache.py``），``kw`` w_kv_b 一行的宽度（浮点是 ``r``，int8 是 ``r+2*r/block``，见
+``cw`` 缓存一行的宽度（浮点是 ``r+dr``，int8 是 ``r+2*dr+6``，TensorRT 的目标上末尾补零到 16 的倍数，见 ``ops/int8_cache.py``），``kw`` w_kv_b 一行的宽度（浮点是 ``r``，int8 是 ``r+2*r/block``，见
 ``ops/weight_rows.py``），``Hi``/``di`` 索引器的头数与头宽
 （``index_n_heads``/``index_head_dim``），``iw`` 索引缓存一行的宽度（浮点是 ``di``，int8 是 ``di+3``，见 ``ops/int8_index.py``），``ks`` 每个 query 选几个 key（``index_topk``），``block_rows``/``block_size`` 一个 scale 管码的几行几列（除不尽的向上取整），``E`` 专家数，``I`` 即 ``moe_intermediate_size``，``k`` 即 ``num_experts_per_tok``，``K`` 草稿 token 数，``V`` 词表大小。
 """
@@ -98,7 +98,7 @@ LATENT_ATTENTION = OpSpec(
     torch_name="latent_attention",
     inputs=(
         Port("q", "T", ("B", "S", "H", "r+dr")),
-        Port("kv_cache", "F", ("B", "1", "T", "r+dr")),
+        Port("kv_cache", "C", ("B", "1", "T", "cw")),
         Port("past_lens", "I64", ("B",)),
     ),
     outputs=(Port("context", "T", ("H", "B*S", "r")),),
@@ -106,8 +106,28 @@ LATENT_ATTENTION = OpSpec(
     doc=(
         "Multi-query attention of absorbed queries over the latent cache, which serves as K (all columns) and as V (the "
         "first kv_lora_rank columns). Key j is visible to query i when j <= past_lens[b]+i. Accumulates in float32. context "
-        "is head-major, as the per-head product with W_UV reads it."
+        "is head-major, as the per-head product with W_UV reads it. An int8 cache row is that of LatentCacheUpdate."
     ),
+)
+
+#: int8 缓存的写入：量化新的 S 行，就地写。浮点的缓存由 ``TensorScatter`` 写。只由 TensorRT 的下沉产生。
+LATENT_CACHE_UPDATE = OpSpec(
+    name="LatentCacheUpdate",
+    torch_name="latent_cache_update",
+    inputs=(
+        Port("c_kv", "T", ("B", "S", "r")),
+        Port("k_pe", "T", ("B", "S", "dr")),
+        Port("kv_cache", "I8", ("B", "1", "T", "cw")),
+        Port("past_lens", "I64", ("B",)),
+    ),
+    outputs=(Port("kv_cache_out", "I8", ("B", "1", "T", "cw")),),
+    attributes=(),
+    doc=(
+        "Rounds the new rows to int8 and writes them at past_lens[b]..past_lens[b]+S-1 of the latent cache. The first "
+        "r+2*dr+6 bytes of a row are an int8 row of MlaAttention, the rest is zero. As a plugin it writes in place: "
+        "kv_cache_out is kv_cache."
+    ),
+    aliases=(("kv_cache_out", "kv_cache"),),
 )
 
 #: 索引器的打分与挑选。``index_cache`` 已写入本次的 S 行。只由 TensorRT 的下沉产生。
@@ -261,31 +281,39 @@ SPEC_ACCEPT_REJECTION = OpSpec(
 )
 
 
-def _quantized_linear(bits: Literal[4, 8]) -> OpSpec:
-    """只量化权重的线性层：码减零点乘 scale 就是权重。只由 ``ort-cpu`` 的量化产生，函数体是一个 ``MatMulNBits``。"""
+def _quantized_linear(bits: Literal[4, 8], affine: bool = False) -> OpSpec:
+    """只量化权重的线性层：码减零点乘 scale 就是权重。只由 ``ort-cpu`` 的量化产生，函数体是一个 ``MatMulNBits``。
+
+    零点逐块给出的（``affine``，只有 4 位）是另一个算子：输入个数固定。
+    """
+    zeros = (Port("zero_points", "U8", ("N", "K/block_size/2")),) if affine else ()
     return OpSpec(
-        name=f"Int{bits}Linear",
-        torch_name=f"int{bits}_linear",
+        name=f"Int{bits}{_AFFINE[affine]}Linear",
+        torch_name=f"int{bits}_{_AFFINE[affine].lower()}{'_' if affine else ''}linear",
         inputs=(
             Port("x", "F32", ("...", "K")),
             Port("codes", "U8", ("N", "K/block_size", _packed("block_size", bits))),
             Port("scales", "F16", ("N", "K/block_size")),
+            *zeros,
         ),
         outputs=(Port("y", "F32", ("...", "N")),),
         attributes=(Attribute("K", "int"), Attribute("N", "int"), Attribute("block_size", "int")),
         doc=(
-            f"Linear layer with blockwise symmetric int{bits} weights: weight = (code - {1 << (bits - 1)}) * scale, the last "
-            f"block padded{_PAIRS[bits]}. "
+            f"Linear layer with blockwise {_weights(bits, affine)}; the last block is padded. "
             "A kernel may round each block of x, to about 15 bits at best (ours) or to int8 (MatMulNBits)."
         ),
     )
 
 
-def _quantized_experts(bits: Literal[4, 8]) -> OpSpec:
+def _quantized_experts(bits: Literal[4, 8], affine: bool = False) -> OpSpec:
     """只量化权重的路由专家，路由权重以对数给出；函数体是一个 ``QMoE``。D、I 是 block_size 的倍数。"""
+    zeros = (
+        Port("gate_up_zero_points", "U8", ("E", "2*I", "D/block_size/2")),
+        Port("down_zero_points", "U8", ("E", "D", "I/block_size/2")),
+    )
     return OpSpec(
-        name=f"Int{bits}Experts",
-        torch_name=f"int{bits}_experts",
+        name=f"Int{bits}{_AFFINE[affine]}Experts",
+        torch_name=f"int{bits}_{_AFFINE[affine].lower()}{'_' if affine else ''}experts",
         inputs=(
             Port("x", "F32", ("N", "D")),
             Port("log_weights", "F32", ("N", "E")),
@@ -293,20 +321,31 @@ def _quantized_experts(bits: Literal[4, 8]) -> OpSpec:
             Port("gate_up_scales", "F16", ("E", "2*I", "D/block_size")),
             Port("down", "U8", ("E", "D", _packed("I", bits))),
             Port("down_scales", "F16", ("E", "D", "I/block_size")),
+            *(zeros if affine else ()),
         ),
         outputs=(Port("y", "F32", ("N", "D")),),
         attributes=(Attribute("k", "int"), Attribute("block_size", "int")),
         doc=(
-            f"Routed SwiGLU experts with blockwise symmetric int{bits} weights, weight = (code - {1 << (bits - 1)}) * scale"
-            f"{_PAIRS[bits]}; gate and up rows alternate. Each token uses the k experts of largest log_weights, weighted by "
+            f"Routed SwiGLU experts with blockwise {_weights(bits, affine)}; gate and up rows alternate. "
+            "Each token uses the k experts of largest log_weights, weighted by "
             "the softmax over those k. "
             "A kernel may round each block of the activations, to about 15 bits at best (ours) or to int8 (QMoE)."
         ),
     )
 
 
-#: 契约里怎么说码的写法。
-_PAIRS: Mapping[int, str] = MappingProxyType({8: "", 4: ", two codes a byte, the lower half first"})
+#: 零点逐块给出的算子名里多一个词。
+_AFFINE = ("", "Affine")
+
+
+def _weights(bits: int, affine: bool) -> str:
+    """契约里怎么说码的写法。"""
+    pairs = (
+        "" if bits == 8 else f", two codes{' or zero points' if affine else ''} a byte, the lower half first"
+    )
+    if affine:
+        return f"int{bits} weights: weight = (code - zero point) * scale{pairs}"
+    return f"symmetric int{bits} weights: weight = (code - {1 << (bits - 1)}) * scale{pairs}"
 
 
 def _packed(dim: str, bits: int) -> str:
@@ -316,6 +355,10 @@ def _packed(dim: str, bits: int) -> str:
 
 INT8_LINEAR, INT4_LINEAR = _quantized_linear(8), _quantized_linear(4)
 INT8_EXPERTS, INT4_EXPERTS = _quantized_experts(8), _quantized_experts(4)
+INT4_AFFINE_LINEAR, INT4_AFFINE_EXPERTS = (
+    _quantized_linear(4, affine=True),
+    _quantized_experts(4, affine=True),
+)
 
 OPS: Mapping[str, OpSpec] = MappingProxyType(
     {
@@ -325,6 +368,7 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             LIGHTNING_INDEXER,
             SPARSE_MLA_ATTENTION,
             LATENT_ATTENTION,
+            LATENT_CACHE_UPDATE,
             INDEX_TOPK,
             SPARSE_LATENT_ATTENTION,
             MOE_GATE,
@@ -337,6 +381,8 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
             INT4_LINEAR,
             INT8_EXPERTS,
             INT4_EXPERTS,
+            INT4_AFFINE_LINEAR,
+            INT4_AFFINE_EXPERTS,
         )
     }
 )

@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import helper, numpy_helper
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from deepseek_export.backend.base import Run
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import blocks as capture
 from deepseek_export.capture.places import EMBED_PORTS, Place, head_ports, layer_ports, mtp_ports
 from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.checkpoint.recipe import load_array
+from deepseek_export.ops.int8_cache import padded_rows
 from deepseek_export.parity.arrays import to_numpy, to_torch, widened
-from deepseek_export.parity.blocks import Block, Output
+from deepseek_export.parity.block import Block, Output
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
 from deepseek_export.parity.report import Case
@@ -100,7 +102,7 @@ def bisect_block(
         out: ``folder`` 最后改名成什么，写在命令里。
     """
     place, module = _locate(bundle, entry, reference, block)
-    values = _pytorch_values(place, module, block)
+    values = _pytorch_values(bundle.manifest, place, module, block)
     nodes = graph.upstream([output.value for output in block.outputs], block.feeds)
     marked = [name for node in nodes for name in node.output if name in values and name in graph.values]
     asked = _every_query(graph, block)
@@ -184,7 +186,9 @@ def _locate(
     return Place(traced, f"layers.{layer}", ports), reference.layers[layer]
 
 
-def _pytorch_values(place: Place, module: nn.Module, block: Block) -> dict[str, np.ndarray]:
+def _pytorch_values(
+    manifest: Manifest, place: Place, module: nn.Module, block: Block
+) -> dict[str, np.ndarray]:
     """图里的值名 → PyTorch 在那里的值。
 
     Raises:
@@ -195,9 +199,18 @@ def _pytorch_values(place: Place, module: nn.Module, block: Block) -> dict[str, 
     assert place.block.retrace is not None
     program = place.block.retrace()
     local = {place.value(name): name for name in program.values.values() if name not in known}
-    known |= {local[name]: to_torch(array) for name, array in block.feeds.items() if name in local}
+    # TensorRT 的目标的图里 int8 缓存的行末尾补过零，捕获的程序里没有。
+    narrow, wide = manifest.model.latent_cache_width(int8=True), manifest.cache.tensors[0].width
+
+    def resized(rows: Tensor, old: int, new: int) -> Tensor:
+        latent = rows.dtype == torch.int8 and rows.ndim == 4 and rows.shape[-1] == old
+        return padded_rows(rows[..., :new], new) if latent else rows
+
+    fed = {local[name]: to_torch(array) for name, array in block.feeds.items() if name in local}
+    known |= {own: resized(rows, wide, narrow) for own, rows in fed.items()}
     computed = program.evaluate(known, [local[output.value] for output in block.outputs])
-    values = {name: to_numpy(computed[own].contiguous()) for name, own in local.items() if own in computed}
+    made = {name: computed[own].contiguous() for name, own in local.items() if own in computed}
+    values = {name: to_numpy(resized(rows, narrow, wide)) for name, rows in made.items()}
     for output in block.outputs:
         case = output.compare("block", output.label, values[output.value])
         assert case.passed, f"捕获的程序与参考实现不一致：{output.label}"

@@ -1,13 +1,9 @@
-"""block 层：每个块单独比，输入一律取参考模型的（teacher forcing），所以第一处不通过就是出错的那一块。
-
-:class:`Block` 只描述「喂什么、应得什么」，不管由谁来跑：``dsx verify`` 逐块截图执行，``dsx compare`` 存成 Polygraphy 的格式
-交给各个后端。
-"""
+"""block 层：每个块单独比，输入一律取参考模型的（teacher forcing），所以第一处不通过就是出错的那一块。"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,105 +12,22 @@ from torch import Tensor
 
 from deepseek_export.bundle import Manifest
 from deepseek_export.capture import names
-from deepseek_export.ops.int8_cache import decode_rows
+from deepseek_export.ops.int8_cache import decode_rows, padded_rows
 from deepseek_export.ops.int8_index import decode_keys
-from deepseek_export.parity.arrays import to_numpy, to_torch
-from deepseek_export.parity.checks import PHASES, Level
+from deepseek_export.parity.arrays import to_numpy
+from deepseek_export.parity.block import Block, Output
+from deepseek_export.parity.checks import PHASES
 from deepseek_export.parity.inputs import cache_feeds
 from deepseek_export.parity.keys import Keys, selection_dtype
-from deepseek_export.parity.report import Case, compare
-from deepseek_export.parity.routing import router_margin, without_flipped
-from deepseek_export.parity.selection import Ranking, in_router_units, mask_of, ranking
-from deepseek_export.parity.tolerances import SELECTION_BAND, Dtype, Key, Tolerance, tolerance
+from deepseek_export.parity.routing import router_margin
+from deepseek_export.parity.selection import Ranking, in_router_units, ranking
+from deepseek_export.parity.tolerances import Dtype, Key
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.mla import Selection
 from deepseek_export.reference.model import INDEX_CACHE, DecoderLayer
 from deepseek_export.reference.weights import torch_dtype
 
 _CAPACITY_SLACK = 3
-
-
-@dataclass(frozen=True)
-class Output:
-    """一个块的一个输出。
-
-    Attributes:
-        label: 报告里的名字，例如 ``layers.3.self_attn``。
-        value: 图里的值名。
-        want: 参考模型给出的值。
-        key: 容差表的键。
-        decode: int8 的缓存才有：一行字节怎么还原。字节差一不说明差多少，所以比还原出来的值。
-        ranking: 选中的 key 才有：参考模型的打分。比的是集合，并列带之内换的不算错。
-    """
-
-    label: str
-    value: str
-    want: np.ndarray
-    key: Key
-    decode: Callable[[Tensor], Tensor] | None = None
-    ranking: Ranking | None = None
-
-    @property
-    def tolerance(self) -> Tolerance:
-        """这个输出的容差。"""
-        return tolerance(*self.key)
-
-    def compare(self, level: Level, name: str, got: np.ndarray) -> Case:
-        """量一次、对照容差表。"""
-        want = self.want
-        if self.ranking is not None:
-            T = self.ranking.scores.shape[-1]
-            chosen, want = mask_of(got, T), mask_of(want, T)
-            chosen, swapped = self.ranking.without_ties(chosen, want, SELECTION_BAND[self.key[1]])
-            case = compare(level, name, ("selection", self.key[1], None), chosen, want)
-            case.near_ties = swapped
-            return case
-        if self.decode is not None:
-            got, want = (self.decode(to_torch(array)).numpy() for array in (got, want))
-        return compare(level, name, self.key, got, want)
-
-
-@dataclass(frozen=True)
-class Block:
-    """一个块在一个阶段里的输入与应有的输出，都来自参考模型。
-
-    Attributes:
-        name: 块名，例如 ``layers.3.mlp``；草稿模型的前面带图的文件名。
-        phase: ``prefill`` 或其后一步的 ``decode``。
-        feeds: 图里的值名 → 参考模型的值。
-        outputs: 块的输出。
-        margin: 前馈块才有：每个 token 的路由离换一个专家有多远，[B, S]。
-        residual: 前馈块才有：哪个输入是它每个 token 独立使用的残差。
-        selection_margin: 自己挑 key 的注意力块才有：每个 token 离换一个 key 有多远，[B, S]，单位同 ``margin``。
-    """
-
-    name: str
-    phase: str
-    feeds: Mapping[str, np.ndarray]
-    outputs: tuple[Output, ...]
-    margin: np.ndarray | None = None
-    residual: str = ""
-    selection_margin: np.ndarray | None = None
-
-    def cases(self, got: Mapping[str, np.ndarray]) -> Iterator[Case]:
-        """逐个输出与参照比。
-
-        Args:
-            got: 值名 → 被验证的一方算出的值。
-        """
-        for output in self.outputs:
-            name = f"{output.label} ({self.phase})"
-            case = output.compare("block", name, got[output.value])
-            margin = self.margin if self.margin is not None else self.selection_margin
-            # 缓存不受换一个 key 的影响，选中的集合自己认得并列。
-            if (
-                not case.passed
-                and margin is not None
-                and output.ranking is None
-                and output.want.shape[:-1] == margin.shape
-            ):
-                case = without_flipped(case, output, got[output.value], margin)
-            yield case
 
 
 @torch.no_grad()
@@ -245,7 +158,8 @@ def attention_block(
     for tensor, new in zip(manifest.cache.of_layer(layer), updated, strict=True):
         value = names.cache_output(tensor.name, index)
         decode = _decoder(tensor.name, manifest) if new.dtype == torch.int8 else None
-        outputs.append(Output(f"{prefix}{tensor.name}_out", value, to_numpy(new), key, decode))
+        want = to_numpy(padded_rows(new, tensor.width))
+        outputs.append(Output(f"{prefix}{tensor.name}_out", value, want, key, decode))
     return Block(f"{prefix}self_attn", phase, feeds, tuple(outputs))
 
 
@@ -253,7 +167,8 @@ def _decoder(cache: str, manifest: Manifest) -> Callable[[Tensor], Tensor]:
     """int8 的缓存 ``cache`` 的一行怎么还原。"""
     if cache == INDEX_CACHE:
         return decode_keys
-    return partial(decode_rows, kv_lora_rank=manifest.model.kv_lora_rank)
+    config = manifest.model
+    return partial(decode_rows, kv_lora_rank=config.kv_lora_rank, dr=config.qk_rope_head_dim)
 
 
 def with_selection(

@@ -105,6 +105,8 @@ def requested(levels: Sequence[str]) -> tuple[Level, ...]:
         DsxError: ``DSX-E607``，有不认识的，或一个也没有。
     """
     todo = f"可选：{'、'.join(LEVELS)}；activations、loss 随 model 一起比，不用点名"
+    if isinstance(levels, str):
+        raise DsxError("DSX-E607", f"levels 是字符串 {levels!r}，要的是列表", f'写成 ["{levels}"]；{todo}')
     for level in levels:
         if level not in LEVELS:
             raise DsxError("DSX-E607", f"没有层级 {level!r}", todo)

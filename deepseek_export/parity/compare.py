@@ -26,14 +26,14 @@ from deepseek_export.checkpoint import Checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.arrays import widened
 from deepseek_export.parity.bisect import Culprit, bisect_block
-from deepseek_export.parity.blocks import Block, main_blocks
+from deepseek_export.parity.block import Block, spread_near_ties
+from deepseek_export.parity.blocks import main_blocks
 from deepseek_export.parity.checks import PHASES
 from deepseek_export.parity.draft import draft_blocks, draft_runs
 from deepseek_export.parity.inputs import block_rows
 from deepseek_export.parity.keys import block_keys
 from deepseek_export.parity.polygraphy import GRAPH, Iteration, polygraphy_command, save_comparison
 from deepseek_export.parity.report import Case, environment
-from deepseek_export.parity.routing import spread_near_ties
 from deepseek_export.parity.subgraph import ModelGraph, attention_dtype, feeds_for
 from deepseek_export.parity.tolerances import Dtype, tolerance
 from deepseek_export.progress import Progress

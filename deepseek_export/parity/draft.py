@@ -14,7 +14,8 @@ from torch import Tensor
 from deepseek_export.bundle import Manifest
 from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.capture import names
-from deepseek_export.parity.blocks import Block, Output, attention_block, embed_block, mlp_block
+from deepseek_export.parity.block import Block, Output
+from deepseek_export.parity.blocks import attention_block, embed_block, mlp_block
 from deepseek_export.parity.checks import PHASES
 from deepseek_export.parity.keys import Keys
 from deepseek_export.parity.routing import router_margin

@@ -11,6 +11,7 @@ from torch import Tensor
 from deepseek_export.bundle import Bundle, Manifest
 from deepseek_export.capture import names
 from deepseek_export.errors import DsxError
+from deepseek_export.ops.int8_cache import padded_rows
 from deepseek_export.parity.arrays import to_numpy
 from deepseek_export.paths import MAX_LARGE_TEXT, read_text
 from deepseek_export.runtime import BundleTokenizer
@@ -88,10 +89,13 @@ def read_passage(bundle: Bundle, tokenizer: BundleTokenizer | None, path: Path) 
 def cache_feeds(
     manifest: Manifest, layer: int, caches: Sequence[Tensor], index: int | None = None
 ) -> dict[str, np.ndarray]:
-    """参考模型第 ``layer`` 层的缓存，作为图里编号 ``index``（缺省同层号）的那一层的输入。"""
+    """参考模型第 ``layer`` 层的缓存，作为图里编号 ``index``（缺省同层号）的那一层的输入；图里 int8 的行宽一些的，末尾补零。"""
     tensors = zip(manifest.cache.of_layer(layer), caches, strict=True)
     at = layer if index is None else index
-    return {names.cache_input(tensor.name, at): to_numpy(cache) for tensor, cache in tensors}
+    return {
+        names.cache_input(tensor.name, at): to_numpy(padded_rows(cache, tensor.width))
+        for tensor, cache in tensors
+    }
 
 
 def block_rows(manifest: Manifest, seed: int) -> list[list[int]]:

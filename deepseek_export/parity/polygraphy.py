@@ -19,7 +19,7 @@ from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.disk import check_free_space, disk_errors
 from deepseek_export.bundle.graph import Slot, point_at
 from deepseek_export.capture import names
-from deepseek_export.parity.blocks import Output
+from deepseek_export.parity.block import Output
 from deepseek_export.parity.inputs import cache_feeds
 from deepseek_export.parity.keys import logits_key
 from deepseek_export.parity.measures import rms

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,18 +11,12 @@ from torch import Tensor
 from deepseek_export.bundle import Manifest
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.parity.keys import router_dtype, selection_dtype
-from deepseek_export.parity.measures import measure
 from deepseek_export.parity.selection import in_router_units, ranking
-from deepseek_export.parity.tolerances import ROUTER_MARGIN
 from deepseek_export.reference import ReferenceModel
 from deepseek_export.reference.mla import Selection
 from deepseek_export.reference.model import DecoderLayer
 from deepseek_export.reference.moe import MoE
 from deepseek_export.reference.weights import torch_dtype
-
-if TYPE_CHECKING:
-    from deepseek_export.parity.blocks import Block, Output
-    from deepseek_export.parity.report import Case
 
 
 def router_margin(layer: DecoderLayer, residual: Tensor, config: ModelConfig) -> Tensor:
@@ -78,44 +70,6 @@ def row_margin(manifest: Manifest, model: ReferenceModel, ids: Sequence[int]) ->
         residual, x, _, selection = layer.step(x, cos, sin, past, cache, selection)
         margin = torch.minimum(margin, router_margin(layer, residual, model.config))
     return margin[0].numpy()
-
-
-def without_flipped(case: Case, output: Output, got: np.ndarray, margin: np.ndarray) -> Case:
-    """把路由近平局、且确实换了专家的行挑出来单独计数，其余行仍按容差要求。"""
-    limit = output.tolerance.limit(measure(got, output.want).scale)
-    error = np.abs(got.astype(np.float64) - output.want).max(-1)
-    flipped = ~(error <= limit) & (margin < ROUTER_MARGIN[output.key[1]])
-    if not flipped.any() or flipped.all():
-        return case
-    kept = replace(output, want=output.want[~flipped]).compare("block", case.name, got[~flipped])
-    kept.near_ties = int(flipped.sum())
-    return kept
-
-
-def spread_near_ties(block: Block) -> tuple[Block, int]:
-    """把路由近平局的行换成离平局最远的那一行，使结果不取决于谁的末位误差。
-
-    前馈对每个 token 独立，输入又是直接喂的，换行不影响别的行。Polygraphy 只会逐元素比，不认得近平局。
-
-    Returns:
-        换过的块，与换掉的行数。
-    """
-    if block.margin is None:
-        return block, 0
-    (output,) = block.outputs
-    ties = block.margin < ROUTER_MARGIN[output.key[1]]
-    if not ties.any():
-        return block, 0
-    best = np.unravel_index(int(block.margin.argmax()), block.margin.shape)
-
-    def spread(array: np.ndarray) -> np.ndarray:
-        copy = array.copy()
-        copy[ties] = array[best]
-        return copy
-
-    feeds = {**block.feeds, block.residual: spread(block.feeds[block.residual])}
-    outputs = (replace(output, want=spread(output.want)),)
-    return replace(block, feeds=feeds, outputs=outputs, margin=spread(block.margin)), int(ties.sum())
 
 
 def _gap(scores: Tensor, k: int) -> Tensor:

@@ -16,6 +16,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint import ModelConfig
+from deepseek_export.checkpoint.int4_config import Int4Layout
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.dtypes import DTYPES
 from deepseek_export.errors import DsxError
@@ -48,6 +49,7 @@ class GraphModule:
         mla_form: 方案里的 ``mla.form``。
         role, layers, verify: 见 :class:`~deepseek_export.capture.CapturedModel`。
         max_elements: 一个权重至多多少个元素。
+        int4: 一个浮点权重在检查点里是不是 4 位的、怎么排；不是为 ``None``。
     """
 
     graph: gs.Graph
@@ -62,6 +64,7 @@ class GraphModule:
     mla_form: MlaForm = "auto"
     max_elements: int = MAX_ELEMENTS
     quantized: set[str] = field(default_factory=set)
+    int4: Callable[[Recipe], Int4Layout | None] = lambda recipe: None
 
     @classmethod
     def from_captured(

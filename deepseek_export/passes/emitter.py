@@ -49,6 +49,11 @@ class Emitter:
         name = f"{_CONSTANTS}i64_scalar_{value}"
         return self._constants.setdefault(name, gs.Constant(name, np.array(value, np.int64)))
 
+    def array(self, name: str, value: np.ndarray) -> gs.Constant:
+        """别的常量；同名的是同一个。"""
+        name = f"{_CONSTANTS}{name}"
+        return self._constants.setdefault(name, gs.Constant(name, value))
+
     def float0d(self, value: float) -> gs.Constant:
         """标量 float32 常量。"""
         name = f"{_CONSTANTS}f32_scalar_{value}"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from deepseek_export.capture.bodies import latent_attention_body
+from deepseek_export.capture.bodies import latent_attention_body, latent_cache_update_body
 from deepseek_export.capture.sparse_bodies import sparse_latent_attention_body
 from deepseek_export.errors import DsxError
 from deepseek_export.ops.table import (
     DOMAIN,
     LATENT_ATTENTION,
+    LATENT_CACHE_UPDATE,
     MLA_ATTENTION,
     OPS,
     PLUGIN_NAMESPACE,
@@ -23,6 +25,7 @@ from deepseek_export.ops.table import (
 )
 from deepseek_export.passes.base import GraphModule, Pass
 from deepseek_export.passes.emitter import Emitter, dtype_of, shared_constants
+from deepseek_export.passes.restore_latent import restore_latent
 from deepseek_export.passes.selection import Selection
 from deepseek_export.records import PassResult
 from deepseek_export.reference.weights import torch_dtype
@@ -52,6 +55,9 @@ class LowerMlaToTensorrtPass(Pass):
        ``Attention`` 自己至少算一行（ONNX Runtime 不接受空的 query），切成 0 行的是它的结果。
     7. ``SparseMlaAttention``：解码的插件核是 ``SparseLatentAttention``，只读选中的行；prefill 选中的写成遮罩，仍是一次原生注意力。
 
+    8. 缓存是 int8 的（``mla.cache_dtype=int8``）：写入是插件 ``LatentCacheUpdate``，量化、就地写；一行末尾补零到 16 个字节的倍数，图的缓存输入输出随之改宽；
+       解码的插件核直接读码，prefill 先还原（:mod:`~deepseek_export.passes.restore_latent`）。
+
     不改写：
 
     5. 没有这两种节点（MLA 关闭）。
@@ -59,6 +65,8 @@ class LowerMlaToTensorrtPass(Pass):
     拒绝编译（``DSX-E320``）：
 
     6. 情形 3、4 里 Q、K 的宽度 ``qk_nope_head_dim + qk_rope_head_dim`` 或 ``v_head_dim`` 超过 256，没有原生核。
+
+    9. ``SparseMlaAttention`` 的缓存是 int8 的（``DSX-E322``）：它的插件核只读浮点的缓存。
 
     名字：全部输入、``o``、``kv_cache_out`` 保留。
     """
@@ -76,20 +84,20 @@ class LowerMlaToTensorrtPass(Pass):
             emit = Emitter(node.name.rpartition("/")[0], constants)
             _Rewrite(module, node, emit).run()
             module.replace(node, emit.nodes)
-        for core, body in _CORES.items():
+        for core, (body, keys) in _CORES.items():
             for node in module.find(core)[:1]:
-                q, cache, *_ = node.inputs
-                module.functions[core] = body(
-                    module.config, torch_dtype(dtype_of(q).name), torch_dtype(dtype_of(cache).name)
-                )
+                dtypes = (torch_dtype(dtype_of(node.inputs[key]).name) for key in keys)
+                module.functions[core] = body(module.config, *dtypes)
         return PassResult(name=self.name, changed=True, count=len(sites))
 
 
-#: 解码路径的插件核 → 它的函数体。
-_CORES = {
-    LATENT_ATTENTION.name: latent_attention_body,
-    SPARSE_LATENT_ATTENTION.name: sparse_latent_attention_body,
+#: 插件 → 它的函数体，与决定函数体的 dtype 的是哪几个输入。
+_CORES: dict[str, tuple[Callable[..., onnx.FunctionProto], tuple[int, ...]]] = {
+    LATENT_ATTENTION.name: (latent_attention_body, (0, 1)),
+    SPARSE_LATENT_ATTENTION.name: (sparse_latent_attention_body, (0, 1)),
+    LATENT_CACHE_UPDATE.name: (latent_cache_update_body, (0,)),
 }
+_PLUGIN = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 
 
 class _Rewrite:
@@ -107,10 +115,16 @@ class _Rewrite:
         self.selection = Selection(ports["indices"], ports["counts"]) if sparse else None
         c = self.config
         self.H, self.r = c.num_attention_heads, c.kv_lora_rank
+        self.int8 = dtype_of(self.cache).name == "int8"
         self.dn, self.dr, self.dv = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
 
     def run(self) -> None:
         """情形 1，再按 ``mla.form`` 走 2、3 或 4。"""
+        if self.int8 and self.selection is not None:
+            # 情形 9。
+            raise DsxError(
+                "DSX-E322", f"{self.emit.scope}：稀疏注意力的缓存是 int8", "用 --set mla.cache_dtype=float16"
+            )
         self._write_cache()
         if self.form == "absorb":
             self._decode(self.q_nope, self.q_pe, self.selection, self.o)
@@ -121,7 +135,15 @@ class _Rewrite:
             self._both()
 
     def _write_cache(self) -> None:
+        """情形 1；int8 的是情形 8。"""
         emit = self.emit
+        if self.int8:
+            for tensor in (self.cache, self.cache_out):
+                tensor.shape = [*tensor.shape[:-1], self.config.latent_cache_width(True, aligned=True)]
+            given = [self.c_kv, self.k_pe, self.cache, self.past_lens]
+            op = LATENT_CACHE_UPDATE.name
+            emit.add(op, given, f"mla/{op}", [self.cache_out], domain=DOMAIN, **_PLUGIN)
+            return
         rows = emit("Concat", [self.c_kv, self.k_pe], "mla/rows", self.c_kv, axis=-1)
         rows = emit("Unsqueeze", [rows, emit.ints(1)], "mla/new", self.c_kv)
         if self.cache.dtype != self.c_kv.dtype:
@@ -198,8 +220,7 @@ class _Rewrite:
             domain=DOMAIN,
             scale=self.scale,
             kv_lora_rank=r,
-            plugin_namespace=PLUGIN_NAMESPACE,
-            plugin_version=PLUGIN_VERSION,
+            **_PLUGIN,
         )
         self._per_head(context, w_uv, outer, self.dv, "absorb_o", o)
 
@@ -252,7 +273,10 @@ class _Rewrite:
         q = emit("Concat", [q_nope, q_pe], "mla/q_heads", q_nope, axis=-1)
         q = emit("Transpose", [self._pad(q, padded - width, "q")], "mla/Q", q, perm=[0, 2, 1, 3])
         latent = emit("Squeeze", [cache, emit.ints(1)], "mla/latent", cache)
-        if cache.dtype != q_nope.dtype:
+        if self.int8:
+            latent.shape = ["B", "P", self.cache_out.shape[-1]]
+            latent = restore_latent(emit, latent, self.r, self.dr, q_nope)
+        elif cache.dtype != q_nope.dtype:
             latent = emit("Cast", [latent], "mla/latent_cast", q_nope, to=dtype_of(q_nope).onnx)
         mask, written = self._masks(q_pe, latent, selection)
         zero = emit("Cast", [emit.int0d(0)], "mla/zero", latent, [], to=dtype_of(latent).onnx)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -12,6 +12,7 @@ from onnx import helper
 from deepseek_export.capture import CapturedModel
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.fp8_sources import Fp8Sources
+from deepseek_export.checkpoint.int4_config import Int4Layout
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.errors import DsxError, did_you_mean
@@ -68,8 +69,8 @@ def check_target(target: str, dtype: ModelDtype) -> None:
         raise DsxError("DSX-E321", what, f"用 --dtype float16，或 --target {' / '.join(TENSORRT_TARGETS)}")
 
 
-def check_cache(target: str, profile: OptimizationProfile) -> None:
-    """这个目标能不能用方案里的缓存 dtype。
+def check_cache(target: str, profile: OptimizationProfile, sparse: bool) -> None:
+    """这个目标能不能用方案里的缓存 dtype；``sparse`` 是模型有没有稀疏注意力。
 
     Raises:
         DsxError: ``DSX-E322``，目标不支持 int8 缓存。
@@ -80,10 +81,10 @@ def check_cache(target: str, profile: OptimizationProfile) -> None:
             f"目标 {target} 不支持 dsa.index_cache_dtype=int8：TensorRT 的索引器只读浮点的缓存",
             "换 --target ort-cpu 或 portable；或去掉 dsa.index_cache_dtype",
         )
-    if profile.mla.cache_dtype == "int8" and target in TENSORRT_TARGETS:
+    if profile.mla.cache_dtype == "int8" and sparse and target in TENSORRT_TARGETS:
         raise DsxError(
             "DSX-E322",
-            f"目标 {target} 不支持 mla.cache_dtype=int8：TensorRT 的注意力核只读浮点的缓存",
+            f"目标 {target} 不支持稀疏注意力的 mla.cache_dtype=int8：TensorRT 的稀疏注意力核只读浮点的缓存",
             "换 --target ort-cpu 或 portable；或 --set mla.cache_dtype=float16",
         )
 
@@ -116,6 +117,7 @@ def lower(
     max_elements: int = MAX_ELEMENTS,
     quantization: Quantization | None = None,
     fp8: Fp8Sources | None = None,
+    int4: Callable[[Recipe], Int4Layout | None] | None = None,
 ) -> LoweredModel:
     """把捕获的模型下沉到一个目标；``captured`` 不变，可以接着下沉到别的目标。
 
@@ -126,6 +128,7 @@ def lower(
         max_elements: 一个浮点权重至多多少个元素，超过的专家权重先拆成几组；``ort-cpu`` 上换成码的不拆。
         quantization: 只量化权重；``None`` 不量化。
         fp8: 检查点里的 FP8 张量，见 :func:`pipeline`。
+        int4: 一个浮点权重在检查点里是不是 4 位的、怎么排；``None`` 是都不是。
 
     Raises:
         DsxError: ``DSX-E301`` 未知的目标；``DSX-E302`` 算子个数与方案不符；``DSX-E303`` 图不合法；``DSX-E310`` /
@@ -133,12 +136,13 @@ def lower(
         PassError: pass 自身的缺陷。
     """
     check_target(target, dtype)
-    check_cache(target, profile)
+    check_cache(target, profile, config.indexer is not None)
     if quantization is not None:
         check_quantization(target, dtype)
 
     def run(limit: int) -> LoweredModel:
         module = GraphModule.from_captured(captured, config, dtype, profile.mla.form, limit)
+        module.int4 = int4 or module.int4
         check_legality(module, "capture", target)
         _check_captured(module, profile)
         results: list[PassResult] = []

@@ -30,7 +30,7 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
     3. 不是这个样子的矩阵乘：router（``Gemm``，始终 float32）、``MlaAttention`` 的 w_kv_b（函数体要浮点，另有 pass）、MLA 关闭时的 QK/PV；
     4. 安装的 onnxruntime 没有 ``MatMulNBits`` 的 float32 kernel：拒绝，逐处给出原因。
 
-    名字：x、y 保留；新权重叫 ``{w}.{kind}`` 与 ``{w}.{kind}.scales``。
+    名字：x、y 保留；新权重叫 ``{w}.{kind}`` 与 ``{w}.{kind}.scales``，照检查点的码写、而码有零点的另有 ``{w}.{kind}.zero_points``。
 
     数值：``accuracy_level=4``，激活也逐块量化到 int8 再做整数点积。8 位权重只有这一级有像样的 kernel（onnxruntime 1.32 实测，
     K=1024、N=4096、一行：0.08 ms，``accuracy_level=1`` 每次先还原整个权重，15 ms），代价是每个算子约 6e-3 的相对误差。
@@ -74,7 +74,7 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
         # 情形 1。
         x, weight, y = matmul.inputs[0], transpose.inputs[0], matmul.outputs[0]
         rows, width = module.weights[weight.name].shape
-        codes, scales = quantized_weight(module, weight, self.quantization.format(module.dtype))
+        codes, scales, zeros = quantized_weight(module, weight, self.quantization.format(module.dtype))
         node = gs.Node(
             op="MatMulNBits",
             name=f"{scope(matmul)}/MatMulNBits",
@@ -86,7 +86,7 @@ class QuantizeLinearsToMatMulNBitsPass(Pass):
                 "block_size": self.quantization.block,
                 "accuracy_level": ACCURACY_LEVEL,
             },
-            inputs=[x, codes, scales],
+            inputs=[x, codes, scales] if zeros is None else [x, codes, scales, zeros],
             outputs=[y],
         )
         module.quantized.add("lm_head.weight" if scope(matmul) == "head.lm_head" else weight.name)

@@ -17,6 +17,8 @@ from deepseek_export.records import PassResult, Refusal
 
 #: ``MoE`` 的输入位置。
 _X, _ROUTER, _GATE_UP, _DOWN = 0, 1, 2, 4
+#: ``QMoE`` 的第一个零点的位置，down 的紧随其后。
+_GATE_UP_ZEROS = 11
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -38,7 +40,7 @@ class QuantizeMoeToQMoePass(Pass):
     4. 安装的 onnxruntime 没有 ``QMoE`` 的 float32 kernel，或它不认得这些属性：拒绝；
     5. 没有下沉成 ``MoE`` 的专家：留在 ``MoeExperts`` 里的，下沉的 pass 已写明原因；MoE 关闭时的稠密写法记一条 ``notes``。
 
-    名字：x、y 保留；新权重叫 ``{w}.{kind}`` 与 ``{w}.{kind}.scales``。
+    名字：x、y 保留；新权重叫 ``{w}.{kind}`` 与 ``{w}.{kind}.scales``，照检查点的码写、而码有零点的另有 ``{w}.{kind}.zero_points``。
 
     数值：同 ``MatMulNBits``，``accuracy_level=4``；8 位的 kernel 无论哪一级都把激活量化到 int8（onnxruntime 1.32）。
     """
@@ -100,12 +102,13 @@ class QuantizeMoeToQMoePass(Pass):
     def _rewrite(self, module: GraphModule, moe: gs.Node) -> None:
         # 情形 1。
         names = _expert_names(module, moe)
-        inputs = [moe.inputs[_X], moe.inputs[_ROUTER]]
+        inputs, zero_points = [moe.inputs[_X], moe.inputs[_ROUTER]], []
         for index in (_GATE_UP, _DOWN):
-            codes, scales = quantized_weight(
+            codes, scales, zeros = quantized_weight(
                 module, moe.inputs[index], self.quantization.format(module.dtype), packed=True
             )
             inputs += [codes, scales, gs.Variable.empty()]
+            zero_points.append(zeros)
         node = gs.Node(
             op="QMoE",
             name=f"{scope(moe)}/QMoE",
@@ -117,11 +120,19 @@ class QuantizeMoeToQMoePass(Pass):
                 "accuracy_level": ACCURACY_LEVEL,
                 "weights_prepacked": 0,
             },
-            inputs=inputs[:-1],
+            inputs=_with_zero_points(inputs, zero_points),
             outputs=[moe.outputs[0]],
         )
         module.quantized.update(names)
         module.replace(moe, [node])
+
+
+def _with_zero_points(inputs: list[gs.Tensor], zeros: list[gs.Variable | None]) -> list[gs.Tensor]:
+    """``QMoE`` 的零点在最后，前面空着没有用到的 fc3；没有零点就到最后一个权重的 scale 为止。"""
+    given = [one for one in zeros if one is not None]
+    if not given:
+        return inputs[:-1]
+    return [*inputs, *(gs.Variable.empty() for _ in range(_GATE_UP_ZEROS - len(inputs))), *given]
 
 
 def _expert_names(module: GraphModule, moe: gs.Node) -> set[str]:

@@ -82,7 +82,8 @@ class QuantizeWeightsToDequantizeLinearPass(Pass):
     def _rewrite(self, module: GraphModule, node: gs.Node, index: int) -> None:
         # 情形 1、2。
         weight, form = node.inputs[index], self.quantization.format(module.dtype)
-        inputs = list(quantized_weight(module, weight, form, signed=True))
+        codes, scales, _ = quantized_weight(module, weight, form, signed=True)
+        inputs = [codes, scales]
         restored = gs.Variable(f"{node.name}/{weight.name}", weight.dtype, list(weight.shape))
         attrs = {"axis": len(weight.shape) - 1, "block_size": form.block}
         where = f"{node.name}/DequantizeLinear_{index}"

@@ -1,4 +1,4 @@
-"""``MatMulNBits``、``QMoE`` → ``dsx::Int8Linear``、``dsx::Int4Linear``、``dsx::Int8Experts``、``dsx::Int4Experts``，原来的节点成为函数体。"""
+"""``MatMulNBits``、``QMoE`` → ``dsx::Int8Linear``、``dsx::Int4Linear``、``dsx::Int8Experts``、``dsx::Int4Experts`` 等，原来的节点成为函数体。"""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from deepseek_export.checkpoint.weight_only import KERNEL_SCALE
 from deepseek_export.ops.spec import OpSpec
 from deepseek_export.ops.table import (
     DOMAIN,
+    INT4_AFFINE_EXPERTS,
+    INT4_AFFINE_LINEAR,
     INT4_EXPERTS,
     INT4_LINEAR,
     INT8_EXPERTS,
@@ -30,13 +32,15 @@ from deepseek_export.records import PassResult
 _PLUGIN = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 #: 各节点不同、函数体经属性引用取值的属性；其余固化在函数体里。
 _FREE = ("K", "N")
-#: onnxruntime 的算子、属性必须是什么、dsx 的算子。
+#: onnxruntime 的算子、属性必须是什么、dsx 的算子；有零点的见 :data:`_AFFINE`。
 _WRAPPED = (
     ("MatMulNBits", {"bits": 8, "accuracy_level": ACCURACY_LEVEL}, INT8_LINEAR),
     ("MatMulNBits", {"bits": 4, "accuracy_level": ACCURACY_LEVEL}, INT4_LINEAR),
     ("QMoE", {"expert_weight_bits": 8, **MOE_ATTRIBUTES}, INT8_EXPERTS),
     ("QMoE", {"expert_weight_bits": 4, **MOE_ATTRIBUTES}, INT4_EXPERTS),
 )
+#: 同一个节点，零点逐块给出时的算子。
+_AFFINE = {INT4_LINEAR.name: INT4_AFFINE_LINEAR, INT4_EXPERTS.name: INT4_AFFINE_EXPERTS}
 
 
 class WrapQuantKernelsPass(Pass):
@@ -47,8 +51,8 @@ class WrapQuantKernelsPass(Pass):
 
     改写：
 
-    1. ``MatMulNBits`` → ``Int8Linear`` / ``Int4Linear``；
-    2. ``QMoE`` → ``Int8Experts`` / ``Int4Experts``，其余属性（swiglu、在选中的 k 个上归一化）固化在函数体里，也就是算子的语义；
+    1. ``MatMulNBits`` → ``Int8Linear`` / ``Int4Linear``，零点逐块给出的 → ``Int4AffineLinear``；
+    2. ``QMoE`` → ``Int8Experts`` / ``Int4Experts`` / ``Int4AffineExperts``，其余属性（swiglu、在选中的 k 个上归一化）固化在函数体里，也就是算子的语义；
     3. 它们的 scale 存成 float16（块 32 的 int4 因此少读一成），码按舍入之后的 scale 取。onnxruntime 的节点要 float32 的，函数体的开头转回去，
        建会话时折叠掉。
 
@@ -72,9 +76,11 @@ class WrapQuantKernelsPass(Pass):
 
 
 def _wrap(module: GraphModule, node: gs.Node, spec: OpSpec) -> None:
+    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
+    if len(inputs) > len(spec.inputs):
+        spec = _AFFINE[spec.name]
     module.functions.setdefault(spec.name, _body(node, spec, module.graph.opset))
     own = {attribute.name: node.attrs[attribute.name] for attribute in spec.attributes}
-    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
     for tensor in inputs:
         # 情形 3；几个节点共用的权重只换一次。
         if (recipe := module.weights.get(tensor.name)) is not None:

@@ -103,7 +103,7 @@ class SizedModel:
         int4 = self.source.config.int4
         if int4 is None or int4.layout.act_order:
             return None
-        quantization = published_quantization(self.source, self.modules)
+        quantization = published_quantization(self.source, self.modules, affine=True)
         written = written_tensors(self.source.config, self.profile, self.modules, "float32", quantization)
         return sum(nbytes for _, _, nbytes in written)
 

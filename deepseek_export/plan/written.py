@@ -6,12 +6,16 @@ from collections.abc import Iterator, Mapping
 
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.fp8_sources import Fp8Sources
+from deepseek_export.checkpoint.int4_codes import with_zeros
+from deepseek_export.checkpoint.int4_config import Int4Layout
+from deepseek_export.checkpoint.int4_weights import WEIGHT
 from deepseek_export.checkpoint.recipe import (
     Recipe,
     WeightDtype,
     mtp_recipes,
     quantized_recipes,
     weight_recipes,
+    zero_points,
 )
 from deepseek_export.checkpoint.weight_only import KERNEL_SCALE, BlockFormat, Quantization, ScaleDtype
 from deepseek_export.plan.shape import PARTS, Part, part_of
@@ -69,6 +73,7 @@ def written_tensors(
         kept = {} if stored is None else _kept_fp8(recipes, profile, stored)
         for name, recipe in recipes.items():
             part = part_of(name, recipe.shape)
+            layout = None if tensorrt else _affine(config, recipe)
             if name in kept:
                 yield name, part, kept[name]
             elif quantization is None or part == "small" or (tensorrt and part == "embed"):
@@ -82,16 +87,16 @@ def written_tensors(
                 yield name, part, recipe.nbytes // 2 if narrow else recipe.nbytes
             elif part == "experts" and not tensorrt:
                 whole = profile.moe.enabled and _fits_qmoe(name, config, quantization)
-                yield name, part, _quantized(recipe, quantization, scale) if whole else recipe.nbytes
+                yield name, part, _quantized(recipe, quantization, scale, layout) if whole else recipe.nbytes
             elif quantization.keeps(name) or (tensorrt and recipe.shape[-1] % quantization.block):
                 yield name, part, recipe.nbytes  # TensorRT 没有不满的块
             else:
-                yield name, part, _quantized(recipe, quantization, scale)
+                yield name, part, _quantized(recipe, quantization, scale, layout)
     if config.tie_word_embeddings and quantization is not None:
         embed = graphs[0][_EMBED]
         if not quantization.keeps(_HEAD, _EMBED):
             whole = not tensorrt or config.hidden_size % quantization.block == 0
-            yield _HEAD, "head", _quantized(embed, quantization, scale) if whole else 0
+            yield _HEAD, "head", _quantized(embed, quantization, scale, None) if whole else 0
         elif not tensorrt and not quantization.keeps(_EMBED):
             yield _HEAD, "head", embed.nbytes
 
@@ -131,6 +136,18 @@ def _fits_qmoe(name: str, config: ModelConfig, quantization: Quantization) -> bo
     return not kept and all(width % quantization.block == 0 for width in widths)
 
 
-def _quantized(recipe: Recipe, quantization: Quantization, scale: ScaleDtype) -> int:
-    """码与 scale。"""
-    return sum(part.nbytes for part in quantized_recipes(recipe, quantization.format(scale)))
+def _quantized(
+    recipe: Recipe, quantization: Quantization, scale: ScaleDtype, layout: Int4Layout | None
+) -> int:
+    """码与 scale，照写的码还有零点；``layout`` 是来源的 4 位怎么排。"""
+    form = with_zeros(layout, quantization.format(scale))
+    zeros = (zero_points(recipe, form),) if form.zeros else ()
+    return sum(part.nbytes for part in (*quantized_recipes(recipe, form), *zeros))
+
+
+def _affine(config: ModelConfig, recipe: Recipe) -> Int4Layout | None:
+    """来源是不是 4 位的，只凭声明；没有说的（GPTQ 不逐个列出）当作是。"""
+    int4 = config.int4
+    if int4 is None or not recipe.sources or int4.declares(recipe.sources[0].removesuffix(WEIGHT)) is False:
+        return None
+    return int4.layout

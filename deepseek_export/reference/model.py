@@ -231,7 +231,12 @@ class CacheTensor:
 
 
 def cache_tensors(
-    config: ModelConfig, forms: Forms, dtype: torch.dtype, compute: torch.dtype, layer: int
+    config: ModelConfig,
+    forms: Forms,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    layer: int,
+    aligned: bool = False,
 ) -> list[CacheTensor]:
     """第 ``layer`` 层（MTP 层接在主干之后）有哪些缓存。
 
@@ -240,6 +245,7 @@ def cache_tensors(
         dtype: 缓存的 dtype；索引 key 也用它，除非 ``forms.index_int8``。
         compute: 计算 dtype；潜缓存是 int8 而索引 key 不是时，索引 key 按它存。
         layer: 第几层。
+        aligned: TensorRT 的目标的，见 :meth:`~deepseek_export.checkpoint.ModelConfig.latent_cache_width`。
     """
     H = config.num_attention_heads
     if forms.attention == "expanded":
@@ -248,7 +254,8 @@ def cache_tensors(
             CacheTensor("v_cache", H, config.v_head_dim, dtype),
         ]
     else:
-        tensors = [CacheTensor("kv_cache", 1, config.latent_cache_width(dtype == torch.int8), dtype)]
+        width = config.latent_cache_width(dtype == torch.int8, aligned)
+        tensors = [CacheTensor("kv_cache", 1, width, dtype)]
     if config.indexer is not None and config.runs_indexer(layer):
         stored = compute if dtype == torch.int8 else dtype
         stored = torch.int8 if forms.index_int8 else stored

@@ -1,7 +1,7 @@
 """批量用的一池副本：每个是一个 Ray actor，死了、停住了的重起；请求交给手上最少的那个。
 
-记账的（:mod:`~deepseek_export.serving.batch`）在发起的一端，只有它写答案：副本怎么死、请求重做几次，都不会丢一行、多一行。所以不用 Ray Data：它自己重做失败的块，
-一块里做了几行、写没写下，发起的一端不知道。
+记账的（:mod:`~deepseek_export.serving.batch`）在发起的一端，只有它写答案：副本怎么死、请求重做几次，都不会丢一行、多一行。不用 Ray Data：它没有一件活的时限，
+停住的 actor 就一直等（specs/cluster 的 CLUSTER-51）。
 """
 
 from __future__ import annotations
@@ -157,18 +157,30 @@ class ReplicaPool:
         return min(warm, key=lambda seat: seat.busy, default=None)
 
     def _keep(self) -> None:
-        while not self._closing.wait(_TICK_S) and self._failed is None:
-            for index, seat in enumerate(self._seats):
-                try:
-                    why = self._trouble(seat)
-                    if why is not None:
-                        self._replace(index, why)
-                except DsxError as error:
-                    self._failures += 1
-                    if self._failures >= _TRIES or not self._worked:
-                        self._failed = error
-                        break
-                    self._replace(index, error.what)
+        try:
+            while not self._closing.wait(_TICK_S) and self._failed is None:
+                self._look()
+        except Exception as error:
+            logger.exception("看着副本的线程出了错")
+            self._failed = _failed(f"看着副本的线程出了错：{error!r}")
+        if self._failed is not None:  # 没有人重起它们了：还在的也放掉，谁也不一直等着
+            for seat in self._seats:
+                seat.lost = True
+                seat.worker.stop()
+
+    def _look(self) -> None:
+        """看一遍，该换的换掉。"""
+        for index, seat in enumerate(self._seats):
+            try:
+                why = self._trouble(seat)
+                if why is not None:
+                    self._replace(index, why)
+            except DsxError as error:
+                self._failures += 1
+                if self._failures >= _TRIES or not self._worked:
+                    self._failed = error
+                    return
+                self._replace(index, error.what)
 
     def _trouble(self, seat: _Seat) -> str | None:
         """起来过的，要换掉它的原因。
@@ -286,7 +298,11 @@ class _RayWorker:
     def loading(self) -> bool:
         if not self._ray.wait([self._loaded], timeout=0)[0]:
             return True
-        if (told := self._ray.get(self._loaded)) is not None:
+        try:
+            told = self._ray.get(self._loaded)
+        except self._ray.exceptions.RayError as error:  # 看它在不在之后、到这里之前死的
+            raise _failed("加载时没有了") from error
+        if told is not None:
             raise DsxError(*told)
         return False
 

@@ -85,7 +85,7 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from perf.gpu.sources import Source, shapes_of
+    from perf.gpu.sources import Source, scribble, shapes_of
 
     library = ctypes.CDLL(str(build_library(folder)))
     inputs = point.inputs(Source(card.device))
@@ -93,6 +93,9 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
     runner(inputs, outputs[0])
     card.synchronize()
     runner.poison()
+    found = [output.clone() for output in outputs[0]]  # 就地改写的，两次的输出是同一块
+    for output in outputs[1]:
+        scribble(output)
     shapes = shapes_of(runner.program, inputs)
     addresses = [tensor.data_ptr() for tensor in inputs]
     launch(
@@ -105,4 +108,4 @@ def compare_launchers(card: Any, point: Any, folder: Path) -> dict[str, Any]:
         card.stream(),
     )
     card.synchronize()
-    return {"ok": all(map(torch.equal, *outputs))}
+    return {"ok": all(map(torch.equal, found, outputs[1]))}

@@ -20,6 +20,7 @@ from deepseek_export.ops.latent_attention import latent_attention
 from deepseek_export.ops.moe_experts import moe_experts
 from deepseek_export.parity.measures import Measure
 from perf.gpu.coded_points import CODES, QuantizedExperts, QuantizedLinear
+from perf.gpu.int8_points import ROW, Update, int8_cache
 from perf.gpu.sources import (
     EXPERTS,
     LATENT,
@@ -49,6 +50,7 @@ class Attention:
         past: 各行已有的长度，B 个；负数按 0。
         dtype: 计算 dtype。
         label: 代替长长的 ``past`` 写进名字。
+        int8: 缓存是 int8 的。
     """
 
     H: int
@@ -57,32 +59,46 @@ class Attention:
     past: tuple[int, ...]
     dtype: DtypeName = "bfloat16"
     label: str = ""
+    int8: bool = False
 
     @property
     def name(self) -> str:
         """格子的名字。"""
-        return f"LatentAttention H{self.H} B{len(self.past)} S{self.S} T{self.T}{self.label}"
+        cache = " int8 缓存" * self.int8
+        return f"LatentAttention H{self.H} B{len(self.past)} S{self.S} T{self.T}{self.label}{cache}"
 
     @property
     def program(self) -> str:
         """哪个程序；核对不过时，同一个程序的计时都带记号。"""
-        return f"LatentAttention H{self.H} {self.dtype}"
+        return f"LatentAttention H{self.H} {self.dtype}" + " int8 缓存" * self.int8
+
+    @property
+    def row_bytes(self) -> int:
+        """缓存的一行几个字节。"""
+        return ROW if self.int8 else 2 * (LATENT + ROPE)
 
     def needs(self, *, reference: bool) -> int:
         """要几字节显存。"""
         B = len(self.past)
         scores = B * self.S * self.H * self.T * 4 * 3 if reference else 0
-        whole = 2 * B * (self.T * (LATENT + ROPE) + self.S * self.H * (2 * LATENT + ROPE))
-        return whole * (_REFERENCE if reference else 2) + scores
+        whole = B * (self.T * self.row_bytes + 2 * self.S * self.H * (2 * LATENT + ROPE))
+        copies = _REFERENCE * (2 if self.int8 else 1)
+        return whole * (copies if reference else 2) + scores
 
     def table(self, sm: int) -> LaunchTable[KernelSpec]:
         """启动表。"""
-        return latent_attention_launch(sm, self.H, LATENT, ROPE, SCALE, self.dtype)
+        cache = "int8" if self.int8 else None
+        return latent_attention_launch(sm, self.H, LATENT, ROPE, SCALE, self.dtype, cache)
 
     def inputs(self, source: Source) -> Inputs:
-        """(q, kv_cache, past_lens)；看不见的缓存行是 NaN。"""
+        """(q, kv_cache, past_lens)；看不见的缓存行是 NaN，int8 的是极大的数：每个字节 91，两个 scale 约 2^105。"""
         dtype = getattr(torch, self.dtype)
-        cache = source.cache(self.past, self.S, self.T, LATENT + ROPE, dtype)
+        if self.int8:
+            cache = int8_cache(source, len(self.past), self.T)
+            for b, length in enumerate(self.past):
+                cache[b, :, max(length, 0) + self.S :] = 91
+        else:
+            cache = source.cache(self.past, self.S, self.T, LATENT + ROPE, dtype)
         return source.latent_queries(len(self.past), self.S, self.H, dtype), cache, source.lens(self.past)
 
     def outputs(self, inputs: Inputs) -> Outputs:
@@ -98,13 +114,13 @@ class Attention:
         """至少要读写的字节、浮点运算；看不见的行不算。"""
         q, _, past_lens = inputs
         keys = sum(min(length + self.S, self.T) for length in self.past)
-        traffic = 2 * keys * (LATENT + ROPE) + latent_bytes(q) + past_lens.numel() * 8
+        traffic = self.row_bytes * keys + latent_bytes(q) + past_lens.numel() * 8
         return traffic, 2 * self.S * self.H * keys * (2 * LATENT + ROPE)
 
     def shapes(self) -> list[tuple[int, ...]]:
         """各输入的形状。"""
         B, width = len(self.past), LATENT + ROPE
-        return [(B, self.S, self.H, width), (B, 1, self.T, width), (B,)]
+        return [(B, self.S, self.H, width), (B, 1, self.T, ROW if self.int8 else width), (B,)]
 
 
 @dataclass(frozen=True)
@@ -171,8 +187,10 @@ class Experts:
         return [(self.N, D), (self.N, k), (self.N, k), (E, inner, D), (E, inner, D), (E, D, inner)]
 
 
-Point: TypeAlias = Attention | Experts | QuantizedExperts | QuantizedLinear | Selection | SparseAttention
-_KINDS = (Attention, Experts, QuantizedExperts, QuantizedLinear, Selection, SparseAttention)
+Point: TypeAlias = (
+    Attention | Experts | QuantizedExperts | QuantizedLinear | Selection | SparseAttention | Update
+)
+_KINDS = (Attention, Experts, QuantizedExperts, QuantizedLinear, Selection, SparseAttention, Update)
 #: 写进结果、由它还原出点：``{"op": 类名, 其余是字段}``。
 _POINTS: dict[str, Callable[..., Point]] = {kind.__name__: kind for kind in _KINDS}
 
@@ -190,9 +208,9 @@ def to_row(point: Point) -> dict[str, Any]:
     return {"op": type(point).__name__, **vars(point)}
 
 
-def full(H: int, B: int, S: int, T: int) -> Attention:
+def full(H: int, B: int, S: int, T: int, int8: bool = False) -> Attention:
     """每一行都填满缓存。"""
-    return Attention(H, S, T, every_row(B, S, T))
+    return Attention(H, S, T, every_row(B, S, T), int8=int8)
 
 
 def ragged(H: int, B: int, T: int) -> Attention:
@@ -213,13 +231,17 @@ TINY: tuple[Point, ...] = (
     SparseAttention(16, 1, 96, (0, 65, 95), topk=32),
     *(QuantizedExperts("tiny", 5, codes) for codes in CODES),
     *(QuantizedLinear("tiny", 5, codes) for codes in CODES),
+    Attention(16, 1, 96, (0, 65, 95), int8=True),
+    Update(2, 96, (0, 65, 94)),
 )
 CHECKED: tuple[Point, ...] = (
     *(
-        Attention(H, S, T, past)
+        Attention(H, S, T, past, int8=int8)
+        for int8 in (False, True)
         for H in (16, 128)
         for S, T, past in ((1, 4096, (0, 1, 63, 64, 65, 4095, 1000)), (8, 2048, (2040, 0, 7, 511)))
     ),
+    *(Update(S, 2048, (0, 7, 1500)) for S in (1, 500)),
     *(Experts("V2-Lite", N) for N in (1, 7, 300)),
     Experts("V3", 16),
     *(Selection(S, T, past) for S, T, past in ((1, 8192, (0, 2047, 2048, 8191)), (300, 4096, (3700, 1900)))),
@@ -235,6 +257,7 @@ CHECKED: tuple[Point, ...] = (
 HEADLINE: tuple[Point, ...] = (
     *(full(H, B, 1, T) for H in (16, 128) for B in (1, 16, 128) for T in (1024, 8192, 32768)),
     full(128, 16, 4, 8192),
+    *(full(H, B, 1, T, int8=True) for H in (16, 128) for B in (1, 16) for T in (8192, 32768)),
     *(Experts(shape, N) for shape in ("V2-Lite", "V3") for N in (1, 16, 128, 1024, 4096)),
     *(Selection(1, T, every_row(B, 1, T)) for B in (1, 16) for T in (8192, 32768, 131072)),
     *(SparseAttention(128, 1, T, every_row(B, 1, T)) for B in (1, 16) for T in (8192, 131072)),

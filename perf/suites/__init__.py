@@ -26,6 +26,7 @@ SUITES: Mapping[str, str] = MappingProxyType(
         "int8-cache": "perf.suites.int8_cache",
         "quant": "perf.suites.quant",
         "scale": "perf.suites.scale",
+        "engine-memory": "perf.suites.engine_memory",
         "gpu": "perf.suites.gpu",
     }
 )

@@ -155,6 +155,7 @@ void quant_linear(Request& request) {
     dsx::QuantLinear op{};
     op.M = request.number(), op.K = request.number(), op.N = request.number(), op.block = request.number();
     op.x = request.data<float>(), op.codes = request.data<uint8_t>(), op.scales = request.data<uint16_t>();
+    op.zeros = request.has_more() ? request.data<uint8_t>() : nullptr;
     const Buffer y(static_cast<size_t>(op.M * op.N) * sizeof(float));
     op.y = reinterpret_cast<float*>(y.data());
     dsx::run(op, dsx::requested_quant_kernels(bits), request.parallel());
@@ -169,6 +170,9 @@ void quant_experts(Request& request) {
     op.x = request.data<float>(), op.log_weights = request.data<float>();
     op.gate_up = request.data<uint8_t>(), op.gate_up_scales = request.data<uint16_t>();
     op.down = request.data<uint8_t>(), op.down_scales = request.data<uint16_t>();
+    if (request.has_more()) {
+        op.gate_up_zeros = request.data<uint8_t>(), op.down_zeros = request.data<uint8_t>();
+    }
     const Buffer y(static_cast<size_t>(op.N * op.D) * sizeof(float));
     op.y = reinterpret_cast<float*>(y.data());
     dsx::run(op, dsx::requested_quant_kernels(bits), request.parallel());

@@ -21,11 +21,13 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
-// 编译器内建的名字各版本不一（avx512bf16 较晚才有），直接问 CPUID。
-bool has_avx512_bf16() {
+// 编译器内建的名字各版本不一（avx512bf16、avxvnni 较晚才有），直接问 CPUID：叶 7、子叶 1 的 eax。
+bool has_feature(unsigned bit) {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 5)) != 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << bit)) != 0;
 }
+
+constexpr unsigned kAvxVnni = 4, kAvx512Bf16 = 5;
 
 // Intel 的核上 VDPBF16PS 每周期的乘加不比两条 FMA 多，还要先交错 value：整个 kernel 反而慢三成以上（torch 的 bfloat16 矩阵乘同样
 // 慢于 float32）。AMD 从 Zen 4 起快一倍。只影响缺省取哪个，DSX_CPU_ISA 照样能指定。
@@ -48,10 +50,15 @@ void detect_native(std::vector<Isa>& found) {
             return vnni ? Isa{&kernels, &kAvx512VnniInt8, &kAvx512VnniInt4} : Isa{&kernels, &kAvx2Int8, &kAvx2Int4};
         };
         found.push_back(with(kAvx512Kernels));
-        if (has_avx512_bf16()) {
+        if (has_feature(kAvx512Bf16)) {
             found.insert(bf16_beats_float32() ? found.begin() : found.end(), with(kAvx512Bf16Kernels));
         }
     }
+#if defined(DSX_AVX_VNNI)
+    if (has_feature(kAvxVnni)) {
+        found.push_back({&kAvxVnniKernels, &kAvxVnniInt8, &kAvxVnniInt4});
+    }
+#endif
     found.push_back({&kAvx2Kernels, &kAvx2Int8, &kAvx2Int4});
 }
 #elif defined(__aarch64__)

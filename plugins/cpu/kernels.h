@@ -82,7 +82,7 @@ constexpr int64_t attend_scratch(int64_t width) {
 
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx2Kernels, kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
 #elif defined(__aarch64__)

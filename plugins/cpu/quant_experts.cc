@@ -10,8 +10,8 @@
 namespace dsx {
 namespace {
 
-// 一个任务一次算几行：中间结果留在 L2。
-constexpr int64_t kSliceRows = 128;
+// 一个任务一次算几行：激活与结果留在 L2，权重的重排仍分摊得掉。gather 也按它分。
+constexpr int64_t kSliceRows = 256;
 // 一片结果之后的内存从 64 字节的边界开始。
 constexpr int64_t kAlign = 16;
 
@@ -133,11 +133,12 @@ void run(const QuantExperts& op, const QuantKernels& kernels, const Parallel& pa
     const int64_t row_bytes = kernels.bytes(op.D), inner_bytes = kernels.bytes(op.I);
     const int64_t step = columns_per_task(2 * op.I, row_bytes, kernels.group);
     const int64_t chunks = (2 * op.I + step - 1) / step, blocks = op.D / op.block;
+    const QuantizedWeights gate_up{op.gate_up, op.gate_up_scales, op.E * 2 * op.I, op.gate_up_zeros};
+    const QuantizedWeights down{op.down, op.down_scales, op.E * op.D, op.down_zeros};
     parallel(active * chunks, [&](int64_t task) {
         const int64_t a = task / chunks, column = task % chunks * step;
         const int64_t first = routing.active[a] * 2 * op.I + column;
-        const QuantizedWeights weights{
-            op.gate_up + first * row_bytes, op.gate_up_scales + first * blocks, std::min(step, 2 * op.I - column)};
+        const QuantizedWeights weights = gate_up.from(first, std::min(step, 2 * op.I - column), row_bytes, blocks);
         multiply_slices(rows, routing.begin[a], routing.begin[a + 1], weights, kernels,
             [&](int64_t row, int64_t count, const float* y) {
                 for (int64_t i = 0; i < count; ++i) {
@@ -158,7 +159,7 @@ void run(const QuantExperts& op, const QuantKernels& kernels, const Parallel& pa
         }
         for (int64_t a = 0; a < active; ++a) {
             const int64_t first = routing.active[a] * op.D + column;
-            QuantizedWeights weights{op.down + first * inner_bytes, op.down_scales + first * inner.blocks, columns};
+            QuantizedWeights weights = down.from(first, columns, inner_bytes, inner.blocks);
             // 接着读下一个专家的同几列，或（多半由同一个线程）第一个专家的后几列。
             weights.next = a + 1 < active ? (routing.active[a + 1] - routing.active[a]) * op.D
                                           : (routing.active[0] - routing.active[a]) * op.D + columns;

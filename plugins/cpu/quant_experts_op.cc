@@ -7,18 +7,31 @@
 namespace dsx {
 namespace {
 
-// 两个算子只差名字与位数：端口、属性的次序相同，用 int8 的那一份。
+// 几个算子只差名字、位数与最后的零点：端口、属性的次序相同，用 int8 的那一份。
 namespace spec = ops::int8_experts;
+namespace affine = ops::int4_affine_experts;
 static_assert(ops::int4_experts::kInputs.size() == spec::kInputs.size() && ops::int4_experts::gate_up == size_t{spec::gate_up} &&
               ops::int4_experts::down_scales == size_t{spec::down_scales});
+static_assert(affine::kInputs.size() == spec::kInputs.size() + 2 && affine::gate_up == size_t{spec::gate_up} &&
+              affine::down_scales == size_t{spec::down_scales} && affine::gate_up_zero_points == spec::kInputs.size());
 
 struct Int8Op {
     static constexpr const char* kName = ops::int8_experts::kName;
+    static constexpr const auto& kInputs = ops::int8_experts::kInputs;
     static constexpr int64_t kBits = 8;
+    static constexpr bool kAffine = false;
 };
 struct Int4Op {
     static constexpr const char* kName = ops::int4_experts::kName;
+    static constexpr const auto& kInputs = ops::int4_experts::kInputs;
     static constexpr int64_t kBits = 4;
+    static constexpr bool kAffine = false;
+};
+struct Int4AffineOp {
+    static constexpr const char* kName = affine::kName;
+    static constexpr const auto& kInputs = affine::kInputs;
+    static constexpr int64_t kBits = 4;
+    static constexpr bool kAffine = true;
 };
 
 template <typename Op>
@@ -39,17 +52,21 @@ public:
 
 private:
     void compute(const Ort::KernelContext& context) const {
-        const Inputs inputs(Op::kName, spec::kInputs, context);
+        const Inputs inputs(Op::kName, Op::kInputs, context);
         QuantExperts op = sizes_of(inputs);
         op.x = inputs.template data<float>(spec::x), op.log_weights = inputs.template data<float>(spec::log_weights);
         op.gate_up = inputs.template data<uint8_t>(spec::gate_up), op.gate_up_scales = float16_data(inputs, spec::gate_up_scales);
         op.down = inputs.template data<uint8_t>(spec::down), op.down_scales = float16_data(inputs, spec::down_scales);
+        if constexpr (Op::kAffine) {
+            op.gate_up_zeros = inputs.template data<uint8_t>(affine::gate_up_zero_points);
+            op.down_zeros = inputs.template data<uint8_t>(affine::down_zero_points);
+        }
         op.y = context.GetOutput(spec::y, inputs.shape(spec::x)).template GetTensorMutableData<float>();
         run(op, kernels_, pool_of(context));
     }
 
     // 由各输入的形状得出尺寸，并核对它们彼此相符。
-    QuantExperts sizes_of(const Inputs<spec::kInputs.size()>& inputs) const {
+    QuantExperts sizes_of(const Inputs<Op::kInputs.size()>& inputs) const {
         inputs.check_ranks();
         QuantExperts op{};
         op.k = k_, op.block = block_;
@@ -67,6 +84,10 @@ private:
         inputs.check_shape(spec::gate_up_scales, {op.E, 2 * op.I, op.D / block_});
         inputs.check_shape(spec::down, {op.E, op.D, kernels_.bytes(op.I)});
         inputs.check_shape(spec::down_scales, {op.E, op.D, op.I / block_});
+        if constexpr (Op::kAffine) {
+            inputs.check_shape(affine::gate_up_zero_points, {op.E, 2 * op.I, zero_row(op.D / block_)});
+            inputs.check_shape(affine::down_zero_points, {op.E, op.D, zero_row(op.I / block_)});
+        }
         return op;
     }
 
@@ -78,10 +99,12 @@ private:
 
 void add_quant_experts(Ort::CustomOpDomain& domain) {
     // 会话里只存它们的指针，要活到进程结束。
-    static QuantOperator<Int8Op, Kernel<Int8Op>, spec::kInputs, spec::kOutputs> int8;
-    static QuantOperator<Int4Op, Kernel<Int4Op>, spec::kInputs, spec::kOutputs> int4;
+    static QuantOperator<Int8Op, Kernel<Int8Op>, spec::kOutputs> int8;
+    static QuantOperator<Int4Op, Kernel<Int4Op>, spec::kOutputs> int4;
+    static QuantOperator<Int4AffineOp, Kernel<Int4AffineOp>, spec::kOutputs> affine;
     domain.Add(&int8);
     domain.Add(&int4);
+    domain.Add(&affine);
 }
 
 }  // namespace dsx

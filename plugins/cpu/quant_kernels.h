@@ -42,12 +42,22 @@ struct QuantizedRows {
     static constexpr int64_t kMaxShare = 4;  // 一个向量里至多几块
 };
 
-// 权重的若干行：值是 (码 - 零点) * scale，零点是 2^(位数-1)；int4 两个一字节，低位在前。
+// 一行零点的字节数：每块一个 4 位数，两个一字节，低位在前。
+constexpr int64_t zero_row(int64_t blocks) { return (blocks + 1) / 2; }
+
+// 权重的若干行：值是 (码 - 零点) * scale，零点是 2^(位数-1)，或逐块给出（只有 int4）；int4 两个一字节，低位在前。
 struct QuantizedWeights {
     const uint8_t* codes;    // [columns, blocks * block * bits / 8]
     const uint16_t* scales;  // [columns, blocks] float16
     int64_t columns;         // 输出的列数
+    const uint8_t* zeros = nullptr;  // [columns, zero_row(blocks)]；空的就是 2^(位数-1)
     int64_t next = 0;        // 这些之后接着读的离第一列几列，0 是紧接着的；只用来预取
+
+    // 从第 column 列起的 count 列；一列 row_bytes 字节的码，blocks 块。
+    QuantizedWeights from(int64_t column, int64_t count, int64_t row_bytes, int64_t blocks) const {
+        return {codes + column * row_bytes, scales + column * blocks, count,
+            zeros == nullptr ? nullptr : zeros + column * zero_row(blocks), 0};
+    }
 };
 
 struct QuantKernels {
@@ -93,6 +103,9 @@ constexpr int64_t int8_attend_scratch(int64_t width, int64_t value_width) {
 extern const QuantKernels kPlainInt8, kPlainInt4;
 #if defined(__x86_64__)
 extern const QuantKernels kAvx2Int8, kAvx2Int4;
+#if defined(DSX_AVX_VNNI)
+extern const QuantKernels kAvxVnniInt8, kAvxVnniInt4;
+#endif
 extern const QuantKernels kAvx512VnniInt8, kAvx512VnniInt4;
 #elif defined(__aarch64__)
 extern const QuantKernels kNeonInt8, kNeonInt4;

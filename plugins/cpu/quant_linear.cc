@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kTaskBytes = 64 * 1024;
 constexpr int64_t kMaxTasks = 128;
 // 一个任务至多几行激活：量化之后留在 L2，权重的重排仍分摊得掉。
-constexpr int64_t kTaskRows = 256;
+constexpr int64_t kTaskRows = 128;
 // 量化这么多个数以内，不值得分给别的线程。
 constexpr int64_t kSerialValues = 64 * 1024;
 
@@ -62,8 +62,8 @@ void run(const QuantLinear& op, const QuantKernels& kernels, const Parallel& par
     const int64_t column_tasks = divide_up(op.N, step), row_tasks = divide_up(op.M, kTaskRows);
     parallel(column_tasks * row_tasks, [&](int64_t task) {
         const int64_t column = task % column_tasks * step, row = task / column_tasks * kTaskRows;
-        const QuantizedWeights weights{
-            op.codes + column * row_bytes, op.scales + column * rows.blocks, std::min(step, op.N - column)};
+        const QuantizedWeights all{op.codes, op.scales, op.N, op.zeros};
+        const QuantizedWeights weights = all.from(column, std::min(step, op.N - column), row_bytes, rows.blocks);
         auto* scratch = reinterpret_cast<uint8_t*>(task_scratch.need(multiply_scratch(rows.blocks, rows.block) / 4));
         kernels.multiply(rows.from(row, std::min(kTaskRows, op.M - row)), weights, op.y + row * op.N + column, op.N, scratch);
     });

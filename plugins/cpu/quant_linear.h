@@ -1,4 +1,4 @@
-// dsx::Int8Linear、dsx::Int4Linear 的分工与调度，与指令集、与 ONNX Runtime 都无关；位数由 kernel 定。
+// dsx::Int8Linear、dsx::Int4Linear、dsx::Int4AffineLinear 的分工与调度，与指令集、与 ONNX Runtime 都无关；位数由 kernel 定。
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,7 @@ struct QuantLinear {
     const float* x;          // [M, K]
     const uint8_t* codes;    // [N, ceil(K/block), block*bits/8]
     const uint16_t* scales;  // [N, ceil(K/block)] float16
+    const uint8_t* zeros;    // [N, zero_row(ceil(K/block))]；没有就是对称的
     float* y;                // [M, N]
 };
 

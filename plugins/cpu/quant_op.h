@@ -13,9 +13,9 @@ const uint16_t* float16_data(const Inputs<kCount>& inputs, size_t input) {
     return static_cast<const uint16_t*>(inputs.raw(input));
 }
 
-// 名字取自 Op，端口取自契约的那两张表。
-template <typename Op, typename Kernel, const auto& kInputs, const auto& kOutputs>
-struct QuantOperator : Ort::CustomOpBase<QuantOperator<Op, Kernel, kInputs, kOutputs>, Kernel, true> {
+// 名字与输入取自 Op，输出取自契约的那张表。
+template <typename Op, typename Kernel, const auto& kOutputs>
+struct QuantOperator : Ort::CustomOpBase<QuantOperator<Op, Kernel, kOutputs>, Kernel, true> {
     QuantOperator() { this->version = kOrtApi; }
 
     OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
@@ -23,8 +23,8 @@ struct QuantOperator : Ort::CustomOpBase<QuantOperator<Op, Kernel, kInputs, kOut
     }
     const char* GetName() const { return Op::kName; }
     const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
-    size_t GetInputTypeCount() const { return kInputs.size(); }
-    ONNXTensorElementDataType GetInputType(size_t i) const { return type_of(kInputs[i]); }
+    size_t GetInputTypeCount() const { return Op::kInputs.size(); }
+    ONNXTensorElementDataType GetInputType(size_t i) const { return type_of(Op::kInputs[i]); }
     size_t GetOutputTypeCount() const { return kOutputs.size(); }
     ONNXTensorElementDataType GetOutputType(size_t i) const { return type_of(kOutputs[i]); }
 };

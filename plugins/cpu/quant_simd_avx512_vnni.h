@@ -42,6 +42,14 @@ struct Int4 {
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
+// 8 个字节里的 16 个 4 位数，低位在前。
+inline Vector load_nibbles(const uint8_t* p) {
+    int32_t eight[2];
+    __builtin_memcpy(eight, p, sizeof eight);
+    const __m512i words = _mm512_inserti64x4(_mm512_set1_epi32(eight[0]), _mm256_set1_epi32(eight[1]), 1);
+    const __m512i shifts = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(words, shifts), _mm512_set1_epi32(15)))};
+}
 inline Ints splat_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 // 一个向量里 kShare 块，各占相邻的几路。
 template <int kShare>

@@ -52,6 +52,14 @@ inline void store_bytes(uint8_t* p, Bytes a) {
     vst1q_u8(p, a.lo);
     vst1q_u8(p + 16, a.hi);
 }
+// 4 个字节里的 8 个 4 位数，低位在前。
+inline Vector load_nibbles(const uint8_t* p) {
+    uint32_t eight;
+    std::memcpy(&eight, p, sizeof eight);
+    const int32x4_t lo = {0, -4, -8, -12}, hi = {-16, -20, -24, -28};
+    const uint32x4_t all = vdupq_n_u32(eight), low = vdupq_n_u32(15);
+    return {vcvtq_f32_u32(vandq_u32(vshlq_u32(all, lo), low)), vcvtq_f32_u32(vandq_u32(vshlq_u32(all, hi), low))};
+}
 inline Ints splat_ints(int32_t x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
 // 一个向量里 kShare 块，各占相邻的几路。
 template <int kShare>

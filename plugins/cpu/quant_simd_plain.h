@@ -39,10 +39,10 @@ struct Int8 {
         return out;
     }
 };
-// int4 的权重：低 4 位的在前一个向量，高 4 位的在后一个。
+// int4 的权重：码至多 15，当有符号的用；零点乘激活之和，从累加器的起点里减去。低 4 位的在前一个向量，高 4 位的在后一个。
 struct Int4 {
     static constexpr int kBits = 4, kVectors = 2;
-    static constexpr int32_t kZeroPoint = 8, kFolded = 0;
+    static constexpr int32_t kZeroPoint = 8, kFolded = kZeroPoint;
     using Codes = ::Codes;
 
     static inline void unpack(const Bytes& raw, Bytes (&out)[kVectors]) {
@@ -53,9 +53,7 @@ struct Int4 {
     }
     static inline Codes codes(const Bytes& raw) {
         Codes out;
-        for (int i = 0; i < 4 * Vector::kLanes; ++i) {
-            out.v[i] = static_cast<int8_t>(raw.v[i] - kZeroPoint);
-        }
+        std::memcpy(out.v, raw.v, sizeof out.v);
         return out;
     }
 };
@@ -66,6 +64,10 @@ inline Bytes load_bytes(const uint8_t* p) {
     return out;
 }
 inline void store_bytes(uint8_t* p, const Bytes& a) { std::memcpy(p, a.v, sizeof a.v); }
+// 4 个字节里的 8 个 4 位数，低位在前。
+inline Vector load_nibbles(const uint8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i / 2] >> 4 * (i % 2) & 15); });
+}
 inline Ints splat_ints(int32_t x) {
     Ints out;
     std::fill_n(out.v, Vector::kLanes, x);

@@ -169,6 +169,13 @@ void Launcher::enqueue(std::vector<std::vector<int64_t>> const& shapes, void con
         launches_ = program_->bind(program_->sizes(shapes), loaded_->sm_count());
         shapes_ = shapes;
     }
+    for (auto const& [output, given] : program_->aliases) {
+        // 没有改写的行在别处：不是同一块就不能启动。
+        if (outputs[output] != inputs[given]) {
+            throw std::runtime_error("dsx: " + program_->op + " 的输出 " + std::to_string(output) + " 与输入 " +
+                std::to_string(given) + " 应是同一块内存");
+        }
+    }
     for (auto const& launch : launches_) {
         loaded_->launch(launch, inputs, outputs, workspace, stream);
     }

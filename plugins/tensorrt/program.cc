@@ -139,6 +139,15 @@ Program::Program(std::string_view text, size_t image_size) {
             (word == "input" ? inputs : outputs).push_back(parse_tensor(line));
             continue;
         }
+        if (word == "alias") {
+            std::pair<size_t, size_t> alias;
+            if (!(line >> alias.first >> alias.second) || alias.first >= outputs.size() ||
+                alias.second >= inputs.size()) {
+                fail("不认识的行 " + row);
+            }
+            aliases.push_back(alias);
+            continue;
+        }
         if (word == "variant") {
             variants.emplace_back();
         } else if (variants.empty()) {

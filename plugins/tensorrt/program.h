@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace dsx {
@@ -94,6 +95,7 @@ public:
     int sm = 0;
     std::vector<Tensor> inputs;
     std::vector<Tensor> outputs;
+    std::vector<std::pair<size_t, size_t>> aliases;  // 第几个输出与第几个输入是同一块内存
     std::vector<Kernel> kernels;
     std::vector<Variant> variants;
 };

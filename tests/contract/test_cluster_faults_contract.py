@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -22,7 +23,7 @@ from deepseek_export.backend.base import CachesLost
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cluster.backend import PipelineBackend
-from deepseek_export.cluster.gang import Gang
+from deepseek_export.cluster.gang import Gang, Member, Started
 from deepseek_export.cluster.local import LocalLauncher
 from deepseek_export.cluster.settings import ClusterSettings
 from deepseek_export.cluster.wire import Frame
@@ -326,6 +327,40 @@ def test_a_call_too_large_or_unknown_breaks_nothing(stages, want):
     assert gang.generation == 1
     assert len(gang.call([Frame({"op": "hello", "stages": []})] * 3)) == 3
     gang.close()
+
+
+def test_the_watcher_outlives_what_it_watches(stages):
+    """CLUSTER-9：问一个 stage 怎样了、停它都出了想不到的错：当它断了，别的照样停，整套照样重来。"""
+    odd = threading.Event()
+
+    class Odd:
+        def __init__(self, member: Member) -> None:
+            self._member = member
+
+        @property
+        def ended(self) -> str | None:
+            if odd.is_set():
+                raise RuntimeError("问不了")
+            return self._member.ended
+
+        def kill(self) -> None:
+            self._member.kill()
+            if odd.is_set():
+                odd.clear()
+                raise RuntimeError("停不下")
+
+    class Launch:
+        def start(self, settings: ClusterSettings) -> Started:
+            started = LocalLauncher(stages.directories, threads=1).start(settings)
+            return replace(started, members=tuple(map(Odd, started.members)))
+
+    before = set(children())
+    gang = Gang(Launch(), SETTINGS)
+    odd.set()
+    until(lambda: gang.generation == 2 and gang.failure is None, 60)
+    assert len(gang.call([Frame({"op": "hello", "stages": []})])) == 1
+    gang.close()
+    assert set(children()) <= before
 
 
 def test_a_start_has_a_limit(stages):

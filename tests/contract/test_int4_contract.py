@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,10 +15,15 @@ import deepseek_export
 from deepseek_export.bundle import Bundle
 from deepseek_export.bundle.packed import WEIGHTS_FILE
 from deepseek_export.checkpoint import Checkpoint
+from deepseek_export.checkpoint.int4_published import published_quantization
 from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.cli.main import cli
+from deepseek_export.cpu_library import find_library
 from deepseek_export.errors import DsxError
+from deepseek_export.parity.measures import measure
+from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.plan.plan import make_plan
+from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import resolve_profile
 from tests.int4_checkpoints import KIMI, SMALL, VARIANTS, int4_twins, quantization_config
 
@@ -103,9 +110,9 @@ def test_by_reference_and_in_stages(kimi, twins, tmp_path: Path):
         model.close()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("awq", "Int8"), ("gptq", "Int4")])
+@pytest.mark.parametrize(("name", "kind"), [("awq", "Int4Affine"), ("gptq", "Int4")])
 def test_awq_and_gptq(twins, tmp_path: Path, name: str, kind: str):
-    """EXPORT-41：有零点的精确地成为 int8，对称的是 int4；lm_head 仍是浮点，吸收的 kv_b 也照原来的码；与 transformers 反量化的模型对齐。"""
+    """EXPORT-41：都照原来的 4 位，有零点的零点也照搬；lm_head 仍是浮点，吸收的 kv_b 也照原来的码；与 transformers 反量化的模型对齐。"""
     bundle = deepseek_export.export(
         twins[name][0], tmp_path / "out", "mla+moe", target="ort-cpu", quantization="checkpoint"
     )
@@ -115,8 +122,43 @@ def test_awq_and_gptq(twins, tmp_path: Path, name: str, kind: str):
     found = published(bundle)
     assert found["rounded"] == []
     assert found["exact"] == 7 * config.num_hidden_layers + 2 + config.num_hidden_layers
+    resolved, planned = (
+        resolve_profile("mla+moe"),
+        published_quantization(Checkpoint.open(twins[name][0]), 0, True),
+    )
+    parts = written_bytes(Checkpoint.open(twins[name][0]).config, resolved, 0, "float32", planned)
+    assert sum(parts.values()) == sum(one.nbytes for one in bundle.manifest.weights.recipes.values())
     report = deepseek_export.verify(bundle.path, levels=["model"])
     assert report.passed, report.first_failure
+
+
+def test_zero_points_as_int4_and_as_int8(twins, tmp_path: Path):
+    """EXPORT-41、CPU-18：同样的权重，4 位带零点的与精确地写成 int8 的，logits 只差 float32 的舍入；按引用的与打包的逐位相同；没有库时函数体也算得出。"""
+    given = {"packed": "checkpoint", "reference": "checkpoint"}
+    bundles = {
+        weights: deepseek_export.export(
+            twins["awq"][0],
+            tmp_path / weights,
+            "mla+moe",
+            target="ort-cpu",
+            weights=weights,
+            quantization=quantization,
+        )
+        for weights, quantization in given.items()
+    }
+    wide = published_quantization(Checkpoint.open(twins["awq"][0]), 0, False)
+    wide = deepseek_export.export(
+        twins["awq"][0], tmp_path / "int8", "mla+moe", target="ort-cpu", quantization=wide
+    )
+    assert wide.manifest.main.op_counts["dsx::Int8Experts"] == 1
+    got = logits(bundles["packed"])
+    assert np.array_equal(logits(bundles["reference"]), got)
+    sizes = [bundle.manifest.files[WEIGHTS_FILE].bytes for bundle in (bundles["packed"], wide)]
+    assert sizes[0] < sizes[1]
+    if find_library() is not None:
+        assert tolerance("logits", "float32").accepts(measure(got, logits(wide)))
+    with mock.patch.dict(os.environ, {"DSX_CPU_LIBRARY": "off"}):
+        assert tolerance("logits", "float32", "int4").accepts(measure(logits(bundles["packed"]), got))
 
 
 @pytest.mark.slow

@@ -23,13 +23,11 @@ pytest.importorskip("triton", reason="没有装 kernels（triton）")
 #: 32 行的块放进 99 KiB 只能一次 16 个 key：分数只有 2×2 个 16×8 小块，四个 warp 里两个重算 QKᵀ；换来两段在路上。
 #: 收集的行各有自己的地址，占寄存器：32 行的块在 sm80 溢出三次；再小的块要多读几遍选中的行。
 #: Hopper 64 行的块：累加器占满寄存器，循环里要读回几个地址。
-#: Blackwell 64 行的块：寄存器与共享内存都用满，没有第二段缓冲。
 KNOWN = {
     ("latent_attention_partial", "32x16"): {sm: {"work"} for sm in (86, 89, 120, 121)},
     ("sparse_latent_attention_partial", "32x16"): {sm: {"work"} for sm in (86, 89, 120, 121)},
     ("sparse_latent_attention_partial", "32x32"): {80: {"spills"}},
     ("latent_attention_partial", "64x32"): {90: {"spills"}},
-    ("latent_attention_partial", "64x64"): {100: {"overlap", "spills"}},
 }
 
 
@@ -61,9 +59,16 @@ QUANTIZED_ROWS = {
 }
 
 
+def int8_cache_tiles(sm: int) -> list[str]:
+    """int8 缓存的注意力各变体的块。"""
+    table = latent_attention_launch(sm, 128, 512, 64, 0.1147, "bfloat16", "int8")
+    found = [dict(one.constants) for one in table.kernels if one.function == "latent_attention_partial"]
+    return [f"{one['BLOCK_M']}x{one['BLOCK_N']}" for one in found]
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[int, list[LoopAudit]]:
-    return {sm: list(audits([sm], ())) for sm in SMS}
+    return {sm: list(audits([sm], (), ("bfloat16",))) for sm in SMS}
 
 
 @pytest.mark.parametrize("sm", sorted(SMS))
@@ -79,6 +84,12 @@ def test_main_loops_do_nothing_twice(sm: int, found: dict[int, list[LoopAudit]])
         assert 0 < guess.of_copy <= 1, one
 
 
+def test_many_heads_fill_the_tensor_slots_of_hopper(found: dict[int, list[LoopAudit]]) -> None:
+    """KERNEL-9：H=128 的主循环，Hopper 上张量核算完一块的时间里，指令发得完的不少于八成。"""
+    (loop,) = (one for one in found[90] if (one.function, one.tile) == ("latent_attention_partial", "64x32"))
+    assert estimate(loop).of_matmul >= 0.8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", sorted(SMS))
 def test_quantized_loops_widen_in_registers(sm: int) -> None:
@@ -89,6 +100,32 @@ def test_quantized_loops_widen_in_registers(sm: int) -> None:
         assert one.unrolled == 1, one
         if sm != 100:
             assert problems(one) <= {"narrow"}, one
+
+
+#: int8 缓存的注意力做不到的：块 → 哪几种 SM 上、哪几条。
+#: 99 KiB 的卡：同浮点的 32x16，8 个 warp 里一半重算 QKᵀ，换来两段在路上、不溢出。
+#: 一次 64 个 key 的：scale 的那一段只有 1 KiB，摊到 256 个线程一条不到 128 位。
+#: Hopper、Blackwell：展宽的码与累加器占满寄存器，循环里要读回几个；Blackwell 64 行的块没有第二段缓冲，同浮点的。
+KNOWN_INT8: dict[str, dict[int, set[str]]] = {
+    "16x32": {sm: {"work"} for sm in (86, 89, 120, 121)},
+    "32x32": {sm: {"work"} for sm in (86, 89, 120, 121)},
+    "16x64": {80: {"narrow"}, 90: {"narrow", "spills"}, 100: {"narrow", "spills"}},
+    "32x64": {80: {"narrow"}},
+    "64x32": {90: {"spills"}, 100: {"overlap", "spills"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", sorted(SMS))
+def test_int8_cache_is_widened_in_registers(sm: int) -> None:
+    """KERNEL-13：int8 缓存的注意力：搬的恰好是这几行的字节，都是 128 位；乘加恰好，不溢出，等拷贝时下一组在路上。列着的做不到。"""
+    found = [one for one in audits([sm], (), ("int8",)) if one.tile.endswith(" int8")]
+    assert [one.tile.removesuffix(" int8") for one in found] == int8_cache_tiles(sm)
+    for one in found:
+        want = KNOWN_INT8.get(one.tile.removesuffix(" int8"), {}).get(sm, set())
+        assert problems(one) == want, one
+        assert one.copied == int(one.tile.split()[0].split("x")[1]) * 656
+        assert one.unrolled == 1 or "overlap" in want, one
 
 
 def test_the_known_list_names_tiles_that_exist(found: dict[int, list[LoopAudit]]) -> None:
@@ -131,6 +168,9 @@ def test_the_loop_is_the_innermost_one_with_the_tensor_cores() -> None:
     assert [one.spills for one in body].count(True) == 1
     assert Instruction("HGMMA.64x256x16.F32.BF16", "").fmas == 64 * 256 * 16 // 4
     assert main_loop(code[:1]) == [code[0][1]]
+    # 流水线的头也有张量核指令：外层的总数更多，一次迭代却在里层。
+    peeled = [code[0], (None, Instruction("HMMA.16816.F32.BF16", " R0")), *code[1:]]
+    assert main_loop(peeled) == body
 
 
 #: 卖过的卡各有几个 SM，同一种 SM 的不止一种。
@@ -191,6 +231,11 @@ def test_the_page_lists_what_is_compiled(found: dict[int, list[LoopAudit]]) -> N
     """docs/gpu.md 的那张表列着每一个，权重是码的在每种 SM 的末尾；数字随 Triton 的版本变，不核对。"""
     page = PAGE.read_text(encoding="utf-8")
     listed = [line.split(" | ") for line in page.splitlines() if line.startswith("| sm")]
+    coded = [row for row in listed if row[1] == "`latent_attention_partial`" and row[2].endswith(" int8")]
+    assert [row[2].removesuffix(" int8") for row in coded] == [
+        tile for sm in SMS for tile in int8_cache_tiles(sm)
+    ]
+    listed = [row for row in listed if row not in coded]
     rows = [row for row in listed if row[1].strip("`") not in QUANTIZED]
     assert len(NAMES) == len(FORMATS)
     assert len(listed) - len(rows) == len(QUANTIZED_ROWS) * len(SMS)

@@ -255,6 +255,8 @@ def test_levels_are_refused_by_name():
             requested(levels)
         assert error.value.code == "DSX-E607"
         assert "op、block、model、tokens" in error.value.todo
+    with pytest.raises(DsxError, match="levels 是字符串 'op'"):
+        requested("op")
     assert requested(["tokens", "op", "op"]) == ("op", "tokens")
 
 

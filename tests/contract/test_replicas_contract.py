@@ -181,6 +181,36 @@ def test_it_gives_up_after_a_few_tries():
     assert 2 <= len(room.made) <= 5
 
 
+def test_nobody_waits_when_nobody_watches():
+    """CLUSTER-51：看着副本的线程自己出了错，或不再试了：停住的副本手上的请求也得到说法，不一直等。"""
+
+    class Odd(Fake):
+        def alive(self) -> bool:
+            if self.dead:
+                raise RuntimeError("想不到的事")
+            return super().alive()
+
+    def gives_up(index: int, made: int) -> Fake:
+        return Fake(index, DsxError("DSX-E744", "没有内存", "加内存") if made >= 2 else None)
+
+    for make, code in ((lambda index, _: Odd(index), "DSX-E755"), (gives_up, "DSX-E744")):
+        room = Room(make)
+        with room.pool(2) as pool:
+            until(lambda pool=pool: pool.ready == 2)
+            room.made[0].frozen = True
+
+            async def ask(pool: ReplicaPool = pool, room: Room = room) -> None:
+                waiting = asyncio.create_task(pool.post("/", b'{"prompt": "x"}'))
+                await asyncio.sleep(0.05)  # 交到停住的那个手上
+                room.made[1].dead = True
+                assert (await asyncio.wait_for(waiting, 60))[0] == 503
+                while True:  # 放掉的手上没有别的：接着问，就是为什么
+                    await pool.post("/", b'{"prompt": "x"}')
+
+            refused(code, lambda ask=ask: asyncio.run(ask()))
+            assert all(one.stopped.is_set() for one in room.made)
+
+
 def test_a_start_that_fails_leaves_nothing():
     """CLUSTER-51：起到一半不成，起好的放掉。"""
 

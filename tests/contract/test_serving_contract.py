@@ -157,6 +157,11 @@ def test_engine_backend_among_others_equals_alone(tmp_path):
             engine = assert_same_as_alone(model.session, eos, asks, options, "float16", drafts, 3)
             assert engine.stats.hit_tokens > 0
             assert sum(engine.stats.proposed) > 0 or not drafts
+            row = sum(
+                one.limits.capacity(1) * one.runner.contract.caches.bytes_per_token
+                for one in (model.session, *drafts)
+            )
+            assert engine.stats.cache_bytes == options.rows * row, "cache_bytes 按这个数算"
         assert gpu.driver.counts["launch"] > 0
         del engine, model, drafts
         gpu.build(bundle, "T=129")

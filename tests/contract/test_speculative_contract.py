@@ -115,7 +115,8 @@ def demo(tmp_path_factory) -> CompiledModel:
     out = tmp_path_factory.mktemp("demo") / "out"
     overrides = ["mtp.num_draft_tokens=4"]
     deepseek_export.export(CHECKPOINT, out, "full", target="ort-cpu", overrides=overrides)
-    return deepseek_export.load(out, speculative_floor=False)
+    # 一个线程：模型小，几个线程互相等，机器一忙就慢几倍。
+    return deepseek_export.load(out, 1, speculative_floor=False)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,8 @@ def test_any_bundle_becomes_buildable(name, checkpoint, tmp_path):
     derived = buildable_bundle(bundle, RTX, progress=notes)
     old, new = bundle.manifest, derived.manifest
     assert derived.path == derived_folder(bundle)
-    assert (new.target, new.dtype, new.cache.dtype) == ("tensorrt-rtx", "float16", "float16")
+    assert (new.target, new.dtype) == ("tensorrt-rtx", "float16")
+    assert new.cache.dtype == ("int8" if old.cache.dtype == "int8" else "float16")
     assert (new.model, new.source, new.weights.mode) == (old.model, old.source, old.weights.mode)
     assert [(graph.file, graph.role) for graph in new.graphs] == [(g.file, g.role) for g in old.graphs]
     assert new.profile.name == old.profile.name
@@ -96,7 +97,6 @@ def test_any_bundle_becomes_buildable(name, checkpoint, tmp_path):
     ]
     assert kept[0] == kept[1]
     assert new.fallbacks[0] in notes.lines
-    assert ("缓存是 int8" in new.fallbacks[0]) == (old.cache.dtype == "int8")
     assert engine_bundle(bundle) == derived
     assert deepseek_export.verify(derived.path, levels=["block", "model"]).passed
 

@@ -55,6 +55,13 @@ def test_arrays_and_tensors_of_ids_are_rows(model):
         assert model.generate(rows, 3).token_ids == want
 
 
+@pytest.mark.parametrize("threads", [0, -1, True, "2", 1.5])
+def test_threads_of_another_kind_are_refused(model, threads: Any):
+    with pytest.raises(DsxError, match="threads=") as error:
+        api.load(model.bundle.path, threads)
+    assert error.value.code == "DSX-E512"
+
+
 def test_a_stop_string_without_a_tokenizer(model):
     """一个停止串也可以不套列表。"""
     with pytest.raises(DsxError) as error:

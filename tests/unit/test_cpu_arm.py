@@ -15,13 +15,13 @@ from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from tests.cpu_build import builder
 from tests.cpu_driver import CPUS, Driver, arm_driver, attention, experts, indexer, linear
-from tests.quant_node import experts_inputs, experts_reference, linear_inputs, quantized, weights
+from tests.quant_node import experts_inputs, experts_reference, linear_inputs, quantized
 from tests.sparse_node import SHAPES as SPARSE_SHAPES
 from tests.sparse_node import attention_inputs, index_inputs
 from tests.unit.test_cpu_int8_attention import SEVERAL_PARTS, V3, cached, exact
 from tests.unit.test_cpu_library import assert_attends, assert_same_rows, poisoned, reference
+from tests.unit.test_cpu_quant import FORMATS, assert_experts, restored
 from tests.unit.test_cpu_quant import SHAPES as QUANT_SHAPES
-from tests.unit.test_cpu_quant import assert_experts
 from tests.unit.test_cpu_sparse import (
     assert_attends_to_the_chosen,
     assert_selects,
@@ -152,26 +152,25 @@ def test_int8_cache(driver, isa: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_linear_layers(driver, isa: str):
-    """CPU-12、CPU-25：激活逐块拆成两个 int8 平面，其余等于 float64 的乘积，只差 float32 的舍入。"""
+    """CPU-12、CPU-18、CPU-25：激活逐块拆成两个 int8 平面，其余等于 float64 的乘积，只差 float32 的舍入。"""
     cases = [
-        (linear_inputs(bits, rows, K, N, block), bits, block)
-        for bits, block, (rows, K, N) in itertools.product(BITS, BLOCKS, QUANT_SHAPES)
+        (linear_inputs(bits, rows, K, N, block, affine=affine), bits, block)
+        for (bits, affine), block, (rows, K, N) in itertools.product(FORMATS, BLOCKS, QUANT_SHAPES)
     ]
     found = driver.run(isa, [linear(*case) for case in cases])
     for (inputs, bits, block), (got,) in zip(cases, found, strict=True):
-        theirs = weights(inputs["codes"], inputs["scales"], bits, inputs["x"].shape[-1])
-        want = quantized(inputs["x"], block) @ theirs.T
+        want = quantized(inputs["x"], block) @ restored(inputs, bits).T
         assert TOLERANCES["op", "float32"].accepts(measure(got, want.astype(np.float32)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_experts(driver, isa: str):
-    """CPU-13、CPU-25：选中的专家逐个与定义相同；一个 token、多个 token、没有 token。"""
+    """CPU-13、CPU-18、CPU-25：选中的专家逐个与定义相同；一个 token、多个 token、没有 token。"""
     shapes = ((1, 128, 256, 8, 3), (0, 128, 128, 2, 1), (30, 256, 128, 5, 2))
     cases = [
-        (experts_inputs(bits, N, D, inner, E, k, block), bits, k, block)
-        for bits, block, (N, D, inner, E, k) in itertools.product(BITS, BLOCKS, shapes)
+        (experts_inputs(bits, N, D, inner, E, k, block, affine=affine), bits, k, block)
+        for (bits, affine), block, (N, D, inner, E, k) in itertools.product(FORMATS, BLOCKS, shapes)
     ]
     found = driver.run(isa, [experts(*case) for case in cases])
     for (inputs, bits, k, block), (got,) in zip(cases, found, strict=True):
@@ -212,6 +211,7 @@ def test_variants_and_threads_agree_bit_for_bit(driver):
     integers = [
         linear(linear_inputs(bits, (rows,), 1024, 77, 32), bits, 32) for bits in BITS for rows in (1, 3, 30)
     ]
+    integers += [linear(linear_inputs(4, (9,), 1024, 77, 32, affine=True), 4, 32)]
     integers += [experts(experts_inputs(bits, 40, 256, 128, 6, 2, 64), bits, 2, 64) for bits in BITS]
     integers += [indexer(index_inputs("float32", "int8", S, 900, (880, 31), 33, 40), 100) for S in (1, 7)]
     integers += [attention(cached(make_inputs("float32", "int8", 2, 4, 900, (890, 3), **V3)), "absorb")]
@@ -239,9 +239,14 @@ def test_without_undefined_behaviour():
             CACHES, SHAPES, (ODD, WIDE), (("absorb", True), ("naive", False))
         )
     ]
-    for bits, block in itertools.product(BITS, BLOCKS):
-        requests += [linear(linear_inputs(bits, *shape, block), bits, block) for shape in QUANT_SHAPES]
-        requests += [experts(experts_inputs(bits, N, 256, 128, 5, 2, block), bits, 2, block) for N in (1, 30)]
+    for (bits, affine), block in itertools.product(FORMATS, BLOCKS):
+        requests += [
+            linear(linear_inputs(bits, *shape, block, affine=affine), bits, block) for shape in QUANT_SHAPES
+        ]
+        requests += [
+            experts(experts_inputs(bits, N, 256, 128, 5, 2, block, affine=affine), bits, 2, block)
+            for N in (1, 30)
+        ]
     for cache, (S, T, past) in itertools.product(CACHES, SPARSE_SHAPES[1:4]):
         requests.append(indexer(index_inputs("float32", cache, S, T, past), 24, in_place=False))
         requests += [attention(attention_inputs("float32", cache, S, T, past, H, 24, ODD)) for H in (3, 70)]

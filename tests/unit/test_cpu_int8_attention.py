@@ -15,7 +15,7 @@ from tools.cpu_node import ODD, SCALE, call, make_inputs, make_session
 
 pytestmark = pytest.mark.unit
 
-ISAS = ("plain", "avx2", "avx512")
+ISAS = ("plain", "avx2", "avx_vnni", "avx512")
 #: V3 的宽度；跨几段、各段都不满的宽度；小得不满一个向量的。
 V3 = {"dn": 16, "dr": 64, "dv": 16, "r": 512}
 SEVERAL_PARTS = {"dn": 5, "dr": 270, "dv": 7, "r": 590}

@@ -22,6 +22,7 @@ import deepseek_export
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.cpu_library import CpuLibrary, find_library, library_for
 from deepseek_export.errors import DsxError
+from deepseek_export.machine import cpu_flags
 from deepseek_export.ops.mla_attention import mla_attention, read_weight
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES, coarser
@@ -32,7 +33,7 @@ from tools.cpu_node import CACHES, COMPUTES, ODD, SCALE, WIDE, call, make_inputs
 
 pytestmark = pytest.mark.unit
 
-ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
+ISAS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_bf16")
 #: (S, H, T, past_lens)：空缓存、长度悬殊的解码（分段合并）、多 token 验证、跨多块的 prefill。
 SHAPES = ((1, 4, 8, (0,)), (1, 4, 300, (299, 17)), (5, 4, 40, (0, 1, 35)), (70, 3, 200, (100,)))
 
@@ -114,6 +115,17 @@ def test_every_isa_and_dtype_matches_the_reference(library, isa: str, form: str)
                     check(library, isa, form, dtype, cache_dtype, inputs)
 
 
+def test_the_integer_instructions_of_client_cores_are_listed(library):
+    """CPU-1、CPU-12：处理器有 AVX-VNNI 的，库列得出 ``avx_vnni``，排在 ``avx2`` 前面、AVX-512 后面；没有的不列。"""
+    flags = cpu_flags() or set()
+    if "avx_vnni" not in library.isas:
+        assert "avx_vnni" not in flags, "编译器太旧，没有 -mavxvnni，或检测错了"
+        return
+    assert "avx_vnni" in flags
+    order = [isa for isa in library.isas if isa in ("avx512", "avx_vnni", "avx2")]
+    assert order == [isa for isa in ("avx512", "avx_vnni", "avx2") if isa in order]
+
+
 @st.composite
 def cases(draw):
     """任意宽度、头数、token 数、容量，每个序列的长度从 0 到容量用满。"""
@@ -142,7 +154,7 @@ def test_any_shape(library, case, data):
 @pytest.mark.parametrize("form", ["absorb", "naive"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_int8_weights(library, isa: str, form: str):
-    """CPU-16：int8 的 w_kv_b 与还原的同一份权重在容差之内，每种块、每种缓存；r 不是向量长度的倍数、行多得不整段留着也行。"""
+    """CPU-16：int8 的 w_kv_b 与还原的同一份权重在容差之内，每种块、每种缓存，一到三行（不展宽）与更多行；r 不是向量长度的倍数、行多得不整段留着也行。"""
     if isa not in library.isas:
         pytest.skip(f"这台机器没有 {isa}")
     for block, r in ((32, 96), (64, 64), (128, 128)):
@@ -150,6 +162,9 @@ def test_int8_weights(library, isa: str, form: str):
             given = {**WIDE, "dn": 6, "dv": 5, "r": r, "weight_dtype": "int8", "weight_block": block}
             inputs = make_inputs("float32", cache_dtype, 3, 2, 80, (0, 70), **given)
             check(library, isa, form, "float32", cache_dtype, inputs, "int8")
+        for S, past in ((1, (70,)), (1, (0, 70)), (3, (70,))):
+            inputs = make_inputs("float32", "bfloat16", S, 2, 80, past, **given)
+            check(library, isa, form, "float32", "bfloat16", inputs, "int8")
     long = make_inputs("float32", "bfloat16", 2, 1, 17000, (16990,), **WIDE, weight_dtype="int8")
     check(library, isa, form, "float32", "bfloat16", long, "int8")
 

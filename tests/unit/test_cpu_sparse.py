@@ -24,7 +24,7 @@ from tools.cpu_node import CACHES, COMPUTES, ODD, SCALE, WIDE
 
 pytestmark = pytest.mark.unit
 
-ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
+ISAS = ("plain", "avx2", "avx_vnni", "avx512", "avx512_bf16")
 FLOATS = ("float32", "float16", "bfloat16")
 
 

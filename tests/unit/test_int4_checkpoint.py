@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from deepseek_export import Quantization
 from deepseek_export.checkpoint import Checkpoint, dtype_conflict
 from deepseek_export.checkpoint.bind import bind_recipes
 from deepseek_export.checkpoint.config import parse_model_config
+from deepseek_export.checkpoint.int4_codes import with_zeros
 from deepseek_export.checkpoint.int4_config import Int4Layout
 from deepseek_export.checkpoint.int4_published import int4_notes, published_quantization
 from deepseek_export.checkpoint.recipe import (
@@ -25,6 +27,7 @@ from deepseek_export.checkpoint.recipe import (
     packed_rows,
     quantized_recipes,
     weight_recipes,
+    zero_points,
 )
 from deepseek_export.checkpoint.restored import quantization_error
 from deepseek_export.checkpoint.weight_only import BlockFormat
@@ -38,6 +41,7 @@ from tests.int4_checkpoints import (
     int4_twins,
     quantization_config,
 )
+from tests.quant_node import nibbles
 
 pytestmark = pytest.mark.unit
 
@@ -120,17 +124,21 @@ def test_rows_interleaved_and_reordered(twins):
             assert np.array_equal(np.concatenate(pieces), whole.reshape(-1))
 
 
-def from_unsigned(codes: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """算子的定义：``(码 - 2^(bits-1)) * scale``。"""
+def from_unsigned(
+    codes: np.ndarray, scales: np.ndarray, bits: int, zeros: np.ndarray | None = None
+) -> np.ndarray:
+    """算子的定义：``(码 - 零点) * scale``，没有给出的零点是 ``2^(bits-1)``。"""
     if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
-    steps = codes.astype(np.float32) - np.float32(1 << (bits - 1))
+        codes = nibbles(codes)
+    middle = np.float32(1 << (bits - 1))
+    own = middle if zeros is None else nibbles(zeros)[..., : scales.shape[-1], None].astype(np.float32)
+    steps = codes.astype(np.float32) - own
     return (steps * scales.astype(np.float32)[..., None]).reshape(*codes.shape[:-2], -1)
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_codes_are_kept(twins, name: str):
-    """对称的照原来的 4 位，有零点的精确地写成 8 位：算子的定义还原出来与孪生逐位相同，三种写法都是，量化误差是零。"""
+    """对称的照原来的 4 位，有零点的照原来的 4 位与零点，或精确地写成 8 位：算子的定义还原出来与孪生逐位相同，三种写法都是，量化误差是零。"""
     packed, twin = twins[name]
     variant = VARIANTS[name]
     kind, bits = ("int4", 4) if variant.symmetric else ("int8", 8)
@@ -147,6 +155,35 @@ def test_codes_are_kept(twins, name: str):
     error = quantization_error(STACKED, codes, packed.store)
     assert (error.relative, error.max_abs) == (0.0, 0.0)
     assert int4_notes({"codes": codes, "scales": scales}) == []
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("block", [32, 64])
+def test_zero_points_are_kept(tmp_path: Path, name: str, block: int):
+    """EXPORT-41：有零点的在放得下零点的算子里也是原来的 4 位，零点逐块给出，几块一组的相同；对称的没有零点。"""
+    variant = replace(VARIANTS[name], group=64)
+    paths = int4_twins(
+        tmp_path,
+        variant,
+        SMALL | {"intermediate_size": 128, "q_lora_rank": 64, "kv_lora_rank": 64, "v_head_dim": 32},
+    )
+    packed, twin = (Checkpoint.open(path) for path in paths)
+    recipe = bound(packed)[STACKED]
+    plain = BlockFormat.model_validate({"kind": "int4", "block": block, "scale": "float16"})
+    form = with_zeros(recipe.int4, plain)
+    assert form.zeros is not variant.symmetric
+    want = load_array(STACKED, weight_recipes(twin.config, "float32")[STACKED], twin.store)
+    parts = [*quantized_recipes(recipe, form), *([zero_points(recipe, form)] if form.zeros else [])]
+    codes, scales, *zeros = (load_array(STACKED, part, packed.store) for part in parts)
+    assert np.array_equal(from_unsigned(codes, scales, 4, *zeros), want)
+    assert np.array_equal(load_quantized(STACKED, recipe, form, packed.store), want)
+    error = quantization_error(STACKED, parts[0], packed.store)
+    assert (error.relative, error.max_abs) == (0.0, 0.0)
+    assert int4_notes(dict(enumerate(parts))) == []
+    if form.zeros:
+        assert parts[2].nbytes == recipe.shape[0] * recipe.shape[1]  # 64 列至多两块，一个字节
+        chunked = [piece.reshape(-1) for piece in materialize(STACKED, parts[2], packed.store, 4 * 64 * 5)]
+        assert np.array_equal(np.concatenate(chunked), zeros[0].reshape(-1))
 
 
 def test_stored_nibbles_are_the_written_nibbles(twins):
@@ -191,7 +228,7 @@ def test_a_group_wider_than_the_block_repeats_its_scale(tmp_path: Path):
 def test_groups_in_any_order(twins, name: str):
     """act-order：还原成浮点是精确的；照原来的码写不出来，按名字拒绝；重新量化的说出来。"""
     packed, _ = twins[name]
-    assert "experts" in refused("DSX-E653", published_quantization, packed, 0).what
+    assert "experts" in refused("DSX-E653", published_quantization, packed, 0, True).what
     form = BlockFormat(kind="int4", block=32, scale="float16")
     codes, _ = quantized_recipes(bound(packed)[STACKED], form)
     assert "重新量化" in int4_notes({"codes": codes})[0]
@@ -202,17 +239,18 @@ def test_declared_act_order_but_in_order(twins, tmp_path: Path):
     """写着 desc_act 而 g_idx 依次排列（static_groups），就照原来的码。"""
     packed, _ = twins["gptq"]
     checkpoint = Checkpoint.open(declared(packed.path, tmp_path, desc_act=True))
-    assert published_quantization(checkpoint, 0).kind == "int4"
+    assert published_quantization(checkpoint, 0, affine=False).kind == "int4"
 
 
 def test_as_published(twins):
-    """不是 4 位的都保留浮点，写得短；对称的 int4，有零点的 int8；不是 4 位的检查点没有可以照搬的。"""
-    kimi = published_quantization(twins["kimi"][0], 0)
+    """不是 4 位的都保留浮点，写得短；对称的 int4，有零点的看目标放不放得下：int4 或 int8；不是 4 位的检查点没有可以照搬的。"""
+    kimi = published_quantization(twins["kimi"][0], 0, affine=False)
     keep = ("embed_tokens", "self_attn", "layers.0", "shared_experts", "lm_head")
     assert kimi == Quantization(kind="int4", block=32, keep=keep)
-    awq = published_quantization(twins["awq"][0], 0)
-    assert awq == Quantization(kind="int8", block=32, keep=("embed_tokens", "lm_head"))
-    refused("DSX-E653", published_quantization, twins["kimi"][1], 0)
+    for affine, kind in ((True, "int4"), (False, "int8")):
+        awq = published_quantization(twins["awq"][0], 0, affine)
+        assert awq == Quantization(kind=kind, block=32, keep=("embed_tokens", "lm_head"))
+    refused("DSX-E653", published_quantization, twins["kimi"][1], 0, False)
     assert dtype_conflict(twins["kimi"][0]) is None
 
 

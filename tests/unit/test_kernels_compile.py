@@ -20,6 +20,7 @@ from deepseek_export.kernels.compile import cache_key, compile_kernel, compile_t
 from deepseek_export.kernels.grouped_swiglu_launch import grouped_swiglu_launch
 from deepseek_export.kernels.index_topk_launch import SPLIT_QUERIES, index_topk_launch
 from deepseek_export.kernels.latent_attention_launch import latent_attention_launch
+from deepseek_export.kernels.latent_cache_update_launch import latent_cache_update_launch
 from deepseek_export.kernels.program import SM_COUNT, Program
 from deepseek_export.kernels.quantized_linear_launch import quantized_linear_launch
 from deepseek_export.kernels.quantized_swiglu_launch import quantized_swiglu_launch
@@ -28,6 +29,7 @@ from deepseek_export.kernels.table import SMS
 from deepseek_export.ops.table import (
     INDEX_TOPK,
     LATENT_ATTENTION,
+    LATENT_CACHE_UPDATE,
     MOE_EXPERTS,
     QUANTIZED_LINEAR,
     QUANTIZED_MOE_EXPERTS,
@@ -47,6 +49,8 @@ FORMATS = (
 )
 #: 输出宽的与输入宽的：K 切段的与不切的都有。
 LINEARS = ((129280, 7168), (7168, 16384))
+#: int8 缓存的写入。
+UPDATE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 #: DeepSeek-V3.2 的索引器。
 INDEX = {"num_heads": 64, "head_dim": 128, "topk": 2048}
 
@@ -65,6 +69,7 @@ def tables(sm: int, dtype: str = "bfloat16"):
         grouped_swiglu_launch(sm, **EXPERTS, dtype=dtype),
         index_topk_launch(sm, **INDEX, dtype=dtype),
         sparse_latent_attention_launch(sm, **ATTENTION, topk=INDEX["topk"], dtype=dtype),
+        latent_cache_update_launch(sm, **UPDATE, dtype=dtype),
         *(quantized_swiglu_launch(sm, **EXPERTS, dtype=dtype, form=form) for form in FORMATS),
         *(quantized_linear_launch(sm, *shape, dtype, form) for form in FORMATS for shape in LINEARS),
     )
@@ -126,6 +131,7 @@ def test_compiles_everything(sm, dtype, tmp_path):
             assert stack <= most_stack(spec), (spec.function, spec.constants)
     wide = (
         latent_attention_launch(sm, **ATTENTION, dtype=dtype, cache_dtype="float32"),
+        latent_attention_launch(sm, **ATTENTION, dtype=dtype, cache_dtype="int8"),
         index_topk_launch(sm, **INDEX, dtype=dtype, cache_dtype="float32"),
         sparse_latent_attention_launch(
             sm, **ATTENTION, topk=INDEX["topk"], dtype=dtype, cache_dtype="float32"
@@ -183,6 +189,7 @@ def test_corrupt_cache_entry_is_rebuilt(empty_cache):
     "spec",
     [
         LATENT_ATTENTION,
+        LATENT_CACHE_UPDATE,
         MOE_EXPERTS,
         QUANTIZED_MOE_EXPERTS,
         QUANTIZED_LINEAR,
@@ -205,7 +212,10 @@ def test_launch_tables_follow_the_op_table(spec):
                 tensor = (table.inputs if kind == "input" else table.outputs)[index]
                 assert type_ == DTYPES[tensor.dtype].triton
                 used.add(name)
-    assert used == {port.name for port in (*spec.inputs, *spec.outputs)}
+    # 就地改写的输入与输出是同一块，kernel 只要一个地址。
+    shared = {given for _, given in spec.aliases}
+    assert used == {port.name for port in (*spec.inputs, *spec.outputs)} - shared
+    assert table.aliases == spec.aliased()
     with pytest.raises(KeyError):
         spec.find("no_such_port")
 
@@ -221,7 +231,7 @@ def programs():
 
 def test_program_text_round_trip(programs):
     """KERNEL-5：程序 → 文本与 image → 程序，一字不差；同一个 kernel 的机器码只存一份。"""
-    for program in programs:
+    for program in (*programs, replace(programs[0], aliases=((0, 1),))):
         assert Program.from_text(program.to_text(), program.image) == program
     launches = [launch for v in programs[1].variants for launch in v.launches]
     assert (len(launches), len({launch.kernel for launch in launches})) == (8, 6)
@@ -356,12 +366,19 @@ def test_without_triton(monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": "float32"}, {"cache_dtype": "int8"}, {"kv_lora_rank": 576}, {"qk_rope_head_dim": 128}],
+    [{"dtype": "float32"}, {"cache_dtype": "int4"}, {"kv_lora_rank": 576}, {"qk_rope_head_dim": 128}],
 )
 def test_unsupported_problem(change):
     """DSX-E903。"""
     with pytest.raises(DsxError, match="DSX-E903"):
         latent_attention_launch(90, **{**ATTENTION, "dtype": "bfloat16", **change})
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float32"}, {"kv_lora_rank": 576}, {"qk_rope_head_dim": 128}])
+def test_unsupported_update(change):
+    """DSX-E903。"""
+    with pytest.raises(DsxError, match="DSX-E903"):
+        latent_cache_update_launch(90, **{**UPDATE, "dtype": "bfloat16", **change})
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,12 @@ else:
         check_attention(1, 3, 24, 32, 16, 40, [30], torch.float32)
         check_attention(3, 3, 24, 32, 16, 140, [130, 5, 77], torch.float32, sms=5)
 
+    @pytest.mark.parametrize("S", [1, 3])
+    def test_attention_of_clear_blocks(S):
+        """Hopper 的大块：整块都看得见的另走一个循环。没有整块的、恰好整块的、各 query 看得见的不一样多的，一段从块的中间起。"""
+        check_attention(4, S, 24, 32, 16, 140, [0, 95, 31, 130], torch.float32, sm=90, sms=5)
+        check_attention(1, S, 70, 32, 16, 140, [96 - S], torch.float16, sm=90, sms=1)
+
     def test_attention_wide_cache():
         """``mla.cache_dtype=float32``：缓存比 query 宽。"""
         check_attention(2, 2, 6, 40, 12, 96, [90, 3], torch.float16, torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +157,16 @@ def test_misaligned_addresses_are_refused(driver):
     ):
         with pytest.raises(RuntimeError, match=what):
             launcher.enqueue(((5, 8),), inputs, outputs, workspace, 77)
+    assert not driver.calls
+
+
+def test_outputs_elsewhere_than_their_inputs_are_refused(driver):
+    """KERNEL-6：就地改写的，输出不在输入的那块内存里，一个 kernel 也不启动。"""
+    launcher = Launcher(replace(PROGRAM, aliases=((0, 0),)))
+    launcher.enqueue(((5, 8),), [0x1000], [0x1000], 0x3000, 77)
+    driver.calls.clear()
+    with pytest.raises(RuntimeError, match="Toy 的输出 0 在 0x2000，应与输入 0 同在 0x1000"):
+        launcher.enqueue(((5, 8),), [0x1000], [0x2000], 0x3000, 77)
     assert not driver.calls
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from deepseek_export.benchmark.depth import random_rows
-from deepseek_export.ops.int8_cache import LATENT_CODES, ROPE_CODES, decode_rows, encode_rows
-from deepseek_export.ops.mla_attention import mla_attention
+from deepseek_export.ops.int8_cache import LATENT_CODES, ROPE_CODES, decode_rows, encode_rows, padded_rows
+from deepseek_export.ops.mla_attention import mla_attention, read_cache, update_cache
 from tests.models import TOLERANCE, distance
 from tests.unit.test_ops_mla import FORMS, loops, make_inputs
 
@@ -74,6 +74,27 @@ def test_edges():
     assert not decode_rows(encode_rows(torch.tensor([[1e-45, -1e-38]]), torch.tensor([[1e-45]])), 2).any()
     garbage = torch.randint(-128, 128, (1000, 22), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     assert decode_rows(garbage, 8).isfinite().all()
+
+
+def test_padded_rows_hold_the_same_bytes():
+    """MLA-7：末尾补零的行，前面的字节相同，还原出同样的数；写进补过零的缓存也是。"""
+    g = torch.Generator().manual_seed(0)
+    c_kv, k_pe, past = (
+        torch.randn(2, 3, 20, generator=g),
+        torch.randn(2, 3, 6, generator=g),
+        torch.tensor([0, 4]),
+    )
+    rows = encode_rows(c_kv, k_pe)
+    padded = padded_rows(rows, 48)
+    assert torch.equal(padded[..., :38], rows)
+    assert not padded[..., 38:].any()
+    assert torch.equal(decode_rows(padded, 20, 6), decode_rows(rows, 20))
+    assert padded_rows(rows, 38) is rows
+    narrow, wide = (torch.zeros(2, 1, 9, width, dtype=torch.int8) for width in (38, 48))
+    written = [update_cache(c_kv, k_pe, cache, past) for cache in (narrow, wide)]
+    assert torch.equal(padded_rows(written[0], 48), written[1])
+    values = [read_cache(cache, 20, 6, torch.float32) for cache in written]
+    assert torch.equal(*values)
 
 
 def test_rows_made_for_timing_are_ordinary_numbers():

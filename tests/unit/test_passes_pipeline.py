@@ -244,12 +244,11 @@ def test_unknown_target_lists_the_targets():
 
 
 @pytest.mark.parametrize("target", TENSORRT_TARGETS)
-def test_int8_cache_is_refused_for_tensorrt(v3_checkpoint, tmp_path, target: str):
-    """MLA-7：TensorRT 的核只读浮点的缓存；捕获之前就拒绝，什么也不写。"""
-    with pytest.raises(DsxError, match=f"目标 {target} 不支持 mla.cache_dtype=int8") as caught:
-        deepseek_export.export(
-            v3_checkpoint, tmp_path / "out", "mla", target=target, overrides=["mla.cache_dtype=int8"]
-        )
+def test_int8_cache_of_sparse_attention_is_refused_for_tensorrt(saved, tmp_path, target: str):
+    """MLA-7：TensorRT 的稀疏注意力核只读浮点的缓存；捕获之前就拒绝，什么也不写。"""
+    path, overrides = saved("v32")[1].path, ["mla.cache_dtype=int8"]
+    with pytest.raises(DsxError, match=f"目标 {target} 不支持稀疏注意力的 mla.cache_dtype=int8") as caught:
+        deepseek_export.export(path, tmp_path / "out", "mla", target=target, overrides=overrides)
     assert caught.value.code == "DSX-E322"
     assert not (tmp_path / "out").exists()
 

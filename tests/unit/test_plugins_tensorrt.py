@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,8 @@ def test_refusals(programs, bind):
         (bind(program, good, image_size=len(program.image) - 1), "image 只有"),
         (bind(program, good, text.replace("program 2", "program 1")), "应为 dsx-program 2"),
         (bind(program, good, text + "cluster 2\n"), "不认识的行 cluster 2"),
+        (bind(program, good, text + "alias 1 0\n"), "不认识的行 alias 1 0"),
+        (bind(program, good, text + "alias 0\n"), "不认识的行 alias 0"),
         (bind(program, good, text.replace("argument int32 S", "argument int64 S")), "不认识的参数 int64"),
         (bind(program, good, text.replace("argument float32 0.1", "argument float32 0,1")), "0,1 不是数"),
         (bind(program, good, text.replace("argument int32 S", "argument int32 Q")), "符号 Q 没有值"),
@@ -197,6 +200,14 @@ def test_enqueue_needs_no_earlier_call(sms, programs, enqueue):
     *lines, last = enqueue(program, *calls, sms=sms)
     assert lines == want
     assert last == "dsx: latent_attention_partial 的参数 0 没有按 16 字节对齐"
+
+
+def test_an_output_elsewhere_is_refused(programs, enqueue):
+    """KERNEL-6：就地改写的，输出与输入不是同一块就不启动；都在同一块（这里都是空指针）照常。"""
+    program = programs["LatentAttention"]
+    *lines, last = enqueue(replace(program, aliases=((0, 1),)), attention_shapes(1, 1, 64))
+    assert any(line.startswith("launch") for line in lines)
+    assert last == "dsx: LatentAttention 的输出 0 与输入 1 应是同一块内存"
 
 
 def test_a_refused_image_names_the_driver(programs, enqueue):

@@ -84,6 +84,14 @@ def test_unknown_key(override):
     assert "mla.form" in refused("DSX-E002", "mla", override).todo
 
 
+def test_overrides_given_as_one_string():
+    """一个个字符地看，说的就是“没有 m 这个键”：说清要的是列表。"""
+    with pytest.raises(DsxError, match="overrides 是字符串") as error:
+        resolve_profile("mla", "mla.form=absorb")
+    assert error.value.code == "DSX-E002"
+    assert '["mla.form=absorb"]' in error.value.todo
+
+
 @pytest.mark.parametrize(
     ("override", "allowed"),
     [

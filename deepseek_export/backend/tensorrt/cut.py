@@ -21,7 +21,7 @@ from deepseek_export.bundle.manifest import GraphEntry
 from deepseek_export.engine.build import build_engine_bytes, check_plugins
 from deepseek_export.engine.derived import check_buildable
 from deepseek_export.engine.flavour import FLAVOURS, Flavour, load
-from deepseek_export.engine.graph import KEY_SPAN, fix_capacity, take_key_span
+from deepseek_export.engine.graph import KEY_SPAN, fix_capacity, shared_outputs, take_key_span
 from deepseek_export.engine.layers import EngineLayer, parse_layers
 from deepseek_export.engine.shapes import Range, has_prefill
 from deepseek_export.errors import DsxError
@@ -141,9 +141,9 @@ def fix_shapes(model: onnx.ModelProto, feeds: Sequence[Arrays]) -> list[dict[str
 
 
 def _execute(engine: LoadedEngine, name: str, model: onnx.GraphProto, feed: Arrays) -> dict[str, np.ndarray]:
-    """一次前向。缓存写入（``TensorScatter`` → KV_CACHE_UPDATE）的输出与输入是同一块内存。"""
+    """一次前向。缓存写入的输出与输入是同一块内存。"""
     cuda, context = engine.cuda, engine.contexts[name]
-    shared = {node.output[0]: node.input[0] for node in model.node if node.op_type == "TensorScatter"}
+    shared = shared_outputs(model)
     buffers: dict[str, Buffer] = {}
     for port, array in feed.items():
         buffers[port] = Buffer(cuda, array.dtype)

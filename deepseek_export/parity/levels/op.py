@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepseek_export.bundle import Manifest
 from deepseek_export.capture.bodies import gate_attributes
 from deepseek_export.checkpoint.bind import bind_recipes
 from deepseek_export.checkpoint.recipe import load_array, mtp_recipes, weight_recipes
-from deepseek_export.ops.int8_cache import encode_rows
+from deepseek_export.ops.int8_cache import encode_rows, padded_rows
 from deepseek_export.ops.int8_index import encode_keys
 from deepseek_export.ops.lightning_indexer import lightning_indexer
 from deepseek_export.ops.mla_attention import mla_attention
@@ -23,7 +24,7 @@ from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.sparse_mla_attention import sparse_mla_attention
 from deepseek_export.ops.table import LIGHTNING_INDEXER, MLA_ATTENTION, MOE_GATE, OPS, SPARSE_MLA_ATTENTION
 from deepseek_export.parity.arrays import to_numpy, to_torch
-from deepseek_export.parity.blocks import Output
+from deepseek_export.parity.block import Output
 from deepseek_export.parity.checks import Check
 from deepseek_export.parity.context import Context
 from deepseek_export.parity.keys import index_int8
@@ -90,7 +91,7 @@ def _mla_cases(manifest, graph, site: OpSite, weight, rng, key: Key) -> Iterator
         }
         arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
         latents = torch.from_numpy(rng.standard_normal((B, 1, T, c.latent_cache_values), np.float32))
-        arrays["kv_cache"] = to_numpy(_cached(latents, c.kv_lora_rank, torch_dtype(manifest.cache.dtype)))
+        arrays["kv_cache"] = to_numpy(_cached(latents, manifest, site.layer))
         arrays["past_lens"] = np.array(past, np.int64)
         if sparse:
             arrays |= _chosen(rng, S, past, c.indexer.topk)
@@ -152,10 +153,12 @@ def _index_cases(manifest, graph, site: OpSite, rng, key: Key) -> Iterator[Case]
             yield compare("op", f"{name}，选中的集合对没有舍入的", ("selection_loss", "int8", None), *masks)
 
 
-def _cached(latents: Tensor, kv_lora_rank: int, dtype: torch.dtype) -> Tensor:
+def _cached(latents: Tensor, manifest: Manifest, layer: int) -> Tensor:
     """[..., r+dr] float32 → 缓存里的样子。"""
+    dtype, r = torch_dtype(manifest.cache.dtype), manifest.model.kv_lora_rank
     if dtype == torch.int8:
-        return encode_rows(latents[..., :kv_lora_rank], latents[..., kv_lora_rank:])
+        width = manifest.cache.of_layer(layer)[0].width
+        return padded_rows(encode_rows(latents[..., :r], latents[..., r:]), width)
     return latents.to(dtype)
 
 
