@@ -32,15 +32,20 @@ from perf.workload.workspace import SHAPES, Workspace
 
 TITLE = "与同类并排"
 DSX, DSX_COARSE, DSX_INT4 = "dsx int8", "dsx int8 块 128", "dsx int4"
+DSX_CACHE, DSX_INT4_CACHE = "dsx int8 缓存 int8", "dsx int4 缓存 int8"
 LLAMA, LLAMA_INT4 = "llama.cpp Q8_0", "llama.cpp Q4_0"
 IK, IK_INT4 = "ik_llama.cpp Q8_0", "ik_llama.cpp Q4_0"
 VLLM = "vLLM bfloat16"
 SERIES = (VLLM, LLAMA, LLAMA_INT4, IK, IK_INT4, DSX, DSX_COARSE, DSX_INT4)
+#: 只在有上下文的深度上测：缓存的 dtype 在那里才要紧。
+DEEP = (DSX_CACHE, DSX_INT4_CACHE)
 #: 同样位数的才比；``dsx`` 是缺省的 int8。
 PAIRS = (
     *(Pair("dsx", DSX, peer) for peer in (LLAMA, IK, VLLM)),
     *(Pair("dsx 块 128", DSX_COARSE, peer) for peer in (LLAMA, IK)),
     *(Pair("dsx int4", DSX_INT4, peer) for peer in (LLAMA_INT4, IK_INT4)),
+    *(Pair("dsx 缓存 int8", DSX_CACHE, peer) for peer in (LLAMA, IK)),
+    *(Pair("dsx int4 缓存 int8", DSX_INT4_CACHE, peer) for peer in (LLAMA_INT4, IK_INT4)),
 )
 READ = "读完要读的字节"
 #: vLLM 所在环境的 Python。
@@ -123,10 +128,11 @@ def dsx(
     context: int,
     kind: QuantKind,
     block: QuantBlock,
+    cache_dtype: str = "bfloat16",
     **environment: str,
 ) -> Worker:
-    """``ort-cpu`` 的量化 bundle，bfloat16 的缓存；``environment`` 是进程另加的环境变量。"""
-    overrides, quantization = ("mla.cache_dtype=bfloat16",), Quantization(kind=kind, block=block)
+    """``ort-cpu`` 的量化 bundle；``environment`` 是进程另加的环境变量。"""
+    overrides, quantization = (f"mla.cache_dtype={cache_dtype}",), Quantization(kind=kind, block=block)
     checkpoint = workspace.checkpoint(shape, dtype="bfloat16")
     bundle = workspace.bundle(checkpoint, "mla+moe", "float32", overrides, quantization)
     return Worker(f"{_ENGINES}:Dsx", environment, bundle=str(bundle), threads=threads, context=context)
@@ -184,6 +190,8 @@ def _openers(
         DSX: partial(ours, "int8", 32),
         DSX_COARSE: partial(ours, "int8", 128),
         DSX_INT4: partial(ours, "int4", 32),
+        DSX_CACHE: partial(ours, "int8", 32, "int8"),
+        DSX_INT4_CACHE: partial(ours, "int4", 32, "int8"),
         LLAMA: partial(built, peer, "Q8_0"),
         LLAMA_INT4: partial(built, peer, "Q4_0"),
     }
@@ -268,7 +276,7 @@ def _prefill(field: Field, scenario: Scenario, tokens: list[int], reference: np.
 
 def _decode(field: Field, scenario: Scenario, threads: int, tokens: list[int], depth: int) -> Case:
     """另有一格轮流读内存：dsx 的一步对把它要读的字节读完要多久。"""
-    names = [name for name in SERIES if name != VLLM or depth == 0]
+    names = [name for name in SERIES if name != VLLM] + list(DEEP) if depth else list(SERIES)
     field.each([name for name in names if name != VLLM], "go_to", depth=depth)
     nbytes = field.each([name for name in names if name.startswith("dsx")], "step_bytes", depth=depth)
     reader = open_reader(threads)

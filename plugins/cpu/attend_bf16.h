@@ -1,4 +1,4 @@
-// bfloat16 的 latent 缓存直接相乘的注意力：一条指令乘加相邻的一对 bfloat16，累加成 float32。写在 Pairs 之上；编译单元先给出 Pairs、
+// bfloat16 的 key、value（latent 缓存，或展开之后舍入的）直接相乘的注意力：一条指令乘加相邻的一对 bfloat16，累加成 float32。写在 Pairs 之上；编译单元先给出 Pairs、
 // load_pairs、splat_pair、dot_pairs、dot_splat、narrow、store_pairs、interleave_rows 与两个块的大小，再包含本文件。
 //
 // 分数一路一行 query（kLanes 行一组）：key 的一对广播给各路，所以不必横向求和，softmax 也逐路做。一格 key 的 value 一次交错几列，
@@ -13,6 +13,7 @@ constexpr int64_t kPairValues = 2 * Vector::kLanes;  // 一个向量里的 bfloa
 constexpr int kMixVectors = 2;
 constexpr int64_t kMixColumns = kMixVectors * Vector::kLanes;
 constexpr int64_t kScoreKeys = 4 * kScoreFours;
+static_assert(dsx::kBf16Pad % kPairValues == 0 && dsx::kBf16Pad % kMixColumns == 0);
 static_assert(kTile % kScoreKeys == 0 && kBlockRows % Vector::kLanes == 0 && Vector::kLanes % kMixRowsBf16 == 0);
 
 // kLanes 行 query → [width / 2, kLanes] 对；不足的行补零。
@@ -100,8 +101,7 @@ inline void mix_block_bf16(
 class Bf16Attention {
 public:
     static bool suits(const Block& block) {
-        return block.dtype == Dtype::kBfloat16 && block.keys == block.values && block.width % kPairValues == 0 &&
-               block.value_width % kMixColumns == 0;
+        return block.dtype == Dtype::kBfloat16 && block.width % kPairValues == 0 && block.value_width % kMixColumns == 0;
     }
 
     Bf16Attention(const Block& block, float* scratch) : block_(block), running_(block, scratch) {
@@ -118,6 +118,7 @@ public:
         for (int64_t t = block_.begin; t < block_.end; t += kTile) {
             const int64_t count = block_.end - t < kTile ? block_.end - t : kTile;
             keys_ = static_cast<const uint16_t*>(block_.keys) + (t - block_.begin) * block_.key_stride;
+            values_ = static_cast<const uint16_t*>(block_.values) + (t - block_.begin) * block_.value_stride;
             for (int64_t i = 0; i < block_.rows; i += kGroup) {
                 score(i, t, count);
                 uint16_t* p = p_ + i * kTile;
@@ -151,11 +152,11 @@ private:
     }
 
     void mix(int64_t count) {
-        const int64_t width = block_.value_width, stride = block_.key_stride;
+        const int64_t width = block_.value_width, stride = block_.value_stride;
         for (int64_t column = 0; column < width; column += kMixColumns) {
             // 相邻两个 key 逐个交错：一次吃掉两个。count 是奇数时最后一个与 0 配对。
             for (int64_t j = 0; j < count; j += 2) {
-                const uint16_t* first = keys_ + j * stride + column;
+                const uint16_t* first = values_ + j * stride + column;
                 interleave_rows(first, j + 1 < count ? first + stride : nullptr, kMixColumns, pairs_ + j * kMixColumns);
             }
             float* acc = block_.acc + column;
@@ -176,7 +177,7 @@ private:
     Running running_;
     float* scores_;
     uint16_t *q_, *p_, *pairs_;
-    const uint16_t* keys_ = nullptr;
+    const uint16_t *keys_ = nullptr, *values_ = nullptr;
 };
 
 void attend_bf16(const Block& block, float* scratch) {

@@ -11,6 +11,8 @@ constexpr int64_t kPad = 16;      // 各指令集向量长度的公倍数：内�
 constexpr int64_t kBlockRows = 64;  // attend 一次最多几行 query
 constexpr int64_t kTile = 64;     // attend 一次看几个 key：64 行 576 个 float32 是 144 KiB，与 query、累加器一起留在 L2
 
+constexpr int64_t kBf16Pad = 32;  // 直接乘 bfloat16 的注意力，key 与 value 的宽度都要是它的倍数
+
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2; }
 // int8 权重一行的字节数。
@@ -67,6 +69,8 @@ struct Kernels {
     void (*multiply_transposed_weights)(const float* a, int64_t lda, int64_t m, const Int8Rows& w, float* c, int64_t ldc, float* scales);
     // x[count] = max(x, 0)，就地；count 是 kPad 的倍数。
     void (*rectify)(float* x, int64_t count);
+    // dst[count] = src[count] 舍入到 bfloat16；count 是 kPad 的倍数。只有直接乘 bfloat16 的指令集有，别的是空。
+    void (*narrow)(const float* src, int64_t count, uint16_t* dst);
     // scratch 至少 attend_scratch(width) 个 float，64 字节对齐。
     void (*attend)(const Block& block, float* scratch);
 };

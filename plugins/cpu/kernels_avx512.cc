@@ -7,5 +7,5 @@
 
 namespace dsx {
 const Kernels kAvx512Kernels{"avx512", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
-    multiply_transposed_weights, rectify, attend};
+    multiply_transposed_weights, rectify, nullptr, attend};
 }

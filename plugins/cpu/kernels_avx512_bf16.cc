@@ -81,5 +81,5 @@ inline void interleave_rows(const uint16_t* first, const uint16_t* second, int64
 
 namespace dsx {
 const Kernels kAvx512Bf16Kernels{"avx512_bf16", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
-    multiply_transposed_weights, rectify, attend_bf16};
+    multiply_transposed_weights, rectify, narrow, attend_bf16};
 }

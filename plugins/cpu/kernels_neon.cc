@@ -7,9 +7,9 @@
 
 namespace dsx {
 const Kernels kNeonKernels{"neon", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
-    multiply_transposed_weights, rectify, attend};
+    multiply_transposed_weights, rectify, nullptr, attend};
 const Kernels kNeonDotprodKernels{"neon_dotprod", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
-    multiply_transposed_weights, rectify, attend};
+    multiply_transposed_weights, rectify, nullptr, attend};
 const Kernels kNeonI8mmKernels{"neon_i8mm", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
-    multiply_transposed_weights, rectify, attend};
+    multiply_transposed_weights, rectify, nullptr, attend};
 }  // namespace dsx

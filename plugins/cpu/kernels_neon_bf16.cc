@@ -56,5 +56,5 @@ inline void interleave_rows(const uint16_t* first, const uint16_t* second, int64
 
 namespace dsx {
 const Kernels kNeonBf16Kernels{"neon_bf16", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
-    multiply_transposed_weights, rectify, attend_bf16};
+    multiply_transposed_weights, rectify, narrow, attend_bf16};
 }

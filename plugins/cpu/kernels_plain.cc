@@ -5,5 +5,5 @@
 
 namespace dsx {
 const Kernels kPlainKernels{"plain", widen, unpack, widen_weights, multiply, multiply_transposed, multiply_weights,
-    multiply_transposed_weights, rectify, attend};
+    multiply_transposed_weights, rectify, nullptr, attend};
 }

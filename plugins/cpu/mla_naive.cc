@@ -129,18 +129,48 @@ private:
     const float *w_uk_ = nullptr, *w_uv_ = nullptr;
 };
 
+// 展开的一格，写成注意力要读的 dtype：缓存是 bfloat16 而指令集直接乘它时，K、V 舍入到 bfloat16（CPU-1），各块 query 共用。
+class Expanded {
+public:
+    static int64_t floats(const Shape& s) { return kExpandTile * (padded(s.dn + s.dr) + padded(s.dv)) * 3 / 2; }
+    Expanded(const Shape& shape, float* memory)
+        : s(shape), k_width(padded(s.dn + s.dr)), v_width(padded(s.dv)), k(memory), v(k + kExpandTile * k_width),
+          narrow_k_(reinterpret_cast<uint16_t*>(v + kExpandTile * v_width)), narrow_v_(narrow_k_ + kExpandTile * k_width),
+          narrow_(s.cache_dtype == Dtype::kBfloat16 && s.kernels.narrow != nullptr && k_width % kBf16Pad == 0 &&
+                  v_width % kBf16Pad == 0) {
+        std::fill(k, k + kExpandTile * (k_width + v_width), 0.0f);
+    }
+
+    void finish(int64_t count) const {
+        if (narrow_) {
+            s.kernels.narrow(k, count * k_width, narrow_k_);
+            s.kernels.narrow(v, count * v_width, narrow_v_);
+        }
+    }
+    Dtype dtype() const { return narrow_ ? Dtype::kBfloat16 : Dtype::kFloat32; }
+    const void* keys() const { return narrow_ ? static_cast<const void*>(narrow_k_) : k; }
+    const void* values() const { return narrow_ ? static_cast<const void*>(narrow_v_) : v; }
+
+    const Shape& s;
+    const int64_t k_width, v_width;
+    float *const k, *const v;
+
+private:
+    uint16_t *const narrow_k_, *const narrow_v_;
+    const bool narrow_;
+};
+
 // 一个头的 count 个 token；缓存一格一格展开成 K、V，每格给所有 query 用一遍。
 void attend_head(const Shape& s, const Latents* kept, int64_t b, int64_t h, int64_t first, int64_t count) {
     const int64_t qk = s.dn + s.dr, qk_pad = padded(qk), dv_pad = padded(s.dv);
-    Carver carver(task_scratch.need(count * (qk_pad + dv_pad + 2) + Expander::floats(s) + kExpandTile * (qk_pad + dv_pad) +
+    Carver carver(task_scratch.need(count * (qk_pad + dv_pad + 2) + Expander::floats(s) + Expanded::floats(s) +
                                     attend_scratch(qk + s.dv) + 9 * kPad));
     float* q = carver.take(count * qk_pad);
     float* acc = carver.take(count * dv_pad);
     float* max = carver.take(count);
     float* sum = carver.take(count);
     const Expander expander(s, kept, b, h, carver.take(Expander::floats(s)));
-    float* k = carver.take(kExpandTile * qk_pad);
-    float* v = carver.take(kExpandTile * dv_pad);
+    const Expanded tile(s, carver.take(Expanded::floats(s)));
     float* scratch = carver.take(attend_scratch(qk + s.dv));
     for (int64_t i = 0; i < count; ++i) {
         const int64_t row = (b * s.S + first + i) * s.H + h;
@@ -150,18 +180,17 @@ void attend_head(const Shape& s, const Latents* kept, int64_t b, int64_t h, int6
         std::transform(to, to + qk, to, [&](float x) { return x * s.scale; });
     }
     start_rows(count, dv_pad, acc, max, sum);
-    std::fill(k, k + kExpandTile * qk_pad, 0.0f);
-    std::fill(v, v + kExpandTile * dv_pad, 0.0f);
     const int64_t length = s.past_lens[b] + first + count;
     for (int64_t t = 0; t < length; t += kExpandTile) {
         const int64_t n = std::min(kExpandTile, length - t);
-        expander.run(t, n, k, qk_pad, v, dv_pad);
+        expander.run(t, n, tile.k, qk_pad, tile.v, dv_pad);
+        tile.finish(n);
         for (int64_t row = 0; row < count; row += kBlockRows) {
             const int64_t block_rows = std::min(kBlockRows, count - row);
             const int64_t end = std::min(t + n, s.past_lens[b] + first + row + block_rows);
             if (end > t) {
-                s.kernels.attend({q + row * qk_pad, block_rows, k, v, Dtype::kFloat32, qk_pad, dv_pad, qk_pad, dv_pad, t,
-                                     end, s.past_lens[b] + first, row, 1, acc + row * dv_pad, max + row, sum + row},
+                s.kernels.attend({q + row * qk_pad, block_rows, tile.keys(), tile.values(), tile.dtype(), qk_pad, dv_pad, qk_pad,
+                                     dv_pad, t, end, s.past_lens[b] + first, row, 1, acc + row * dv_pad, max + row, sum + row},
                     scratch);
             }
         }

@@ -2,8 +2,8 @@
 #include "quant_simd_avx512_vnni.h"
 #include "int8_planes.h"
 
-#include "int8_attend.h"
 #include "int8_dots.h"
+#include "int8_lanes.h"
 #include "quant_gemm.h"
 #include "quant_zeros.h"
 

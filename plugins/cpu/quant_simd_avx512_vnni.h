@@ -117,6 +117,20 @@ inline Ints dot(Ints acc, Bytes w, Acts a) {
     return acc;
 }
 inline Ints dot(Ints acc, const Bytes (&w)[2], const Acts (&a)[2]) { return dot(dot(acc, w[0], a[0]), w[1], a[1]); }
+inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_ints(int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
+inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints nearest_ints(Vector a) { return {_mm512_cvtps_epi32(a.v)}; }
+// 零点折进累加器的起点。
+inline Ints fold(Ints sum) { return {_mm512_mullo_epi32(sum.v, _mm512_set1_epi32(-Int8::kFolded))}; }
+// 四个向量同一路的低字节相邻。
+inline Bytes pack_bytes(const Ints (&x)[4]) {
+    const __m512i two = _mm512_mask_blend_epi8(0x2222222222222222, x[0].v, _mm512_slli_epi32(x[1].v, 8));
+    const __m512i three = _mm512_mask_blend_epi8(0x4444444444444444, two, _mm512_slli_epi32(x[2].v, 16));
+    return {_mm512_mask_blend_epi8(0x8888888888888888, three, _mm512_slli_epi32(x[3].v, 24))};
+}
+// 4 个字节广播给各路。
+inline Bytes splat_bytes(const int8_t* p) { return {splat_acts(p).v}; }
 inline Vector to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Vector nearest(Vector a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 // 有符号的字节加 128 成为无符号的（Int8 的零点），或反过来。

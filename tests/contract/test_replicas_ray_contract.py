@@ -92,13 +92,20 @@ def test_batch_on_a_pool(address, bundle, tmp_path):
     until(lambda: empty(address), 120)
     done = partial.read_bytes().count(b"\n")
 
-    again = subprocess.Popen([*DSX, *command], env=environment())
-    until(lambda: partial.read_bytes().count(b"\n") > done, 240)
-    first, second = workers()
-    os.kill(first, signal.SIGKILL)
-    os.kill(second, signal.SIGSTOP)
-    assert again.wait(500) == 0
-    assert alive([first, second]) == []
+    again, struck = subprocess.Popen([*DSX, *command], env=environment()), list[int]()
+    try:
+        until(lambda: partial.read_bytes().count(b"\n") > done, 240)
+        struck += workers()
+        first, second = struck
+        os.kill(first, signal.SIGKILL)
+        os.kill(second, signal.SIGSTOP)
+        assert again.wait(500) == 0
+        assert alive(struck) == []
+    finally:  # 不成也不占着别的测试要的资源
+        again.kill()
+        again.wait()
+        for pid in alive(struck):
+            os.kill(pid, signal.SIGKILL)
     found = answers(out)
     assert [one["custom_id"] for one in found] == [f"r{n}" for n in range(60)]
     whole = tmp_path / "whole.jsonl"

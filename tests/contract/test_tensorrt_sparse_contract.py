@@ -8,16 +8,17 @@ import onnx
 import pytest
 
 import deepseek_export
-from deepseek_export.bundle import Bundle
+from deepseek_export.bundle import Bundle, BundleWeights
 from deepseek_export.checkpoint.synthetic import write_checkpoint
+from deepseek_export.checkpoint.weight_only import packed_int4
 from deepseek_export.engine.build import build_engine_bytes
 from deepseek_export.engine.flavour import choose, load
 from deepseek_export.engine.layers import layer_counts, parse_layers
 from deepseek_export.engine.plugins import registered_creators
 from deepseek_export.progress import Progress
-from tests.engines import assert_listing, assert_plugin_layers
+from tests.engines import assert_listing, assert_plugin_layers, widening_layers
 from tests.fake_gpu import FakeGpu
-from tools.make_engine_graphs import build_for, make_bundle
+from tools.make_engine_graphs import WIDE, WIDE_FP8, build_for, make_bundle
 from tools.make_graphs import CONFIGS
 
 pytestmark = pytest.mark.contract
@@ -103,6 +104,47 @@ def test_v32_builds(tmp_path: Path, profile: str, target: str):
     if profile == "full":
         assert_plugin_layers(engine.layers["mtp.plan"], 1, 1, 1)
     assert sum(layer.op == "IndexTopK" for layer in layers["decode"]) == config.num_hidden_layers
+
+
+_INDEX = {"index_topk": 16, "index_head_dim": 32, "index_n_heads": 4}
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "v_head_dim")
+#: 宽度都是 32 的倍数的稀疏模型：检查点的配置，几层自己排名。
+QUANTISED = {
+    "deepseek_v32": (WIDE | _INDEX | {"model_type": "deepseek_v32"}, 2),
+    "glm_moe_dsa": (CONFIGS["glm_moe_dsa"] | {key: WIDE[key] for key in _WIDTHS} | _INDEX, 1),
+}
+#: 两层各四个注意力的、三个 MLP 的；int8 的另有 lm_head，FP8 检查点里它不是 FP8；int4 的由编译器融，没有插件。
+LINEARS = {"int8": 15, "int4": 0, "fp8": 14}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LINEARS)
+@pytest.mark.parametrize("family", QUANTISED)
+def test_quantised_sparse_models_read_their_codes(family: str, kind: str, tmp_path: Path):
+    """DSA-10、TRT-13、TRT-17：量化的 V3.2、GLM-5：注意力与索引器的插件一个不少，专家、线性层连同索引器的 wq_b、wk 都读码，没有一层只还原权重，码原样在 plan 里。"""
+    config, indexers = QUANTISED[family]
+    coded = {"quantization_config": WIDE_FP8["quantization_config"]} if kind == "fp8" else {}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config | coded, dtype="bfloat16")
+    quantization = None if kind == "fp8" else deepseek_export.Quantization(kind=kind)
+    options = {"target": "tensorrt-rtx", "dtype": "bfloat16", "weights": "reference"}
+    made = deepseek_export.export(
+        checkpoint, tmp_path / "out", "mla+moe", quantization=quantization, **options
+    )
+    engine, model = build_for(made, 89), made.manifest.model
+    layers = engine.layers["model.plan"]
+    linears = LINEARS[kind] + (2 * indexers if LINEARS[kind] else 0)
+    counts = (model.num_hidden_layers, model.num_moe_layers, indexers, "QuantizedMoeExperts")
+    assert_plugin_layers(layers, *counts, linears)
+    for found in layers.values():
+        assert widening_layers(found) == []
+    if kind == "fp8":
+        return  # 字节是检查点的，由 TRT-17 的测试逐个核对
+    plan = (engine.path / "model.plan").read_bytes()
+    arrays = BundleWeights(made).arrays(made.manifest.main.by_recipe)
+    codes = {name: array for name, array in arrays.items() if name.endswith(kind)}
+    assert {name.removesuffix(f".{kind}") for name in codes} == set(made.manifest.quantization.tensors)
+    for name, array in codes.items():
+        assert (packed_int4(array) if kind == "int4" else array).tobytes() in plan, name
 
 
 @pytest.mark.slow
