@@ -5,7 +5,8 @@
 - ``go_to(depth)``：让缓存里正好有 ``depth`` 个 token，不计时。
 - ``decode(tokens)``：从那个深度起逐个喂 ``tokens``，每步都取 logits，走完退回原处；返回每个 token 的秒数。
 - ``open_rows(rows, context)``：换成 ``rows`` 个空的序列，不计时。
-- ``decode_rows(tokens)``：各行一起，从空的起逐个喂 ``tokens``，每步取每一行的 logits；返回每个 token（各行合计）的秒数。
+- ``decode_rows(tokens)``：各行一起，从空的起逐个喂 ``tokens``，第 r 行从第 r 个起轮着来，一步里各行的专家因此不同；每步取每一行的 logits；
+  返回每个 token（各行合计）的秒数。
 
 这里的是 Python 的；llama.cpp 与 ik_llama.cpp 是 ``llama_driver.cpp``，vLLM 是 ``vllm_worker.py``。
 """
@@ -62,9 +63,10 @@ class Dsx:
     def decode_rows(self, tokens: list[int]) -> float:
         rows = self._rows.batch
         last = np.zeros((rows, 1), np.int64)
+        turns = np.resize(tokens, len(tokens) + rows)
 
-        def step(index: int, token: int) -> None:
-            self._session.run(np.full((rows, 1), token), np.full(rows, index), last, self._rows)
+        def step(index: int, _: int) -> None:
+            self._session.run(turns[index : index + rows, None], np.full(rows, index), last, self._rows)
 
         return _each(step, tokens) / rows
 

@@ -169,14 +169,14 @@ class Engine {
         rows_ = rows;
     }
 
-    // 各行都从空的起逐个喂同样的 token，每步取每一行的 logits；每个 token（各行合计）的秒数。
+    // 各行都从空的起逐个喂 token，第 r 行从第 r 个起轮着来，一步里各行的专家因此不同；每步取每一行的 logits；每个 token（各行合计）的秒数。
     double decode_rows(const Tokens& tokens) {
         clear(context_.get());
         const auto began = std::chrono::steady_clock::now();
         for (size_t i = 0; i < tokens.size(); ++i) {
             Batch batch(rows_);
             for (int sequence = 0; sequence < rows_; ++sequence) {
-                batch.add(tokens[i], static_cast<int>(i), sequence, true);
+                batch.add(tokens[(i + sequence) % tokens.size()], static_cast<int>(i), sequence, true);
             }
             decode(batch);
             for (int sequence = 0; sequence < rows_; ++sequence) {

@@ -56,8 +56,8 @@ class Vllm:
 
     def decode_rows(self, tokens: list[int]) -> float:
         """``rows`` 行一起，每个 token（各行合计）的秒数。"""
-        for _ in range(self._rows):
-            self._add(tokens[:1], len(tokens) + 1)
+        for row in range(self._rows):
+            self._add([tokens[row % len(tokens)]], len(tokens) + 1)
         return self._later(self._rows)
 
     def _add(self, tokens: list[int], new_tokens: int) -> None:
