@@ -166,21 +166,29 @@ def headline_table(runs: Sequence[Run], language: str) -> str:
     found = {suite.suite: (run, suite) for run in runs for suite in run.suites}
     what, median, again, left, right = _TABLE[language]
     rows = [[what, median, again]]
-    machines = []
+    machines: dict[str, list[str]] = {}
     for line in HEADLINES:
         run, suite = found[line.suite]
         case = next(case for case in suite.cases if case.name == line.case)
         value = labels.share(case.ratios[line.ratio]).replace("（", left).replace("）", right)
         rows.append([line.words[language], value, f"`python -m perf run {line.suite}`"])
-        machines.append(_machine(run, language))
-    return "\n".join([*report.table_lines(rows), "", *dict.fromkeys(machines)]) + "\n"
+        machines.setdefault(_machine(run, language), []).append(line.suite)
+    return "\n".join([*report.table_lines(rows), "", _machines(machines, language)]) + "\n"
+
+
+def _machines(machines: Mapping[str, list[str]], language: str) -> str:
+    """一行：在哪里量的；不止一处的，各是哪几套。"""
+    comma, colon, semicolon, stop = ("、", "：", "；", "。") if language == "zh" else (", ", ": ", "; ", ".")
+    if len(machines) == 1:
+        return next(iter(machines)) + stop
+    return semicolon.join(f"{comma.join(suites)}{colon}{where}" for where, suites in machines.items()) + stop
 
 
 def _machine(run: Run, language: str) -> str:
     cpu, gpus = run.environment["cpu"], [gpu["name"] for gpu in run.environment["gpus"]]
     if language == "zh":
-        return f"{cpu['model']}，{cpu['cores']} 核，{'、'.join(gpus) or '没有 GPU'}，{run.started[:10]}。"
-    return f"{cpu['model']}, {cpu['cores']} cores, {', '.join(gpus) or 'no GPU'}, {run.started[:10]}."
+        return f"{cpu['model']}，{cpu['cores']} 核，{'、'.join(gpus) or '没有 GPU'}，{run.started[:10]}"
+    return f"{cpu['model']}, {cpu['cores']} cores, {', '.join(gpus) or 'no GPU'}, {run.started[:10]}"
 
 
 def page(runs: Sequence[Run]) -> str:

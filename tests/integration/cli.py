@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -82,6 +83,18 @@ def dsx_process(*args: object, **options: Any) -> subprocess.CompletedProcess[st
     """在子进程里跑一次。"""
     options.setdefault("env", environment())
     return subprocess.run([*DSX, *map(str, args)], capture_output=True, text=True, timeout=300, **options)
+
+
+def dsx_limited(
+    limit: int, *args: object, cwd: Path | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """在子进程里跑一次，一个文件至多 ``limit`` 字节；不算覆盖率，它自己的文件也写不下这么小的上限。"""
+    kept = {key: value for key, value in environment(**extra).items() if not key.startswith("COVERAGE_")}
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return dsx_process(*args, env=kept, cwd=cwd, preexec_fn=lower)
 
 
 def last_json(process: subprocess.CompletedProcess[str]) -> Any:

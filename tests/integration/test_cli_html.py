@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from deepseek_export.bundle import Bundle
 from tests.bundles import edit_weight, tampered
-from tests.integration.cli import assert_refused, dsx, dsx_process, environment, last_json
+from tests.integration.cli import assert_refused, dsx, dsx_limited, last_json
 from tests.report_pages import SVG, check_picture, holds, parsed, rows
 
 pytestmark = pytest.mark.integration
@@ -105,16 +104,8 @@ def test_a_full_disk_loses_nothing(command: str, tiny: Path, tiny_bundle: Path, 
     options = ("--level", "model") if command == "verify" else COMMANDS[command]
 
     def run(*extra: object) -> Any:
-        return dsx_process(
-            *(command, subject, *options, "--html", page, *extra),
-            # 覆盖率自己的文件也写不下这么小的上限。
-            env={
-                key: value
-                for key, value in environment(DSX_NO_CACHE="1").items()
-                if not key.startswith("COVERAGE_")
-            },
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (256, 256)),
-        )
+        line = (command, subject, *options, "--html", page, *extra)
+        return dsx_limited(256, *line, DSX_NO_CACHE="1")
 
     process = run()
     assert_refused(process, "DSX-E404")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -17,7 +16,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from deepseek_export.checkpoint.synthetic import write_checkpoint
-from tests.integration.cli import DSX, TINY, assert_refused, dsx, dsx_process, environment, last_json
+from tests.integration.cli import (
+    DSX,
+    TINY,
+    assert_refused,
+    dsx,
+    dsx_limited,
+    environment,
+    last_json,
+)
 from tests.odd_files import make_odd
 from tests.permissions import permissions_apply
 
@@ -259,13 +266,7 @@ def test_a_bench_that_cannot_write_its_report_leaves_no_file(tiny_bundle, tmp_pa
     before = sorted(path.name for path in (bundle / "reports").iterdir())
 
     def bench() -> subprocess.CompletedProcess[str]:
-        limit = (256, 256)
-        return dsx_process(
-            *("bench", bundle, *small),
-            # 覆盖率自己的文件也写不下这么小的上限。
-            env={key: value for key, value in environment().items() if not key.startswith("COVERAGE_")},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-        )
+        return dsx_limited(256, "bench", bundle, *small)
 
     process = bench()
     assert_refused(process, "DSX-E404")
@@ -412,11 +413,7 @@ def test_an_interrupted_export_leaves_no_bundle(number, code, wide, plain, tmp_p
 
 
 def test_a_file_size_limit_is_reported_as_disk_full(wide, tmp_path):
-    limit = 4 << 20
-    process = dsx_process(
-        *("export", wide, "-p", "mla", "-o", tmp_path / "out"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    process = dsx_limited(4 << 20, "export", wide, "-p", "mla", "-o", tmp_path / "out")
     assert_refused(process, "DSX-E404")
     assert list(tmp_path.iterdir()) == []
 
@@ -424,11 +421,7 @@ def test_a_file_size_limit_is_reported_as_disk_full(wide, tmp_path):
 def test_a_comparison_that_does_not_fit(tiny_bundle, tmp_path):
     """compare 截下的图连同权重写到一半写不下：说磁盘满了，不留半个。"""
     shutil.copytree(tiny_bundle, tmp_path / "out")
-    limit = 2000
-    process = dsx_process(
-        *("compare", tmp_path / "out"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    process = dsx_limited(2000, "compare", tmp_path / "out")
     assert_refused(process, "DSX-E404")
     assert "None" not in process.stderr
     assert not list((tmp_path / "out/reports").glob("*compare*"))
@@ -436,11 +429,7 @@ def test_a_comparison_that_does_not_fit(tiny_bundle, tmp_path):
 
 def test_no_room_for_temporary_files(tiny_bundle, tmp_path):
     """哪里都写不了一个字节：torch 连导入都要临时目录，说得清。"""
-    process = dsx_process(
-        *("verify", tiny_bundle),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
-        cwd=tmp_path,
-    )
+    process = dsx_limited(0, "verify", tiny_bundle, cwd=tmp_path)
     assert_refused(process, "DSX-E405")
     assert "临时文件" in process.stderr
     assert list(tmp_path.iterdir()) == []
