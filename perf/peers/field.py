@@ -73,9 +73,9 @@ class Field:
         contenders = asked | dict(beside)
         return interleaved(contenders, runs, warmup=0) if contenders else {}
 
-    def memory(self, pairs: Iterable[Pair]) -> Case:
-        """各进程现在与最多占多少。"""
-        found = {name: engine.memory() for name, engine in self.engines.items()}
+    def memory(self, names: Iterable[str], pairs: Iterable[Pair]) -> Case:
+        """``names`` 里在场的各进程现在与最多占多少；做的事要相同，映射的权重用到才算。"""
+        found = {name: self.engines[name].memory() for name in names if name in self.engines}
         resident = {name: Spread.of([one.resident]) for name, one in found.items()}
         return Case(
             name="内存",

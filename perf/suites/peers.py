@@ -250,7 +250,7 @@ def _cases(
         yield _prefill(field, scenario, tokens[:prompt], reference)
     for depth in scenario.depths:
         yield _decode(field, scenario, threads, tokens[: scenario.tokens], depth)
-    memory = field.memory(PAIRS)
+    memory = field.memory(SERIES, PAIRS)
     for rows in scenario.batches:
         found = field.each(SERIES, "open_rows", rows=rows, context=_ROW_TOKENS)
         samples = field.samples(found, scenario.runs, "decode_rows", tokens=tokens[: scenario.tokens])

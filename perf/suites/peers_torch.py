@@ -79,7 +79,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         after = field.each([COMPILED], "compilations")
         if COMPILED in after:
             facts |= {"graphs": before[COMPILED], "recompiled": after[COMPILED] - before[COMPILED]}
-        cases.append(field.memory(PAIRS))
+        cases.append(field.memory(field.engines, PAIRS))
     cases[-1].facts.update(facts | ({"failed": field.failed} if field.failed else {}))
     return SuiteResult(suite="peers-torch", title=TITLE, scenario=asdict(scenario) | versions, cases=cases)
 

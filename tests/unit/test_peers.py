@@ -319,7 +319,9 @@ def test_a_peer_that_breaks_leaves_the_field_and_says_why():
         assert "TypeError" in field.failed["gone"]
         beside = {"beside": lambda: 2.0}
         assert field.samples(["slow peer"], 3, "add", beside, value=0)["beside"] == [2.0] * 3
-        memory = field.memory([Pair("x", "slow peer", "slow peer"), Pair("y", "slow peer", "peer")])
+        memory = field.memory(
+            field.engines, [Pair("x", "slow peer", "slow peer"), Pair("y", "slow peer", "peer")]
+        )
         assert memory.ratios["内存 x/slow peer"].median == 1
         assert set(memory.ratios) == {"内存 x/slow peer"}
         field.engines["dsx"] = field.engines["slow peer"]
