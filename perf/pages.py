@@ -139,7 +139,7 @@ def large_tables(runs: Sequence[Run]) -> str:
                     for name, nbytes in facts["stage_bytes"].items()
                 ]
                 lines += [*report.table_lines([["stage", "层", "权重，按图里的 dtype"], *stages]), ""]
-            lines += [f"{_machine(run, 'zh')}`python -m perf run scale`。"]
+            lines += [f"{_machine(run, 'zh')}。`python -m perf run scale`。"]
     return "\n".join(lines or ["没有量过：`python -m perf run scale`。"]) + "\n"
 
 
