@@ -48,6 +48,20 @@ TINY = MappingProxyType(
 )
 
 
+#: 新开的终端里也有的环境变量，另加测试自己的缓存与路径。
+_PLAIN = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "PYTHONPATH",
+    "XDG_CACHE_HOME",
+)
+
+
 def environment(**extra: str) -> dict[str, str]:
     """子进程的环境：仓库根在路径上，不带颜色相关的变量。"""
     root = str(Path(__file__).parents[2])
@@ -88,8 +102,12 @@ def dsx_process(*args: object, **options: Any) -> subprocess.CompletedProcess[st
 def dsx_limited(
     limit: int, *args: object, cwd: Path | None = None, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """在子进程里跑一次，一个文件至多 ``limit`` 字节；不算覆盖率，它自己的文件也写不下这么小的上限。"""
-    kept = {key: value for key, value in environment(**extra).items() if not key.startswith("COVERAGE_")}
+    """在子进程里跑一次，一个文件至多 ``limit`` 字节；只带要紧的环境变量。
+
+    不算覆盖率：它自己的文件也写不下这么小的上限。torch 在测试进程里设下的缓存目录也不带：带了，导入就不再要临时目录。
+    """
+    kept = {key: value for key, value in environment(**extra).items() if key in _PLAIN or key in extra}
+    kept["PYTHONDONTWRITEBYTECODE"] = "1"  # 写到一半的 .pyc 会留给后面的进程
 
     def lower() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

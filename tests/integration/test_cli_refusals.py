@@ -420,7 +420,7 @@ def test_a_file_size_limit_is_reported_as_disk_full(wide, tmp_path):
 
 def test_a_comparison_that_does_not_fit(tiny_bundle, tmp_path):
     """compare 截下的图连同权重写到一半写不下：说磁盘满了，不留半个。"""
-    shutil.copytree(tiny_bundle, tmp_path / "out")
+    shutil.copytree(tiny_bundle, tmp_path / "out", ignore=shutil.ignore_patterns("compare*"))
     process = dsx_limited(2000, "compare", tmp_path / "out")
     assert_refused(process, "DSX-E404")
     assert "None" not in process.stderr

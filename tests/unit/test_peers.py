@@ -345,7 +345,7 @@ def test_optional_gates_name_ratios_that_the_suite_makes():
     made = {f"{pair.name}/{pair.peer}" for pair in peers.PAIRS}
     made |= {f"内存 {name}" for name in made}
     made |= {f"{name}/{peers.READ}" for name in (peers.DSX, peers.DSX_COARSE, peers.DSX_INT4)}
-    cases = {"prefill", "depth 0", "depth 8192", "batch", "内存"}
+    cases = {"prefill", "prefill 256", "prefill 2048", "depth 0", "depth 8192", "batch", "内存"}
     found = [gate for gate in load_gates().gates if gate.suite == "peers"]
     assert {gate.id for gate in found if gate.optional} == {f"CPU-{number}" for number in range(31, 36)}
     assert {gate.ratio for gate in found} <= made
