@@ -15,7 +15,8 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM ${PYTHON_IMAGE}
 ARG EXTRAS=serve
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir "$(ls /wheels/*.whl)[${EXTRAS}]" \
+    --mount=type=bind,source=constraints.txt,target=/constraints.txt \
+    pip install --no-cache-dir -c /constraints.txt "$(ls /wheels/*.whl)[${EXTRAS}]" \
     # 算子库没有构建成就停在这里：没有它也跑得了，但是慢。
     && python -c "from deepseek_export.cpu_library import find_library; assert find_library(), 'no CPU library'"
 RUN useradd --uid 10001 --create-home dsx && install -d -o dsx /cache

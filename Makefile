@@ -2,6 +2,8 @@
 PY ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# 版本都照锁来；锁由 make lock 写。
+INSTALL := $(RUN) -m pip install -c constraints.txt
 # 两层：跑（演示的最后要开服务）与导出用得着的，加上开发用得着的（测试、静态检查、网站、打包）。
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
@@ -11,18 +13,18 @@ PERF_FLAGS ?=
 SOURCES := deepseek_export tests tools perf plugins examples noxfile.py hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo plugins wheel test test-all graphs ops-header perf perf-check docs lint format clean
+.PHONY: help demo plugins wheel test test-all test-newest lock graphs ops-header perf perf-check docs lint format clean
 
 help: ## 显示这份说明
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-$(STAMP): pyproject.toml deepseek_export/version.py
+$(STAMP): pyproject.toml constraints.txt deepseek_export/version.py
 	test -x $(RUN) || $(PY) -m venv $(VENV)
-	$(RUN) -m pip install -e '.[export,serve]'
+	$(INSTALL) -e '.[export,serve]'
 	touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(RUN) -m pip install -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 plugins: $(STAMP) ## 构建 C++ 算子库（没有编译器或头文件时说明原因，走函数体）
@@ -40,6 +42,12 @@ test: lint plugins ## 静态检查与测试（不含 slow），覆盖率至少 9
 
 test-all: lint plugins ## 同上，加上 slow
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 --cov --cov-report=term --cov-fail-under=90
+
+test-newest: plugins ## 另建一个没有上限的环境，跑契约测试，列出每个更新的包与它弄坏的测试
+	$(RUN) -m tools.test_newest
+
+lock: $(DEV_STAMP) ## 按 pyproject.toml 的范围重写锁 constraints.txt
+	$(RUN) -m tools.make_lock
 
 graphs: $(DEV_STAMP) ## 重新生成 graphs/ 里的计算图与引擎层清单
 	$(RUN) tools/make_graphs.py

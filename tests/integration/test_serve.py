@@ -120,7 +120,7 @@ def test_the_readme_goes_from_a_checkpoint_to_curl(tmp_path: Path):
     readme = (GUIDE.parents[1] / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```text\n(pip install.*?)^```", readme, re.MULTILINE | re.DOTALL)
     install, script = block.split("\n", 1)
-    assert install == "pip install -e '.[export,serve]'"
+    assert install == "pip install -c constraints.txt -e '.[export,serve]'"
     shutil.copytree(CHECKPOINT, tmp_path / "CKPT")
     home = linked_home(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as free:

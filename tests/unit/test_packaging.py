@@ -23,7 +23,7 @@ def installed_by(target: str) -> list[str]:
         pytest.skip("没有 make")
     command = ["make", "--dry-run", "--always-make", "VENV=build/no-such-venv", target]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return re.findall(r"pip install -e '\.\[([\w,]+)\]'", done.stdout)
+    return re.findall(r"pip install -c constraints\.txt -e '\.\[([\w,]+)\]'", done.stdout)
 
 
 @pytest.mark.parametrize(
