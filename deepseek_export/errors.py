@@ -105,7 +105,7 @@ ERRORS: Mapping[str, str] = MappingProxyType(
         # 6xx：对齐校验
         "DSX-E601": "找不到检查点",
         "DSX-E602": "检查点与导出时不同",
-        "DSX-E603": "transformers 版本太旧",
+        "DSX-E603": "transformers 与参考模型不一致",
         "DSX-E604": "校验用的 prompt 不可用",
         "DSX-E605": "校验不过",
         "DSX-E606": "--text 的文本不可用",

@@ -20,10 +20,11 @@ from deepseek_export.integration.attention import (
     check_implementation,
     projection_obstacle,
 )
-from deepseek_export.integration.compat import has_sparse_models, require_model
+from deepseek_export.integration.compat import has_sparse_models, model_config, require_model
 from deepseek_export.integration.experts import SparseV2Experts, SparseV3Experts, experts_obstacle
 from deepseek_export.integration.mtp import load_mtp
 from deepseek_export.integration.mtp_generate import mtp_generate
+from deepseek_export.integration.self_check import check_newer
 from deepseek_export.profile import OptimizationProfile, resolve_profile
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -44,6 +45,10 @@ if has_sparse_models():
     ATTENTION |= sparse_attention.ATTENTION
     INDEXERS |= sparse_attention.INDEXERS
     EXPERTS |= sparse_attention.EXPERTS
+#: 自检用的方案：每一步都走替换过的代码。
+_ABSORB = OptimizationProfile.model_validate(
+    {"mla": {"enabled": True, "form": "absorb"}, "moe": {"enabled": True}}
+)
 _ORIGINALS = {replaced: original for original, replaced in (ATTENTION | INDEXERS | EXPERTS).items()}
 
 
@@ -70,13 +75,25 @@ def apply(
         同一个模型对象。
 
     Raises:
-        DsxError: ``DSX-E803`` 模型类；``DSX-E804`` 模型现在的状态不能替换；``DSX-E805`` 方案里有这里做不到的设置；
+        DsxError: ``DSX-E802`` transformers 比测过的新，自检不一致；``DSX-E803`` 模型类；``DSX-E804`` 模型现在的状态不能替换；``DSX-E805`` 方案里有这里做不到的设置；
             ``DSX-E806`` / ``DSX-E119`` 找不到 MTP 权重；
             方案本身的错见 :func:`~deepseek_export.profile.resolve_profile`。
     """
     resolved = resolve_profile(profile)
     config = require_model(model)
     _check_profile(resolved)
+    if resolved.mla.enabled or resolved.moe.enabled:
+        check_newer(model, lambda small: _install(small, model_config(small), _ABSORB), restore)
+    return _install(model, config, resolved, checkpoint)
+
+
+def _install(
+    model: Model,
+    config: ModelConfig,
+    resolved: OptimizationProfile,
+    checkpoint: Path | str | None = None,
+) -> Model:
+    """:func:`apply` 的后半：方案与模型类都查过了。"""
     absorbs = resolved.mla.enabled and resolved.mla.form != "naive"
     attention = _targets(model, ATTENTION) if absorbs else []
     indexers = _targets(model, INDEXERS) if absorbs else []

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from deepseek_export.bundle import Bundle, BundleWeights, Manifest, read_bundle
 from deepseek_export.checkpoint import stop_token_ids
 from deepseek_export.errors import DsxError
 from deepseek_export.integration.bundle_cache import BundleCache
-from deepseek_export.integration.compat import cache_name
+from deepseek_export.integration.compat import cache_name, install_tested
+from deepseek_export.parity.self_check import agreed_note, agrees, is_newer, tested_range
 from deepseek_export.progress import Progress
 from deepseek_export.runtime import ModelSession, open_session
 from deepseek_export.runtime.batching import PAD_ID
@@ -95,7 +97,7 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             verify_weights: 先读一遍全部权重，核对 sha256，同 :func:`deepseek_export.load`。
 
         Raises:
-            DsxError: 4xx bundle 有问题；``DSX-E121`` 结束生成的 token 不能用；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
+            DsxError: 4xx bundle 有问题；``DSX-E802`` transformers 比测过的新，自检不一致；``DSX-E121`` 结束生成的 token 不能用；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
         """
         chosen = backend_named(backend)
 
@@ -107,9 +109,37 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
                 # transformers 读同一个文件，却不报坏在哪里
                 stop_token_ids(bundle.path, bundle.manifest.model)
                 session = open_session(chosen, bundle, BundleWeights(bundle), threads)
-                return cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
+                model = cls(DsxConfig.from_manifest(bundle.manifest), bundle, session).eval()
+                model._check_newer()
+                return model
 
         return read_bundle(path, read)
+
+    def _check_newer(self) -> None:
+        """transformers 比测过的新：它的 ``generate`` 与不带缓存、逐步取最大的 forward 走得一样吗。"""
+        version = metadata.version("transformers")
+        if not is_newer(version):
+            return
+        if difference := agrees("generate", {"model_type": DsxConfig.model_type}, self._difference):
+            what = f"装的是 {version}，测过 {tested_range()}；generate 自检不一致：{difference}"
+            raise DsxError("DSX-E802", what, install_tested())
+        warnings.warn(agreed_note(version, "generate"), stacklevel=3)
+
+    def _difference(self) -> str | None:
+        """一条左填充的 prompt，greedy 三步。"""
+        ids = torch.tensor([[0, 1, 2, 1]])
+        mask = torch.tensor([[0, 1, 1, 1]])
+        try:
+            out = self.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=3, pad_token_id=0)
+            for count in range(ids.shape[1], out.shape[1]):
+                longer = torch.ones(1, count, dtype=mask.dtype)
+                longer[:, : mask.shape[1]] = mask
+                logits: Any = self.forward(out[:, :count], attention_mask=longer, use_cache=False).logits
+                if int(logits[0, -1].argmax()) != int(out[0, count]):
+                    return f"第 {count - ids.shape[1] + 1} 个 token"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
     @property
     def device(self) -> torch.device:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import os
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.config import parse_model_config
 from deepseek_export.errors import DsxError
+from deepseek_export.parity.self_check import release, tested_range
 from deepseek_export.version import MAX_TRANSFORMERS, MIN_TRANSFORMERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: 设成非空就不检查上限：给 nox 的 ``test_newest_transformers``，也给愿意自担风险的人。
-UNTESTED = "DSX_UNTESTED_TRANSFORMERS"
 _DENSE = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 _SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 #: 稀疏注意力的模型类从这一版起支持：索引 key 在缓存里、选中的位置由索引器返回，是这一版的写法。
@@ -26,27 +24,28 @@ _SPARSE_SINCE = (5, 24)
 
 
 def require_transformers() -> None:
-    """没有能用的 transformers 就拒绝。
+    """没有能用的 transformers 就拒绝；比测过的新的不拒绝，用到时自检。
 
     Raises:
-        DsxError: ``DSX-E801`` 没装；``DSX-E802`` 版本不在测过的范围内。
+        DsxError: ``DSX-E801`` 没装；``DSX-E802`` 太旧。
     """
-    low, high = (".".join(map(str, version)) for version in (MIN_TRANSFORMERS, MAX_TRANSFORMERS))
-    install = f"pip install 'transformers>={low},<{MAX_TRANSFORMERS[0]}.{MAX_TRANSFORMERS[1] + 1}'"
     try:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError as error:
-        raise DsxError("DSX-E801", "apply、restore、DsxForCausalLM 都要用到它", install) from error
-    parts = version.split(".")
-    found = (int(parts[0]), int(parts[1]))
-    if found < MIN_TRANSFORMERS or (found > MAX_TRANSFORMERS and not os.environ.get(UNTESTED)):
-        todo = f"{install}；要用更新的版本，自担风险可设 {UNTESTED}=1"
-        raise DsxError("DSX-E802", f"装的是 {version}，测过的是 {low} 到 {high}", todo)
+        raise DsxError("DSX-E801", "apply、restore、DsxForCausalLM 都要用到它", install_tested()) from error
+    if release(version) < MIN_TRANSFORMERS:
+        raise DsxError("DSX-E802", f"装的是 {version}，测过 {tested_range()}", install_tested())
+
+
+def install_tested() -> str:
+    """装上测过的版本的命令。"""
+    low = ".".join(map(str, MIN_TRANSFORMERS))
+    return f"pip install 'transformers>={low},<{MAX_TRANSFORMERS[0]}.{MAX_TRANSFORMERS[1] + 1}'"
 
 
 def has_sparse_models() -> bool:
     """装着的 transformers 有没有支持的稀疏注意力模型类。"""
-    return tuple(map(int, metadata.version("transformers").split(".")[:2])) >= _SPARSE_SINCE
+    return release(metadata.version("transformers")) >= _SPARSE_SINCE
 
 
 def model_classes() -> tuple[str, ...]:

@@ -6,7 +6,9 @@ import contextlib
 import inspect
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -18,13 +20,17 @@ from deepseek_export.checkpoint import Checkpoint, expected_tensors
 from deepseek_export.checkpoint.bind import bind_recipes
 from deepseek_export.checkpoint.families import FAMILIES
 from deepseek_export.checkpoint.recipe import Recipe, load_array
+from deepseek_export.checkpoint.synthetic import write_checkpoint
 from deepseek_export.errors import DsxError
 from deepseek_export.parity.keys import index_int8, narrow_cache
+from deepseek_export.parity.measures import measure
+from deepseek_export.parity.self_check import agreed_note, agrees, is_newer, release, shrunk, tested_range
+from deepseek_export.parity.tolerances import TOLERANCES
 from deepseek_export.paths import read_text
 from deepseek_export.reference import Forms, load_reference
 from deepseek_export.reference.mla import AttentionForm
 from deepseek_export.reference.weights import Rounding, torch_dtype
-from deepseek_export.version import MIN_TRANSFORMERS
+from deepseek_export.version import MAX_TRANSFORMERS, MIN_TRANSFORMERS
 
 
 class Oracle(Protocol):
@@ -160,24 +166,64 @@ def make_oracle(checkpoint: Checkpoint, dtype: str) -> tuple[Oracle, list[str]]:
     """选基准。
 
     Returns:
-        基准，以及要写进报告的说明（没装 transformers 时）。
+        基准，以及要写进报告的说明（没装 transformers，或者装的比测过的新而自检一致）。
 
     Raises:
-        DsxError: ``DSX-E603``，transformers 太旧，语义与 dsx 不同。
+        DsxError: ``DSX-E603``，transformers 太旧，或者比测过的新而自检不一致。
     """
     try:
         import transformers
     except ImportError:
         note = "没有安装 transformers：model 与 tokens 层以 dsx 参考模型为准（pip install 'deepseek-export[hf]'）"
         return ReferenceOracle(checkpoint, dtype), [note]
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < MIN_TRANSFORMERS:
+    if release(transformers.__version__) < MIN_TRANSFORMERS:
         raise DsxError(
             "DSX-E603",
-            f"transformers {transformers.__version__} 太旧，至少要 {'.'.join(map(str, MIN_TRANSFORMERS))}",
+            f"装的是 transformers {transformers.__version__}，测过 {tested_range()}",
             "pip install -U transformers",
         )
-    return TransformersOracle(checkpoint, dtype), []
+    notes = []
+    if is_newer(transformers.__version__):
+        _check_newer(transformers, checkpoint)
+        notes = [agreed_note(transformers.__version__, f"{checkpoint.config.family} 的小模型")]
+    return TransformersOracle(checkpoint, dtype), notes
+
+
+def _check_newer(transformers: Any, checkpoint: Checkpoint) -> None:
+    """没测过的 transformers 与参考模型在结构相同的小模型上比一次。"""
+    with _quiet(transformers):
+        config = shrunk(_transformers_config(transformers, checkpoint))
+    family = {"model_type": checkpoint.config.family}
+    if difference := agrees("oracle", config, lambda: small_difference(config | family)):
+        raise DsxError(
+            "DSX-E603",
+            f"装的是 transformers {transformers.__version__}，测过 {tested_range()}；"
+            f"{checkpoint.config.family} 的小模型上与参考模型不同：{difference}",
+            f"换到测过的版本：pip install 'transformers<{MAX_TRANSFORMERS[0]}.{MAX_TRANSFORMERS[1] + 1}'",
+        )
+
+
+def small_difference(config: Mapping[str, Any]) -> str | None:
+    """这个 transformers 与参考模型在小模型上差在哪里；从读检查点到 greedy 续写，读不了也算。
+
+    Args:
+        config: 小模型的 ``config.json``，见 :func:`~deepseek_export.parity.self_check.shrunk`，``model_type`` 是检查点的。
+    """
+    ids = [1 + 7 * i % (config["vocab_size"] - 1) for i in range(12)]
+    with tempfile.TemporaryDirectory() as scratch:
+        small = Checkpoint.open(write_checkpoint(Path(scratch) / "small", config, dtype="float32"))
+        reference = ReferenceOracle(small, "float32")
+        try:
+            theirs = TransformersOracle(small, "float32")
+            measured = measure(theirs.logits(ids), reference.logits(ids))
+            same = theirs.greedy(ids, 4) == reference.greedy(ids, 4)
+        except DsxError:
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    if not TOLERANCES["logits", "float32"].accepts(measured):
+        return f"logits 差 {measured.max_abs:.2g}，在位置 {measured.coordinate}"
+    return None if same else "greedy 续写的 token"
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import deepseek_export as dsx
-from deepseek_export.integration.compat import UNTESTED, require_transformers
+from deepseek_export.integration.compat import require_transformers
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
-from deepseek_export.version import MAX_TRANSFORMERS, MIN_TRANSFORMERS
+from deepseek_export.version import MIN_TRANSFORMERS
 from tests.expansions import KvExpansions
 from tests.models import build_model
 
@@ -49,22 +49,10 @@ def test_transformers_is_missing(monkeypatch):
 
 @pytest.mark.parametrize("version", ["4.57.6", f"{MIN_TRANSFORMERS[0]}.{MIN_TRANSFORMERS[1] - 1}.2"])
 def test_transformers_is_too_old(monkeypatch, version):
-    monkeypatch.setenv(UNTESTED, "1")
     monkeypatch.setattr(metadata, "version", lambda name: version)
     with pytest.raises(dsx.DsxError, match="DSX-E802") as caught:
         require_transformers()
     assert version in caught.value.what
-
-
-def test_transformers_is_untested(monkeypatch):
-    newer = f"{MAX_TRANSFORMERS[0]}.{MAX_TRANSFORMERS[1] + 1}.0.dev0"
-    monkeypatch.setattr(metadata, "version", lambda name: newer)
-    monkeypatch.delenv(UNTESTED, raising=False)
-    with pytest.raises(dsx.DsxError, match="DSX-E802") as caught:
-        require_transformers()
-    assert UNTESTED in caught.value.todo
-    monkeypatch.setenv(UNTESTED, "1")
-    require_transformers()
 
 
 def test_other_model_classes(model):
