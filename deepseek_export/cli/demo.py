@@ -77,7 +77,7 @@ def command(ctx: click.Context, path_only: bool, directory: Path | None) -> None
         serve_and_ask(bundle, QUESTION)
     else:
         click.echo(f"\n没有安装 {missing_serve()}，没有开服务：pip install -U 'deepseek-export[serve]'")
-    click.echo("\n全程走完。换成自己的检查点：dsx export CKPT -p mla+moe -o OUT")
+    click.echo("\n全程走完。换成自己的检查点：dsx export CKPT OUT -p mla+moe")
 
 
 def _announce(number: int, total: int, title: str, argv: list[str]) -> None:

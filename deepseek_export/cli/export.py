@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 @click.command("export", cls=Command, short_help="把检查点编译成 ONNX bundle")
 @checkpoint_argument
+@click.argument("place", required=False, metavar="[OUT]", type=click.Path(path_type=Path))
 @click.option(
     "-p",
     "--profile",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     help="优化方案：mla、moe、mtp，用 + 组合，full 是全开；或 TOML 文件。",
 )
 @click.option(
-    "-o", "--output", "out", required=True, metavar="OUT", type=click.Path(path_type=Path), help="输出目录。"
+    "-o", "--output", metavar="OUT", type=click.Path(path_type=Path), help="输出目录，与第二个参数二选一。"
 )
 @click.option(
     "--target",
@@ -105,8 +106,9 @@ if TYPE_CHECKING:
 @click.option("-v", "--verbose", is_flag=True, help="逐个列出 pass 改了几处、拒绝了哪些。")
 def command(
     checkpoint: Path,
+    place: Path | None,
     profile: str,
-    out: Path,
+    output: Path | None,
     target: str,
     dtype: Literal["float32", "float16", "bfloat16"],
     weights: Literal["packed", "reference"],
@@ -130,14 +132,15 @@ def command(
 
     \b
     例：
-      dsx export CKPT -p mla+moe -o OUT
-      dsx export CKPT -p mla -o OUT --set mla.form=absorb --check
-      dsx export CKPT -p mla+moe -o OUT --target ort-cpu --dtype float16
-      dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int8 --keep lm_head
-      dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant int4 --calibrate TEXT
-      dsx export CKPT -p mla+moe -o OUT --target ort-cpu --quant checkpoint
-      dsx export CKPT -p full -o STAGES --stages 4
+      dsx export CKPT OUT -p mla+moe
+      dsx export CKPT OUT -p mla --set mla.form=absorb --check
+      dsx export CKPT OUT -p mla+moe --target ort-cpu --dtype float16
+      dsx export CKPT OUT -p mla+moe --target ort-cpu --quant int8 --keep lm_head
+      dsx export CKPT OUT -p mla+moe --target ort-cpu --quant int4 --calibrate TEXT
+      dsx export CKPT OUT -p mla+moe --target ort-cpu --quant checkpoint
+      dsx export CKPT STAGES -p full --stages 4
     """
+    out = _one_place(place, output)
     if balance is not None and stages is None:
         raise DsxError("DSX-E740", "给了 --balance，却没有 --stages", "加 --stages N，或去掉它")
     options: ExportOptions = {
@@ -190,6 +193,16 @@ def command(
         click.echo(f"下一步：dsx verify {shlex.quote(summary['out'])}")
     else:
         print_stages(made)
+
+
+def _one_place(place: Path | None, output: Path | None) -> Path:
+    """输出目录写在哪里都行，两处都写就得相同。"""
+    if place is not None and output is not None and place != output:
+        raise click.UsageError(f"输出目录给了两个：{place} 与 --output {output}")
+    out = place or output
+    if out is None:
+        raise click.UsageError("缺少输出目录：dsx export CKPT OUT")
+    return out
 
 
 def _quantization(

@@ -57,7 +57,7 @@ def command(
 
     \b
     例：
-      dsx export CKPT -p full -o OUT --weights reference
+      dsx export CKPT OUT -p full --weights reference
       dsx pack OUT
       dsx pack OUT --triton REPOSITORY --name v3 --context 8192
     """

@@ -43,6 +43,6 @@ def show(profile: str, overrides: tuple[str, ...]) -> None:
     \b
     例：
       dsx profiles show mla+moe --set mla.form=absorb > my.toml
-      dsx export CKPT -p ./my.toml -o OUT
+      dsx export CKPT OUT -p ./my.toml
     """
     click.echo(resolve_profile(profile, overrides).to_toml(), nl=False)

@@ -35,6 +35,6 @@ def tiny_bundle(tiny, tmp_path_factory) -> Path:
 def demo_bundle(demo, tmp_path_factory) -> Path:
     """演示检查点的 mla+moe。"""
     out = tmp_path_factory.mktemp("demo-bundle") / "out"
-    process = dsx("export", demo, "-p", "mla+moe", "-o", out)
+    process = dsx("export", demo, out, "-p", "mla+moe")
     assert process.returncode == 0, process.stderr
     return out

@@ -80,6 +80,8 @@ def test_version_and_usage_errors():
         (["export", "CKPT", "-o", "x", "--quant", "int3"], "--quant：int3 不在可选的值里"),
         (["export", "CKPT", "--outptu", "x"], "没有选项 --outptu，是不是 --output"),
         (["build", "OUT"], "缺少选项 --arch"),
+        (["export", "CKPT"], "缺少输出目录"),
+        (["export", "CKPT", "A", "-o", "B"], "输出目录给了两个：A 与 --output B"),
         (["pack", "OUT", "--triton"], "建议：dsx pack --help 有全部用法"),
         (["generate", "OUT", "--threads", "0"], "--threads：0 不在"),
         (["bench", "OUT", "--threads", "100000"], "--threads：100000 不在"),
