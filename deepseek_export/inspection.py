@@ -73,8 +73,12 @@ def _inspect_stages(stages: StageSet) -> dict[str, Any]:
     """整个模型的汇总，权重是各 stage 的合起来、几个都有的算一次；试跑的命令要各张图自己的权重，没有。"""
     bundles = [Bundle.open(directory) for directory in stages.directories]
     recipes = {name: one for bundle in bundles for name, one in bundle.manifest.weights.recipes.items()}
-    weights = WeightsEntry(mode=bundles[0].manifest.weights.mode, files=[], recipes=recipes)
-    whole = stages.record.whole.model_copy(update={"weights": weights})
+    mode = bundles[0].manifest.weights.mode
+    # 按引用的几个 stage 会链接同一个文件，只算一次。
+    found = {name: None for bundle in bundles for name in bundle.manifest.weights.files}
+    entries = {name: one for bundle in bundles for name, one in bundle.manifest.files.items()}
+    weights = WeightsEntry(mode=mode, files=list(found), recipes=recipes)
+    whole = stages.record.whole.model_copy(update={"weights": weights, "files": entries})
     items = [
         {
             "directory": item.directory,
@@ -139,6 +143,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             "count": len(recipes),
             "bytes": sum(recipe.nbytes for recipe in recipes.values()),
             "recipes": dict(Counter(recipe.op for recipe in recipes.values())),
+            "sha256_from": _hash_sources(manifest),
         },
         "int4": manifest.model.int4 and manifest.model.int4.title,
         "quantization": manifest.quantization and manifest.quantization.model_dump(mode="json"),
@@ -156,6 +161,13 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         },
         "published": [_published(shape) for shape in PUBLISHED],
     }
+
+
+def _hash_sources(manifest: Manifest) -> dict[str, int]:
+    """按引用的：检查点文件的 sha256 从哪里来 → 几个文件，``none`` 是导出时没有记的；打包的是自己写的，没有这一项。"""
+    files, weights = manifest.files, manifest.weights
+    named = weights.files if weights.mode == "reference" else []
+    return dict(Counter(files[name].sha256_from if name in files else "none" for name in named))
 
 
 def polygraphy_trials(path: Path, manifest: Manifest) -> dict[str, str]:

@@ -20,7 +20,7 @@ def load(
     backend: str = "ort",
     *,
     speculative_floor: bool = True,
-    verify_weights: bool = False,
+    verify_weights: bool | None = None,
     progress: Progress | None = None,
     cluster: ClusterSettings | None = None,
 ) -> CompiledModel:
@@ -33,7 +33,7 @@ def load(
         threads: 线程数，正整数；缺省由 ONNX Runtime 决定。
         backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎。
         speculative_floor: 投机解码不划算时退回普通解码；``False`` 一直投机。没有草稿模型时不起作用。
-        verify_weights: 先读一遍全部权重，核对 sha256；缺省不读，只核对其余的文件（按引用的另抽查每个张量的几处）。
+        verify_weights: 先读一遍全部权重，核对 sha256；``None`` 只读 sha256 取自下载记录、还没有核对过的（按引用的另抽查每个张量的几处），``False`` 一个也不读。其余的文件总是核对。
         progress: 核对权重的进度。
         cluster: 流水线的参数；只对一套 stage 起作用。
 
@@ -43,8 +43,7 @@ def load(
     """
     if is_stage_set(bundle):
         stages = StageSet.open(bundle)
-        if verify_weights:
-            stages.check_weights(progress or Progress())
+        stages.confirm_weights(verify_weights, progress or Progress())
         pipeline = PipelineBackend(stages, backend_named(backend), cluster)
         return CompiledModel(stages.bundle, threads, pipeline, speculative_floor)
 
@@ -55,8 +54,7 @@ def load(
                 f"{opened.path} 是 {stage.count} 个 stage 里的第 {stage.index} 个，单独生成不了",
                 "给整套 stage 的目录（里面有 stages.json）",
             )
-        if verify_weights:
-            opened.check_weights(progress or Progress())
+        opened.confirm_weights(verify_weights, progress or Progress())
         return CompiledModel(opened, threads, backend, speculative_floor)
 
     return read_bundle(bundle, read)

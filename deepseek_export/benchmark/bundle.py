@@ -126,7 +126,7 @@ def bench_bundle(
     against: Path | str | None = None,
     scenario: Scenario | None = None,
     prompts: Sequence[str] | None = None,
-    verify_weights: bool = False,
+    verify_weights: bool | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """测一个 bundle，结果写进 ``reports/bench.json``。
@@ -138,7 +138,7 @@ def bench_bundle(
         against: 对照的 bundle，须来自同一个检查点。
         scenario: 场景；缺省见 :class:`Scenario`。
         prompts: 用这些文本代替随机的 token；投机解码的接受率只有在真的文本上才有意义。
-        verify_weights: 先读一遍全部权重，核对 sha256，同 ``api.load``。
+        verify_weights: 先读一遍哪些权重，核对 sha256，同 ``api.load``。
         progress: 进度显示。
 
     Returns:
@@ -150,8 +150,9 @@ def bench_bundle(
     scenario, progress = scenario or Scenario(), progress or Progress()
     bundles = {BUNDLE: _open(bundle)} | ({} if against is None else {AGAINST: _open(against)})
     _check_same_source(bundles)
-    for opened in bundles.values() if verify_weights else ():
-        (StageSet.open(opened.path) if is_stage_set(opened.path) else opened).check_weights(progress)
+    for opened in bundles.values():
+        checked = StageSet.open(opened.path) if is_stage_set(opened.path) else opened
+        checked.confirm_weights(verify_weights, progress)
     scenario = _fitted(bundles[BUNDLE], scenario, prompts is None)
     started = environment(scenario.threads)
     subjects = {}
@@ -165,7 +166,10 @@ def bench_bundle(
         )
         subjects[name] = _subject(opened, sample)
     progress.start("加载模型")
-    models = {name: api.load(opened.path, scenario.threads) for name, opened in bundles.items()}
+    models = {
+        name: api.load(opened.path, scenario.threads, verify_weights=False)
+        for name, opened in bundles.items()
+    }
     rows = _rows(models[BUNDLE], scenario, prompts)
     runners = {
         way: _runner(models[name], rows, scenario.new_tokens, speculative)
@@ -213,7 +217,7 @@ def bench(
     runs: int = 5,
     seed: int = 0,
     threads: int | None = None,
-    verify_weights: bool = False,
+    verify_weights: bool | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """在这台机器上测一个 bundle 的速度与内存；同 ``dsx bench``，结果也写进 ``reports/bench.json``。

@@ -60,7 +60,7 @@ def memory_in_subprocess(
 
 def measure(bundle: Path, batch: int, context: int, threads: int | None) -> MemorySample:
     """在这个进程里量；此前进程里不该有别的大东西。"""
-    session = api.load(bundle, threads).session
+    session = api.load(bundle, threads, verify_weights=False).session
     loaded = _memory().resident
     decoder = DepthDecoder(session, batch, context)
     filled = _memory().resident

@@ -10,13 +10,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from deepseek_export.bundle.compared import Compared, read_compared, write_compared
 from deepseek_export.bundle.disk import being_replaced, sha256_file, sha256_files
 from deepseek_export.bundle.manifest import SCHEMA_VERSION, Manifest
 from deepseek_export.checkpoint import load_model_config
@@ -118,7 +119,7 @@ class Bundle:
         return self.path / self.manifest.main.file
 
     def check_weights(self, progress: Progress) -> None:
-        """读一遍全部权重，核对每个文件的 sha256。
+        """读一遍全部权重，核对每个文件的 sha256；其中取自下载记录的，记下核对过了。
 
         Raises:
             DsxError: ``DSX-E412`` 正好被换掉；``DSX-E406`` 打包的权重被改过；``DSX-E408`` 按引用的检查点被改过；``DSX-E413`` 按引用而导出时没有算整个的哈希。
@@ -130,15 +131,57 @@ class Bundle:
                 f"{self.path} 按引用导出时没有算 {unknown[0]} 的 sha256（--no-hash-weights，或旧版 dsx 导出），证明不了它没有变",
                 "不带 --no-hash-weights 重新导出；或加 --no-verify-weights，只抽查每个张量的几处",
             )
-        paths = [self.path / name for name in names]
+        self._compare(names, progress)
+
+    def confirm_weights(self, verify: bool | None, progress: Progress) -> None:
+        """加载之前：sha256 取自下载记录、还从来没有读过的权重文件，读一遍来核对；核对过的记下来，下次不读。
+
+        Args:
+            verify: ``True`` 全部都读，同 :meth:`check_weights`；``None`` 只读从来没有核对过的；``False`` 一个也不读。
+            progress: 进度。
+
+        Raises:
+            DsxError: 同 :meth:`check_weights`。
+        """
+        if verify:
+            self.check_weights(progress)
+        elif verify is None and (published := self._published()):
+            done = read_compared(self.path)
+            with self.steady():
+                unread = [name for name in published if done.get(name) != self._now(name)]
+            if unread:
+                self._compare(unread, progress)
+
+    def _published(self) -> list[str]:
+        """sha256 取自下载记录的权重文件。"""
+        files = self.manifest.files
+        names = (name for name in self.manifest.weights.files if name in files)
+        return [name for name in names if files[name].sha256_from == "hub"]
+
+    def _now(self, name: str) -> Compared:
+        """权重文件现在的样子，假定内容与 manifest 相符。"""
+        return Compared.of(self.manifest.files[name].sha256, (self.path / name).stat())
+
+    def _compare(self, names: Sequence[str], progress: Progress) -> None:
+        """读这几个权重文件来核对；取自下载记录的记下核对过了，记不下来就说一声。"""
+        paths = {name: self.path / name for name in names}
         with self.steady():
-            sums = sha256_files(paths, "核对权重的 sha256", progress)
-            for name, path in zip(names, paths, strict=True):
-                if sums[path] == recorded[name].sha256:
+            before = {name: self._now(name) for name in self._published() if name in paths}
+            sums = sha256_files(list(paths.values()), "核对权重的 sha256", progress)
+            for name, path in paths.items():
+                entry = self.manifest.files[name]
+                if sums[path] == entry.sha256:
                     continue
+                if entry.sha256_from == "hub":
+                    raise _not_published(path)
                 if self.manifest.weights.mode == "reference":
                     raise checkpoint_changed(path, "内容")
                 raise _altered(path, "的 sha256 与 manifest 不符")
+        if before:
+            try:
+                write_compared(self.path, read_compared(self.path) | before)
+            except DsxError as error:
+                progress.note(f"权重核对过了，却记不下来（{error.what}）：下次加载还要再读一遍")
 
 
 def read_bundle(path: Path | str, read: Callable[[Bundle], _T]) -> _T:
@@ -172,6 +215,15 @@ def checkpoint_changed(path: Path, what: str) -> DsxError:
         "DSX-E408",
         f"{path} 的{what}与导出时不同",
         "检查点被改过：从原来的检查点重新导出；想不受检查点影响，用 --weights packed 或 dsx pack",
+    )
+
+
+def _not_published(path: Path) -> DsxError:
+    """内容与下载记录里的 sha256 不同；导出时没有读过，不知道是那之前还是之后变的。"""
+    return DsxError(
+        "DSX-E408",
+        f"{path} 的内容与下载时的 sha256 不同",
+        "文件坏了或改过：重新下载再导出；是有意改的，把检查点拷到别处（不带下载记录）再导出",
     )
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from deepseek_export.bundle.disk import WEIGHTS_FOLDER
 from deepseek_export.bundle.graph import Slot
+from deepseek_export.bundle.manifest import FileEntry
 from deepseek_export.checkpoint import TensorStore
+from deepseek_export.checkpoint.hub import published_sha256
 from deepseek_export.checkpoint.quantization import FP8_DTYPE
 from deepseek_export.checkpoint.recipe import Recipe, materialize
 from deepseek_export.checkpoint.store import INDEX_NAME
@@ -86,6 +88,22 @@ def link_file(file: Path, folder: Path) -> None:
             f"{file} 链接到 {folder}：{error.strerror}",
             "把输出放到检查点所在的文件系统，并确认检查点文件归自己所有；或改用 --weights packed",
         ) from error
+
+
+def published_entries(store: TensorStore, directory: Path) -> dict[str, FileEntry]:
+    """链接好的文件里，下载记录说得出 sha256 的：不必读。
+
+    Args:
+        store: 检查点张量，链接之前的。
+        directory: bundle 目录。
+    """
+    found = {}
+    for file in store.files:
+        if (sha256 := published_sha256(file)) is not None:
+            name = f"{WEIGHTS_FOLDER}/{file.name}"
+            nbytes = (directory / name).stat().st_size
+            found[name] = FileEntry(bytes=nbytes, sha256=sha256, sha256_from="hub")
+    return found
 
 
 def link_checkpoint(store: TensorStore, directory: Path) -> list[str]:

@@ -45,7 +45,7 @@ class ExportSettings:
         target: ``portable``、``ort-cpu``、``tensorrt`` 或 ``tensorrt-rtx``。
         dtype: 计算与权重的 dtype（router 始终 float32）。
         weights: ``packed`` 逐块写成自包含的权重文件；``reference`` 不写权重，指进检查点自己的 safetensors。
-        hash_weights: 按引用时也读一遍检查点，记下每个文件整个的 sha256；``False`` 不为此读它，记进 ``fallbacks``，以后证明不了它没有变。
+        hash_weights: 按引用时也记下检查点每个文件整个的 sha256：有下载记录的取自那里，没有的读一遍；``False`` 不记，记进 ``fallbacks``，以后证明不了它没有变。
             打包的写的时候就算好了，与此无关。
         quantization: 只量化权重；``None`` 不量化。
         calibration: 按这段文本校准 int4 的码；``None`` 取最近的码。

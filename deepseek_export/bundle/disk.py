@@ -11,9 +11,10 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from deepseek_export.bundle.lock import locked
@@ -37,6 +38,8 @@ _RETIRED = ".old"
 
 #: 至多几个文件同时算哈希：再多磁盘也跟不上。
 _HASHERS = 8
+#: 一次读多少字节（留在二级缓存里）；读够多少字节报一次进度。
+_BLOCK, _REPORTED = 1 << 20, 16 << 20
 
 _thread = threading.local()
 
@@ -287,18 +290,47 @@ def sha256_files(paths: Sequence[Path], stage: str, progress: Progress) -> dict[
     Args:
         paths: 要读的文件。
         stage: 进度里怎么称呼。
-        progress: 以字节计的进度。
+        progress: 以字节计的进度；只在调用的线程里汇报。
     """
     progress.start(stage, sum(path.stat().st_size for path in paths), "bytes")
-    sums = {}
+    read: SimpleQueue[tuple[int, str] | Future[str]] = SimpleQueue()
+    stop = threading.Event()
+
+    def digest(path: Path) -> str:
+        return _sha256(path, lambda amount: read.put((amount, path.name)), stop)
+
     with ThreadPoolExecutor(min(cores(), _HASHERS)) as pool:
         try:
-            for path, sums[path] in zip(paths, pool.map(sha256_file, paths), strict=True):
-                progress.advance(path.stat().st_size, path.name)
-        except BaseException:  # Ctrl-C 之后不再开始新的
+            running = {path: pool.submit(digest, path) for path in paths}
+            for future in running.values():
+                future.add_done_callback(read.put)
+            left = len(running)
+            while left:
+                found = read.get()
+                if isinstance(found, Future):
+                    found.result()  # 出了错就停
+                    left -= 1
+                else:
+                    progress.advance(*found)
+        except BaseException:  # 出错、Ctrl-C：正在读的停下，没有开始的不再开始
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return sums
+    return {path: future.result() for path, future in running.items()}
+
+
+def _sha256(path: Path, advance: Callable[[int], None], stop: threading.Event) -> str:
+    """逐块读，每 :data:`_REPORTED` 字节说一声；``stop`` 之后不再读，结果没有人要了。"""
+    digest, block, unsaid = hashlib.sha256(), memoryview(bytearray(_BLOCK)), 0
+    with path.open("rb", buffering=0) as file:
+        while not stop.is_set() and (count := file.readinto(block)):
+            digest.update(block[:count])
+            unsaid += count
+            if unsaid >= _REPORTED:
+                advance(unsaid)
+                unsaid = 0
+    advance(unsaid)
+    return digest.hexdigest()
 
 
 def sha256_file(path: Path) -> str:

@@ -19,6 +19,7 @@ from deepseek_export.bundle.by_reference import (
     UNHASHED,
     check_small,
     link_checkpoint,
+    published_entries,
     reference_slots,
 )
 from deepseek_export.bundle.calibrated import (
@@ -278,7 +279,7 @@ class _Export:
             for file in _carried_files(source.path):
                 shutil.copyfile(file, directory / file.name)
             with self.watch("hashes"):
-                skipped = weight_files if settings.weights == "packed" or not settings.hash_weights else []
+                skipped = list(hashed) if settings.hash_weights else weight_files
                 files = dict(sorted((hashed | hash_files(directory, skipped, self.progress)).items()))
             entry = WeightsEntry(mode=settings.weights, files=weight_files, recipes=self.recipes)
             islands = (
@@ -318,7 +319,12 @@ class _Export:
         check_small(self.recipes, source.store)
         with disk_errors(directory):
             weight_files = link_checkpoint(source.store, directory)
-        return reference_slots(self.recipes, source.store), weight_files, {}
+            hashed = published_entries(source.store, directory) if self.settings.hash_weights else {}
+        if hashed:
+            self.progress.note(
+                f"{len(hashed)} 个权重文件的 sha256 取自 Hugging Face 的下载记录，没有读：第一次加载时读一遍核对"
+            )
+        return reference_slots(self.recipes, source.store), weight_files, hashed
 
     def _write_graphs(self, source: Checkpoint, directory: Path, slots: dict[str, Slot]) -> None:
         self.progress.start("写计算图并检查")

@@ -212,10 +212,16 @@ class WeightsEntry(_Entry):
 
 
 class FileEntry(_Entry):
-    """一个文件的大小与 sha256。"""
+    """一个文件的大小与 sha256。
+
+    Attributes:
+        sha256_from: ``read`` 是读了文件算的；``hub`` 取自 Hugging Face 的下载记录，导出时没有读，见
+            :meth:`~deepseek_export.bundle.Bundle.confirm_weights`。
+    """
 
     bytes: int
     sha256: str
+    sha256_from: Literal["read", "hub"] = "read"
 
 
 class StageEntry(_Entry):

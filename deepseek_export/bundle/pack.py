@@ -9,6 +9,7 @@ import onnx
 
 from deepseek_export.bundle.bundle import Bundle
 from deepseek_export.bundle.by_reference import UNHASHED
+from deepseek_export.bundle.compared import COMPARED_FILE
 from deepseek_export.bundle.disk import (
     WEIGHTS_FOLDER,
     atomic_directory,
@@ -120,6 +121,7 @@ def _pack(bundle: Bundle, progress: Progress, verify_weights: bool) -> Bundle:
                     shutil.copytree(source, directory / source.name, copy_function=link_or_copy)
                 elif source.is_file() and source.name not in {*graphs, "manifest.json"}:
                     shutil.copyfile(source, directory / source.name)
+            (directory / COMPARED_FILE).unlink(missing_ok=True)  # 说的是换下来的那些文件
             # engines/、reports/ 不归 manifest 的 files 管，只对导出时记下的那些文件算哈希。
             kept = {name for name in manifest.files if not name.startswith(f"{WEIGHTS_FOLDER}/")}
             others = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()]

@@ -116,6 +116,16 @@ class StageSet:
         for directory in self.directories:
             Bundle.open(directory).check_weights(progress)
 
+    def confirm_weights(self, verify: bool | None, progress: Progress) -> None:
+        """每个 stage 的 :meth:`Bundle.confirm_weights`。
+
+        Raises:
+            DsxError: 见 :meth:`Bundle.open` 与 :meth:`Bundle.check_weights`。
+        """
+        if verify is not False:
+            for directory in self.directories:
+                Bundle.open(directory).confirm_weights(verify, progress)
+
 
 def is_stage_set(path: Path | str) -> bool:
     """``path`` 是不是一套 stage 的目录。"""

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 @tls_options
 @threads_option
 @backend_option
-@verify_weights_option(False)
+@verify_weights_option(None)
 @json_option
 @click.pass_context
 def command(
@@ -88,7 +88,7 @@ def command(
     tls_ca: Path | None,
     threads: int | None,
     backend: str,
-    verify_weights: bool,
+    verify_weights: bool | None,
     as_json: bool,
 ) -> None:
     """用 bundle OUT 把 IN.jsonl 里的请求都做完，答案按同样的次序写进 ANSWERS.jsonl。
@@ -117,7 +117,7 @@ def command(
         cluster = cluster_settings(micro_batches, ray, strategy, (tls_cert, tls_key, tls_ca))
         engine = EngineSettings(slots=slots)
         if replicas is None:
-            opened = _here(bundle, engine, cluster, threads, backend, verify_weights)
+            opened = _here(bundle, engine, cluster, threads, backend, verify_weights, progress)
         else:
             opened = _on_ray(bundle, engine, cluster, threads, backend, verify_weights, replicas, progress)
         with opened as call:
@@ -144,14 +144,18 @@ def _here(
     cluster: ClusterSettings,
     threads: int | None,
     backend: str,
-    verify_weights: bool,
+    verify_weights: bool | None,
+    progress: Progress,
 ) -> Iterator[Call]:
     """在这个进程里做；切开了的照 ``cluster`` 起各个 stage。"""
     from deepseek_export import api
     from deepseek_export.serving.http.inside import app_of, post
     from deepseek_export.serving.http.service import ServedModel
 
-    with api.load(bundle, threads, backend, verify_weights=verify_weights, cluster=cluster) as model:
+    opened = api.load(
+        bundle, threads, backend, verify_weights=verify_weights, progress=progress, cluster=cluster
+    )
+    with opened as model:
         engine = model.engine(settings)
         served = ServedModel.open(bundle.resolve().name, model.tokenizer, model.session, engine)
         yield partial(post, app_of(served))
@@ -164,7 +168,7 @@ def _on_ray(
     cluster: ClusterSettings,
     threads: int | None,
     backend: str,
-    verify_weights: bool,
+    verify_weights: bool | None,
     replicas: int,
     progress: Progress,
 ) -> Iterator[Call]:

@@ -62,14 +62,14 @@ _COUNT = counts()
 @click.option("--runs", type=_COUNT, default=5, show_default=True, help="每种跑几遍，另有一遍预热。")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="随机种子。")
 @threads_option
-@verify_weights_option(False)
+@verify_weights_option(None)
 @html_option
 @json_option
 def command(
     bundle: Path,
     against: Path | None,
     prompts: tuple[str, ...],
-    verify_weights: bool,
+    verify_weights: bool | None,
     html: Path | None,
     as_json: bool,
     **scenario: Any,

@@ -51,7 +51,7 @@ def _with_sampling(command: click.Command) -> click.Command:
 @click.option("--max-new-tokens", type=counts(), help="一个回答至多几个 token；缺省到上下文用完为止。")
 @threads_option
 @backend_option
-@verify_weights_option(False)
+@verify_weights_option(None)
 @checkpoint_options
 def command(
     source: Path,
@@ -59,7 +59,7 @@ def command(
     max_new_tokens: int | None,
     threads: int | None,
     backend: str,
-    verify_weights: bool,
+    verify_weights: bool | None,
     stop: tuple[str, ...],
     ignore_eos: bool,
     **options: Any,
@@ -83,7 +83,7 @@ def command(
         from deepseek_export.serving import Conversation, EngineSettings
 
         sampling = SamplingParams(**options)
-        bundle = bundle_of(source, exporting, verify_weights, progress)
+        bundle = bundle_of(source, exporting, verify_weights is True, progress)
         model = api.load(bundle, threads, backend, verify_weights=verify_weights, progress=progress)
     with model.engine(EngineSettings(slots=1)) as engine:
         conversation = Conversation(

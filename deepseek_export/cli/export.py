@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     "--hash-weights/--no-hash-weights",
     default=True,
     show_default=True,
-    help="按引用时读一遍检查点，记下每个文件的 sha256，以后 verify、pack、build 凭它查出改过一个字节的；检查点大得读不起才关掉。",
+    help="按引用时记下检查点每个文件的 sha256，以后 verify、pack、build 凭它查出改过一个字节的：有 Hugging Face 的下载记录就取自那里，没有的读一遍文件；大得读不起才关掉。",
 )
 @click.option(
     "--quant",

@@ -93,7 +93,7 @@ def _biases(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option("--stats", is_flag=True, help="在 stderr 上打印投机解码的接受率与调用次数。")
 @threads_option
 @backend_option
-@verify_weights_option(False)
+@verify_weights_option(None)
 @json_option
 def command(
     bundle: Path,
@@ -101,7 +101,7 @@ def command(
     id_texts: tuple[str, ...],
     threads: int | None,
     backend: str,
-    verify_weights: bool,
+    verify_weights: bool | None,
     as_json: bool,
     no_speculative: bool,
     no_floor: bool,

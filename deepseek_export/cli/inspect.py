@@ -15,7 +15,7 @@ from deepseek_export.cli.options import bundle_argument, html_option, json_optio
 from deepseek_export.cli.split import layer_span
 from deepseek_export.cpu_library import LIBRARY_TARGET
 from deepseek_export.inspection import CONTEXT
-from deepseek_export.report.inspect import inspect_page
+from deepseek_export.report.inspect import hash_sources, inspect_page
 from deepseek_export.units import size
 
 
@@ -56,6 +56,8 @@ def _print(path: Path, summary: dict[str, Any]) -> None:
             f"{weights['count']} 个，{weights_size(weights['bytes'], weights['mode'])}（配方：{recipes}）",
         ),
     ]
+    if weights["sha256_from"]:
+        rows.append(("检查点的 sha256", hash_sources(weights["sha256_from"])))
     if summary["int4"] is not None:
         rows.append(("检查点的量化", summary["int4"]))
     if (quant := summary["quantization"]) is not None:

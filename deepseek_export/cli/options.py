@@ -232,13 +232,14 @@ html_option = click.option(
 bundle_argument = click.argument("bundle", metavar="OUT", type=click.Path(path_type=Path))
 
 
-def verify_weights_option(default: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``--verify-weights/--no-verify-weights``；要证明什么的命令缺省是开的，只是用的缺省是关的。"""
+def verify_weights_option(default: bool | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--verify-weights/--no-verify-weights``；要证明什么的命令缺省是开的，只是用的是 ``None``：从来没有读过的才读。"""
+    unread = "缺省只读 sha256 取自下载记录、还没有核对过的。" if default is None else ""
     return click.option(
         "--verify-weights/--no-verify-weights",
         default=default,
-        show_default=True,
-        help="先读一遍全部权重，核对 sha256。图、配置、tokenizer 总是核对；关掉时打包的权重只看大小，按引用的只抽查每个张量的三处。",
+        show_default=default is not None,
+        help=f"先读一遍全部权重，核对 sha256。{unread}图、配置、tokenizer 总是核对；关掉时打包的权重只看大小，按引用的只抽查每个张量的三处。",
     )
 
 

@@ -128,7 +128,7 @@ logger = logging.getLogger("dsx.serve")
 @tls_options
 @threads_option
 @backend_option
-@verify_weights_option(False)
+@verify_weights_option(None)
 @checkpoint_options
 def command(
     source: Path | None,
@@ -156,7 +156,7 @@ def command(
     tls_ca: Path | None,
     threads: int | None,
     backend: str,
-    verify_weights: bool,
+    verify_weights: bool | None,
     **options: Any,
 ) -> None:
     """用 bundle OUT 开一个 OpenAI 兼容的 HTTP 服务。OUT 也可以是检查点目录，先按引用导出，留着下次用。
@@ -194,7 +194,7 @@ def command(
     progress = _LogProgress()
 
     def ready(source: Path) -> Path:
-        return staged(bundle_of(source, exporting, verify_weights, progress), stages, progress)
+        return staged(bundle_of(source, exporting, verify_weights is True, progress), stages, progress)
 
     if replicas is not None:
         from deepseek_export.replicas.replica import ReplicaSpec

@@ -86,7 +86,7 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         threads: int | None = None,
         backend: str = "ort",
-        verify_weights: bool = False,
+        verify_weights: bool | None = None,
     ) -> DsxForCausalLM:
         """打开 ``dsx export`` 的输出目录。
 
@@ -94,7 +94,7 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
             path: bundle 目录。
             threads: 线程数；缺省由 ONNX Runtime 决定。
             backend: ``ort`` 是 ONNX Runtime CPU；``trt`` 是 ``dsx build`` 为当前 GPU 建的引擎，缓存在显存里。
-            verify_weights: 先读一遍全部权重，核对 sha256，同 :func:`deepseek_export.load`。
+            verify_weights: 先读一遍哪些权重，核对 sha256，同 :func:`deepseek_export.load`。
 
         Raises:
             DsxError: 4xx bundle 有问题；``DSX-E802`` transformers 比测过的新，自检不一致；``DSX-E121`` 结束生成的 token 不能用；``DSX-E918`` / ``DSX-E920`` 没有 GPU 或引擎；``DSX-E507`` / ``DSX-E508`` 模型加载失败；``DSX-E115`` / ``DSX-E116`` 权重有问题。
@@ -102,8 +102,7 @@ class DsxForCausalLM(PreTrainedModel, GenerationMixin):
         chosen = backend_named(backend)
 
         def read(opened: Bundle) -> DsxForCausalLM:
-            if verify_weights:
-                opened.check_weights(Progress())
+            opened.confirm_weights(verify_weights, Progress())
             bundle = chosen.prepared(opened)
             with bundle.steady():
                 # transformers 读同一个文件，却不报坏在哪里

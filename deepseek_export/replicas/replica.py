@@ -29,7 +29,7 @@ class ReplicaSpec:
         engine: 引擎的参数。
         cluster: 流水线的参数；``ray`` 由这里定。
         threads, backend: 在哪里跑，几个线程；没有给就是要的 CPU 数。
-        verify_weights: 加载之前核对权重的 sha256。
+        verify_weights: 加载之前读一遍哪些权重，核对 sha256，同 ``api.load``。
         tool_parser: 模型怎么写工具调用。
         log_prompts: 日志里写上提示词。
     """
@@ -40,7 +40,7 @@ class ReplicaSpec:
     cluster: ClusterSettings
     threads: int | None = None
     backend: str = "ort"
-    verify_weights: bool = False
+    verify_weights: bool | None = None
     tool_parser: str | None = None
     log_prompts: bool = False
 

@@ -25,6 +25,8 @@ def inspect_page(path: str, summary: dict[str, Any]) -> Page:
         ("存法", "按引用，加载时从检查点生成" if weights["mode"] == "reference" else "打包在 bundle 里"),
         ("配方", _counts(weights["recipes"])),
     ]
+    if weights["sha256_from"]:
+        facts.append(("检查点的 sha256", hash_sources(weights["sha256_from"])))
     if summary["int4"] is not None:
         facts.append(("检查点的量化", summary["int4"]))
     if (quant := summary["quantization"]) is not None:
@@ -47,6 +49,16 @@ def inspect_page(path: str, summary: dict[str, Any]) -> Page:
             Section("试跑一次", facts=[(name, Code(line)) for name, line in summary["polygraphy"].items()])
         )
     return Page(f"dsx inspect：{path}", None, facts, sections)
+
+
+def hash_sources(counts: dict[str, int]) -> str:
+    """检查点文件的 sha256 从哪里来，给人看的。"""
+    names = {
+        "read": "读文件算的",
+        "hub": "取自 Hugging Face 的下载记录（加载时核对一次）",
+        "none": "没有记",
+    }
+    return "，".join(f"{count} 个文件{names[source]}" for source, count in sorted(counts.items()))
 
 
 def _graph(graph: dict[str, Any], summary: dict[str, Any]) -> Section:
