@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -19,7 +20,8 @@ import deepseek_export
 from deepseek_export.benchmark.bundle import Scenario, bench_bundle
 from deepseek_export.bundle import Bundle, read_bundle
 from deepseek_export.bundle.by_reference import UNHASHED
-from deepseek_export.bundle.disk import atomic_directory, output_lock
+from deepseek_export.bundle.compared import COMPARED_FILE
+from deepseek_export.bundle.disk import atomic_directory, output_lock, sha256_file
 from deepseek_export.bundle.packed import WEIGHTS_FILE
 from deepseek_export.checkpoint import TensorStore
 from deepseek_export.checkpoint.synthetic import write_checkpoint
@@ -36,6 +38,8 @@ from tests.integration.cli import TINY, assert_refused, dsx
 pytestmark = pytest.mark.contract
 
 IDS = list(range(3, 20))
+#: 按引用的 bundle 里检查点的权重。
+WEIGHTS = "weights/model.safetensors"
 #: 一边被替换、一边加载这么多次。
 LOADS = 24
 
@@ -71,6 +75,14 @@ def referenced(checkpoint, tmp_path) -> Bundle:
     return deepseek_export.export(own, tmp_path / "out", "full", weights="reference")
 
 
+@pytest.fixture
+def published(checkpoint, tmp_path) -> Bundle:
+    """按引用的 ``full``，检查点在自己的一份缓存里，sha256 取自下载记录。"""
+    return deepseek_export.export(
+        in_cache(checkpoint, tmp_path), tmp_path / "out", "full", weights="reference"
+    )
+
+
 def refused(code: str, call: Callable, *arguments, **options) -> DsxError:
     with pytest.raises(DsxError) as error:
         call(*arguments, **options)
@@ -100,6 +112,53 @@ def flip(file: Path, at: int) -> None:
         byte = stream.read(1)[0]
         stream.seek(at)
         stream.write(bytes([byte ^ 1]))
+
+
+def change(file: Path) -> None:
+    """改一个抽查不到的字节：最大的张量的四分之一处。"""
+    store = TensorStore.of(file.parent, [file.name])
+    spec = max((store[name] for name in store), key=lambda s: s.nbytes)
+    flip(file, spec.offset + spec.nbytes // 4)
+
+
+def in_cache(checkpoint: Path, folder: Path) -> Path:
+    """Hugging Face 缓存里的快照：权重是指向 ``blobs/`` 的符号链接，名字是内容的 SHA-256。"""
+    repository = folder / "models--x--y"
+    snapshot = shutil.copytree(checkpoint, repository / "snapshots/main")
+    weights = snapshot / "model.safetensors"
+    blob = repository / "blobs" / sha256_file(weights)
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+def in_folder(checkpoint: Path, folder: Path) -> Path:
+    """下载到目录的检查点，带着权重的下载记录。"""
+    copy = shutil.copytree(checkpoint, folder / "ckpt")
+    record = copy / ".cache/huggingface/download/model.safetensors.metadata"
+    record.parent.mkdir(parents=True)
+    record.write_text(f"{'0' * 40}\n{sha256_file(copy / 'model.safetensors')}\n{time.time()}\n")
+    return copy
+
+
+class Reading(Progress):
+    """各个算哈希的阶段读了多少字节，说了什么。"""
+
+    def __init__(self) -> None:
+        self.hashed: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self._stage: str | None = None
+
+    def start(self, stage: str, total: int | None = None, unit: str = "items") -> None:
+        self._stage = stage if "sha256" in stage else None
+
+    def advance(self, amount: int = 1, detail: str = "") -> None:
+        if self._stage is not None:
+            self.hashed[self._stage] += amount
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
 
 def replaced_by(out: Path, bundle: Bundle) -> Progress:
@@ -342,6 +401,136 @@ class TestHashes:
         packed = Bundle.open(out)
         packed.check_weights(Progress())
         assert UNHASHED not in packed.manifest.fallbacks
+
+
+class TestPublishedHashes:
+    """EXPORT-14。"""
+
+    @pytest.mark.parametrize("layout", ["cache", "folder"])
+    def test_the_export_takes_what_the_download_recorded(self, checkpoint, tmp_path, layout):
+        """EXPORT-14：缓存与目录里的下载记录都直接取用，写明出处；检查点一个字节也没有为它读，别的文件照读。"""
+        source = in_cache(checkpoint, tmp_path) if layout == "cache" else in_folder(checkpoint, tmp_path)
+        reading = Reading()
+        bundle = deepseek_export.export(
+            source, tmp_path / "out", "full", weights="reference", progress=reading
+        )
+        entry = bundle.manifest.files[WEIGHTS]
+        assert (entry.sha256, entry.sha256_from) == (sha256_file(bundle.path / WEIGHTS), "hub")
+        assert {e.sha256_from for name, e in bundle.manifest.files.items() if name != WEIGHTS} == {"read"}
+        assert entry.bytes > sum(reading.hashed.values())
+        assert any("下载记录" in line for line in reading.notes)
+        assert deepseek_export.inspect(bundle.path)["weights"]["sha256_from"] == {"hub": 1}
+        assert "1 个文件取自 Hugging Face 的下载记录" in dsx("inspect", bundle.path).stdout
+        assert deepseek_export.verify(bundle.path, levels=["op"]).first_failure is None
+
+    def test_a_record_that_no_longer_holds_is_not_used(self, checkpoint, tmp_path):
+        """EXPORT-14：记录之后改过的文件读一遍，记下的是现在的内容。"""
+        source = in_folder(checkpoint, tmp_path)
+        change(source / "model.safetensors")
+        os.utime(source / "model.safetensors", (time.time() + 60,) * 2)
+        bundle = deepseek_export.export(source, tmp_path / "out", "full", weights="reference")
+        assert bundle.manifest.files[WEIGHTS].sha256_from == "read"
+        assert deepseek_export.inspect(bundle.path)["weights"]["sha256_from"] == {"read": 1}
+        bundle.check_weights(Progress())
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_one_byte_is_refused_by_whatever_reads_it_first(self, checkpoint, tmp_path, when):
+        """EXPORT-14：导出之前或之后坏了一个抽查不到的字节：verify、compare、pack、build 与第一次加载都拒绝，不管是不是要求核对。"""
+        source, out = in_cache(checkpoint, tmp_path), tmp_path / "out"
+        if when == "before":
+            change(source / "model.safetensors")
+        bundle = deepseek_export.export(source, out, "full", weights="reference")
+        if when == "after":
+            change(source / "model.safetensors")
+        for call in (
+            deepseek_export.verify,
+            deepseek_export.compare,
+            deepseek_export.pack,
+            deepseek_export.load,
+            DsxForCausalLM.from_pretrained,
+            bench_bundle,
+        ):
+            assert WEIGHTS in refused("DSX-E408", call, out).what
+        assert "重新下载" in refused("DSX-E408", deepseek_export.load, out).todo
+        refused("DSX-E408", buildable_bundle, bundle, FLAVOURS["rtx"])
+        assert_refused(dsx("generate", out, "--ids", "1"), "DSX-E408")
+        assert_refused(dsx("pack", out), "DSX-E408")
+        assert dsx("generate", out, "--ids", "1", "--no-verify-weights").returncode == 0
+        assert not (out / COMPARED_FILE).exists()
+
+    def test_what_was_compared_is_not_read_again(self, published):
+        """EXPORT-14：核对过的记下来，下一次加载不读；改过的、拷到别处的再读。"""
+        reading = Reading()
+        for _ in range(2):
+            deepseek_export.load(published.path, progress=reading)
+        size = published.manifest.files[WEIGHTS].bytes
+        assert reading.hashed == {"核对权重的 sha256": size}
+        again = Reading()
+        deepseek_export.load(
+            shutil.copytree(published.path, published.path.with_name("copy")), progress=again
+        )
+        assert again.hashed == {"核对权重的 sha256": size}
+        change(published.path / WEIGHTS)
+        refused("DSX-E408", deepseek_export.load, published.path)
+
+    def test_verify_always_reads(self, published):
+        """EXPORT-14：记下核对过的只省去加载时的：改了又把 mtime 放回去的，verify、pack 与 --verify-weights 照样发现。"""
+        deepseek_export.load(published.path)
+        before = (published.path / WEIGHTS).stat()
+        change(published.path / WEIGHTS)
+        os.utime(published.path / WEIGHTS, ns=(before.st_atime_ns, before.st_mtime_ns))
+        for call in (deepseek_export.verify, deepseek_export.pack):
+            refused("DSX-E408", call, published.path)
+        refused("DSX-E408", deepseek_export.load, published.path, verify_weights=True)
+
+    @pytest.mark.parametrize("record", ["", "[]", '{"files": {"weights/model.safetensors": {}}}'])
+    def test_a_broken_note_counts_for_nothing(self, published, record):
+        """EXPORT-14：记录坏了，等于没有核对过。"""
+        deepseek_export.load(published.path)
+        (published.path / COMPARED_FILE).write_text(record)
+        reading = Reading()
+        deepseek_export.load(published.path, progress=reading)
+        assert reading.hashed
+
+    def test_a_bundle_that_cannot_keep_the_note_still_loads(self, published):
+        """EXPORT-14：记不下来就说一声，下一次再读。"""
+        shutil.rmtree(published.path / "reports")
+        (published.path / "reports").write_text("")
+        reading = Reading()
+        for _ in range(2):
+            deepseek_export.load(published.path, progress=reading)
+        assert sum("记不下来" in line for line in reading.notes) == 2
+        assert reading.hashed["核对权重的 sha256"] == 2 * published.manifest.files[WEIGHTS].bytes
+
+    def test_packing_leaves_the_note_behind(self, published, first):
+        """EXPORT-14：打包之后的权重是自己写的，从前的记录不带过去。"""
+        deepseek_export.load(published.path)
+        packed = deepseek_export.pack(published.path)
+        assert not (packed.path / COMPARED_FILE).exists()
+        assert packed.manifest.files == first.manifest.files
+
+    def test_stages_are_compared_too(self, published, tmp_path):
+        """EXPORT-14：切成一套 stage，出处跟着走；加载之前同样核对。"""
+        stages = deepseek_export.split(published.path, tmp_path / "stages", 2)
+        assert deepseek_export.inspect(stages.path)["weights"]["sha256_from"] == {"hub": 1}
+        reading = Reading()
+        for _ in range(2):
+            stages.confirm_weights(None, reading)
+        assert reading.hashed["核对权重的 sha256"] == 2 * published.manifest.files[WEIGHTS].bytes
+        change(published.path / WEIGHTS)
+        refused("DSX-E408", deepseek_export.load, stages.path)
+
+    def test_a_manifest_without_the_field_was_read(self, referenced):
+        """EXPORT-14：从前导出的没有写出处，都是读了算的：照样打开，加载不读。"""
+        file = referenced.path / "manifest.json"
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        for entry in manifest["files"].values():
+            assert entry.pop("sha256_from") == "read"
+        file.write_text(json.dumps(manifest), encoding="utf-8")
+        reading = Reading()
+        deepseek_export.load(referenced.path, progress=reading)
+        assert not reading.hashed
+        assert Bundle.open(referenced.path).manifest == referenced.manifest
 
 
 class TestForeignFiles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
@@ -16,9 +17,10 @@ from types import SimpleNamespace
 import pytest
 
 from deepseek_export.bundle import Bundle
-from deepseek_export.bundle.disk import atomic_directory, disk_errors, link_or_copy, output_lock
+from deepseek_export.bundle.disk import atomic_directory, disk_errors, link_or_copy, output_lock, sha256_files
 from deepseek_export.bundle.foreign import check_replaceable, foreign_files
 from deepseek_export.errors import DsxError
+from deepseek_export.progress import Progress, Unit
 
 pytestmark = pytest.mark.unit
 
@@ -265,3 +267,53 @@ def test_foreign_files_of_a_broken_manifest(tmp_path: Path):
         (out / name).write_text("{")
     assert foreign_files(out) == ["model.onnx"]
     assert "model.onnx" in refused("DSX-E401", lambda: check_replaceable(out, True)).what
+
+
+class TestHashing:
+    """``sha256_files``：几个文件同时算。"""
+
+    SIZES = (0, 1, (40 << 20) + 7, 3 << 20)
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> list[Path]:
+        paths = [tmp_path / str(index) for index in range(len(self.SIZES))]
+        for path, size in zip(paths, self.SIZES, strict=True):
+            path.write_bytes(os.urandom(size))
+        return paths
+
+    def test_sums_and_progress_in_bytes(self, files: list[Path]):
+        """值与 hashlib 的相同；进度一共正好那么多字节，大文件中途就有，都在调用的线程里。"""
+        amounts: dict[str, list[int]] = {path.name: [] for path in files}
+        totals, threads = [], set()
+
+        class Recording(Progress):
+            def start(self, stage: str, total: int | None = None, unit: Unit = "items") -> None:
+                totals.append((total, unit))
+
+            def advance(self, amount: int = 1, detail: str = "") -> None:
+                amounts[detail].append(amount)
+                threads.add(threading.current_thread())
+
+        sums = sha256_files(files, "算", Recording())
+        assert sums == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        assert totals == [(sum(self.SIZES), "bytes")]
+        assert [sum(amounts[path.name]) for path in files] == list(self.SIZES)
+        assert len(amounts["2"]) > 1
+        assert threads == {threading.current_thread()}
+
+    def test_an_interrupt_stops_what_is_being_read(self, files: list[Path]):
+        """Ctrl-C 之后正在读的停下，原样抛出。"""
+
+        class Interrupted(Progress):
+            def advance(self, amount: int = 1, detail: str = "") -> None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sha256_files(files, "算", Interrupted())
+        assert not [one for one in threading.enumerate() if one.name.startswith("ThreadPoolExecutor")]
+
+    def test_a_file_that_cannot_be_read(self, tmp_path: Path, files: list[Path]):
+        """读不了的原样抛出，不等别的读完才说。"""
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(IsADirectoryError):
+            sha256_files([*files, tmp_path / "folder"], "算", Progress())
