@@ -241,7 +241,7 @@ class ParityRefused(DsxError):
 def _require_parity(directory: Path, progress: Progress | None) -> None:
     from deepseek_export.parity.verify import verify_bundle
 
-    # 权重刚写好、刚算过，不再读一遍。
+    # 打包的刚写好、刚算过；按引用的由加载与 verify 来读。
     report = verify_bundle(Bundle.open(directory), verify_weights=False, progress=progress)
     failure = report.first_failure
     if failure is not None:

@@ -145,18 +145,12 @@ class Bundle:
         """
         if verify:
             self.check_weights(progress)
-        elif verify is None and (published := self._published()):
+        elif verify is None and (published := self.manifest.published):
             done = read_compared(self.path)
             with self.steady():
                 unread = [name for name in published if done.get(name) != self._now(name)]
             if unread:
                 self._compare(unread, progress)
-
-    def _published(self) -> list[str]:
-        """sha256 取自下载记录的权重文件。"""
-        files = self.manifest.files
-        names = (name for name in self.manifest.weights.files if name in files)
-        return [name for name in names if files[name].sha256_from == "hub"]
 
     def _now(self, name: str) -> Compared:
         """权重文件现在的样子，假定内容与 manifest 相符。"""
@@ -166,7 +160,7 @@ class Bundle:
         """读这几个权重文件来核对；取自下载记录的记下核对过了，记不下来就说一声。"""
         paths = {name: self.path / name for name in names}
         with self.steady():
-            before = {name: self._now(name) for name in self._published() if name in paths}
+            before = {name: self._now(name) for name in self.manifest.published if name in paths}
             sums = sha256_files(list(paths.values()), "核对权重的 sha256", progress)
             for name, path in paths.items():
                 entry = self.manifest.files[name]

@@ -296,6 +296,13 @@ class Manifest(_Entry):
         return self.quantization.kind if self.quantization is not None and rounded else None
 
     @property
+    def published(self) -> list[str]:
+        """sha256 取自下载记录的权重文件。"""
+        files = self.files
+        names = (name for name in self.weights.files if name in files)
+        return [name for name in names if files[name].sha256_from == "hub"]
+
+    @property
     def main(self) -> GraphEntry:
         """主模型。"""
         return next(graph for graph in self.graphs if graph.role == "main")

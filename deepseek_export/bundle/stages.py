@@ -117,13 +117,14 @@ class StageSet:
             Bundle.open(directory).check_weights(progress)
 
     def confirm_weights(self, verify: bool | None, progress: Progress) -> None:
-        """每个 stage 的 :meth:`Bundle.confirm_weights`。
+        """每个 stage 的 :meth:`Bundle.confirm_weights`；没有要读的 stage 不打开，留给它自己的进程。
 
         Raises:
             DsxError: 见 :meth:`Bundle.open` 与 :meth:`Bundle.check_weights`。
         """
-        if verify is not False:
-            for directory in self.directories:
+        for directory in self.directories if verify is not False else ():
+            manifest = Manifest.model_validate_json(read_text(directory / "manifest.json", MAX_LARGE_TEXT))
+            if verify or manifest.published:
                 Bundle.open(directory).confirm_weights(verify, progress)
 
 
