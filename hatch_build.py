@@ -31,13 +31,13 @@ class CpuLibraryHook(BuildHookInterface):
         spec.loader.exec_module(builder)
         target = os.environ.get("DSX_CPU_TARGET", "")
         if target:
-            library = builder.build(target=target)
+            library = builder.build(target=target, say=self.app.display_info)
             build_data["force_include"][str(library)] = f"deepseek_export/_native/{library.name}"
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-linux_{target}"
             return
         try:
-            builder.build()
+            builder.build(say=self.app.display_info)
         except builder.Unavailable as reason:
             self.app.display_warning(f"C++ 算子库没有构建：{reason}")
             return

@@ -27,7 +27,7 @@ def built_library() -> CpuLibrary:
     found = next(INSTALLED.glob("libdsx_cpu.*"), None)
     if found is None:
         try:
-            builder().build(directory=INSTALLED.parent.parent / "build/cpu")
+            builder().build()
         except builder().Unavailable as reason:
             pytest.skip(f"C++ 算子库没有构建：{reason}")
     made = find_library()

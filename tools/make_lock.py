@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,8 @@ LOCK = ROOT / "constraints.txt"
 EXTRAS = ("dev", "kernels", "peers", "perf", "rtx")
 #: 与上面的装不到一起，或这里装不了：只解它们自己，各自的依赖由它们写死。
 ALONE = ("gpu", "tensorrt")
+#: 锁成一段而不是一个：PyPI 上 CUDA 的 torch 2.13 写死 triton 3.7.1，CPU 的 torch 不带 triton，装得上最新的。
+SPANS = {"triton": "3.7.1"}
 _HEADER = """\
 # 由 make lock 写，不要手改；每一行都在 pyproject.toml 的范围之内。
 # make、.ci/run、Dockerfile 与文档里装检出的命令都用它：pip install -c constraints.txt -e '.[hf]'
@@ -29,9 +32,9 @@ _OWN = "deepseek-export"
 
 
 def read_lock(path: Path = LOCK) -> dict[str, str]:
-    """锁住的版本：包名 → 版本。"""
+    """锁住的版本：包名 → 版本；锁成一段的是上端。"""
     lines = path.read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    pairs = [re.split("==|>=.*<=", line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in pairs}
 
 
@@ -58,6 +61,10 @@ def resolved(*requirements: str) -> dict[str, str]:
     return {canonicalize_name(one["name"]): one["version"].split("+")[0] for one in chosen}
 
 
+def _locked(name: str, version: str) -> str:
+    return f"{name}>={SPANS[name]},<={version}" if name in SPANS else f"{name}=={version}"
+
+
 def main() -> None:
     """命令行入口。"""
     extras = project_settings()["optional-dependencies"]
@@ -65,7 +72,7 @@ def main() -> None:
     found = resolved("-e", f".[{','.join(EXTRAS)}]")
     found |= resolved("--no-deps", *alone)
     found.pop(_OWN, None)
-    body = "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+    body = "".join(f"{_locked(name, version)}\n" for name, version in sorted(found.items()))
     LOCK.write_text(_HEADER + body, encoding="utf-8")
     print(f"{LOCK.name}：{len(found)} 个包")
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from deepseek_export.ops.table import DOMAIN, MOE_EXPERTS, MOE_GATE
+from deepseek_export.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass
-from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.ort_moe import SENTINEL, moe_node, port, refuse_experts, scope
 from deepseek_export.records import PassResult, Refusal
 

@@ -14,8 +14,8 @@ import onnx_graphsurgeon as gs
 
 from deepseek_export.checkpoint.recipe import Recipe
 from deepseek_export.ops.table import MOE_EXPERTS
+from deepseek_export.ort_kernels import OrtKernels
 from deepseek_export.passes.base import MICROSOFT, GraphModule
-from deepseek_export.passes.ort_kernels import OrtKernels
 from deepseek_export.records import Refusal
 
 #: 未选中的专家的 log 权重，也是 ``MoEGroupRouter`` 的默认值；选中的不低于 ln(1e-20) ≈ -46。

@@ -7,8 +7,8 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from deepseek_export.checkpoint.weight_only import Quantization
+from deepseek_export.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.base import MICROSOFT, GraphModule, Pass, PassError
-from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.ort_moe import scope
 from deepseek_export.passes.ort_quant import ACCURACY_LEVEL, quantized_weight
 from deepseek_export.records import PassResult, Refusal

@@ -17,10 +17,10 @@ from deepseek_export import api
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from perf.isolate import Worker
 from perf.results import Case, SuiteResult
 from perf.workload.faults import FAULTS, Faulted
+from perf.workload.library import require_library
 from perf.workload.pipelines import Alone, Pipeline
 from perf.workload.workspace import SHAPES, Workspace
 
@@ -80,8 +80,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         FileNotFoundError: 没有 C++ 算子库。
         RuntimeError: 进程起不来，或有请求一直没有回答。
     """
-    if find_library() is None:
-        raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
+    require_library()
     scenario = QUICK if quick else FULL
     edge, logits, wide = scenario.shapes
     cases = [_edge(workspace, scenario, edge, count) for count in scenario.stages]

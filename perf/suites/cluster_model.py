@@ -19,7 +19,6 @@ from deepseek_export import api
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle.stages import StageSet
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from deepseek_export.plan.balance import Span
 from deepseek_export.plan.gpus import Gpu
 from deepseek_export.plan.simulate import Station, Work, simulate
@@ -28,6 +27,7 @@ from deepseek_export.plan.stages import LayeredModel
 from deepseek_export.profile import resolve_profile
 from perf.isolate import Worker
 from perf.results import Case, SuiteResult
+from perf.workload.library import require_library
 from perf.workload.pipelines import Alone, Pipeline
 from perf.workload.workspace import Workspace
 
@@ -69,8 +69,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         FileNotFoundError: 没有 C++ 算子库。
         RuntimeError: 进程起不来。
     """
-    if find_library() is None:
-        raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
+    require_library()
     scenario = QUICK if quick else FULL
     checkpoint = workspace.checkpoint(scenario.shape, dtype="bfloat16")
     bundle = workspace.bundle(

@@ -17,9 +17,10 @@ import onnxruntime as ort
 import torch
 
 from deepseek_export.benchmark.spread import Spread, interleaved
-from deepseek_export.cpu_library import BUILD_COMMAND, CpuLibrary, find_library
+from deepseek_export.cpu_library import CpuLibrary
 from deepseek_export.dtypes import DTYPES
 from perf.results import Case, SuiteResult
+from perf.workload.library import require_library
 from perf.workload.workspace import Workspace
 from tools.cpu_node import CACHES, bind, make_inputs, make_session
 
@@ -82,9 +83,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
     Raises:
         FileNotFoundError: 没有 C++ 算子库。
     """
-    scenario, library = QUICK if quick else FULL, find_library()
-    if library is None:
-        raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
+    scenario, library = QUICK if quick else FULL, require_library()
     probes = machine_ceilings(threads)
     cases = []
     for name, shape, series in _cells(scenario):

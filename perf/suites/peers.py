@@ -21,13 +21,14 @@ import numpy as np
 from deepseek_export.benchmark.reading import open_reader
 from deepseek_export.benchmark.spread import Spread
 from deepseek_export.checkpoint.weight_only import QuantBlock, Quantization, QuantKind
-from deepseek_export.cpu_library import BUILD_COMMAND, find_library
+from deepseek_export.cpu_library import BUILD_COMMAND
 from deepseek_export.machine import cpu_flags
 from deepseek_export.parity.measures import measure
 from perf.isolate import Answering, Worker
 from perf.peers.field import Field, Pair, speeds
 from perf.peers.llama_build import IK_BUILD, LLAMA_BUILD, LlamaBuild
 from perf.results import Case, SuiteResult
+from perf.workload.library import require_library
 from perf.workload.workspace import SHAPES, Workspace
 
 TITLE = "与同类并排"
@@ -142,16 +143,6 @@ def llama(driver: Path, model: Path, threads: int, context: int, *flags: str) ->
     """住着 llama.cpp 或 ik_llama.cpp 的进程。"""
     command = [str(driver), str(model), str(threads), str(context), *flags]
     return Answering(driver.name, command, {"GGML_NO_BACKTRACE": "1"})
-
-
-def require_library() -> None:
-    """没有 C++ 算子库就没有可比的。
-
-    Raises:
-        FileNotFoundError: 没有。
-    """
-    if find_library() is None:
-        raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
 
 
 def amx(build: Mapping[str, str], flags: set[str] | None = None) -> str:

@@ -20,7 +20,8 @@ from perf.isolate import Answering, Worker
 from perf.peers.field import WITHIN, Field, Pair, speeds
 from perf.peers.llama_build import LLAMA_BUILD, LlamaBuild
 from perf.results import Case, SuiteResult
-from perf.suites.peers import DSX, dsx, llama, peer_versions, require_library
+from perf.suites.peers import DSX, dsx, llama, peer_versions
+from perf.workload.library import require_library
 from perf.workload.workspace import SHAPES, Workspace
 
 TITLE = "与 transformers、不量化的并排"

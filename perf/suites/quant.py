@@ -23,8 +23,8 @@ from deepseek_export.benchmark.spread import Spread
 from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint.weight_only import Quantization
 from deepseek_export.cli.demo import CHECKPOINT
-from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from perf.results import Case, SuiteResult
+from perf.workload.library import require_library
 from perf.workload.perplexity import Losses, losses, predictions, windows
 from perf.workload.workspace import Workspace
 from tools.demo_training import data, evaluate
@@ -102,8 +102,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         FileNotFoundError: 没有 C++ 算子库；没有装语料。
     """
     scenario = QUICK if quick else FULL
-    if find_library() is None:
-        raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
+    require_library()
     corpora = data.load_corpora(_CORPUS_SEED) if any(scenario.windows) else {}
     plain = workspace.bundle(CHECKPOINT, PROFILE)
     texts = _texts(scenario, corpora, plain)

@@ -14,7 +14,6 @@ import numpy as np
 
 from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from perf.isolate import Worker
 from perf.results import Case, SuiteResult
 from perf.servers.contenders import (
@@ -26,6 +25,7 @@ from perf.servers.contenders import (
 )
 from perf.servers.load import Ask, Job, Measured, closed_loop, jobs, over_http
 from perf.servers.words import write_tokenizer
+from perf.workload.library import require_library
 from perf.workload.workspace import SHAPES, Workspace
 
 TITLE = "服务"
@@ -81,8 +81,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         RuntimeError: 服务起不来，或有请求失败。
     """
     scenario = QUICK if quick else FULL
-    if find_library() is None:
-        raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
+    require_library()
     vocab = SHAPES[scenario.shape]["vocab_size"]
     checkpoint = workspace.checkpoint(scenario.shape, dtype="bfloat16")
     write_tokenizer(checkpoint, vocab)

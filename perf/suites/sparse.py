@@ -25,7 +25,6 @@ from deepseek_export.benchmark.spread import Spread, interleaved, paired_ratio
 from deepseek_export.bundle import Bundle
 from deepseek_export.checkpoint import ModelConfig
 from deepseek_export.checkpoint.weight_only import Quantization
-from deepseek_export.cpu_library import BUILD_COMMAND, find_library
 from deepseek_export.runtime.session import ModelSession
 from perf import isolate
 from perf.peers.llama_build import LLAMA_BUILD, LlamaBuild
@@ -33,6 +32,7 @@ from perf.results import Case, SuiteResult
 from perf.suites.cpu_kernel import COPY, COPY_BYTES, MATMUL, MATMUL_SIZE, machine_ceilings, timed
 from perf.suites.peers import llama
 from perf.workload.index_quality import quality_case
+from perf.workload.library import require_library
 from perf.workload.workspace import Workspace, parameter_count
 
 TITLE = "稀疏注意力"
@@ -94,8 +94,7 @@ def run(workspace: Workspace, quick: bool, threads: int) -> SuiteResult:
         FileNotFoundError: 没有 C++ 算子库。
     """
     scenario = QUICK if quick else FULL
-    if find_library() is None:
-        raise FileNotFoundError(f"没有 C++ 算子库：{BUILD_COMMAND}")
+    require_library()
     checkpoints = [workspace.checkpoint(shape, dtype="bfloat16") for shape in scenario.shapes]
     quantization = Quantization(kind="int8", block=128)
     bundles = {

@@ -2,6 +2,9 @@
 
     python plugins/cpu/build.py [--fetch | --headers] [--target aarch64]
 
+编译好的库按源码、头文件、编译器与处理器存进 dsx 的磁盘缓存（``DSX_HOME``，缺省 ``~/.cache/dsx``），另一个检出、``make clean`` 之后都不必
+再编译；``DSX_NO_CACHE=1`` 不读不写。
+
 缺编译器、CMake 或头文件不是错：说明原因，退出码 0，dsx 照常走函数体。编译失败是错，退出码 1。
 ``--target`` 为另一种处理器交叉编译，放在 build/cpu-<处理器>/out/ 里，不动本机的库；缺什么是错。
 """
@@ -12,10 +15,13 @@ import argparse
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "plugins/cpu"
@@ -33,6 +39,9 @@ PINNED = {
 }
 PINNED_VERSION = "1.21.0"
 PINNED_PACKAGE = f"libonnxruntime-dev={PINNED_VERSION}*"  # 各发行版的后缀不同，内容反正要核对
+_LIBRARY = "libdsx_cpu.so"  # CMake 的 MODULE 在 macOS 上也是 .so
+#: make 与 ninja 编译一个文件时说的那一行。
+_COMPILING = re.compile(r"\[\s*([\d/]+%?)\] Building CXX object (?:\S*/)?(\S+?)\.o\b")
 _SYSTEM_INCLUDES = (
     "/usr/include/onnxruntime",
     "/usr/local/include/onnxruntime",
@@ -53,6 +62,7 @@ def build(
     sanitize: str = "",
     target: str = "",
     driver: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """构建并安装。
 
@@ -63,6 +73,7 @@ def build(
         sanitize: 传给 ``-fsanitize=`` 的值。
         target: 为哪种处理器交叉编译，``TARGETS`` 之一；缺省是本机。
         driver: 另构建不经 ONNX Runtime 的 ``dsx_cpu_driver``，留在构建目录里。
+        say: 进度，一次一行。
 
     Returns:
         库的路径。
@@ -76,6 +87,7 @@ def build(
     if shutil.which("cmake") is None:
         raise Unavailable("没有 cmake：安装 3.20 以上的 CMake")
     toolchain = _toolchain(target)
+    stored = directory is None and not sanitize and not driver
     directory = directory or (BUILD.with_name(f"cpu-{target}") if target else BUILD)
     out = out or (directory / "out" if target else INSTALLED)
     include = find_header() or (_fetch_header() if fetch else None)
@@ -83,10 +95,75 @@ def build(
         raise Unavailable(
             "没有 ONNX Runtime 的 C API 头文件：apt-get install libonnxruntime-dev，或设 ORT_INCLUDE_DIR"
         )
+    cache, key = _cache(), _key(include, target)
+    if stored and (content := cache.get(key)) is not None:
+        say("C++ 算子库没有变，取编译过的那一份")
+        return _placed(content, out / _LIBRARY)
+    cores = _cores()
+    say(f"编译 C++ 算子库：{cores} 个核，两核上约半分钟")
     options = [f"-DORT_INCLUDE_DIR={include}", f"-DDSX_SANITIZE={sanitize}", *toolchain]
     _run("cmake", "-S", SOURCES, "-B", directory, *options, f"-DCMAKE_INSTALL_PREFIX={out}")
-    _run("cmake", "--build", directory, "--target", "install", *(["dsx_cpu_driver"] if driver else []))
-    return next(out.glob("libdsx_cpu.*"))
+    targets = ["install", *(["dsx_cpu_driver"] if driver else [])]
+    _compile(["cmake", "--build", str(directory), "--parallel", str(cores), "--target", *targets], say)
+    if stored:
+        cache.put(key, (out / _LIBRARY).read_bytes())
+    return out / _LIBRARY
+
+
+def _cache() -> Any:
+    """dsx 的磁盘缓存：同一个地方，同样核对内容。它只用标准库，依赖都没装也能导入。"""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from deepseek_export.disk_cache import DiskCache
+    finally:
+        sys.path.remove(str(ROOT))
+    return DiskCache("cpu-library", 8)
+
+
+def _key(include: Path, target: str) -> str:
+    """决定库的内容的全部：系统、处理器、编译器、选项、头文件、源码。"""
+    compiler = TARGETS[target][1] if target else _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    kind = [platform.system(), *platform.libc_ver(), target or platform.machine()]
+    digest = hashlib.sha256()
+    for part in (*kind, version, os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")):
+        digest.update(part.encode() + b"\0")
+    sources = [path for path in SOURCES.iterdir() if path.suffix in (".cc", ".h", ".txt", ".cmake")]
+    for path in [*sorted(sources), *(include / name for name in PINNED)]:
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _placed(content: bytes, path: Path) -> Path:
+    """把库放好；整个换上去，正在用旧的那一份的进程不受影响。"""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_bytes(content)
+        os.replace(scratch, path)
+    return path
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _compile(command: Sequence[str], say: Callable[[str], None]) -> None:
+    """编译，编译到哪个文件就说哪个。
+
+    Raises:
+        subprocess.CalledProcessError: 编译失败，``output`` 是编译器的输出。
+    """
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if found := _COMPILING.match(line):
+                say(f"  {found[1]:>6} {found[2]}")
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command), "".join(lines))
 
 
 def _toolchain(target: str) -> list[str]:
@@ -98,9 +175,17 @@ def _toolchain(target: str) -> list[str]:
         if shutil.which(compiler) is None:
             raise Unavailable(f"没有 {compiler}：apt-get install {package}")
         return [f"-DCMAKE_TOOLCHAIN_FILE={SOURCES / file}"]
-    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
-        raise Unavailable("没有 C++17 编译器：安装 g++ 或 clang++")
+    _compiler()
     return []
+
+
+def _compiler() -> str:
+    """本机的 C++ 编译器。"""
+    names = (os.environ.get("CXX") or "c++", "g++", "clang++")
+    found = next((name for name in names if shutil.which(name)), None)
+    if found is None:
+        raise Unavailable("没有 C++17 编译器：安装 g++ 或 clang++")
+    return found
 
 
 def find_header() -> Path | None:
@@ -183,7 +268,7 @@ def main() -> int:
             return 1
         return 0
     try:
-        path = build(arguments.fetch, target=arguments.target)
+        path = build(arguments.fetch, target=arguments.target, say=lambda line: print(line, file=sys.stderr))
     except Unavailable as reason:
         if arguments.target:
             print(f"{arguments.target} 的 C++ 算子库没有构建：{reason}", file=sys.stderr)

@@ -339,6 +339,57 @@ def test_library_is_found_refused_and_switched_off(library, tmp_path, monkeypatc
     assert "函数体" in doctor_line()
 
 
+@pytest.fixture
+def small_sources(tmp_path, monkeypatch):
+    """一份只有一个文件的源码，用真的 CMake 与编译器构建；返回（构建一次，说了什么）。"""
+    sources, include = tmp_path / "sources", tmp_path / "include"
+    sources.mkdir()
+    include.mkdir()
+    (include / builder().HEADER).touch()
+    (sources / "one.cc").write_text('extern "C" int one() { return 1; }\n')
+    (sources / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.20)\nproject(small LANGUAGES CXX)\n"
+        "add_library(dsx_cpu MODULE one.cc)\ninstall(TARGETS dsx_cpu LIBRARY DESTINATION .)\n"
+    )
+    for name, value in (("SOURCES", sources), ("BUILD", tmp_path / "build"), ("INSTALLED", tmp_path / "out")):
+        monkeypatch.setattr(builder(), name, value)
+    monkeypatch.setenv("ORT_INCLUDE_DIR", str(include))
+    monkeypatch.setenv("DSX_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DSX_NO_CACHE", raising=False)
+
+    def build() -> tuple[bytes, str]:
+        said: list[str] = []
+        path = builder().build(say=said.append)
+        content = path.read_bytes()
+        path.unlink()
+        return content, "\n".join(said)
+
+    return build
+
+
+def test_what_was_compiled_once_is_kept(small_sources, tmp_path, monkeypatch):
+    """CPU-36：编译时说到哪个文件；另一次不再编译；坏了的、源码变了的重新编译。"""
+    content, said = small_sources()
+    assert "one.cc" in said
+    again, said = small_sources()
+    assert again == content
+    assert "one.cc" not in said
+    shutil.rmtree(tmp_path / "build")
+    (entry,) = (tmp_path / "home/cpu-library").iterdir()
+    entry.write_bytes(entry.read_bytes()[:-1] + b"?")
+    again, said = small_sources()
+    assert again == content
+    assert "one.cc" in said
+    monkeypatch.setenv("DSX_NO_CACHE", "1")
+    (tmp_path / "sources/one.cc").touch()
+    assert "one.cc" in small_sources()[1]
+    monkeypatch.delenv("DSX_NO_CACHE")
+    (tmp_path / "sources/one.cc").write_text('extern "C" int one() { return 2; }\n')
+    changed, said = small_sources()
+    assert changed != content
+    assert "one.cc" in said
+
+
 def test_build_says_what_is_missing(tmp_path, monkeypatch, capsys):
     """CPU-6：缺头文件、缺 CMake 都说明原因，退出码 0，dsx 照常可用。"""
     monkeypatch.setattr(sys, "argv", ["build.py"])

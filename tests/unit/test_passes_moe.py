@@ -18,10 +18,10 @@ from deepseek_export.capture.bodies import gate_attributes, moe_experts_body, mo
 from deepseek_export.checkpoint.recipe import weight_recipes
 from deepseek_export.ops.moe_gate import moe_gate
 from deepseek_export.ops.table import DOMAIN, OPSET_VERSION
+from deepseek_export.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.base import MICROSOFT, GraphModule
 from deepseek_export.passes.lower_experts_to_ort_moe import LowerExpertsToOrtMoePass
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
-from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.reference.weights import torch_dtype
 from tests.models import TOLERANCE, distance, model_config, ort_session
 

@@ -23,13 +23,13 @@ from deepseek_export.checkpoint.weight_only import (
     signed_codes,
     unpacked_int4,
 )
+from deepseek_export.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.passes.base import MICROSOFT, GraphModule
 from deepseek_export.passes.fuse_quantized_experts import FuseQuantizedExpertsPass
 from deepseek_export.passes.fuse_quantized_linears import FuseQuantizedLinearsPass, int8_linears
 from deepseek_export.passes.lower_gate_experts_to_ort_moe import LowerGateExpertsToOrtMoePass
-from deepseek_export.passes.ort_kernels import OrtKernels, installed_kernels
 from deepseek_export.passes.quantize_linears_to_matmul_nbits import QuantizeLinearsToMatMulNBitsPass
 from deepseek_export.passes.quantize_moe_to_qmoe import QuantizeMoeToQMoePass
 from deepseek_export.passes.quantize_weights_to_dequantize_linear import (

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from deepseek_export.dtypes import DTYPES
-from deepseek_export.passes.base import MICROSOFT
 
+MICROSOFT = "com.microsoft"
 FLOAT = DTYPES["float32"].onnx_type
 
 
