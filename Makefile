@@ -13,7 +13,7 @@ PERF_FLAGS ?=
 SOURCES := deepseek_export tests tools perf plugins examples noxfile.py hatch_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo plugins wheel test test-all test-newest lock graphs ops-header perf perf-check docs lint format clean
+.PHONY: help demo plugins wheel quick test test-all test-newest lock graphs ops-header perf perf-check docs lint format clean
 
 help: ## 显示这份说明
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,9 @@ demo: plugins ## 在随包附带的小模型上导出、校验、查看、生成
 
 wheel: $(DEV_STAMP) ## 发布用的 sdist 与 manylinux wheel（带 C++ 算子库），放进 dist/
 	$(RUN) -m tools.make_wheel
+
+quick: lint plugins ## 每次提交之前：静态检查、单元测试与不必导出的契约测试，两核上三分钟以内
+	$(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "(unit or contract) and not heavy and not slow"
 
 # 不重排：慢的契约测试先开始，末尾是几百个很快的单元测试，两个 worker 才会差不多同时结束。
 test: lint plugins ## 静态检查与测试（不含 slow），覆盖率至少 90%

@@ -26,9 +26,20 @@ os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / "build/test-ca
 os.environ.pop("DSX_HOME", None)  # 它比 XDG_CACHE_HOME 优先
 
 
+#: 背后要导出一个 bundle 的夹具。
+EXPORTING = {"exported", "trained_bundle", "v3_bundle"}
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """整套测试都通过之后，再看每个错误码是不是都触发过。"""
     config.pluginmanager.register(RaisedCodes(config, ERRORS, Path(__file__).parent), "raised-codes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """用到导出的夹具的标成 ``heavy``；直接导出的自己标。"""
+    for item in items:
+        if EXPORTING & set(getattr(item, "fixturenames", ())):
+            item.add_marker("heavy")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -158,6 +158,7 @@ def texts(path: Path) -> list[Any]:
     return [one["response"]["body"]["choices"][0]["text"] for one in answers(path)]
 
 
+@pytest.mark.heavy
 def test_killed_and_run_again(bundle, tmp_path):
     """CLUSTER-13、CLUSTER-14：真的 ``dsx batch`` 被 kill -9 之后再运行，文本与一次做完的相同；一套 stage 也收。"""
     prompts = ["床前明月光", "And it came to pass", "学而时习之"]
@@ -188,6 +189,7 @@ def test_killed_and_run_again(bundle, tmp_path):
     assert [one["custom_id"] for one in answers(out)] == [f"r{number}" for number in range(24)]
 
 
+@pytest.mark.heavy
 def test_a_failed_line_is_the_exit_code(bundle, tmp_path):
     """CLUSTER-13：有一行没有得到回答，退出码是 1；输入不对在加载之前就说。"""
     source = written(tmp_path, [line("ok", prompt="a", max_tokens=1), line("no", prompt=[], max_tokens=1)])

@@ -35,7 +35,7 @@ from deepseek_export.progress import Progress
 from tests.bundles import edit_model, edit_weight, find_node, set_float, tampered
 from tests.integration.cli import TINY, assert_refused, dsx
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 IDS = list(range(3, 20))
 #: 按引用的 bundle 里检查点的权重。

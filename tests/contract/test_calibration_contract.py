@@ -23,7 +23,7 @@ from deepseek_export.engine.derived import buildable_bundle
 from tests.bundles import edit_weight, tampered
 from tests.integration.cli import TINY
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 INT4 = Quantization(kind="int4")
 LINES = (

@@ -18,7 +18,7 @@ from deepseek_export.integration.compat import cache_name
 from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 IDS = torch.randint(1, 200, (3, 9), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones_like(IDS)

@@ -33,7 +33,7 @@ __all__ = [
     "test_saving_and_restoring_a_row_is_exact",
     "test_too_long_is_refused",
 ]
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 def opened(folder, limit: int) -> Iterator[ModelSession]:

@@ -33,7 +33,7 @@ from tests.engines import refused
 from tests.serving_plans import Ask, assert_same_as_alone
 from tests.stages import KINDS, alive, children, loaded, write_five
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 #: 长短不一的一批。
 RAGGED = [[5, 9, 23, 100, 7, 31, 8, 44, 2], [12, 3], [90, 1, 77, 6]]

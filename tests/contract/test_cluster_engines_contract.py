@@ -29,7 +29,7 @@ from tests.fake_gpu import FakeGpu
 from tests.integration.cli import assert_refused, dsx, environment, last_json
 from tests.stages import ThreadLauncher, loaded, write_five
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 ROWS = [[5, 9, 23, 100, 7], [44, 3, 2]]
 RTX = {"target": "tensorrt-rtx", "dtype": "float16"}

@@ -36,7 +36,7 @@ from tests.integration.cli import environment
 from tests.serving_http import Running, opened, until
 from tests.stages import alive, children, write_five
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 #: 规格里说的：断了之后，至多多少秒每个在等的都有回答。这里 silence_s 取 2。
 BOUND_S = 20

@@ -24,7 +24,7 @@ from tests.engines import refused
 from tests.serving_http import until
 from tests.stages import alive, write_five
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 PROMPT = [5, 9, 23, 100, 7]
 SETTINGS = ClusterSettings(ray="auto", strategy="spread", start_s=120.0, silence_s=3.0, retry_s=0.2)

@@ -43,6 +43,7 @@ def mine(stages: Path) -> list[dict[str, object]]:
     return [one for one in found if str(one["bundle"]).startswith(f"{stages}/")]
 
 
+@pytest.mark.heavy
 def test_local_stages_are_listed(stages):
     """CLUSTER-50：本机上的 stage：哪一套的第几个、进程、内存、停没停着；停掉就没有了。"""
     with loaded(stages):

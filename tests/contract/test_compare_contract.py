@@ -28,7 +28,7 @@ from deepseek_export.parity.tolerances import tolerance
 from deepseek_export.reference import Forms, load_reference
 from tests.bundles import edit_model, edit_weight, find_node, run_polygraphy, set_float, tampered
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 class TestCompare:

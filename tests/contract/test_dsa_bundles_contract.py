@@ -16,7 +16,7 @@ from deepseek_export.parity.checks import LEVELS
 from deepseek_export.profile import resolve_profile
 from tests.sparse_models import tokens, vars_of
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 def test_index_keys_are_a_cache(exported):

@@ -235,6 +235,7 @@ def test_bisect_tells_a_wrong_pick_from_a_wrong_score(exported, tmp_path: Path):
     assert cause.startswith(f"权重 {name} 与检查点不同")
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_bisect_where_nothing_is_ranked(tmp_path: Path):
     """DSA-11：名额够，图里不算索引器的 query，别处的错照样指得到。"""

@@ -110,6 +110,7 @@ def _stack_experts(file: Path) -> None:
     save_file(arrays, file)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("family", "profile"),
     [
@@ -136,6 +137,7 @@ def test_sarvam_takes_apply():
     assert distance(got, want) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.heavy
 def test_stacked_experts_by_reference(published, tmp_path: Path):
     """EXPORT-30：叠放的专家按引用导出，直接指进检查点的文件，token 与 transformers 相同。"""
     bundle = deepseek_export.export(published("axk1"), tmp_path / "out", "mla+moe", weights="reference")

@@ -10,7 +10,7 @@ import pytest
 
 from tools.make_graphs import CONFIGS, GRAPHS, golden_listings, golden_names, toolchain_line
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 _OPERATOR = re.compile(r"(?:^|: )((?:dsx|com\.microsoft)\.\w+)\(.*?(\{.*\})?$")
 

@@ -27,7 +27,7 @@ from deepseek_export.plan.written import written_bytes
 from deepseek_export.profile import resolve_profile
 from tests.int4_checkpoints import KIMI, SMALL, VARIANTS, int4_twins, quantization_config
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 IDS = list(range(3, 20))
 EXPERTS = {f"model.layers.1.mlp.experts.*.{kind}_proj.weight" for kind in ("gate", "up", "down")}

@@ -17,7 +17,7 @@ import deepseek_export as dsx
 from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.errors import DsxError
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 PROMPT = "《论语》\n"
 

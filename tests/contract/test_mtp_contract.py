@@ -115,6 +115,7 @@ def test_first_drafts_equal_transformers_generate(checkpoint: Checkpoint, transf
     assert int(logits[0, -1].argmax()) == int(candidate[0, 0])
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16", "int8"])
 def test_narrow_cache_verifies_with_the_draft(checkpoint: Checkpoint, tmp_path: Path, cache_dtype: str):
@@ -141,6 +142,7 @@ def bundle(checkpoint: Checkpoint, tmp_path_factory):
     return deepseek_export.export(checkpoint.path, tmp_path_factory.mktemp("full") / "out", "full")
 
 
+@pytest.mark.heavy
 def test_compare_covers_the_draft(bundle, tmp_path: Path):
     """PARITY-8、PARITY-11：草稿模型的每个块也比；它的权重改坏了，定位到它的节点；命令原样执行。"""
     good = deepseek_export.compare(bundle.path, blocks=["mtp.onnx"], folder=tmp_path / "good")
@@ -159,6 +161,7 @@ def test_compare_covers_the_draft(bundle, tmp_path: Path):
     assert report.culprit.causes[0].startswith(f"权重 {name} 与检查点不同")
 
 
+@pytest.mark.heavy
 def test_bundle_has_a_draft_graph_sharing_the_weights(bundle):
     """MTP-1：mtp.onnx 的词嵌入、lm_head 与 model.onnx 指向同一个偏移；MTP 权重一个不少。"""
 
@@ -178,6 +181,7 @@ def test_bundle_has_a_draft_graph_sharing_the_weights(bundle):
     assert bundle.manifest.main.op_counts["dsx::SpecAccept"] == 1
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_draft_numerics_are_verified(checkpoint: Checkpoint, target: str, tmp_path: Path):
     """MTP-1：dsx verify 覆盖草稿模型的块与 logits，两个目标都通过。"""
@@ -236,6 +240,7 @@ class TestSpecAccept:
         assert accepted.tolist() == [3] * 8
 
 
+@pytest.mark.heavy
 def test_unclear_requests_are_refused(checkpoint: Checkpoint, tmp_path: Path):
     """MTP-5：没有 MTP 权重、MTP 层残缺、K 超界，各有各的码。"""
     without = write_checkpoint(tmp_path / "without", SMALL, dtype="float32", mtp=False)
@@ -269,6 +274,7 @@ def test_unclear_requests_are_refused(checkpoint: Checkpoint, tmp_path: Path):
     assert error.value.code == "DSX-E111"
 
 
+@pytest.mark.heavy
 def test_several_modules_each_have_a_graph(tmp_path: Path):
     """MTP-2：两个 MTP 模块各成一张图，第二个模块的 hidden 来自第一个；校验都通过。"""
     config = SMALL | {"num_nextn_predict_layers": 2}

@@ -14,7 +14,7 @@ from deepseek_export.cli.demo import CHECKPOINT
 from deepseek_export.cli.verify import command as verify_command
 from tests.models import build_model, save_checkpoint
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from deepseek_export.progress import Progress
 from tests.bundles import edit_model, edit_weight, find_node, run_polygraphy, set_float, tampered
 from tests.models import VARIANTS, build_model, save_checkpoint
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])

@@ -15,7 +15,7 @@ from deepseek_export.profile import BUILTIN_PROFILES, resolve_profile
 from deepseek_export.progress import Progress
 from tests.models import build_model, save_checkpoint
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 ROOT = Path(__file__).resolve().parents[2]
 

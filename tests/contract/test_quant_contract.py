@@ -24,7 +24,7 @@ from deepseek_export.profile import resolve_profile
 from tests.bundles import edit_weight, tampered
 from tests.integration.cli import TINY
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 TEXT = (
     "And God said, Let there be light: and there was light.\n床前明月光，疑是地上霜。举头望明月，低头思故乡。\n"

@@ -238,6 +238,7 @@ def test_how_many_replicas(text):
     check_replicas(None, "auto", "2", [Path("out")])
 
 
+@pytest.mark.heavy
 def test_without_ray_serve_it_says_how_to_install(bundle, monkeypatch):
     """CLUSTER-52：Ray Serve 的依赖没有装，用到才说。"""
     spec = ReplicaSpec(bundle, "m", EngineSettings(), ClusterSettings(ray="auto"))
@@ -247,6 +248,7 @@ def test_without_ray_serve_it_says_how_to_install(bundle, monkeypatch):
     assert "deepseek-export[ray]" in error.todo
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("code", "more"),
     [
@@ -272,6 +274,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return deepseek_export.export(CHECKPOINT, folder / "out", "mla").path
 
 
+@pytest.mark.heavy
 def test_stages_are_cut_beside_the_bundle(bundle):
     """CLUSTER-52：``--stages`` 切在 OUT 旁边，第二次直接用；已经切开的要相符；由别的切成的不用。"""
     made = staged(bundle, "2", Progress())
@@ -290,6 +293,7 @@ def test_stages_are_cut_beside_the_bundle(bundle):
     assert "--overwrite" in refused("DSX-E753", staged, other, "2", Progress()).todo
 
 
+@pytest.mark.heavy
 def test_what_a_replica_asks_for(bundle):
     """CLUSTER-16、CLUSTER-51：要的 CPU 与放得下权重的内存；切开了的，副本一份、每个 stage 一份；在 GPU 上跑的另要 GPU。"""
     stages = deepseek_export.split(bundle, bundle.with_name("three"), 3)
@@ -309,6 +313,7 @@ def test_what_a_replica_asks_for(bundle):
     assert spec(bundle, "trt").resources[0]["GPU"] == 1
 
 
+@pytest.mark.heavy
 def test_a_replica_answers_and_says_what_is_wrong(bundle):
     """CLUSTER-51：副本不在 Ray 里也起得来：切开了的与没切的同样的 token；断了的自己好，停了的要换掉。"""
     from deepseek_export.serving.http.inside import post

@@ -31,7 +31,7 @@ from deepseek_export.serving.http.keys import KeyRing
 from tests.engines import refused
 from tests.serving_http import events
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 BODY = {"prompt": "床前明月光", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 

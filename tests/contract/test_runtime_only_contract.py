@@ -15,7 +15,7 @@ from deepseek_export.extras import EXPORT_PACKAGES
 from tests.contract.test_mtp_contract import SMALL
 from tests.raised_codes import saw
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 PROMPT = [5, 9, 23, 100, 7]
 #: 只有编译与校验才要的包。

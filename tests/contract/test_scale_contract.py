@@ -79,6 +79,7 @@ def code_of(call: Callable, *arguments) -> str:
     return error.value.code
 
 
+@pytest.mark.heavy
 def test_fp8_checkpoint_and_its_twin_give_the_same_logits(twin_bundles):
     """EXPORT-20：FP8 检查点与反量化的孪生，图、权重、logits 逐位相同；manifest 写明哪些配方要反量化。"""
     fp8, twin = twin_bundles
@@ -92,6 +93,7 @@ def test_fp8_checkpoint_and_its_twin_give_the_same_logits(twin_bundles):
     assert {recipe.block_size for recipe in twin.manifest.weights.recipes.values()} == {None}
 
 
+@pytest.mark.heavy
 def test_fp8_bundle_equals_transformers(twin_bundles):
     """EXPORT-20：以 transformers 为基准，FP8 检查点导出的 bundle 在各层级都校验通过。"""
     report = deepseek_export.verify(twin_bundles[0].path, steps=8)
@@ -99,6 +101,7 @@ def test_fp8_bundle_equals_transformers(twin_bundles):
     assert report.oracle.startswith("transformers")
 
 
+@pytest.mark.heavy
 def test_reference_bundle_holds_no_weights_and_gives_the_same_logits(twins, twin_bundles, referenced):
     """EXPORT-21：按引用的 bundle 里的权重就是检查点的文件（同一个 inode），logits 与打包的逐位相同。"""
     for checkpoint, packed, bundle in zip(twins, twin_bundles, referenced, strict=True):
@@ -111,6 +114,7 @@ def test_reference_bundle_holds_no_weights_and_gives_the_same_logits(twins, twin
         assert tokens[0].speculation == tokens[1].speculation
 
 
+@pytest.mark.heavy
 def test_initializers_point_into_the_checkpoint_where_they_can(twins, referenced):
     """EXPORT-21：dtype 与布局相同的直接指到检查点里的偏移，其余（叠放、反量化）按配方生成。"""
     for checkpoint, bundle in zip(twins, referenced, strict=True):
@@ -134,6 +138,7 @@ def test_initializers_point_into_the_checkpoint_where_they_can(twins, referenced
             check_onnx(path)
 
 
+@pytest.mark.heavy
 def test_main_and_draft_share_generated_weights(referenced):
     """EXPORT-21：主模型与草稿模型共用的权重只生成一次、只占一份内存。"""
     bundle = referenced[0]
@@ -147,6 +152,7 @@ def test_main_and_draft_share_generated_weights(referenced):
     assert all(again[name] is main[name] for name in main)
 
 
+@pytest.mark.heavy
 def test_reference_bundle_passes_parity(referenced):
     """EXPORT-21：按引用的 bundle 同样能 dsx verify；Polygraphy 不会按配方生成，所以不给出命令。"""
     report = deepseek_export.verify(referenced[0].path, steps=4)
@@ -154,6 +160,7 @@ def test_reference_bundle_passes_parity(referenced):
     assert report.polygraphy is None
 
 
+@pytest.mark.heavy
 def test_plain_onnxruntime_refuses_instead_of_reading_garbage(referenced):
     """EXPORT-21：绕过 dsx 直接加载会报错，不会把别的字节当作权重；ModelSession 的报错说怎么办。"""
     path = referenced[0].model_path
@@ -172,6 +179,7 @@ def copy_of(bundle: Bundle, out: Path) -> Path:
     return shutil.copytree(bundle.path, out)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("change", ["header", "size", "missing"])
 def test_changed_checkpoint_is_refused_at_load(referenced, tmp_path: Path, change: str):
     """EXPORT-22：检查点的大小、文件头变了，或文件没了，加载时按码拒绝。"""
@@ -188,6 +196,7 @@ def test_changed_checkpoint_is_refused_at_load(referenced, tmp_path: Path, chang
     assert code_of(deepseek_export.load, path) == code
 
 
+@pytest.mark.heavy
 def test_another_shard_set_is_refused_at_load(referenced, twins, tmp_path: Path):
     """EXPORT-22：换成另一个合法的检查点也拒绝，而不是拿它的权重来用。"""
     path = copy_of(referenced[0], tmp_path / "out")
@@ -195,6 +204,7 @@ def test_another_shard_set_is_refused_at_load(referenced, twins, tmp_path: Path)
     assert code_of(deepseek_export.load, path) == "DSX-E408"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_small_weights_are_checked_at_a_reference_export(twins, tmp_path: Path, value: float):
     """EXPORT-21：直接指进检查点的 norm 里有 NaN、Inf，按引用导出时就拒绝，不等到打包。"""
@@ -209,6 +219,7 @@ def test_small_weights_are_checked_at_a_reference_export(twins, tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.heavy
 def test_data_rewritten_in_place_is_refused(referenced, tmp_path: Path):
     """EXPORT-22：文件头一字未改、只有一个张量的数据被就地重写，加载与打包都拒绝，不会悄悄换了权重。"""
     path = copy_of(referenced[0], tmp_path / "out")
@@ -224,6 +235,7 @@ def test_data_rewritten_in_place_is_refused(referenced, tmp_path: Path):
         assert error.value.code == "DSX-E408"
 
 
+@pytest.mark.heavy
 def test_manifest_without_samples_is_refused(referenced, tmp_path: Path):
     """EXPORT-22：旧的 manifest 没有数据的哈希，要重新导出。"""
     path = copy_of(referenced[0], tmp_path / "out")
@@ -234,6 +246,7 @@ def test_manifest_without_samples_is_refused(referenced, tmp_path: Path):
     assert code_of(Bundle.open, path) == "DSX-E403"
 
 
+@pytest.mark.heavy
 def test_other_file_system_is_refused(twins, tmp_path: Path):
     """EXPORT-22：检查点在另一个文件系统上，硬链接做不成：DSX-E407，不留半成品。"""
     shared = Path("/dev/shm")
@@ -244,6 +257,7 @@ def test_other_file_system_is_refused(twins, tmp_path: Path):
     assert not list(shared.glob(f"*dsx-test-{os.getpid()}*"))
 
 
+@pytest.mark.heavy
 def test_pack_equals_a_packed_export(referenced, twin_bundles, tmp_path: Path):
     """EXPORT-23：dsx pack 的结果与一开始就打包导出的逐字节相同；已打包的不能再打包。"""
     path = copy_of(referenced[0], tmp_path / "out")

@@ -127,6 +127,7 @@ def test_real_models_among_others_equal_alone(exported, slots):
     assert engine.stats.hit_tokens > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("slots", [2, 8])
 def test_int8_models_among_others_equal_alone(int8_bundle, slots):
     """SERVE-1、SERVE-5：int8 的也是；激活舍入到 15 位，比 float16 的 11 位细，近平局照 float16 的一行。"""
@@ -139,6 +140,7 @@ def test_int8_models_among_others_equal_alone(int8_bundle, slots):
     assert engine.stats.hit_tokens > 0
 
 
+@pytest.mark.heavy
 def test_engine_backend_among_others_equals_alone(tmp_path):
     """SERVE-1、SERVE-4、SERVE-5、SERVE-10：TensorRT 的引擎走同一套，投机也是（GPU 是替身，见 tests/fake_gpu.py）；关了之后显存全部归还。"""
     checkpoint = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32", mtp=True)

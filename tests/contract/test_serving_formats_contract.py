@@ -17,7 +17,7 @@ from deepseek_export.cli.demo import CHECKPOINT
 from tests.serving_http import CHAT, NAME, Running, Scripted, loader, opened
 from tests.serving_schemas import NOW, PERSON, WEATHER, Person, called, chat_request
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 @pytest.fixture(scope="module")

@@ -258,6 +258,7 @@ def test_full_disks_keep_the_old_file(model, tmp_path, monkeypatch):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["slot", "toy"]
 
 
+@pytest.mark.heavy
 def test_engine_backends_save_and_restore(tmp_path):
     """SERVE-13：TensorRT 的引擎也能（GPU 是替身）；ONNX Runtime 的文件不能给它，是另一个 bundle。"""
     checkpoint = write_checkpoint(tmp_path / "ck", SMALL, dtype="float32", mtp=True)

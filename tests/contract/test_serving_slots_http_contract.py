@@ -11,7 +11,7 @@ import deepseek_export
 from deepseek_export.cli.demo import CHECKPOINT
 from tests.serving_http import Running, loader, until
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 PROMPT = "明月几时有，把酒问青天。不知天上宫阙，今夕是何年。"
 ASKED = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}

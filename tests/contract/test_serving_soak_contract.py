@@ -23,7 +23,7 @@ from deepseek_export.model import CompiledModel
 from deepseek_export.serving import Request
 from tests.serving_http import Running, events, loader
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 TEXTS = (
     "明月几时有，把酒问青天。",

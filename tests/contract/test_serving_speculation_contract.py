@@ -123,6 +123,7 @@ def demos(tmp_path_factory) -> dict[str, CompiledModel]:
     return made
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("kind", "slots"), [("float32", 1), ("float32", 8), ("int8", 3)])
 def test_real_models_with_drafts_equal_alone(demos, kind, slots):
     """SERVE-10：真的模型与训练过的草稿，float32 与 int8（近平局照 float16 的一行，见 SERVE-1）。"""
@@ -145,6 +146,7 @@ def test_real_models_with_drafts_equal_alone(demos, kind, slots):
     assert sum(engine.stats.accepted) > 0
 
 
+@pytest.mark.heavy
 def test_engines_of_loaded_models_speculate(demos):
     """SERVE-10：``CompiledModel.engine`` 有草稿模型就投机，可以关掉、可以改草稿数；一步给出的比一个多。"""
     model = demos["float32"]

@@ -19,7 +19,7 @@ from deepseek_export.runtime import MeasuredFloor, SpeculativeFloor
 from tests.bundles import tampered
 from tests.contract.test_mtp_contract import SMALL
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-module", "two-modules"])

@@ -27,7 +27,7 @@ from tests.engines import refused
 from tests.fake_gpu import FakeGpu
 from tests.integration.cli import assert_refused, dsx, last_json
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 RTX = FLAVOURS["rtx"]
 SHAPES = "T=128"

@@ -22,7 +22,7 @@ from tests.engines import assert_plugin_layers
 from tests.models import fp8_twins
 from tools.make_engine_graphs import CASES, WIDE_FP8, build_for
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 DOWN = "model.layers.1.mlp.experts.*.down_proj.weight"

@@ -35,7 +35,7 @@ from tests.contract.test_mtp_contract import SMALL
 from tests.engines import refused
 from tests.fake_gpu import FakeEngine, FakeGpu
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 PROMPTS = ([5, 9, 23, 100, 7], [44, 3, 2, *range(9, 27)])
 _EXPORTS = {

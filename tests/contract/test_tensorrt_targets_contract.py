@@ -14,7 +14,7 @@ from deepseek_export.checkpoint.weight_only import packed_int4
 from tests.engines import assert_plugin_layers, refused, weight_bytes, widening_layers
 from tools.make_engine_graphs import WIDE, build_for, make_checkpoint
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 @pytest.fixture(scope="module")

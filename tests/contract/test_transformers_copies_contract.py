@@ -88,6 +88,7 @@ def test_gradients_through_the_compiled_experts():
             assert TOLERANCES["op", "float32"].accepts(measure(got.grad.numpy(), want.grad.numpy())), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports(pair, strict):
     """HF-16：``torch.export`` 的两种模式；路由与追踪时不同的输入也对。"""

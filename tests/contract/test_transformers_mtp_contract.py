@@ -256,6 +256,7 @@ def test_the_saved_checkpoint_keeps_mtp(model, tmp_path, monkeypatch, shard):
     dsx.restore(model)
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_export_keeps_mtp(model, tmp_path):
     """HF-10、HF-11：装着 MTP 的模型对象按 full 方案导出，图与权重同从目录导出的逐字节相同。"""

@@ -17,7 +17,7 @@ from deepseek_export.engine.shapes import ProfileShapes
 from deepseek_export.errors import DsxError
 from tests.triton_server import Sequence, read_config, type_name
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 PROMPT = "And it came to pass"
 #: ONNX 的 elem_type → Triton 的。

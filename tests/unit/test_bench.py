@@ -189,6 +189,7 @@ def test_bench_writes_its_report(exported):
         assert expected in text
 
 
+@pytest.mark.heavy
 def test_bench_measures_speculation_and_survives_unknown_memory(speculative, monkeypatch):
     """带草稿模型时两种解码都测；系统不给进程内存时写「未知」。"""
     monkeypatch.setattr("deepseek_export.benchmark.memory.process_memory", lambda: None)

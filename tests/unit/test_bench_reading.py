@@ -14,7 +14,7 @@ from deepseek_export.plan.plan import make_plan
 from deepseek_export.plan.shape import ModelShape
 from deepseek_export.plan.sized import SizedModel
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.heavy]
 
 
 def test_a_step_reads_what_plan_says(exported, saved):

@@ -234,6 +234,7 @@ def test_doctor_lists_the_flags_of_this_processor(monkeypatch):
     assert doctor.diagnose()["cpu"]["flags"] == {}
 
 
+@pytest.mark.heavy
 def test_doctor_reports_missing_and_old_packages(monkeypatch):
     def version(name):
         if name.startswith("tensorrt") or name == "transformers":
@@ -290,6 +291,7 @@ def _path_with(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
         (folder / "nvidia-smi").chmod(0o755)
 
 
+@pytest.mark.heavy
 def test_doctor_says_how_far_each_target_gets_here(monkeypatch, tmp_path):
     """没有装 TensorRT、没有 GPU：能导出，不说可用；有了就是。"""
 

@@ -291,6 +291,7 @@ def test_one_bundle_with_and_without_the_library(library, exported, monkeypatch)
     assert library_for("ort-cpu") is None
 
 
+@pytest.mark.heavy
 def test_export_without_the_library_says_so(saved, tmp_path, monkeypatch):
     """CPU-5：没有库时照样导出，图相同，manifest 里有一行说明。"""
     monkeypatch.setenv("DSX_CPU_LIBRARY", "off")

@@ -49,6 +49,7 @@ def make_distiller(tool, distill, config, **changes):
     return distill.Distiller(model, ids, hidden, recipe)
 
 
+@pytest.mark.heavy
 def test_distillation_moves_only_the_mtp_layer_and_resumes_bit_for_bit(tool, distill, tiny_config, tmp_path):
     first, second, resumed = (make_distiller(tool, distill, tiny_config) for _ in range(3))
     origin = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
@@ -86,6 +87,7 @@ def test_distillation_targets_are_the_main_models_own_choices(tool, distill, tin
         assert shares[step - 1] == pytest.approx(alive[3:].float().mean().item())
 
 
+@pytest.mark.heavy
 def test_continuations_are_the_greedy_output_of_the_exported_checkpoint(tool, distill, tmp_path):
     prompts = [[0, 300, 301, 302], [0, 5, 300]]
     got = distill.Sequences.gather(prompts, distill.continuations(DEMO, tmp_path / "bundle", prompts, 16))

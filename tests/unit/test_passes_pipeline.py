@@ -243,6 +243,7 @@ def test_unknown_target_lists_the_targets():
         lowered("v3", "mla+moe", "tensorrt_rtx")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("target", TENSORRT_TARGETS)
 def test_int8_cache_of_sparse_attention_is_refused_for_tensorrt(saved, tmp_path, target: str):
     """MLA-7：TensorRT 的稀疏注意力核只读浮点的缓存；捕获之前就拒绝，什么也不写。"""

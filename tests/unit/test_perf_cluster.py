@@ -31,6 +31,7 @@ def _alone(path: str) -> None:
     assert Alone(path, 1, cluster.cores()[:1], rows=3, context=8, parts=2).step(2) > 0
 
 
+@pytest.mark.heavy
 def test_both_sides_take_the_same_step(stages: Path) -> None:
     """钉核改的是整个进程，所以一个进程的那一边在子进程里。"""
     child = multiprocessing.get_context("spawn").Process(target=_alone, args=(str(stages.with_name("out")),))
@@ -45,6 +46,7 @@ def test_both_sides_take_the_same_step(stages: Path) -> None:
     assert child.exitcode == 0
 
 
+@pytest.mark.heavy
 def test_faults_really_happen(stages: Path) -> None:
     with Faulted(str(stages), clients=3, new_tokens=6) as faulted:
         slow = faulted.suffer("递得慢")

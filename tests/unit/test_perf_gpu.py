@@ -38,7 +38,7 @@ from perf.gpu.coded_points import (
 from perf.gpu.engine import run_engine
 from perf.gpu.sources import Source, shapes_of
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.heavy]
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = (sys.executable, "-m", "tests.fake_card")

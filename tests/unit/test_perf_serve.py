@@ -52,6 +52,7 @@ def test_closed_loop_counts_every_job_and_hides_no_failure() -> None:
         closed_loop(lambda job: Heard(0.0, [0.1], 1), todo, clients=2)
 
 
+@pytest.mark.heavy
 def test_the_server_and_the_engine_answer_the_same_load(bundle: Path) -> None:
     """经 HTTP 与不经 HTTP，给的 token 数都是要的。"""
     todo = jobs(4, (3, 9), (3, 6), SMALL["vocab_size"], 0)

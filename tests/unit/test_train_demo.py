@@ -127,6 +127,7 @@ def _attend_last(model, attention, rows, positions):
     return attention.o_proj(torch.cat(outputs, dim=-1))[:, None]
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 def test_acceptance_equals_a_step_by_step_speculative_decode(tool):
     """接受率的一次前向算法与真的逐次草拟、验证结果相同，解码结果就是贪心序列；用演示检查点，随机模型没有草稿会中。"""
@@ -190,6 +191,7 @@ def test_resume_refuses_another_recipe_but_records_another_schedule(tool, tiny_c
         make_trainer(tool, tiny_config, peak_lr=1e-4).load(tmp_path / "state.pt")
 
 
+@pytest.mark.heavy
 def test_comparison_flags(tool, tiny_config):
     """--no-bias-update 的偏置恒为零；--dense 没有 router，激活参数与 MoE 只差 router。"""
     still = make_trainer(tool, tiny_config, bias_update=False)
