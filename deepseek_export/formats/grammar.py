@@ -17,6 +17,7 @@ from deepseek_export.extras import require_grammar
 from deepseek_export.formats.calls import Spell
 from deepseek_export.formats.lark import ANY_TEXT, until
 from deepseek_export.formats.limits import check_length
+from deepseek_export.history import Follower
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -128,20 +129,21 @@ class GrammarProcessor:
         self._vocab_size = vocab_size
         self._eos = np.array(eos)
         self._begin = prompt_tokens
-        self._taken: list[int] = []
+        self._followed = Follower()
+        self._taken = 0  # 语法走到生成的第几个 token
         #: 在哪条序列之后算不下去，为什么。
         self._dead: tuple[list[int], DsxError] | None = None
 
     def __call__(self, scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
         """见 :class:`~deepseek_export.runtime.sampling.Processor`。"""
-        new = list(tokens[self._begin :])
-        if self._dead is not None and self.failure(new) is None:
+        if self._dead is not None and self.failure(tokens[self._begin :]) is None:
             # 死路上的是丢掉了的草稿；出过错的 matcher 退不回来，换一个从头走。
-            self._dead, self._matcher, self._taken = None, self._pristine.deep_copy(), []
+            self._dead, self._matcher, self._taken = None, self._pristine.deep_copy(), 0
+            self._followed = Follower()
         if self._dead is None:
-            allowed = self._allowed(new)
+            allowed = self._allowed(tokens)
             if self._dead is None and not (allowed & np.isfinite(scores)).any():
-                self._dead = new, _failed("语法许的 token 都被别的参数屏蔽了")
+                self._dead = list(tokens[self._begin :]), _failed("语法许的 token 都被别的参数屏蔽了")
         if self._dead is not None:
             scores[:] = -np.inf
             scores[self._eos] = 0
@@ -156,20 +158,18 @@ class GrammarProcessor:
         path, error = self._dead
         return error if list(new_tokens[: len(path)]) == path else None
 
-    def _allowed(self, tokens: list[int]) -> np.ndarray:
+    def _allowed(self, tokens: Sequence[int]) -> np.ndarray:
         """``[V]`` bool。"""
-        common = len(self._taken)
-        if tokens[:common] != self._taken:
-            pairs = enumerate(zip(self._taken, tokens, strict=False))
-            common = next((at for at, (one, two) in pairs if one != two), min(common, len(tokens)))
-        if common < len(self._taken):
-            self._matcher.rollback(len(self._taken) - common)
-            del self._taken[common:]
-        for token in tokens[common:]:
+        _, new = self._followed.follow(tokens)
+        common = max(len(tokens) - len(new) - self._begin, 0)
+        if common < self._taken:
+            self._matcher.rollback(self._taken - common)
+            self._taken = common
+        for token in tokens[self._begin + self._taken :]:
             # 结束了还要往下走（ignore_eos）：往后也只许 eos。
             if self._matcher.is_stopped() or not self._matcher.try_consume_tokens([token]):
                 break
-            self._taken.append(token)
+            self._taken += 1
         allowed = np.zeros(self._vocab_size, bool)
         if self._matcher.is_stopped():
             allowed[self._eos] = True
@@ -178,7 +178,7 @@ class GrammarProcessor:
             allowed |= np.unpackbits(packed, count=self._vocab_size, bitorder="little").astype(bool)
             allowed[self._eos] = self._matcher.is_accepting()
         if self._matcher.is_error():
-            self._dead = tokens, _failed(_reason(self._matcher))
+            self._dead = list(tokens[self._begin :]), _failed(_reason(self._matcher))
         return allowed
 
 

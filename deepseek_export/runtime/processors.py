@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from deepseek_export.history import Follower
 from deepseek_export.runtime.sampling import Processor, SamplingParams, nothing_left
 from deepseek_export.runtime.session import ModelSession
 
@@ -96,7 +97,7 @@ class Penalties:
 
     def __init__(self, params: SamplingParams, prompt_len: int) -> None:
         self._params, self._prompt_len = params, prompt_len
-        self._tokens: list[int] = []  # 数过的序列
+        self._counted = Follower()
         self._all: Counter[int] = Counter()
         self._generated: Counter[int] = Counter()
 
@@ -114,15 +115,12 @@ class Penalties:
 
     def _follow(self, tokens: Sequence[int]) -> None:
         """数到 ``tokens`` 为止：与数过的相同的开头不重数，多出来的退掉。"""
-        wanted = list(tokens)
-        kept = min(len(wanted), len(self._tokens))
-        while kept and wanted[:kept] != self._tokens[:kept]:
-            kept = kept // 2 if wanted[kept - 1] == self._tokens[kept - 1] else kept - 1
-        for at in range(len(self._tokens) - 1, kept - 1, -1):
-            self._count(at, self._tokens[at], -1)
-        for at in range(kept, len(wanted)):
-            self._count(at, wanted[at], 1)
-        self._tokens = wanted
+        gone, new = self._counted.follow(tokens)
+        kept = len(tokens) - len(new)
+        for at, token in enumerate(gone, kept):
+            self._count(at, token, -1)
+        for at, token in enumerate(new, kept):
+            self._count(at, token, 1)
 
     def _count(self, at: int, token: int, step: int) -> None:
         for counter in (self._all, self._generated) if at >= self._prompt_len else (self._all,):

@@ -38,7 +38,7 @@ def accepted(
         ``(token, 错误)``：有错误时，token 是在它之前选好的，可以是空的。
     """
     sampler, taken = request.work.sampler, list[int]()
-    known = request.sequence if sampler.processors else []
+    known = _known(request)
     position = request.length
     for at in range(len(drafts) + 1):
         if not math.isfinite(peaks[at]):
@@ -56,6 +56,14 @@ def accepted(
     return taken, None
 
 
+def _known(request: Request) -> list[int]:
+    """此前的整条序列，末尾可以接上草稿；没有处理器的请求没有人看。"""
+    if not request.work.sampler.processors:
+        return []
+    request.history.drop_drafts()
+    return request.history
+
+
 def _given(logits: np.ndarray | None) -> np.ndarray:
     if logits is None:
         raise ValueError("要照采样参数选，却没有取 logits")
@@ -70,7 +78,7 @@ def drafting(requests: Sequence[Request]) -> Callable[[int, np.ndarray], np.ndar
     special = [slot for slot, request in enumerate(requests) if not request.work.sampler.plain]
     if not special:
         return None
-    known = [request.sequence if request.work.sampler.processors else [] for request in requests]
+    known = [_known(request) for request in requests]
 
     def choose(step: int, logits: np.ndarray) -> np.ndarray:
         chosen = logits.argmax(axis=1).astype(np.int64, copy=False)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from deepseek_export.history import History
 from deepseek_export.runtime.logprobs import TokenLogprobs
 from deepseek_export.runtime.sampling import RowSampler
 
@@ -99,6 +100,7 @@ class Request:
         self._news, self._over = threading.Condition(lock), threading.Condition(lock)
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._history: History | None = None  # 只有处理器要看，第一次看时才抄提示词
         self._reason: EndReason | None = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -142,10 +144,13 @@ class Request:
         """到现在为止各个新 token 的对数概率，一份复制；没有要就是 ``None``。"""
         return None if self.work.sampler.params.logprobs is None else self._logprobs.copy()
 
-    @property
-    def sequence(self) -> list[int]:
-        """提示词加到现在为止的新 token，一份复制。"""
-        return [*self.work.prompt.tolist(), *self._tokens]
+    def tokens_since(self, taken: int) -> list[int]:
+        """第 ``taken`` 个起的新 token，一份复制。"""
+        return self._tokens[taken:]
+
+    def logprobs_since(self, taken: int) -> list[TokenLogprobs] | None:
+        """第 ``taken`` 个起的新 token 的对数概率，一份复制；没有要就是 ``None``。"""
+        return None if self.work.sampler.params.logprobs is None else self._logprobs[taken:]
 
     def __iter__(self) -> Iterator[int]:
         taken, over = 0, False
@@ -191,6 +196,19 @@ class Request:
 
     # 下面几个只在引擎的线程里用。
 
+    @property
+    def history(self) -> History:
+        """提示词加到现在为止的新 token；总是同一个，末尾可能有草稿。"""
+        if self._history is None:
+            self._history = History(self.work.prompt.tolist())
+            self._history.confirm(self._tokens)
+        return self._history
+
+    @property
+    def sequence(self) -> np.ndarray:
+        """``[n]`` int64，提示词加到现在为止的新 token，一份复制；请求离开时才要，不是每步。"""
+        return np.concatenate([self.work.prompt, np.array(self._tokens, np.int64)])
+
     def start(self, cached_tokens: int) -> None:
         """离开队列。"""
         self._started, self.cached_tokens = perf_counter(), cached_tokens
@@ -204,6 +222,8 @@ class Request:
         with self._news:
             self._logprobs.extend(logprobs)
             self._tokens.extend(tokens)
+            if self._history is not None:
+                self._history.confirm(tokens)
             if self._first is None:
                 self._first = perf_counter()
             if tokens[-1] in self.work.eos:

@@ -154,7 +154,7 @@ class Scheduler:
             raise slot_refused(name, "空着，没有可存的")
         tokens = held.tokens
         if row < self._table.active:
-            tokens = np.array(self._running[row].sequence, np.int64)
+            tokens = self._running[row].sequence
         elif self._joining is not None and self._joining.held is held:
             tokens = self._joining.request.work.prompt
         saved = tuple(caches.save_row(row, length) for caches in self._forward.caches)
@@ -333,7 +333,7 @@ class Scheduler:
         return given
 
     def _retire(self, held: Held, request: Request) -> None:
-        tokens = np.array(request.sequence, np.int64)
+        tokens = request.sequence
         usable = self._forward.usable(held.row, int(self._table.lengths[held.row]))
         self._table.retire(held, tokens[:usable])
 

@@ -66,7 +66,7 @@ def test_a_prefix_outlives_the_engine(model, tmp_path, monkeypatch, speculation)
 
     def checking(request, logits, best, peaks, drafts, row):
         if drafts:
-            assert drafts == draft_oracle(toy, make_drafts(toy, 2), request.sequence, len(drafts))
+            assert drafts == draft_oracle(toy, make_drafts(toy, 2), request.sequence.tolist(), len(drafts))
             proposed.append(len(drafts))
         return accepted(request, logits, best, peaks, drafts, row)
 

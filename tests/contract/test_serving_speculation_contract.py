@@ -81,7 +81,7 @@ def test_drafts_are_the_same_as_from_scratch(toys, asks, kind, slots, chunk, pla
 
     def checking(request, logits, best, peaks, drafts, row):
         if drafts and request.work.sampler.plain:
-            assert drafts == draft_oracle(toy, modules, request.sequence, len(drafts))
+            assert drafts == draft_oracle(toy, modules, request.sequence.tolist(), len(drafts))
             checked.append(len(drafts))
         return accepted(request, logits, best, peaks, drafts, row)
 
@@ -100,7 +100,7 @@ def test_long_plain_stretches_are_caught_up(toys):
 
     def checking(request, logits, best, peaks, drafts, row):
         if drafts:
-            assert drafts == draft_oracle(toy, modules, request.sequence, len(drafts))
+            assert drafts == draft_oracle(toy, modules, request.sequence.tolist(), len(drafts))
             checked.append(len(drafts))
         return accepted(request, logits, best, peaks, drafts, row)
 

@@ -118,7 +118,8 @@ class Choice:
         self.reasoning_tokens = 0
         self._constraint = None if order.grammar is None else order.grammar.processor(len(order.prompt))
         self._ids: list[int] = []
-        self._shown = ""
+        self._shown: list[str] = []  # 流式解码器给出了的各段，与它们的字符数
+        self._decoded = 0
         self._given = 0  # 找过停止串、给出了的字符数
         self._scores: list[ScoredToken] = []  # 文本还攥着的 token
         self._latest = perf_counter()
@@ -137,16 +138,16 @@ class Choice:
         """
         assert self.request is not None
         done = self.request.done  # 先看结束没有，再取 token：反过来会漏掉中间来的
-        fresh = self.request.token_ids[self.tokens :]
+        fresh = self.request.tokens_since(self.tokens)
         if not fresh and not done:
             return None
-        logprobs = self.request.logprobs  # 先取的 token，这里一个也不少
         now, before = perf_counter(), self.tokens
+        logprobs = self.request.logprobs_since(before)  # 先取的 token，这里一个也不少
         waited, self._latest = now - self._latest, now
         for token in fresh:
             if logprobs is not None and self._visible(token):
-                offset = len(self.order.echo) + len(self._shown)
-                scored = ScoredToken.of(logprobs[self.tokens], self._tokenizer.bytes_of, offset)
+                offset = len(self.order.echo) + self._decoded
+                scored = ScoredToken.of(logprobs[self.tokens - before], self._tokenizer.bytes_of, offset)
                 self._scores.append(scored)
             self.tokens += 1
             self._part(self._feed(token))
@@ -195,7 +196,8 @@ class Choice:
             return ""
         self._ids.append(token)
         piece = self._stream.step(token)
-        self._shown += piece
+        self._shown.append(piece)
+        self._decoded += len(piece)
         if self.tokens <= self.order.sampling.min_tokens:
             return piece
         return self._stops.feed(piece)
@@ -227,8 +229,8 @@ class Choice:
 
     def _rest(self) -> str:
         """流式解码器还攥着的半个字符，与可能是停止串开头的那几个字。"""
-        whole = self._tokenizer.decode(self._ids, self._kept)
-        rest = whole[len(self._shown) :] if whole.startswith(self._shown) else ""
+        whole, shown = self._tokenizer.decode(self._ids, self._kept), "".join(self._shown)
+        rest = whole[len(shown) :] if whole.startswith(shown) else ""
         text = self._stops.feed(rest)
         if self._stops.stopped:
             self.finish, self.stopped_by = "stop", self._stops.found
