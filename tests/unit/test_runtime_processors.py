@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from deepseek_export.backend.ort.runner import OrtRunner
 from deepseek_export.errors import DsxError
+from deepseek_export.history import History
 from deepseek_export.runtime import BundleTokenizer, Generator, ModelSession, SamplingParams
 from deepseek_export.runtime.logprobs import token_logprobs
 from deepseek_export.runtime.processors import Penalties, row_processors
@@ -246,3 +247,26 @@ class TestGenerator:
 def test_no_candidates_give_only_the_chosen_one() -> None:
     one = token_logprobs(np.array([0.0, 0.0, -np.inf], np.float32), 1, 0)
     assert (one.top, one.logprob) == ((), pytest.approx(-np.log(2)))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_following_a_history_equals_counting_afresh(data):
+    """一条会接上草稿、退掉草稿的序列，中间还问过别的序列：每次都与从头数的相同。"""
+    params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2)
+    token = st.integers(0, VOCAB - 1)
+    history = History(data.draw(st.lists(token, min_size=1, max_size=5)))
+    start = len(history)
+    followed = Penalties(params, start)
+    for _ in range(data.draw(st.integers(1, 12))):
+        history.drop_drafts()
+        if data.draw(st.booleans()):
+            history.confirm(data.draw(st.lists(token, min_size=1, max_size=3)))
+        for draft in data.draw(st.lists(token, max_size=3)):
+            history.append(draft)
+        other = data.draw(st.sampled_from([None, [1], [*history, 2], history[:-1]]))
+        for asked in (other, history):
+            if asked is not None:
+                got = followed(logits_of().astype(np.float64), asked)
+                want = Penalties(params, start)(logits_of().astype(np.float64), list(asked))
+                assert np.array_equal(got, want)
