@@ -15,7 +15,7 @@ from deepseek_export.kernels.table import SMS
 from tests.integration.cli import dsx, last_json
 from tools.make_kernel_audit import PAGE, ragged_lens
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 pytest.importorskip("triton", reason="没有装 kernels（triton）")
 

@@ -48,7 +48,7 @@ from tools.make_engine_graphs import (
 )
 from tools.make_graphs import CONFIGS
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,6 @@ def test_an_unsupported_arch_is_refused(bundle, built):
     assert "sm90" in refusal.what
 
 
-@pytest.mark.heavy
 def test_weights_by_reference_build_the_same_engine(built, tmp_path):
     """EXPORT-21：按引用的 bundle 直接建引擎，指得进检查点的由解析器读，其余按配方逐个交给它；层同打包的，plan 里有专家的内容。"""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", CONFIGS["deepseek_v3"], dtype="float16")

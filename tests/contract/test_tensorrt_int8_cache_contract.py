@@ -17,7 +17,7 @@ from tests.engines import assert_listing, assert_plugin_layers
 from tests.fake_gpu import FakeGpu
 from tools.make_engine_graphs import build_for, make_bundle
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 NAME, INT8 = "wide.int8-cache", ["mla.cache_dtype=int8"]
 PROMPTS = [[5, 9, 23, 100, 7], [44, 3, 2, *range(9, 27)]]
@@ -76,7 +76,6 @@ def test_the_cache_takes_as_many_bytes_as_its_rows(bundle: Bundle, built):
     assert shared == {f"kv_cache_out.{i}": f"kv_cache.{i}" for i in range(layers)}
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_lowered_bundle_passes_parity_on_onnxruntime(checkpoint, tmp_path):
     """TRT-19、TRT-2：下沉之后的图在 ONNX Runtime 上过 op、block、model 三级校验。"""
@@ -88,7 +87,6 @@ def test_lowered_bundle_passes_parity_on_onnxruntime(checkpoint, tmp_path):
     assert {"op", "block", "model"} <= {case.level for case in report.cases}
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_sessions_write_the_cache_in_place(checkpoint, tmp_path, monkeypatch):
     """TRT-19：会话里 int8 的缓存原地更新、回滚：投机与否、一批、长短不齐，与 ONNX Runtime 上逐个相同（替身见 tests/fake_gpu.py）；由 portable 的 bundle 另导出的也是 int8。"""

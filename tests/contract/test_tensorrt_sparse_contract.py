@@ -21,7 +21,7 @@ from tests.fake_gpu import FakeGpu
 from tools.make_engine_graphs import WIDE, WIDE_FP8, build_for, make_bundle
 from tools.make_graphs import CONFIGS
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 #: 小的 V3.2：每层自己排名。
 V32 = CONFIGS["deepseek_v3"] | {
@@ -85,7 +85,6 @@ def test_without_plugins_the_function_bodies_build(built):
         assert counts["gemm"] > 0
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("profile", ["mla+moe", "baseline", "full"])
@@ -118,7 +117,6 @@ QUANTISED = {
 LINEARS = {"int8": 15, "int4": 0, "fp8": 14}
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LINEARS)
 @pytest.mark.parametrize("family", QUANTISED)
@@ -149,7 +147,6 @@ def test_quantised_sparse_models_read_their_codes(family: str, kind: str, tmp_pa
         assert (packed_int4(array) if kind == "int4" else array).tobytes() in plan, name
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_sessions_carry_the_index_cache(tmp_path: Path):
     """DSA-10：会话里索引缓存与潜缓存一样原地更新、回滚：续写越过名额，投机与否、一批，与 ONNX Runtime 上逐个相同（替身见 tests/fake_gpu.py）。"""
@@ -169,7 +166,6 @@ def test_sessions_carry_the_index_cache(tmp_path: Path):
             assert got.token_ids == want.token_ids
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_lowered_bundle_passes_parity_on_onnxruntime(saved, tmp_path: Path):
     """DSA-10：下沉后的小 GLM-5 在 ONNX Runtime 上过 op、block、model 三级校验，与 transformers 的 greedy 逐个相同，越过名额。"""

@@ -17,7 +17,7 @@ from deepseek_export.parity.measures import measure
 from deepseek_export.parity.tolerances import TOLERANCES
 from tests.models import build_model
 
-pytestmark = pytest.mark.contract
+pytestmark = [pytest.mark.contract, pytest.mark.heavy]
 
 IDS = torch.randint(1, 200, (2, 7), generator=torch.Generator().manual_seed(3))
 ABSORB = dsx.OptimizationProfile.model_validate(
@@ -88,7 +88,6 @@ def test_gradients_through_the_compiled_experts():
             assert TOLERANCES["op", "float32"].accepts(measure(got.grad.numpy(), want.grad.numpy())), name
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports(pair, strict):
     """HF-16：``torch.export`` 的两种模式；路由与追踪时不同的输入也对。"""

@@ -20,7 +20,7 @@ from deepseek_export.plan.roofline import RESERVE
 from deepseek_export.plan.shape import ModelShape
 from deepseek_export.profile import resolve_profile
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.heavy]
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "tools/published_configs.json").read_text())
 ON, OFF = resolve_profile("mla+moe"), resolve_profile("baseline")
