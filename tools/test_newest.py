@@ -152,12 +152,18 @@ def blame(
     return found
 
 
-def table(different: Mapping[str, tuple[str, str]], blamed: Mapping[str, Iterable[str]]) -> Table:
-    """结果的表，一行一个版本不同的包。"""
+def direct_versions(locked: Mapping[str, str], newest: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """直接写的依赖里装着的：包名 → ``(锁住的, 最新的)``。"""
+    names = {canonicalize_name(Requirement(one).name) for one in direct_requirements()}
+    return {name: (locked.get(name, "—"), newest[name]) for name in sorted(names & set(newest))}
+
+
+def table(versions: Mapping[str, tuple[str, str]], blamed: Mapping[str, Iterable[str]]) -> Table:
+    """结果的表，一行一个包：直接写的都列出来，间接的只列版本不同的。"""
     shown = Table("包", "锁住的", "最新的", "它弄坏的测试")
-    rows = {**different, **({TOGETHER: ("", "")} if blamed.get(TOGETHER) else {})}
-    for name, versions in rows.items():
-        shown.add_row(name, *versions, "\n".join(blamed.get(name, ())) or "没有")
+    rows = {**versions, **({TOGETHER: ("", "")} if blamed.get(TOGETHER) else {})}
+    for name, pair in rows.items():
+        shown.add_row(name, *pair, "\n".join(blamed.get(name, ())) or "没有")
     return shown
 
 
@@ -169,11 +175,12 @@ def main() -> int:
     console = Console()
     environment = Newest(FOLDER)
     environment.install(direct_requirements())
-    different = changed(read_lock(), environment.versions())
+    locked, newest = read_lock(), environment.versions()
+    different = changed(locked, newest)
     console.print(f"与锁不同的有 {len(different)} 个包：{'、'.join(different) or '没有'}")
     failing = environment.failing(tests)
     blamed = blame(environment, different, failing) if failing else {}
-    console.print(table(different, blamed))
+    console.print(table(direct_versions(locked, newest) | different, blamed))
     console.print(f"失败 {len(failing)} 个" if failing else "全部通过")
     return 1 if failing else 0
 
