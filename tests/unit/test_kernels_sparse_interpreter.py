@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.interpreter import run_in_interpreter
 
 pytestmark = [pytest.mark.unit, pytest.mark.heavy]
 
@@ -18,12 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
     def test_in_interpreter(chosen):
         """子进程里的全部测试通过；随机形状的慢，另跑。"""
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
-        command += ["-m", chosen]
-        done = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_in_interpreter(__file__, chosen)
 
 else:
     from deepseek_export.kernels import index_topk as index_kernels
