@@ -98,7 +98,7 @@ def cli() -> None:
     第一次用：
       dsx demo                               在随包附带的小模型上走一遍全程
       dsx plan CKPT --gpu h100               动工之前：多大、放不放得下、多快
-      dsx export CKPT OUT -p mla+moe      编译自己的检查点
+      dsx export CKPT OUT -p mla+moe         编译自己的检查点
       dsx verify OUT                         与 PyTorch 逐层比对
       dsx compare OUT                        逐块比较，存成 Polygraphy 的格式
       dsx generate OUT -P "床前明月光"       生成

@@ -95,8 +95,8 @@ def build(
         raise Unavailable(
             "没有 ONNX Runtime 的 C API 头文件：apt-get install libonnxruntime-dev，或设 ORT_INCLUDE_DIR"
         )
-    cache, key = _cache(), _key(include, target)
-    if stored and (content := cache.get(key)) is not None:
+    key = _key(include, target) if stored else None
+    if key is not None and (content := _cache().get(key)) is not None:
         say("C++ 算子库没有变，取编译过的那一份")
         return _placed(content, out / _LIBRARY)
     cores = _cores()
@@ -105,8 +105,8 @@ def build(
     _run("cmake", "-S", SOURCES, "-B", directory, *options, f"-DCMAKE_INSTALL_PREFIX={out}")
     targets = ["install", *(["dsx_cpu_driver"] if driver else [])]
     _compile(["cmake", "--build", str(directory), "--parallel", str(cores), "--target", *targets], say)
-    if stored:
-        cache.put(key, (out / _LIBRARY).read_bytes())
+    if key is not None:
+        _cache().put(key, (out / _LIBRARY).read_bytes())
     return out / _LIBRARY
 
 
